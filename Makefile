@@ -1,0 +1,48 @@
+# make demo   environment, demo model and data, training, held-out answers before and after
+# make test   environment, lint, types and the whole test suite
+# make check  lint and types alone
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM := false
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test check test-oldest env clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python scripts/demo_model.py --output .demo/SmolLM2-135M-Instruct
+	$(BIN)/python scripts/demo_data.py --output .demo/addresses
+	$(BIN)/qlora-train configs/demo.yaml
+	$(BIN)/qlora-train eval runs/demo --shots 3 --max-new-tokens 128
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+env: $(VENV)/.ready
+
+# The lock pins every package; torch comes first, so that no other package chooses a build of it.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The low end of every version range except torch.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.lock)
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	.venv-oldest/bin/python -m pytest
+
+clean:
+	rm -rf $(VENV) .venv-oldest .demo runs .pytest_cache .mypy_cache .ruff_cache

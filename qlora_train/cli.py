@@ -1,0 +1,198 @@
+"""The command line: commands only. Nothing heavy is imported before a command needs it.
+
+Exit status: 0 done; 2 something the user can fix, one line a problem; 130 interrupted, the last whole checkpoint stays; 1 a
+defect of ours, with its traceback.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from qlora_train import __version__
+from qlora_train.errors import UserError
+
+if TYPE_CHECKING:
+    from qlora_train.config import RunConfig
+
+COMMANDS = ("train", "check", "show", "schema", "merge", "eval")
+EPILOG = """\
+The first word is a command or the path of a config, which is trained.
+Settings are changed with section.key=value, for example train.learning_rate=1e-4 or data.train=my.jsonl.
+Exit status: 0 done; 2 something you can fix; 130 interrupted (the last checkpoint stays); 1 a defect.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    set_up_logging()
+    try:
+        status: int = options.command(options)
+    except UserError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return status
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed command line; `command` is the function to call with it."""
+    words = list(arguments)
+    if words and words[0] not in COMMANDS and not words[0].startswith("-"):
+        words.insert(0, "train")
+    return build_parser().parse_args(words)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="qlora-train",
+        usage="qlora-train CONFIG [section.key=value ...] [--resume auto|never|CHECKPOINT]\n"
+        "       qlora-train COMMAND ...",
+        description="Fine-tune a language model with QLoRA from one YAML file.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qlora-train {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser("train", help="train a config, or go on where its run stopped; merge if it says so")
+    _takes_config(command)
+    command.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="where to go on (auto)")
+    command.set_defaults(command=_train)
+
+    command = commands.add_parser("check", help="check a config alone: no torch, no download")
+    _takes_config(command)
+    command.set_defaults(command=_check)
+
+    command = commands.add_parser("show", help="print the resolved config, each value with where it came from")
+    _takes_config(command)
+    command.set_defaults(command=_show)
+
+    command = commands.add_parser("schema", help="print the JSON schema of the config, for editors")
+    command.set_defaults(command=_schema)
+
+    command = commands.add_parser("merge", help="merge a run's adapter into 16-bit weights")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
+    command.set_defaults(command=_merge)
+
+    command = commands.add_parser("eval", help="held-out loss and answers of base, adapter and merged model")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
+    command.add_argument("--shots", type=int, default=3, help="solved examples shown to the base model (3)")
+    command.add_argument("--max-new-tokens", type=int, default=256, help="longest generated answer in tokens (256)")
+    command.add_argument("--batch-size", type=int, default=32, help="rows generated at a time (32)")
+    command.add_argument("--loss-only", action="store_true", help="do not generate answers")
+    command.set_defaults(command=_eval)
+    return parser
+
+
+def set_up_logging() -> None:
+    """Send our log to standard error as plain lines."""
+    handler = _StandardErrorHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger("qlora_train")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    root.propagate = False
+
+
+class _StandardErrorHandler(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr is at that moment: the live progress line replaces it while it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _takes_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, for example configs/llama7b.yaml")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings changed for this time")
+
+
+def _load(options: argparse.Namespace) -> "RunConfig":
+    from qlora_train.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if config.run.output_dir is not None:
+        return config
+    output_dir = f"runs/{options.config.stem}"
+    return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": output_dir})})
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _load(options)
+    quieten_libraries()
+    from qlora_train.pipeline import run
+
+    folder = run(config, resume=options.resume)
+    print(f"finished: {folder.path}")
+    return 0
+
+
+def quieten_libraries() -> None:
+    """Leave the talking to our own log: what the libraries repeat at every load is either said there or checked."""
+    import warnings
+
+    import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|accelerate|bitsandbytes|torch|datasets)\.")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _check(options: argparse.Namespace) -> int:
+    _load(options)
+    print(f"{options.config}: ok")
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from qlora_train.config.writer import provenance
+
+    settings = provenance(options.config, options.overrides)
+    width = max(len(setting.key) for setting in settings)
+    for setting in settings:
+        print(f"{setting.key:<{width}}  {json.dumps(setting.value)}  # {setting.source}")
+    return 0
+
+
+def _schema(_options: argparse.Namespace) -> int:
+    from qlora_train.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    quieten_libraries()
+    from qlora_train.checkpoint import finished_run
+    from qlora_train.pipeline import merge
+
+    merge(finished_run(options.run))
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    quieten_libraries()
+    from qlora_train.checkpoint import finished_run
+    from qlora_train.pipeline import evaluate
+    from qlora_train.report import EvalSettings
+
+    settings = EvalSettings(options.shots, options.max_new_tokens, options.batch_size, not options.loss_only)
+    evaluate(finished_run(options.run), settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

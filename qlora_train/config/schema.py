@@ -1,0 +1,283 @@
+"""Every setting of a run: its name, type, default, bounds and meaning. Nothing else in the package holds a default.
+
+Names are those that users of Transformers, PEFT and TRL already type; the string under a field is its documentation
+and its help text. The sections are frozen and refuse unknown keys. No torch here: ``check`` answers in milliseconds.
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REFUSED_INITS = {
+    "pissa": "PiSSA rewrites the base weights, which 4-bit storage cannot hold",
+    "corda": "CorDA rewrites the base weights, which 4-bit storage cannot hold",
+    "orthogonal": "orthogonal initialisation raises on 4-bit weights",
+    "olora": "OLoRA rewrites the 4-bit base, so that merging onto the original weights is wrong",
+    "loftq": "LoftQ needs the 16-bit weights and replaces the 4-bit ones",
+}
+INITS = {"default": True, "gaussian": "gaussian", "eva": "eva"}
+
+
+class Section(BaseModel):
+    """A section of the YAML file: frozen, no unknown keys, docstrings under fields are their help text."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class ModelSection(Section):
+    """Which base model, and how it is loaded."""
+
+    model_name_or_path: str = Field(min_length=1)
+    """Hub id (`meta-llama/Llama-2-7b-hf`), local folder, or a `.gguf` file."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; None is the default branch."""
+    trust_remote_code: bool = False
+    """Run Python code shipped with the checkpoint. Needs `revision` to be a 40-digit commit."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernel; `auto` takes the best that is installed and says which."""
+    rope_scaling: dict[str, str | int | float] | None = None
+    """How positions beyond the model's own are reached, as in its config.json: `{rope_type: yarn, factor: 4.0}`."""
+    chat_template: str | None = None
+    """`chatml`, `llama2`, `llama3`, `mistral`, `gemma`, `alpaca`, or a Jinja file; None keeps the tokenizer's own."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens to add to the vocabulary; only their embedding rows are trained, next to the adapter."""
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> Self:
+        if self.trust_remote_code and not COMMIT.fullmatch(self.revision or ""):
+            raise ValueError("trust_remote_code: true runs code from the Hub; set revision to a 40-digit commit hash")
+        return self
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _rope_scaling_is_complete(cls, value: dict[str, str | int | float] | None) -> Any:
+        if value is not None and not {"rope_type", "factor"} <= value.keys():
+            raise ValueError("rope_scaling needs rope_type and factor, e.g. {rope_type: linear, factor: 2.0}")
+        return value
+
+
+class QuantizationSection(Section):
+    """How the base weights are stored (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
+
+    load_in_4bit: bool = True
+    """Store the linear layers of the base in 4 bits; `false` is plain 16-bit LoRA."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Code book: 4-bit NormalFloat or 4-bit float."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the block scales too: 4.127 instead of 4.5 bits a weight."""
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Dtype of the matrix products; `auto` is bfloat16 where the hardware has it, and the choice is logged."""
+    min_quantized_share: float = Field(0.9, ge=0.0, le=1.0)
+    """Stop when a smaller share of the linear weights than this ended up in 4 bits."""
+
+
+class LoraSection(Section):
+    """The adapter (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    r: int = Field(16, ge=1, le=4096)
+    """Rank."""
+    lora_alpha: float = Field(32, gt=0)
+    """Scale: updates are multiplied by lora_alpha / r (or / sqrt(r) with use_rslora)."""
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] | str = "all-linear"
+    """`all-linear` (every linear but the head), a list of layer names, or one regular expression on full names."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (https://arxiv.org/abs/2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which bias vectors of the base are trained too."""
+    init_lora_weights: Literal["default", "gaussian", "eva"] = "default"
+    """Initialisation; `eva` uses the first training batches (https://arxiv.org/abs/2410.07170)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained in full and saved with the adapter, e.g. `[lm_head]`."""
+    adapter_path: str | None = None
+    """Start from this adapter (a local PEFT folder) instead of a fresh one."""
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _init_is_right_on_4_bit(cls, value: Any) -> Any:
+        name = str(value).lower().split("_niter_")[0]
+        if name in REFUSED_INITS:
+            raise ValueError(f"{value!r} is not right on a 4-bit base: {REFUSED_INITS[name]}; use {', '.join(INITS)}")
+        return value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _target_pattern_compiles(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all-linear":
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        if value in ((), ""):
+            raise ValueError("names no layer; use all-linear, a list of layer names or a regular expression")
+        return value
+
+
+class Source(Section):
+    """One data set: a local file, a folder or glob of files, or a Hub id."""
+
+    path: str = Field(min_length=1)
+    """File (jsonl, json, csv, parquet), glob, folder, or Hub id."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    subset: str | None = None
+    """Configuration name of a Hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_sources(value: Any) -> Any:
+    return tuple(_as_source(item) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _as_sources_or_share(value: Any) -> Any:
+    return value if value is None or isinstance(value, int | float) else _as_sources(value)
+
+
+Sources = Annotated[tuple[Annotated[Source, BeforeValidator(_as_source)], ...], Field(min_length=1)]
+
+
+class DataSection(Section):
+    """What is learnt: rows, their rendering, and which of their tokens carry loss."""
+
+    train: Annotated[Sources, BeforeValidator(_as_sources)]
+    """Training data: a path or Hub id, a mapping `{path, split, subset, revision}`, or a list of these."""
+    eval: Annotated[Sources | Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_as_sources_or_share)] = None
+    """Held-out data: like `train`, or a share of it such as 0.05 (by a hash of each row); None: no evaluation."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
+    """Shape of a row; `auto` recognises it from the columns."""
+    columns: dict[str, str] = {}
+    """The format's column names -> the file's, e.g. `{prompt: question, completion: answer}`."""
+    max_length: int = Field(2048, ge=8)
+    """Longest row in tokens; longer ones are handled by `too_long`."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """Drop a row beyond max_length (counted against max_dropped), or cut its end."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that carry loss: every assistant turn, the last one, or everything."""
+    max_dropped: float = Field(0.01, ge=0.0, le=1.0)
+    """Largest share of rows that may be unusable before the run stops."""
+
+
+OPTIMIZERS = Literal[
+    "auto", "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused",
+    "paged_lion_8bit", "lion_8bit", "adafactor", "sgd",
+]  # fmt: skip
+SCHEDULES = Literal[
+    "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+]
+
+
+class TrainSection(Section):
+    """The optimisation."""
+
+    optim: OPTIMIZERS = "auto"
+    """Optimizer; `auto` is paged_adamw_8bit on a GPU and adamw_torch on a CPU, where nothing is paged."""
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    """Peak learning rate."""
+    lr_scheduler_type: SCHEDULES = "cosine"
+    """Schedule of the learning rate."""
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """First-moment decay."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Second-moment decay."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Denominator term of Adam."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the gradient to this norm; 0 does not clip."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the training rows; max_steps, when set, decides instead."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps."""
+    per_device_train_batch_size: int = Field(1, ge=1)
+    """Rows in a micro-batch."""
+    per_device_eval_batch_size: int = Field(8, ge=1)
+    """Rows in an evaluation batch."""
+    gradient_accumulation_steps: int = Field(16, ge=1)
+    """Micro-batches in an optimizer step; the loss is normalised over all of them together."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass (non-reentrant); `auto` is on for GPUs, off for CPUs."""
+    group_by_length: bool = False
+    """Batch rows of similar length: less padding, the order stays a pure function of the seed."""
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """NEFTune noise on the embeddings (https://arxiv.org/abs/2310.05914)."""
+    logging_steps: int = Field(10, ge=1)
+    """Optimizer steps between two lines of metrics."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between two evaluations; None: at the end of every epoch."""
+    save_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between two checkpoints; None: at the end of every epoch."""
+    save_total_limit: int = Field(2, ge=1)
+    """Checkpoints to keep; the best one is always kept when it will be needed."""
+    load_best_model_at_end: bool = False
+    """Finish with the adapter of the lowest evaluation loss instead of the last."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a lower loss."""
+
+
+class RunSection(Section):
+    """Where a run lives and how it is made repeatable."""
+
+    output_dir: str | None = Field(None, min_length=1)
+    """Run folder; None is `runs/<config name>`."""
+    seed: int = Field(42, ge=0, lt=2**32)
+    """Seed of initialisation, order, dropout and splits."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that receive the metrics besides metrics.jsonl."""
+
+
+class ExportSection(Section):
+    """What is made of a finished run."""
+
+    merge: bool = False
+    """Merge the adapter into 16-bit weights after training (a 70B merge writes 140 GB)."""
+    merge_base: Literal["auto", "original", "dequantized"] = "auto"
+    """Merge onto the original weights or the dequantised 4-bit ones; `auto` measures both and keeps the better."""
+    max_loss_increase: float = Field(0.02, ge=0)
+    """Refuse a merge whose held-out loss exceeds the adapter's by more nats a token than this."""
+    max_shard_size: str = Field("5GB", pattern=r"^\d+(MB|GB)$")
+    """Largest file of the merged model."""
+
+
+class RunConfig(Section):
+    """The whole YAML file."""
+
+    model: ModelSection
+    quantization: QuantizationSection = QuantizationSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+    run: RunSection = RunSection()
+    export: ExportSection = ExportSection()
+
+    @model_validator(mode="after")
+    def _evaluation_is_possible(self) -> Self:
+        if self.data.eval is None:
+            for key in ("load_best_model_at_end", "early_stopping_patience", "eval_steps"):
+                if getattr(self.train, key):
+                    raise ValueError(f"train.{key} needs held-out rows; set data.eval to a file or a share like 0.05")
+        return self
+
+    @model_validator(mode="after")
+    def _best_model_is_saved(self) -> Self:
+        train = self.train
+        if train.load_best_model_at_end and train.eval_steps != train.save_steps:
+            raise ValueError(
+                f"train.load_best_model_at_end needs a checkpoint at every evaluation; train.save_steps is "
+                f"{train.save_steps} and train.eval_steps {train.eval_steps}; give them the same value"
+            )
+        return self

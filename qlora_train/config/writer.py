@@ -1,0 +1,81 @@
+"""The resolved config, written back: as YAML that reads to an equal `RunConfig`, and value by value with its source."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from qlora_train.config.reader import load_with_places
+from qlora_train.config.schema import RunConfig
+from qlora_train.config.yaml_reader import Node, core_scalar
+
+STRING_TAG = "tag:yaml.org,2002:str"
+QUOTED_TAG = "tag:yaml.org,2002:null"
+
+
+class CoreDumper(yaml.SafeDumper):
+    """Quotes every string that YAML 1.1 or YAML 1.2 would read as something else."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """Return the tag that `value` would be read with; PyYAML quotes a string whose tag is another."""
+        tag = super().resolve(kind, value, implicit)
+        if tag == STRING_TAG and kind is yaml.ScalarNode and implicit[0] and not isinstance(core_scalar(value), str):
+            return QUOTED_TAG
+        return tag
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        """Write a value that occurs twice out twice: the reader refuses aliases."""
+        return True
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One resolved value: `source` is ``file:line``, ``override section.key=value`` or ``default``."""
+
+    key: str
+    value: Any
+    source: str
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the config with every value, defaults included; `load_config` reads it back as an equal config."""
+    sections = {name: _plain(getattr(config, name)) for name in RunConfig.model_fields}
+    return "\n".join(
+        yaml.dump({name: values}, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=120)
+        for name, values in sections.items()
+    )
+
+
+def provenance(path: str | Path, overrides: Sequence[str] = ()) -> list[Setting]:
+    """Return every setting of a config in the order of the schema, each with where its value came from.
+
+    Raises:
+        ConfigError: the config is wrong; one line a problem.
+    """
+    config, root = load_with_places(path, overrides)
+    return list(_settings(config, root))
+
+
+def _settings(config: RunConfig, root: Node) -> Iterator[Setting]:
+    for section_name in RunConfig.model_fields:
+        section = getattr(config, section_name)
+        written = root.child(section_name)
+        for key in type(section).model_fields:
+            node = written.child(key) if written else None
+            yield Setting(
+                f"{section_name}.{key}", _plain(getattr(section, key)), str(node.place) if node else "default"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML has it: models as mappings, tuples as lists."""
+    if isinstance(value, BaseModel):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

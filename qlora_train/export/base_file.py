@@ -1,0 +1,156 @@
+"""The base checkpoint on disk: one tensor at a time, dequantised where bitsandbytes had stored it in 4 bits.
+
+Reading files instead of a loaded model is deliberate: on some CPUs bitsandbytes repacks the 4-bit weights of a live
+model in place at its first evaluation, and what is dequantised from those afterwards is noise.
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from qlora_train.config.schema import QuantizationSection
+from qlora_train.errors import MergeError
+
+BLOCK_SIZE = 64
+"""Weights that share one scale: bitsandbytes' block size for 4-bit linear layers."""
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_STATE = ".quant_state.bitsandbytes__"
+_STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+class BaseFile:
+    """The tensors of a checkpoint folder by name; a context manager that keeps the files open.
+
+    Attributes:
+        names: tensors of the model, without the side tensors of quantised ones.
+        stored_4bit: the names of those that are stored in 4 bits.
+
+    Raises:
+        MergeError: no safetensors there, or stored in a quantised form other than bitsandbytes' 4 bits.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where = _files_by_tensor(folder)
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+        self._state_key = {key.partition(_STATE)[0]: key for key in self._where if _STATE in key}
+        self.stored_4bit = frozenset(self._state_key)
+        self.names = tuple(key for key in self._where if not self._is_side_tensor(key))
+        foreign = [
+            key for key in self._where if key.endswith((".SCB", ".qweight", ".weight_scale", ".weight_scale_inv"))
+        ]
+        if foreign:
+            raise MergeError(
+                f"{folder}: {foreign[0]} belongs to a quantised format that the merge cannot read exactly; "
+                "give the 16-bit checkpoint, or one that bitsandbytes stored in 4 bits"
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape; that of a 4-bit one is its dequantised shape."""
+        if name in self.stored_4bit:
+            return tuple(self._quant_state(name).shape)
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def is_floating(self, name: str) -> bool:
+        """Say whether a tensor holds numbers that are rounded to the output's dtype."""
+        return name in self.stored_4bit or self._file(name).get_slice(name).get_dtype() in _DTYPE_BYTES
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return one tensor in its stored dtype, 4-bit ones dequantised."""
+        if name not in self.stored_4bit:
+            tensor: torch.Tensor = self._file(name).get_tensor(name)
+            return tensor
+        return dequantize_4bit(self._file(name).get_tensor(name), self._quant_state(name))
+
+    def _file(self, key: str) -> Any:
+        file = self._where[key]
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(str(self.folder / file), "pt", device="cpu"))
+        return self._open[file]
+
+    def _is_side_tensor(self, key: str) -> bool:
+        return _STATE in key or any(key.endswith(p) and key.removesuffix(p) in self.stored_4bit for p in _STATE_PARTS)
+
+    def _quant_state(self, name: str) -> QuantState:
+        parts = [name + part for part in _STATE_PARTS if name + part in self._where] + [self._state_key[name]]
+        return QuantState.from_dict({k: self._file(k).get_tensor(k) for k in parts}, device=torch.device("cpu"))
+
+
+def _files_by_tensor(folder: Path) -> dict[str, str]:
+    if (folder / _INDEX).is_file():
+        index: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        missing = sorted({file for file in index.values() if not (folder / file).is_file()})
+        if missing:
+            raise MergeError(f"{folder}: {missing[0]} is named in {_INDEX} but not there; download the base again")
+        return index
+    if not (folder / _SINGLE).is_file():
+        raise MergeError(
+            f"{folder}: neither {_SINGLE} nor {_INDEX}; the merge reads safetensors: load the base with transformers "
+            "and save_pretrained it to a new folder"
+        )
+    with safe_open(str(folder / _SINGLE), "pt", device="cpu") as file:
+        return dict.fromkeys(file.keys(), _SINGLE)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What the files do not say: module names of the model that they make.
+
+    `linears` are the linear layers but the head: those that a 4-bit load quantises.
+    """
+
+    embedding: str
+    head: str
+    linears: frozenset[str]
+    tied: bool
+
+
+def skeleton_of(config: Any) -> Skeleton:
+    """Build the model of a Transformers config without memory (meta device) and name its parts."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = {id(module): name for name, module in model.named_modules()}
+    head = model.get_output_embeddings()
+    linears = (n for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head)
+    tied = bool(config.get_text_config().tie_word_embeddings)
+    return Skeleton(names[id(model.get_input_embeddings())], names[id(head)], frozenset(linears), tied)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Rounding of the weights `names` through 4 bits, as a load in `load_dtype` holds them; computed on `device`."""
+
+    names: frozenset[str]
+    quantization: QuantizationSection
+    load_dtype: torch.dtype
+    device: str
+
+    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight quantised in blocks of 64 and back, or as it is when it is none of `names`."""
+        if name not in self.names:
+            return weight
+        codes, state = quantize_4bit(
+            weight.to(self.device, self.load_dtype).contiguous(),
+            blocksize=BLOCK_SIZE,
+            compress_statistics=self.quantization.bnb_4bit_use_double_quant,
+            quant_type=self.quantization.bnb_4bit_quant_type,
+        )
+        return dequantize_4bit(codes, state).to("cpu")

@@ -1,0 +1,164 @@
+"""The model card of an exported folder, and an adapter_config.json without this machine's paths.
+
+PEFT writes the base's local path into its config, its card and a tag, and leaves the card empty. Here a base is named by
+its Hub id, or by its folder's last name when it has none.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+import yaml
+
+from qlora_train.config.schema import RunConfig
+from qlora_train.durable import write_text
+from qlora_train.errors import MergeError
+from qlora_train.export.adapter_file import ADAPTER_CONFIG
+
+Kind = Literal["adapter", "merged"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_ABSOLUTE = re.compile(r"^(/|~|\.\.([/\\]|$)|\\\\|[A-Za-z]:[/\\]|file:)")
+
+
+def is_hub_id(name: str) -> bool:
+    """Say whether a name is `owner/name` on the Hub: of that form, no GGUF file, and nothing local of that name."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).exists()
+
+
+def public_name(name: str) -> str:
+    """Return a Hub id as it is, and of a path only its last part."""
+    return name if is_hub_id(name) else _last_part(name)
+
+
+def write_card(
+    folder: Path,
+    *,
+    base: str,
+    revision: str | None,
+    config: RunConfig,
+    metrics: Mapping[str, float],
+    num_train_rows: int,
+    library_versions: Mapping[str, str],
+    kind: Kind,
+) -> None:
+    """Write README.md: Hub metadata, what it was trained on, how, the measured results, how to load it.
+
+    Args:
+        base: Hub id or path of the base model.
+        metrics: results by name, e.g. `{"held-out loss": 0.19}`.
+        library_versions: by name, e.g. `{"torch": "2.13.0"}`.
+        kind: an adapter, or merged weights.
+    """
+    sections = [
+        _front_matter(base, config, kind),
+        _summary(folder, base, revision, config, kind),
+        _loading(base, revision, kind),
+        _data(config, num_train_rows),
+        "## Results\n\n"
+        + _table("Metric", "Value", {k: f"{v:.4g}" for k, v in metrics.items()}, "Nothing was measured."),
+        f"## Settings\n\nEvery setting of the run:\n\n```yaml\n{_settings(config)}```",
+        "## Versions\n\n" + _table("Library", "Version", library_versions, "Not recorded."),
+    ]
+    write_text(folder / "README.md", "\n\n".join(sections) + "\n")
+
+
+def clean_adapter_config(folder: Path, base: str, revision: str | None) -> None:
+    """Rewrite adapter_config.json without local paths; the base is named as `public_name` does.
+
+    Call it before the folder's manifest is written.
+
+    Raises:
+        MergeError: there is no readable adapter_config.json.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{path}: not readable ({error}); save the adapter again") from None
+    config["base_model_name_or_path"] = public_name(base)
+    config["revision"] = revision
+    write_text(path, json.dumps(_without_paths(config), indent=2, sort_keys=True) + "\n")
+
+
+def _last_part(path: str) -> str:
+    name = PureWindowsPath(path).name if "\\" in path else PurePosixPath(path).name
+    return name or "local"
+
+
+def _without_paths(value: Any) -> Any:
+    """Return JSON-like data in which every absolute, home or parent path is cut to its last part."""
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    return _last_part(value) if isinstance(value, str) and _ABSOLUTE.match(value) else value
+
+
+def _front_matter(base: str, config: RunConfig, kind: Kind) -> str:
+    data: dict[str, Any] = {
+        "library_name": "peft" if kind == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["qlora" if config.quantization.load_in_4bit else "lora", "trl", "sft", "qlora-train"],
+    }
+    if is_hub_id(base):
+        data |= {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
+    datasets = [source.path for source in config.data.train if is_hub_id(source.path)]
+    if datasets:
+        data["datasets"] = datasets
+    return f"---\n{yaml.safe_dump(data, sort_keys=False)}---"
+
+
+def _summary(folder: Path, base: str, revision: str | None, config: RunConfig, kind: Kind) -> str:
+    how = "QLoRA (the base in 4 bits)" if config.quantization.load_in_4bit else "LoRA"
+    what = "A LoRA adapter for" if kind == "adapter" else "Merged 16-bit weights, fine-tuned from"
+    at = f", revision `{revision}`" if revision else ""
+    return (
+        f"# {_title(folder, base)}\n\n{what} `{public_name(base)}`{at}, trained with {how} on every layer that "
+        f"`target_modules` names: rank {config.lora.r}, alpha {config.lora.lora_alpha:g}."
+    )
+
+
+def _title(folder: Path, base: str) -> str:
+    """Return a name for people: the folder's may be a stage's own (`.final.staging`), then the base's serves."""
+    name = folder.name.strip(".").removesuffix(".staging")
+    return f"{_last_part(base)}: {name}"
+
+
+def _loading(base: str, revision: str | None, kind: Kind) -> str:
+    at = f', revision="{revision}"' if revision else ""
+    load = {
+        "merged": 'model = AutoModelForCausalLM.from_pretrained("PATH-OR-ID-OF-THIS-MODEL", dtype="auto")',
+        "adapter": (
+            f'base = AutoModelForCausalLM.from_pretrained("{public_name(base)}"{at}, dtype="auto")\n'
+            'model = PeftModel.from_pretrained(base, "PATH-OR-ID-OF-THIS-ADAPTER")'
+        ),
+    }[kind]
+    imports = "from peft import PeftModel\n" if kind == "adapter" else ""
+    note = (
+        "" if is_hub_id(base) or kind == "merged" else "\n\nThe base was a local folder: give its path on your machine."
+    )
+    this = "ADAPTER" if kind == "adapter" else "MODEL"
+    return (
+        f"## Loading\n\n```python\n{imports}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n{load}\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH-OR-ID-OF-THIS-{this}")\n```{note}'
+    )
+
+
+def _data(config: RunConfig, num_train_rows: int) -> str:
+    names = ", ".join(f"`{public_name(source.path)}`" for source in config.data.train)
+    loss_on = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "every token"}
+    return f"## Data\n\n{num_train_rows} training rows from {names}; loss on {loss_on[config.data.loss_on]}."
+
+
+def _table(name: str, value: str, rows: Mapping[str, str], empty: str) -> str:
+    if not rows:
+        return empty
+    lines = [f"| {name} | {value} |", "|---|---|", *(f"| {key} | {item} |" for key, item in rows.items())]
+    return "\n".join(lines)
+
+
+def _settings(config: RunConfig) -> str:
+    settings: str = yaml.safe_dump(_without_paths(config.model_dump(mode="json")), sort_keys=False)
+    return settings

@@ -1,0 +1,235 @@
+"""Merge an adapter into 16-bit weights, from files to files.
+
+What is merged onto. A QLoRA adapter was trained against 4-bit weights rounded from the original ones. `dequantized`
+merges onto those rounded weights: the very function that was trained, in 16 bits. `original` merges onto the weights
+before rounding, which are better weights but not the ones the adapter saw. Which gives the lower loss depends on the
+model, so `qlora_train.export.verify` measures. Merging *into* 4 bits is not offered: the small change rounds back onto
+the 4-bit grid and the fine-tune is gone.
+
+Every tensor is read, changed in float32, rounded once and written; host memory holds one shard of output and the
+float32 copies of one tensor. Nothing is written in place, and what the merge does not understand it refuses.
+"""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig
+
+from qlora_train.config.schema import QuantizationSection
+from qlora_train.durable import sha256_of, staged_folder
+from qlora_train.errors import MergeError
+from qlora_train.export.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFile
+from qlora_train.export.base_file import BaseFile, Rounding, Skeleton, skeleton_of
+from qlora_train.export.merge_plan import MergePlan, OutputTensor, merged_tensor, plan_merge
+from qlora_train.export.shards import bytes_of_size, write_shards
+
+MergeBase = Literal["original", "dequantized"]
+MARKER = "merge.json"
+"""Written into a merged folder: which adapters are in it, and onto what they were merged."""
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written: `num_changed` of `num_tensors` tensors carry the adapter; `num_rounded` went through 4 bits."""
+
+    output: Path
+    merge_base: MergeBase
+    dtype: torch.dtype
+    num_tensors: int
+    num_changed: int
+    num_rounded: int
+    num_shards: int
+    total_bytes: int
+    tied: bool
+    adapter_sha256: str
+
+
+def merge_adapter(
+    base_folder: Path,
+    adapter_folder: Path,
+    output: Path,
+    *,
+    merge_base: MergeBase,
+    quantization: QuantizationSection,
+    dtype: torch.dtype,
+    max_shard_size: str = "5GB",
+    load_dtype: torch.dtype | None = None,
+    model_config: Any = None,
+    device: str = "cpu",
+) -> MergeReport:
+    """Write `output`, a model folder that Transformers loads without PEFT.
+
+    Args:
+        base_folder: local checkpoint of safetensors, 16-bit or as bitsandbytes stored it in 4 bits.
+        adapter_folder: as PEFT saved it; its tokenizer and generation_config files go into the output, else the base's.
+        output: a new folder, or a previous merge, which is replaced once the new one is whole.
+        merge_base: `dequantized` rounds the linear layers through 4 bits first, as the run held them.
+        quantization: how the run held them.
+        dtype: of the written floating-point tensors.
+        load_dtype: dtype that the run quantised from (its compute dtype); None is `dtype`.
+        model_config: Transformers config of the trained model where it differs from the base's (RoPE scaling).
+        device: where weights are rounded through 4 bits.
+
+    Raises:
+        MergeError: see the message; nothing has been written then.
+    """
+    _refuse_places(base_folder, adapter_folder, output)
+    shard_bytes = bytes_of_size(max_shard_size)
+    config = copy.deepcopy(model_config) if model_config is not None else AutoConfig.from_pretrained(base_folder)
+    config.__dict__.pop("quantization_config", None)
+    skeleton = skeleton_of(config)
+    adapter = AdapterFile(adapter_folder, skeleton.embedding)
+    marker = _marker(base_folder, adapter, merge_base)
+    with BaseFile(base_folder) as base:
+        held_in_4bit = _held_in_4bit(base, skeleton, merge_base, quantization)
+        rounding = Rounding(held_in_4bit - base.stored_4bit, quantization, load_dtype or dtype, device)
+        plan = plan_merge(base, adapter, skeleton)
+        make = _maker(base, adapter, plan, rounding, dtype)
+        with staged_folder(output) as staging:
+            sizes_bytes = [_size_bytes(base, tensor, dtype) for tensor in plan.tensors]
+            names = [tensor.name for tensor in plan.tensors]
+            num_shards = write_shards(staging, names, sizes_bytes, shard_bytes, make)
+            adapter.assert_all_read_once()
+            _write_config(staging, config, plan, dtype)
+            _copy_companions(base_folder, adapter_folder, staging)
+            (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    return MergeReport(
+        output=output,
+        merge_base=merge_base,
+        dtype=dtype,
+        num_tensors=len(names),
+        num_changed=sum(tensor.update is not None for tensor in plan.tensors),
+        num_rounded=len(held_in_4bit),
+        num_shards=num_shards,
+        total_bytes=sum(sizes_bytes),
+        tied=plan.tied,
+        adapter_sha256=marker["adapters"][-1]["sha256"],
+    )
+
+
+def is_stored_in_4bit(base_folder: Path) -> bool:
+    """Say whether bitsandbytes stored the checkpoint in 4 bits, so that the original weights are not there."""
+    with BaseFile(base_folder) as base:
+        return bool(base.stored_4bit)
+
+
+def _maker(
+    base: BaseFile, adapter: AdapterFile, plan: MergePlan, rounding: Rounding, dtype: torch.dtype
+) -> Callable[[str], torch.Tensor]:
+    """Return the function that makes one output tensor: read, round through 4 bits, change in float32, round once."""
+    by_name = {tensor.name: tensor for tensor in plan.tensors}
+
+    def make(name: str) -> torch.Tensor:
+        tensor = by_name[name]
+        weight = base.read(tensor.source)
+        if not weight.is_floating_point():
+            return weight
+        return merged_tensor(adapter, tensor.update, rounding(tensor.source, weight).float()).to(dtype)
+
+    return make
+
+
+def _held_in_4bit(
+    base: BaseFile, skeleton: Skeleton, merge_base: MergeBase, quantization: QuantizationSection
+) -> frozenset[str]:
+    """Return the names of the weights that the run held in 4 bits, or none for a merge onto the original ones."""
+    if base.stored_4bit:
+        if merge_base == "original":
+            raise MergeError(
+                f"{base.folder}: export.merge_base is original, but the base is stored in 4 bits and "
+                "the original weights are not there; use dequantized, or give the 16-bit base"
+            )
+        return base.stored_4bit
+    if merge_base == "original":
+        return frozenset()
+    if not quantization.load_in_4bit:
+        raise MergeError(
+            "export.merge_base is dequantized, but quantization.load_in_4bit is false: the adapter was trained on the "
+            "original weights; use original or auto"
+        )
+    rounded = frozenset(f"{name}.weight" for name in skeleton.linears)
+    missing = sorted(rounded - set(base.names))
+    if missing:
+        raise MergeError(
+            f"{base.folder}: {len(missing)} linear weights of the model are stored under other names, e.g. {missing[0]} "
+            f"is not among names like {base.names[0]}; save the base with this version of transformers, or use original"
+        )
+    return rounded
+
+
+def _refuse_places(base_folder: Path, adapter_folder: Path, output: Path) -> None:
+    if not (base_folder / "config.json").is_file():
+        raise MergeError(f"{base_folder}: no config.json; the base of a merge is a local model folder")
+    target = output.resolve()
+    for what, folder in (("base", base_folder.resolve()), ("adapter", adapter_folder.resolve())):
+        if target == folder or target.is_relative_to(folder) or folder.is_relative_to(target):
+            raise MergeError(f"{output}: the merge would overlap the {what} in {folder}; give a folder of its own")
+    if output.exists() and not (output / MARKER).is_file():
+        raise MergeError(
+            f"{output}: exists and is not a previous merge (no {MARKER}); give another folder or remove it"
+        )
+
+
+def _marker(base_folder: Path, adapter: AdapterFile, merge_base: MergeBase) -> dict[str, Any]:
+    """Return the content of the marker: the adapters merged so far, this one last."""
+    digest, earlier = sha256_of(adapter.path), []
+    if (base_folder / MARKER).is_file():
+        earlier = json.loads((base_folder / MARKER).read_text(encoding="utf-8"))["adapters"]
+    if any(entry["sha256"] == digest for entry in earlier):
+        raise MergeError(
+            f"{base_folder}: this adapter is already merged into it; merge onto the base it was trained on"
+        )
+    return {"adapters": [*earlier, {"sha256": digest, "merge_base": merge_base}]}
+
+
+def _size_bytes(base: BaseFile, tensor: OutputTensor, dtype: torch.dtype) -> int:
+    if not base.is_floating(tensor.source):
+        return base.read(tensor.source).nbytes
+    size = dtype.itemsize
+    for length in tensor.shape:
+        size *= length
+    return size
+
+
+def _write_config(folder: Path, config: Any, plan: MergePlan, dtype: torch.dtype) -> None:
+    config.dtype = dtype
+    config._name_or_path = ""
+    text = config.get_text_config()
+    text.tie_word_embeddings = config.tie_word_embeddings = plan.tied
+    text.vocab_size = plan.num_embeddings
+    config.save_pretrained(folder)
+
+
+def _copy_companions(base_folder: Path, adapter_folder: Path, folder: Path) -> None:
+    """Copy the tokenizer as a whole from one side, the generation settings, and code that the config refers to."""
+    source = adapter_folder if (adapter_folder / "tokenizer_config.json").is_file() else base_folder
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for side in (adapter_folder, base_folder):
+        if (side / "generation_config.json").is_file():
+            shutil.copyfile(side / "generation_config.json", folder / "generation_config.json")
+            break
+    for code in base_folder.glob("*.py"):
+        shutil.copyfile(code, folder / code.name)
+
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "MARKER",
+    "MergeBase",
+    "MergeReport",
+    "is_stored_in_4bit",
+    "merge_adapter",
+]

@@ -1,0 +1,94 @@
+"""Merge a finished run: measure the adapter, merge from files, measure the result, keep it only when it is as good."""
+
+import logging
+from importlib.metadata import version
+
+import torch
+
+from qlora_train import durable
+from qlora_train.adapter import load_trained
+from qlora_train.checkpoint import RunFolder
+from qlora_train.config import RunConfig
+from qlora_train.data import PreparedData
+from qlora_train.evaluate import HeldOutLoss, held_out_loss
+from qlora_train.export.card import write_card
+from qlora_train.export.verify import MergeChoice, MergeRun, choose_merge_base
+from qlora_train.loader import BaseSource, load_model
+from qlora_train.loader.hardware import choose_compute_dtype, select_device
+from qlora_train.loader.model import model_config
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide a run's numbers."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData) -> MergeChoice:
+    """Merge a finished run's adapter into `folder.merged` and record what was measured.
+
+    Args:
+        folder: a finished run.
+        config: its settings.
+        source: its base model, with weights.
+        data: its rows; the held-out ones are measured.
+
+    Raises:
+        MergeError: the merge cannot be done exactly, or its loss exceeds the adapter's by more than the config allows.
+    """
+    training = folder.read_results()["training"]
+    logger.info("merge: adapter of step %d onto %s", training["taken_from_step"], config.export.merge_base)
+    adapter_loss = _adapter_loss(folder, config, source, data) if data.eval else None
+    device = select_device()
+    compute_dtype = choose_compute_dtype(config.quantization.bnb_4bit_compute_dtype, device)
+    choice = choose_merge_base(
+        MergeRun(
+            base_folder=source.folder,
+            adapter_folder=folder.adapter,
+            quantization=config.quantization,
+            dtype=torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype,
+            max_shard_size=config.export.max_shard_size,
+            load_dtype=compute_dtype,
+            model_config=model_config(source, config.model),
+            device=str(device),
+        ),
+        folder.merged,
+        merge_base=config.export.merge_base,
+        examples=data.eval,
+        adapter_loss=adapter_loss,
+        max_loss_increase=config.export.max_loss_increase,
+        batch_size=config.train.per_device_eval_batch_size,
+    )
+    measured = {f"loss merged onto {kind}": loss for kind, loss in choice.losses.items()}
+    if adapter_loss is not None:
+        measured = {"loss with adapter": adapter_loss.loss, **measured}
+    write_card(
+        folder.merged,
+        base=source.name,
+        revision=source.revision,
+        config=config,
+        metrics=measured,
+        num_train_rows=len(data.train),
+        library_versions=library_versions(),
+        kind="merged",
+    )
+    durable.write_manifest(folder.merged)
+    folder.add_results(merge={"kept": choice.report.merge_base, **measured})
+    for name, loss in measured.items():
+        logger.info("held-out %s: %.4f nats/token", name, loss)
+    logger.info("merged: %s (onto the %s base)", folder.merged, choice.report.merge_base)
+    return choice
+
+
+def _adapter_loss(folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData) -> HeldOutLoss:
+    loaded = load_model(config.model, config.quantization, source=source)
+    model = load_trained(loaded, folder.adapter)
+    return held_out_loss(
+        model,
+        data.eval,
+        batch_size=config.train.per_device_eval_batch_size,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+    )

@@ -1,0 +1,72 @@
+"""What the machine decides: the device, the compute dtype and the attention kernel, each with its reason."""
+
+import importlib.util
+import logging
+import os
+from typing import Literal
+
+import torch
+
+from qlora_train.architectures import Architecture
+from qlora_train.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+
+
+def select_device() -> torch.device:
+    """Return the one device of this process, and say so when several GPUs are visible without a launcher."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if num_gpus > 1 and "LOCAL_RANK" not in os.environ:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
+        logger.warning(
+            "device: GPU %s of the %d that are visible (one process trains on one GPU; choose another with "
+            "CUDA_VISIBLE_DEVICES)", visible[0], num_gpus,
+        )  # fmt: skip
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of the matrix products; `auto` takes what the hardware multiplies fast without a loss scaler."""
+    if setting != "auto":
+        dtype, reason = getattr(torch, setting), "set in the config"
+    elif device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if fast else torch.float16
+        name = torch.cuda.get_device_name(device)
+        reason = f"{name} multiplies bfloat16" if fast else f"{name} has no bfloat16 units"
+    elif torch.backends.cpu.get_cpu_capability().startswith("AVX512") or torch.cpu._is_avx512_bf16_supported():
+        dtype, reason = torch.bfloat16, "this CPU has AVX512"
+    else:
+        dtype, reason = torch.float32, "this CPU multiplies bfloat16 slower than float32"
+    assert isinstance(dtype, torch.dtype)
+    logger.info("compute dtype: %s (%s)", str(dtype).removeprefix("torch."), reason)
+    return dtype
+
+
+def choose_attention(setting: Attention, architecture: Architecture, device: torch.device) -> str:
+    """Return the attention implementation to load the model with.
+
+    Raises:
+        ConfigError: sdpa is asked for where it computes something else than the architecture means.
+    """
+    if setting == "sdpa" and architecture.attention_reason:
+        raise ConfigError(
+            f"model.attn_implementation: sdpa is wrong for {architecture.model_type}: {architecture.attention_reason}; "
+            f"use auto or {architecture.attention}"
+        )
+    if setting != "auto":
+        name, reason = str(setting), "set in the config"
+    elif device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        name, reason = "flash_attention_2", "flash-attn is installed"
+    elif architecture.attention_reason:
+        name, reason = architecture.attention, architecture.attention_reason
+    else:
+        name, reason = "sdpa", "flash-attn is not installed" if device.type == "cuda" else "on a CPU"
+    logger.info("attention: %s (%s)", name, reason)
+    return name

@@ -1,0 +1,184 @@
+"""The base model in 4 bits, ready for an adapter or for inference.
+
+Nothing is upcast: norms, embeddings and the output head stay in the compute dtype. Every parameter is frozen.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_train.architectures import Architecture, detect
+from qlora_train.config import ModelSection, QuantizationSection
+from qlora_train.errors import ConfigError, ModelError
+from qlora_train.loader.census import Census, check_census, make_safe_for_training_after_eval, take_census
+from qlora_train.loader.hardware import choose_attention, choose_compute_dtype, select_device
+from qlora_train.loader.quantize import quantize_linears
+from qlora_train.loader.source import BaseSource, resolve_base
+from qlora_train.loader.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen base model with what the next stages need to know of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    source: BaseSource
+    census: Census
+    compute_dtype: torch.dtype
+    device: torch.device
+    num_new_tokens: int
+    """Vocabulary rows added for `model.new_tokens`; they are the last rows of the embedding."""
+
+
+def load_model(
+    model: ModelSection,
+    quantization: QuantizationSection,
+    *,
+    source: BaseSource | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> LoadedModel:
+    """Load a base model in 4-bit NF4 (or as `quantization` says), frozen, with its tokenizer.
+
+    Args:
+        model: which model, and how.
+        quantization: how its linear weights are stored.
+        source: the result of `resolve_base`, when it is at hand already.
+        tokenizer: the result of `load_tokenizer`, when it is at hand already.
+
+    Raises:
+        ModelError: the model cannot be had or read, or too little of it could be quantised.
+        ConfigError: settings that contradict the checkpoint.
+    """
+    source = source or resolve_base(model)
+    tokenizer = tokenizer or load_tokenizer(source, model)
+    architecture = detect(source.config)
+    device = select_device()
+    dtype = choose_compute_dtype(quantization.bnb_4bit_compute_dtype, device)
+    base = _from_pretrained(
+        source, model, dtype, device, _quantization_config(source, quantization, dtype), architecture
+    )
+    if quantization.load_in_4bit:
+        quantize_linears(base, architecture.linear_classes, quantization, dtype)
+    base.config.use_cache = False
+    base.requires_grad_(False)
+    make_safe_for_training_after_eval(base)
+    _set_compute_dtype(base, dtype)
+    num_new_tokens = _fit_vocabulary(base, tokenizer)
+    census = take_census(base, output_heads(base))
+    if quantization.load_in_4bit:
+        check_census(census, quantization.min_quantized_share)
+    return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, num_new_tokens)
+
+
+def output_heads(model: PreTrainedModel) -> set[nn.Module]:
+    """Return the output head, as a set that is empty for a model without one."""
+    head = model.get_output_embeddings()
+    return set() if head is None else {head}
+
+
+def _quantization_config(
+    source: BaseSource, quantization: QuantizationSection, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """Return how to quantise on loading; None for 16-bit LoRA and for a checkpoint that is quantised already."""
+    stored = source.config.get("quantization_config")
+    if stored is not None:
+        _check_stored_quantization(stored, source, quantization)
+        return None
+    if not quantization.load_in_4bit:
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _check_stored_quantization(stored: dict[str, Any], source: BaseSource, quantization: QuantizationSection) -> None:
+    if not stored.get("load_in_4bit"):
+        method = stored.get("quant_method", "unknown")
+        raise ModelError(
+            f"model.model_name_or_path: {source.name} is quantised already with {method}, which is not bitsandbytes "
+            "4-bit; give the original 16-bit model"
+        )
+    if not quantization.load_in_4bit:
+        raise ConfigError(
+            f"quantization.load_in_4bit: false, but {source.name} is stored in 4 bits; set it to true, or give the "
+            "original 16-bit model"
+        )
+    wrong = [
+        f"quantization.{key}: {asked}, but {source.name} is stored with {stored[key]}; set it to {stored[key]}"
+        for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        if key in stored and stored[key] != (asked := getattr(quantization, key))
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    logger.info("quantization: taken from the checkpoint, which is stored in 4-bit %s", stored["bnb_4bit_quant_type"])
+
+
+def _from_pretrained(
+    source: BaseSource,
+    model: ModelSection,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization_config: BitsAndBytesConfig | None,
+    architecture: Architecture,
+) -> PreTrainedModel:
+    arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            config=model_config(source, model),
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=choose_attention(model.attn_implementation, architecture, device),
+            trust_remote_code=model.trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            **arguments,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise ModelError(f"model.model_name_or_path: {source.name} cannot be loaded: {first_line}") from error
+
+
+def model_config(source: BaseSource, model: ModelSection) -> Any:
+    """Return the Transformers config of the base, with `model.rope_scaling` applied."""
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+    if model.rope_scaling is None:
+        return config
+    content = config.to_dict()
+    positions = content["max_position_embeddings"]
+    content["rope_parameters"] = {**(content.get("rope_parameters") or {}), **model.rope_scaling}
+    content["rope_parameters"].setdefault("original_max_position_embeddings", positions)
+    content["max_position_embeddings"] = int(positions * float(model.rope_scaling["factor"]))
+    logger.info("positions: %d -> %d (rope_scaling)", positions, content["max_position_embeddings"])
+    return type(config).from_dict(content)
+
+
+def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give every 4-bit layer the chosen compute dtype: one that was stored in the checkpoint is float32 by default."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+
+
+def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Grow the embedding when the tokenizer has more tokens than rows; return the number of new rows."""
+    num_rows = model.get_input_embeddings().num_embeddings
+    num_new = max(0, len(tokenizer) - num_rows)
+    if num_new:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        model.requires_grad_(False)
+        logger.info("vocabulary: %d rows added to the embedding, initialised from the others' mean", num_new)
+    return num_new

@@ -1,0 +1,51 @@
+"""Quantise the linear layers that the library leaves in 16 bits because their class is a subclass of nn.Linear."""
+
+import logging
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+
+from qlora_train.config import QuantizationSection
+
+logger = logging.getLogger(__name__)
+
+
+def quantize_linears(
+    model: nn.Module, class_names: tuple[str, ...], quantization: QuantizationSection, compute_dtype: torch.dtype
+) -> None:
+    """Replace the linears of these classes by 4-bit ones, one at a time, on the device they are on.
+
+    Args:
+        model: a model loaded in 16 bits as far as these layers go.
+        class_names: subclasses of nn.Linear whose forward is the plain product, from the architecture table.
+        quantization: code book and double quantisation.
+        compute_dtype: dtype of the matrix products.
+    """
+    found = [(name, module) for name, module in model.named_modules() if type(module).__name__ in class_names]
+    for name, module in found:
+        assert isinstance(module, nn.Linear), f"{name} is no linear layer; the architecture table is wrong"
+        model.set_submodule(name, _quantized(module, quantization, compute_dtype))
+    if found:
+        logger.info("quantised %d layers of class %s, which the library skips", len(found), ", ".join(class_names))
+
+
+def _quantized(linear: nn.Linear, quantization: QuantizationSection, compute_dtype: torch.dtype) -> Linear4bit:
+    with torch.device("meta"):
+        replacement = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=compute_dtype,
+            compress_statistics=quantization.bnb_4bit_use_double_quant,
+            quant_type=quantization.bnb_4bit_quant_type,
+        )
+    replacement.weight = Params4bit(
+        linear.weight.data.clone(),
+        requires_grad=False,
+        compress_statistics=quantization.bnb_4bit_use_double_quant,
+        quant_type=quantization.bnb_4bit_quant_type,
+        module=replacement,
+    ).to(linear.weight.device)
+    replacement.bias = linear.bias
+    return replacement

@@ -1,0 +1,141 @@
+"""Where the base model's files are: a local folder, a converted GGUF file, or a snapshot of a Hub repository.
+
+The result is always a local folder, so that everything after it (loading, merging, cards) reads plain files. What the Hub
+refuses comes back as one line that says what to do.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_train.config import ModelSection
+from qlora_train.errors import ModelError
+from qlora_train.loader.gguf import convert_gguf
+
+logger = logging.getLogger(__name__)
+
+_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
+_WEIGHTS = ["*.safetensors"]
+_CODE = ["*.py"]
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """The base model on disk.
+
+    `name` is what cards and configs may say in public: the Hub id, or the last part of a local path. `revision` is the
+    commit that was downloaded, None for local files. `config` is the content of config.json.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether `name` is a Hub id."""
+        return self.revision is not None
+
+
+def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
+    """Make the base model's files local.
+
+    Args:
+        model: the config's model section.
+        weights: fetch the weights too, not only the config and the tokenizer.
+
+    Raises:
+        ModelError: the folder, file or repository cannot be had, or is not a model.
+    """
+    path = Path(model.model_name_or_path).expanduser()
+    if path.suffix == ".gguf":
+        folder = convert_gguf(path, _gguf_cache())
+        return BaseSource(folder, path.stem, None, _read_config(folder, model.model_name_or_path))
+    if path.is_dir():
+        return BaseSource(path, path.resolve().name, None, _read_config(path, model.model_name_or_path))
+    _refuse_missing_path(model.model_name_or_path)
+    return _download(model, weights=weights)
+
+
+def _gguf_cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "qlora-train" / "gguf"
+
+
+def _read_config(folder: Path, asked: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"model.model_name_or_path: {asked}: the folder holds no config.json; give a folder written by "
+            "save_pretrained, a .gguf file or a Hub id"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"model.model_name_or_path: {asked}: config.json cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"model.model_name_or_path: {asked}: config.json holds no mapping")
+    return content
+
+
+def _refuse_missing_path(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
+    if looks_local or Path(name).exists():
+        found = "is a file" if Path(name).is_file() else "does not exist"
+        raise ModelError(
+            f"model.model_name_or_path: {name} {found}; give a folder with config.json and safetensors, a .gguf file, "
+            "or a Hub id such as meta-llama/Llama-2-7b-hf"
+        )
+
+
+def _download(model: ModelSection, *, weights: bool) -> BaseSource:
+    from huggingface_hub import snapshot_download
+
+    patterns = _FILES + (_WEIGHTS if weights else []) + (_CODE if model.trust_remote_code else [])
+    name = model.model_name_or_path
+    with hub_errors(f"model.model_name_or_path: {name}"):
+        folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
+    if weights and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"model.model_name_or_path: {name} has no safetensors; pickled weights (.bin) are not read; "
+            "choose a revision with safetensors, for example one made by the Hub's safetensors converter"
+        )
+    return BaseSource(folder, name, folder.name, _read_config(folder, name))
+
+
+@contextmanager
+def hub_errors(where: str) -> Iterator[None]:
+    """Turn what the Hub client raises into one line that starts with `where`.
+
+    Raises:
+        ModelError: gated or missing repository, missing revision, no network, or a name that is no repository id.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise ModelError(f"{where} is gated (403): accept its terms on its Hub page, then set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{where} has no such revision (404): check model.revision") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"{where} does not exist on the Hub, or is private (401/404): check the name; for a private repository set "
+            "HF_TOKEN"
+        ) from None
+    except errors.HFValidationError as error:
+        raise ModelError(f"{where} is neither a local path nor a Hub id ({error})") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError):
+        raise ModelError(
+            f"{where} is not in the local cache and the Hub cannot be reached: check the network and HF_HUB_OFFLINE, "
+            "or give a local folder"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        raise ModelError(
+            f"{where}: the Hub answered {error.response.status_code}: try again, or check HF_TOKEN"
+        ) from None

@@ -1,0 +1,103 @@
+"""The tokenizer of the base, repaired where the checkpoint is incomplete; every repair is logged.
+
+Needed before the model: the data is rendered, masked and checked first.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from qlora_train.architectures import detect as detect_architecture
+from qlora_train.architectures import max_positions
+from qlora_train.config import ModelSection
+from qlora_train.data.chat_templates import resolve_chat_template
+from qlora_train.errors import ModelError
+from qlora_train.loader.source import BaseSource
+
+logger = logging.getLogger(__name__)
+
+_PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
+_NO_LIMIT = 1_000_000
+
+
+def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokenizerBase:
+    """Load and repair the tokenizer.
+
+    Raises:
+        ModelError: no tokenizer, no end-of-sequence token, or a chat template whose turn ends are not tokens.
+        ConfigError: `model.chat_template` names nothing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().split("\n", 1)[0]
+        raise ModelError(f"model.model_name_or_path: {source.name} has no usable tokenizer: {first_line}") from None
+    if model.new_tokens:
+        num_added = tokenizer.add_tokens(list(model.new_tokens))
+        logger.info("tokenizer: %d of %d new tokens added", num_added, len(model.new_tokens))
+    if model.chat_template is not None:
+        _set_chat_template(tokenizer, model.chat_template)
+    _repair_eos(tokenizer, source)
+    _repair_pad(tokenizer)
+    _repair_length(tokenizer, source.config)
+    return tokenizer
+
+
+def _set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) -> None:
+    template = resolve_chat_template(name_or_file)
+    had_one = "replaces the tokenizer's own" if tokenizer.chat_template else "the tokenizer has none"
+    tokenizer.chat_template = template.jinja
+    logger.info("chat template: %s (%s)", name_or_file, had_one)
+    end = template.end_of_turn
+    if end is None:
+        return
+    ids = tokenizer.encode(end, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ModelError(
+            f"model.chat_template: {name_or_file} ends a turn with {end!r}, which this tokenizer splits into {len(ids)} "
+            f"tokens; choose a template of the model's own family, or add it: model.new_tokens: ['{end}']"
+        )
+    if tokenizer.eos_token != end:
+        logger.info("tokenizer: eos token %r -> %r, which ends a turn of the chat template", tokenizer.eos_token, end)
+        tokenizer.eos_token = end
+
+
+def _repair_eos(tokenizer: PreTrainedTokenizerBase, source: BaseSource) -> None:
+    if tokenizer.eos_token_id is not None:
+        return
+    eos = source.config.get("eos_token_id")
+    eos_id = eos[0] if isinstance(eos, list) and eos else eos
+    if not isinstance(eos_id, int) or eos_id >= len(tokenizer):
+        raise ModelError(
+            f"model.model_name_or_path: {source.name}: neither the tokenizer nor config.json names an end-of-sequence "
+            "token, so the model could not learn to stop; set eos_token in tokenizer_config.json"
+        )
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
+    logger.info("tokenizer: eos token was missing, %r taken from config.json", tokenizer.eos_token)
+
+
+def _repair_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    candidates = (token for token in _PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token)
+    tokenizer.pad_token = next(candidates, tokenizer.eos_token)
+    logger.info(
+        "tokenizer: pad token was missing, %r is used (labels come from masks, not from it)", tokenizer.pad_token
+    )
+
+
+def _repair_length(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> None:
+    positions = max_positions(config, detect_architecture(config))
+    if tokenizer.model_max_length > _NO_LIMIT and positions is not None:
+        tokenizer.model_max_length = positions
+        logger.info("tokenizer: model_max_length was unlimited, %d taken from config.json", positions)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer with its chat template beside a model or an adapter."""
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,65 @@
+"""The loss: summed negative log-likelihood of the label tokens, with logits made only where there is a label.
+
+The head of a 150,000-token vocabulary is the largest tensor of a step. A hook on this model's own head hands it only the
+hidden states that predict a label, so that whatever the architecture does around its head (scaling, soft-capping) stays
+exactly what it is, on `(num_labels, vocabulary)` instead of `(batch, seq, vocabulary)`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+IGNORED = -100
+
+
+def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Return for each position the token to be predicted there.
+
+    Args:
+        labels: (batch, seq), IGNORED where a token carries no loss.
+
+    Returns:
+        (batch, seq); the last column is IGNORED.
+    """
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+@contextmanager
+def _head_sees_only(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """Let the output head of this model see only the hidden states at `positions` (batch, seq), a boolean mask."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+
+    def select(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (arguments[0][positions], *arguments[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def label_losses(
+    model: nn.Module, *, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of every label token.
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        input_ids: (batch, seq).
+        attention_mask: (batch, seq), 1 for real tokens.
+        labels: (batch, seq), IGNORED where a token carries no loss.
+
+    Returns:
+        Negative log-likelihoods in nats, float32 (num_labels,), and the row of the batch each belongs to (num_labels,).
+    """
+    targets = shifted_labels(labels)
+    positions = targets != IGNORED
+    with _head_sees_only(model, positions):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    losses = functional.cross_entropy(logits.float(), targets[positions], reduction="none")
+    return losses, positions.nonzero()[:, 0]

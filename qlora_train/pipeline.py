@@ -1,0 +1,110 @@
+"""A run from config to adapter and merged model: the table of contents."""
+
+import logging
+import platform
+from typing import Any
+
+import torch
+
+from qlora_train import durable
+from qlora_train.adapter import AdaptedModel, attach_adapter
+from qlora_train.architectures import check_max_length, detect
+from qlora_train.checkpoint import RunFolder, check_same_facts, open_run
+from qlora_train.config import RunConfig, load_config
+from qlora_train.data import PreparedData, prepare_data
+from qlora_train.export.card import clean_adapter_config, write_card
+from qlora_train.export.run import library_versions, merge_run
+from qlora_train.loader import BaseSource, load_model, load_tokenizer, resolve_base
+from qlora_train.loader.tokenizer import save_tokenizer
+from qlora_train.report import EvalSettings, evaluate_run
+from qlora_train.trainer import train
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
+    """Do what a config says, or what is left of it.
+
+    Args:
+        config: the resolved config; `run.output_dir` is set.
+        resume: `auto`, `never` or the path of a checkpoint.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: anything the user can fix; whatever was whole before is still whole.
+    """
+    folder, checkpoint = open_run(config, resume=resume)
+    if folder.is_finished():
+        logger.info("%s: training has finished already; delete the folder to train again", folder.path)
+    else:
+        source, data = prepare(config)
+        check_same_facts(folder, facts(source, data))
+        loaded = load_model(config.model, config.quantization, source=source)
+        adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
+        logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
+        result = train(adapted, data, config, folder, checkpoint)
+        write_adapter(folder, adapted, config, data, result)
+    if config.export.merge and not folder.merged.is_dir():
+        merge(folder)
+    return folder
+
+
+def merge(folder: RunFolder) -> None:
+    """Merge a finished run, as its config says how."""
+    config = load_config(folder.config_file)
+    merge_run(folder, config, *prepare(config))
+
+
+def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
+    """Measure base, adapter and merged model of a finished run on its held-out rows."""
+    config = load_config(folder.config_file)
+    return evaluate_run(folder, config, *prepare(config), settings)
+
+
+def prepare(config: RunConfig) -> tuple[BaseSource, PreparedData]:
+    """Make base and data ready before the model is loaded: everything that can be wrong with either shows here."""
+    described = resolve_base(config.model, weights=False)
+    scaling = config.model.rope_scaling
+    check_max_length(described.config, detect(described.config), config.data.max_length, scaling)
+    data = prepare_data(config.data, load_tokenizer(described, config.model), config.run.seed)
+    return resolve_base(config.model), data
+
+
+def facts(source: BaseSource, data: PreparedData) -> dict[str, Any]:
+    """Return what decides a run besides its config."""
+    return {
+        "base": source.name,
+        "base_revision": source.revision,
+        "data_fingerprint": data.fingerprint,
+        "num_train_rows": len(data.train),
+        "num_eval_rows": len(data.eval),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "versions": library_versions(),
+    }
+
+
+def write_adapter(
+    folder: RunFolder, adapted: AdaptedModel, config: RunConfig, data: PreparedData, result: dict[str, Any]
+) -> None:
+    """Save the adapter in PEFT's format, with its tokenizer and a filled card: the run is finished when this is there."""
+    source = adapted.loaded.source
+    metrics = {key: float(result[key]) for key in ("train_loss", "eval_loss") if result[key] is not None}
+    with durable.staged_folder(folder.adapter) as staging:
+        # "auto" guesses offline that resized embeddings were not modified; new rows are saved by their own tensors
+        adapted.model.save_pretrained(str(staging), save_embedding_layers=False)
+        save_tokenizer(adapted.loaded.tokenizer, staging)
+        clean_adapter_config(staging, source.name, source.revision)
+        write_card(
+            staging,
+            base=source.name,
+            revision=source.revision,
+            config=config,
+            metrics=metrics,
+            num_train_rows=len(data.train),
+            library_versions=library_versions(),
+            kind="adapter",
+        )
+    folder.add_results(training=result)
+    logger.info("adapter: %s (from step %d)", folder.adapter, result["taken_from_step"])

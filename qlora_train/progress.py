@@ -1,0 +1,84 @@
+"""What a person sees of a running training, and metrics.jsonl.
+
+With a terminal: one live line (step, loss, tokens a second, memory, time left) under the log. Without one: the log's plain
+lines alone.
+"""
+
+import json
+import logging
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from transformers import TrainerCallback
+
+from qlora_train import durable
+from qlora_train.checkpoint import RunFolder
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "eval_loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "grad {:.3f}",
+}
+_KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "eval_runtime_seconds")
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]
+    """Writes a line of metrics at every log point, to the log and to metrics.jsonl."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._bar: Bar | None = None
+        self._start_seconds, self._start_step, self._start_tokens = 0.0, 0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
+        """Forget the metrics that a resumed run will write again, and start the live line."""
+        self._keep_metrics_until(state.global_step)
+        self._start_seconds = time.perf_counter()
+        self._start_step, self._start_tokens = state.global_step, int(state.num_input_tokens_seen)
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Bar(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+            self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
+        """Move the live line."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_k: Any) -> None:
+        """Write the metrics."""
+        metrics = {key: value for key, value in (logs or {}).items() if key in _KEPT}
+        if not metrics:
+            return
+        with self._run.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **metrics}) + "\n")
+        parts = [text.format(metrics[key]) for key, text in _SHOWN.items() if key in metrics]
+        logger.info("step %d/%d  %s  %s", state.global_step, state.max_steps, "  ".join(parts), self._resources(state))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
+        """Take the live line away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _resources(self, state: Any) -> str:
+        seconds = time.perf_counter() - self._start_seconds
+        speed = (state.num_input_tokens_seen - self._start_tokens) / seconds
+        left = seconds / max(state.global_step - self._start_step, 1) * (state.max_steps - state.global_step)
+        memory = f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
+        return f"{speed:.0f} tokens/s{memory}  {left:.0f} s left"
+
+    def _keep_metrics_until(self, step: int) -> None:
+        if not self._run.metrics_file.is_file():
+            return
+        lines = self._run.metrics_file.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        durable.write_text(self._run.metrics_file, "".join(line + "\n" for line in kept))

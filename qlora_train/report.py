@@ -1,0 +1,154 @@
+"""What a finished run achieved: base with a few solved examples, adapter and merged model on the same held-out rows."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from qlora_train import durable
+from qlora_train.adapter import load_trained
+from qlora_train.checkpoint import RunFolder
+from qlora_train.config import RunConfig
+from qlora_train.data import Example, Message, PreparedData
+from qlora_train.errors import DataError
+from qlora_train.evaluate import compare_row_by_row, few_shot_prompt, generate_answers, held_out_loss, score_answers
+from qlora_train.loader import BaseSource, load_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How answers are generated and how many examples the base model is shown."""
+
+    num_shots: int = 3
+    max_new_tokens: int = 256
+    batch_size: int = 32
+    generate: bool = True
+
+
+def evaluate_run(
+    folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData, settings: EvalSettings
+) -> dict[str, Any]:
+    """Measure base, adapter and merged model (where there is one); print a table and record it in results.json.
+
+    Answers go to `answers.jsonl` in the run folder, a line a held-out row.
+
+    Returns:
+        By model name: `loss`, `perplexity`, and for rows with an answer `exact_match`, `valid_json`, `field_f1`.
+
+    Raises:
+        DataError: the config has no held-out rows.
+    """
+    if not data.eval:
+        raise DataError(
+            f"{folder.path}: data.eval is not set, so that there is nothing to evaluate on; set it and train"
+        )
+    rows = [example for example in data.eval if example.answer is not None]
+    settings = settings if rows else EvalSettings(generate=False)
+    results: dict[str, Any] = {}
+    answers: dict[str, list[str]] = {}
+    for name, prompts, model, tokenizer in _models(folder, config, source, data, rows, settings):
+        logger.info("evaluating: %s", name)
+        loss = held_out_loss(
+            model, data.eval, batch_size=config.train.per_device_eval_batch_size, pad_token_id=tokenizer.pad_token_id
+        )
+        results[name] = {"loss": loss.loss, "perplexity": loss.perplexity}
+        if settings.generate:
+            answers[name] = generate_answers(
+                model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+            )
+    return _record(folder, rows, results, answers)
+
+
+def _models(
+    folder: RunFolder,
+    config: RunConfig,
+    source: BaseSource,
+    data: PreparedData,
+    rows: Sequence[Example],
+    settings: EvalSettings,
+) -> Iterator[tuple[str, list[list[Message]], Any, Any]]:
+    """Yield each model in turn with its prompts; only one is in memory at a time besides the base."""
+    loaded = load_model(config.model, config.quantization, source=source)
+    plain = [list(example.prompt or ()) for example in rows]
+    shots = [example for example in data.train if example.answer is not None][: settings.num_shots]
+    shown = [few_shot_prompt(prompt, shots) for prompt in plain]
+    with _cache(loaded.model):
+        yield f"base ({len(shots)}-shot)", shown, loaded.model, loaded.tokenizer
+    adapted = load_trained(loaded, folder.adapter)
+    with _cache(loaded.model):
+        yield "adapter", plain, adapted, loaded.tokenizer
+    if folder.merged.is_dir():
+        merged = AutoModelForCausalLM.from_pretrained(
+            folder.merged, dtype="auto", local_files_only=True, device_map={"": loaded.device}
+        )
+        yield "merged", plain, merged, loaded.tokenizer
+
+
+@contextmanager
+def _cache(model: Any) -> Iterator[None]:
+    """Let a model that was loaded for training generate with its key-value cache."""
+    before, model.config.use_cache = model.config.use_cache, True
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
+
+
+def _record(
+    folder: RunFolder, rows: Sequence[Example], results: dict[str, Any], answers: dict[str, list[str]]
+) -> dict[str, Any]:
+    expected = [example.answer or "" for example in rows]
+    scores = {name: score_answers(expected, given) for name, given in answers.items()}
+    for name, score in scores.items():
+        results[name] |= {
+            "exact_match": score.exact_match,
+            "valid_json": score.valid_json,
+            "field_f1": score.field_f1,
+        }
+    if "merged" in scores:
+        comparison = compare_row_by_row(scores["adapter"], scores["merged"])
+        results["adapter against merged, row by row"] = vars(comparison)
+    lines = [
+        json.dumps({"where": example.where, "expected": wanted, **{name: answers[name][i] for name in answers}})
+        for i, (example, wanted) in enumerate(zip(rows, expected, strict=True))
+    ]
+    if answers:
+        durable.write_text(folder.path / "answers.jsonl", "\n".join(lines) + "\n")
+    folder.add_results(evaluation={"num_rows": len(rows), **results})
+    _print(results, len(rows))
+    return results
+
+
+def _print(results: dict[str, Any], num_rows: int) -> None:
+    table = Table(title=f"{num_rows} held-out rows")
+    columns = {
+        "loss": "loss (nats/token)",
+        "perplexity": "perplexity",
+        "exact_match": "exact match",
+        "field_f1": "field F1",
+        "valid_json": "valid JSON",
+    }
+    table.add_column("model")
+    for title in columns.values():
+        table.add_column(title, justify="right")
+    for name, result in results.items():
+        if "loss" in result:
+            table.add_row(name, *(_cell(key, result.get(key)) for key in columns))
+    Console().print(table)
+    comparison = results.get("adapter against merged, row by row")
+    if comparison:
+        print("adapter against merged, row by row:", ", ".join(f"{key} {value}" for key, value in comparison.items()))
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if key in ("exact_match", "valid_json") else f"{value:.4f}"

@@ -1,0 +1,38 @@
+"""What every test shares: no network, quiet threads, and pico models built once a session."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.pico import build_pico
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`pico(model_type, **arguments of build_pico) -> folder`, built once a session: to be read and not changed."""
+    built: dict[str, Path] = {}
+
+    def get(model_type: str = "llama", **arguments: Any) -> Path:
+        key = repr((model_type, sorted(arguments.items())))
+        if key not in built:
+            built[key] = build_pico(tmp_path_factory.mktemp(f"pico-{model_type}-"), model_type, **arguments)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pico_llama(pico: Callable[..., Path]) -> Path:
+    """A pico Llama folder, to be read and not changed."""
+    return pico("llama")

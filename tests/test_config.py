@@ -1,0 +1,308 @@
+"""A config is read as it looks, checked as a whole, and answered line by line when it is wrong."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlora_train.config import RunConfig, load_config
+from qlora_train.config.writer import provenance, to_yaml
+from qlora_train.config.yaml_reader import core_scalar
+from qlora_train.errors import ConfigError
+
+MALFORMED = Path(__file__).parent / "data" / "malformed_configs"
+SMALLEST = "model:\n  model_name_or_path: some/model\ndata:\n  train: rows.jsonl\n"
+KEYS = [
+    (section, key) for section, spec in RunConfig.model_fields.items() for key in spec.annotation.model_fields
+]  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Write a config next to which the test runs, so that messages begin with `run.yaml`."""
+    monkeypatch.chdir(tmp_path)
+
+    def to_file(text: str) -> Path:
+        Path("run.yaml").write_text(text, encoding="utf-8")
+        return Path("run.yaml")
+
+    return to_file
+
+
+def problems_of(path, overrides=()):
+    with pytest.raises(ConfigError) as raised:
+        load_config(path, overrides)
+    return list(raised.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("off", "off"), ("on", "on"), ("no", "no"), ("yes", "yes"), ("y", "y"), ("true", True), ("False", False),
+        ("tRue", "tRue"), ("010", 10), ("-7", -7), ("+7", 7), ("0o17", 15), ("0x1F", 31), ("1_000", "1_000"),
+        ("12:30:45", "12:30:45"), ("2026-07-01", "2026-07-01"), ("2e-4", 2e-4), ("2E4", 2e4), ("1.", 1.0), (".5", 0.5),
+        ("1.5e+3", 1500.0), (".", "."), ("e5", "e5"), (".inf", math.inf), ("-.INF", -math.inf), ("null", None),
+        ("~", None), ("", None), ("0b11", "0b11"), ("1.2.3", "1.2.3"), ("5GB", "5GB"), ("=", "="), ("٣", "٣"),
+    ],
+)  # fmt: skip
+def test_plain_scalars_follow_the_yaml_1_2_core_schema(text, value):
+    assert core_scalar(text) == value
+    assert type(core_scalar(text)) is type(value)
+
+
+def test_not_a_number_is_read_as_one_and_then_refused(write):
+    assert math.isnan(core_scalar(".nan"))
+    assert problems_of(write(SMALLEST + "train:\n  learning_rate: .nan\n")) == [
+        "run.yaml:6: train.learning_rate: out of range (found nan); allowed: a number > 0 and <= 1"
+    ]
+
+
+@given(st.floats(allow_nan=False) | st.integers())
+def test_every_number_that_python_prints_is_read_back(number):
+    text = repr(number).replace("inf", ".inf")
+    assert core_scalar(text) == number
+
+
+def test_quotes_make_a_string_of_anything(write):
+    config = load_config(write("model:\n  model_name_or_path: '010'\n  revision: \"no\"\ndata:\n  train: 'null'\n"))
+    assert (config.model.model_name_or_path, config.model.revision, config.data.train[0].path) == ("010", "no", "null")
+
+
+def test_a_data_source_is_a_path_a_mapping_or_a_list(write):
+    sources = "[a.jsonl, {path: some/set, split: test, subset: en}]"
+    config = load_config(write(SMALLEST.replace("rows.jsonl", sources) + "  eval: 0.05\n"))
+    assert [(source.path, source.split, source.subset) for source in config.data.train] == [
+        ("a.jsonl", "train", None),
+        ("some/set", "test", "en"),
+    ]
+    assert config.data.eval == 0.05
+
+
+def test_a_section_without_keys_has_the_defaults(write):
+    assert load_config(write(SMALLEST + "lora:\n  # r: 8\ntrain:\n")) == load_config(write(SMALLEST))
+
+
+def test_a_whole_number_is_a_number_but_not_the_reverse(write):
+    assert load_config(write(SMALLEST + "train:\n  num_train_epochs: 3\n")).train.num_train_epochs == 3.0
+    assert problems_of(write(SMALLEST + "train:\n  save_total_limit: 2.0\n")) == [
+        "run.yaml:6: train.save_total_limit: the wrong type (found 2.0); allowed: a whole number >= 1"
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(MALFORMED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_malformed_config_is_answered_with_exactly_these_lines(path, monkeypatch):
+    monkeypatch.chdir(MALFORMED)
+    expected = path.with_suffix(".expected").read_text(encoding="utf-8").splitlines()
+    assert problems_of(path.name) == expected
+
+
+def test_there_are_at_least_thirty_malformed_configs():
+    names = {path.stem for path in MALFORMED.glob("*.yaml")}
+    assert len(names) >= 30
+    assert names == {path.stem for path in MALFORMED.glob("*.expected")}
+
+
+def changed_by_one_letter(key):
+    for index in range(len(key)):
+        yield key[:index] + "q" + key[index + 1 :]
+        if len(key) > 4:
+            yield key[:index] + key[index + 1 :]
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda part: part)
+def test_key_with_one_letter_changed_is_suggested(section, key, write):
+    sections = {"model": {"model_name_or_path": "some/model"}, "data": {"train": "rows.jsonl"}}
+    valid = {name for _, name in KEYS}
+    typos = set(changed_by_one_letter(key)) - valid
+    sections.setdefault(section, {}).update(dict.fromkeys(typos, 1))
+    problems = problems_of(write(json.dumps(sections)))
+    assert len(problems) == len(typos)
+    for problem in problems:
+        answer = problem.partition("unknown key; ")[2]
+        if len(key) > 1:
+            answer = re.fullmatch(r"did you mean (.*)\?", answer)[1]
+        assert key in re.split(r" or |, |: ", answer), problem
+
+
+@pytest.mark.parametrize("section", list(RunConfig.model_fields))
+def test_section_with_one_letter_changed_is_suggested(section, write):
+    for index in range(len(section)):
+        typo = section[:index] + "w" + section[index + 1 :]
+        (problem,) = problems_of(write(SMALLEST + f"{typo}: {{}}\n"))
+        assert problem == f"run.yaml:5: {typo}: unknown section; did you mean {section}?"
+
+
+def test_key_of_another_section_is_sent_home(write):
+    assert problems_of(write(SMALLEST + "run:\n  max_length: 512\n")) == [
+        "run.yaml:6: run.max_length: unknown key; max_length belongs in data"
+    ]
+
+
+def test_override_replaces_a_value_and_the_last_one_wins(write):
+    path = write(SMALLEST + "train:\n  learning_rate: 1e-3\n")
+    config = load_config(
+        path, ["train.learning_rate=5e-5", "data.train=[a.jsonl, b.jsonl]", "train.learning_rate=2e-5"]
+    )
+    assert config.train.learning_rate == 2e-5
+    assert [source.path for source in config.data.train] == ["a.jsonl", "b.jsonl"]
+
+
+def test_override_reaches_into_a_mapping(write):
+    path = write(SMALLEST.replace("rows.jsonl", "{path: some/set, split: train}"))
+    assert load_config(path, ["data.train.split=test"]).data.train[0].split == "test"
+    assert problems_of(write(SMALLEST), ["data.train.split=test"]) == [
+        "override data.train.split=test: data.train is not a mapping (found 'rows.jsonl'); give data.train as a whole"
+    ]
+
+
+def test_override_repairs_what_the_file_has_wrong(write):
+    path = write(SMALLEST + "lora:\n  r: sixteen\n")
+    assert load_config(path, ["lora.r=16"]).lora.r == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("data.trian=a.jsonl", "unknown key; did you mean train?"),
+        ("trian.max_steps=3", "trian: unknown section; did you mean train?"),
+        ("lora.r=2.5", "the wrong type (found 2.5); allowed: a whole number >= 1 and <= 4096"),
+        ("lora.r=", "the wrong type (found null); allowed: a whole number >= 1 and <= 4096"),
+        ("model.revision=123", "the wrong type (found 123); allowed: text or null, in quotes"),
+        ("max_steps=3", "not an override; write section.key=value, such as train.learning_rate=1e-4"),
+        ("resume", "not an override; write section.key=value, such as train.learning_rate=1e-4"),
+        ("train..r=3", "not an override; write section.key=value, such as train.learning_rate=1e-4"),
+        ("run.seed=&a 3", "anchor &a is not allowed; write the value where it is used"),
+        ("train.load_best_model_at_end=true", "needs held-out rows; set data.eval to a file or a share like 0.05"),
+    ],
+)
+def test_wrong_override_is_named_in_its_message(override, problem, write):
+    assert problems_of(write(SMALLEST), [override]) == [f"override {override}: {problem}"]
+
+
+def test_problems_of_file_and_overrides_come_together_in_order(write):
+    path = write(SMALLEST + "train:\n  max_steps: 0\nlora:\n  r: 0\n")
+    places = [problem.split(": ")[0] for problem in problems_of(path, ["run.sed=1", "data.max_length=1"])]
+    assert places[:2] == ["run.yaml:6", "run.yaml:8"]
+    assert sorted(places[2:]) == ["override data.max_length=1", "override run.sed=1"]
+
+
+def test_missing_file_is_answered_with_the_nearest_one(write):
+    write(SMALLEST)
+    assert problems_of("runn.yaml") == ["runn.yaml: no such file; did you mean run.yaml?"]
+    assert problems_of("elsewhere/x.yaml") == ["elsewhere/x.yaml: no such file"]
+    assert problems_of("run.yaml/x") == ["run.yaml/x: no such file"]
+
+
+def test_folder_large_file_and_impossible_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("large.yaml").write_text("#" * 1_000_001)
+    assert problems_of("folder") == ["folder: a folder; name the YAML file"]
+    assert problems_of("large.yaml") == ["large.yaml: larger than 1,000,000 bytes; this is not a config"]
+    assert problems_of("x" * 5000)[0].endswith("cannot be read (File name too long); check its name and permissions")
+
+
+def test_thousands_of_wrong_keys_are_answered_quickly_and_counted(write):
+    begin = time.perf_counter()
+    problems = problems_of(write(SMALLEST + "run:\n" + "".join(f"  wrong_{index}: 1\n" for index in range(3000))))
+    assert problems[0] == "run.yaml:1: and 2900 more problems, not listed"
+    assert time.perf_counter() - begin < 5
+
+
+texts = st.text(min_size=1, max_size=20) | st.sampled_from(
+    ["010", "2e-4", "0o7", "off", "null", "~", "1e5", "a: b", "#"]
+)
+names = st.lists(texts, max_size=3).map(tuple)
+positive = st.floats(min_value=1e-6, max_value=1, exclude_max=True) | st.sampled_from([2e-4, 1e-5])
+sources = st.lists(
+    st.fixed_dictionaries({"path": texts}, optional={"split": texts, "subset": texts | st.none()}),
+    min_size=1,
+    max_size=3,
+).map(tuple)
+configs = st.fixed_dictionaries(
+    {
+        "model": st.fixed_dictionaries(
+            {"model_name_or_path": texts},
+            optional={
+                "revision": texts | st.none(),
+                "new_tokens": names,
+                "rope_scaling": st.fixed_dictionaries({"rope_type": texts, "factor": positive | st.integers()}),
+            },
+        ),
+        "data": st.fixed_dictionaries(
+            {"train": sources},
+            optional={"eval": sources | positive | st.none(), "columns": st.dictionaries(texts, texts, max_size=3)},
+        ),
+        "lora": st.fixed_dictionaries(
+            {},
+            optional={
+                "target_modules": names.filter(bool) | texts.map(re.escape),
+                "lora_alpha": positive,
+                "lora_dropout": positive,
+                "modules_to_save": names,
+            },
+        ),
+        "train": st.fixed_dictionaries(
+            {},
+            optional={
+                "learning_rate": positive,
+                "adam_epsilon": positive,
+                "gradient_checkpointing": st.sampled_from(["auto", True, False]),
+                "max_steps": st.none() | st.integers(1, 10**9),
+            },
+        ),
+        "run": st.fixed_dictionaries({}, optional={"output_dir": texts | st.none(), "seed": st.integers(0, 2**32 - 1)}),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=configs)
+def test_resolved_config_reads_back_as_an_equal_one(values, tmp_path):
+    config = RunConfig.model_validate(values)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8", newline="")
+    assert load_config(path) == config
+
+
+def test_resolved_config_holds_every_value_and_other_yaml_readers_agree(write):
+    config = load_config(write(SMALLEST + "run:\n  output_dir: 2e-4x\n"))
+    assert yaml.safe_load(to_yaml(config)) == json.loads(config.model_dump_json())
+
+
+def test_provenance_names_the_line_the_override_or_the_default(write):
+    path = write(SMALLEST + "train:\n  learning_rate: 1e-3\n")
+    found = {setting.key: (setting.value, setting.source) for setting in provenance(path, ["lora.r=8"])}
+    assert list(found) == [f"{section}.{key}" for section, key in KEYS]
+    assert found["train.learning_rate"] == (1e-3, "run.yaml:6")
+    assert found["lora.r"] == (8, "override lora.r=8")
+    assert found["run.seed"] == (42, "default")
+
+
+def test_every_setting_explains_itself():
+    for section, key in KEYS:
+        spec = RunConfig.model_fields[section].annotation.model_fields[key]
+        assert spec.description, f"{section}.{key} has no docstring"
+
+
+def test_checking_a_config_imports_no_torch_and_takes_less_than_half_a_second(write):
+    code = (
+        "import sys; from qlora_train.config import load_config; load_config('run.yaml'); "
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy') if name in sys.modules])"
+    )
+    write(SMALLEST)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        seconds.append(time.perf_counter() - begin)
+        assert shown == "[]\n"
+    assert min(seconds) < 0.5
