@@ -93,7 +93,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_config(model_type: str = "llama", **config_overrides: Any) -> Any:
     """Return the Transformers config of a pico model."""
-    return AutoConfig.for_model(model_type, **{**COMMON, **FAMILIES[model_type], **config_overrides})
+    return AutoConfig.for_model(model_type, **{**COMMON, **FAMILIES.get(model_type, {}), **config_overrides})
 
 
 def build_pico(

@@ -132,6 +132,25 @@ def test_key_with_one_letter_changed_is_suggested(section, key, write):
         assert key in re.split(r" or |, |: ", answer), problem
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_config_is_read_or_answered_in_lines(data, tmp_path):
+    text = SMALLEST + "lora:\n  target_modules: [q_proj, v_proj]\ntrain:\n  learning_rate: 2e-4\n  max_steps: 10\n"
+    begin = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(begin, min(begin + 10, len(text))))
+    inserted = data.draw(
+        st.text(alphabet="ab1-:[]{}'\"#&*!|>%@`,.~? \n\t\0\x85\ud7ff", max_size=6) | st.text(max_size=4)
+    )
+    path = tmp_path / "damaged.yaml"
+    path.write_text(text[:begin] + inserted + text[end:], encoding="utf-8", newline="")
+    try:
+        load_config(path)
+    except ConfigError as error:
+        for problem in error.problems:
+            assert problem.startswith(str(path))
+            assert len(problem.splitlines()) == 1
+
+
 @pytest.mark.parametrize("section", list(RunConfig.model_fields))
 def test_section_with_one_letter_changed_is_suggested(section, write):
     for index in range(len(section)):
@@ -218,7 +237,7 @@ def test_thousands_of_wrong_keys_are_answered_quickly_and_counted(write):
 
 
 texts = st.text(min_size=1, max_size=20) | st.sampled_from(
-    ["010", "2e-4", "0o7", "off", "null", "~", "1e5", "a: b", "#"]
+    ["010", "2e-4", "0o7", "off", "null", "~", "1e5", "a: b", "#", "\x85", "a\u2028b\n"]
 )
 names = st.lists(texts, max_size=3).map(tuple)
 positive = st.floats(min_value=1e-6, max_value=1, exclude_max=True) | st.sampled_from([2e-4, 1e-5])
@@ -234,7 +253,9 @@ configs = st.fixed_dictionaries(
             optional={
                 "revision": texts | st.none(),
                 "new_tokens": names,
-                "rope_scaling": st.fixed_dictionaries({"rope_type": texts, "factor": positive | st.integers()}),
+                "rope_scaling": st.fixed_dictionaries(
+                    {"rope_type": texts, "factor": st.floats(1, 100) | st.integers(1, 100)}
+                ),
             },
         ),
         "data": st.fixed_dictionaries(
@@ -264,7 +285,7 @@ configs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=configs)
 def test_resolved_config_reads_back_as_an_equal_one(values, tmp_path):
     config = RunConfig.model_validate(values)

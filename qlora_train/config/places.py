@@ -29,4 +29,5 @@ class Problem:
 
     def __str__(self) -> str:
         named_by_place = not self.name or self.place.source.startswith(f"override {self.name}=")
-        return f"{self.place}: {self.text}" if named_by_place else f"{self.place}: {self.name}: {self.text}"
+        line = f"{self.place}: {self.text}" if named_by_place else f"{self.place}: {self.name}: {self.text}"
+        return " ".join(line.splitlines())  # a quoted key may hold a line break

@@ -137,7 +137,11 @@ def _text(path: tuple[str | int, ...], found: Sequence[Located], root: Node) -> 
     for item in found:
         if item.details["type"] in ("value_error", "assertion_error"):
             name = str(path[-1]) if path else ""
-            return re.sub(rf"^(\w+\.)?{name}:? ", "", _message(item.details)) if name else _message(item.details)
+            return (
+                re.sub(rf"^(\w+\.)?{re.escape(name)}:? ", "", _message(item.details))
+                if name
+                else _message(item.details)
+            )
     value = _value(path, root)
     return f"{_wrong(path, value, found)} (found {found_value(value)}); {_allowed(path, value)}"
 

@@ -57,6 +57,8 @@ class ModelSection(Section):
     def _rope_scaling_is_complete(cls, value: dict[str, str | int | float] | None) -> Any:
         if value is not None and not {"rope_type", "factor"} <= value.keys():
             raise ValueError("rope_scaling needs rope_type and factor, e.g. {rope_type: linear, factor: 2.0}")
+        if value is not None and (isinstance(value["factor"], str) or value["factor"] < 1):
+            raise ValueError(f"rope_scaling factor is {value['factor']!r}; allowed: a number >= 1, e.g. 2.0")
         return value
 
 

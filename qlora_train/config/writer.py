@@ -17,7 +17,7 @@ QUOTED_TAG = "tag:yaml.org,2002:null"
 
 
 class CoreDumper(yaml.SafeDumper):
-    """Quotes every string that YAML 1.1 or YAML 1.2 would read as something else."""
+    """Quotes every string that YAML 1.1 or YAML 1.2 would read as something else, and escapes line breaks."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         """Return the tag that `value` would be read with; PyYAML quotes a string whose tag is another."""
@@ -26,9 +26,18 @@ class CoreDumper(yaml.SafeDumper):
             return QUOTED_TAG
         return tag
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+    def ignore_aliases(self, data: Any) -> bool:
         """Write a value that occurs twice out twice: the reader refuses aliases."""
         return True
+
+
+def _represent_text(dumper: CoreDumper, text: str) -> yaml.ScalarNode:
+    """Escape what `splitlines` knows as a line break: inside single quotes YAML would fold it into a space."""
+    one_line = len(f"{text}.".splitlines()) == 1
+    return dumper.represent_scalar(STRING_TAG, text, style=None if one_line else '"')
+
+
+CoreDumper.add_representer(str, _represent_text)
 
 
 @dataclass(frozen=True)

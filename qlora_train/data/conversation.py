@@ -10,7 +10,7 @@ from qlora_train.data.readers import kind_of
 from qlora_train.data.types import Message, UnusableRowError
 
 ROLES = ("system", "user", "assistant", "tool")
-NOTHING = (None, "", [], {})
+NOTHING: tuple[Any, ...] = (None, "", [], {})
 """Values of a field that say nothing, as data sets with one schema for all turns fill in."""
 FOLLOWS = {
     None: ("system", "user"),

@@ -21,8 +21,11 @@ class Rendering:
 
     @classmethod
     def of(cls, tokenizer: Any, text: str) -> Self:
-        """Tokenise `text` without adding anything: a rendered conversation has its special tokens already."""
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        """Tokenise `text` without adding anything: a rendered conversation has its special tokens already.
+
+        `verbose=False` silences a warning about the tokenizer's own idea of a maximum; `data.max_length` decides.
+        """
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return cls(text, encoded["input_ids"], encoded["offset_mapping"])
 
 
@@ -57,7 +60,7 @@ def answer_starts(
         tokenizer.apply_chat_template(list(turns[:answer]), tokenize=False, add_generation_prompt=True)
         for answer in answers
     ]
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     if has_block:
         marked = _marked_starts(tokenizer, turns, whole)
         return [marked[answer] for answer in answers], prompts
@@ -73,7 +76,10 @@ def answer_starts(
 def _marked_starts(tokenizer: Any, turns: Sequence[Message], whole: Rendering) -> dict[int, int]:
     """Map each assistant turn to the first token of its ``{% generation %}`` block."""
     encoded = tokenizer.apply_chat_template(
-        list(turns), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        list(turns),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
     )
     mask = encoded["assistant_masks"]
     assert encoded["input_ids"] == whole.input_ids, "the template renders differently when it marks its answers"

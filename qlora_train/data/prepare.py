@@ -54,8 +54,9 @@ def prepare_data(data: DataSection, tokenizer: Any, seed: int) -> PreparedData:
         _warn_of_overlap(*parts)
     if renderer.merged_rows:
         log.warning(
-            "%d rows have a token that reaches over the border of prompt and answer; it counts as the answer's, and "
-            "the prompt's tokens differ from those of inference (begin answers, not end prompts, with white space): %s",
+            "%d rows train on a prompt whose last tokens differ from those of inference: a token reaches over the border "
+            "and counts as the answer's (begin answers, not end prompts, with white space), or the template's "
+            "generation prompt says more than its turns: %s",
             len(renderer.merged_rows), named(renderer.merged_rows),
         )  # fmt: skip
     train, held_out = parts[0].examples, parts[1].examples if len(parts) > 1 else []
@@ -77,6 +78,14 @@ def _read_part(sources: Sequence[Source], data: DataSection, renderer: Renderer,
         except UnusableRowError as error:
             part.unusable.append(Unusable(row.where, str(error)))
     _report_unusable(part, data.max_dropped)
+    log.info(
+        "%s: %d rows, %d tokens, %d of them with loss, the longest row %d tokens",
+        key,
+        len(part.examples),
+        sum(len(example.input_ids) for example in part.examples),
+        sum(sum(example.loss_mask) for example in part.examples),
+        max(len(example.input_ids) for example in part.examples),
+    )
     return part
 
 

@@ -15,7 +15,9 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from qlora_train.architectures import detect
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.errors import MergeError
 
@@ -114,7 +116,8 @@ def _files_by_tensor(folder: Path) -> dict[str, str]:
 class Skeleton:
     """What the files do not say: module names of the model that they make.
 
-    `linears` are the linear layers but the head: those that a 4-bit load quantises.
+    `linears` are the linear layers but the head, and the subclasses of them that the architecture table lists: those that
+    a 4-bit load quantises.
     """
 
     embedding: str
@@ -124,12 +127,24 @@ class Skeleton:
 
 
 def skeleton_of(config: Any) -> Skeleton:
-    """Build the model of a Transformers config without memory (meta device) and name its parts."""
+    """Build the model of a Transformers config without memory (meta device) and name its parts.
+
+    Raises:
+        MergeError: its linear layers are stored transposed, as GPT-2's are.
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     names = {id(module): name for name, module in model.named_modules()}
     head = model.get_output_embeddings()
-    linears = (n for n, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head)
+    kinds = {"Linear", *detect(config.to_dict()).linear_classes}
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    transposed = [name for name, module in layers if isinstance(module, Conv1D)]
+    if transposed:
+        raise MergeError(
+            f"{config.model_type}: {transposed[0]} is stored transposed (Conv1D), which the merge does not support; use "
+            "the adapter unmerged"
+        )
+    linears = (name for name, module in layers if type(module).__name__ in kinds)
     tied = bool(config.get_text_config().tie_word_embeddings)
     return Skeleton(names[id(model.get_input_embeddings())], names[id(head)], frozenset(linears), tied)
 

@@ -6,8 +6,9 @@ before rounding, which are better weights but not the ones the adapter saw. Whic
 model, so `qlora_train.export.verify` measures. Merging *into* 4 bits is not offered: the small change rounds back onto
 the 4-bit grid and the fine-tune is gone.
 
-Every tensor is read, changed in float32, rounded once and written; host memory holds one shard of output and the
-float32 copies of one tensor. Nothing is written in place, and what the merge does not understand it refuses.
+Every tensor is read, changed in float32, rounded once and written. Host memory holds one shard of output
+twice (safetensors copies what it writes) and the float32 copies of one tensor. Nothing is written in place, and what the
+merge does not understand it refuses.
 """
 
 import copy

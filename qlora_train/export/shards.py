@@ -1,4 +1,7 @@
-"""Writing a model's safetensors files one shard at a time, so that host memory holds one shard and never the model."""
+"""Writing a model's safetensors files one shard at a time, so that host memory never holds the model.
+
+At the peak it holds a shard twice, since safetensors copies what it writes, and what making one tensor takes.
+"""
 
 import json
 import re
@@ -54,6 +57,7 @@ def write_shards(
         assert all(shard[names[p]].nbytes == sizes_bytes[p] for p in group), "a tensor has another size than planned"
         save_file(shard, str(folder / file), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
+        del shard  # before the next one is made
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes_bytes)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

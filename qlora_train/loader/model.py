@@ -74,9 +74,20 @@ def load_model(
     _set_compute_dtype(base, dtype)
     num_new_tokens = _fit_vocabulary(base, tokenizer)
     census = take_census(base, output_heads(base))
+    if not architecture.known:
+        _report_unknown(base, architecture, census)
     if quantization.load_in_4bit:
         check_census(census, quantization.min_quantized_share)
     return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, num_new_tokens)
+
+
+def _report_unknown(model: PreTrainedModel, architecture: Architecture, census: Census) -> None:
+    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    logger.warning(
+        "architecture: %s is not in the table and trains on the generic row; found: linear layers %s; %.1f %% of their "
+        "weights in 4 bits; check the answers of the first run",
+        architecture.model_type, ", ".join(names), 100 * census.quantized_share,
+    )  # fmt: skip
 
 
 def output_heads(model: PreTrainedModel) -> set[nn.Module]:

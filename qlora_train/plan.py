@@ -1,0 +1,192 @@
+"""The memory of a QLoRA run, counted from config.json alone: nothing is downloaded, nothing is allocated.
+
+The model is built on the meta device, so that every weight is counted as it will be stored, whatever the architecture.
+The step is a formula. Its terms are what autograd keeps for one decoder layer, what the checkpoints of the others hold,
+and what the loss needs; a test holds it against an allocation-by-allocation count of real steps. A GB is 10**9 bytes.
+
+Attention is taken to keep no scores, as flash and sdpa kernels do; `eager` needs a square of the length on top. Not
+counted either: the CUDA context (0.3 to 0.6 GB), the fragmentation of the allocator, and whatever else uses the device.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_train.errors import ModelError
+from qlora_train.kernels.reference import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
+
+CODE_TABLE_BYTES = 16 * 4
+ABSMAX_TABLE_BYTES = 256 * 4 + 4
+"""The 256 values of the 8-bit scales, and their offset."""
+COMPUTE_BYTES = 2
+"""Of a number in bfloat16 or float16."""
+ADAPTER_BYTES = 4
+OPTIMIZER_BLOCK_SIZE = 256
+OPTIMIZER_MIN_NUMEL = 4096
+"""bitsandbytes keeps the state of smaller tensors in float32."""
+OPTIMIZER_TABLES_BYTES = 2 * 256 * 4
+HIDDEN_BYTES_PER_TOKEN = 26
+"""Kept for each number of a layer's hidden state besides the linears' inputs and outputs: two norms in float32 with
+their results, the rotated query and key, the attention's output, the residual stream."""
+LOSS_BYTES_PER_LOGIT = 12
+"""A logit in bfloat16, its log-probability in float32, the gradients of both."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes on the device, by what they are for.
+
+    Attributes:
+        quantized_weights_bytes: packed 4-bit weights.
+        quantization_state_bytes: block scales, their scales, and code tables.
+        other_weights_bytes: embeddings, output head, norms and biases, in 16 bits.
+        adapter_bytes: LoRA in float32.
+        optimizer_bytes: two 8-bit moments with block scales.
+        gradients_bytes: of the adapter, in float32.
+        checkpoints_bytes: hidden states kept by gradient checkpointing.
+        forward_layer_bytes: highest use while one decoder layer is computed and keeps nothing but its input.
+        layer_bytes: highest use while one decoder layer is computed again and differentiated.
+        loss_bytes: highest use of logits and their gradients.
+        autocast_bytes: 16-bit copies of the adapter, alive during the forward pass.
+        accumulates: gradients of earlier micro-batches are alive during a whole step.
+    """
+
+    quantized_weights_bytes: int
+    quantization_state_bytes: int
+    other_weights_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    gradients_bytes: int
+    checkpoints_bytes: int
+    forward_layer_bytes: int
+    layer_bytes: int
+    loss_bytes: int
+    autocast_bytes: int
+    accumulates: bool
+
+    @property
+    def weights_bytes(self) -> int:
+        """The base model and the adapter."""
+        base = self.quantized_weights_bytes + self.quantization_state_bytes + self.other_weights_bytes
+        return base + self.adapter_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Highest use of a forward and backward pass beyond weights and optimizer, gradients included.
+
+        The backward pass frees a checkpoint where it makes gradients: of the two, the larger counts, not the sum, unless
+        gradients of an earlier micro-batch are there already.
+        """
+        forward = self.checkpoints_bytes + self.autocast_bytes + self.forward_layer_bytes
+        loss = self.checkpoints_bytes + self.loss_bytes
+        backward = max(self.checkpoints_bytes, self.gradients_bytes) + self.layer_bytes
+        if self.accumulates:
+            return self.gradients_bytes + max(forward, loss, self.checkpoints_bytes + self.layer_bytes)
+        return max(forward, loss, backward)
+
+    @property
+    def total_bytes(self) -> int:
+        """Highest use of a run."""
+        return self.weights_bytes + self.optimizer_bytes + self.step_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    in_features: int
+    out_features: int
+
+    @property
+    def numel(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def width(self) -> int:
+        return self.in_features + self.out_features
+
+
+def memory_plan(
+    config_json: Mapping[str, Any],
+    *,
+    r: int,
+    tokens: int,
+    num_labels: int | None = None,
+    double_quant: bool = True,
+    accumulates: bool = False,
+) -> MemoryPlan:
+    """Count the memory of a run: 4-bit base, LoRA on every linear but the head, checkpointing, 8-bit optimizer.
+
+    Args:
+        config_json: the content of config.json.
+        r: rank of the adapter.
+        tokens: batch times length of the largest micro-batch.
+        num_labels: tokens of it that carry loss; None is all of them.
+        double_quant: the block scales are quantised too.
+        accumulates: more than one micro-batch a step.
+
+    Raises:
+        ModelError: Transformers has no causal language model of this model_type.
+    """
+    config, model = _on_meta(config_json)
+    head = model.get_output_embeddings()
+    modules = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    linears = [_Linear(module.in_features, module.out_features) for module in modules]
+    quantized = sum(linear.numel for linear in linears)
+    adapters = [r * features for linear in linears for features in (linear.in_features, linear.out_features)]
+    num_other = sum(parameter.numel() for parameter in model.parameters()) - quantized
+    return MemoryPlan(
+        quantized_weights_bytes=sum(math.ceil(linear.numel / 2) for linear in linears),
+        quantization_state_bytes=sum(quantization_state_bytes(linear.numel, double_quant) for linear in linears),
+        other_weights_bytes=num_other * COMPUTE_BYTES,
+        adapter_bytes=sum(adapters) * ADAPTER_BYTES,
+        optimizer_bytes=optimizer_bytes(adapters),
+        gradients_bytes=sum(adapters) * ADAPTER_BYTES,
+        checkpoints_bytes=config.num_hidden_layers * tokens * config.hidden_size * COMPUTE_BYTES,
+        forward_layer_bytes=max(COMPUTE_BYTES * (linear.numel + 2 * tokens * linear.width) for linear in linears),
+        layer_bytes=_layer_bytes(linears, config, tokens),
+        loss_bytes=LOSS_BYTES_PER_LOGIT * (tokens if num_labels is None else num_labels) * config.vocab_size,
+        autocast_bytes=sum(adapters) * COMPUTE_BYTES,
+        accumulates=accumulates,
+    )
+
+
+def _on_meta(config_json: Mapping[str, Any]) -> tuple[Any, Any]:
+    settings = {key: value for key, value in config_json.items() if key != "model_type"}
+    try:
+        config = AutoConfig.for_model(config_json.get("model_type"), **settings)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ModelError(f"config.json: no causal language model can be built from it: {reason}") from error
+    return config.get_text_config(), model
+
+
+def quantization_state_bytes(numel: int, double_quant: bool) -> int:
+    """Return the bytes that bitsandbytes stores beside the packed weights of one tensor of `numel` numbers."""
+    blocks = math.ceil(numel / BLOCK_SIZE)
+    if not double_quant:
+        return blocks * 4 + CODE_TABLE_BYTES
+    return blocks + math.ceil(blocks / ABSMAX_BLOCK_SIZE) * 4 + CODE_TABLE_BYTES + ABSMAX_TABLE_BYTES
+
+
+def optimizer_bytes(numels: Iterable[int]) -> int:
+    """Return the bytes of bitsandbytes' 8-bit AdamW for tensors of these sizes; paged state counts as if resident."""
+
+    def of_tensor(numel: int) -> int:
+        if numel < OPTIMIZER_MIN_NUMEL:
+            return 2 * 4 * numel
+        return 2 * (numel + 4 * math.ceil(numel / OPTIMIZER_BLOCK_SIZE))
+
+    return sum(of_tensor(numel) for numel in numels) + OPTIMIZER_TABLES_BYTES
+
+
+def _layer_bytes(linears: list[_Linear], config: Any, tokens: int) -> int:
+    """Highest use of one layer: what its linears read and write, what is around them, and one dequantised weight."""
+    width = sum(linear.width for linear in linears) / config.num_hidden_layers
+    kept = tokens * (COMPUTE_BYTES * width + HIDDEN_BYTES_PER_TOKEN * config.hidden_size)
+    return math.ceil(kept) + COMPUTE_BYTES * max(linear.numel for linear in linears)

@@ -1,0 +1,69 @@
+"""What the tests of merging share: adapters with random weights on pico models, and independent references."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qlora_train.config.schema import ModelSection, QuantizationSection
+from qlora_train.export.merge import merge_adapter
+from qlora_train.loader import load_model
+
+Pico = Callable[..., Path]
+NF4 = QuantizationSection()
+IDS = torch.randint(4, 300, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+def plain(folder: Path) -> Any:
+    """Load a folder in float32, ready to compare."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def quantized(folder: Path, **settings: Any) -> Any:
+    """Load a folder in 4 bits as a run does."""
+    section = QuantizationSection(bnb_4bit_compute_dtype="bfloat16", **settings)
+    return load_model(ModelSection(model_name_or_path=str(folder)), section).model
+
+
+def dequantized_reference(folder: Path, **settings: Any) -> Any:
+    """Return the base in float32 with the weights that the loaded 4-bit layers themselves hold."""
+    reference = plain(folder)
+    for name, module in quantized(folder, **settings).named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            reference.get_submodule(name).weight.data = weight.float()
+    return reference
+
+
+def save_adapter(model: Any, folder: Path, *, seed: int = 3, std: float = 0.05, **settings: Any) -> Path:
+    """Put LoRA with non-zero random trainable weights on a model and save it as PEFT does."""
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **settings}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * std)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model(input_ids=IDS).logits
+    return result
+
+
+def merged_logits(base: Path, adapter: Path, output: Path, **settings: Any) -> torch.Tensor:
+    options: dict[str, Any] = {"merge_base": "original", "quantization": NF4, "dtype": torch.float32, **settings}
+    merge_adapter(base, adapter, output, **options)
+    return logits(plain(output))
+
+
+def peft_merged_logits(base: Path, adapter: Path) -> torch.Tensor:
+    """PEFT's own merge into the 16-bit model, in float32."""
+    return logits(PeftModel.from_pretrained(plain(base), adapter).merge_and_unload())

@@ -1,0 +1,321 @@
+"""Masks against an oracle: contents are replaced by marks, so that the template's own text is known piece by piece."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from qlora_train.config import DataSection
+from qlora_train.data.chat_templates import CHAT_TEMPLATES, resolve_chat_template
+from qlora_train.data.template import Renderer
+from qlora_train.data.types import Example, Message, Row, UnusableRowError
+from qlora_train.errors import ConfigError, DataError
+from tests.pico import CORPUS, build_tokenizer
+
+TURN = "{{ '<|im_start|>' + m['role'] + '\n' }}"
+GENERATION_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+EVERY_TURN = TURN + "{{ m['content'] }}"
+TEMPLATES = {
+    **{name: template.jinja for name, template in CHAT_TEMPLATES.items()},
+    "generation block": "{% for m in messages %}{% if m['role'] == 'assistant' %}" + TURN + "{% generation %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}" + EVERY_TURN + "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}" + GENERATION_PROMPT,
+    "generation block without the end": "{% for m in messages %}" + TURN + "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + GENERATION_PROMPT,
+    "eos after the last turn": "{% for m in messages %}" + EVERY_TURN + "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}",
+    "empty thoughts in the last turn": "{% for m in messages %}"
+    + TURN
+    + "{% if loop.last and m['role'] == 'assistant' %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}" + GENERATION_PROMPT,
+}
+STRIPS_THOUGHTS = (
+    "{% for m in messages %}" + TURN + "{% if loop.last %}{{ m['content'] }}"
+    "{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + GENERATION_PROMPT
+)
+
+
+def tokenizer_for(name: str, jinja: str | None = None) -> Any:
+    """Return the pico tokenizer with a template and the special tokens that it needs."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = jinja or TEMPLATES[name]
+    special = CHAT_TEMPLATES[name].special_tokens if name in CHAT_TEMPLATES else ()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": list(special)}, False)
+    if name in CHAT_TEMPLATES:
+        tokenizer.eos_token = CHAT_TEMPLATES[name].end_of_turn or "<|endoftext|>"
+    return tokenizer
+
+
+TOKENIZERS = {name: tokenizer_for(name) for name in TEMPLATES}
+TOKENIZERS["trimmed offsets"] = tokenizer_for("chatml")
+TOKENIZERS["trimmed offsets"].backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+
+
+def renderer(tokenizer: Any, **data: Any) -> Renderer:
+    return Renderer(tokenizer, DataSection(train="unused.jsonl", **{"max_length": 100_000, **data}))
+
+
+def conversation(*contents: str, system: str | None = None) -> tuple[Message, ...]:
+    turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    turns += [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return tuple(turns)
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """Return the UTF-8 bytes of a token, by the byte-level alphabet and not by the tokenizer's offsets."""
+    text = tokenizer.convert_ids_to_tokens(token)
+    if token in tokenizer.added_tokens_decoder:
+        return text.encode()
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    alphabet = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return bytes(alphabet[character] for character in text)
+
+
+def oracle(tokenizer: Any, turns: Sequence[Message]) -> tuple[list[int], list[bool], list[int]]:
+    """Return tokens, mask and the index of each answer's end, from the template's text around marked contents."""
+    marked = [{**turn, "content": f"\ue000{i}\ue001"} for i, turn in enumerate(turns)]
+    pieces = re.split("\ue000\\d+\ue001", tokenizer.apply_chat_template(marked, tokenize=False))
+    text = tokenizer.apply_chat_template(list(turns), tokenize=False)
+    contents = [turn["content"] for turn in turns]
+    if text != interleave(pieces, contents):
+        contents = [content.strip() for content in contents]  # the template trims
+    assert text == interleave(pieces, contents)
+    end_text = tokenizer.special_tokens_map["eos_token"]
+    spans, position = [], 0
+    for turn, before, content, after in zip(turns, pieces, contents, pieces[1:], strict=False):
+        position += len(before)
+        if turn["role"] == "assistant":
+            begin = position - len(re.search(r" ?(<think>\s*</think>\s*)?$", before).group())  # type: ignore[union-attr]
+            end = position + len(content) + after.index(end_text) + len(end_text)
+            spans.append((len(text[:begin].encode()), len(text[:end].encode())))
+        position += len(content)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    mask, ends, at = [], [], 0
+    for index, token in enumerate(ids):
+        begin, at = at, at + len(token_bytes(tokenizer, token))
+        mask.append(any(begin < span_end and at > span_begin for span_begin, span_end in spans) and index > 0)
+        ends += [index for _, span_end in spans if at == span_end]
+    return ids, mask, ends
+
+
+def interleave(pieces: Sequence[str], contents: Sequence[str]) -> str:
+    return pieces[0] + "".join(content + piece for content, piece in zip(contents, pieces[1:], strict=True))
+
+
+def check_against_oracle(name: str, turns: tuple[Message, ...]) -> Example:
+    tokenizer = TOKENIZERS[name]
+    example = renderer(tokenizer).render(Row("row", turns))
+    ids, mask, ends = oracle(tokenizer, turns)
+    assert list(example.input_ids) == ids
+    assert list(example.loss_mask) == mask
+    assert len(ends) == sum(turn["role"] == "assistant" for turn in turns)
+    assert all(example.loss_mask[end] and ids[end] == tokenizer.eos_token_id for end in ends)
+    return example
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_answer_and_its_end_of_turn_carries_loss_and_nothing_else(name: str) -> None:
+    answer = "five \u202e\u05e9\u05dc\u05d5\u05dd \U0001f469\u200d\U0001f467"  # right to left, and a joined emoji
+    for system in (None, "Be brief."):
+        check_against_oracle(name, conversation("one two", "three", "user four\n", answer, system=system))
+
+
+contents = st.text(max_size=20) | st.sampled_from(
+    ["user\n", "[/INST]", "### Response:\n", "😀👍🏽", "שלום עולם", "</think", "  a"]
+)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(contents, min_size=2, max_size=6))
+def test_masks_equal_the_oracle_for_any_contents(name: str, texts: list[str]) -> None:
+    texts = texts[: len(texts) // 2 * 2]
+    assume(all(text.strip() for text in texts[1::2]))
+    assume(not any(ord(character) in (0xE000, 0xE001) for text in texts for character in text))
+    check_against_oracle(name, conversation(*texts))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_prompts_tokens_are_those_of_inference(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    it = renderer(tokenizer, loss_on="last")
+    example = it.render(Row("row", conversation("one", "two", "three", "four", system="kind")))
+    inference = tokenizer.apply_chat_template(list(example.prompt or ()), add_generation_prompt=True)["input_ids"]
+    assert inference == list(example.input_ids[: example.loss_mask.index(True)])
+    assert (example.answer, it.merged_rows) == ("four", [])
+
+
+def test_loss_on_chooses_last_every_or_all_tokens() -> None:
+    tokenizer = TOKENIZERS["chatml"]
+    row = Row("row", conversation("a", "b", "c", "d"))
+    learnt = {}
+    for loss_on in ("last", "assistant", "all"):
+        example = renderer(tokenizer, loss_on=loss_on).render(row)
+        learnt[loss_on] = tokenizer.decode([t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m])
+    assert learnt["last"] == "d<|im_end|>"
+    assert learnt["assistant"] == "b<|im_end|>d<|im_end|>"
+    assert learnt["all"] == tokenizer.apply_chat_template(list(row.messages or ()), tokenize=False).removeprefix("<s>")
+
+
+def test_turns_of_a_prompt_list_carry_no_loss() -> None:
+    tokenizer = TOKENIZERS["chatml"]
+    example = renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d"), loss_from=3))
+    assert (
+        tokenizer.decode([t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m]) == "d<|im_end|>"
+    )
+
+
+def test_a_template_that_drops_reasoning_is_refused_unless_only_the_last_turn_is_learnt() -> None:
+    tokenizer = tokenizer_for("thoughts", STRIPS_THOUGHTS)
+    row = Row("row", conversation("a", "<think>x</think>b", "c", "<think>y</think>d"))
+    with pytest.raises(UnusableRowError, match="leaves out or rewrites part of an assistant turn"):
+        renderer(tokenizer).render(row)
+    example = renderer(tokenizer, loss_on="last").render(row)
+    learnt = tokenizer.decode([t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m])
+    assert learnt == "<think>y</think>d<|im_end|>"
+
+
+def test_a_generation_prompt_that_training_text_lacks_is_refused() -> None:
+    jinja = TEMPLATES["chatml"].replace("assistant\\n' -}}{%- endif", "assistant\\n<think>' -}}{%- endif")
+    with pytest.raises(DataError, match="renders the prompt of an answer differently"):
+        renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b")))
+
+
+def test_a_template_without_an_end_of_turn_token_is_refused() -> None:
+    jinja = "{% for m in messages %}" + EVERY_TURN + "{{ '\n' }}{% endfor %}" + GENERATION_PROMPT
+    with pytest.raises(
+        DataError, match=r"without a special token, so no end can be learnt; set model.chat_template to"
+    ):
+        renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b")))
+
+
+def test_a_tokenizer_without_template_names_the_setting() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(
+        DataError, match=r"set model.chat_template to chatml, llama2, llama3, mistral, gemma, alpaca or a"
+    ):
+        renderer(tokenizer).render(Row("row", conversation("a", "b")))
+
+
+def test_a_row_that_the_template_refuses_is_unusable_with_the_templates_words() -> None:
+    turns: tuple[Message, ...] = (
+        *conversation("a", "b"),
+        {"role": "tool", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    )
+    with pytest.raises(UnusableRowError, match=r"the chat template refuses the row: .* no turns with role tool"):
+        renderer(TOKENIZERS["gemma"]).render(Row("row", turns))
+
+
+def plain_tokenizer(*, adds_bos: bool) -> Any:
+    tokenizer = build_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("text", ["hello world", "<s>hello world", "hello world<|im_end|>"])
+def test_plain_text_begins_and_ends_once_and_learns_its_end(adds_bos: bool, text: str) -> None:
+    tokenizer = plain_tokenizer(adds_bos=adds_bos)
+    example = renderer(tokenizer).render(Row("row", text=text))
+    begins = adds_bos or text.startswith("<s>")
+    assert tokenizer.decode(example.input_ids) == "<s>" * begins + "hello world<|im_end|>"
+    assert example.loss_mask == (False, *[True] * (len(example.input_ids) - 1))
+    assert (example.prompt, example.answer) == (None, None)
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_prompt_and_completion_are_joined_as_they_are(adds_bos: bool) -> None:
+    tokenizer = plain_tokenizer(adds_bos=adds_bos)
+    it = renderer(tokenizer)
+    example = it.render(Row("row", prompt="Q: why 😀?\nA:", text=" because"))
+    first = example.loss_mask.index(True)
+    assert list(example.input_ids[:first]) == tokenizer("Q: why 😀?\nA:")["input_ids"]
+    assert tokenizer.decode(example.input_ids[first:]) == " because<|im_end|>"
+    assert all(example.loss_mask[first:])
+    assert it.merged_rows == []
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_a_token_over_the_border_counts_as_the_answers_and_is_reported(trim_offsets: bool) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim_offsets)
+    it = renderer(tokenizer)
+    example = it.render(Row("file:7", prompt="which? ", text="the fox"))
+    learnt = [t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m]
+    assert tokenizer.convert_ids_to_tokens(learnt[0]) == "Ġthe"
+    assert tokenizer.decode(learnt) == " the fox<|im_end|>"
+    assert it.merged_rows == ["file:7"]
+
+
+def metaspace_tokenizer() -> Any:
+    """Return a tokenizer in the manner of SentencePiece: spaces are part of words, and every segment gets one."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([*CORPUS, "[INST] [/INST] user assistant"], trainer)
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary.update({f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)})
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return fast
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama2", "mistral"])
+def test_masks_are_right_with_a_sentencepiece_like_tokenizer(name: str) -> None:
+    tokenizer = metaspace_tokenizer()
+    tokenizer.chat_template = TEMPLATES[name]
+    it = renderer(tokenizer)
+    example = it.render(Row("row", conversation("what is the capital?", "Paris is", "over the 😀", "lazy 😀 dog")))
+    learnt = [t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m]
+    end = CHAT_TEMPLATES[name].end_of_turn or ""
+    assert "".join(tokenizer.decode(learnt).split()) == f"Parisis{end}lazy😀dog{end}"
+    assert it.merged_rows == []
+
+
+def test_long_rows_are_dropped_or_cut_but_never_kept_without_a_label() -> None:
+    row = Row("row", conversation("a", "b" * 100))
+    long = len(renderer(TOKENIZERS["chatml"]).render(row).input_ids)
+    with pytest.raises(UnusableRowError, match=r"longer than data.max_length \(50 tokens\)"):
+        renderer(TOKENIZERS["chatml"], max_length=50).render(row)
+    cut = renderer(TOKENIZERS["chatml"], max_length=50, too_long="truncate").render(row)
+    assert (len(cut.input_ids), len(cut.loss_mask), any(cut.loss_mask), long > 50) == (50, 50, True, True)
+    with pytest.raises(UnusableRowError, match="no trained token after truncation"):
+        renderer(TOKENIZERS["chatml"], max_length=8, too_long="truncate").render(row)
+
+
+def test_a_chat_template_is_found_by_name_or_file(tmp_path: Path) -> None:
+    assert resolve_chat_template("llama3").end_of_turn == "<|eot_id|>"
+    (tmp_path / "own.jinja").write_text("{{ messages }}")
+    assert resolve_chat_template(str(tmp_path / "own.jinja")).jinja == "{{ messages }}"
+    with pytest.raises(ConfigError, match=r"model.chat_template: 'chat-ml' is neither .* did you mean chatml\?"):
+        resolve_chat_template("chat-ml")
+
+
+def test_a_template_can_end_turns_with_another_token() -> None:
+    template = CHAT_TEMPLATES["chatml"].ending_with("<|endoftext|>")
+    tokenizer = tokenizer_for("own", template.jinja)
+    text = tokenizer.apply_chat_template(list(conversation("a", "b")), tokenize=False)
+    assert text == "<s><|im_start|>user\na<|endoftext|>\n<|im_start|>assistant\nb<|endoftext|>\n"
+    assert (template.end_of_turn, template.special_tokens) == ("<|endoftext|>", ("<|im_start|>", "<|endoftext|>"))

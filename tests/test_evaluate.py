@@ -1,0 +1,276 @@
+"""Evaluation: losses against an independent float32 computation, batches against single rows, scores by hand."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_train import evaluate
+from qlora_train.data.types import Example, Message
+from qlora_train.errors import DataError, ModelError
+from qlora_train.evaluate import (
+    AnswerScores,
+    compare_row_by_row,
+    few_shot_prompt,
+    generate_answers,
+    held_out_loss,
+    score_answers,
+    stop_token_ids,
+)
+
+Pico = Callable[..., Path]
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def ragged_examples() -> list[Example]:
+    """Rows of 2 to 40 tokens with scattered labels, one of them without any, one labelled at position 0."""
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for number, length in enumerate((9, 40, 2, 23, 23, 5, 31)):
+        ids = tuple(torch.randint(4, 300, (length,), generator=generator).tolist())
+        mask = tuple((torch.rand(length, generator=generator) < 0.4).tolist())
+        if number == 5:
+            mask = (True,) + (False,) * (length - 1)
+        examples.append(Example(f"row {number}", ids, mask, None, None))
+    return examples
+
+
+@torch.no_grad()
+def loss_one_by_one(model: Any, example: Example) -> tuple[float, int]:
+    """The definition: no padding, full logits, a sum over labels in float64."""
+    logits = model.eval()(input_ids=torch.tensor([example.input_ids])).logits[0].double()
+    nll, count = 0.0, 0
+    for position in range(1, len(example.input_ids)):
+        if example.loss_mask[position]:
+            row = logits[position - 1]
+            nll += float(torch.logsumexp(row, 0) - row[example.input_ids[position]])
+            count += 1
+    return nll, count
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "cohere", "granite", "phi", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_held_out_loss_equals_its_definition(pico: Pico, model_type: str, batch_size: int) -> None:
+    scaled = {"cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 4.0}, "gemma2": {}}.get(model_type, {})
+    model = load(pico(model_type, **scaled))
+    examples = ragged_examples()
+    expected = [loss_one_by_one(model, example) for example in examples]
+    result = held_out_loss(model, examples, batch_size=batch_size, pad_token_id=0)
+    assert [row.num_tokens for row in result.per_example] == [count for _, count in expected]
+    for row, (nll, _) in zip(result.per_example, expected, strict=True):
+        assert row.nll == pytest.approx(nll, rel=2e-5, abs=1e-5)
+    tokens = sum(count for _, count in expected)
+    assert result.loss == pytest.approx(sum(nll for nll, _ in expected) / tokens, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+
+
+def test_loss_is_the_same_in_pieces_of_a_few_labels(pico_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = load(pico_llama), ragged_examples()
+    whole = held_out_loss(model, examples, batch_size=4, pad_token_id=0)
+    monkeypatch.setattr(evaluate, "_FP32_LOGITS", 700)
+    pieces = held_out_loss(model, examples, batch_size=4, pad_token_id=0)
+    assert pieces.nll == pytest.approx(whole.nll, rel=1e-9)
+
+
+def test_a_model_without_logit_selection_gives_the_same_loss(pico_llama: Path) -> None:
+    class FullLogits(torch.nn.Module):
+        """A forward that knows nothing of `logits_to_keep`."""
+
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def get_input_embeddings(self) -> Any:
+            return self.inner.get_input_embeddings()
+
+        def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model, examples = load(pico_llama), ragged_examples()
+    selected = held_out_loss(model, examples, batch_size=3, pad_token_id=0)
+    full = held_out_loss(FullLogits(model), examples, batch_size=3, pad_token_id=0)
+    assert full.nll == pytest.approx(selected.nll, rel=1e-6)
+
+
+def test_an_adapter_model_is_asked_for_selected_logits_too(pico_llama: Path) -> None:
+    model = get_peft_model(load(pico_llama), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert evaluate._selects_positions(model)
+
+
+def test_the_training_mode_of_every_module_is_restored(pico_llama: Path) -> None:
+    model = load(pico_llama)
+    model.train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    held_out_loss(model, ragged_examples(), batch_size=2, pad_token_id=0)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    with pytest.raises(IndexError):
+        held_out_loss(model, [Example("x", (1, 10**6), (True, True), None, None)], batch_size=2, pad_token_id=0)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("examples", [[], [Example("a", (5, 6), (True, False), None, None)]])
+def test_no_label_to_measure_is_an_error(pico_llama: Path, examples: list[Example]) -> None:
+    with pytest.raises(DataError, match="none with a label token"):
+        held_out_loss(load(pico_llama), examples, batch_size=2, pad_token_id=0)
+
+
+def user(*texts: str) -> list[Message]:
+    return [{"role": "user", "content": text} for text in texts]
+
+
+PROMPTS = [
+    user("the quick brown fox"),
+    user("What is the capital of France?"),
+    [{"role": "system", "content": "one two three four five six seven"}, *user("eight nine")],
+    user("a"),
+    user("Springfield, IL 62704"),
+]
+
+
+def answer_alone(model: Any, tokenizer: Any, prompt: list[Message], max_new_tokens: int) -> str:
+    """Greedy decoding by hand: no batch, no padding, no cache, stop at the end of turn."""
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    new: list[int] = []
+    while len(new) < max_new_tokens:
+        with torch.no_grad():
+            token = int(model.eval()(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax())
+        if token == tokenizer.convert_tokens_to_ids("<|im_end|>"):
+            break
+        new.append(token)
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen2"])
+def test_batched_answers_equal_answers_one_by_one(pico: Pico, model_type: str) -> None:
+    folder = pico(model_type)
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    side = tokenizer.padding_side
+    expected = [answer_alone(model, tokenizer, prompt, 8) for prompt in PROMPTS]
+    for batch_size in (1, 2, 5):
+        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=batch_size) == expected
+    assert len(set(expected)) > 1
+    assert tokenizer.padding_side == side
+
+
+def test_sampling_and_penalties_of_the_checkpoint_do_not_apply(pico_llama: Path) -> None:
+    model, tokenizer = load(pico_llama), AutoTokenizer.from_pretrained(pico_llama)
+    plain = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=2)
+    model.generation_config.update(do_sample=True, temperature=2.0, top_k=3, top_p=0.5, repetition_penalty=9.0)
+    model.train()
+    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=2) == plain
+    assert model.training
+
+
+def test_an_answer_ends_at_the_templates_end_of_turn(pico_llama: Path) -> None:
+    """A tokenizer whose eos is another token than the one that ends a turn, as in Llama 3 base models."""
+    model, tokenizer = load(pico_llama), AutoTokenizer.from_pretrained(pico_llama)
+    end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = None
+    assert stop_token_ids(model, tokenizer) == sorted({end_of_turn, tokenizer.eos_token_id})
+    [before] = generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=30, batch_size=1)
+    ids = tokenizer.apply_chat_template(PROMPTS[0], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    token = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, -1]
+    with torch.no_grad():
+        model.lm_head.weight[end_of_turn] = 2 * model.lm_head.weight[token]
+    [answer] = generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=30, batch_size=1)
+    assert answer == answer_alone(model, tokenizer, PROMPTS[0], 30)
+    assert len(answer) < len(before)
+    assert before.startswith(answer)
+
+
+def test_prompts_that_cannot_be_rendered_are_refused(pico_llama: Path) -> None:
+    model, tokenizer = load(pico_llama), AutoTokenizer.from_pretrained(pico_llama)
+    assert generate_answers(model, tokenizer, [], max_new_tokens=4, batch_size=2) == []
+    with pytest.raises(DataError, match="prompt 1 has no turns"):
+        generate_answers(model, tokenizer, [user("a"), []], max_new_tokens=4, batch_size=2)
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="chat template"):
+        generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=2)
+
+
+def obj(**fields: Any) -> str:
+    return json.dumps(fields)
+
+
+def test_scores_of_json_answers_are_those_counted_by_hand() -> None:
+    expected = [obj(a="1", b="2"), obj(a="1"), obj(a="1", b=["x"]), obj(c=1)]
+    got = [
+        '{ "b": "2",  "a": "1" }',  # equal whatever the order: 2 of 2 found, 2 wanted
+        obj(a="2", z="3"),  # 0 right of 2 found, 1 wanted
+        obj(b=["x"]),  # 1 right of 1 found, 2 wanted
+        "no json",  # nothing found, 1 wanted
+    ]
+    scores = score_answers(expected, got)
+    assert scores.matches == (True, False, False, False)
+    assert scores.exact_match == 0.25
+    assert scores.valid_json == 0.75
+    assert scores.field_f1 == pytest.approx(2 * 3 / (5 + 6))
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "match"),
+    [
+        ("Paris", " Paris\n", True),
+        ("Paris", "paris", False),
+        ('{"a": 1}', '{"a": true}', False),
+        ('{"a": 1}', '{"a": "1"}', False),
+        ('{"a": {"x": 1, "y": 2}}', '{"a": {"y": 2, "x": 1}}', True),
+        ("[1, 2]", "[1,2]", False),
+        ('{"a": 1}', '{"a": 1} and more', False),
+        ('{"a": NaN}', '{"a":NaN}', False),
+        ('{"a": 1}', "[" * 100_000, False),
+        ("", "", True),
+    ],
+)
+def test_exact_match_is_of_text_or_of_json_objects(expected: str, got: str, match: bool) -> None:
+    assert score_answers([expected], [got]).matches == (match,)
+
+
+def test_plain_text_answers_have_no_json_scores() -> None:
+    scores = score_answers(["Paris", obj(a=1)], ["Paris", obj(a=1)])
+    assert (scores.exact_match, scores.valid_json, scores.field_f1) == (1.0, None, None)
+    assert score_answers(["{}"], ["{}"]).field_f1 == 1.0
+
+
+def test_nothing_to_score_and_unequal_lists_are_errors() -> None:
+    with pytest.raises(DataError, match="no answers"):
+        score_answers([], [])
+    with pytest.raises(ValueError, match="2 expected answers and 1"):
+        score_answers(["a", "b"], ["a"])
+
+
+def test_rows_are_compared_by_who_has_them_right() -> None:
+    first = AnswerScores(0.5, None, None, (True, True, False, False, True))
+    second = AnswerScores(0.5, None, None, (True, False, True, False, True))
+    result = compare_row_by_row(first, second)
+    assert (result.both, result.only_first, result.only_second, result.neither) == (2, 1, 1, 1)
+    assert result.num_different == 2
+    with pytest.raises(ValueError, match="5 rows against 1"):
+        compare_row_by_row(first, AnswerScores(1.0, None, None, (True,)))
+
+
+def test_few_shot_prompt_keeps_the_prompts_own_system_message() -> None:
+    system: Message = {"role": "system", "content": "S"}
+    shots = [
+        Example("1", (), (), ({"role": "system", "content": "other"}, *user("q1")), "a1"),
+        Example("2", (), (), tuple(user("q2")), "a2"),
+    ]
+    turns = few_shot_prompt([system, *user("q")], shots)
+    assert [(turn["role"], turn["content"]) for turn in turns] == [
+        ("system", "S"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), ("user", "q"),
+    ]  # fmt: skip
+    assert few_shot_prompt(user("q"), []) == user("q")
+    with pytest.raises(DataError, match="file:3: a plain text row"):
+        few_shot_prompt(user("q"), [Example("file:3", (), (), None, None)])
