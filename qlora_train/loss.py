@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 IGNORED = -100
+"""Label of a token without loss, as torch's cross-entropy and Transformers have it."""
 
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:

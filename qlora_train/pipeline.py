@@ -8,18 +8,22 @@ import torch
 
 from qlora_train import durable
 from qlora_train.adapter import AdaptedModel, attach_adapter
-from qlora_train.architectures import check_max_length, detect
+from qlora_train.architectures import check_max_length, check_target_modules, detect
 from qlora_train.checkpoint import RunFolder, check_same_facts, open_run
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData, prepare_data
+from qlora_train.data.batches import Collator, epoch_order, labelled_batches
 from qlora_train.export.card import clean_adapter_config, write_card
 from qlora_train.export.run import library_versions, merge_run
-from qlora_train.loader import BaseSource, load_model, load_tokenizer, resolve_base
+from qlora_train.loader import BaseSource, LoadedModel, load_model, load_tokenizer, resolve_base
 from qlora_train.loader.tokenizer import save_tokenizer
 from qlora_train.report import EvalSettings, evaluate_run
 from qlora_train.trainer import train
 
 logger = logging.getLogger(__name__)
+
+NUM_INITIAL_BATCHES = 64
+"""Batches that a data-driven initialisation sees; it goes through them until it has converged."""
 
 
 def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
@@ -42,7 +46,9 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         source, data = prepare(config)
         check_same_facts(folder, facts(source, data))
         loaded = load_model(config.model, config.quantization, source=source)
-        adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
+        # a checkpoint replaces the initial weights, so that a resumed run need not compute them
+        batches = [] if checkpoint else initial_batches(config, data, loaded)
+        adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, batches=batches)
         logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
         result = train(adapted, data, config, folder, checkpoint)
         write_adapter(folder, adapted, config, data, result)
@@ -66,10 +72,21 @@ def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
 def prepare(config: RunConfig) -> tuple[BaseSource, PreparedData]:
     """Make base and data ready before the model is loaded: everything that can be wrong with either shows here."""
     described = resolve_base(config.model, weights=False)
-    scaling = config.model.rope_scaling
-    check_max_length(described.config, detect(described.config), config.data.max_length, scaling)
+    architecture = detect(described.config)
+    check_max_length(described.config, architecture, config.data.max_length, config.model.rope_scaling)
+    check_target_modules(architecture, config.lora.target_modules)
     data = prepare_data(config.data, load_tokenizer(described, config.model), config.run.seed)
     return resolve_base(config.model), data
+
+
+def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:
+    """Return the first training batches for an initialisation that is computed from data; none for the others."""
+    if config.lora.init_lora_weights != "eva":
+        return []
+    lengths = [len(example.input_ids) for example in data.train]
+    order = epoch_order(lengths, seed=config.run.seed, epoch=0, batch_size=1, group_by_length=False)
+    collate = Collator(loaded.tokenizer.pad_token_id)
+    return labelled_batches(data.train, order, collate, min_labels=2 * config.lora.r, max_batches=NUM_INITIAL_BATCHES)
 
 
 def facts(source: BaseSource, data: PreparedData) -> dict[str, Any]:

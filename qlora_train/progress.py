@@ -29,7 +29,7 @@ _SHOWN = {
 _KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "eval_runtime_seconds")
 
 
-class Progress(TrainerCallback):  # type: ignore[misc]
+class Progress(TrainerCallback):
     """Writes a line of metrics at every log point, to the log and to metrics.jsonl."""
 
     def __init__(self, run: RunFolder) -> None:

@@ -37,7 +37,7 @@ from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, epoch_order, to_dataset
 from qlora_train.errors import TrainingError
 from qlora_train.evaluate import held_out_loss
-from qlora_train.loss import IGNORED, label_losses
+from qlora_train.loss import label_losses
 from qlora_train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class EpochBatches:
             yield order[start : start + self.batch_size]
 
 
-class QloraTrainer(SFTTrainer):  # type: ignore[misc]
+class QloraTrainer(SFTTrainer):
     """SFTTrainer with our loss, order, checks and checkpoints."""
 
     def __init__(
@@ -175,7 +175,7 @@ class QloraTrainer(SFTTrainer):  # type: ignore[misc]
         )
         metrics = {"eval_loss": result.loss, "eval_runtime_seconds": time.perf_counter() - started}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def resolve_checkpointing(setting: bool | str, *, on_gpu: bool) -> bool:
     return bool(setting)
 
 
-class EarlyStopping(TrainerCallback):  # type: ignore[misc]
+class EarlyStopping(TrainerCallback):
     """Stop after `patience` evaluations in a row without a lower loss; decided from the logged history alone."""
 
     def __init__(self, patience: int) -> None:
@@ -361,6 +361,3 @@ def train(
         "num_tokens": int(trainer.state.num_input_tokens_seen),
         "train_seconds": time.perf_counter() - started,
     }
-
-
-assert IGNORED == -100, "the Trainer counts labels other than -100"

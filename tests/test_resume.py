@@ -62,7 +62,13 @@ def test_adapter_is_float32_in_training_and_on_disk(pico_llama: Path, tmp_path: 
 def test_killed_process_goes_on_with_the_same_command(pico_llama: Path, tmp_path: Path) -> None:
     straight = train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=40", name="straight")
     config = make_config(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=40", name="killed")
-    command = [sys.executable, "-m", "qlora_train.cli", str(straight.config_file), f"run.output_dir={tmp_path / 'killed'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "qlora_train.cli",
+        str(straight.config_file),
+        f"run.output_dir={tmp_path / 'killed'}",
+    ]
     killed = RunFolder(Path(str(config.run.output_dir)))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "2"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)

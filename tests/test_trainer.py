@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from qlora_train import trainer as trainer_module
 from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
-from qlora_train.checkpoint import RunFolder, open_run
+from qlora_train.checkpoint import RunFolder, load_tree, open_run
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.errors import TrainingError
@@ -87,9 +87,10 @@ def test_every_split_of_the_batch_gives_the_same_update(pico_llama: Path, tmp_pa
     updates = []
     for rows, steps in ((8, 1), (4, 2), (2, 4), (1, 8)):
         run = train_run(
-            tmp_path, pico_llama, *EXACT, "data.eval=0.5", "train.optim=sgd", "train.max_grad_norm=0", "train.max_steps=1",
-            "train.lr_scheduler_type=constant", "train.warmup_ratio=0", "train.learning_rate=1", "lora.r=4",
-            f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={steps}", name=f"{rows}x{steps}",
+            tmp_path, pico_llama, *EXACT, "data.eval=0.5", "train.optim=sgd", "train.max_grad_norm=0",
+            "train.lr_scheduler_type=constant", "train.warmup_ratio=0", "train.learning_rate=1", "train.max_steps=1",
+            f"train.per_device_train_batch_size={rows}", f"train.gradient_accumulation_steps={steps}",
+            name=f"{rows}x{steps}",
         )  # fmt: skip
         updates.append(load_file(run.adapter / "adapter_model.safetensors"))
     for other in updates[1:]:
@@ -134,10 +135,9 @@ def test_non_finite_number_stops_before_the_update_and_names_step_and_rows(
     with pytest.raises(TrainingError, match=r"step 3: .* nothing was updated; rows of this step: .*rows\.jsonl:\d+"):
         trainer.train()
     assert folder.steps() == [1, 2]
-    stored = load_file(folder.checkpoint(2) / "adapter.safetensors")
-    live = {name: parameter.detach() for name, parameter in trainable_state(adapted.model).items()}
-    assert sorted(float(t.double().sum()) for t in stored.values()) == sorted(float(t.double().sum()) for t in live.values())
-    assert all(torch.isfinite(tensor).all() for tensor in live.values())
+    stored = load_tree(folder.checkpoint(2), "adapter")
+    for name, parameter in trainable_state(adapted.model).items():
+        assert torch.equal(parameter, stored[name])
 
 
 def test_overflows_of_the_float16_scaler_are_counted_and_stop_the_run_after_several(

@@ -74,7 +74,8 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def random_state() -> dict[str, Any]:
     """Return the state of every random generator a step may draw from: Python, NumPy, torch on CPU and each GPU."""
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = state
     return {
         "python": random.getstate(),
         "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": (position, has_gauss, cached)},

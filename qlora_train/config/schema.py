@@ -95,7 +95,7 @@ class LoraSection(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which bias vectors of the base are trained too."""
     init_lora_weights: Literal["default", "gaussian", "eva"] = "default"
-    """Initialisation; `eva` uses the first training batches (https://arxiv.org/abs/2410.07170)."""
+    """Initialisation; `eva` uses the first training batches (https://arxiv.org/abs/2410.07170), every layer at rank r."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained in full and saved with the adapter, e.g. `[lm_head]`."""
     adapter_path: str | None = None
@@ -120,6 +120,15 @@ class LoraSection(Section):
         if value in ((), ""):
             raise ValueError("names no layer; use all-linear, a list of layer names or a regular expression")
         return value
+
+    @model_validator(mode="after")
+    def _initialisation_has_an_effect(self) -> Self:
+        if self.adapter_path is not None and self.init_lora_weights != "default":
+            raise ValueError(
+                f"lora.init_lora_weights: {self.init_lora_weights} has no effect beside lora.adapter_path, whose weights "
+                "are the start; drop one of them"
+            )
+        return self
 
 
 class Source(Section):

@@ -8,9 +8,8 @@ import datasets
 import torch
 
 from qlora_train.data.types import Example
+from qlora_train.loss import IGNORED
 
-IGNORED = -100
-"""Label of a token without loss, as torch's cross-entropy and Transformers have it."""
 MEGABATCH_BATCHES = 50
 """Batches whose rows are sorted together by `group_by_length`: wide enough to match lengths, narrow enough to mix."""
 
@@ -93,3 +92,23 @@ def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: in
     num_full = len(lengths) // batch_size
     order: list[int] = torch.randperm(num_full, generator=generator).tolist()
     return [row for i in [*order, *range(num_full, len(batches))] for row in batches[i]]
+
+
+def labelled_batches(
+    examples: Sequence[Example], order: Sequence[int], collate: Collator, *, min_labels: int, max_batches: int
+) -> list[dict[str, torch.Tensor]]:
+    """Return batches of as many rows, in this order, as it takes to hold `min_labels` labels each.
+
+    Rows at the end that do not fill a batch are left out, unless there would be no batch at all.
+    """
+    batches: list[list[int]] = [[]]
+    for row in order:
+        if len(batches) > max_batches:
+            break
+        batches[-1].append(row)
+        if sum(sum(examples[i].loss_mask) for i in batches[-1]) >= min_labels:
+            batches.append([])
+    chosen = batches[:-1] or batches
+    dataset = to_dataset([examples[row] for rows in chosen for row in rows])
+    features = iter(dataset)
+    return [collate([next(features) for _ in rows]) for rows in chosen]

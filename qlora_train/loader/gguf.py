@@ -92,6 +92,9 @@ def _convert(path: Path, folder: Path) -> None:
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    for name, token_id in ids.items():  # Transformers 5.17 takes the beginning token for the end token
+        if token_id is not None:
+            setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(token_id))
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 

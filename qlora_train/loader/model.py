@@ -4,11 +4,13 @@ Nothing is upcast: norms, embeddings and the output head stay in the compute dty
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,8 +37,8 @@ class LoadedModel:
     census: Census
     compute_dtype: torch.dtype
     device: torch.device
-    num_new_tokens: int
-    """Vocabulary rows added for `model.new_tokens`; they are the last rows of the embedding."""
+    new_token_ids: tuple[int, ...]
+    """Ids of `model.new_tokens`: the rows of the embedding that are trained next to the adapter."""
 
 
 def load_model(
@@ -72,13 +74,14 @@ def load_model(
     base.requires_grad_(False)
     make_safe_for_training_after_eval(base)
     _set_compute_dtype(base, dtype)
-    num_new_tokens = _fit_vocabulary(base, tokenizer)
+    _fit_vocabulary(base, tokenizer)
+    new_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(model.new_tokens)))
     census = take_census(base, output_heads(base))
     if not architecture.known:
         _report_unknown(base, architecture, census)
     if quantization.load_in_4bit:
         check_census(census, quantization.min_quantized_share)
-    return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, num_new_tokens)
+    return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, new_token_ids)
 
 
 def _report_unknown(model: PreTrainedModel, architecture: Architecture, census: Census) -> None:
@@ -157,7 +160,7 @@ def _from_pretrained(
             use_safetensors=True,
             **arguments,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise ModelError(f"model.model_name_or_path: {source.name} cannot be loaded: {first_line}") from error
 
@@ -165,14 +168,19 @@ def _from_pretrained(
 def model_config(source: BaseSource, model: ModelSection) -> Any:
     """Return the Transformers config of the base, with `model.rope_scaling` applied."""
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
-    if model.rope_scaling is None:
-        return config
+    return config if model.rope_scaling is None else _with_rope_scaling(config, model.rope_scaling, source.name)
+
+
+def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], name: str) -> Any:
+    """Replace a config's own RoPE scaling by `scaling`, keeping only what the trained weights fix (base, share)."""
     content = config.to_dict()
-    positions = content["max_position_embeddings"]
-    content["rope_parameters"] = {**(content.get("rope_parameters") or {}), **model.rope_scaling}
-    content["rope_parameters"].setdefault("original_max_position_embeddings", positions)
-    content["max_position_embeddings"] = int(positions * float(model.rope_scaling["factor"]))
-    logger.info("positions: %d -> %d (rope_scaling)", positions, content["max_position_embeddings"])
+    own, positions = content.get("rope_parameters") or {}, content["max_position_embeddings"]
+    if any(isinstance(value, dict) for value in own.values()):
+        raise ConfigError(f"model.rope_scaling: {name} scales positions differently by layer; train within {positions}")
+    fixed = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    content["rope_parameters"] = {"original_max_position_embeddings": positions, **fixed, **scaling}
+    content["max_position_embeddings"] = int(positions * float(scaling["factor"]))
+    logger.info("positions: %d -> %d (model.rope_scaling)", positions, content["max_position_embeddings"])
     return type(config).from_dict(content)
 
 
@@ -184,12 +192,12 @@ def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.compute_type_is_set = True
 
 
-def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Grow the embedding when the tokenizer has more tokens than rows; return the number of new rows."""
+def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the embedding, and the head with it, when the tokenizer has more tokens than there are rows."""
     num_rows = model.get_input_embeddings().num_embeddings
-    num_new = max(0, len(tokenizer) - num_rows)
-    if num_new:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    if len(tokenizer) > num_rows:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same rows in every process: training, evaluation and merging see one model
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
         model.requires_grad_(False)
-        logger.info("vocabulary: %d rows added to the embedding, initialised from the others' mean", num_new)
-    return num_new
+        logger.info("vocabulary: %d rows added, drawn around the others' mean", len(tokenizer) - num_rows)

@@ -130,12 +130,13 @@ def hub_errors(where: str) -> Iterator[None]:
         ) from None
     except errors.HFValidationError as error:
         raise ModelError(f"{where} is neither a local path nor a Hub id ({error})") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError):
-        raise ModelError(
-            f"{where} is not in the local cache and the Hub cannot be reached: check the network and HF_HUB_OFFLINE, "
-            "or give a local folder"
-        ) from None
     except errors.HfHubHTTPError as error:
         raise ModelError(
             f"{where}: the Hub answered {error.response.status_code}: try again, or check HF_TOKEN"
+        ) from None
+    # HTTPError is the base of whatever the Hub client's HTTP library raises on the way
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
+        raise ModelError(
+            f"{where} is not in the local cache and the Hub cannot be reached: check the network and HF_HUB_OFFLINE, "
+            "or give a local folder"
         ) from None

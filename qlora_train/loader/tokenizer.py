@@ -9,8 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_train.architectures import detect as detect_architecture
-from qlora_train.architectures import max_positions
+from qlora_train.architectures import Architecture, default_chat_template, detect, max_positions
 from qlora_train.config import ModelSection
 from qlora_train.data.chat_templates import resolve_chat_template
 from qlora_train.errors import ModelError
@@ -39,11 +38,14 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
     if model.new_tokens:
         num_added = tokenizer.add_tokens(list(model.new_tokens))
         logger.info("tokenizer: %d of %d new tokens added", num_added, len(model.new_tokens))
+    architecture = detect(source.config)
     if model.chat_template is not None:
         _set_chat_template(tokenizer, model.chat_template)
+    elif tokenizer.chat_template is None:
+        _set_chat_template(tokenizer, default_chat_template(architecture, tokenizer.get_vocab()))
     _repair_eos(tokenizer, source)
     _repair_pad(tokenizer)
-    _repair_length(tokenizer, source.config)
+    _repair_length(tokenizer, source.config, architecture)
     return tokenizer
 
 
@@ -91,8 +93,8 @@ def _repair_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
-def _repair_length(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> None:
-    positions = max_positions(config, detect_architecture(config))
+def _repair_length(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], architecture: Architecture) -> None:
+    positions = max_positions(config, architecture)
     if tokenizer.model_max_length > _NO_LIMIT and positions is not None:
         tokenizer.model_max_length = positions
         logger.info("tokenizer: model_max_length was unlimited, %d taken from config.json", positions)

@@ -1,0 +1,114 @@
+"""Put a trainable adapter on a loaded model, and count what trains."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bitsandbytes.nn import Params4bit
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import set_seed
+
+from qlora_train.adapter.eva import Batch, eva_components
+from qlora_train.adapter.precision import train_in_float32
+from qlora_train.adapter.stored import warm_start
+from qlora_train.adapter.targets import choose_modules_to_save, choose_targets, find_linears
+from qlora_train.config import LoraSection
+from qlora_train.config.schema import INITS
+from qlora_train.loader import LoadedModel
+from qlora_train.loader.model import output_heads
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """The base with its adapter: what trains, and how much of it there is."""
+
+    model: PeftModel
+    loaded: LoadedModel
+    target_names: tuple[str, ...]
+    num_trainable: int
+    """Trainable parameters."""
+    num_total: int
+    """All parameters, 4-bit ones counted as the weights they stand for."""
+
+
+def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, batches: Sequence[Batch] = ()) -> AdaptedModel:
+    """Put a trainable adapter on a loaded model.
+
+    Args:
+        loaded: the frozen base.
+        lora: rank, targets, initialisation, or the adapter to start from.
+        seed: seed of the initialisation.
+        batches: what `init_lora_weights: eva` is computed from; may be empty when a checkpoint replaces the start.
+
+    Raises:
+        ConfigError: targets that are not in the model, a module to save that is in 4 bits, or a warm start from an
+            adapter that differs from the config.
+    """
+    linears = find_linears(loaded.model)
+    targets = choose_targets(linears, lora)
+    config = _peft_config(loaded, lora, targets)
+    set_seed(seed)
+    if lora.adapter_path is not None:
+        model = warm_start(loaded, lora, config, linears)
+    else:
+        components = eva_components(loaded, config, batches, linears) if lora.init_lora_weights == "eva" else {}
+        model = get_peft_model(loaded.model, config)
+        train_in_float32(model, loaded.compute_dtype)
+        if components:
+            initialize_lora_eva_weights(model, eva_state_dict=components)
+    return _count(model, loaded)
+
+
+def _peft_config(loaded: LoadedModel, lora: LoraSection, targets: list[str]) -> LoraConfig:
+    modules_to_save = choose_modules_to_save(loaded.model, lora.modules_to_save)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        bias=lora.bias,
+        init_lora_weights=INITS[lora.init_lora_weights],
+        # every layer keeps rank r: trainable count, memory and checkpoints stay what the config says
+        eva_config=EvaConfig(rho=1.0) if lora.init_lora_weights == "eva" else None,
+        modules_to_save=modules_to_save or None,
+        trainable_token_indices=_trained_rows(loaded, modules_to_save),
+    )
+
+
+def _trained_rows(loaded: LoadedModel, trained_in_full: list[str]) -> dict[str, list[int]] | None:
+    """Return the vocabulary rows to train by module: those of the embedding, and of a head with weights of its own."""
+    embedding, heads = loaded.model.get_input_embeddings(), output_heads(loaded.model)
+    with_rows = {embedding, *(head for head in heads if head.weight is not embedding.weight)}
+    names = [name for name, module in loaded.model.named_modules() if module in with_rows]
+    rows = {name.rpartition(".")[2]: list(loaded.new_token_ids) for name in names if name not in trained_in_full}
+    return rows if loaded.new_token_ids and rows else None
+
+
+def _count(model: PeftModel, loaded: LoadedModel) -> AdaptedModel:
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = sum(
+        parameter.quant_state.shape.numel() if isinstance(parameter, Params4bit) else parameter.numel()
+        for parameter in model.parameters()
+        if not parameter.requires_grad
+    )
+    names = tuple(
+        sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)})
+    )
+    total = frozen + trainable
+    logger.info(
+        "adapter: %s trainable parameters (%.2f %% of %s) in %s, float32",
+        f"{trainable:,}", 100 * trainable / total, f"{total:,}", ", ".join(names),
+    )  # fmt: skip
+    return AdaptedModel(model, loaded, names, trainable, total)
+
+
+def trainable_state(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,446 @@
+"""The loader: what is stored in 4 bits and at what cost, what stays as it was, and what is refused or repaired, aloud."""
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub import errors as hub
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_train.config import ModelSection, QuantizationSection
+from qlora_train.errors import ConfigError, ModelError
+from qlora_train.loader import LoadedModel, load_model, load_tokenizer, resolve_base
+from qlora_train.loader.hardware import choose_compute_dtype, select_device
+from qlora_train.loader.source import hub_errors
+from tests.pico import TURN_END, build_pico
+from tests.test_gguf import write_gguf
+
+Pico = Callable[..., Path]
+CPU = torch.device("cpu")
+http = importlib.import_module(hub.HTTPError.__module__.partition(".")[0])
+"""The HTTP client of the installed Hub library, whose errors may get through it."""
+
+
+def load(folder: Path, *, model: dict[str, Any] | None = None, **settings: Any) -> LoadedModel:
+    section = ModelSection(model_name_or_path=str(folder), **(model or {}))
+    return load_model(section, QuantizationSection(**settings))
+
+
+def tokenizer_of(folder: Path, **model: Any) -> Any:
+    section = ModelSection(model_name_or_path=str(folder), **model)
+    return load_tokenizer(resolve_base(section), section)
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def edit_json(path: Path, *without: str, **changes: Any) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: content[key] for key in content if key not in without} | changes))
+
+
+def one_line(error: Exception) -> str:
+    text = str(error)
+    assert "\n" not in text
+    return text
+
+
+def linears(loaded: LoadedModel) -> dict[str, Linear4bit]:
+    return {name: module for name, module in loaded.model.named_modules() if isinstance(module, Linear4bit)}
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of one layer whose seven linears are all 1024 x 1024."""
+    return build_pico(
+        tmp_path_factory.mktemp("wide"), hidden_size=1024, intermediate_size=1024, num_hidden_layers=1,
+        num_attention_heads=8, num_key_value_heads=8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [True, False])
+def test_bytes_of_a_loaded_model_are_those_of_the_arithmetic(wide: Path, quant_type: str, double: bool) -> None:
+    loaded = load(wide, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double)
+    weights = 1024 * 1024
+    blocks = weights // 64
+    scales = blocks + 4 * blocks // 256 + 4 if double else 4 * blocks  # 8-bit scales, their scales, their offset
+    tables = 4 * 16 + (4 * 256 if double else 0)
+    census = loaded.census
+    assert census.num_quantized_weights == census.num_linear_weights == 7 * weights
+    assert census.weight_bytes == 7 * (weights // 2 + scales)
+    assert census.table_bytes == 7 * tables
+    assert round(census.bits_per_weight, 3) == (4.127 if double else 4.5)
+    embeddings_norms_and_head = 2 * (2 * 320 * 1024 + 3 * 1024)
+    rotary = sum(buffer.nbytes for buffer in loaded.model.buffers())
+    assert census.total_bytes == census.weight_bytes + census.table_bytes + embeddings_norms_and_head + rotary
+    assert {layer.weight.quant_type for layer in linears(loaded).values()} == {quant_type}
+    assert {layer.weight.quant_state.nested for layer in linears(loaded).values()} == {double}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_nothing_is_upcast_and_all_is_frozen(pico_llama: Path, dtype: str) -> None:
+    loaded = load(pico_llama, bnb_4bit_compute_dtype=dtype)
+    compute = getattr(torch, dtype)
+    assert loaded.compute_dtype == compute
+    assert {layer.compute_dtype for layer in linears(loaded).values()} == {compute}
+    plain = [p for p in loaded.model.parameters() if p.dtype != torch.uint8]
+    assert len(plain) == 2 + 2 * 2 + 1, "embedding, head and every norm"
+    assert {p.dtype for p in plain} == {compute}
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert loaded.model.lm_head not in linears(loaded).values()
+    with torch.no_grad():
+        assert loaded.model(input_ids=torch.arange(9)[None]).logits.dtype == compute
+
+
+def test_compute_dtype_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="qlora_train"):
+        chosen, asked = choose_compute_dtype("auto", CPU), choose_compute_dtype("float16", CPU)
+    assert asked == torch.float16
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    assert chosen == (torch.bfloat16 if fast else torch.float32)
+    assert "compute dtype: float16 (set in the config)" in caplog.text
+    reason = "this CPU has AVX512" if fast else "slower than float32"
+    assert reason in caplog.text
+
+
+def test_16_bit_loading_leaves_the_checkpoint_as_it_is(pico_llama: Path) -> None:
+    loaded = load(pico_llama, load_in_4bit=False, bnb_4bit_compute_dtype="bfloat16")
+    assert linears(loaded) == {}
+    assert loaded.census.quantized_share == 0
+    expected = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def test_loaded_model_generates_what_its_dequantised_weights_generate(pico_llama: Path) -> None:
+    loaded = load(pico_llama, bnb_4bit_compute_dtype="float32")
+    text = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the capital of France?"}], add_generation_prompt=True, return_tensors="pt",
+        return_dict=True,
+    )  # fmt: skip
+    reference = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
+    for name, layer in linears(loaded).items():
+        reference.get_submodule(name).weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    wanted, found = (m.generate(**text, max_new_tokens=12, do_sample=False) for m in (reference, loaded.model.eval()))
+    assert found.tolist() == wanted.tolist()
+    assert found.shape[1] > text["input_ids"].shape[1]
+    assert loaded.tokenizer.decode(found[0], skip_special_tokens=True)
+
+
+def test_layers_that_the_library_skips_are_quantised_too(pico: Pico) -> None:
+    loaded = load(pico("falcon"))
+    assert loaded.census.quantized_share == 1.0
+    plain = AutoModelForCausalLM.from_pretrained(pico("falcon"), dtype=loaded.compute_dtype)
+    names = {name for name, module in plain.named_modules() if type(module).__name__ == "FalconLinear"}
+    assert names == set(linears(loaded)), "one 4-bit layer for every FalconLinear"
+
+
+def test_model_that_stays_16_bit_is_refused_by_name(tmp_path: Path) -> None:
+    folder = build_pico(
+        tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=16
+    )
+    with pytest.raises(ModelError, match=r"only \d+\.\d% of the linear weights .* below 90%.*mlp\.experts\.") as caught:
+        load(folder)
+    one_line(caught.value)
+    loaded = load(folder, min_quantized_share=0.1)
+    experts = 2 * 4 * (2 * 64 * 64 + 64 * 64)
+    assert loaded.census.num_linear_weights - loaded.census.num_quantized_weights == experts + 2 * 4 * 64
+
+
+# --- checkpoints of other kinds ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored_in_4bit(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stored") / "pico-4bit"
+    loaded = load(pico_llama)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_quantised_checkpoint_loads_as_it_was_stored(stored_in_4bit: Path, pico_llama: Path) -> None:
+    again, first = load(stored_in_4bit), load(pico_llama)
+    assert again.census == first.census
+    for name, layer in linears(first).items():
+        assert torch.equal(linears(again)[name].weight.data, layer.weight.data)
+        assert linears(again)[name].compute_dtype == first.compute_dtype
+    ids = torch.arange(4, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(again.model(input_ids=ids).logits, first.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: fp4, but pico-4bit is stored with nf4"),
+        ({"bnb_4bit_use_double_quant": False}, "use_double_quant: False, but pico-4bit is stored with True"),
+        ({"load_in_4bit": False}, "load_in_4bit: false, but pico-4bit is stored in 4 bits"),
+    ],
+)
+def test_settings_that_contradict_the_checkpoint_are_refused(
+    stored_in_4bit: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(stored_in_4bit, **settings)
+    one_line(caught.value)
+
+
+def test_other_quantisation_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+    folder = copy_of(pico_llama, tmp_path / "gptq")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelError, match="quantised already with gptq"):
+        load(folder)
+
+
+def test_gguf_file_is_a_base_like_any_other(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    loaded = load(write_gguf(pico_llama, tmp_path / "pico.gguf"))
+    assert loaded.source.name == "pico"
+    assert loaded.census.quantized_share == 1.0
+    expected = linears(load(pico_llama))
+    assert all(torch.equal(layer.weight.data, expected[name].weight.data) for name, layer in linears(loaded).items())
+
+
+# --- what cannot be had -----------------------------------------------------------------------------------------------
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def list_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def no_model_type(folder: Path) -> None:
+    edit_json(folder / "config.json", "model_type")
+
+
+def foreign_model_type(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="perceptron")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def pickled_weights(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    no_weights(folder)
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def rubbish_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"rubbish" * 100)
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (broken_config, "config.json cannot be read"),
+        (list_config, "config.json holds no mapping"),
+        (no_model_type, "model_type: found None"),
+        (foreign_model_type, "perceptron"),
+        (no_config, "holds no config.json"),
+        (no_weights, "cannot be loaded"),
+        (pickled_weights, "cannot be loaded"),
+        (cut_weights, "cannot be loaded"),
+        (rubbish_weights, "cannot be loaded"),
+        (no_tokenizer, "no usable tokenizer"),
+    ],
+)
+def test_folder_that_is_no_model_is_one_line(
+    damage: Callable[[Path], None], message: str, pico_llama: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(pico_llama, tmp_path / "base")
+    damage(folder)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(folder)
+    one_line(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c"])
+def test_missing_path_is_one_line_and_not_asked_of_the_hub(name: str) -> None:
+    with pytest.raises(ModelError, match="does not exist; give a folder") as caught:
+        resolve_base(ModelSection(model_name_or_path=name))
+    one_line(caught.value)
+
+
+def test_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match="is a file; give a folder"):
+        resolve_base(ModelSection(model_name_or_path=str(tmp_path / "model.bin")))
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
+def test_hub_id_without_a_network_is_one_line(name: str) -> None:
+    with pytest.raises(ModelError, match="not in the local cache and the Hub cannot be reached") as caught:
+        resolve_base(ModelSection(model_name_or_path=name))
+    assert name in one_line(caught.value)
+
+
+def answer(status: int) -> Any:
+    return http.Response(status, request=http.Request("GET", "https://huggingface.co/api/models/a/b"))
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (hub.GatedRepoError("gated\nlong text", response=answer(403)), r"is gated \(403\): accept its terms"),
+        (hub.RepositoryNotFoundError("no\nrepo", response=answer(404)), r"does not exist on the Hub, or is private"),
+        (hub.RepositoryNotFoundError("no\nrepo", response=answer(401)), r"401/404"),
+        (hub.RevisionNotFoundError("no\nrevision", response=answer(404)), "no such revision"),
+        (hub.HfHubHTTPError("down\nfor now", response=answer(503)), "the Hub answered 503"),
+        (hub.HFValidationError("a bad name"), "neither a local path nor a Hub id"),
+        (hub.LocalEntryNotFoundError("not\nthere"), "the Hub cannot be reached"),
+        (hub.OfflineModeIsEnabled("offline\nmode"), "the Hub cannot be reached"),
+        (http.ConnectError("no\nroute"), "the Hub cannot be reached"),
+        (http.ReadTimeout("slow\nnetwork"), "the Hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_raises_becomes_one_line(raised: Exception, message: str) -> None:
+    wanted = f"model.model_name_or_path: a/b.*{message}"
+    with pytest.raises(ModelError, match=wanted) as caught, hub_errors("model.model_name_or_path: a/b"):
+        raise raised
+    one_line(caught.value)
+
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+def test_complete_tokenizer_is_left_alone(pico_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="qlora_train"):
+        tokenizer = tokenizer_of(pico_llama)
+    assert [record.getMessage() for record in caplog.records if "tokenizer" in record.getMessage()] == []
+    original = AutoTokenizer.from_pretrained(pico_llama)
+    assert tokenizer.get_vocab() == original.get_vocab()
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (original.eos_token, original.pad_token)
+    assert tokenizer.chat_template == original.chat_template
+
+
+def test_every_repair_is_made_and_logged(pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = copy_of(pico_llama, tmp_path / "bare")
+    edit_json(folder / "tokenizer_config.json", "pad_token", "eos_token", "model_max_length")
+    (folder / "chat_template.jinja").unlink()
+    with caplog.at_level("INFO", logger="qlora_train"):
+        tokenizer = tokenizer_of(folder)
+    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length) == ("<|pad|>", TURN_END, 256)
+    assert TURN_END in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    for repair in ("pad token was missing", "eos token", "chat template: chatml", "model_max_length was unlimited"):
+        assert repair in caplog.text
+
+
+def test_missing_eos_is_taken_from_the_config_and_its_absence_refused(
+    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copy_of(pico_llama, tmp_path / "bare")
+    edit_json(folder / "tokenizer_config.json", "eos_token")
+    with caplog.at_level("INFO", logger="qlora_train"):
+        assert tokenizer_of(folder).eos_token == TURN_END
+    assert f"eos token was missing, '{TURN_END}' taken from config.json" in caplog.text
+    edit_json(folder / "config.json", "eos_token_id")
+    with pytest.raises(ModelError, match=r"neither the tokenizer nor config\.json names an end-of-sequence"):
+        tokenizer_of(folder)
+
+
+def test_chat_template_whose_end_of_turn_is_no_token_is_refused(pico_llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"'<\|eot_id\|>', which this tokenizer splits into \d+ tokens") as caught:
+        tokenizer_of(pico_llama, chat_template="llama3")
+    assert "model.new_tokens: ['<|eot_id|>']" in one_line(caught.value)
+    tokenizer = tokenizer_of(pico_llama, chat_template="llama3", new_tokens=("<|eot_id|>",))
+    assert tokenizer.eos_token == "<|eot_id|>"
+
+
+def test_new_vocabulary_rows_are_the_same_in_every_load(pico_llama: Path) -> None:
+    torch.manual_seed(1)
+    first = load(pico_llama, model={"new_tokens": ("<a>", "<b>")})
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    second = load(pico_llama, model={"new_tokens": ("<a>", "<b>")})
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first.new_token_ids == (len(first.tokenizer) - 2, len(first.tokenizer) - 1)
+    for embedding in ("get_input_embeddings", "get_output_embeddings"):
+        rows, again = (getattr(loaded.model, embedding)().weight for loaded in (first, second))
+        assert torch.equal(rows, again)
+        assert rows.dtype == first.compute_dtype
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def test_rope_scaling_really_changes_the_positions(pico_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = load(pico_llama).model
+    with caplog.at_level("INFO", logger="qlora_train"):
+        scaled = load(pico_llama, model={"rope_scaling": {"rope_type": "linear", "factor": 4.0}}).model
+    assert "positions: 256 -> 1024" in caplog.text
+    assert scaled.config.max_position_embeddings == 1024
+    torch.testing.assert_close(scaled.model.rotary_emb.inv_freq * 4, plain.model.rotary_emb.inv_freq)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert not torch.allclose(scaled(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_rope_scaling_of_the_user_keeps_nothing_of_the_checkpoints_own(pico: Pico) -> None:
+    llama3 = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    folder = pico("llama", rope_parameters=llama3)
+    model = load(folder, model={"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}).model
+    wanted = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 2.0, "original_max_position_embeddings": 256}
+    assert model.config.rope_parameters == wanted
+    fresh = pico("llama", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    expected = load(fresh, model={"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}).model
+    assert torch.equal(model.model.rotary_emb.inv_freq, expected.model.rotary_emb.inv_freq)
+    assert not torch.equal(model.model.rotary_emb.inv_freq, load(folder).model.model.rotary_emb.inv_freq)
+
+
+def test_rope_scaling_where_layers_differ_is_refused(pico: Pico) -> None:
+    with pytest.raises(ConfigError, match="scales positions differently by layer"):
+        load(pico("gemma3_text"), model={"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("visible", "taken"), [("5,6,7", "5"), (None, "0")])
+def test_one_of_several_gpus_is_taken_and_said(
+    visible: str | None, taken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the choice: what `torch.cuda` reports is given, nothing is run on a device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with caplog.at_level("WARNING", logger="qlora_train"):
+        assert select_device() == torch.device("cuda", 0)
+    assert f"device: GPU {taken} of the 3 that are visible" in caplog.text
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert select_device() == torch.device("cuda", 2)
