@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from qlora_train import __version__
-from qlora_train.errors import UserError
+from qlora_train.errors import UserError, explain
 
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
 
 COMMANDS = ("train", "check", "show", "schema", "merge", "eval")
+MODELS = ("base", "adapter", "merged")
 EPILOG = """\
 The first word is a command or the path of a config, which is trained.
 Settings are changed with section.key=value, for example train.learning_rate=1e-4 or data.train=my.jsonl.
@@ -39,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        return 2
     return status
 
 
@@ -81,13 +88,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("merge", help="merge a run's adapter into 16-bit weights")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
+    command.add_argument(
+        "overrides", nargs="*", metavar="export.key=value", help="export settings changed for this time"
+    )
     command.set_defaults(command=_merge)
 
     command = commands.add_parser("eval", help="held-out loss and answers of base, adapter and merged model")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
-    command.add_argument("--shots", type=int, default=3, help="solved examples shown to the base model (3)")
-    command.add_argument("--max-new-tokens", type=int, default=256, help="longest generated answer in tokens (256)")
-    command.add_argument("--batch-size", type=int, default=32, help="rows generated at a time (32)")
+    command.add_argument("--shots", type=_count, default=3, help="solved examples shown to the base model (3)")
+    command.add_argument(
+        "--max-new-tokens", type=_positive, default=256, help="longest generated answer in tokens (256)"
+    )
+    command.add_argument("--batch-size", type=_positive, default=32, help="rows generated at a time (32)")
+    command.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which to measure (all)")
     command.add_argument("--loss-only", action="store_true", help="do not generate answers")
     command.set_defaults(command=_eval)
     return parser
@@ -117,6 +130,18 @@ class _StandardErrorHandler(logging.StreamHandler[TextIO]):
 def _takes_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, for example configs/llama7b.yaml")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings changed for this time")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
 
 
 def _load(options: argparse.Namespace) -> "RunConfig":
@@ -177,9 +202,11 @@ def _schema(_options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     quieten_libraries()
     from qlora_train.checkpoint import finished_run
+    from qlora_train.config import load_config
     from qlora_train.pipeline import merge
 
-    merge(finished_run(options.run))
+    folder = finished_run(options.run)
+    merge(folder, load_config(folder.config_file, options.overrides))
     return 0
 
 
@@ -189,7 +216,13 @@ def _eval(options: argparse.Namespace) -> int:
     from qlora_train.pipeline import evaluate
     from qlora_train.report import EvalSettings
 
-    settings = EvalSettings(options.shots, options.max_new_tokens, options.batch_size, not options.loss_only)
+    settings = EvalSettings(
+        models=tuple(options.models),
+        num_shots=options.shots,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        generate=not options.loss_only,
+    )
     evaluate(finished_run(options.run), settings)
     return 0
 

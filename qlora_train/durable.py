@@ -37,11 +37,15 @@ def _flush(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a small file by new content, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _flush(path.parent)
 
 
@@ -61,21 +65,27 @@ def write_manifest(folder: Path) -> None:
 def damage(folder: Path) -> str | None:
     """Return what is wrong with a folder written by `staged_folder`, or None when every file is as it was written."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        entries = _read_manifest(folder)
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, UnicodeDecodeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
-    for name, entry in entries.items():
+    for name, (sha256, size_bytes) in entries.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         size = path.stat().st_size
-        if size != entry["size_bytes"]:
-            return f"{name} has {size} bytes instead of {entry['size_bytes']}"
-        if sha256_of(path) != entry["sha256"]:
+        if size != size_bytes:
+            return f"{name} has {size} bytes instead of {size_bytes}"
+        if sha256_of(path) != sha256:
             return f"{name} has changed since it was written (sha256 differs)"
     return None
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[str, int]]:
+    """Return sha256 and size in bytes by file; raises whatever a content of any other shape gives."""
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return {name: (str(entry["sha256"]), int(entry["size_bytes"])) for name, entry in files.items()}
 
 
 @contextmanager

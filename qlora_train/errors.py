@@ -4,6 +4,7 @@ A message says what is wrong, where (``file:line: key``), what was found, what i
 invariant of our own is an ``assert`` or an ordinary exception instead, and shows its traceback.
 """
 
+import errno
 from collections.abc import Sequence
 
 
@@ -42,3 +43,24 @@ class TrainingError(UserError):
 
 class MergeError(UserError):
     """A merge that cannot be done exactly, or whose result is measurably worse than the adapter."""
+
+
+_FILE_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the line for a failure that any stage can meet and the user can fix; None for a defect of ours."""
+    if isinstance(error, OSError) and error.errno in _FILE_SYSTEM_ERRORS:
+        where = error.filename or "writing"
+        return (
+            f"{where}: {error.strerror}; nothing that was whole is lost; make room or access, then repeat the command"
+        )
+    if "No space left on device" in str(error):  # safetensors has an error class of its own
+        return "writing: No space left on device; nothing that was whole is lost; make room, then repeat the command"
+    if type(error).__name__ == "OutOfMemoryError":
+        first_line = str(error).split("\n", 1)[0]
+        return (
+            f"out of memory: {first_line}; halve train.per_device_train_batch_size and double "
+            "train.gradient_accumulation_steps, lower train.per_device_eval_batch_size or data.max_length, then repeat"
+        )
+    return None

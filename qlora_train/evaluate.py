@@ -5,7 +5,6 @@ on neither batch size nor order. Nothing here knows how a model was made: base, 
 alike.
 """
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,16 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from peft import PeftModel
-from torch import nn
 from transformers import GenerationConfig
 
+from qlora_train.data.batches import Collator
 from qlora_train.data.types import Example, Message
 from qlora_train.errors import DataError, ModelError
+from qlora_train.loss import IGNORED, label_losses
 from qlora_train.scoring import AnswerScores, RowComparison, compare_row_by_row, few_shot_prompt, score_answers
 
-_FP32_LOGITS = 1 << 24
-"""Most float32 logits that exist at once (64 MiB), however large batch and vocabulary are."""
+MAX_LOGITS = 1 << 28
+"""Most logits of one batch of several rows; 1 GiB where something turns a model's outputs into float32."""
 
 
 @dataclass(frozen=True)
@@ -61,64 +60,37 @@ class HeldOutLoss:
 def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> HeldOutLoss:
     """Return the loss of a causal language model on examples; its training mode is restored.
 
-    Log-probabilities are float32 and exist only at labelled positions. A label at position 0 has nothing before it that
-    could predict it, and is not counted; training does not count it either.
+    A label at position 0 has nothing before it that could predict it, and is not counted; training does not count it
+    either. A batch has fewer than `batch_size` rows where its labels' logits would be more than MAX_LOGITS.
 
     Raises:
         DataError: there is no example, or none with a label.
     """
-    if not any(any(example.loss_mask[1:]) for example in examples):
+    num_labels = [sum(example.loss_mask[1:]) for example in examples]
+    if not any(num_labels):
         raise DataError(f"held-out loss: {len(examples)} rows and none with a label token; data.eval needs answers")
-    losses: list[ExampleLoss | None] = [None] * len(examples)
-    selects = _selects_positions(model)
-    with _evaluating(model):
-        for batch in _batches([len(example.input_ids) for example in examples], batch_size):
-            rows = _batch_losses(model, [examples[i] for i in batch], pad_token_id, selects)
-            for index, row in zip(batch, rows, strict=True):
-                losses[index] = row
-    return HeldOutLoss.of([loss for loss in losses if loss is not None])
-
-
-def _batch_losses(model: Any, examples: Sequence[Example], pad_token_id: int, selects: bool) -> list[ExampleLoss]:
-    """Run one right-padded batch; only positions that predict some row's label get logits where the model can select."""
-    length = max(len(example.input_ids) for example in examples)
-    ids = torch.full((len(examples), length), pad_token_id)
-    labelled = torch.zeros(ids.shape, dtype=torch.bool)
-    present = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        end = len(example.input_ids)
-        ids[row, :end] = torch.tensor(example.input_ids)
-        labelled[row, :end] = torch.tensor(example.loss_mask)
-        present[row, :end] = 1
-    predicts, targets = labelled[:, 1:], ids[:, 1:]
-    columns = predicts.any(dim=0).nonzero().squeeze(1)
-    if columns.numel() == 0:
-        return [ExampleLoss(0.0, 0)] * len(examples)
+    nll = torch.zeros(len(examples), dtype=torch.float64)
+    collate = Collator(pad_token_id)
     device = model.get_input_embeddings().weight.device
-    chosen = {"logits_to_keep": columns.to(device)} if selects else {}
-    output = model(input_ids=ids.to(device), attention_mask=present.to(device), use_cache=False, **chosen)
-    logits = output.logits if selects else output.logits[:, columns.to(output.logits.device)]
-    nll = _nll_where(logits, targets[:, columns], predicts[:, columns])
-    return [ExampleLoss(float(n), int(count)) for n, count in zip(nll, predicts.sum(dim=1), strict=True)]
+    max_labels = MAX_LOGITS // model.config.get_text_config().vocab_size
+    lengths = [len(example.input_ids) for example in examples]
+    with _evaluating(model):
+        for batch in _batches(lengths, batch_size, num_labels, max_labels):
+            tensors = collate([_feature(examples[index], index) for index in batch])
+            inputs = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+            losses, of_row = label_losses(model, **inputs)
+            nll.index_add_(0, tensors["row"][of_row.cpu()], losses.double().cpu())
+    return HeldOutLoss.of([ExampleLoss(*row) for row in zip(nll.tolist(), num_labels, strict=True)])
 
 
-def _nll_where(logits: torch.Tensor, targets: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """Return each row's total negative log-likelihood, shape (batch,), float64.
-
-    Args:
-        logits: (batch, position, vocabulary) in any dtype; turned to float32 a piece at a time.
-        targets: (batch, position).
-        where: (batch, position), true at labels.
-    """
-    rows, columns = where.nonzero(as_tuple=True)
-    totals = torch.zeros(len(where), dtype=torch.float64)
-    piece = max(1, _FP32_LOGITS // logits.shape[-1])
-    for start in range(0, len(rows), piece):
-        r, c = rows[start : start + piece], columns[start : start + piece]
-        picked = logits[r.to(logits.device), c.to(logits.device)].float()
-        nll = nn.functional.cross_entropy(picked, targets[r, c].to(logits.device), reduction="none")
-        totals.index_add_(0, r, nll.double().cpu())
-    return totals
+def _feature(example: Example, row: int) -> dict[str, Any]:
+    """Return an example as the collator takes it."""
+    learnt = zip(example.input_ids, example.loss_mask, strict=True)
+    return {
+        "input_ids": example.input_ids,
+        "labels": [i if has_loss else IGNORED for i, has_loss in learnt],
+        "row": row,
+    }
 
 
 def generate_answers(
@@ -189,11 +161,25 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], config: GenerationCo
     return new
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield positions in batches of like length, longest first, so that a batch too large for memory fails at once."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def _batches(
+    lengths: Sequence[int], batch_size: int, num_labels: Sequence[int] = (), max_labels: int = 0
+) -> Iterator[list[int]]:
+    """Yield positions in batches of like length, longest first, so that a batch too large for memory fails at once.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: most rows of a batch.
+        num_labels: labels of each row; when given, a batch of several rows has at most `max_labels` in all.
+    """
+    labels = num_labels or [0] * len(lengths)
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if len(batch) == batch_size or (batch and sum(labels[i] for i in (*batch, index)) > max_labels):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 @contextmanager
@@ -206,12 +192,6 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _selects_positions(model: Any) -> bool:
-    """Say whether the model computes logits at chosen positions only (its forward knows `logits_to_keep`)."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 __all__ = [

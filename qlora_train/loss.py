@@ -16,6 +16,9 @@ from torch.nn import functional
 IGNORED = -100
 """Label of a token without loss, as torch's cross-entropy and Transformers have it."""
 
+FLOAT32_BYTES = 64 << 20
+"""Most float32 logits that a loss without gradients makes at once, however large its batch and vocabulary are."""
+
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
     """Return for each position the token to be predicted there.
@@ -35,7 +38,8 @@ def _head_sees_only(model: nn.Module, positions: torch.Tensor) -> Iterator[None]
     head = model.get_output_embeddings()  # type: ignore[operator]
 
     def select(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (arguments[0][positions], *arguments[1:])
+        hidden_states = arguments[0]
+        return (hidden_states[positions.to(hidden_states.device)], *arguments[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
@@ -62,5 +66,16 @@ def label_losses(
     positions = targets != IGNORED
     with _head_sees_only(model, positions):
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    losses = functional.cross_entropy(logits.float(), targets[positions], reduction="none")
-    return losses, positions.nonzero()[:, 0]
+    return _negative_log_likelihoods(logits, targets[positions].to(logits.device)), positions.nonzero()[:, 0]
+
+
+def _negative_log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the loss of each target, float32 (num_labels,), from logits (num_labels, vocabulary) of any dtype.
+
+    Gradients would keep every piece alive, so that pieces save memory only without them.
+    """
+    if torch.is_grad_enabled():
+        return functional.cross_entropy(logits.float(), targets, reduction="none")
+    num_rows = max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))
+    pieces = zip(logits.split(num_rows), targets.split(num_rows), strict=True)
+    return torch.cat([functional.cross_entropy(some.float(), wanted, reduction="none") for some, wanted in pieces])

@@ -1,7 +1,9 @@
 """A run from config to adapter and merged model: the table of contents."""
 
+import datetime
 import logging
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,19 +11,23 @@ import torch
 from qlora_train import durable
 from qlora_train.adapter import AdaptedModel, attach_adapter
 from qlora_train.architectures import check_max_length, check_target_modules, detect
-from qlora_train.checkpoint import RunFolder, check_same_facts, open_run
+from qlora_train.checkpoint import RunFolder, check_same_facts, check_same_settings, held, open_run
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData, prepare_data
 from qlora_train.data.batches import Collator, epoch_order, labelled_batches
 from qlora_train.export.card import clean_adapter_config, write_card
 from qlora_train.export.run import library_versions, merge_run
 from qlora_train.loader import BaseSource, LoadedModel, load_model, load_tokenizer, resolve_base
+from qlora_train.loader.hardware import free_memory, select_device
+from qlora_train.loader.model import model_config
 from qlora_train.loader.tokenizer import save_tokenizer
 from qlora_train.report import EvalSettings, evaluate_run
-from qlora_train.trainer import train
+from qlora_train.trainer import check_trackers, train
 
 logger = logging.getLogger(__name__)
 
+FACTS_OF_RESULTS = ("base_identity", "data_fingerprint")
+"""Facts that a merge or an evaluation shares with the training; device and versions may differ."""
 NUM_INITIAL_BATCHES = 64
 """Batches that a data-driven initialisation sees; it goes through them until it has converged."""
 
@@ -39,44 +45,80 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
     Raises:
         UserError: anything the user can fix; whatever was whole before is still whole.
     """
-    folder, checkpoint = open_run(config, resume=resume)
-    if folder.is_finished():
-        logger.info("%s: training has finished already; delete the folder to train again", folder.path)
-    else:
-        source, data = prepare(config)
-        check_same_facts(folder, facts(source, data))
-        loaded = load_model(config.model, config.quantization, source=source)
-        # a checkpoint replaces the initial weights, so that a resumed run need not compute them
-        batches = [] if checkpoint else initial_batches(config, data, loaded)
-        adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, batches=batches)
-        logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
-        result = train(adapted, data, config, folder, checkpoint)
-        write_adapter(folder, adapted, config, data, result)
-    if config.export.merge and not folder.merged.is_dir():
-        merge(folder)
+    device = select_device()
+    with open_run(config, resume=resume) as (folder, checkpoint):
+        if folder.is_finished():
+            logger.info("%s: training has finished already; delete the folder to train again", folder.path)
+        else:
+            date = date_of(folder)
+            source, data = prepare(config, date)
+            check_same_facts(folder, facts(source, data, device, date))
+            train_adapter(folder, config, source, data, checkpoint)
+        if config.export.merge and durable.damage(folder.merged) is not None:
+            _merge(folder, config)
     return folder
 
 
-def merge(folder: RunFolder) -> None:
-    """Merge a finished run, as its config says how."""
-    config = load_config(folder.config_file)
-    merge_run(folder, config, *prepare(config))
+def train_adapter(
+    folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData, checkpoint: Path | None
+) -> None:
+    """Load the base, train an adapter on it and write the adapter; the model is gone from memory afterwards."""
+    loaded = load_model(config.model, config.quantization, source=source)
+    # a checkpoint replaces the initial weights, so that a resumed run need not compute them
+    batches = [] if checkpoint else initial_batches(config, data, loaded)
+    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, batches=batches)
+    logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
+    result = train(adapted, data, config, folder, checkpoint)
+    write_adapter(folder, adapted, config, data, result)
+
+
+def merge(folder: RunFolder, config: RunConfig) -> None:
+    """Merge a finished run; `config` may differ from the run's in its export section."""
+    check_same_settings(folder, config)
+    with held(folder):
+        _merge(folder, config)
+
+
+def _merge(folder: RunFolder, config: RunConfig) -> None:
+    free_memory()
+    merge_run(folder, config, *prepare_again(config, folder))
 
 
 def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
     """Measure base, adapter and merged model of a finished run on its held-out rows."""
     config = load_config(folder.config_file)
-    return evaluate_run(folder, config, *prepare(config), settings)
+    with held(folder):
+        return evaluate_run(folder, config, *prepare_again(config, folder), settings)
 
 
-def prepare(config: RunConfig) -> tuple[BaseSource, PreparedData]:
+def date_of(folder: RunFolder) -> datetime.date:
+    """Return the day the run began: chat templates that print the date go on printing that one."""
+    recorded: str | None = folder.facts().get("date")
+    return datetime.date.fromisoformat(recorded) if recorded else datetime.date.today()
+
+
+def prepare(config: RunConfig, date: datetime.date) -> tuple[BaseSource, PreparedData]:
     """Make base and data ready before the model is loaded: everything that can be wrong with either shows here."""
     described = resolve_base(config.model, weights=False)
     architecture = detect(described.config)
     check_max_length(described.config, architecture, config.data.max_length, config.model.rope_scaling)
     check_target_modules(architecture, config.lora.target_modules)
-    data = prepare_data(config.data, load_tokenizer(described, config.model), config.run.seed)
-    return resolve_base(config.model), data
+    model_config(described, config.model)
+    check_trackers(config.run.report_to)
+    data = prepare_data(config.data, load_tokenizer(described, config.model), config.run.seed, date=date)
+    return (described if described.revision is None else resolve_base(config.model)), data
+
+
+def prepare_again(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:
+    """Make base and data of a finished run ready, and refuse others than it was trained on.
+
+    Raises:
+        CheckpointError: the base or the data has changed since.
+    """
+    date = date_of(folder)
+    source, data = prepare(config, date)
+    check_same_facts(folder, facts(source, data, select_device(), date), keys=FACTS_OF_RESULTS)
+    return source, data
 
 
 def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:
@@ -89,15 +131,16 @@ def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) 
     return labelled_batches(data.train, order, collate, min_labels=2 * config.lora.r, max_batches=NUM_INITIAL_BATCHES)
 
 
-def facts(source: BaseSource, data: PreparedData) -> dict[str, Any]:
+def facts(source: BaseSource, data: PreparedData, device: torch.device, date: datetime.date) -> dict[str, Any]:
     """Return what decides a run besides its config."""
     return {
         "base": source.name,
-        "base_revision": source.revision,
+        "base_identity": source.identity(),
+        "date": date.isoformat(),
         "data_fingerprint": data.fingerprint,
         "num_train_rows": len(data.train),
         "num_eval_rows": len(data.eval),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": library_versions(),
     }
 
@@ -123,5 +166,5 @@ def write_adapter(
             library_versions=library_versions(),
             kind="adapter",
         )
-    folder.add_results(training=result)
+        folder.add_results(training={**result, "dropped_rows": data.dropped})
     logger.info("adapter: %s (from step %d)", folder.adapter, result["taken_from_step"])

@@ -3,13 +3,12 @@
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train import durable
 from qlora_train.adapter import load_trained
@@ -19,14 +18,16 @@ from qlora_train.data import Example, Message, PreparedData
 from qlora_train.errors import DataError
 from qlora_train.evaluate import compare_row_by_row, few_shot_prompt, generate_answers, held_out_loss, score_answers
 from qlora_train.loader import BaseSource, load_model
+from qlora_train.loader.hardware import free_memory, select_device
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How answers are generated and how many examples the base model is shown."""
+    """Which models are measured, how answers are generated and how many examples the base model is shown."""
 
+    models: tuple[str, ...] = ("base", "adapter", "merged")
     num_shots: int = 3
     max_new_tokens: int = 256
     batch_size: int = 32
@@ -51,7 +52,7 @@ def evaluate_run(
             f"{folder.path}: data.eval is not set, so that there is nothing to evaluate on; set it and train"
         )
     rows = [example for example in data.eval if example.answer is not None]
-    settings = settings if rows else EvalSettings(generate=False)
+    settings = settings if rows else replace(settings, generate=False)
     results: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
     for name, prompts, model, tokenizer in _models(folder, config, source, data, rows, settings):
@@ -59,11 +60,12 @@ def evaluate_run(
         loss = held_out_loss(
             model, data.eval, batch_size=config.train.per_device_eval_batch_size, pad_token_id=tokenizer.pad_token_id
         )
-        results[name] = {"loss": loss.loss, "perplexity": loss.perplexity}
+        results[name] = {"loss": loss.loss, "perplexity": loss.perplexity, "num_tokens": loss.num_tokens}
         if settings.generate:
             answers[name] = generate_answers(
                 model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
             )
+        del model  # the next one is loaded before this name is taken again
     return _record(folder, rows, results, answers)
 
 
@@ -75,31 +77,23 @@ def _models(
     rows: Sequence[Example],
     settings: EvalSettings,
 ) -> Iterator[tuple[str, list[list[Message]], Any, Any]]:
-    """Yield each model in turn with its prompts; only one is in memory at a time besides the base."""
-    loaded = load_model(config.model, config.quantization, source=source)
+    """Yield the name of each wanted model that there is, its prompts, the model and its tokenizer, one after the other."""
     plain = [list(example.prompt or ()) for example in rows]
-    shots = [example for example in data.train if example.answer is not None][: settings.num_shots]
-    shown = [few_shot_prompt(prompt, shots) for prompt in plain]
-    with _cache(loaded.model):
-        yield f"base ({len(shots)}-shot)", shown, loaded.model, loaded.tokenizer
-    adapted = load_trained(loaded, folder.adapter)
-    with _cache(loaded.model):
-        yield "adapter", plain, adapted, loaded.tokenizer
-    if folder.merged.is_dir():
+    if {"base", "adapter"} & set(settings.models):
+        loaded = load_model(config.model, config.quantization, source=source)
+        if "base" in settings.models:
+            shots = [example for example in data.train if example.answer is not None][: settings.num_shots]
+            shown = [few_shot_prompt(prompt, shots) for prompt in plain]
+            yield "base", shown, loaded.model, loaded.tokenizer
+        if "adapter" in settings.models:
+            yield "adapter", plain, load_trained(loaded, folder.adapter), loaded.tokenizer
+        del loaded
+        free_memory()
+    if "merged" in settings.models and durable.damage(folder.merged) is None:
         merged = AutoModelForCausalLM.from_pretrained(
-            folder.merged, dtype="auto", local_files_only=True, device_map={"": loaded.device}
+            folder.merged, dtype="auto", local_files_only=True, device_map={"": select_device()}
         )
-        yield "merged", plain, merged, loaded.tokenizer
-
-
-@contextmanager
-def _cache(model: Any) -> Iterator[None]:
-    """Let a model that was loaded for training generate with its key-value cache."""
-    before, model.config.use_cache = model.config.use_cache, True
-    try:
-        yield
-    finally:
-        model.config.use_cache = before
+        yield "merged", plain, merged, AutoTokenizer.from_pretrained(folder.merged, local_files_only=True)
 
 
 def _record(
@@ -113,7 +107,7 @@ def _record(
             "valid_json": score.valid_json,
             "field_f1": score.field_f1,
         }
-    if "merged" in scores:
+    if {"adapter", "merged"} <= scores.keys():
         comparison = compare_row_by_row(scores["adapter"], scores["merged"])
         results["adapter against merged, row by row"] = vars(comparison)
     lines = [
@@ -128,9 +122,9 @@ def _record(
 
 
 def _print(results: dict[str, Any], num_rows: int) -> None:
-    table = Table(title=f"{num_rows} held-out rows")
+    table = Table(title=f"{num_rows} held-out rows", caption="base: its answers with solved examples, its loss without")
     columns = {
-        "loss": "loss (nats/token)",
+        "loss": "loss",
         "perplexity": "perplexity",
         "exact_match": "exact match",
         "field_f1": "field F1",

@@ -84,11 +84,6 @@ class RowComparison:
     only_second: int
     neither: int
 
-    @property
-    def num_different(self) -> int:
-        """Rows that one has right and the other has not."""
-        return self.only_first + self.only_second
-
 
 def compare_row_by_row(a: AnswerScores, b: AnswerScores) -> RowComparison:
     """Count rows by whether exact match holds for the first, the second, both or neither.

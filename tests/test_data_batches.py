@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_train.data.batches import IGNORED, MEGABATCH_BATCHES, Collator, epoch_order, to_dataset
+from qlora_train.data.batches import IGNORED, MEGABATCH_BATCHES, Collator, epoch_order, padding_multiple, to_dataset
 from qlora_train.data.types import Example
 
 EXAMPLES = [
@@ -21,7 +21,7 @@ def test_the_data_set_holds_tokens_labels_and_row_numbers() -> None:
 
 
 def test_the_collator_pads_right_and_never_labels_padding() -> None:
-    batch = Collator(pad_token_id=7)(list(to_dataset(EXAMPLES)))
+    batch = Collator(pad_token_id=7, multiple_of=8)(list(to_dataset(EXAMPLES)))
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
         "input_ids": (2, 16), "attention_mask": (2, 16), "labels": (2, 16), "row": (2,),
     }  # fmt: skip
@@ -30,6 +30,14 @@ def test_the_collator_pads_right_and_never_labels_padding() -> None:
     assert batch["labels"][0].tolist() == [IGNORED, 6, 7] + [IGNORED] * 13
     assert batch["attention_mask"].sum(1).tolist() == [3, 9]
     assert batch["row"].tolist() == [0, 1]
+
+
+def test_padding_costs_nothing_where_there_are_no_tensor_cores() -> None:
+    lengths = {
+        device: Collator(0, padding_multiple(torch.device(device)))(list(to_dataset(EXAMPLES)))["input_ids"].shape[1]
+        for device in ("cpu", "cuda")
+    }
+    assert lengths == {"cpu": 9, "cuda": 16}
 
 
 @settings(max_examples=60, deadline=None)

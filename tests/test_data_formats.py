@@ -1,6 +1,7 @@
 """Files become rows, or one line that says what is wrong and where."""
 
 import csv
+import dataclasses
 import json
 import logging
 import subprocess
@@ -138,9 +139,47 @@ def test_an_unknown_renaming_is_refused_with_the_allowed_names() -> None:
         rows_of(train="a.jsonl", format="prompt_completion", columns={"question": "prompt"})
 
 
+@pytest.mark.parametrize(
+    ("format_", "row", "expected"),
+    [
+        ("messages", {"m": chat("a", "b")}, Row("", messages=tuple(chat("a", "b")))),  # type: ignore[arg-type]
+        ("prompt_completion", {"p": "a", "c": "b"}, Row("", prompt="a", text="b")),
+        ("alpaca", {"i": "a", "x": "1", "o": "b"}, Row("", messages=tuple(chat("a\n\n1", "b")))),  # type: ignore[arg-type]
+        ("text", {"t": "a"}, Row("", text="a")),
+    ],
+)
+@pytest.mark.parametrize("forced", [True, False])
+def test_columns_are_renamed_in_every_format(
+    tmp_path: Path, format_: str, row: dict[str, Any], expected: Row, forced: bool
+) -> None:
+    names = {"messages": "m", "prompt": "p", "completion": "c", "instruction": "i", "input": "x", "output": "o"}
+    columns = {column: name for column, name in {**names, "text": "t"}.items() if name in row}
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    read = rows_of(train=file, columns=columns, format=format_ if forced else "auto")
+    assert read == [dataclasses.replace(expected, where=f"{file}:1")]
+
+
+def test_a_renamed_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    rows = [{"instruction": "add", "context": "1 2", "output": "3"}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"^data.train: data.columns says that input is called contxt, but no row of"):
+        rows_of(train=file, columns={"input": "contxt"})
+    file = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "bow", "output": "ok"}, *rows])
+    assert len(rows_of(train=file, columns={"input": "context"})) == 2
+
+
+def test_a_renaming_that_the_recognised_format_does_not_use_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "add 2", "question": "add", "completion": "2"}])
+    with caplog.at_level(logging.WARNING, "qlora_train"):
+        rows_of(train=file, columns={"prompt": "qestion"})
+    assert f"{file}:1: read as text, where data.columns {{prompt: qestion}} has no effect" in caplog.text
+
+
 def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}])
-    with pytest.raises(DataError, match=r"trian\.jsonl does not exist; did you mean .*train\.jsonl\?"):
+    with pytest.raises(DataError, match=r"^data.train: .*trian\.jsonl does not exist; did you mean .*train\.jsonl\?"):
         rows_of(train=str(tmp_path / "trian.jsonl"))
 
 
@@ -164,8 +203,36 @@ def test_a_few_unusable_rows_are_counted_named_and_left_out(tmp_path: Path, capl
     with caplog.at_level(logging.WARNING, "qlora_train"):
         prepared = prepare_data(DataSection(train=file, max_dropped=0.1), TOKENIZER, seed=0)
     assert len(prepared.train) == 9
-    assert prepared.dropped == {"empty assistant turn": 1}
+    assert prepared.dropped == {"data.train: empty assistant turn": 1}
     assert f"1 of 10 rows cannot be used and are left out: 1 x empty assistant turn ({file}:3)" in caplog.text
+
+
+def test_dropped_rows_are_counted_by_where_they_were_read_and_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}, {"text": ""}, {"text": None}, {"text": " "}])
+    held_out = write_jsonl(tmp_path / "eval.jsonl", [{"text": ""}, {"text": "two"}, {"text": "two"}])
+    with caplog.at_level(logging.INFO, "qlora_train"):
+        prepared = prepare_data(DataSection(train=train, eval=held_out, max_dropped=0.9), TOKENIZER, seed=0)
+    assert prepared.dropped == {
+        "data.train: text is empty": 2,
+        "data.train: text is null, expected a string": 1,
+        "data.eval: text is empty": 1,
+    }
+    assert f"2 x text is empty ({train}:2, {train}:4); 1 x text is null, expected a string ({train}:3)" in caplog.text
+    assert "data.eval: 2 rows (1 of them repeat an earlier one)" in caplog.text
+
+
+def test_a_reason_is_one_short_line_whatever_the_row_says(tmp_path: Path) -> None:
+    turns = [{"role": "hu\nman" + "x" * 5000, "content": "hi"}]
+    rows = [{"messages": turns}, *({"messages": [{"role": f"r{i}", "content": "hi"}]} for i in range(30))]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        prepare_data(DataSection(train=file), TOKENIZER, seed=0)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 3000
+    assert f"23 x other reasons ({file}:9, {file}:10" in message
 
 
 def test_all_rows_unusable_is_an_error_even_where_every_drop_is_allowed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Masks against an oracle: contents are replaced by marks, so that the template's own text is known piece by piece."""
 
+import datetime
 import json
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from qlora_train.data.types import Example, Message, Row, UnusableRowError
 from qlora_train.errors import ConfigError, DataError
 from tests.pico import CORPUS, build_tokenizer
 
+DATE = datetime.date(2024, 2, 29)
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' }}"
 GENERATION_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 EVERY_TURN = TURN + "{{ m['content'] }}"
@@ -61,7 +63,7 @@ TOKENIZERS["trimmed offsets"].backend_tokenizer.post_processor = ByteLevel(trim_
 
 
 def renderer(tokenizer: Any, **data: Any) -> Renderer:
-    return Renderer(tokenizer, DataSection(train="unused.jsonl", **{"max_length": 100_000, **data}))
+    return Renderer(tokenizer, DataSection(train="unused.jsonl", **{"max_length": 100_000, **data}), DATE)
 
 
 def conversation(*contents: str, system: str | None = None) -> tuple[Message, ...]:
@@ -249,6 +251,13 @@ def test_prompt_and_completion_are_joined_as_they_are(adds_bos: bool) -> None:
     assert tokenizer.decode(example.input_ids[first:]) == " because<|im_end|>"
     assert all(example.loss_mask[first:])
     assert it.merged_rows == []
+
+
+def test_loss_on_all_learns_the_prompt_of_plain_text_too() -> None:
+    tokenizer = plain_tokenizer(adds_bos=True)
+    example = renderer(tokenizer, loss_on="all").render(Row("row", prompt="Q: why?", text=" because"))
+    assert tokenizer.decode(example.input_ids) == "<s>Q: why? because<|im_end|>"
+    assert example.loss_mask == (False, *[True] * (len(example.input_ids) - 1))
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_train import evaluate
+from qlora_train import evaluate, loss
 from qlora_train.data.types import Example, Message
 from qlora_train.errors import DataError, ModelError
 from qlora_train.evaluate import (
@@ -23,6 +24,7 @@ from qlora_train.evaluate import (
     score_answers,
     stop_token_ids,
 )
+from tests.pico import VOCAB_SIZE
 
 Pico = Callable[..., Path]
 
@@ -73,37 +75,82 @@ def test_held_out_loss_equals_its_definition(pico: Pico, model_type: str, batch_
     assert result.perplexity == pytest.approx(math.exp(result.loss))
 
 
-def test_loss_is_the_same_in_pieces_of_a_few_labels(pico_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, examples = load(pico_llama), ragged_examples()
-    whole = held_out_loss(model, examples, batch_size=4, pad_token_id=0)
-    monkeypatch.setattr(evaluate, "_FP32_LOGITS", 700)
-    pieces = held_out_loss(model, examples, batch_size=4, pad_token_id=0)
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj"]},
+    "dora": {"target_modules": ["q_proj", "up_proj"], "use_dora": True},
+    "lora on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "head trained in full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "trained tokens": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [7]},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapters_loss_equals_its_definition_whatever_wraps_the_head(pico_llama: Path, kind: str) -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(load(pico_llama), LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[kind]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    expected = [loss_one_by_one(model, example)[0] for example in ragged_examples()]
+    result = held_out_loss(model, ragged_examples(), batch_size=3, pad_token_id=0)
+    assert [row.nll for row in result.per_example] == pytest.approx(expected, rel=2e-5, abs=1e-5)
+    base = held_out_loss(load(pico_llama), ragged_examples(), batch_size=3, pad_token_id=0)
+    assert abs(base.nll - result.nll) > 0.1, "the adapter changes too little to prove anything"
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Watches the largest float32 tensor with a vocabulary axis that any operation returns."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.dtype == torch.float32
+                and tensor.shape[-1:] == (VOCAB_SIZE,)
+            ):
+                self.num_elements = max(self.num_elements, tensor.numel())
+        return result
+
+
+def test_float32_logits_exist_a_few_labels_at_a_time(pico_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.bfloat16)
+    whole = held_out_loss(model, ragged_examples(), batch_size=4, pad_token_id=0)
+    monkeypatch.setattr(loss, "FLOAT32_BYTES", 3 * 4 * VOCAB_SIZE + 1)
+    with LargestFloat32() as watched:
+        pieces = held_out_loss(model, ragged_examples(), batch_size=4, pad_token_id=0)
+    assert watched.num_elements == 3 * VOCAB_SIZE
     assert pieces.nll == pytest.approx(whole.nll, rel=1e-9)
 
 
-def test_a_model_without_logit_selection_gives_the_same_loss(pico_llama: Path) -> None:
-    class FullLogits(torch.nn.Module):
-        """A forward that knows nothing of `logits_to_keep`."""
-
-        def __init__(self, inner: Any) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def get_input_embeddings(self) -> Any:
-            return self.inner.get_input_embeddings()
-
-        def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
-
-    model, examples = load(pico_llama), ragged_examples()
-    selected = held_out_loss(model, examples, batch_size=3, pad_token_id=0)
-    full = held_out_loss(FullLogits(model), examples, batch_size=3, pad_token_id=0)
-    assert full.nll == pytest.approx(selected.nll, rel=1e-6)
+def head_rows(model: Any) -> list[int]:
+    """Return a list that fills with the number of positions which the head sees, a call an entry."""
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.numel() // VOCAB_SIZE))
+    return seen
 
 
-def test_an_adapter_model_is_asked_for_selected_logits_too(pico_llama: Path) -> None:
-    model = get_peft_model(load(pico_llama), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    assert evaluate._selects_positions(model)
+@pytest.mark.parametrize(("batch_size", "max_labels"), [(50, 30), (2, 30), (50, 1), (50, 10**6)])
+def test_logits_are_made_for_labels_alone_and_bounded_in_a_batch(
+    pico_llama: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, max_labels: int
+) -> None:
+    model = load(pico_llama)
+    expected = held_out_loss(model, ragged_examples(), batch_size=1, pad_token_id=0)
+    monkeypatch.setattr(evaluate, "MAX_LOGITS", max_labels * VOCAB_SIZE)
+    seen = head_rows(model)
+    result = held_out_loss(model, ragged_examples(), batch_size=batch_size, pad_token_id=0)
+    of_rows = [row.num_tokens for row in result.per_example]
+    assert sum(seen) == sum(of_rows) == result.num_tokens
+    assert max(seen) <= max(max_labels, *of_rows)
+    assert len(seen) >= len(of_rows) / batch_size
+    assert (len(seen) == 1) == (max_labels > sum(of_rows) and batch_size >= len(of_rows))
+    assert result.nll == pytest.approx(expected.nll, rel=1e-6)
 
 
 def test_the_training_mode_of_every_module_is_restored(pico_llama: Path) -> None:
@@ -256,7 +303,6 @@ def test_rows_are_compared_by_who_has_them_right() -> None:
     second = AnswerScores(0.5, None, None, (True, False, True, False, True))
     result = compare_row_by_row(first, second)
     assert (result.both, result.only_first, result.only_second, result.neither) == (2, 1, 1, 1)
-    assert result.num_different == 2
     with pytest.raises(ValueError, match="5 rows against 1"):
         compare_row_by_row(first, AnswerScores(1.0, None, None, (True,)))
 

@@ -435,12 +435,17 @@ def test_one_of_several_gpus_is_taken_and_said(
     """Only the choice: what `torch.cuda` reports is given, nothing is run on a device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with caplog.at_level("WARNING", logger="qlora_train"):
         assert select_device() == torch.device("cuda", 0)
     assert f"device: GPU {taken} of the 3 that are visible" in caplog.text
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    assert select_device() == torch.device("cuda", 2)
+
+
+def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ModelError, match=r"one of 2 processes \(WORLD_SIZE\)") as caught:
+        select_device()
+    one_line(caught.value)

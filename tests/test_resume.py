@@ -1,19 +1,25 @@
 """A stopped run that goes on ends in the same weights as one that was never stopped."""
 
-import json
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
-from qlora_train.checkpoint import RunFolder
+from qlora_train import pipeline
+from qlora_train.checkpoint import RunFolder, held
+from qlora_train.config import load_config
 from qlora_train.errors import CheckpointError
+from qlora_train.pipeline import merge, run
 from tests.runs import adapter_bytes, losses, make_config, metrics, train_run
 
 EVERY_STEP = ("train.save_steps=1",)
@@ -35,15 +41,22 @@ def stopped_after(step: int, run: RunFolder, copy: Path) -> RunFolder:
     return stopped
 
 
+def training(run: RunFolder) -> dict[str, Any]:
+    """Return what results.json says of the training."""
+    result: dict[str, Any] = run.read_results()["training"]
+    return result
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_run_ends_in_the_same_bits_at_every_step(variant: str, pico_llama: Path, tmp_path: Path) -> None:
     settings = (*EVERY_STEP, *VARIANTS[variant])
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
-    for step in (1, 4, 5):  # 18 rows in batches of 2 x 2 make 5 steps an epoch: 5 is an epoch's edge
+    for step in (1, 4, 5, 6):  # 18 rows in batches of 2 x 2 make 5 steps an epoch: 5 is its edge; 6 is the last step
         stopped = stopped_after(step, straight, tmp_path / f"stopped-{step}")
         resumed = train_run(tmp_path, pico_llama, *settings, name=stopped.path.name)
         assert adapter_bytes(resumed) == adapter_bytes(straight), f"resumed after step {step}"
         assert losses(resumed) == losses(straight)
+        assert training(resumed)["train_loss"] == training(straight)["train_loss"]
 
 
 def test_8_bit_optimizer_state_is_really_8_bit_in_the_checkpoint(pico_llama: Path, tmp_path: Path) -> None:
@@ -141,17 +154,111 @@ def test_foreign_folder_is_not_taken(pico_llama: Path, tmp_path: Path) -> None:
         train_run(tmp_path, pico_llama)
 
 
-def test_rotation_keeps_the_newest_and_the_best(pico_llama: Path, tmp_path: Path) -> None:
-    run = train_run(
-        tmp_path, pico_llama, "train.max_steps=3", "train.save_steps=1", "train.eval_steps=1", "train.save_total_limit=1",
-        "train.load_best_model_at_end=true", "train.learning_rate=0.02", "train.lr_scheduler_type=constant",
-    )  # fmt: skip
+BEST_IS_NOT_LAST = (
+    "train.max_steps=3", "train.save_steps=1", "train.eval_steps=1", "train.load_best_model_at_end=true",
+    "train.learning_rate=0.02", "train.lr_scheduler_type=constant",
+)  # fmt: skip
+
+
+def test_rotation_keeps_the_newest_and_the_best_which_is_what_the_run_ends_with(
+    pico_llama: Path, tmp_path: Path
+) -> None:
+    run = train_run(tmp_path, pico_llama, *BEST_IS_NOT_LAST, "train.save_total_limit=1")
     evaluations = {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line}
     best = min(evaluations, key=lambda step: evaluations[step])
     assert best < 3, "the learning rate should have made the last steps worse"
     assert run.steps() == [best, 3]
-    result = json.loads(run.results_file.read_text())["training"]
-    assert result["taken_from_step"] == best
+    assert training(run)["taken_from_step"] == best
+    assert training(run)["eval_loss"] == evaluations[best]
     stored = load_file(run.checkpoint(best) / "adapter.safetensors")
     finished = load_file(run.adapter / "adapter_model.safetensors")
-    assert {float(t.sum()) for t in stored.values()} == {float(t.sum()) for t in finished.values()}
+    assert sorted(float(t.sum()) for t in stored.values()) == sorted(float(t.sum()) for t in finished.values())
+
+
+def test_run_killed_at_its_end_still_ends_with_the_best(pico_llama: Path, tmp_path: Path) -> None:
+    straight = train_run(tmp_path, pico_llama, *BEST_IS_NOT_LAST, name="straight")
+    for step in (2, 3):
+        stopped = stopped_after(step, straight, tmp_path / f"stopped-{step}")
+        resumed = train_run(tmp_path, pico_llama, *BEST_IS_NOT_LAST, name=stopped.path.name)
+        assert adapter_bytes(resumed) == adapter_bytes(straight)
+        assert training(resumed)["taken_from_step"] == training(straight)["taken_from_step"]
+
+
+def test_run_killed_after_early_stopping_does_not_train_on(pico_llama: Path, tmp_path: Path) -> None:
+    settings = (
+        "train.max_steps=30", "train.eval_steps=1", "train.save_steps=1", "train.early_stopping_patience=1",
+        "train.learning_rate=0.02", "train.lr_scheduler_type=constant",
+    )  # fmt: skip
+    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
+    assert straight.steps()[-1] < 30
+    stopped = stopped_after(straight.steps()[-1], straight, tmp_path / "stopped")
+    resumed = train_run(tmp_path, pico_llama, *settings, name=stopped.path.name)
+    assert resumed.steps() == straight.steps()
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+
+
+def test_named_checkpoint_is_resumed_from_and_later_ones_are_forgotten(pico_llama: Path, tmp_path: Path) -> None:
+    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, name="straight")
+    again = stopped_after(6, straight, tmp_path / "again")
+    settings = (*EVERY_STEP, "train.save_total_limit=2")
+    resumed = train_run(tmp_path, pico_llama, *settings, name="again", resume=str(again.checkpoint(2)))
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+    assert resumed.steps() == [5, 6]
+    assert losses(resumed) == losses(straight)
+
+
+def test_checkpoint_of_another_run_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+    other = train_run(tmp_path, pico_llama, "train.max_steps=1", *EVERY_STEP, "train.learning_rate=0.5", name="other")
+    with pytest.raises(CheckpointError, match="is no checkpoint of this run"):
+        train_run(tmp_path, pico_llama, *EVERY_STEP, name="fresh", resume=str(other.checkpoint(1)))
+
+
+def test_torn_last_line_of_the_metrics_does_not_stop_a_resume(pico_llama: Path, tmp_path: Path) -> None:
+    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, name="straight")
+    stopped = stopped_after(4, straight, tmp_path / "stopped")
+    with stopped.metrics_file.open("a") as file:
+        file.write('{"step": 7, "lo')
+    resumed = train_run(tmp_path, pico_llama, *EVERY_STEP, name="stopped")
+    assert metrics(resumed)[-1]["step"] == 6
+    assert losses(resumed) == losses(straight)
+
+
+def test_run_folder_belongs_to_one_process(pico_llama: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, pico_llama)
+    with held(RunFolder(tmp_path / "run")), pytest.raises(CheckpointError, match=rf"process {os.getpid()} on"):
+        run(config)
+
+
+def test_merge_refuses_a_base_that_is_not_the_one_trained_on(
+    pico: Callable[..., Path], pico_llama: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pico_llama, base)
+    finished = train_run(tmp_path, base, "train.max_steps=1")
+    shutil.copy(pico("llama", seed=1) / "model.safetensors", base / "model.safetensors")
+    with pytest.raises(CheckpointError, match="base_identity was"):
+        merge(finished, load_config(finished.config_file))
+
+
+def test_finished_run_is_merged_as_the_command_line_says(pico_llama: Path, tmp_path: Path) -> None:
+    train_run(tmp_path, pico_llama, "train.max_steps=1")
+    merging = ("export.merge=true", "export.merge_base=original", "export.max_loss_increase=10")
+    merged = train_run(tmp_path, pico_llama, "train.max_steps=1", *merging)
+    assert merged.read_results()["merge"]["kept"] == "original"
+    with pytest.raises(CheckpointError, match=r"lora\.r was 8"):
+        merge(merged, load_config(merged.config_file, ["lora.r=4"]))
+
+
+def test_trained_model_is_gone_from_memory_when_the_merge_begins(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = []
+
+    def count(*_arguments: Any) -> None:
+        alive.append(sum(isinstance(item, Linear4bit) for item in gc.get_objects()))
+
+    monkeypatch.setattr(pipeline, "merge_run", count)
+    gc.collect()
+    before = sum(isinstance(item, Linear4bit) for item in gc.get_objects())
+    train_run(tmp_path, pico_llama, "train.max_steps=1", "export.merge=true")
+    assert alive == [before]

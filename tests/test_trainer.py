@@ -10,24 +10,24 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from qlora_train import trainer as trainer_module
 from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
-from qlora_train.checkpoint import RunFolder, load_tree, open_run
+from qlora_train.checkpoint import RunFolder, load_tree
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.errors import TrainingError
+from qlora_train.errors import ConfigError, TrainingError
 from qlora_train.loader import load_model
 from qlora_train.loss import label_losses
-from qlora_train.pipeline import prepare
-from qlora_train.trainer import MAX_SCALER_SKIPS, QloraTrainer
+from qlora_train.pipeline import date_of, prepare
+from qlora_train.trainer import QloraTrainer, train
+from qlora_train.trainer.sft import MAX_SCALER_SKIPS
 from tests.runs import losses, make_config, metrics, train_run
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
 
 
 def build(config: RunConfig) -> tuple[AdaptedModel, PreparedData, RunFolder]:
-    folder, _ = open_run(config)
-    source, data = prepare(config)
+    folder = RunFolder(Path(str(config.run.output_dir)))
+    source, data = prepare(config, date_of(folder))
     loaded = load_model(config.model, config.quantization, source=source)
     return attach_adapter(loaded, config.lora, seed=config.run.seed), data, folder
 
@@ -150,10 +150,10 @@ def test_overflows_of_the_float16_scaler_are_counted_and_stop_the_run_after_seve
     infinite = float("inf")
     with caplog.at_level(logging.WARNING, logger="qlora_train"):
         for _ in range(MAX_SCALER_SKIPS - 1):
-            trainer._check_finite(True, infinite, [0])
+            trainer._check_finite(1.0, infinite, [torch.tensor([0])])
     assert caplog.text.count("the loss scaler skips the update") == MAX_SCALER_SKIPS - 1
     with pytest.raises(TrainingError, match="the gradient norm is inf"):
-        trainer._check_finite(True, infinite, [0])
+        trainer._check_finite(1.0, infinite, [torch.tensor([0])])
 
 
 def test_early_stopping_stops_after_evaluations_without_progress(pico_llama: Path, tmp_path: Path) -> None:
@@ -179,9 +179,14 @@ def test_noise_on_the_embeddings_changes_training_and_is_gone_afterwards(pico_ll
     assert losses(noisy)[0] != losses(plain)[0]
     config = make_config(tmp_path, pico_llama, "train.neftune_noise_alpha=15", name="after")
     adapted, data, folder = build(config)
-    trainer_module.train(adapted, data, config, folder, None)
+    train(adapted, data, config, folder, None)
     ids = torch.tensor([data.train[0].input_ids])
     with torch.no_grad():
         adapted.model.train()
         first, second = (adapted.model(input_ids=ids).logits for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_missing_tracker_is_named_before_the_model_loads(pico_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.report_to: mlflow is not installed; run: pip install mlflow"):
+        train_run(tmp_path, pico_llama, "run.report_to=[mlflow]")

@@ -17,21 +17,14 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qlora_train import durable
-from qlora_train.config import RunConfig, load_config
-from qlora_train.config.writer import to_yaml
 from qlora_train.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step-(\d{8})")
-# Settings that may differ between the parts of one run: they decide what is reported or made of it, not what is trained.
-_FREE = (
-    "run.output_dir", "run.report_to", "export.", "train.logging_steps", "train.save_steps", "train.save_total_limit",
-    "train.per_device_eval_batch_size",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,11 @@ class RunFolder:
     def config_file(self) -> Path:
         """The resolved config."""
         return self.path / "config.yaml"
+
+    @property
+    def facts_file(self) -> Path:
+        """What decides the run besides its config."""
+        return self.path / "run.json"
 
     @property
     def metrics_file(self) -> Path:
@@ -74,6 +72,10 @@ class RunFolder:
         """Whether training is done and its adapter is whole."""
         return self.adapter.is_dir() and durable.damage(self.adapter) is None
 
+    def has_begun(self) -> bool:
+        """Whether there is anything to continue or to lose; a run that stopped before its first checkpoint has not."""
+        return bool(self.steps()) or self.adapter.is_dir()
+
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after optimizer step `step`."""
         return self.checkpoints / f"step-{step:08d}"
@@ -94,6 +96,13 @@ class RunFolder:
             logger.warning("checkpoint %s is skipped: %s", folder.name, problem)
         return None
 
+    def forget_after(self, checkpoint: Path) -> None:
+        """Delete the checkpoints after one that is resumed from by name: they belong to a course that is given up."""
+        for step in self.steps():
+            if self.checkpoint(step).name > checkpoint.name:
+                logger.warning("checkpoint %s is deleted: the run goes on from %s", f"step-{step:08d}", checkpoint.name)
+                shutil.rmtree(self.checkpoint(step))
+
     def rotate(self, *, keep: int, best: int | None) -> None:
         """Delete all but the newest `keep` whole checkpoints and the best one."""
         whole = [step for step in self.steps() if durable.damage(self.checkpoint(step)) is None]
@@ -101,124 +110,32 @@ class RunFolder:
             if step != best:
                 shutil.rmtree(self.checkpoint(step))
 
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json recorded when the run began, empty when there is none.
+
+        Raises:
+            CheckpointError: it is not readable.
+        """
+        return _read_json(self.facts_file)
+
     def read_results(self) -> dict[str, Any]:
-        """Return results.json, empty when there is none."""
-        if not self.results_file.is_file():
-            return {}
-        content: dict[str, Any] = json.loads(self.results_file.read_text(encoding="utf-8"))
-        return content
+        """Return results.json, empty when there is none.
+
+        Raises:
+            CheckpointError: it is not readable.
+        """
+        return _read_json(self.results_file)
 
     def add_results(self, **results: Any) -> None:
         """Add entries to results.json."""
         durable.write_text(self.results_file, json.dumps({**self.read_results(), **results}, indent=2) + "\n")
 
 
-def finished_run(path: Path) -> RunFolder:
-    """Return the finished run at `path`.
-
-    Raises:
-        CheckpointError: there is no run, or it has not finished.
-    """
-    folder = RunFolder(path)
-    if not folder.config_file.is_file():
-        raise CheckpointError(f"{path}: is not a run folder (no config.yaml); give one such as runs/llama7b")
-    if not folder.is_finished():
-        raise CheckpointError(f"{path}: the run has not finished; continue it with: qlora-train {folder.config_file}")
-    return folder
-
-
-def open_run(config: RunConfig, *, resume: Literal["auto", "never"] | str = "auto") -> tuple[RunFolder, Path | None]:
-    """Open or create the run folder of a config and say where to go on.
-
-    Args:
-        config: the resolved config; `run.output_dir` is set.
-        resume: `auto` continues from the newest whole checkpoint, `never` starts over (an existing run is refused), a
-            path continues from that checkpoint.
-
-    Returns:
-        The folder, and the checkpoint to resume from or None.
-
-    Raises:
-        CheckpointError: the folder belongs to something else, to a run of other settings, or holds no whole checkpoint.
-    """
-    assert config.run.output_dir is not None, "the CLI fills in run.output_dir"
-    run = RunFolder(Path(config.run.output_dir))
-    if not run.config_file.is_file():
-        _claim(run, config)
-    elif resume == "never":
-        raise CheckpointError(
-            f"{run.path}: holds a run already and --resume never would overwrite it; choose another run.output_dir or "
-            "delete the folder"
-        )
-    else:
-        _check_same_settings(run, config)
-    if resume in ("auto", "never"):
-        return run, run.newest_whole_checkpoint()
-    return run, _named_checkpoint(Path(resume))
-
-
-def _claim(run: RunFolder, config: RunConfig) -> None:
-    if run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir())):
-        raise CheckpointError(
-            f"{run.path}: run.output_dir is not empty and holds no run (no config.yaml); choose another run.output_dir"
-        )
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        durable.write_text(run.config_file, to_yaml(config))
-    except OSError as error:
-        raise CheckpointError(
-            f"{run.path}: run.output_dir cannot be written ({error.strerror}); choose another"
-        ) from None
-
-
-def _named_checkpoint(folder: Path) -> Path:
-    problem = durable.damage(folder) if folder.is_dir() else "it is not a folder"
-    if problem is not None:
-        raise CheckpointError(
-            f"--resume {folder}: {problem}; give a folder such as runs/NAME/checkpoints/step-00000100"
-        )
-    return folder
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    return {
-        f"{section}.{key}": value
-        for section, keys in config.model_dump(mode="json").items()
-        for key, value in keys.items()
-    }
-
-
-def _check_same_settings(run: RunFolder, config: RunConfig) -> None:
-    """Refuse to continue a run whose settings have changed: the result would be neither the old run nor a new one."""
-    before, now = _flat(load_config(run.config_file)), _flat(config)
-    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(_FREE)]
-    if changed:
-        raise CheckpointError(
-            [
-                f"{run.path}: {key} was {before.get(key)!r} when this run began and is {now[key]!r} now; set it back, "
-                "or choose another run.output_dir for a new run"
-                for key in changed
-            ]
-        )
-
-
-def check_same_facts(run: RunFolder, facts: dict[str, Any]) -> None:
-    """Record what decides a run besides its config, or compare it with what was recorded when the run began.
-
-    Raises:
-        CheckpointError: the data, base or library versions are not those the run began with.
-    """
-    file = run.path / "run.json"
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        durable.write_text(file, json.dumps(facts, indent=2) + "\n")
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    changed = [key for key in facts if before.get(key) != facts[key]]
-    if changed:
-        raise CheckpointError(
-            [
-                f"{run.path}: {key} was {before.get(key)!r} when this run began and is {facts[key]!r} now; the resumed "
-                "run would differ; restore it, or choose another run.output_dir"
-                for key in changed
-            ]
-        )
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); restore it, or delete the run folder") from None
+    return content

@@ -46,6 +46,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[key] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: key}
     if isinstance(value, dict):
+        assert not value.keys() & {_TENSOR, _TUPLE, _INT_KEYS}, "these keys mean something in the file"
         if all(isinstance(key, str) for key in value):
             return {key: _pack(item, tensors) for key, item in value.items()}
         assert all(isinstance(key, int) for key in value), "keys are all strings or all integers"

@@ -4,11 +4,12 @@
 torch) feeds the trainer.
 """
 
+from qlora_train.data.chat import encode_chat, render_chat
 from qlora_train.data.chat_templates import CHAT_TEMPLATES, ChatTemplate, resolve_chat_template
 from qlora_train.data.prepare import prepare_data
 from qlora_train.data.types import Example, Message, PreparedData, Row
 
 __all__ = [
     "prepare_data", "PreparedData", "Example", "Row", "Message",
-    "CHAT_TEMPLATES", "ChatTemplate", "resolve_chat_template",
+    "render_chat", "encode_chat", "CHAT_TEMPLATES", "ChatTemplate", "resolve_chat_template",
 ]  # fmt: skip

@@ -39,7 +39,7 @@ def to_dataset(examples: Sequence[Example]) -> datasets.Dataset:
 
 @dataclass(frozen=True, slots=True)
 class Collator:
-    """Pads rows on the right to one length, a multiple of `multiple_of` tokens.
+    """Pads rows on the right to one length, a multiple of `multiple_of` tokens (see `padding_multiple`).
 
     Returns int64 tensors: `input_ids`, `attention_mask` (1 for a token, 0 for padding) and `labels` of shape
     (batch, seq), and `row` of shape (batch,). Labels come from the mask, never from token ids: a pad token that is also
@@ -47,7 +47,7 @@ class Collator:
     """
 
     pad_token_id: int
-    multiple_of: int = 8
+    multiple_of: int = 1
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Pad `features`, rows of `to_dataset`, into one batch."""
@@ -60,6 +60,16 @@ class Collator:
             "labels": _padded([feature["labels"] for feature in features], IGNORED, length),
             "row": torch.tensor([int(feature["row"]) for feature in features], dtype=torch.long),
         }
+
+
+def padding_multiple(device: torch.device) -> int:
+    """Return the number of tokens whose multiples batches are padded to on a device.
+
+    Tensor cores work on tiles of 8 16-bit numbers: a length that 8 does not divide sends whole matrix products to slower
+    kernels (NVIDIA, Matrix Multiplication Background User's Guide, "Requirements to Use Tensor Cores"). Without tensor
+    cores every padded token is work for nothing.
+    """
+    return 8 if device.type == "cuda" else 1
 
 
 def _padded(rows: Sequence[Sequence[int]], filler: int, length: int) -> torch.Tensor:

@@ -47,23 +47,32 @@ def read_rows(sources: Sequence[Source], data: DataSection, key: str) -> Iterato
     _check_renames(data)
     for source in sources:
         name: str | None = None
+        unseen: dict[str, str] = {}
         for record in read_records(source, key):
             if name is None:
                 name = _recognise(record, data)
                 _log_recognised(record, name, data)
+                unseen = {column: data.columns[column] for column in data.columns if column in _columns_of(name)}
+            if unseen:
+                unseen = {column: renamed for column, renamed in unseen.items() if renamed not in record.values}
             yield _read_row(record, name, data)
+        for column, renamed in unseen.items():
+            raise DataError(
+                f"{key}: data.columns says that {column} is called {renamed}, but no row of {source.path} has a column "
+                f"{renamed}; correct the name or remove it"
+            )
 
 
 def _read_row(record: Record, name: str, data: DataSection) -> Row | Unusable:
     try:
         return FORMATS[name].to_row(record.where, _values(record, name, data))
     except UnusableRowError as error:
-        return Unusable(record.where, str(error))
+        return Unusable.because(record.where, error)
 
 
 def _check_renames(data: DataSection) -> None:
     names = [data.format] if data.format != "auto" else list(FORMATS)
-    allowed = [column for name in names for column in FORMATS[name].required + FORMATS[name].optional]
+    allowed = [column for name in names for column in _columns_of(name)]
     for column in data.columns:
         if column not in allowed:
             raise ConfigError(
@@ -102,15 +111,27 @@ def _rename_hint(record: Record) -> str:
 
 
 def _log_recognised(record: Record, name: str, data: DataSection) -> None:
-    used = {data.columns.get(column, column) for column in FORMATS[name].required + FORMATS[name].optional}
+    used = {data.columns.get(column, column) for column in _columns_of(name)}
     unused = ", ".join(column for column in record.values if column not in used)
     log.info("%s: format %s%s", record.where, name, f"; columns not used: {unused}" * bool(unused))
+    idle = ", ".join(
+        f"{column}: {renamed}" for column, renamed in data.columns.items() if column not in _columns_of(name)
+    )
+    if idle:
+        log.warning(
+            "%s: read as %s, where data.columns {%s} has no effect; set data.format if another one is meant",
+            record.where, name, idle,
+        )  # fmt: skip
+
+
+def _columns_of(name: str) -> tuple[str, ...]:
+    return FORMATS[name].required + FORMATS[name].optional
 
 
 def _values(record: Record, name: str, data: DataSection) -> dict[str, Any]:
     """Return the record's values under the format's own column names."""
     values = {}
-    for column in FORMATS[name].required + FORMATS[name].optional:
+    for column in _columns_of(name):
         in_file = data.columns.get(column, column)
         if in_file in record.values:
             values[column] = record.values[in_file]

@@ -1,11 +1,13 @@
 """Where the answers of a rendered conversation begin and end, in tokens."""
 
+import datetime
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from qlora_train.data.chat import encode_marked_chat, render_chat
 from qlora_train.data.types import Message, UnusableRowError
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -40,7 +42,13 @@ def first_token_after(rendering: Rendering, position: int) -> int:
 
 
 def answer_starts(
-    tokenizer: Any, turns: Sequence[Message], answers: Sequence[int], whole: Rendering, has_block: bool
+    tokenizer: Any,
+    turns: Sequence[Message],
+    answers: Sequence[int],
+    whole: Rendering,
+    *,
+    date: datetime.date,
+    has_block: bool,
 ) -> tuple[list[int], list[list[int]]]:
     """Return the first token of each answer, and the tokens of its prompt as inference would send them.
 
@@ -48,7 +56,8 @@ def answer_starts(
         tokenizer: renders and tokenises.
         turns: the conversation.
         answers: indices of the assistant turns that are asked for.
-        whole: the whole conversation, rendered.
+        whole: the whole conversation, rendered for the same date.
+        date: the day that prompts are rendered for.
         has_block: whether the template marks its answers itself.
 
     Raises:
@@ -56,13 +65,10 @@ def answer_starts(
     """
     if not answers:
         return [], []
-    texts = [
-        tokenizer.apply_chat_template(list(turns[:answer]), tokenize=False, add_generation_prompt=True)
-        for answer in answers
-    ]
+    texts = [render_chat(tokenizer, turns[:answer], date=date, add_generation_prompt=True) for answer in answers]
     prompts = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     if has_block:
-        marked = _marked_starts(tokenizer, turns, whole)
+        marked = _marked_starts(tokenizer, turns, whole, date)
         return [marked[answer] for answer in answers], prompts
     for text in texts:
         if not whole.text.startswith(text):
@@ -73,16 +79,10 @@ def answer_starts(
     return [first_token_after(whole, len(text)) for text in texts], prompts
 
 
-def _marked_starts(tokenizer: Any, turns: Sequence[Message], whole: Rendering) -> dict[int, int]:
+def _marked_starts(tokenizer: Any, turns: Sequence[Message], whole: Rendering, date: datetime.date) -> dict[int, int]:
     """Map each assistant turn to the first token of its ``{% generation %}`` block."""
-    encoded = tokenizer.apply_chat_template(
-        list(turns),
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    mask = encoded["assistant_masks"]
-    assert encoded["input_ids"] == whole.input_ids, "the template renders differently when it marks its answers"
+    input_ids, mask = encode_marked_chat(tokenizer, turns, date=date)
+    assert input_ids == whole.input_ids, "the template renders differently when it marks its answers"
     starts = [i for i, marked in enumerate(mask) if marked and (i == 0 or not mask[i - 1])]
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if len(starts) != len(answers):

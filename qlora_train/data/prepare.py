@@ -3,6 +3,7 @@
 It needs the tokenizer only, so that bad data stops a run before any weights are loaded.
 """
 
+import datetime
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_train.config.schema import DataSection, Source
+from qlora_train.data.chat import is_dated
 from qlora_train.data.formats import read_rows
 from qlora_train.data.template import Renderer
 from qlora_train.data.types import Example, PreparedData, Row, Unusable, UnusableRowError
@@ -22,6 +24,8 @@ log = logging.getLogger("qlora_train")
 
 NUM_NAMED_ROWS = 5
 """Rows of one kind that a message names."""
+NUM_NAMED_REASONS = 8
+"""Reasons that a message gives, the most frequent ones first."""
 
 
 @dataclass(slots=True)
@@ -34,24 +38,28 @@ class _Part:
     unusable: list[Unusable] = field(default_factory=list)
 
 
-def prepare_data(data: DataSection, tokenizer: Any, seed: int) -> PreparedData:
+def prepare_data(data: DataSection, tokenizer: Any, seed: int, *, date: datetime.date | None = None) -> PreparedData:
     """Read, render and split the rows.
 
     Args:
         data: the section of the config.
         tokenizer: a fast Transformers tokenizer, with a chat template unless the rows are plain text.
         seed: decides which rows are held out when `data.eval` is a share.
+        date: the day that a chat template which writes the current date is rendered for; None is today. A run that is
+            to be resumed or measured later must remember it and pass it again, or its tokens change overnight.
 
     Raises:
         ConfigError: `data.columns` does not fit `data.format`.
         DataError: a source is missing or malformed, more rows than `data.max_dropped` cannot be used, or nothing is
             left to train on or to hold out.
     """
-    renderer = Renderer(tokenizer, data)
+    day = date or datetime.date.today()
+    renderer = Renderer(tokenizer, data, day)
     parts = [_read_part(data.train, data, renderer, "data.train")]
     if isinstance(data.eval, tuple):
         parts.append(_read_part(data.eval, data, renderer, "data.eval"))
         _warn_of_overlap(*parts)
+    _log_date(tokenizer, parts, day)
     if renderer.merged_rows:
         log.warning(
             "%d rows train on a prompt whose last tokens differ from those of inference: a token reaches over the border "
@@ -62,8 +70,13 @@ def prepare_data(data: DataSection, tokenizer: Any, seed: int) -> PreparedData:
     train, held_out = parts[0].examples, parts[1].examples if len(parts) > 1 else []
     if isinstance(data.eval, float):
         train, held_out = _split(parts[0], data.eval, seed)
-    dropped = Counter(row.reason for part in parts for row in part.unusable)
+    dropped = Counter(f"{part.key}: {row.reason}" for part in parts for row in part.unusable)
     return PreparedData(tuple(train), tuple(held_out), dict(dropped), fingerprint(train, held_out))
+
+
+def _log_date(tokenizer: Any, parts: Sequence[_Part], day: datetime.date) -> None:
+    if is_dated(tokenizer) and any(example.answer is not None for part in parts for example in part.examples):
+        log.info("chat template: writes the current date; every row is rendered for %s", day.isoformat())
 
 
 def _read_part(sources: Sequence[Source], data: DataSection, renderer: Renderer, key: str) -> _Part:
@@ -76,12 +89,13 @@ def _read_part(sources: Sequence[Source], data: DataSection, renderer: Renderer,
             part.examples.append(renderer.render(row))
             part.digests.append(content_digest(row))
         except UnusableRowError as error:
-            part.unusable.append(Unusable(row.where, str(error)))
+            part.unusable.append(Unusable.because(row.where, error))
     _report_unusable(part, data.max_dropped)
     log.info(
-        "%s: %d rows, %d tokens, %d of them with loss, the longest row %d tokens",
+        "%s: %d rows (%d of them repeat an earlier one), %d tokens, %d of them with loss, the longest row %d tokens",
         key,
         len(part.examples),
+        len(part.digests) - len(set(part.digests)),
         sum(len(example.input_ids) for example in part.examples),
         sum(sum(example.loss_mask) for example in part.examples),
         max(len(example.input_ids) for example in part.examples),
@@ -95,10 +109,7 @@ def _report_unusable(part: _Part, max_dropped: float) -> None:
     num_rows = num_unusable + len(part.examples)
     if not num_unusable:
         return
-    places = defaultdict(list)
-    for row in part.unusable:
-        places[row.reason].append(row.where)
-    reasons = "; ".join(f"{len(where)} x {reason} ({named(where)})" for reason, where in places.items())
+    reasons = _reasons(part.unusable)
     num_allowed = int(max_dropped * num_rows + 1e-9)  # 0.29 * 100 is 28.999999999999996
     share = f"{num_unusable} of {num_rows} rows cannot be used"
     if num_unusable > num_allowed:
@@ -109,6 +120,17 @@ def _report_unusable(part: _Part, max_dropped: float) -> None:
     if not part.examples:
         raise DataError(f"{part.key}: no row can be used: {reasons}")
     log.warning("%s: %s and are left out: %s", part.key, share, reasons)
+
+
+def _reasons(unusable: Sequence[Unusable]) -> str:
+    """Count the rows by reason, the most frequent first, and name a few of each."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for row in unusable:
+        places[row.reason].append(row.where)
+    ordered = sorted(places.items(), key=lambda item: -len(item[1]))
+    told = [f"{len(where)} x {reason} ({named(where)})" for reason, where in ordered[:NUM_NAMED_REASONS]]
+    rest = [place for _, where in ordered[NUM_NAMED_REASONS:] for place in where]
+    return "; ".join([*told, f"{len(rest)} x other reasons ({named(rest)})"] if rest else told)
 
 
 def named(where: Sequence[str]) -> str:

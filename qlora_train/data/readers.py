@@ -6,10 +6,11 @@ of the file's structure is an error at once; whether a well-formed record can be
 """
 
 import csv
+import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_records(source: Source, key: str) -> Iterator[Record]:
                 empty = False
                 yield record
         except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+            raise DataError(f"{file}: cannot be read: {error.strerror or _first_line(error)}") from None
         if empty:
             raise DataError(f"{file}: found no rows; expected at least one")
 
@@ -101,8 +102,12 @@ def _refuse_other_encodings(path: Path, start: bytes, *, bom: bool) -> None:
         raise DataError(f"{path}:1: found a UTF-8 byte-order mark; expected UTF-8 without one: save it as plain UTF-8")
 
 
-def _read_jsonl(path: Path, expected: str = ONE_OBJECT_A_LINE) -> Iterator[Record]:
-    for number, line in _lines(path):
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    yield from _objects(path, _lines(path), ONE_OBJECT_A_LINE)
+
+
+def _objects(path: Path, lines: Iterable[tuple[int, str]], expected: str) -> Iterator[Record]:
+    for number, line in lines:
         if not line.strip():
             continue
         value = _decode(partial(DECODER.decode, line.rstrip("\r\n")), str(path), number, number, expected)
@@ -146,11 +151,21 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 def _read_json(path: Path) -> Iterator[Record]:
     """A list of objects; a file that does not begin with ``[`` is read as JSON lines, which often carry this suffix."""
-    text = "".join(line for _, line in _lines(path))
-    begin = _skip_space(text, 0)
-    if text[begin : begin + 1] != "[":
-        yield from _read_jsonl(path, "expected a list of objects, or one object a line")
+    lines = _lines(path)
+    head: list[tuple[int, str]] = []
+    for numbered in lines:
+        head.append(numbered)
+        if numbered[1].strip():
+            break
+    everything = itertools.chain(head, lines)
+    if not head or not head[-1][1].lstrip().startswith("["):
+        yield from _objects(path, everything, "expected a list of objects, or one object a line")
         return
+    yield from _list_of_objects(path, "".join(line for _, line in everything))
+
+
+def _list_of_objects(path: Path, text: str) -> Iterator[Record]:
+    begin = _skip_space(text, 0)
     position, line, counted = _skip_space(text, begin + 1), 1, 0
     if text[position : position + 1] == "]":
         return
@@ -189,11 +204,9 @@ def _read_csv(path: Path) -> Iterator[Record]:
     limit = csv.field_size_limit(sys.maxsize)  # the csv module's limit is one for the process: put it back
     try:
         reader = csv.reader((line for _, line in _lines(path, bom=True)), strict=True)
-        header = next(reader, [])
-        if len(set(header)) < len(header) or not all(name.strip() for name in header):
-            raise DataError(
-                f"{path}:1: found the header {', '.join(header)}; expected a different name for each column"
-            )
+        header = next(filter(None, reader), [])
+        _check_names(header, f"{path}:{reader.line_num}")
+        _check_commas(header, f"{path}:{reader.line_num}")
         line = reader.line_num + 1
         for fields in reader:
             if fields and len(fields) != len(header):
@@ -211,6 +224,19 @@ def _read_csv(path: Path) -> Iterator[Record]:
         csv.field_size_limit(limit)
 
 
+def _check_names(names: Sequence[str], where: str) -> None:
+    if len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise DataError(f"{where}: found the header {', '.join(names)}; expected a different name for each column")
+
+
+def _check_commas(header: Sequence[str], where: str) -> None:
+    if len(header) == 1 and re.search(r"[;\t|]", header[0]):
+        raise DataError(
+            f"{where}: found the header {header[0]!r} without a comma; expected commas between columns: save the file "
+            "comma-separated"
+        )
+
+
 def _read_parquet(path: Path) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
@@ -218,6 +244,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
@@ -239,8 +266,16 @@ def _read_hub(source: Source, key: str) -> Iterator[Record]:
         ) from None
     if len(rows) == 0:
         raise DataError(f"{key}: the Hub data set {name} has no rows; expected at least one")
-    for number, values in enumerate(rows, start=1):
-        yield Record(f"{name}:row {number}", values)
+    number = 0
+    try:
+        for values in rows:
+            number += 1
+            yield Record(f"{name}:row {number}", values)
+    except Exception as error:  # decoding a picture or a sound needs libraries of its own
+        raise DataError(
+            f"{key}: row {number + 1} of the Hub data set {name} cannot be read: {type(error).__name__}: "
+            f"{_first_line(error)}; save its text columns to a file and train from that"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import difflib
 import glob
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_train.config.schema import Source
@@ -20,6 +21,15 @@ SUFFIX_LIST = ", ".join(SUFFIXES)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SETTINGS = {"split": "train", "subset": None, "revision": None}
 """Settings of a source that mean something on the Hub only, and their defaults."""
+
+SAVED_TO_DISK = ("dataset_dict.json", "state.json")
+"""Files that datasets' save_to_disk writes beside its .arrow files; they describe rows and hold none."""
+SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
+}  # fmt: skip
+"""First words of file names that say which split they hold, as the Hub understands them."""
+SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
 
 def local_files(source: Source, key: str) -> list[Path] | None:
@@ -69,11 +79,18 @@ def _known(path: Path, key: str) -> Path:
 
 
 def _files_of_folder(folder: Path, key: str) -> list[Path]:
-    entries = sorted(entry for entry in folder.iterdir() if entry.is_file())
-    files = [entry for entry in entries if entry.suffix.lower() in SUFFIXES]
+    entries = sorted(folder.iterdir())
+    if marks := [entry.name for entry in entries if entry.name in SAVED_TO_DISK]:
+        split = "['train']" * (marks[0] == "dataset_dict.json")
+        raise DataError(
+            f"{key}: folder {folder} was written by save_to_disk of datasets ({marks[0]}); expected {SUFFIX_LIST}: "
+            f"write a file with datasets.load_from_disk('{folder}'){split}.to_parquet('train.parquet')"
+        )
+    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
     if not files:
-        found = ", ".join(entry.name for entry in entries[:5]) or "no files"
+        found = ", ".join(entry.name + "/" * entry.is_dir() for entry in entries[:5]) or "no files"
         raise DataError(f"{key}: folder {folder} holds no data file: found {found}; expected {SUFFIX_LIST}")
+    _refuse_several_splits(files, f"folder {folder}", key)
     others = ", ".join(entry.name for entry in entries if entry not in files)
     log.info(
         "%s: folder %s: reading %s%s",
@@ -89,7 +106,22 @@ def _files_of_glob(pattern: Path, key: str) -> list[Path]:
     files = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True)) if Path(match).is_file()]  # noqa: PTH207
     if not files:
         raise DataError(f"{key}: the pattern {pattern} matches no file; check the folder and the suffix")
+    _refuse_several_splits(files, f"the pattern {pattern}", key)
     return [_known(file, key) for file in files]
+
+
+def _refuse_several_splits(files: Sequence[Path], place: str, key: str) -> None:
+    """Refuse to read a data set's train and test files as one: held-out rows would be trained on."""
+    splits: dict[str, str] = {}
+    for file in files:
+        match = SPLIT_NAME.match(file.stem)
+        if match:
+            splits.setdefault(SPLITS[match.group().lower()], file.name)
+    if len(splits) > 1:
+        raise DataError(
+            f"{key}: {place} holds files of several splits: {', '.join(splits.values())}; name the one that is meant, "
+            "or list the files if all are"
+        )
 
 
 def _nearest(path: Path) -> str:

@@ -11,15 +11,17 @@ stop. Everything that this rests on is checked for every row, and a row that fai
 
 A template with ``{% generation %}`` says itself where answers begin, and is believed. Plain text (`text`, and
 `prompt_completion` of strings) is no conversation: it gets the beginning token if the tokenizer adds one, no template,
-and the end-of-sequence token, which carries loss; only a `prompt` carries none.
+and the end-of-sequence token, which carries loss; only a `prompt` carries none, unless `loss_on` is `all`.
 """
 
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from qlora_train.config.schema import DataSection
+from qlora_train.data.chat import render_chat
 from qlora_train.data.chat_templates import CHAT_TEMPLATES
 from qlora_train.data.masks import Rendering, answer_starts, end_of_turn, first_token_after, has_generation_block
 from qlora_train.data.special_tokens import SpecialTokens
@@ -38,12 +40,13 @@ class Renderer:
     Args:
         tokenizer: a fast tokenizer; slow ones do not say which characters a token stands for.
         data: its `max_length`, `too_long` and `loss_on` are used.
+        date: the day that a chat template with a date is rendered for.
 
     Raises:
         DataError: the tokenizer has no offsets or no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, data: DataSection) -> None:
+    def __init__(self, tokenizer: Any, data: DataSection, date: datetime.date) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 f"the tokenizer {type(tokenizer).__name__} gives no character offsets, which the loss mask needs; "
@@ -53,6 +56,7 @@ class Renderer:
             raise DataError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self.tokenizer = tokenizer
         self.data = data
+        self.date = date
         self.special = SpecialTokens(tokenizer)
         self.merged_rows: list[str] = []
         self._has_generation_block: bool | None = None
@@ -95,8 +99,9 @@ class Renderer:
         merged = _differs(Rendering.of(self.tokenizer, prompt).input_ids, whole.input_ids, first)
         begin = self.special.beginning_for(whole.input_ids)
         end = [] if whole.input_ids[-1:] == [self.special.eos] else [self.special.eos]
-        num_learnt = len(whole.input_ids) - first + len(end)
-        return begin + whole.input_ids + end, [False] * (len(begin) + first) + [True] * num_learnt, merged
+        input_ids = begin + whole.input_ids + end
+        num_prompt = 0 if self.data.loss_on == "all" else len(begin) + first
+        return input_ids, [False] * num_prompt + [True] * (len(input_ids) - num_prompt), merged
 
     def _conversation(self, turns: Sequence[Message], loss_from: int) -> tuple[list[int], list[bool], bool]:
         self._check_template()
@@ -105,7 +110,7 @@ class Renderer:
         try:
             whole = Rendering.of(self.tokenizer, self._text(turns))
             learnt = self._learnt_turns(turns, loss_from)
-            starts, prompts = answer_starts(self.tokenizer, turns, learnt, whole, bool(self._has_generation_block))
+            starts, prompts = self._answer_starts(turns, learnt, whole)
         except TemplateError as error:
             raise UnusableRowError(f"the chat template refuses the row: {error.message}") from None
         mask = [self.data.loss_on == "all"] * len(whole.input_ids)
@@ -116,8 +121,13 @@ class Renderer:
         return whole.input_ids, mask, merged
 
     def _text(self, turns: Sequence[Message]) -> str:
-        text: str = self.tokenizer.apply_chat_template(list(turns), tokenize=False)
-        return text
+        return render_chat(self.tokenizer, turns, date=self.date)
+
+    def _answer_starts(
+        self, turns: Sequence[Message], answers: Sequence[int], whole: Rendering
+    ) -> tuple[list[int], list[list[int]]]:
+        has_block = bool(self._has_generation_block)
+        return answer_starts(self.tokenizer, turns, answers, whole, date=self.date, has_block=has_block)
 
     def _learnt_turns(self, turns: Sequence[Message], loss_from: int) -> list[int]:
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= loss_from]
@@ -136,7 +146,7 @@ class Renderer:
         self._has_generation_block = has_generation_block(self.tokenizer)
         try:
             rendering = Rendering.of(self.tokenizer, self._text(PROBE))
-            starts, _ = answer_starts(self.tokenizer, PROBE, [1], rendering, self._has_generation_block)
+            starts, _ = self._answer_starts(PROBE, [1], rendering)
             end_of_turn(rendering, starts[0], "two", self.special.ids)
         except (TemplateError, UnusableRowError) as error:
             raise DataError(

@@ -1,7 +1,10 @@
 """What the data stage hands on: rows become examples, examples become batches. No torch."""
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Self, TypedDict
+
+LONGEST_REASON = 200
+"""Characters of the reason why a row cannot be used."""
 
 
 class Message(TypedDict):
@@ -16,8 +19,8 @@ class Row:
     """One usable row, in the one shape that all formats are read into.
 
     Exactly one of `messages` and `text` is set. `where` is ``file:line`` (or ``dataset[split]:row N``), for people.
-    `prompt` stands before `text` and carries no loss. Turns before index `loss_from` carry no loss: they are the
-    prompt of a row that keeps prompt and completion apart.
+    `prompt` stands before `text`, turns before index `loss_from` before the completion of a row that keeps the two
+    apart; neither carries loss, unless `data.loss_on` is `all`.
     """
 
     where: str
@@ -27,16 +30,22 @@ class Row:
     loss_from: int = 0
 
 
+class UnusableRowError(Exception):
+    """Raised inside the data stage with the reason why one row cannot be used; it becomes an `Unusable`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A row that cannot be trained on; rows with the same `reason` are counted together."""
+    """A row that cannot be trained on; rows with the same `reason`, one short line, are counted together."""
 
     where: str
     reason: str
 
-
-class UnusableRowError(Exception):
-    """Raised inside the data stage with the reason why one row cannot be used; it becomes an `Unusable`."""
+    @classmethod
+    def because(cls, where: str, error: UnusableRowError) -> Self:
+        """Make one of an error, whose text may hold what a row or a chat template says."""
+        line = " ".join(str(error).split())
+        return cls(where, line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "...")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,9 @@ class Example:
 class PreparedData:
     """Everything the trainer and the evaluation need.
 
-    `dropped` counts unusable rows by reason; `fingerprint` is a sha256 of all tokens and masks in order.
+    `dropped` counts the rows that were left out by ``data.train: reason`` and ``data.eval: reason``; rows that a share
+    for `data.eval` would have held out are counted where they were read, under ``data.train``. `fingerprint` is a sha256
+    of all tokens and masks in order.
     """
 
     train: tuple[Example, ...]

@@ -1,5 +1,6 @@
 """What the machine decides: the device, the compute dtype and the attention kernel, each with its reason."""
 
+import gc
 import importlib.util
 import logging
 import os
@@ -8,7 +9,7 @@ from typing import Literal
 import torch
 
 from qlora_train.architectures import Architecture
-from qlora_train.errors import ConfigError
+from qlora_train.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -17,18 +18,34 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attenti
 
 
 def select_device() -> torch.device:
-    """Return the one device of this process, and say so when several GPUs are visible without a launcher."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    num_gpus = torch.cuda.device_count()
-    if num_gpus > 1 and "LOCAL_RANK" not in os.environ:
+    """Return the one device of this process, and say so when several GPUs are visible.
+
+    Call it before anything else touches CUDA: once CUDA is initialised, the choice among several GPUs cannot be made.
+
+    Raises:
+        ModelError: the process is one of several that a launcher started.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ModelError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), which would all train the same rows; "
+            "start one process, without a launcher"
+        )
+    num_gpus = torch.cuda.device_count()  # asks the driver's management library: initialises nothing
+    if num_gpus > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
         logger.warning(
             "device: GPU %s of the %d that are visible (one process trains on one GPU; choose another with "
             "CUDA_VISIBLE_DEVICES)", visible[0], num_gpus,
         )  # fmt: skip
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more, those in reference cycles included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
@@ -49,8 +66,14 @@ def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def choose_attention(setting: Attention, architecture: Architecture, device: torch.device) -> str:
+def choose_attention(setting: Attention, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> str:
     """Return the attention implementation to load the model with.
+
+    Args:
+        setting: the config's `model.attn_implementation`.
+        architecture: what it needs where the usual choice would be wrong.
+        device: where the model will run.
+        dtype: of its products.
 
     Raises:
         ConfigError: sdpa is asked for where it computes something else than the architecture means.
@@ -62,11 +85,24 @@ def choose_attention(setting: Attention, architecture: Architecture, device: tor
         )
     if setting != "auto":
         name, reason = str(setting), "set in the config"
-    elif device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+    elif (obstacle := _no_flash_attention(architecture, device, dtype)) is None:
         name, reason = "flash_attention_2", "flash-attn is installed"
     elif architecture.attention_reason:
         name, reason = architecture.attention, architecture.attention_reason
     else:
-        name, reason = "sdpa", "flash-attn is not installed" if device.type == "cuda" else "on a CPU"
+        name, reason = "sdpa", obstacle
     logger.info("attention: %s (%s)", name, reason)
     return name
+
+
+def _no_flash_attention(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why flash-attn is not for this model here, or None when it is."""
+    if device.type != "cuda":
+        return "on a CPU"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"flash-attn needs a newer GPU than {torch.cuda.get_device_name(device)}"
+    if dtype == torch.float32:
+        return "flash-attn has no float32"
+    return None if architecture.known else "the architecture is not in the table"

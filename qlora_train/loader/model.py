@@ -154,7 +154,7 @@ def _from_pretrained(
             config=model_config(source, model),
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=choose_attention(model.attn_implementation, architecture, device),
+            attn_implementation=choose_attention(model.attn_implementation, architecture, device, dtype),
             trust_remote_code=model.trust_remote_code,
             local_files_only=True,
             use_safetensors=True,

@@ -22,10 +22,11 @@ def quantize_linears(
         quantization: code book and double quantisation.
         compute_dtype: dtype of the matrix products.
     """
-    found = [(name, module) for name, module in model.named_modules() if type(module).__name__ in class_names]
-    for name, module in found:
-        assert isinstance(module, nn.Linear), f"{name} is no linear layer; the architecture table is wrong"
-        model.set_submodule(name, _quantized(module, quantization, compute_dtype))
+    found = [name for name, module in model.named_modules() if type(module).__name__ in class_names]
+    for name in found:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear), f"{name} is no linear layer; the architecture table is wrong"
+        model.set_submodule(name, _quantized(linear, quantization, compute_dtype))
     if found:
         logger.info("quantised %d layers of class %s, which the library skips", len(found), ", ".join(class_names))
 

@@ -4,6 +4,7 @@ The result is always a local folder, so that everything after it (loading, mergi
 refuses comes back as one line that says what to do.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ from qlora_train.loader.gguf import convert_gguf
 logger = logging.getLogger(__name__)
 
 _FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
-_WEIGHTS = ["*.safetensors"]
+_WEIGHTS = ["model*.safetensors"]
 _CODE = ["*.py"]
 
 
@@ -37,10 +38,22 @@ class BaseSource:
     revision: str | None
     config: dict[str, Any]
 
-    @property
-    def is_on_hub(self) -> bool:
-        """Whether `name` is a Hub id."""
-        return self.revision is not None
+    def identity(self) -> str:
+        """Return what tells this base from another: the commit of a Hub model, or a hash of local config and weights.
+
+        Of each weight file the size and 64 evenly spaced blocks are hashed: enough to see other weights, in seconds.
+        """
+        if self.revision is not None:
+            return self.revision
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(64):
+                    file.seek(size * block // 64)
+                    digest.update(file.read(1 << 16))
+        return digest.hexdigest()
 
 
 def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
@@ -100,10 +113,10 @@ def _download(model: ModelSection, *, weights: bool) -> BaseSource:
     name = model.model_name_or_path
     with hub_errors(f"model.model_name_or_path: {name}"):
         folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
-    if weights and not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("model*.safetensors")):
         raise ModelError(
-            f"model.model_name_or_path: {name} has no safetensors; pickled weights (.bin) are not read; "
-            "choose a revision with safetensors, for example one made by the Hub's safetensors converter"
+            f"model.model_name_or_path: {name} has no model*.safetensors, or, offline, not in the local cache; pickled "
+            "weights (.bin) are not read; choose a revision with safetensors, or fetch the model with a network first"
         )
     return BaseSource(folder, name, folder.name, _read_config(folder, name))
 

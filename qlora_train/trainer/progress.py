@@ -64,10 +64,11 @@ class Progress(TrainerCallback):
         parts = [text.format(metrics[key]) for key, text in _SHOWN.items() if key in metrics]
         logger.info("step %d/%d  %s  %s", state.global_step, state.max_steps, "  ".join(parts), self._resources(state))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Take the live line away."""
+    def stop(self) -> None:
+        """Take the live line away, however training ended."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
     def _resources(self, state: Any) -> str:
         seconds = time.perf_counter() - self._start_seconds
@@ -79,6 +80,11 @@ class Progress(TrainerCallback):
     def _keep_metrics_until(self, step: int) -> None:
         if not self._run.metrics_file.is_file():
             return
-        lines = self._run.metrics_file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = []
+        for line in self._run.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s: an unreadable line is dropped: %.40r", self._run.metrics_file, line)
         durable.write_text(self._run.metrics_file, "".join(line + "\n" for line in kept))

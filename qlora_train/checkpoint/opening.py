@@ -1,0 +1,181 @@
+"""Open a run folder: is it this run's, is it free, and where does the run go on?"""
+
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_train import durable
+from qlora_train.checkpoint.run import RunFolder
+from qlora_train.config import RunConfig, load_config
+from qlora_train.config.writer import to_yaml
+from qlora_train.errors import CheckpointError
+
+LOCK = ".lock"
+# Settings that may differ between the parts of one run: they decide what is reported or made of it, not what is trained
+_FREE = (
+    "run.output_dir", "run.report_to", "export.", "train.logging_steps", "train.save_steps", "train.save_total_limit",
+    "train.per_device_eval_batch_size",
+)  # fmt: skip
+
+
+@contextmanager
+def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFolder, Path | None]]:
+    """Open or create the run folder of a config, hold it against other processes, and say where to go on.
+
+    Args:
+        config: the resolved config; `run.output_dir` is set.
+        resume: `auto` continues from the newest whole checkpoint, `never` starts over (an existing run is refused), a
+            path continues from that checkpoint of this run and deletes the later ones.
+
+    Yields:
+        The folder, and the checkpoint to resume from or None.
+
+    Raises:
+        CheckpointError: the folder belongs to something else, to a run of other settings or to a running process, or the
+            named checkpoint is not a whole one of this run.
+    """
+    assert config.run.output_dir is not None, "the CLI fills in run.output_dir"
+    run = RunFolder(Path(config.run.output_dir))
+    _refuse_foreign(run)
+    with held(run):
+        if not run.config_file.is_file() or not run.has_begun():
+            _claim(run, config)
+        elif resume == "never":
+            raise CheckpointError(
+                f"{run.path}: holds a run already and --resume never would overwrite it; choose another run.output_dir or "
+                "delete the folder"
+            )
+        else:
+            check_same_settings(run, config)
+        if resume in ("auto", "never"):
+            yield run, run.newest_whole_checkpoint()
+        else:
+            checkpoint = _named_checkpoint(run, Path(resume))
+            run.forget_after(checkpoint)
+            yield run, checkpoint
+
+
+def finished_run(path: Path) -> RunFolder:
+    """Return the finished run at `path`.
+
+    Raises:
+        CheckpointError: there is no run, or it has not finished.
+    """
+    folder = RunFolder(path)
+    if not folder.config_file.is_file():
+        raise CheckpointError(f"{path}: is not a run folder (no config.yaml); give one such as runs/llama7b")
+    if not folder.is_finished():
+        raise CheckpointError(f"{path}: the run has not finished; continue it with: qlora-train {folder.config_file}")
+    return folder
+
+
+@contextmanager
+def held(run: RunFolder) -> Iterator[None]:
+    """Hold a run folder against other processes; the lock ends with the process, however it ends.
+
+    Raises:
+        CheckpointError: another process holds it, or it cannot be written.
+    """
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CheckpointError(
+            f"{run.path}: run.output_dir cannot be written ({error.strerror}); choose another"
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.read(descriptor, 64).decode(errors="replace") or "unknown"
+        os.close(descriptor)
+        raise CheckpointError(
+            f"{run.path}: another process is at work in it ({owner}); wait for it, or stop it"
+        ) from None
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_foreign(run: RunFolder) -> None:
+    if run.config_file.is_file():
+        return
+    if run.path.is_file() or (run.path.is_dir() and any(path.name != LOCK for path in run.path.iterdir())):
+        raise CheckpointError(
+            f"{run.path}: run.output_dir is not empty and holds no run (no config.yaml); choose another run.output_dir"
+        )
+
+
+def _claim(run: RunFolder, config: RunConfig) -> None:
+    """Take an empty folder, or that of a run that stopped on a mistake which the user has mended in the config since."""
+    run.facts_file.unlink(missing_ok=True)
+    durable.write_text(run.config_file, to_yaml(config))
+
+
+def _named_checkpoint(run: RunFolder, folder: Path) -> Path:
+    if folder.resolve().parent != run.checkpoints.resolve():
+        raise CheckpointError(
+            f"--resume {folder}: is no checkpoint of this run; those are in {run.checkpoints}, for example step-00000100"
+        )
+    problem = durable.damage(folder) if folder.is_dir() else "it is not a folder"
+    if problem is not None:
+        raise CheckpointError(f"--resume {folder}: {problem}; choose another of {run.checkpoints}")
+    return folder
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, keys in config.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+
+
+def check_same_settings(run: RunFolder, config: RunConfig) -> None:
+    """Refuse to go on with a run whose settings have changed: the result would be neither the old run nor a new one.
+
+    Raises:
+        CheckpointError: one line a setting, with the old and the new value.
+    """
+    before, now = _flat(load_config(run.config_file)), _flat(config)
+    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(_FREE)]
+    if changed:
+        raise CheckpointError(
+            [
+                f"{run.path}: {key} was {before.get(key)!r} when this run began and is {now[key]!r} now; set it back, "
+                "or choose another run.output_dir for a new run"
+                for key in changed
+            ]
+        )
+
+
+def check_same_facts(run: RunFolder, facts: Mapping[str, Any], keys: Collection[str] | None = None) -> None:
+    """Record what decides a run besides its config, or compare it with what was recorded when the run began.
+
+    Args:
+        run: the run.
+        facts: by name; JSON values.
+        keys: compare these alone; None compares all, and records them when nothing is recorded.
+
+    Raises:
+        CheckpointError: the data, base, device or library versions are not those that the run began with.
+    """
+    before = run.facts()
+    if not before and keys is None:
+        durable.write_text(run.facts_file, json.dumps(facts, indent=2) + "\n")
+        return
+    changed = [key for key in facts if (keys is None or key in keys) and before.get(key) != facts[key]]
+    if changed:
+        raise CheckpointError(
+            [
+                f"{run.path}: {key} was {before.get(key)!r} when this run began and is {facts[key]!r} now; the result "
+                "would be another; restore it, or choose another run.output_dir"
+                for key in changed
+            ]
+        )

@@ -1,0 +1,104 @@
+"""The config's train section as TRL's arguments; what they do not decide (data, loss, saving) is switched off there."""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from qlora_train.adapter import AdaptedModel
+from qlora_train.checkpoint import RunFolder
+from qlora_train.config import RunConfig
+from qlora_train.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, has_eval: bool) -> SFTConfig:
+    """Return TRL's arguments for a run; the choices that were left open are made here and logged."""
+    train, on_gpu = config.train, adapted.loaded.device.type == "cuda"
+    dtype = adapted.loaded.compute_dtype
+    return SFTConfig(
+        output_dir=str(run.checkpoints),
+        optim=choose_optimizer(train.optim, on_gpu=on_gpu),
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=train.warmup_ratio,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        max_grad_norm=train.max_grad_norm,
+        num_train_epochs=train.num_train_epochs,
+        max_steps=train.max_steps or -1,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        per_device_eval_batch_size=train.per_device_eval_batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_checkpointing=choose_checkpointing(train.gradient_checkpointing, on_gpu=on_gpu),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        neftune_noise_alpha=train.neftune_noise_alpha,
+        logging_steps=train.logging_steps,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16 and on_gpu,
+        use_cpu=not on_gpu,
+        seed=config.run.seed,
+        report_to=list(config.run.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        average_tokens_across_devices=False,
+        save_strategy="steps" if train.save_steps else "epoch",
+        save_steps=train.save_steps or 1,
+        **_evaluation(config, has_eval=has_eval),
+    )
+
+
+def _evaluation(config: RunConfig, *, has_eval: bool) -> dict[str, Any]:
+    """Return when to evaluate, and that the lowest `eval_loss` is the best; loading the best is our own."""
+    if not has_eval:
+        return {"eval_strategy": "no"}
+    steps = config.train.eval_steps
+    return {
+        "eval_strategy": "steps" if steps else "epoch",
+        "eval_steps": steps,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not installed, before anything is loaded.
+
+    Raises:
+        ConfigError: one line a tracker.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            [f"run.report_to: {name} is not installed; run: pip install {name}, or drop it" for name in missing]
+        )
+
+
+def choose_optimizer(setting: str, *, on_gpu: bool) -> str:
+    """Return the optimizer's name for Transformers, logged with the reason when `auto` chose it."""
+    if setting == "auto":
+        name, reason = ("paged_adamw_8bit", "on a GPU") if on_gpu else ("adamw_torch", "a CPU pages nothing")
+        logger.info("optimizer: %s (%s)", name, reason)
+        return name
+    if setting.startswith("paged") and not on_gpu:
+        logger.warning("optimizer: %s runs without paging on a CPU", setting)
+    return setting
+
+
+def choose_checkpointing(setting: bool | str, *, on_gpu: bool) -> bool:
+    """Return whether activations are recomputed, logged with the reason when `auto` chose it."""
+    if setting == "auto":
+        logger.info("gradient checkpointing: %s (%s)", on_gpu, "on a GPU" if on_gpu else "memory is no limit on a CPU")
+        return on_gpu
+    return bool(setting)

@@ -1,0 +1,246 @@
+"""TRL's SFTTrainer, fed with our own tokens, masks and order, and saving checkpoints of our own.
+
+What is overridden, and why:
+
+- the loss is the summed negative log-likelihood of all label tokens of the accumulated batch, divided by their count;
+- the order of the rows is a pure function of the seed and the epoch;
+- a non-finite loss or gradient stops the run before the update, naming step and rows;
+- checkpoints are whole or absent, hold no pickle, and continue the run bit for bit;
+- `eval_loss` is total negative log-likelihood over total label tokens;
+- adapters stay float32, where TRL casts those of a quantised model to bfloat16.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback, TrainerState
+from trl import SFTTrainer
+
+from qlora_train import durable
+from qlora_train.adapter import AdaptedModel, trainable_state
+from qlora_train.checkpoint import (
+    RunFolder,
+    load_parameters,
+    load_tree,
+    random_state,
+    restore_random_state,
+    save_tree,
+)
+from qlora_train.config import RunConfig
+from qlora_train.data import PreparedData
+from qlora_train.data.batches import Collator, epoch_order, to_dataset
+from qlora_train.errors import TrainingError
+from qlora_train.evaluate import held_out_loss
+from qlora_train.loss import label_losses
+from qlora_train.trainer.arguments import sft_config
+
+logger = logging.getLogger(__name__)
+
+MAX_SCALER_SKIPS = 8
+STATE_FILE = "trainer_state.json"
+
+
+class EpochBatches:
+    """Batches of row indices whose order depends on nothing but the seed and the epoch.
+
+    The epoch is read from the trainer's step count when iteration begins, so that a resumed run needs no sampler state.
+    """
+
+    def __init__(self, trainer: "QloraTrainer", lengths: list[int]) -> None:
+        self._trainer, self._lengths = trainer, lengths
+        train = trainer.config.train
+        self.batch_size, self.drop_last = train.per_device_train_batch_size, False
+        self._group_by_length = train.group_by_length
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._lengths) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        accumulation = self._trainer.config.train.gradient_accumulation_steps
+        order = epoch_order(
+            self._lengths,
+            seed=self._trainer.config.run.seed,
+            epoch=self._trainer.state.global_step // math.ceil(len(self) / accumulation),
+            batch_size=self.batch_size,
+            group_by_length=self._group_by_length,
+        )
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
+
+
+class QloraTrainer(SFTTrainer):
+    """SFTTrainer with our loss, order, checks and checkpoints."""
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        data: PreparedData,
+        config: RunConfig,
+        run: RunFolder,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.config, self.run, self.examples = config, run, data
+        self._adapted = adapted
+        self._lengths = [len(example.input_ids) for example in data.train]
+        self._micro_losses: list[torch.Tensor] = []
+        self._micro_rows: list[torch.Tensor] = []
+        self._loss_of_all_steps = 0.0
+        self._num_scaler_skips = 0
+        exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
+        on_gpu = adapted.loaded.device.type == "cuda"
+        super().__init__(
+            model=adapted.model,
+            args=sft_config(config, adapted, run, has_eval=bool(data.eval)),
+            train_dataset=to_dataset(data.train),
+            eval_dataset=to_dataset(data.eval) if data.eval else None,
+            # tensor cores want lengths that are multiples of 8; a CPU would only compute the padding
+            data_collator=Collator(adapted.loaded.tokenizer.pad_token_id, multiple_of=8 if on_gpu else 1),
+            processing_class=adapted.loaded.tokenizer,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        for name, parameter in trainable_state(adapted.model).items():
+            parameter.data = exact[name]  # undo TRL's cast to bfloat16, bit for bit
+        self.model_accepts_loss_kwargs = True  # so that the labels of the whole accumulated batch are counted
+
+    @property
+    def mean_loss(self) -> float:
+        """Loss of all steps so far, resumed ones included, in nats per label token."""
+        return self._loss_of_all_steps / max(self.state.global_step, 1)
+
+    # --- data and loss -----------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the training batches, in the order of `EpochBatches`."""
+        return DataLoader(
+            self.train_dataset, batch_sampler=EpochBatches(self, self._lengths), collate_fn=self.data_collator
+        )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Return this micro-batch's share of the loss of the accumulated batch, a scalar."""
+        assert not return_outputs, "evaluation goes through `evaluate`"
+        assert num_items_in_batch is not None
+        losses, _ = label_losses(
+            model, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=inputs["labels"]
+        )
+        loss = losses.sum() / num_items_in_batch
+        self._micro_losses.append(loss.detach())
+        self._micro_rows.append(inputs["row"])
+        return loss
+
+    # --- numbers -----------------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
+        """Return the gradient norm, once an optimizer step, after checking that it and the loss are finite."""
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        loss = float(torch.stack(self._micro_losses).sum())
+        rows, self._micro_losses, self._micro_rows = self._micro_rows, [], []
+        self._check_finite(loss, norm, rows)
+        self._loss_of_all_steps += loss
+        return norm
+
+    def _check_finite(self, loss: float, norm: float, rows: list[torch.Tensor]) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._num_scaler_skips = 0
+            return
+        step = self.state.global_step + 1
+        if math.isfinite(loss) and self.accelerator.scaler is not None:
+            self._num_scaler_skips += 1
+            logger.warning("step %d: gradient overflow in float16, the loss scaler skips the update", step)
+            if self._num_scaler_skips < MAX_SCALER_SKIPS:
+                return
+        places = [self.examples.train[row].where for batch in rows for row in batch.tolist()]
+        what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        raise TrainingError(
+            f"step {step}: {what}; nothing was updated; rows of this step: {', '.join(places[:4])}"
+            f"{' ...' if len(places) > 4 else ''}; look at these rows, lower train.learning_rate, or resume from the last "
+            "checkpoint with the same command"
+        )
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *_arguments: Any, **_keywords: Any) -> dict[str, float]:
+        """Return and log `eval_loss`, nats per label token over the whole evaluation set."""
+        started = time.perf_counter()
+        result = held_out_loss(
+            self.model,
+            self.examples.eval,
+            batch_size=self.config.train.per_device_eval_batch_size,
+            pad_token_id=self._adapted.loaded.tokenizer.pad_token_id,
+        )
+        metrics = {"eval_loss": result.loss, "eval_runtime_seconds": time.perf_counter() - started}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a whole checkpoint of the step just done, then delete what is not to be kept."""
+        with durable.staged_folder(self.run.checkpoint(self.state.global_step)) as folder:
+            save_tree(folder, "adapter", dict(trainable_state(self.model)))
+            save_tree(folder, "optimizer", self.optimizer.state_dict())
+            save_tree(folder, "scheduler", self.lr_scheduler.state_dict())
+            save_tree(folder, "random", random_state())
+            save_tree(folder, "loop", self._loop_state())
+            self.state.save_to_json(str(folder / STATE_FILE))
+        train = self.config.train
+        best = self.state.best_global_step if train.load_best_model_at_end else None
+        self.run.rotate(keep=train.save_total_limit, best=best)
+
+    def _loop_state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "tr_loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "loss_of_all_steps": self._loss_of_all_steps,
+            "num_scaler_skips": self._num_scaler_skips,
+            "scaler": scaler.state_dict() if scaler is not None else {},
+        }
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over the adapter and the count of a checkpoint after which nothing is left to train."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
+    def load_adapter_of(self, step: int) -> None:
+        """Load the adapter of one of this run's checkpoints."""
+        folder = self.run.checkpoint(step)
+        load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
+        loop = load_tree(folder, "loop")
+        self._loss_of_all_steps, self._num_scaler_skips = loop["loss_of_all_steps"], loop["num_scaler_skips"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_tree(Path(checkpoint), "optimizer"))
+            self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint), "scheduler"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(load_tree(Path(checkpoint), "loop")["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the generators and those counters of the loop that the Trainer resets after loading the rest."""
+        if checkpoint is None:
+            return
+        restore_random_state(load_tree(Path(checkpoint), "random"))
+        loop = load_tree(Path(checkpoint), "loop")
+        self._tr_loss = loop["tr_loss"].to(self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]

@@ -1,0 +1,306 @@
+"""The command line: quick without torch, one line a problem, and exit statuses that scripts can rely on."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+from qlora_train import __version__
+from qlora_train.cli import COMMANDS, main
+from qlora_train.config.writer import to_yaml
+from tests.runs import adapter_bytes, make_config, train_run
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+CONFIG = ROOT / "configs" / "llama7b.yaml"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+HEAVY = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "numpy")
+LOG = re.compile(r":\d+: format \w+$|^chat template: |^compute dtype: |: has not begun|^held-out |^tokenizer: ")
+"""Lines of the log before a mistake in the settings or the data is found."""
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def libraries_stay_as_they_were() -> Iterator[None]:
+    """Undo what a command does to the process it thinks is its own: logging, warnings, progress bars."""
+    logger = logging.getLogger("qlora_train")
+    before = logger.handlers[:], logger.level, logger.propagate
+    bitsandbytes, verbosity = logging.getLogger("bitsandbytes").level, transformers.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield
+    logger.handlers[:], logger.level, logger.propagate = before
+    logging.getLogger("bitsandbytes").setLevel(bitsandbytes)
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def write_config(folder: Path, base: Path, *overrides: str, name: str = "run") -> Path:
+    """Write a whole config of `make_config` as a file of its own."""
+    file = folder / f"{name}-whole.yaml"
+    file.write_text(to_yaml(make_config(folder, base, *overrides, name=name)), encoding="utf-8")
+    return file
+
+
+def refused(capsys: Capture, *arguments: str | Path) -> list[str]:
+    """Run a command that must fail with status 2 before a model is loaded, and return what it says after its log."""
+    assert main([str(argument) for argument in arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "Traceback" not in output.err
+    assert "quantisation census" not in output.err
+    return [line for line in output.err.splitlines() if not LOG.search(line)]
+
+
+# --- without torch ----------------------------------------------------------------------------------------------------
+
+LIGHT = """
+import sys
+from qlora_train.cli import main
+try:
+    status = main({arguments!r})
+except SystemExit as exit:
+    status = exit.code or 0
+print("status", status, "loaded", [name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["check", str(CONFIG)], ["show", str(CONFIG)], ["schema"], ["train", "--help"]],
+    ids=" ".join,
+)
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    done = python("-c", LIGHT.format(arguments=arguments, heavy=HEAVY))
+    assert done.stderr.splitlines()[-1] == "status 0 loaded []"
+    assert done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", str(CONFIG)]], ids=lambda words: words[0])
+def test_light_commands_answer_at_once(arguments: list[str]) -> None:
+    started = time.perf_counter()
+    done = python("-m", "qlora_train.cli", *arguments)
+    seconds = time.perf_counter() - started
+    assert (done.returncode, done.stderr) == (0, "")
+    assert seconds < 2
+
+
+def test_help_names_every_command_and_the_exit_statuses(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^ +{command}\b", text, re.MULTILINE) for command in COMMANDS)
+    assert "Exit status: 0 done; 2 something you can fix; 130 interrupted" in text
+
+
+def test_version_is_the_packages(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"qlora-train {__version__}\n"
+
+
+def test_check_accepts_every_shipped_config(capsys: Capture) -> None:
+    files = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "recipes").rglob("*.yaml"))]
+    assert len(files) >= 12
+    for file in files:
+        assert main(["check", str(file)]) == 0
+        assert capsys.readouterr() == (f"{file}: ok\n", "")
+
+
+def test_show_says_where_every_value_comes_from(capsys: Capture) -> None:
+    assert main(["show", str(CONFIG), "lora.r=7"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    values = {line.split()[0]: line.split("  # ")[-1] for line in lines}
+    assert next(line for line in lines if line.startswith("lora.r ")).split()[1] == "7"
+    assert values["lora.r"] != values["model.model_name_or_path"] != values["train.adam_beta1"]
+    assert re.search(r"llama7b\.yaml:\d+", values["model.model_name_or_path"])
+
+
+def test_schema_is_json_that_documents_every_setting(capsys: Capture) -> None:
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    for section in schema["properties"]:
+        settings = schema["$defs"][f"{section.capitalize()}Section"]
+        assert settings["additionalProperties"] is False
+        assert all(setting.get("description") for setting in settings["properties"].values())
+
+
+# --- what the user can fix --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--frobnicate"], ["merge"], ["check"], ["eval", "x", "--shots", "three"], []])
+def test_command_line_that_makes_no_sense_is_status_2(arguments: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["tarin", "configs/none.yaml", "configs"])
+def test_word_that_is_neither_command_nor_config_is_one_line(word: str, capsys: Capture) -> None:
+    [line] = refused(capsys, word)
+    assert word in line
+
+
+@pytest.mark.parametrize("config", sorted((DATA / "malformed_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_malformed_config_is_a_line_a_problem_in_training_as_in_check(
+    config: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(config.parent)
+    expected = config.with_suffix(".expected").read_text().splitlines()
+    assert refused(capsys, "check", config.name) == expected
+    assert refused(capsys, config.name) == expected
+
+
+@pytest.fixture(scope="module")
+def data_config(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("data"), pico_llama, "data.max_length=64")
+
+
+@pytest.mark.parametrize("expected", sorted((DATA / "malformed").glob("*.expected")), ids=lambda path: path.stem)
+def test_malformed_data_is_one_line_before_the_model_is_loaded(
+    expected: Path, data_config: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(expected.parent)
+    lines = refused(capsys, data_config, f"data.train={expected.stem}", f"run.output_dir={tmp_path / 'run'}")
+    assert lines == expected.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.model_name_or_path=./none", "./none does not exist"),
+        ("model.model_name_or_path=nobody/none", "is not in the local cache and the Hub cannot be reached"),
+        ("data.train=none.jsonl", "none.jsonl"),
+        ("data.max_length=100000", "data.max_length: 100000 tokens, but this llama model has 256 positions"),
+        ("lora.target_modules=[query_key_value]", "no such layer in a llama model; it has q_proj"),
+        ("model.chat_template=llama3", "splits into"),
+        ("lora.rank=8", "lora.rank"),
+        ("lora.r", "lora.r"),
+    ],
+)
+def test_setting_that_cannot_work_is_one_line_before_the_model_is_loaded(
+    override: str, message: str, data_config: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    [line] = refused(capsys, data_config, override, f"run.output_dir={tmp_path / 'run'}")
+    assert message in line
+
+
+@pytest.mark.parametrize("command", ["merge", "eval"])
+def test_folder_that_is_no_finished_run_is_one_line(
+    command: str, data_config: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    [line] = refused(capsys, command, tmp_path)
+    assert "is not a run folder" in line
+    refused(capsys, data_config, "data.train=none.jsonl", f"run.output_dir={tmp_path / 'run'}")
+    [line] = refused(capsys, command, tmp_path / "run")
+    assert "the run has not finished; continue it with: qlora-train" in line
+
+
+@pytest.mark.parametrize("resume", ["runs/none", "never"])
+def test_resume_that_is_not_possible_is_one_line(
+    resume: str, pico_llama: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    config = write_config(tmp_path, pico_llama, "train.max_steps=1")
+    train_run(tmp_path, pico_llama, "train.max_steps=1")
+    capsys.readouterr()
+    [line] = refused(capsys, config, "--resume", resume)
+    assert line.startswith(f"--resume {resume}") or "--resume never" in line
+
+
+def test_mended_mistake_needs_no_new_folder(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    config = write_config(tmp_path, pico_llama, "train.max_steps=1")
+    refused(capsys, config, "data.train=none.jsonl")
+    assert main([str(config), "lora.r=5000"]) == 2
+    assert main([str(config), "quantization.min_quantized_share=1.0", "lora.target_modules=[wqkv]"]) == 2
+    capsys.readouterr()
+    assert main([str(config)]) == 0
+    assert capsys.readouterr().out == f"finished: {tmp_path / 'run'}\n"
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_config_trains_merges_and_is_evaluated_with_status_0(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    config = write_config(tmp_path, pico_llama, "train.max_steps=2")
+    assert main([str(config), "train.max_steps=1"]) == 0
+    first = capsys.readouterr()
+    assert first.out == f"finished: {tmp_path / 'run'}\n"
+    for said in ("compute dtype:", "attention:", "quantisation census:", "adapter:", "training: starts", "step 1/1"):
+        assert said in first.err
+    assert main([str(config), "train.max_steps=1"]) == 0
+    assert "has finished already" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "merged" / "config.json").is_file()
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--loss-only"]) == 0
+    table = capsys.readouterr().out
+    assert all(re.search(rf"\b{model}\b", table) for model in ("base", "adapter", "merged"))
+
+
+def test_output_goes_beside_the_name_of_the_config_when_none_is_given(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    config = write_config(tmp_path, pico_llama, "train.max_steps=1")
+    text = config.read_text()
+    (tmp_path / "mine.yaml").write_text(re.sub(r"^  output_dir:.*\n", "", text, flags=re.MULTILINE))
+    monkeypatch.chdir(tmp_path)
+    assert main(["mine.yaml"]) == 0
+    assert capsys.readouterr().out == f"finished: {Path('runs/mine')}\n"
+
+
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test that runs in the background would ignore it
+from qlora_train.cli import main
+sys.exit(main())
+"""
+
+
+def interrupt_when(ready: Callable[[], bool], command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Start a command, send it Ctrl-C once `ready`, and wait for its end."""
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def test_interrupted_training_is_status_130_and_the_same_command_goes_on(
+    pico_llama: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    settings = ("train.max_steps=60", "train.save_steps=1", "train.logging_steps=20")
+    config = write_config(tmp_path, pico_llama, *settings)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    done = interrupt_when(
+        lambda: checkpoints.is_dir() and any(checkpoints.glob("step-*")),
+        [sys.executable, "-c", INTERRUPTIBLE, str(config)],
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "interrupted; the same command continues from the last checkpoint"
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert main([str(config)]) == 0
+    assert "resumes from" in capsys.readouterr().err
+    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
+    assert adapter_bytes(straight) == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
