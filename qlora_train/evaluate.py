@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig
 
 from qlora_train.data.batches import Collator
@@ -127,17 +128,30 @@ def generate_answers(
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return every token that ends an answer: the generation config's, the tokenizer's, the template's end of turn."""
+    """Return every token that ends an answer: the generation config's, and those of `answer_ends`."""
     configured = model.generation_config.eos_token_id
-    found = set(configured if isinstance(configured, list) else [configured])
-    found.add(tokenizer.eos_token_id)
+    found = {*(configured if isinstance(configured, list) else [configured]), *answer_ends(tokenizer)}
+    return sorted(token for token in found if token is not None)
+
+
+def answer_ends(tokenizer: Any) -> list[int]:
+    """Return the tokens that a model trained with this tokenizer ends an answer with: its eos, the template's end of turn.
+
+    A template that refuses a conversation of one question and one answer, or ends it without a special token, has none.
+    """
+    ends = [tokenizer.eos_token_id, _end_of_turn(tokenizer) if tokenizer.chat_template else None]
+    return list(dict.fromkeys(token for token in ends if token is not None))
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
     mark = "MARKED-ANSWER"
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": mark}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
-    after = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    try:
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
+    except TemplateError:
+        return None
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    found.add(next((token for token in after if token in special), None))
-    return sorted(token for token in found if token is not None)
+    return next((token for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if token in special), None)
 
 
 def _encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
@@ -195,6 +209,6 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 __all__ = [
-    "AnswerScores", "ExampleLoss", "HeldOutLoss", "RowComparison", "compare_row_by_row", "few_shot_prompt",
-    "generate_answers", "held_out_loss", "score_answers", "stop_token_ids",
+    "AnswerScores", "ExampleLoss", "HeldOutLoss", "RowComparison", "answer_ends", "compare_row_by_row",
+    "few_shot_prompt", "generate_answers", "held_out_loss", "score_answers", "stop_token_ids",
 ]  # fmt: skip

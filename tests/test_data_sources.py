@@ -75,8 +75,9 @@ def test_a_hub_row_that_cannot_be_decoded_is_one_line(hub_cache: Path, tmp_path:
 
     (tmp_path / "repo").mkdir()
     features = datasets.Features(text=datasets.Value("string"), picture=datasets.Image())
-    rows = {"text": ["a"], "picture": [{"bytes": b"no picture", "path": None}]}
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "repo" / "train.parquet"))
+    rows = [{"text": "a", "picture": {"bytes": b"no picture", "path": None}}]
+    table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "repo" / "train.parquet")
     with pytest.raises(DataError, match=r"^data.train: row 1 of the Hub data set .* cannot be read: ") as caught:
         list(hub_records(tmp_path / "repo"))
     assert "\n" not in str(caught.value)

@@ -126,14 +126,14 @@ class Skeleton:
     tied: bool
 
 
-def skeleton_of(config: Any) -> Skeleton:
+def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
     """Build the model of a Transformers config without memory (meta device) and name its parts.
 
     Raises:
         MergeError: its linear layers are stored transposed, as GPT-2's are.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     names = {id(module): name for name, module in model.named_modules()}
     head = model.get_output_embeddings()
     kinds = {"Linear", *detect(config.to_dict()).linear_classes}

@@ -13,8 +13,8 @@ merge does not understand it refuses.
 
 import copy
 import json
-import shutil
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,37 +22,32 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 
-from qlora_train.config.schema import QuantizationSection
+from qlora_train.config.schema import QuantizationSection, RunConfig
 from qlora_train.durable import sha256_of, staged_folder
-from qlora_train.errors import MergeError
+from qlora_train.errors import ConfigError, MergeError
 from qlora_train.export.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFile
 from qlora_train.export.base_file import BaseFile, Rounding, Skeleton, skeleton_of
+from qlora_train.export.companions import write_companions
 from qlora_train.export.merge_plan import MergePlan, OutputTensor, merged_tensor, plan_merge
 from qlora_train.export.shards import bytes_of_size, write_shards
+
+logger = logging.getLogger(__name__)
 
 MergeBase = Literal["original", "dequantized"]
 MARKER = "merge.json"
 """Written into a merged folder: which adapters are in it, and onto what they were merged."""
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """What was written: `num_changed` of `num_tensors` tensors carry the adapter; `num_rounded` went through 4 bits."""
 
-    output: Path
     merge_base: MergeBase
-    dtype: torch.dtype
     num_tensors: int
     num_changed: int
     num_rounded: int
     num_shards: int
     total_bytes: int
-    tied: bool
-    adapter_sha256: str
 
 
 def merge_adapter(
@@ -67,6 +62,7 @@ def merge_adapter(
     load_dtype: torch.dtype | None = None,
     model_config: Any = None,
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> MergeReport:
     """Write `output`, a model folder that Transformers loads without PEFT.
 
@@ -80,15 +76,16 @@ def merge_adapter(
         load_dtype: dtype that the run quantised from (its compute dtype); None is `dtype`.
         model_config: Transformers config of the trained model where it differs from the base's (RoPE scaling).
         device: where weights are rounded through 4 bits.
+        trust_remote_code: run Python code shipped with the base.
 
     Raises:
         MergeError: see the message; nothing has been written then.
     """
-    _refuse_places(base_folder, adapter_folder, output)
+    refuse_places(base_folder, adapter_folder, output)
     shard_bytes = bytes_of_size(max_shard_size)
-    config = copy.deepcopy(model_config) if model_config is not None else AutoConfig.from_pretrained(base_folder)
+    config = copy.deepcopy(model_config) or AutoConfig.from_pretrained(base_folder, trust_remote_code=trust_remote_code)
     config.__dict__.pop("quantization_config", None)
-    skeleton = skeleton_of(config)
+    skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
     adapter = AdapterFile(adapter_folder, skeleton.embedding)
     marker = _marker(base_folder, adapter, merge_base)
     with BaseFile(base_folder) as base:
@@ -101,21 +98,41 @@ def merge_adapter(
             names = [tensor.name for tensor in plan.tensors]
             num_shards = write_shards(staging, names, sizes_bytes, shard_bytes, make)
             adapter.assert_all_read_once()
-            _write_config(staging, config, plan, dtype)
-            _copy_companions(base_folder, adapter_folder, staging)
+            write_companions(
+                staging, base_folder, adapter_folder, config,
+                tied=plan.tied, num_embeddings=plan.num_embeddings, dtype=dtype, trust_remote_code=trust_remote_code,
+            )  # fmt: skip
             (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-    return MergeReport(
-        output=output,
+    report = MergeReport(
         merge_base=merge_base,
-        dtype=dtype,
         num_tensors=len(names),
         num_changed=sum(tensor.update is not None for tensor in plan.tensors),
         num_rounded=len(held_in_4bit),
         num_shards=num_shards,
         total_bytes=sum(sizes_bytes),
-        tied=plan.tied,
-        adapter_sha256=marker["adapters"][-1]["sha256"],
     )
+    logger.info(
+        "merged onto %s: %d of %d tensors changed, %d rounded through 4 bits, %.2f GB in %d files",
+        merge_base, report.num_changed, report.num_tensors, report.num_rounded, report.total_bytes / 1e9, num_shards,
+    )  # fmt: skip
+    return report
+
+
+def check_mergeable(source_config: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuse, before anything is trained, a merge that the base cannot serve.
+
+    Args:
+        source_config: content of the base's config.json.
+        config: the run's settings.
+
+    Raises:
+        ConfigError: the original weights are asked for and the base is stored in 4 bits.
+    """
+    if config.export.merge_base == "original" and source_config.get("quantization_config"):
+        raise ConfigError(
+            f"export.merge_base: original, but {config.model.model_name_or_path} is stored in 4 bits and the original "
+            "weights are not there; use dequantized or auto, or give the 16-bit base"
+        )
 
 
 def is_stored_in_4bit(base_folder: Path) -> bool:
@@ -168,7 +185,12 @@ def _held_in_4bit(
     return rounded
 
 
-def _refuse_places(base_folder: Path, adapter_folder: Path, output: Path) -> None:
+def refuse_places(base_folder: Path, adapter_folder: Path, output: Path) -> None:
+    """Refuse an output that would overwrite something else than a previous merge.
+
+    Raises:
+        MergeError: there is no base, or `output` overlaps base or adapter or is a folder of something else.
+    """
     if not (base_folder / "config.json").is_file():
         raise MergeError(f"{base_folder}: no config.json; the base of a merge is a local model folder")
     target = output.resolve()
@@ -202,35 +224,14 @@ def _size_bytes(base: BaseFile, tensor: OutputTensor, dtype: torch.dtype) -> int
     return size
 
 
-def _write_config(folder: Path, config: Any, plan: MergePlan, dtype: torch.dtype) -> None:
-    config.dtype = dtype
-    config._name_or_path = ""
-    text = config.get_text_config()
-    text.tie_word_embeddings = config.tie_word_embeddings = plan.tied
-    text.vocab_size = plan.num_embeddings
-    config.save_pretrained(folder)
-
-
-def _copy_companions(base_folder: Path, adapter_folder: Path, folder: Path) -> None:
-    """Copy the tokenizer as a whole from one side, the generation settings, and code that the config refers to."""
-    source = adapter_folder if (adapter_folder / "tokenizer_config.json").is_file() else base_folder
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    for side in (adapter_folder, base_folder):
-        if (side / "generation_config.json").is_file():
-            shutil.copyfile(side / "generation_config.json", folder / "generation_config.json")
-            break
-    for code in base_folder.glob("*.py"):
-        shutil.copyfile(code, folder / code.name)
-
-
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "MARKER",
     "MergeBase",
     "MergeReport",
+    "check_mergeable",
     "is_stored_in_4bit",
     "merge_adapter",
+    "refuse_places",
 ]

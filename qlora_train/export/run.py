@@ -2,10 +2,10 @@
 
 import logging
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
-from qlora_train import durable
 from qlora_train.adapter import load_trained
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
@@ -14,7 +14,7 @@ from qlora_train.evaluate import HeldOutLoss, held_out_loss
 from qlora_train.export.card import write_card
 from qlora_train.export.verify import MergeChoice, MergeRun, choose_merge_base
 from qlora_train.loader import BaseSource, load_model
-from qlora_train.loader.hardware import choose_compute_dtype, select_device
+from qlora_train.loader.hardware import choose_compute_dtype, free_memory, select_device
 from qlora_train.loader.model import model_config
 
 logger = logging.getLogger(__name__)
@@ -42,40 +42,31 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Pr
     training = folder.read_results()["training"]
     logger.info("merge: adapter of step %d onto %s", training["taken_from_step"], config.export.merge_base)
     adapter_loss = _adapter_loss(folder, config, source, data) if data.eval else None
-    device = select_device()
-    compute_dtype = choose_compute_dtype(config.quantization.bnb_4bit_compute_dtype, device)
+    free_memory()
+
+    def write_merged_card(staging: Path, choice: MergeChoice) -> None:
+        write_card(
+            staging,
+            base=source.name,
+            revision=source.revision,
+            config=config,
+            metrics=_measured(adapter_loss, choice),
+            num_train_rows=len(data.train),
+            library_versions=library_versions(),
+            kind="merged",
+        )
+
     choice = choose_merge_base(
-        MergeRun(
-            base_folder=source.folder,
-            adapter_folder=folder.adapter,
-            quantization=config.quantization,
-            dtype=torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype,
-            max_shard_size=config.export.max_shard_size,
-            load_dtype=compute_dtype,
-            model_config=model_config(source, config.model),
-            device=str(device),
-        ),
+        _merge_run(folder, config, source),
         folder.merged,
         merge_base=config.export.merge_base,
         examples=data.eval,
         adapter_loss=adapter_loss,
         max_loss_increase=config.export.max_loss_increase,
         batch_size=config.train.per_device_eval_batch_size,
+        finish=write_merged_card,
     )
-    measured = {f"loss merged onto {kind}": loss for kind, loss in choice.losses.items()}
-    if adapter_loss is not None:
-        measured = {"loss with adapter": adapter_loss.loss, **measured}
-    write_card(
-        folder.merged,
-        base=source.name,
-        revision=source.revision,
-        config=config,
-        metrics=measured,
-        num_train_rows=len(data.train),
-        library_versions=library_versions(),
-        kind="merged",
-    )
-    durable.write_manifest(folder.merged)
+    measured = _measured(adapter_loss, choice)
     folder.add_results(merge={"kept": choice.report.merge_base, **measured})
     for name, loss in measured.items():
         logger.info("held-out %s: %.4f nats/token", name, loss)
@@ -83,12 +74,34 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Pr
     return choice
 
 
+def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource) -> MergeRun:
+    device = select_device()
+    compute_dtype = choose_compute_dtype(config.quantization.bnb_4bit_compute_dtype, device)
+    return MergeRun(
+        base_folder=source.folder,
+        adapter_folder=folder.adapter,
+        quantization=config.quantization,
+        dtype=torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype,
+        max_shard_size=config.export.max_shard_size,
+        load_dtype=compute_dtype,
+        model_config=model_config(source, config.model),
+        device=str(device),
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
 def _adapter_loss(folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData) -> HeldOutLoss:
+    """Return the loss of the adapter on its 4-bit base; nothing refers to the model afterwards."""
     loaded = load_model(config.model, config.quantization, source=source)
-    model = load_trained(loaded, folder.adapter)
     return held_out_loss(
-        model,
+        load_trained(loaded, folder.adapter),
         data.eval,
         batch_size=config.train.per_device_eval_batch_size,
         pad_token_id=loaded.tokenizer.pad_token_id,
     )
+
+
+def _measured(adapter_loss: HeldOutLoss | None, choice: MergeChoice) -> dict[str, float]:
+    """Return the held-out losses by what was measured, in nats a token."""
+    of_adapter = {} if adapter_loss is None else {"loss with adapter": adapter_loss.loss}
+    return of_adapter | {f"loss merged onto {kind}": loss for kind, loss in choice.losses.items()}

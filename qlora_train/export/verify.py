@@ -4,8 +4,9 @@ The written files are what is measured, loaded as any user would load them.
 """
 
 import logging
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,23 +19,10 @@ from qlora_train.data.types import Example
 from qlora_train.durable import staged_folder
 from qlora_train.errors import MergeError
 from qlora_train.evaluate import HeldOutLoss, held_out_loss
-from qlora_train.export.merge import MergeBase, MergeReport, is_stored_in_4bit, merge_adapter
+from qlora_train.export.merge import MergeBase, MergeReport, is_stored_in_4bit, merge_adapter, refuse_places
+from qlora_train.loader.hardware import free_memory
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class MergeVerification:
-    """Losses in nats a token on the same held-out rows."""
-
-    adapter_loss: float
-    merged_loss: float
-    max_loss_increase: float
-
-    @property
-    def increase(self) -> float:
-        """What the merge costs; negative when the merged model is better."""
-        return self.merged_loss - self.adapter_loss
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,6 +37,7 @@ class MergeRun:
     load_dtype: torch.dtype | None = None
     model_config: Any = None
     device: str = "cpu"
+    trust_remote_code: bool = False
 
     def merge(self, output: Path, merge_base: MergeBase) -> MergeReport:
         """Merge onto one kind of base."""
@@ -63,46 +52,20 @@ class MergeRun:
             load_dtype=self.load_dtype,
             model_config=self.model_config,
             device=self.device,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
 @dataclass(frozen=True)
 class MergeChoice:
-    """The kept merge; `losses` are the measured ones by base kind, `verification` None without held-out rows."""
+    """The kept merge, and the measured losses by base kind: none without held-out rows."""
 
     report: MergeReport
     losses: dict[MergeBase, float]
-    verification: MergeVerification | None
 
 
-def merged_loss(
-    merged: Path, examples: Sequence[Example], *, dtype: torch.dtype, device: str, batch_size: int
-) -> HeldOutLoss:
-    """Load a merged folder from disk and return its held-out loss."""
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype, local_files_only=True, device_map={"": device})
-    # Padding is masked everywhere, so that any id of the vocabulary will do.
-    return held_out_loss(model, examples, batch_size=batch_size, pad_token_id=0)
-
-
-def verify_merge(
-    merged: Path,
-    examples: Sequence[Example],
-    adapter_loss: HeldOutLoss,
-    *,
-    max_loss_increase: float,
-    dtype: torch.dtype,
-    device: str,
-    batch_size: int,
-) -> MergeVerification:
-    """Measure a merged folder against the adapter.
-
-    Raises:
-        MergeError: its loss exceeds the adapter's by more than the limit, or is not a number. The folder stays.
-    """
-    measured = merged_loss(merged, examples, dtype=dtype, device=device, batch_size=batch_size)
-    verification = MergeVerification(adapter_loss.loss, measured.loss, max_loss_increase)
-    _refuse_worse(verification, merged)
-    return verification
+Finish = Callable[[Path, MergeChoice], None]
+"""Adds files to the kept merge while its folder is still a staging one."""
 
 
 def choose_merge_base(
@@ -114,41 +77,89 @@ def choose_merge_base(
     adapter_loss: HeldOutLoss | None,
     max_loss_increase: float,
     batch_size: int,
+    finish: Finish,
 ) -> MergeChoice:
     """Merge into `output`; for `auto` onto each base there is, keeping the one with the lower held-out loss.
 
-    Candidates of `auto` are written beside `output` under hidden names, so that for a while two merges are on the disk.
-    `output` appears, or a previous merge there is replaced, only when the loss is within the limit.
+    Candidates are written beside `output` under hidden names, so that for a while two merges of `auto` are on the disk.
+    `output` appears, or a previous merge there is replaced, once the loss is within the limit and `finish` has run.
 
     Args:
         examples: held-out rows; without them nothing is measured and `auto` takes what was trained.
         adapter_loss: loss of the adapter on the same rows; None only without rows.
+        finish: is called with the staging folder of the kept merge.
 
     Raises:
         MergeError: the merge is refused, or costs more than the limit; `output` is then as it was.
     """
+    assert (adapter_loss is None) == (not examples), "the adapter's loss belongs to the held-out rows"
+    refuse_places(run.base_folder, run.adapter_folder, output)
     kinds = _candidates(run, merge_base, measured=bool(examples))
-    if not examples:
-        log.warning("merge: not verified, there are no held-out rows (data.eval)")
-        return MergeChoice(run.merge(output, kinds[0]), {}, None)
-    assert adapter_loss is not None, "held-out rows without the adapter's loss on them"
     folders = {kind: output.with_name(f".{output.name}.{kind}") for kind in kinds}
+    reports: dict[MergeBase, MergeReport] = {}
+    losses: dict[MergeBase, float] = {}
     try:
-        reports, losses = {}, {}
         for kind, folder in folders.items():
             reports[kind] = run.merge(folder, kind)
-            measured = merged_loss(folder, examples, dtype=run.dtype, device=run.device, batch_size=batch_size)
-            losses[kind] = measured.loss
-            log.info("merge onto %s: held-out loss %.4f, adapter %.4f", kind, measured.loss, adapter_loss.loss)
-        best = min(kinds, key=lambda kind: (losses[kind] != losses[kind], losses[kind]))
-        verification = MergeVerification(adapter_loss.loss, losses[best], max_loss_increase)
-        _refuse_worse(verification, output)
-        _move(folders[best], output)
+            if examples:
+                losses[kind] = _loss_of_files(folder, run, examples, batch_size)
+        best = min(kinds, key=lambda kind: (math.isnan(losses[kind]), losses[kind])) if losses else kinds[0]
+        if adapter_loss is None:
+            logger.warning("merge: not verified, there are no held-out rows (data.eval)")
+        else:
+            _refuse_worse(output, losses[best], adapter_loss.loss, max_loss_increase)
+        choice = MergeChoice(reports[best], losses)
+        _move(folders[best], output, lambda staging: finish(staging, choice))
     finally:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
-    log.info("merge: kept %s", best)
-    return MergeChoice(_at(reports[best], output), losses, verification)
+    return choice
+
+
+def load_merged(folder: Path, device: torch.device | str, *, trust_remote_code: bool = False) -> Any:
+    """Load a merged folder from disk in the dtype it was written in, placed by `place_for`."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        local_files_only=True,
+        device_map=place_for(folder, device),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def place_for(folder: Path, device: torch.device | str) -> dict[str, torch.device] | Literal["auto"]:
+    """Return the `device_map` to load a model folder with: the device, or what fits there and the rest in host memory.
+
+    A model that was trained in 4 bits need not fit on the same device in 16.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return {"": device}
+    free_memory()
+    weights_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    if fits(weights_bytes, free_bytes):
+        return {"": device}
+    logger.warning(
+        "%s: %.1f GB of weights do not fit in the %.1f GB that are free on %s; the rest stays in host memory, which is slow",
+        folder.name, weights_bytes / 1e9, free_bytes / 1e9, device,
+    )  # fmt: skip
+    return "auto"
+
+
+def fits(weights_bytes: int, free_bytes: int) -> bool:
+    """Say whether weights leave enough of the free memory for the activations of an evaluation."""
+    return weights_bytes <= 0.9 * free_bytes
+
+
+def _loss_of_files(folder: Path, run: MergeRun, examples: Sequence[Example], batch_size: int) -> float:
+    """Return the held-out loss of a merged folder; the model is gone from memory afterwards."""
+    model = load_merged(folder, run.device, trust_remote_code=run.trust_remote_code)
+    # Padding is masked everywhere, so that any id of the vocabulary will do.
+    measured = held_out_loss(model, examples, batch_size=batch_size, pad_token_id=0)
+    del model
+    free_memory()
+    return measured.loss
 
 
 def _candidates(run: MergeRun, merge_base: str, *, measured: bool) -> tuple[MergeBase, ...]:
@@ -156,33 +167,31 @@ def _candidates(run: MergeRun, merge_base: str, *, measured: bool) -> tuple[Merg
     if merge_base != "auto":
         return ("original",) if merge_base == "original" else ("dequantized",)
     if is_stored_in_4bit(run.base_folder):
-        log.info("merge_base auto: dequantized (the base is stored in 4 bits, there are no original weights)")
+        logger.info("merge_base auto: dequantized (the base is stored in 4 bits, there are no original weights)")
         return ("dequantized",)
     if not run.quantization.load_in_4bit:
-        log.info("merge_base auto: original (the run did not quantise)")
+        logger.info("merge_base auto: original (the run did not quantise)")
         return ("original",)
     if not measured:
-        log.info("merge_base auto: dequantized (no held-out rows to compare with; it is what was trained)")
+        logger.info("merge_base auto: dequantized (no held-out rows to compare with; it is what was trained)")
         return ("dequantized",)
     return ("dequantized", "original")
 
 
-def _refuse_worse(verification: MergeVerification, where: Path) -> None:
-    if verification.increase <= verification.max_loss_increase:
+def _refuse_worse(where: Path, merged_loss: float, adapter_loss: float, max_loss_increase: float) -> None:
+    increase = merged_loss - adapter_loss
+    if increase <= max_loss_increase:  # false for a loss that is not a number
         return
     raise MergeError(
-        f"{where}: held-out loss {verification.merged_loss:.4f} after merging and {verification.adapter_loss:.4f} with the "
-        f"adapter, an increase of {verification.increase:.4f} nats a token where export.max_loss_increase allows "
-        f"{verification.max_loss_increase:g}; try the other export.merge_base, use the adapter unmerged, or raise the limit"
+        f"{where}: held-out loss {merged_loss:.4f} after merging and {adapter_loss:.4f} with the adapter, an increase of "
+        f"{increase:.4f} nats a token where export.max_loss_increase allows {max_loss_increase:g}; try the other "
+        "export.merge_base, use the adapter unmerged, or raise the limit"
     )
 
 
-def _move(candidate: Path, output: Path) -> None:
-    """Make a whole candidate folder the output; the staging folder's manifest replaces the candidate's."""
+def _move(candidate: Path, output: Path, finish: Callable[[Path], None]) -> None:
+    """Make a whole candidate folder, finished, the output; the staging folder's manifest replaces the candidate's."""
     with staged_folder(output) as staging:
         for path in candidate.iterdir():
             path.rename(staging / path.name)
-
-
-def _at(report: MergeReport, output: Path) -> MergeReport:
-    return MergeReport(**{**vars(report), "output": output})
+        finish(staging)

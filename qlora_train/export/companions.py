@@ -1,0 +1,102 @@
+"""All of a merged folder but its weights: config, generation settings, tokenizer, and code that the config refers to.
+
+A fine-tuned model ends its answers with the tokens that it was trained to end them with, and the base often names
+others: a base model's eos is rarely what ends a turn of a chat template. An engine that knows only the base's would
+never stop, so the written files name both.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qlora_train.evaluate import answer_ends
+
+GENERATION_CONFIG = "generation_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def write_companions(
+    folder: Path,
+    base_folder: Path,
+    adapter_folder: Path,
+    config: Any,
+    *,
+    tied: bool,
+    num_embeddings: int,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> None:
+    """Complete `folder`, which holds the merged weights, to a model folder.
+
+    Args:
+        base_folder: gives code, and whatever of tokenizer and generation settings the adapter's folder has not.
+        adapter_folder: its tokenizer is taken as a whole, its generation settings likewise.
+        config: Transformers config of the model; changed to what the weights are.
+        tied: whether embedding and head are one matrix.
+        num_embeddings: rows of the embedding.
+        dtype: of the weights.
+        trust_remote_code: run the tokenizer's own code.
+    """
+    text = config.get_text_config()
+    config.dtype, config._name_or_path = dtype, ""
+    text.tie_word_embeddings = config.tie_word_embeddings = tied
+    text.vocab_size = num_embeddings
+    for code in base_folder.glob("*.py"):
+        shutil.copyfile(code, folder / code.name)
+    generation = _generation_settings(adapter_folder, base_folder)
+    special: dict[str, Any] = {
+        key: getattr(text, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    ends = [*_ids(generation.get("eos_token_id")), *_ids(special["eos_token_id"])]
+    if _copy_tokenizer(base_folder, adapter_folder, folder):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        ends = [*answer_ends(tokenizer), *ends]
+        # an id beyond the embedding would keep the model from loading
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < num_embeddings:
+            special["pad_token_id"] = generation["pad_token_id"] = tokenizer.pad_token_id
+    different = list(dict.fromkeys(ends))
+    if different:
+        special["eos_token_id"] = generation["eos_token_id"] = different if len(different) > 1 else different[0]
+    for key, value in special.items():
+        setattr(text, key, value)
+        setattr(config, key, value)
+    config.save_pretrained(folder)
+    given = {key: value for key, value in special.items() if value is not None}
+    content = json.dumps({**given, **generation}, indent=2, sort_keys=True)
+    (folder / GENERATION_CONFIG).write_text(content + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(base_folder: Path, adapter_folder: Path, folder: Path) -> bool:
+    """Copy the tokenizer as a whole from one side; say whether there is one."""
+    source = adapter_folder if (adapter_folder / "tokenizer_config.json").is_file() else base_folder
+    files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return bool(files)
+
+
+def _generation_settings(adapter_folder: Path, base_folder: Path) -> dict[str, Any]:
+    """Return the content of the first generation_config.json, or nothing when neither side has one."""
+    for side in (adapter_folder, base_folder):
+        path = side / GENERATION_CONFIG
+        if path.is_file():
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            # left in, it makes Transformers take the tokens from config.json again
+            content.pop("_from_model_config", None)
+            return content
+    return {}
+
+
+def _ids(setting: int | list[int] | None) -> list[int]:
+    if setting is None:
+        return []
+    return setting if isinstance(setting, list) else [setting]
