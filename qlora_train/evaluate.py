@@ -5,6 +5,7 @@ on neither batch size nor order. Nothing here knows how a model was made: base, 
 alike.
 """
 
+import datetime
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig
 
 from qlora_train.data.batches import Collator
+from qlora_train.data.chat import encode_chat
 from qlora_train.data.types import Example, Message
 from qlora_train.errors import DataError, ModelError
 from qlora_train.loss import IGNORED, label_losses
@@ -72,7 +74,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
         raise DataError(f"held-out loss: {len(examples)} rows and none with a label token; data.eval needs answers")
     nll = torch.zeros(len(examples), dtype=torch.float64)
     collate = Collator(pad_token_id)
-    device = model.get_input_embeddings().weight.device
+    device = _input_device(model)
     max_labels = MAX_LOGITS // model.config.get_text_config().vocab_size
     lengths = [len(example.input_ids) for example in examples]
     with _evaluating(model):
@@ -95,12 +97,19 @@ def _feature(example: Example, row: int) -> dict[str, Any]:
 
 
 def generate_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    date: datetime.date | None = None,
 ) -> list[str]:
     """Return the model's greedy answer to each prompt, without special tokens; deterministic.
 
     Prompts are rendered with the chat template and padded on the left, prompts of like length together. An answer ends
     at any end token of the model, the tokenizer or the template. Sampling and penalties of the checkpoint do not apply.
+    A template that writes the date is told `date`, today where it is None.
 
     Raises:
         ModelError: the tokenizer has no chat template.
@@ -111,7 +120,8 @@ def generate_answers(
     empty = [number for number, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise DataError(f"prompt {empty[0]} has no turns; every prompt needs at least one")
-    encoded = [_encode_prompt(tokenizer, prompt) for prompt in prompts]
+    day = date or datetime.date.today()
+    encoded = [encode_chat(tokenizer, prompt, date=day, add_generation_prompt=True) for prompt in prompts]
     stops = stop_token_ids(model, tokenizer)
     pad = next(i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None)
     greedy = GenerationConfig(
@@ -154,13 +164,6 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     return next((token for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if token in special), None)
 
 
-def _encode_prompt(tokenizer: Any, prompt: Sequence[Message]) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
-    return ids
-
-
 def _generate(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
     """Return the new tokens of one left-padded batch."""
     length = max(len(prompt) for prompt in prompts)
@@ -169,7 +172,7 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], config: GenerationCo
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         present[row, length - len(prompt) :] = 1
-    device = model.get_input_embeddings().weight.device
+    device = _input_device(model)
     output = model.generate(input_ids=ids.to(device), attention_mask=present.to(device), generation_config=config)
     new: list[list[int]] = output[:, length:].tolist()
     return new
@@ -206,6 +209,12 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _input_device(model: Any) -> torch.device:
+    """Return where token ids go: to the embedding; from the CPU they are brought to one that waits outside the device."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 __all__ = [

@@ -3,6 +3,7 @@
 import datetime
 import logging
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from qlora_train.architectures import check_max_length, check_target_modules, de
 from qlora_train.checkpoint import RunFolder, check_same_facts, check_same_settings, held, open_run
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData, prepare_data
-from qlora_train.data.batches import Collator, epoch_order, labelled_batches
+from qlora_train.data.batches import Collator, epoch_order, labelled_batches, padding_multiple
 from qlora_train.export.card import clean_adapter_config, write_card
+from qlora_train.export.merge import check_mergeable
 from qlora_train.export.run import library_versions, merge_run
 from qlora_train.loader import BaseSource, LoadedModel, load_model, load_tokenizer, resolve_base
 from qlora_train.loader.hardware import free_memory, select_device
@@ -88,7 +90,8 @@ def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
     """Measure base, adapter and merged model of a finished run on its held-out rows."""
     config = load_config(folder.config_file)
     with held(folder):
-        return evaluate_run(folder, config, *prepare_again(config, folder), settings)
+        source, data = prepare_again(config, folder)
+        return evaluate_run(folder, config, source, data, replace(settings, date=date_of(folder)))
 
 
 def date_of(folder: RunFolder) -> datetime.date:
@@ -105,6 +108,8 @@ def prepare(config: RunConfig, date: datetime.date) -> tuple[BaseSource, Prepare
     check_target_modules(architecture, config.lora.target_modules)
     model_config(described, config.model)
     check_trackers(config.run.report_to)
+    if config.export.merge:
+        check_mergeable(described.config, config)
     data = prepare_data(config.data, load_tokenizer(described, config.model), config.run.seed, date=date)
     return (described if described.revision is None else resolve_base(config.model)), data
 
@@ -127,7 +132,7 @@ def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) 
         return []
     lengths = [len(example.input_ids) for example in data.train]
     order = epoch_order(lengths, seed=config.run.seed, epoch=0, batch_size=1, group_by_length=False)
-    collate = Collator(loaded.tokenizer.pad_token_id)
+    collate = Collator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))
     return labelled_batches(data.train, order, collate, min_labels=2 * config.lora.r, max_batches=NUM_INITIAL_BATCHES)
 
 

@@ -1,5 +1,6 @@
 """What a finished run achieved: base with a few solved examples, adapter and merged model on the same held-out rows."""
 
+import datetime
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from qlora_train import durable
 from qlora_train.adapter import load_trained
@@ -17,6 +18,7 @@ from qlora_train.config import RunConfig
 from qlora_train.data import Example, Message, PreparedData
 from qlora_train.errors import DataError
 from qlora_train.evaluate import compare_row_by_row, few_shot_prompt, generate_answers, held_out_loss, score_answers
+from qlora_train.export.verify import load_merged
 from qlora_train.loader import BaseSource, load_model
 from qlora_train.loader.hardware import free_memory, select_device
 
@@ -32,6 +34,8 @@ class EvalSettings:
     max_new_tokens: int = 256
     batch_size: int = 32
     generate: bool = True
+    date: datetime.date | None = None
+    """Day that dated chat templates print: the day the run began; None is today."""
 
 
 def evaluate_run(
@@ -63,7 +67,12 @@ def evaluate_run(
         results[name] = {"loss": loss.loss, "perplexity": loss.perplexity, "num_tokens": loss.num_tokens}
         if settings.generate:
             answers[name] = generate_answers(
-                model, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                date=settings.date,
             )
         del model  # the next one is loaded before this name is taken again
     return _record(folder, rows, results, answers)
@@ -90,9 +99,7 @@ def _models(
         del loaded
         free_memory()
     if "merged" in settings.models and durable.damage(folder.merged) is None:
-        merged = AutoModelForCausalLM.from_pretrained(
-            folder.merged, dtype="auto", local_files_only=True, device_map={"": select_device()}
-        )
+        merged = load_merged(folder.merged, select_device(), trust_remote_code=config.model.trust_remote_code)
         yield "merged", plain, merged, AutoTokenizer.from_pretrained(folder.merged, local_files_only=True)
 
 

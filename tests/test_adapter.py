@@ -158,6 +158,13 @@ def test_names_that_cannot_be_trained_are_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_new_tokens_that_a_tied_head_would_not_learn_are_refused(pico: Pico, tmp_path: Path) -> None:
+    base = pico("llama", tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match="would part from the head that shares its weights") as caught:
+        attach(tmp_path, base, "model.new_tokens=['<a>']", "lora.modules_to_save=[embed_tokens]")
+    assert "\n" not in str(caught.value)
+
+
 def test_scale_is_alpha_over_rank_or_over_its_root(pico_llama: Path, tmp_path: Path) -> None:
     for override, expected in (("false", 12 / 16), ("true", 12 / 4)):
         adapted = attach(tmp_path, pico_llama, "lora.r=16", "lora.lora_alpha=12", f"lora.use_rslora={override}")
@@ -172,6 +179,7 @@ TRAINED_IN_FULL = {
     "embedding": ("llama", "lora.modules_to_save=[embed_tokens]"),
     "norm": ("phi", "lora.modules_to_save=[final_layernorm]"),
     "all biases": ("phi", "lora.bias=all"),
+    "all biases, tied": ("phi tied", "lora.bias=all"),
     "biases of adapted layers": ("qwen2", "lora.bias=lora_only"),
     "magnitudes": ("llama", "lora.use_dora=true"),
     "tokens": ("llama", "model.new_tokens=['<a>', '<b>']"),
@@ -179,10 +187,16 @@ TRAINED_IN_FULL = {
 }
 
 
+def base_of(case: str, pico: Pico) -> tuple[Path, tuple[str, ...]]:
+    family, *overrides = TRAINED_IN_FULL[case]
+    name, _, tied = family.partition(" ")
+    return pico(name, tie_word_embeddings=True) if tied else pico(name), tuple(overrides)
+
+
 @pytest.mark.parametrize("case", TRAINED_IN_FULL)
 def test_all_that_trains_is_float32_and_comes_back_to_the_bit(case: str, pico: Pico, tmp_path: Path) -> None:
-    family, *overrides = TRAINED_IN_FULL[case]
-    config = make_config(tmp_path, pico(family), *overrides, "quantization.bnb_4bit_compute_dtype=bfloat16")
+    base, overrides = base_of(case, pico)
+    config = make_config(tmp_path, base, *overrides, "quantization.bnb_4bit_compute_dtype=bfloat16")
     adapted = attach_adapter(load(config), config.lora, seed=1)
     randomise(adapted.model)
     before = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
@@ -202,17 +216,17 @@ def test_all_that_trains_is_float32_and_comes_back_to_the_bit(case: str, pico: P
 
 @pytest.mark.parametrize("case", TRAINED_IN_FULL)
 def test_whatever_trains_can_be_resumed_evaluated_and_merged(case: str, pico: Pico, tmp_path: Path) -> None:
-    family, *overrides = TRAINED_IN_FULL[case]
+    base, overrides = base_of(case, pico)
     settings = (
-        "quantization.bnb_4bit_compute_dtype=bfloat16", "train.max_steps=3", "train.save_steps=1", "train.eval_steps=2",
-        *overrides,
+        "quantization.bnb_4bit_compute_dtype=bfloat16", "train.max_steps=2", "train.save_steps=1", "train.eval_steps=1",
+        "export.merge_base=dequantized", *overrides,
     )  # fmt: skip
-    run = train_run(tmp_path, pico(family), *settings)
+    run = train_run(tmp_path, base, *settings)
     assert {str(t.dtype) for t in load_file(run.adapter / "adapter_model.safetensors").values()} == {"torch.float32"}
     finished = adapter_bytes(run)
     shutil.rmtree(run.adapter)
-    shutil.rmtree(run.checkpoint(3))
-    assert adapter_bytes(train_run(tmp_path, pico(family), *settings)) == finished
+    shutil.rmtree(run.checkpoint(2))
+    assert adapter_bytes(train_run(tmp_path, base, *settings)) == finished
     merge(run, load_config(run.config_file))
     results = evaluate(run, EvalSettings(num_shots=1, max_new_tokens=2))
     untrained = next(result["loss"] for name, result in results.items() if name.startswith("base"))

@@ -7,13 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import get_scheduler
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_train.config import RunConfig, load_config
+from qlora_train.config.rope_scaling import KEYS as KEYS_OF_ROPES
+from qlora_train.config.schema import POLYNOMIAL_END, SCHEDULES
 from qlora_train.config.writer import provenance, to_yaml
 from qlora_train.config.yaml_reader import core_scalar
 from qlora_train.errors import ConfigError
@@ -254,7 +260,10 @@ configs = st.fixed_dictionaries(
                 "revision": texts | st.none(),
                 "new_tokens": names,
                 "rope_scaling": st.fixed_dictionaries(
-                    {"rope_type": texts, "factor": st.floats(1, 100) | st.integers(1, 100)}
+                    {
+                        "rope_type": st.sampled_from(["linear", "dynamic", "yarn"]),
+                        "factor": st.floats(1, 100) | st.integers(1, 100),
+                    }
                 ),
             },
         ),
@@ -312,6 +321,24 @@ def test_every_setting_explains_itself():
     for section, key in KEYS:
         spec = RunConfig.model_fields[section].annotation.model_fields[key]
         assert spec.description, f"{section}.{key} has no docstring"
+
+
+@pytest.mark.parametrize("name", get_args(SCHEDULES))
+def test_every_schedule_can_be_made_without_settings_of_its_own(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2e-4)
+    get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=10)
+
+
+def test_polynomial_schedule_ends_where_the_config_says():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2 * POLYNOMIAL_END)
+    get_scheduler("polynomial", optimizer, num_warmup_steps=0, num_training_steps=10)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=POLYNOMIAL_END)
+    with pytest.raises(ValueError, match="lr_end"):
+        get_scheduler("polynomial", optimizer, num_warmup_steps=0, num_training_steps=10)
+
+
+def test_every_rope_scaling_is_known_to_transformers():
+    assert set(KEYS_OF_ROPES) <= set(ROPE_INIT_FUNCTIONS)
 
 
 def test_checking_a_config_imports_no_torch_and_takes_less_than_half_a_second(write):

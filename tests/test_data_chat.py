@@ -73,7 +73,9 @@ def test_a_dated_template_is_reported_and_an_undated_one_does_not_change(
 @pytest.mark.parametrize(
     "template",
     [
-        DATED, WITH_BLOCK, CHATML, "\n\n" + DATED, "  " + DATED, "  {% if true %}\n " + DATED + "{% endif %}\n\n",
+        DATED, WITH_BLOCK, CHATML, "\n\n" + DATED, "  " + DATED,
+        "\n  {{ strftime_now('%d') }}\n" + CHATML,
+        "  {% if true %}\n " + DATED + "{% endif %}\n\n",
         "{% macro system() %}{{ strftime_now('%A, %-d %B %Y %%d') }}{% endmacro %}"
         "{% for m in messages %}{{ system() + m['content'] }}{% endfor %}",
         "{% set today = strftime_now(format='%d') %}{{ today | int + 1 }}{{ messages[0]['content'] }}",

@@ -12,7 +12,7 @@ import pytest
 from qlora_train.config import DataSection
 from qlora_train.config.schema import Source
 from qlora_train.data.formats import read_rows
-from qlora_train.data.readers import Record, _read_hub
+from qlora_train.data.readers import Record, read_hub
 from qlora_train.data.types import Row, Unusable
 from qlora_train.errors import DataError
 
@@ -38,7 +38,7 @@ def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def hub_records(folder: Path, **settings: Any) -> Iterator[Record]:
     """Read a folder that is laid out like a repository on the Hub through the same call as a Hub id."""
-    return _read_hub(Source(path=str(folder), **settings), "data.train")
+    return read_hub(Source(path=str(folder), **settings), "data.train")
 
 
 def test_a_hub_repository_is_read_by_split_with_nulls_and_further_columns(hub_cache: Path, tmp_path: Path) -> None:

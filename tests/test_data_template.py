@@ -144,7 +144,12 @@ def test_masks_equal_the_oracle_for_any_contents(name: str, texts: list[str]) ->
     texts = texts[: len(texts) // 2 * 2]
     assume(all(text.strip() for text in texts[1::2]))
     assume(not any(ord(character) in (0xE000, 0xE001) for text in texts for character in text))
-    check_against_oracle(name, conversation(*texts))
+    special = TOKENIZERS[name].all_special_tokens
+    if any(token in text for token in special for text in texts):  # hypothesis also tries strings of the source files
+        with pytest.raises(UnusableRowError, match="holds the special token"):
+            renderer(TOKENIZERS[name]).render(Row("row", conversation(*texts)))
+    else:
+        check_against_oracle(name, conversation(*texts))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

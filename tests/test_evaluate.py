@@ -1,5 +1,6 @@
 """Evaluation: losses against an independent float32 computation, batches against single rows, scores by hand."""
 
+import datetime
 import json
 import math
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from qlora_train.evaluate import (
     score_answers,
     stop_token_ids,
 )
-from tests.pico import VOCAB_SIZE
+from tests.pico import CHATML, VOCAB_SIZE
 
 Pico = Callable[..., Path]
 
@@ -235,6 +236,21 @@ def test_an_answer_ends_at_the_templates_end_of_turn(pico_llama: Path) -> None:
     assert answer == answer_alone(model, tokenizer, PROMPTS[0], 30)
     assert len(answer) < len(before)
     assert before.startswith(answer)
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_run(pico_llama: Path) -> None:
+    model, tokenizer = load(pico_llama), AutoTokenizer.from_pretrained(pico_llama)
+    days = [datetime.date(2026, 1, 2), datetime.date(2027, 3, 4)]
+    expected = []
+    for day in days:
+        tokenizer.chat_template = f"{day:%d %b %Y} " + CHATML
+        expected += generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=8, batch_size=1)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    found = [
+        generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=8, batch_size=1, date=day)[0] for day in days
+    ]
+    assert found == expected
+    assert found[0] != found[1], "the date makes no difference to this model, and the test proves nothing"
 
 
 def test_prompts_that_cannot_be_rendered_are_refused(pico_llama: Path) -> None:

@@ -16,7 +16,9 @@ from qlora_train.config.schema import QuantizationSection
 from qlora_train.errors import MergeError
 from qlora_train.export.merge import merge_adapter
 from qlora_train.export.shards import bytes_of_size, pack, write_shards
+from qlora_train.export.verify import MergeRun, load_merged
 from tests.merging import (
+    IDS,
     NF4,
     Pico,
     dequantized_reference,
@@ -27,6 +29,7 @@ from tests.merging import (
     quantized,
     save_adapter,
 )
+from tests.pico import TEXT_END, TURN_END, VOCAB_SIZE
 
 
 @pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
@@ -170,6 +173,104 @@ def test_output_is_a_complete_model_folder_in_16_bits(pico_llama: Path, tmp_path
     assert (output / "generation_config.json").is_file()
     assert str(tmp_path) not in "".join(path.read_text() for path in output.glob("*.json"))
     assert (report.num_changed, report.num_rounded, report.num_shards) == (14, 14, 1)
+
+
+def merge_with(base: Path, tokenizer: Any, output: Path, **generation: Any) -> Path:
+    """Merge an adapter that was saved with this tokenizer onto a copy of the base with these generation settings."""
+    copied = output.with_name("base")
+    shutil.copytree(base, copied)
+    (copied / "generation_config.json").write_text(json.dumps(generation))
+    adapter = save_adapter(plain(base), output.with_name("adapter"))
+    tokenizer.save_pretrained(adapter)
+    merge_adapter(copied, adapter, output, merge_base="original", quantization=NF4, dtype=torch.float32)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("eos_token", "of_base", "expected"),
+    [
+        (TURN_END, 3, [2, 3]),
+        (TEXT_END, 3, [3, 2]),  # the tokenizer's own eos is the base's; its template ends turns with another
+        (TURN_END, [9, 3], [2, 9, 3]),
+        (TURN_END, 2, 2),
+        (TURN_END, None, [2, 3]),
+    ],
+)
+def test_merged_model_stops_where_its_training_data_ended_answers(
+    pico: Pico, tmp_path: Path, eos_token: str, of_base: Any, expected: Any
+) -> None:
+    base = pico("llama", eos_token_id=2 if of_base == 2 else 3, pad_token_id=None)
+    tokenizer = AutoTokenizer.from_pretrained(base, eos_token=eos_token)
+    generation = {"_from_model_config": True, "eos_token_id": of_base, "do_sample": False, "temperature": 0.9}
+    merged = merge_with(base, tokenizer, tmp_path / "merged", **generation)
+    written = json.loads((merged / "generation_config.json").read_text())
+    assert written == {"eos_token_id": expected, "pad_token_id": 0, "do_sample": False, "temperature": 0.9}
+    config = json.loads((merged / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"]) == (expected, 0)
+
+    model = plain(merged)
+    prompt = IDS[:1, :5]
+    token = int(model(input_ids=prompt).logits[0, -1].argmax())
+    with torch.no_grad():
+        model.lm_head.weight[2] = 2 * model.lm_head.weight[token]
+    assert model.generate(prompt, max_new_tokens=6)[0, 5:].tolist() == [2], "it stops at the end of turn"
+
+
+def test_settings_are_written_for_a_base_without_any(pico: Pico, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pico("llama", eos_token_id=3), base)
+    (base / "generation_config.json").unlink()
+    adapter = save_adapter(plain(base), tmp_path / "adapter")
+    merged_logits(base, adapter, tmp_path / "merged")
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [2, 3], "pad_token_id": 0}
+
+
+def test_a_pad_token_beyond_the_embedding_is_not_written(pico_llama: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pico_llama)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    assert tokenizer.pad_token_id == VOCAB_SIZE
+    merged = merge_with(pico_llama, tokenizer, tmp_path / "merged", eos_token_id=2)
+    assert json.loads((merged / "config.json").read_text())["pad_token_id"] == 0
+    assert logits(plain(merged)).isfinite().all()
+
+
+REMOTE_CODE = {
+    "configuration_own.py": """
+from transformers import LlamaConfig
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+""",
+    "modeling_own.py": """
+from transformers import LlamaForCausalLM
+
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+""",
+}
+
+
+def test_a_model_with_code_of_its_own_is_merged_with_that_code(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = tmp_path / "own"
+    shutil.copytree(pico_llama, base)
+    for name, code in REMOTE_CODE.items():
+        (base / name).write_text(code)
+    values = json.loads((base / "config.json").read_text())
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (base / "config.json").write_text(json.dumps({**values, "model_type": "own_llama", "auto_map": classes}))
+    adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
+    merged_logits(pico_llama, adapter, tmp_path / "of_llama")
+    run = MergeRun(base, adapter, NF4, torch.float32, trust_remote_code=True)
+    run.merge(tmp_path / "of_own", "original")
+    model = load_merged(tmp_path / "of_own", "cpu", trust_remote_code=True)
+    assert type(model).__name__ == "OwnForCausalLM"
+    torch.testing.assert_close(logits(model.eval()), logits(plain(tmp_path / "of_llama")), atol=0, rtol=0)
 
 
 def test_weights_are_rounded_once(pico_llama: Path, tmp_path: Path) -> None:

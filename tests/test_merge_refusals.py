@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config
 
-from qlora_train.config.schema import QuantizationSection
-from qlora_train.errors import MergeError
+from qlora_train.config.schema import QuantizationSection, RunConfig
+from qlora_train.errors import ConfigError, MergeError
 from qlora_train.export import merge as merge_module
 from qlora_train.export.base_file import skeleton_of
-from qlora_train.export.merge import MARKER
+from qlora_train.export.merge import MARKER, check_mergeable
 from tests.merging import (
     Pico,
     logits,
@@ -155,10 +156,10 @@ def test_a_failed_merge_leaves_the_previous_one(
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     before = merged_logits(pico_llama, adapter, tmp_path / "merged")
 
-    def full_disk(*_: Any) -> None:
+    def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge_module, "_copy_companions", full_disk)
+    monkeypatch.setattr(merge_module, "write_companions", full_disk)
     with pytest.raises(OSError, match="No space"):
         merged_logits(pico_llama, adapter, tmp_path / "merged")
     torch.testing.assert_close(logits(plain(tmp_path / "merged")), before, atol=0, rtol=0)
@@ -172,6 +173,23 @@ def test_dequantized_is_refused_when_the_run_did_not_quantize(pico_llama: Path, 
             pico_llama, adapter, tmp_path / "m",
             merge_base="dequantized", quantization=QuantizationSection(load_in_4bit=False),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("merge_base", "refused"), [("original", True), ("dequantized", False), ("auto", False)])
+def test_original_weights_that_are_not_there_are_asked_for_in_vain_before_training(
+    merge_base: str, refused: bool
+) -> None:
+    config = RunConfig.model_validate(
+        {
+            "model": {"model_name_or_path": "org/model-4bit"},
+            "data": {"train": "rows.jsonl"},
+            "export": {"merge_base": merge_base},
+        }
+    )
+    check_mergeable({"model_type": "llama"}, config)
+    stored = {"model_type": "llama", "quantization_config": {"load_in_4bit": True}}
+    with pytest.raises(ConfigError, match=r"original, but org/model-4bit is stored") if refused else nullcontext():
+        check_mergeable(stored, config)
 
 
 def test_transposed_linear_layers_are_refused() -> None:

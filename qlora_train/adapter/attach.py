@@ -16,6 +16,7 @@ from qlora_train.adapter.stored import warm_start
 from qlora_train.adapter.targets import choose_modules_to_save, choose_targets, find_linears
 from qlora_train.config import LoraSection
 from qlora_train.config.schema import INITS
+from qlora_train.errors import ConfigError
 from qlora_train.loader import LoadedModel
 from qlora_train.loader.model import output_heads
 
@@ -83,12 +84,25 @@ def _peft_config(loaded: LoadedModel, lora: LoraSection, targets: list[str]) -> 
 
 
 def _trained_rows(loaded: LoadedModel, trained_in_full: list[str]) -> dict[str, list[int]] | None:
-    """Return the vocabulary rows to train by module: those of the embedding, and of a head with weights of its own."""
-    embedding, heads = loaded.model.get_input_embeddings(), output_heads(loaded.model)
-    with_rows = {embedding, *(head for head in heads if head.weight is not embedding.weight)}
-    names = [name for name, module in loaded.model.named_modules() if module in with_rows]
-    rows = {name.rpartition(".")[2]: list(loaded.new_token_ids) for name in names if name not in trained_in_full}
-    return rows if loaded.new_token_ids and rows else None
+    """Return the vocabulary rows to train by module: those of the embedding, and of a head with weights of its own.
+
+    Raises:
+        ConfigError: a head that shares the embedding's weights would be left without the new rows.
+    """
+    if not loaded.new_token_ids:
+        return None
+    embedding = loaded.model.get_input_embeddings()
+    vocabulary = {embedding, *output_heads(loaded.model)}
+    names = {module: name for name, module in loaded.model.named_modules() if module in vocabulary}
+    in_full = {module for module, name in names.items() if name in trained_in_full}
+    own_rows = {module for module in names if module is embedding or module.weight is not embedding.weight}
+    if embedding in in_full and vocabulary - own_rows - in_full:
+        raise ConfigError(
+            f"lora.modules_to_save: {names[embedding]} would part from the head that shares its weights, which would not "
+            "learn model.new_tokens; add lm_head, or drop it"
+        )
+    rows = {names[module].rpartition(".")[2]: list(loaded.new_token_ids) for module in own_rows - in_full}
+    return dict(sorted(rows.items())) or None
 
 
 def _count(model: PeftModel, loaded: LoadedModel) -> AdaptedModel:

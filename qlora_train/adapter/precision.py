@@ -8,14 +8,16 @@ from bitsandbytes import matmul_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import nn
+from torch.nn import functional
 
 
 def train_in_float32(model: PeftModel, compute_dtype: torch.dtype) -> None:
     """Make all that trains float32, and let trained modules of the base compute with it.
 
     LoRA and new token rows cast by themselves. A head, norm or embedding that is trained does not: it becomes float32 as a
-    whole, takes float32 and hands on the compute dtype. bitsandbytes would round the bias of a 4-bit layer, for good, in
-    its first forward.
+    whole, takes float32 and hands on the compute dtype. A linear layer of which only the bias is trained keeps its weight
+    as it is (it may be shared, or in 4 bits) and adds the bias in the compute dtype; bitsandbytes alone would round that
+    bias, for good, in its first forward.
     """
     for name, module in model.named_modules():
         trained = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
@@ -23,8 +25,8 @@ def train_in_float32(model: PeftModel, compute_dtype: torch.dtype) -> None:
             parameter.data = parameter.data.float()
         if not trained or _is_pefts_own(name):
             continue
-        if isinstance(module, Linear4bit):
-            module.forward = _forward_with_float32_bias(module)
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.forward = _forward_with_float32_bias(module, compute_dtype)  # type: ignore[assignment, method-assign]
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.float()
@@ -40,10 +42,13 @@ def _take_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(value.float() if torch.is_floating_point(value) else value for value in inputs)
 
 
-def _forward_with_float32_bias(layer: Linear4bit) -> Callable[[torch.Tensor], torch.Tensor]:
+def _forward_with_float32_bias(layer: nn.Linear, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
-        bias, dtype = layer.bias.to(layer.compute_dtype), layer.compute_dtype
-        result: torch.Tensor = matmul_4bit(x.to(dtype), layer.weight, bias=bias, quant_state=layer.weight.quant_state)
+        bias = layer.bias.to(dtype)
+        if isinstance(layer, Linear4bit):
+            result = matmul_4bit(x.to(dtype), layer.weight, bias=bias, quant_state=layer.weight.quant_state)
+        else:
+            result = functional.linear(x.to(dtype), layer.weight, bias)
         return result.to(x.dtype)
 
     return forward

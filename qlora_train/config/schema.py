@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from qlora_train.config.rope_scaling import check_rope_scaling
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REFUSED_INITS = {
     "pissa": "PiSSA rewrites the base weights, which 4-bit storage cannot hold",
@@ -40,7 +42,7 @@ class ModelSection(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention kernel; `auto` takes the best that is installed and says which."""
     rope_scaling: dict[str, str | int | float] | None = None
-    """How positions beyond the model's own are reached, as in its config.json: `{rope_type: yarn, factor: 4.0}`."""
+    """How positions beyond the model's own are reached (linear, dynamic, yarn, llama3): `{rope_type: yarn, factor: 2}`."""
     chat_template: str | None = None
     """`chatml`, `llama2`, `llama3`, `mistral`, `gemma`, `alpaca`, or a Jinja file; None keeps the tokenizer's own."""
     new_tokens: tuple[str, ...] = ()
@@ -55,10 +57,8 @@ class ModelSection(Section):
     @field_validator("rope_scaling")
     @classmethod
     def _rope_scaling_is_complete(cls, value: dict[str, str | int | float] | None) -> Any:
-        if value is not None and not {"rope_type", "factor"} <= value.keys():
-            raise ValueError("rope_scaling needs rope_type and factor, e.g. {rope_type: linear, factor: 2.0}")
-        if value is not None and (isinstance(value["factor"], str) or value["factor"] < 1):
-            raise ValueError(f"rope_scaling factor is {value['factor']!r}; allowed: a number >= 1, e.g. 2.0")
+        if value is not None:
+            check_rope_scaling(value)
         return value
 
 
@@ -184,9 +184,9 @@ OPTIMIZERS = Literal[
     "auto", "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused",
     "paged_lion_8bit", "lion_8bit", "adafactor", "sgd",
 ]  # fmt: skip
-SCHEDULES = Literal[
-    "linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-]
+SCHEDULES = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+POLYNOMIAL_END = 1e-7
+"""Learning rate that the polynomial schedule of Transformers ends at."""
 
 
 class TrainSection(Section):
@@ -239,6 +239,15 @@ class TrainSection(Section):
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a lower loss."""
 
+    @model_validator(mode="after")
+    def _polynomial_schedule_falls(self) -> Self:
+        if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
+            raise ValueError(
+                f"learning_rate: {self.learning_rate:g} is where lr_scheduler_type: polynomial ends, or below; allowed "
+                f"with it: a number > {POLYNOMIAL_END:g}"
+            )
+        return self
+
 
 class RunSection(Section):
     """Where a run lives and how it is made repeatable."""
@@ -260,7 +269,7 @@ class ExportSection(Section):
     """Merge onto the original weights or the dequantised 4-bit ones; `auto` measures both and keeps the better."""
     max_loss_increase: float = Field(0.02, ge=0)
     """Refuse a merge whose held-out loss exceeds the adapter's by more nats a token than this."""
-    max_shard_size: str = Field("5GB", pattern=r"^\d+(MB|GB)$")
+    max_shard_size: str = Field("5GB", pattern=r"^[1-9]\d*(MB|GB)$")
     """Largest file of the merged model."""
 
 
@@ -290,5 +299,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.load_best_model_at_end needs a checkpoint at every evaluation; train.save_steps is "
                 f"{train.save_steps} and train.eval_steps {train.eval_steps}; give them the same value"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _merge_base_was_trained_on(self) -> Self:
+        if self.export.merge_base == "dequantized" and not self.quantization.load_in_4bit:
+            raise ValueError(
+                "export.merge_base: dequantized, but with quantization.load_in_4bit: false nothing is in 4 bits; use "
+                "original or auto"
             )
         return self

@@ -44,7 +44,7 @@ def read_records(source: Source, key: str) -> Iterator[Record]:
     """
     files = local_files(source, key)
     if files is None:
-        yield from _read_hub(source, key)
+        yield from read_hub(source, key)
         return
     for file in files:
         empty = True
@@ -253,7 +253,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: not a readable Parquet file ({type(error).__name__}); write it again") from None
 
 
-def _read_hub(source: Source, key: str) -> Iterator[Record]:
+def read_hub(source: Source, key: str) -> Iterator[Record]:
     import datasets
 
     name = f"{source.path}[{source.split}]"

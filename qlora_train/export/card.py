@@ -54,7 +54,7 @@ def write_card(
     sections = [
         _front_matter(base, config, kind),
         _summary(folder, base, revision, config, kind),
-        _loading(base, revision, kind),
+        _loading(base, revision, config, kind),
         _data(config, num_train_rows),
         "## Results\n\n"
         + _table("Metric", "Value", {k: f"{v:.4g}" for k, v in metrics.items()}, "Nothing was measured."),
@@ -126,24 +126,31 @@ def _title(folder: Path, base: str) -> str:
     return f"{_last_part(base)}: {name}"
 
 
-def _loading(base: str, revision: str | None, kind: Kind) -> str:
-    at = f', revision="{revision}"' if revision else ""
-    load = {
-        "merged": 'model = AutoModelForCausalLM.from_pretrained("PATH-OR-ID-OF-THIS-MODEL", dtype="auto")',
-        "adapter": (
-            f'base = AutoModelForCausalLM.from_pretrained("{public_name(base)}"{at}, dtype="auto")\n'
-            'model = PeftModel.from_pretrained(base, "PATH-OR-ID-OF-THIS-ADAPTER")'
-        ),
-    }[kind]
-    imports = "from peft import PeftModel\n" if kind == "adapter" else ""
-    note = (
-        "" if is_hub_id(base) or kind == "merged" else "\n\nThe base was a local folder: give its path on your machine."
-    )
-    this = "ADAPTER" if kind == "adapter" else "MODEL"
-    return (
-        f"## Loading\n\n```python\n{imports}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n{load}\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("PATH-OR-ID-OF-THIS-{this}")\n```{note}'
-    )
+def _loading(base: str, revision: str | None, config: RunConfig, kind: Kind) -> str:
+    this = f'"PATH-OR-ID-OF-THIS-{"ADAPTER" if kind == "adapter" else "MODEL"}"'
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({this})",
+    ]
+    note = ""
+    if kind == "merged":
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained({this}, dtype="auto")')
+    else:
+        at = f', revision="{revision}"' if revision else ""
+        load = f'base = AutoModelForCausalLM.from_pretrained("{public_name(base)}"{at}, dtype="auto")'
+        lines = ["from peft import PeftModel", *lines, load]
+        if config.model.new_tokens:
+            lines += [
+                "if len(tokenizer) > base.get_input_embeddings().num_embeddings:",
+                "    base.resize_token_embeddings(len(tokenizer))",
+            ]
+            note += "\n\nThe adapter was trained with new tokens: the base's vocabulary is resized before it is loaded."
+        lines.append(f"model = PeftModel.from_pretrained(base, {this})")
+        if not is_hub_id(base):
+            note += "\n\nThe base was a local folder: give its path on your machine."
+    code = "\n".join(lines)
+    return f"## Loading\n\n```python\n{code}\n```{note}"
 
 
 def _data(config: RunConfig, num_train_rows: int) -> str:

@@ -50,29 +50,40 @@ def write_companions(
     text.vocab_size = num_embeddings
     for code in base_folder.glob("*.py"):
         shutil.copyfile(code, folder / code.name)
-    generation = _generation_settings(adapter_folder, base_folder)
-    special: dict[str, Any] = {
-        key: getattr(text, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    ends = [*_ids(generation.get("eos_token_id")), *_ids(special["eos_token_id"])]
+    tokenizer = None
     if _copy_tokenizer(base_folder, adapter_folder, folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        ends = [*answer_ends(tokenizer), *ends]
-        # an id beyond the embedding would keep the model from loading
-        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < num_embeddings:
-            special["pad_token_id"] = generation["pad_token_id"] = tokenizer.pad_token_id
-    different = list(dict.fromkeys(ends))
-    if different:
-        special["eos_token_id"] = generation["eos_token_id"] = different if len(different) > 1 else different[0]
+    generation = _generation_settings(adapter_folder, base_folder)
+    special = _special_ids(tokenizer, text, generation)
     for key, value in special.items():
         setattr(text, key, value)
         setattr(config, key, value)
     config.save_pretrained(folder)
-    given = {key: value for key, value in special.items() if value is not None}
-    content = json.dumps({**given, **generation}, indent=2, sort_keys=True)
+    content = json.dumps({**generation, **special}, indent=2, sort_keys=True)
     (folder / GENERATION_CONFIG).write_text(content + "\n", encoding="utf-8")
+
+
+def _special_ids(tokenizer: Any, text_config: Any, generation: dict[str, Any]) -> dict[str, int | list[int]]:
+    """Return `eos_token_id` and `pad_token_id` as both files name them, each where there is one.
+
+    Args:
+        tokenizer: what ends its answers comes first, before what ended the base's; None where there is none.
+        text_config: Transformers config with the final vocabulary size.
+        generation: the generation settings so far.
+    """
+    special: dict[str, int | list[int]] = {}
+    ends = [*_ids(generation.get("eos_token_id")), *_ids(getattr(text_config, "eos_token_id", None))]
+    if tokenizer is not None:
+        ends = [*answer_ends(tokenizer), *ends]
+        # an id beyond the embedding would keep the model from loading
+        if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < text_config.vocab_size:
+            special["pad_token_id"] = tokenizer.pad_token_id
+    different = list(dict.fromkeys(ends))
+    if different:
+        special["eos_token_id"] = different if len(different) > 1 else different[0]
+    return special
 
 
 def _copy_tokenizer(base_folder: Path, adapter_folder: Path, folder: Path) -> bool:

@@ -141,7 +141,7 @@ def place_for(folder: Path, device: torch.device | str) -> dict[str, torch.devic
     if fits(weights_bytes, free_bytes):
         return {"": device}
     logger.warning(
-        "%s: %.1f GB of weights do not fit in the %.1f GB that are free on %s; the rest stays in host memory, which is slow",
+        "%s: %.1f GB of weights do not fit in the %.1f GB free on %s; the rest stays in host memory, which is slow",
         folder.name, weights_bytes / 1e9, free_bytes / 1e9, device,
     )  # fmt: skip
     return "auto"

@@ -34,7 +34,7 @@ from qlora_train.checkpoint import (
 )
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.batches import Collator, epoch_order, to_dataset
+from qlora_train.data.batches import Collator, epoch_order, padding_multiple, to_dataset
 from qlora_train.errors import TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.loss import label_losses
@@ -93,14 +93,12 @@ class QloraTrainer(SFTTrainer):
         self._loss_of_all_steps = 0.0
         self._num_scaler_skips = 0
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
-        on_gpu = adapted.loaded.device.type == "cuda"
         super().__init__(
             model=adapted.model,
             args=sft_config(config, adapted, run, has_eval=bool(data.eval)),
             train_dataset=to_dataset(data.train),
             eval_dataset=to_dataset(data.eval) if data.eval else None,
-            # tensor cores want lengths that are multiples of 8; a CPU would only compute the padding
-            data_collator=Collator(adapted.loaded.tokenizer.pad_token_id, multiple_of=8 if on_gpu else 1),
+            data_collator=Collator(adapted.loaded.tokenizer.pad_token_id, padding_multiple(adapted.loaded.device)),
             processing_class=adapted.loaded.tokenizer,
             callbacks=callbacks,
         )

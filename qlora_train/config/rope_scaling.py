@@ -1,0 +1,40 @@
+"""Which RoPE scalings reach beyond a model's own positions, and which keys each needs."""
+
+from collections.abc import Mapping
+
+KEYS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Numbers that each kind needs; the base frequency comes from the checkpoint."""
+REFUSED = {"longrope": "longrope needs a factor for every frequency, which only a checkpoint made for it brings"}
+
+
+def check_rope_scaling(scaling: Mapping[str, str | int | float]) -> None:
+    """Check the value of `model.rope_scaling`.
+
+    Raises:
+        ValueError: a kind that cannot be asked for, or one of its keys is missing, no number, or out of range.
+    """
+    if not {"rope_type", "factor"} <= scaling.keys():
+        raise ValueError("rope_scaling needs rope_type and factor, e.g. {rope_type: linear, factor: 2.0}")
+    kind = str(scaling["rope_type"])
+    if kind not in KEYS:
+        reason = REFUSED.get(kind, f"there is no {kind!r}")
+        raise ValueError(f"rope_scaling rope_type: {reason}; allowed: {', '.join(KEYS)}")
+    missing = [key for key in KEYS[kind] if key not in scaling]
+    if missing:
+        raise ValueError(f"rope_scaling rope_type {kind} needs {', '.join(missing)} too; take them from a config.json")
+    for key in KEYS[kind]:
+        value = scaling[key]
+        if isinstance(value, str) or value <= 0:
+            raise ValueError(f"rope_scaling {key} is {value!r}; allowed: a number > 0")
+    if float(scaling["factor"]) < 1:
+        raise ValueError(f"rope_scaling factor is {scaling['factor']!r}; allowed: a number >= 1, e.g. 2.0")
+    if kind == "llama3" and float(scaling["high_freq_factor"]) <= float(scaling["low_freq_factor"]):
+        raise ValueError(
+            f"rope_scaling high_freq_factor is {scaling['high_freq_factor']}; allowed: more than low_freq_factor, which is "
+            f"{scaling['low_freq_factor']}"
+        )

@@ -1,0 +1,56 @@
+"""A finished run is merged: measured, with a card, whole or not at all, and with one model in memory at a time."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from qlora_train.checkpoint import RunFolder
+from qlora_train.config import load_config
+from qlora_train.durable import MANIFEST, damage
+from qlora_train.export import run as run_module
+from qlora_train.export.run import merge_run
+from qlora_train.export.verify import MergeChoice, MergeRun
+from qlora_train.pipeline import prepare_again
+from tests.runs import train_run
+
+
+def merge(run: RunFolder) -> MergeChoice:
+    config = load_config(run.config_file)
+    return merge_run(run, config, *prepare_again(config, run))
+
+
+def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=2", "quantization.bnb_4bit_compute_dtype=bfloat16")
+    alive: list[bool] = []
+    original = MergeRun.merge
+
+    def counted(self: MergeRun, *arguments: Any) -> Any:
+        alive.append(any(isinstance(thing, PeftModel) for thing in gc.get_objects()))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(MergeRun, "merge", counted)
+    choice = merge(run)
+    assert alive == [False, False], "the measured adapter model is gone before a merge begins"
+    results = run.read_results()["merge"]
+    assert results["kept"] == choice.report.merge_base
+    card = (run.merged / "README.md").read_text(encoding="utf-8")
+    for name in ("loss with adapter", "loss merged onto original", "loss merged onto dequantized"):
+        assert f"| {name} | {results[name]:.4g} |" in card
+    assert damage(run.merged) is None
+    assert "README.md" in json.loads((run.merged / MANIFEST).read_text())["files"]
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = sorted(path.name for path in run.path.iterdir())
+    monkeypatch.setattr(run_module, "write_card", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        merge(run)
+    assert damage(run.merged) is None
+    assert sorted(path.name for path in run.path.iterdir()) == before
