@@ -13,7 +13,8 @@ from qlora_train import durable
 from qlora_train.adapter import AdaptedModel, attach_adapter
 from qlora_train.architectures import check_max_length, check_target_modules, detect
 from qlora_train.checkpoint import RunFolder, check_same_facts, check_same_settings, held, open_run
-from qlora_train.config import RunConfig, load_config
+from qlora_train.config import ModelSection, RunConfig, load_config
+from qlora_train.config.schema import COMMIT
 from qlora_train.data import PreparedData, prepare_data
 from qlora_train.data.batches import Collator, epoch_order, labelled_batches, padding_multiple
 from qlora_train.export.card import clean_adapter_config, write_card
@@ -52,9 +53,8 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         if folder.is_finished():
             logger.info("%s: training has finished already; delete the folder to train again", folder.path)
         else:
-            date = date_of(folder)
-            source, data = prepare(config, date)
-            check_same_facts(folder, facts(source, data, device, date))
+            source, data = prepare(config, folder)
+            check_same_facts(folder, facts(source, data, device, date_of(folder)))
             train_adapter(folder, config, source, data, checkpoint)
         if config.export.merge and durable.damage(folder.merged) is not None:
             _merge(folder, config)
@@ -100,9 +100,16 @@ def date_of(folder: RunFolder) -> datetime.date:
     return datetime.date.fromisoformat(recorded) if recorded else datetime.date.today()
 
 
-def prepare(config: RunConfig, date: datetime.date) -> tuple[BaseSource, PreparedData]:
+def commit_of(model: ModelSection, folder: RunFolder) -> ModelSection:
+    """Return the model section at the commit that the run began with: a branch of the Hub moves on, a run does not."""
+    identity = str(folder.facts().get("base_identity", ""))
+    return model.model_copy(update={"revision": identity}) if COMMIT.fullmatch(identity) else model
+
+
+def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:
     """Make base and data ready before the model is loaded: everything that can be wrong with either shows here."""
-    described = resolve_base(config.model, weights=False)
+    model = commit_of(config.model, folder)
+    described = resolve_base(model, weights=False)
     architecture = detect(described.config)
     check_max_length(described.config, architecture, config.data.max_length, config.model.rope_scaling)
     check_target_modules(architecture, config.lora.target_modules)
@@ -110,8 +117,8 @@ def prepare(config: RunConfig, date: datetime.date) -> tuple[BaseSource, Prepare
     check_trackers(config.run.report_to)
     if config.export.merge:
         check_mergeable(described.config, config)
-    data = prepare_data(config.data, load_tokenizer(described, config.model), config.run.seed, date=date)
-    return (described if described.revision is None else resolve_base(config.model)), data
+    data = prepare_data(config.data, load_tokenizer(described, config.model), config.run.seed, date=date_of(folder))
+    return (described if described.revision is None else resolve_base(model)), data
 
 
 def prepare_again(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:
@@ -120,9 +127,8 @@ def prepare_again(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, Pre
     Raises:
         CheckpointError: the base or the data has changed since.
     """
-    date = date_of(folder)
-    source, data = prepare(config, date)
-    check_same_facts(folder, facts(source, data, select_device(), date), keys=FACTS_OF_RESULTS)
+    source, data = prepare(config, folder)
+    check_same_facts(folder, facts(source, data, select_device(), date_of(folder)), keys=FACTS_OF_RESULTS)
     return source, data
 
 

@@ -1,6 +1,5 @@
 """The adapter: what trains and how much of it, where it starts from, and that it comes back as it was saved."""
 
-import datetime
 import json
 import shutil
 from collections.abc import Callable
@@ -41,7 +40,7 @@ def load(config: RunConfig) -> LoadedModel:
 
 
 def data_of(config: RunConfig) -> PreparedData:
-    return prepare(config, datetime.date(2026, 1, 1))[1]
+    return prepare(config, RunFolder(Path(str(config.run.output_dir))))[1]
 
 
 def attach(folder: Path, base: Path, *overrides: str) -> AdaptedModel:

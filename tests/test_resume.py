@@ -19,7 +19,7 @@ from qlora_train import pipeline
 from qlora_train.checkpoint import RunFolder, held
 from qlora_train.config import load_config
 from qlora_train.errors import CheckpointError
-from qlora_train.pipeline import merge, run
+from qlora_train.pipeline import commit_of, merge, run
 from tests.runs import adapter_bytes, losses, make_config, metrics, train_run
 
 EVERY_STEP = ("train.save_steps=1",)
@@ -262,3 +262,12 @@ def test_trained_model_is_gone_from_memory_when_the_merge_begins(
     before = sum(isinstance(item, Linear4bit) for item in gc.get_objects())
     train_run(tmp_path, pico_llama, "train.max_steps=1", "export.merge=true")
     assert alive == [before]
+
+
+def test_run_stays_at_the_commit_of_the_hub_that_it_began_with(pico_llama: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    model = make_config(tmp_path, pico_llama).model
+    folder = RunFolder(tmp_path)
+    assert commit_of(model, folder).revision is None
+    folder.facts_file.write_text(f'{{"base_identity": "{commit}"}}')
+    assert commit_of(model, folder).revision == commit

@@ -17,7 +17,7 @@ from qlora_train.data import PreparedData
 from qlora_train.errors import ConfigError, TrainingError
 from qlora_train.loader import load_model
 from qlora_train.loss import label_losses
-from qlora_train.pipeline import date_of, prepare
+from qlora_train.pipeline import prepare
 from qlora_train.trainer import QloraTrainer, train
 from qlora_train.trainer.sft import MAX_SCALER_SKIPS
 from tests.runs import losses, make_config, metrics, train_run
@@ -27,7 +27,7 @@ EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
 
 def build(config: RunConfig) -> tuple[AdaptedModel, PreparedData, RunFolder]:
     folder = RunFolder(Path(str(config.run.output_dir)))
-    source, data = prepare(config, date_of(folder))
+    source, data = prepare(config, folder)
     loaded = load_model(config.model, config.quantization, source=source)
     return attach_adapter(loaded, config.lora, seed=config.run.seed), data, folder
 
