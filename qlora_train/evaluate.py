@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 
 from qlora_train.data.batches import Collator
 from qlora_train.data.chat import encode_chat
-from qlora_train.data.types import Example, Message
+from qlora_train.data.special_tokens import SpecialTokens
+from qlora_train.data.types import Example, Prompt
 from qlora_train.errors import DataError, ModelError
 from qlora_train.loss import IGNORED, label_losses
 from qlora_train.scoring import AnswerScores, RowComparison, compare_row_by_row, few_shot_prompt, score_answers
@@ -99,7 +100,7 @@ def _feature(example: Example, row: int) -> dict[str, Any]:
 def generate_answers(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Sequence[Message]],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -107,21 +108,15 @@ def generate_answers(
 ) -> list[str]:
     """Return the model's greedy answer to each prompt, without special tokens; deterministic.
 
-    Prompts are rendered with the chat template and padded on the left, prompts of like length together. An answer ends
-    at any end token of the model, the tokenizer or the template. Sampling and penalties of the checkpoint do not apply.
-    A template that writes the date is told `date`, today where it is None.
+    Turns are rendered with the chat template, plain text begins as in training. Prompts of like length are padded
+    together, on the left. An answer ends at any end token of the model, the tokenizer or the template. Sampling and
+    penalties of the checkpoint do not apply. A template that writes the date is told `date`, today where it is None.
 
     Raises:
         ModelError: the tokenizer has no chat template.
         DataError: a prompt is empty.
     """
-    if not tokenizer.chat_template:
-        raise ModelError("the tokenizer has no chat template; set model.chat_template, e.g. to chatml")
-    empty = [number for number, prompt in enumerate(prompts) if not prompt]
-    if empty:
-        raise DataError(f"prompt {empty[0]} has no turns; every prompt needs at least one")
-    day = date or datetime.date.today()
-    encoded = [encode_chat(tokenizer, prompt, date=day, add_generation_prompt=True) for prompt in prompts]
+    encoded = _encode_prompts(tokenizer, prompts, date or datetime.date.today())
     stops = stop_token_ids(model, tokenizer)
     pad = next(i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None)
     greedy = GenerationConfig(
@@ -135,6 +130,21 @@ def generate_answers(
                 end = next((at for at, token in enumerate(new) if token in stops), len(new))
                 answers[index] = tokenizer.decode(new[:end], skip_special_tokens=True)
     return answers
+
+
+def _encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], date: datetime.date) -> list[list[int]]:
+    if not tokenizer.chat_template and any(not isinstance(prompt, str) for prompt in prompts):
+        raise ModelError("the tokenizer has no chat template; set model.chat_template, e.g. to chatml")
+    encoded = []
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {number} is empty; every prompt needs at least one turn, or text")
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            encoded.append(SpecialTokens(tokenizer).beginning_for(ids) + ids)
+        else:
+            encoded.append(encode_chat(tokenizer, prompt, date=date, add_generation_prompt=True))
+    return encoded
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:

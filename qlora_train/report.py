@@ -15,7 +15,8 @@ from qlora_train import durable
 from qlora_train.adapter import load_trained
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
-from qlora_train.data import Example, Message, PreparedData
+from qlora_train.data import Example, PreparedData
+from qlora_train.data.types import Prompt
 from qlora_train.errors import DataError
 from qlora_train.evaluate import compare_row_by_row, few_shot_prompt, generate_answers, held_out_loss, score_answers
 from qlora_train.export.verify import load_merged
@@ -23,6 +24,10 @@ from qlora_train.loader import BaseSource, load_model
 from qlora_train.loader.hardware import free_memory, select_device
 
 logger = logging.getLogger(__name__)
+
+
+ROW_BY_ROW = "rows answered exactly"
+"""Title of the comparison of adapter and merged model."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def evaluate_run(
                 date=settings.date,
             )
         del model  # the next one is loaded before this name is taken again
-    return _record(folder, rows, results, answers)
+    return _record(folder, len(data.eval), rows, results, answers)
 
 
 def _models(
@@ -85,9 +90,9 @@ def _models(
     data: PreparedData,
     rows: Sequence[Example],
     settings: EvalSettings,
-) -> Iterator[tuple[str, list[list[Message]], Any, Any]]:
+) -> Iterator[tuple[str, list[Prompt], Any, Any]]:
     """Yield the name of each wanted model that there is, its prompts, the model and its tokenizer, one after the other."""
-    plain = [list(example.prompt or ()) for example in rows]
+    plain = [example.prompt for example in rows if example.prompt is not None]
     if {"base", "adapter"} & set(settings.models):
         loaded = load_model(config.model, config.quantization, source=source)
         if "base" in settings.models:
@@ -104,7 +109,11 @@ def _models(
 
 
 def _record(
-    folder: RunFolder, rows: Sequence[Example], results: dict[str, Any], answers: dict[str, list[str]]
+    folder: RunFolder,
+    num_rows: int,
+    rows: Sequence[Example],
+    results: dict[str, Any],
+    answers: dict[str, list[str]],
 ) -> dict[str, Any]:
     expected = [example.answer or "" for example in rows]
     scores = {name: score_answers(expected, given) for name, given in answers.items()}
@@ -116,15 +125,20 @@ def _record(
         }
     if {"adapter", "merged"} <= scores.keys():
         comparison = compare_row_by_row(scores["adapter"], scores["merged"])
-        results["adapter against merged, row by row"] = vars(comparison)
+        results[ROW_BY_ROW] = {
+            "both": comparison.both,
+            "only the adapter": comparison.only_first,
+            "only the merged model": comparison.only_second,
+            "neither": comparison.neither,
+        }
     lines = [
         json.dumps({"where": example.where, "expected": wanted, **{name: answers[name][i] for name in answers}})
         for i, (example, wanted) in enumerate(zip(rows, expected, strict=True))
     ]
     if answers:
         durable.write_text(folder.path / "answers.jsonl", "\n".join(lines) + "\n")
-    folder.add_results(evaluation={"num_rows": len(rows), **results})
-    _print(results, len(rows))
+    folder.add_results(evaluation={"num_rows": num_rows, **results})
+    _print(results, num_rows)
     return results
 
 
@@ -144,9 +158,8 @@ def _print(results: dict[str, Any], num_rows: int) -> None:
         if "loss" in result:
             table.add_row(name, *(_cell(key, result.get(key)) for key in columns))
     Console().print(table)
-    comparison = results.get("adapter against merged, row by row")
-    if comparison:
-        print("adapter against merged, row by row:", ", ".join(f"{key} {value}" for key, value in comparison.items()))
+    if ROW_BY_ROW in results:
+        print(f"{ROW_BY_ROW}:", ", ".join(f"{key} {value}" for key, value in results[ROW_BY_ROW].items()))
 
 
 def _cell(key: str, value: float | None) -> str:

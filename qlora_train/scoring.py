@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_train.data.types import Example, Message
+from qlora_train.data.types import Example, Prompt
 from qlora_train.errors import DataError
 
 
@@ -102,19 +102,22 @@ def compare_row_by_row(a: AnswerScores, b: AnswerScores) -> RowComparison:
     )
 
 
-def few_shot_prompt(prompt: Sequence[Message], shots: Sequence[Example]) -> list[Message]:
-    """Return the prompt with solved examples as earlier turns.
+def few_shot_prompt(prompt: Prompt, shots: Sequence[Example]) -> Prompt:
+    """Return the prompt with solved examples before it: earlier turns of a conversation, paragraphs of a plain text.
 
-    The prompt's own system message stays first and is the only one; those of the shots are left out.
+    A conversation's own system message stays first and is the only one; those of the shots are left out.
 
     Raises:
-        DataError: a shot has no prompt and answer (plain text rows have none).
+        DataError: a shot is no solved example of the prompt's kind.
     """
-    system = [message for message in prompt if message["role"] == "system"][:1]
-    turns = list(system)
     for shot in shots:
-        if shot.prompt is None or shot.answer is None:
-            raise DataError(f"{shot.where}: a plain text row is no solved example; use rows with prompt and answer")
+        if shot.prompt is None or shot.answer is None or isinstance(shot.prompt, str) != isinstance(prompt, str):
+            raise DataError(f"{shot.where}: no solved example of this kind; use rows with prompt and answer")
+    if isinstance(prompt, str):
+        return "\n\n".join([*(f"{shot.prompt}{shot.answer}" for shot in shots), prompt])
+    turns = [message for message in prompt if message["role"] == "system"][:1]
+    for shot in shots:
+        assert not isinstance(shot.prompt, str | None)
         turns += [message for message in shot.prompt if message["role"] != "system"]
-        turns.append({"role": "assistant", "content": shot.answer})
-    return turns + [message for message in prompt if message["role"] != "system"]
+        turns.append({"role": "assistant", "content": shot.answer or ""})
+    return tuple(turns + [message for message in prompt if message["role"] != "system"])

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train import evaluate, loss
+from qlora_train.config import DataSection
+from qlora_train.data import prepare_data
 from qlora_train.data.types import Example, Message
 from qlora_train.errors import DataError, ModelError
 from qlora_train.evaluate import (
@@ -256,11 +258,24 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run(pico_llama: Path
 def test_prompts_that_cannot_be_rendered_are_refused(pico_llama: Path) -> None:
     model, tokenizer = load(pico_llama), AutoTokenizer.from_pretrained(pico_llama)
     assert generate_answers(model, tokenizer, [], max_new_tokens=4, batch_size=2) == []
-    with pytest.raises(DataError, match="prompt 1 has no turns"):
+    with pytest.raises(DataError, match="prompt 1 is empty"):
         generate_answers(model, tokenizer, [user("a"), []], max_new_tokens=4, batch_size=2)
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="chat template"):
         generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4, batch_size=2)
+
+
+def test_plain_prompt_is_sent_as_it_was_trained(pico_llama: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "the quick brown", "completion": " fox jumps"}\n' * 3)
+    tokenizer = AutoTokenizer.from_pretrained(pico_llama)
+    data = prepare_data(DataSection.model_validate({"train": str(rows)}), tokenizer, 0)
+    example = data.train[0]
+    assert (example.prompt, example.answer) == ("the quick brown", " fox jumps")
+    num_prompt = example.loss_mask.index(True)
+    [sent] = evaluate._encode_prompts(tokenizer, [example.prompt], datetime.date(2026, 1, 1))
+    assert tuple(sent) == example.input_ids[:num_prompt]
+    assert len(generate_answers(load(pico_llama), tokenizer, [example.prompt] * 2, max_new_tokens=4, batch_size=2)) == 2
 
 
 def obj(**fields: Any) -> str:
@@ -329,10 +344,17 @@ def test_few_shot_prompt_keeps_the_prompts_own_system_message() -> None:
         Example("1", (), (), ({"role": "system", "content": "other"}, *user("q1")), "a1"),
         Example("2", (), (), tuple(user("q2")), "a2"),
     ]
-    turns = few_shot_prompt([system, *user("q")], shots)
+    turns = few_shot_prompt((system, *user("q")), shots)
     assert [(turn["role"], turn["content"]) for turn in turns] == [
         ("system", "S"), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"), ("user", "q"),
     ]  # fmt: skip
-    assert few_shot_prompt(user("q"), []) == user("q")
-    with pytest.raises(DataError, match="file:3: a plain text row"):
-        few_shot_prompt(user("q"), [Example("file:3", (), (), None, None)])
+    assert few_shot_prompt(tuple(user("q")), []) == tuple(user("q"))
+    with pytest.raises(DataError, match="file:3: no solved example of this kind"):
+        few_shot_prompt(tuple(user("q")), [Example("file:3", (), (), None, None)])
+
+
+def test_few_shot_prompt_of_plain_text_is_plain_text() -> None:
+    shots = [Example("1", (), (), "1 + 1 =", " 2"), Example("2", (), (), "2 + 2 =", " 4")]
+    assert few_shot_prompt("3 + 3 =", shots) == "1 + 1 = 2\n\n2 + 2 = 4\n\n3 + 3 ="
+    with pytest.raises(DataError, match="2: no solved example of this kind"):
+        few_shot_prompt(tuple(user("q")), shots[1:])

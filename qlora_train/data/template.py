@@ -25,7 +25,7 @@ from qlora_train.data.chat import render_chat
 from qlora_train.data.chat_templates import CHAT_TEMPLATES
 from qlora_train.data.masks import Rendering, answer_starts, end_of_turn, first_token_after, has_generation_block
 from qlora_train.data.special_tokens import SpecialTokens
-from qlora_train.data.types import Example, Message, Row, UnusableRowError
+from qlora_train.data.types import Example, Message, Prompt, Row, UnusableRowError
 from qlora_train.errors import DataError
 
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
@@ -70,11 +70,12 @@ class Renderer:
         """
         if row.messages is not None:
             input_ids, loss_mask, merged = self._conversation(row.messages, row.loss_from)
-            prompt, answer = row.messages[:-1], row.messages[-1]["content"]
+            prompt: Prompt | None = row.messages[:-1]
+            answer: str | None = row.messages[-1]["content"]
         else:
             assert row.text is not None
             input_ids, loss_mask, merged = self._plain(row.prompt or "", row.text)
-            prompt, answer = None, None
+            prompt, answer = (row.prompt, row.text) if row.prompt else (None, None)
         loss_mask[0] = False
         input_ids, loss_mask = self._fit(input_ids, loss_mask)
         if merged:

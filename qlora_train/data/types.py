@@ -48,19 +48,23 @@ class Unusable:
         return cls(where, line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "...")
 
 
+Prompt = tuple[Message, ...] | str
+"""What a model is asked: the turns so far, or plain text to go on from."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A row as tokens.
 
-    `input_ids` and `loss_mask` have equal length (seq,); a token with a true mask is a label. `prompt` holds the turns
-    before the last assistant turn and `answer` that turn's text, for generation; both are None for plain text. The
-    first token is never a label, since nothing predicts it.
+    `input_ids` and `loss_mask` have equal length (seq,); a token with a true mask is a label. `prompt` and `answer` are
+    for generation: the turns before the last assistant turn and that turn's text; the texts of a plain prompt and its
+    completion; both None for text without a prompt. The first token is never a label, since nothing predicts it.
     """
 
     where: str
     input_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
-    prompt: tuple[Message, ...] | None
+    prompt: Prompt | None
     answer: str | None
 
 
