@@ -143,7 +143,7 @@ def _record(
 
 
 def _print(results: dict[str, Any], num_rows: int) -> None:
-    table = Table(title=f"{num_rows} held-out rows", caption="base: its answers with solved examples, its loss without")
+    table = Table(title=f"{num_rows} held-out rows", caption="base: answers after solved examples, loss without them")
     columns = {
         "loss": "loss",
         "perplexity": "perplexity",

@@ -351,7 +351,12 @@ def test_every_repair_is_made_and_logged(pico_llama: Path, tmp_path: Path, caplo
         tokenizer = tokenizer_of(folder)
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length) == ("<|pad|>", TURN_END, 256)
     assert TURN_END in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
-    for repair in ("pad token was missing", "eos token", "chat template: chatml", "model_max_length was unlimited"):
+    for repair in (
+        "pad token was missing",
+        "eos token",
+        "chatml is used for rows with turns",
+        "model_max_length was unlimited",
+    ):
         assert repair in caplog.text
 
 
@@ -366,6 +371,22 @@ def test_missing_eos_is_taken_from_the_config_and_its_absence_refused(
     edit_json(folder / "config.json", "eos_token_id")
     with pytest.raises(ModelError, match=r"neither the tokenizer nor config\.json names an end-of-sequence"):
         tokenizer_of(folder)
+
+
+def test_base_without_turns_in_its_vocabulary_keeps_its_eos_and_ends_turns_with_it(
+    pico_llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(pico_llama, folder)
+    (folder / "chat_template.jinja").unlink()
+    content = json.loads((folder / "tokenizer.json").read_text().replace("<|im_end|>", "<|stop|>"))
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    settings = json.loads((folder / "tokenizer_config.json").read_text().replace("<|im_end|>", "<|stop|>"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = tokenizer_of(folder)
+    assert tokenizer.eos_token == "<|stop|>"
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    assert "y<|stop|>" in tokenizer.apply_chat_template(turns, tokenize=False).replace("y <", "y<")
 
 
 def test_chat_template_whose_end_of_turn_is_no_token_is_refused(pico_llama: Path) -> None:

@@ -25,13 +25,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """The base with its adapter: what trains, and how much of it there is."""
+    """The base with its adapter, and how many parameters of it train."""
 
     model: PeftModel
     loaded: LoadedModel
-    target_names: tuple[str, ...]
     num_trainable: int
-    """Trainable parameters."""
     num_total: int
     """All parameters, 4-bit ones counted as the weights they stand for."""
 
@@ -61,7 +59,7 @@ def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, batches
         train_in_float32(model, loaded.compute_dtype)
         if components:
             initialize_lora_eva_weights(model, eva_state_dict=components)
-    return _count(model, loaded)
+    return _counted(model, loaded)
 
 
 def _peft_config(loaded: LoadedModel, lora: LoraSection, targets: list[str]) -> LoraConfig:
@@ -105,22 +103,19 @@ def _trained_rows(loaded: LoadedModel, trained_in_full: list[str]) -> dict[str, 
     return dict(sorted(rows.items())) or None
 
 
-def _count(model: PeftModel, loaded: LoadedModel) -> AdaptedModel:
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def _counted(model: PeftModel, loaded: LoadedModel) -> AdaptedModel:
+    trainable = sum(parameter.numel() for parameter in trainable_state(model).values())
     frozen = sum(
         parameter.quant_state.shape.numel() if isinstance(parameter, Params4bit) else parameter.numel()
         for parameter in model.parameters()
         if not parameter.requires_grad
     )
-    names = tuple(
-        sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)})
-    )
-    total = frozen + trainable
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     logger.info(
         "adapter: %s trainable parameters (%.2f %% of %s) in %s, float32",
-        f"{trainable:,}", 100 * trainable / total, f"{total:,}", ", ".join(names),
+        f"{trainable:,}", 100 * trainable / (frozen + trainable), f"{frozen + trainable:,}", ", ".join(sorted(names)),
     )  # fmt: skip
-    return AdaptedModel(model, loaded, names, trainable, total)
+    return AdaptedModel(model, loaded, trainable, frozen + trainable)
 
 
 def trainable_state(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -41,9 +41,8 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
     architecture = detect(source.config)
     if model.chat_template is not None:
         _set_chat_template(tokenizer, model.chat_template)
-    elif tokenizer.chat_template is None:
-        _set_chat_template(tokenizer, default_chat_template(architecture, tokenizer.get_vocab()))
     _repair_eos(tokenizer, source)
+    _repair_chat_template(tokenizer, architecture)
     _repair_pad(tokenizer)
     _repair_length(tokenizer, source.config, architecture)
     return tokenizer
@@ -66,6 +65,21 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) ->
     if tokenizer.eos_token != end:
         logger.info("tokenizer: eos token %r -> %r, which ends a turn of the chat template", tokenizer.eos_token, end)
         tokenizer.eos_token = end
+
+
+def _repair_chat_template(tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> None:
+    """Give a base model's tokenizer the turns of its family; its eos token stays, since rows may be plain text."""
+    if tokenizer.chat_template is not None:
+        return
+    name = default_chat_template(architecture, tokenizer.get_vocab())
+    template = resolve_chat_template(name)
+    if template.end_of_turn is not None and template.end_of_turn not in tokenizer.get_vocab():
+        template = template.ending_with(tokenizer.eos_token)
+    tokenizer.chat_template = template.jinja
+    logger.info(
+        "chat template: the tokenizer has none; %s is used for rows with turns, which end with %r (model.chat_template)",
+        name, template.end_of_turn or tokenizer.eos_token,
+    )  # fmt: skip
 
 
 def _repair_eos(tokenizer: PreTrainedTokenizerBase, source: BaseSource) -> None:

@@ -33,7 +33,7 @@ def train(
 
     Returns:
         What happened: `steps`, `taken_from_step` (the best one if the config asks for it), `train_loss`, `eval_loss`,
-        `num_tokens`, `num_trainable` parameters, and `train_seconds` of this part of the run.
+        `num_tokens`, `num_trainable` of `num_parameters`, and `train_seconds` of this part of the run.
 
     Raises:
         TrainingError: a non-finite loss or gradient.
@@ -63,6 +63,7 @@ def train(
         "eval_loss": evaluations.get(taken_from),
         "num_tokens": int(trainer.state.num_input_tokens_seen),
         "num_trainable": adapted.num_trainable,
+        "num_parameters": adapted.num_total,
         "train_seconds": time.perf_counter() - started,
     }
 
