@@ -118,6 +118,17 @@ def test_no_local_path_is_in_the_card(tmp_path: Path, kind: str) -> None:
         assert name in text
 
 
+def test_relative_paths_are_cut_to_their_last_part_and_hub_ids_stay(tmp_path: Path) -> None:
+    settings = config(
+        model={"model_name_or_path": ".local/my-base"},
+        data={"train": ["private/rows.jsonl", "HuggingFaceH4/no_robots"]},
+        run={"output_dir": "runs/secret-project"},
+    )
+    _, text = card(tmp_path, settings)
+    assert not any(part in text for part in (".local", "private", "runs/"))
+    assert all(part in text for part in ("my-base", "rows.jsonl", "HuggingFaceH4/no_robots"))
+
+
 def test_the_settings_in_a_card_are_a_config_again(tmp_path: Path) -> None:
     settings = config(lora={"r": 8}, train={"learning_rate": 1e-3})
     _, text = card(tmp_path, settings)

@@ -19,12 +19,17 @@ from qlora_train.export.adapter_file import ADAPTER_CONFIG
 
 Kind = Literal["adapter", "merged"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NAME_KEYS = ("model_name_or_path", "base_model_name_or_path", "path")
+"""Settings that hold a Hub id or a path."""
+PATH_KEYS = ("adapter_path", "output_dir", "chat_template")
+"""Settings that hold a path, or a name without slashes."""
+FILE_SUFFIXES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
 _ABSOLUTE = re.compile(r"^(/|~|\.\.([/\\]|$)|\\\\|[A-Za-z]:[/\\]|file:)")
 
 
 def is_hub_id(name: str) -> bool:
-    """Say whether a name is `owner/name` on the Hub: of that form, no GGUF file, and nothing local of that name."""
-    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).exists()
+    """Say whether a name is `owner/name` on the Hub: of that form, no file of ours, and nothing local of that name."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.endswith(FILE_SUFFIXES) and not Path(name).exists()
 
 
 def public_name(name: str) -> str:
@@ -88,12 +93,18 @@ def _last_part(path: str) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """Return JSON-like data in which every absolute, home or parent path is cut to its last part."""
+    """Return JSON-like data in which paths are cut to their last part: those of settings, and all absolute ones."""
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: _setting_without_paths(key, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_paths(item) for item in value]
     return _last_part(value) if isinstance(value, str) and _ABSOLUTE.match(value) else value
+
+
+def _setting_without_paths(key: str, value: Any) -> Any:
+    if isinstance(value, str) and key in NAME_KEYS:
+        return public_name(value)
+    return _last_part(value) if isinstance(value, str) and key in PATH_KEYS else _without_paths(value)
 
 
 def _front_matter(base: str, config: RunConfig, kind: Kind) -> str:
