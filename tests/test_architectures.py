@@ -65,7 +65,8 @@ def test_default_positions_are_those_of_the_config_class(model_type: str) -> Non
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_default_attention_is_the_one_that_transformers_takes_without_flash(model_type: str) -> None:
     row = ARCHITECTURES[model_type]
-    assert on_meta(model_type).config._attn_implementation == row.attention
+    if not row.attention_reason:  # where there is a reason, releases of Transformers differ
+        assert on_meta(model_type).config._attn_implementation == row.attention
     assert bool(row.attention_reason) == (row.attention != "sdpa")
 
 
@@ -139,11 +140,20 @@ def test_target_of_another_architecture_is_refused_before_any_download() -> None
     check_target_modules(detect({"model_type": "brand_new"}), ("q_proj",))
 
 
-def test_transformers_refuses_sdpa_where_the_row_has_a_reason_against_it() -> None:
+def test_sdpa_is_refused_or_computes_something_else_where_the_row_has_a_reason_against_it() -> None:
     for row in ARCHITECTURES.values():
-        if row.attention_reason:
-            with pytest.raises(ValueError, match="scaled_dot_product_attention"):
-                AutoModelForCausalLM.from_config(build_config(row.model_type), attn_implementation="sdpa")
+        if not row.attention_reason:
+            continue
+        configs = [build_config(row.model_type, attn_logit_softcapping=0.05) for _ in range(2)]
+        eager = AutoModelForCausalLM.from_config(configs[0], attn_implementation="eager").eval()
+        try:
+            sdpa = AutoModelForCausalLM.from_config(configs[1], attn_implementation="sdpa").eval()
+        except ValueError:  # newer releases refuse it
+            continue
+        sdpa.load_state_dict(eager.state_dict())
+        ids = torch.arange(16)[None] + 5
+        with torch.no_grad():
+            assert (eager(ids).logits - sdpa(ids).logits).abs().max() > 1e-3
 
 
 def test_turn_tokens_of_the_vocabulary_decide_the_chat_template(pico_llama) -> None:
