@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qlora-train {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, prog="qlora-train")
 
     command = commands.add_parser("train", help="train a config, or go on where its run stopped; merge if it says so")
     _takes_config(command)
@@ -156,7 +156,7 @@ def _load(options: argparse.Namespace) -> "RunConfig":
 
 def _train(options: argparse.Namespace) -> int:
     config = _load(options)
-    quieten_libraries()
+    prepare_libraries()
     from qlora_train.pipeline import run
 
     folder = run(config, resume=options.resume)
@@ -164,10 +164,16 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def quieten_libraries() -> None:
-    """Leave the talking to our own log: what the libraries repeat at every load is either said there or checked."""
+def prepare_libraries() -> None:
+    """Choose the device before a library initialises CUDA, and leave the talking to our own log.
+
+    What the libraries repeat at every load is either said there or checked.
+    """
     import warnings
 
+    from qlora_train.device import select_device
+
+    select_device()
     import transformers
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -200,7 +206,7 @@ def _schema(_options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    quieten_libraries()
+    prepare_libraries()
     from qlora_train.checkpoint import finished_run
     from qlora_train.config import load_config
     from qlora_train.pipeline import merge
@@ -211,7 +217,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    quieten_libraries()
+    prepare_libraries()
     from qlora_train.checkpoint import finished_run
     from qlora_train.pipeline import evaluate
     from qlora_train.report import EvalSettings

@@ -45,6 +45,11 @@ class MergeError(UserError):
     """A merge that cannot be done exactly, or whose result is measurably worse than the adapter."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says of an error, for a message of ours."""
+    return str(error).strip().split("\n", 1)[0]
+
+
 _FILE_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
@@ -58,9 +63,8 @@ def explain(error: BaseException) -> str | None:
     if "No space left on device" in str(error):  # safetensors has an error class of its own
         return "writing: No space left on device; nothing that was whole is lost; make room, then repeat the command"
     if type(error).__name__ == "OutOfMemoryError":
-        first_line = str(error).split("\n", 1)[0]
         return (
-            f"out of memory: {first_line}; halve train.per_device_train_batch_size and double "
+            f"out of memory: {first_line(error)}; halve train.per_device_train_batch_size and double "
             "train.gradient_accumulation_steps, lower train.per_device_eval_batch_size or data.max_length, then repeat"
         )
     return None

@@ -17,11 +17,11 @@ from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.config.schema import COMMIT
 from qlora_train.data import PreparedData, prepare_data
 from qlora_train.data.batches import Collator, epoch_order, labelled_batches, padding_multiple
+from qlora_train.device import free_memory, select_device
 from qlora_train.export.card import clean_adapter_config, write_card
 from qlora_train.export.merge import check_mergeable
 from qlora_train.export.run import library_versions, merge_run
 from qlora_train.loader import BaseSource, LoadedModel, load_model, load_tokenizer, resolve_base
-from qlora_train.loader.hardware import free_memory, select_device
 from qlora_train.loader.model import model_config
 from qlora_train.loader.tokenizer import save_tokenizer
 from qlora_train.report import EvalSettings, evaluate_run
@@ -56,7 +56,9 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
             source, data = prepare(config, folder)
             check_same_facts(folder, facts(source, data, device, date_of(folder)))
             train_adapter(folder, config, source, data, checkpoint)
-        if config.export.merge and durable.damage(folder.merged) is not None:
+        if config.export.merge and folder.has_merged():
+            logger.info("%s is there already; delete it to merge again", folder.merged)
+        elif config.export.merge:
             _merge(folder, config)
     return folder
 
@@ -69,6 +71,8 @@ def train_adapter(
     # a checkpoint replaces the initial weights, so that a resumed run need not compute them
     batches = [] if checkpoint else initial_batches(config, data, loaded)
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, batches=batches)
+    if checkpoint:
+        folder.forget_after(checkpoint)
     logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
     result = train(adapted, data, config, folder, checkpoint)
     write_adapter(folder, adapted, config, data, result)
@@ -162,6 +166,7 @@ def write_adapter(
     """Save the adapter in PEFT's format, with its tokenizer and a filled card: the run is finished when this is there."""
     source = adapted.loaded.source
     metrics = {key: float(result[key]) for key in ("train_loss", "eval_loss") if result[key] is not None}
+    folder.forget_results()
     with durable.staged_folder(folder.adapter) as staging:
         # "auto" guesses offline that resized embeddings were not modified; new rows are saved by their own tensors
         adapted.model.save_pretrained(str(staging), save_embedding_layers=False)

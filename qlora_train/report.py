@@ -17,11 +17,11 @@ from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import Example, PreparedData
 from qlora_train.data.types import Prompt
-from qlora_train.errors import DataError
+from qlora_train.device import free_memory, select_device
+from qlora_train.errors import CheckpointError, DataError
 from qlora_train.evaluate import compare_row_by_row, few_shot_prompt, generate_answers, held_out_loss, score_answers
 from qlora_train.export.verify import load_merged
 from qlora_train.loader import BaseSource, load_model
-from qlora_train.loader.hardware import free_memory, select_device
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,13 @@ def evaluate_run(
 
     Raises:
         DataError: the config has no held-out rows.
+        CheckpointError: only the merged model is asked for, and there is none.
     """
+    if "merged" in settings.models and not folder.has_merged():
+        logger.info("merged: there is no merged model (make one with: qlora-train merge %s)", folder.path)
+        settings = replace(settings, models=tuple(name for name in settings.models if name != "merged"))
+    if not settings.models:
+        raise CheckpointError(f"{folder.path}: nothing to evaluate: there is no merged model; run: qlora-train merge")
     if not data.eval:
         raise DataError(
             f"{folder.path}: data.eval is not set, so that there is nothing to evaluate on; set it and train"
@@ -103,7 +109,7 @@ def _models(
             yield "adapter", plain, load_trained(loaded, folder.adapter), loaded.tokenizer
         del loaded
         free_memory()
-    if "merged" in settings.models and durable.damage(folder.merged) is None:
+    if "merged" in settings.models:
         merged = load_merged(folder.merged, select_device(), trust_remote_code=config.model.trust_remote_code)
         yield "merged", plain, merged, AutoTokenizer.from_pretrained(folder.merged, local_files_only=True)
 
@@ -136,8 +142,9 @@ def _record(
         for i, (example, wanted) in enumerate(zip(rows, expected, strict=True))
     ]
     if answers:
-        durable.write_text(folder.path / "answers.jsonl", "\n".join(lines) + "\n")
-    folder.add_results(evaluation={"num_rows": num_rows, **results})
+        durable.write_text(folder.answers_file, "\n".join(lines) + "\n")
+    before = folder.read_results().get("evaluation", {})
+    folder.add_results(evaluation={**before, "num_rows": num_rows, **results})
     _print(results, num_rows)
     return results
 

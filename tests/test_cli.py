@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -18,7 +20,8 @@ import transformers
 from qlora_train import __version__
 from qlora_train.cli import COMMANDS, main
 from qlora_train.config.writer import to_yaml
-from tests.runs import adapter_bytes, make_config, train_run
+from qlora_train.errors import CheckpointError
+from tests.runs import adapter_bytes, make_config, train_run, write_rows
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -304,3 +307,74 @@ def test_interrupted_training_is_status_130_and_the_same_command_goes_on(
     assert "resumes from" in capsys.readouterr().err
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
     assert adapter_bytes(straight) == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_device_is_chosen_before_a_library_can_initialise_cuda() -> None:
+    """Once CUDA is in use, which of several GPUs a process sees cannot be changed; bitsandbytes uses it when imported."""
+    code = """
+import sys, torch
+from qlora_train import cli, device
+seen = []
+libraries = ("bitsandbytes", "transformers", "trl")
+device.select_device = lambda: seen.append([name for name in libraries if name in sys.modules])
+cli.prepare_libraries()
+sys.exit(seen != [[]])
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_resume_of_a_finished_run_by_name_is_refused_and_deletes_nothing(pico_llama: Path, tmp_path: Path) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=2", "train.save_steps=1")
+    with pytest.raises(CheckpointError, match="the run has finished"):
+        train_run(tmp_path, pico_llama, "train.max_steps=2", "train.save_steps=1", resume=str(run.checkpoint(1)))
+    assert run.steps() == [1, 2]
+
+
+def test_refused_resume_deletes_no_checkpoint(pico_llama: Path, tmp_path: Path) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=2", "train.save_steps=1")
+    shutil.rmtree(run.adapter)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(rows.read_text().splitlines()[1:]) + "\n")
+    with pytest.raises(CheckpointError, match="data_fingerprint was"):
+        train_run(tmp_path, pico_llama, "train.max_steps=2", "train.save_steps=1", resume=str(run.checkpoint(1)))
+    assert run.steps() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "brand_new_type"}, "cannot be read"),
+        ({"model_type": "brand_new_type", "auto_map": {"AutoConfig": "own.Own"}}, "runs Python code of its own"),
+    ],
+)
+def test_model_that_transformers_does_not_know_is_one_line(
+    change: dict[str, Any], message: str, pico_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pico_llama, base)
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**content, **change}))
+    make_config(tmp_path, base)
+    rows = write_rows(tmp_path / "own.jsonl")
+    settings = [
+        f"model.model_name_or_path={base}",
+        f"data.train={rows}",
+        f"run.output_dir={tmp_path / 'out'}",
+        "data.max_length=128",
+    ]
+    assert main([str(tmp_path / "run.yaml"), *settings]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_merged_model_that_is_not_there_is_said_and_costs_no_result(
+    pico_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=1")
+    assert main(["eval", str(run.path), "--models", "adapter", "--loss-only"]) == 0
+    before = run.read_results()["evaluation"]["adapter"]
+    assert main(["eval", str(run.path), "--models", "merged", "--loss-only"]) == 2
+    assert "there is no merged model" in capsys.readouterr().err
+    assert main(["eval", str(run.path), "--models", "base", "merged", "--loss-only"]) == 0
+    assert run.read_results()["evaluation"]["adapter"] == before

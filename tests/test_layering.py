@@ -10,12 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "config", "architectures", "durable", "kernels", "loss", "data", "loader", "adapter", "checkpoint", "scoring",
-    "evaluate", "plan", "trainer", "export", "report", "pipeline", "cli",
+    "errors", "config", "architectures", "durable", "device", "kernels", "loss", "data", "loader", "adapter", "checkpoint",
+    "scoring", "evaluate", "plan", "trainer", "export", "report", "pipeline", "cli",
 )  # fmt: skip
 """Stages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
-    "errors": set(), "config": {"errors"}, "architectures": {"errors"}, "durable": set(), "kernels": set(), "loss": set(),
+    "errors": set(), "config": {"errors"}, "architectures": {"errors"}, "durable": set(), "device": {"errors"},
+    "kernels": set(), "loss": set(),
 }  # fmt: skip
 """What everything stands on, and all of ours that it may import."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "numpy", "safetensors"}

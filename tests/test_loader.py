@@ -15,9 +15,10 @@ from huggingface_hub import errors as hub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import ModelSection, QuantizationSection
+from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError
 from qlora_train.loader import LoadedModel, load_model, load_tokenizer, resolve_base
-from qlora_train.loader.hardware import choose_compute_dtype, select_device
+from qlora_train.loader.hardware import choose_compute_dtype
 from qlora_train.loader.source import hub_errors
 from tests.pico import TURN_END, build_pico
 from tests.test_gguf import write_gguf

@@ -29,7 +29,7 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
     Args:
         config: the resolved config; `run.output_dir` is set.
         resume: `auto` continues from the newest whole checkpoint, `never` starts over (an existing run is refused), a
-            path continues from that checkpoint of this run and deletes the later ones.
+            path continues from that checkpoint of this run, if it has not finished.
 
     Yields:
         The folder, and the checkpoint to resume from or None.
@@ -54,9 +54,7 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
         if resume in ("auto", "never"):
             yield run, run.newest_whole_checkpoint()
         else:
-            checkpoint = _named_checkpoint(run, Path(resume))
-            run.forget_after(checkpoint)
-            yield run, checkpoint
+            yield run, _named_checkpoint(run, Path(resume))
 
 
 def finished_run(path: Path) -> RunFolder:
@@ -115,6 +113,7 @@ def _refuse_foreign(run: RunFolder) -> None:
 def _claim(run: RunFolder, config: RunConfig) -> None:
     """Take an empty folder, or that of a run that stopped on a mistake which the user has mended in the config since."""
     run.facts_file.unlink(missing_ok=True)
+    run.forget_results()
     durable.write_text(run.config_file, to_yaml(config))
 
 
@@ -123,6 +122,8 @@ def _named_checkpoint(run: RunFolder, folder: Path) -> Path:
         raise CheckpointError(
             f"--resume {folder}: is no checkpoint of this run; those are in {run.checkpoints}, for example step-00000100"
         )
+    if run.is_finished():
+        raise CheckpointError(f"--resume {folder}: the run has finished; delete {run.adapter} to train on from there")
     problem = durable.damage(folder) if folder.is_dir() else "it is not a folder"
     if problem is not None:
         raise CheckpointError(f"--resume {folder}: {problem}; choose another of {run.checkpoints}")

@@ -54,6 +54,11 @@ class RunFolder:
         return self.path / "results.json"
 
     @property
+    def answers_file(self) -> Path:
+        """Every generated answer of the last evaluation, a line a held-out row."""
+        return self.path / "answers.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
@@ -71,6 +76,10 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Whether training is done and its adapter is whole."""
         return self.adapter.is_dir() and durable.damage(self.adapter) is None
+
+    def has_merged(self) -> bool:
+        """Whether there is a whole merged model."""
+        return self.merged.is_dir() and durable.damage(self.merged) is None
 
     def has_begun(self) -> bool:
         """Whether there is anything to continue or to lose; a run that stopped before its first checkpoint has not."""
@@ -96,8 +105,14 @@ class RunFolder:
             logger.warning("checkpoint %s is skipped: %s", folder.name, problem)
         return None
 
+    def forget_results(self) -> None:
+        """Delete what was made of an adapter that is replaced by another: its merge and its evaluations."""
+        shutil.rmtree(self.merged, ignore_errors=True)
+        self.results_file.unlink(missing_ok=True)
+        self.answers_file.unlink(missing_ok=True)
+
     def forget_after(self, checkpoint: Path) -> None:
-        """Delete the checkpoints after one that is resumed from by name: they belong to a course that is given up."""
+        """Delete the checkpoints after one that is resumed from: they are damaged, or of a course that is given up."""
         for step in self.steps():
             if self.checkpoint(step).name > checkpoint.name:
                 logger.warning("checkpoint %s is deleted: the run goes on from %s", f"step-{step:08d}", checkpoint.name)

@@ -10,11 +10,12 @@ from qlora_train.adapter import load_trained
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
+from qlora_train.device import free_memory, select_device
 from qlora_train.evaluate import HeldOutLoss, held_out_loss
 from qlora_train.export.card import write_card
 from qlora_train.export.verify import MergeChoice, MergeRun, choose_merge_base
 from qlora_train.loader import BaseSource, load_model
-from qlora_train.loader.hardware import choose_compute_dtype, free_memory, select_device
+from qlora_train.loader.hardware import choose_compute_dtype
 from qlora_train.loader.model import model_config
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Pr
     Raises:
         MergeError: the merge cannot be done exactly, or its loss exceeds the adapter's by more than the config allows.
     """
-    training = folder.read_results()["training"]
-    logger.info("merge: adapter of step %d onto %s", training["taken_from_step"], config.export.merge_base)
+    step = folder.read_results().get("training", {}).get("taken_from_step", "unknown (results.json is gone)")
+    logger.info("merge: adapter of step %s onto %s", step, config.export.merge_base)
     adapter_loss = _adapter_loss(folder, config, source, data) if data.eval else None
     free_memory()
 

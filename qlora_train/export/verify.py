@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.data.types import Example
+from qlora_train.device import free_memory
 from qlora_train.durable import staged_folder
 from qlora_train.errors import MergeError
 from qlora_train.evaluate import HeldOutLoss, held_out_loss
 from qlora_train.export.merge import MergeBase, MergeReport, is_stored_in_4bit, merge_adapter, refuse_places
-from qlora_train.loader.hardware import free_memory
 
 logger = logging.getLogger(__name__)
 

@@ -1,51 +1,18 @@
-"""What the machine decides: the device, the compute dtype and the attention kernel, each with its reason."""
+"""What the machine decides: the compute dtype and the attention kernel, each with its reason."""
 
-import gc
 import importlib.util
 import logging
-import os
 from typing import Literal
 
 import torch
 
 from qlora_train.architectures import Architecture
-from qlora_train.errors import ConfigError, ModelError
+from qlora_train.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
-
-
-def select_device() -> torch.device:
-    """Return the one device of this process, and say so when several GPUs are visible.
-
-    Call it before anything else touches CUDA: once CUDA is initialised, the choice among several GPUs cannot be made.
-
-    Raises:
-        ModelError: the process is one of several that a launcher started.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ModelError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), which would all train the same rows; "
-            "start one process, without a launcher"
-        )
-    num_gpus = torch.cuda.device_count()  # asks the driver's management library: initialises nothing
-    if num_gpus > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
-        logger.warning(
-            "device: GPU %s of the %d that are visible (one process trains on one GPU; choose another with "
-            "CUDA_VISIBLE_DEVICES)", visible[0], num_gpus,
-        )  # fmt: skip
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def free_memory() -> None:
-    """Give back the memory of models that nothing refers to any more, those in reference cycles included."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:

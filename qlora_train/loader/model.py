@@ -12,13 +12,20 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qlora_train.architectures import Architecture, detect
 from qlora_train.config import ModelSection, QuantizationSection
-from qlora_train.errors import ConfigError, ModelError
+from qlora_train.device import select_device
+from qlora_train.errors import ConfigError, ModelError, first_line
 from qlora_train.loader.census import Census, check_census, make_safe_for_training_after_eval, take_census
-from qlora_train.loader.hardware import choose_attention, choose_compute_dtype, select_device
+from qlora_train.loader.hardware import choose_attention, choose_compute_dtype
 from qlora_train.loader.quantize import quantize_linears
 from qlora_train.loader.source import BaseSource, resolve_base
 from qlora_train.loader.tokenizer import load_tokenizer
@@ -161,12 +168,16 @@ def _from_pretrained(
             **arguments,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n", 1)[0]
-        raise ModelError(f"model.model_name_or_path: {source.name} cannot be loaded: {first_line}") from error
+        raise ModelError(f"model.model_name_or_path: {source.name} cannot be loaded: {first_line(error)}") from error
 
 
 def model_config(source: BaseSource, model: ModelSection) -> Any:
-    """Return the Transformers config of the base, with `model.rope_scaling` applied."""
+    """Return the Transformers config of the base, with `model.rope_scaling` applied.
+
+    Raises:
+        ModelError: a model type that Transformers does not know, or code of the checkpoint's own that is not trusted.
+        ConfigError: a RoPE scaling for a model that has no positions to scale.
+    """
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
     return config if model.rope_scaling is None else _with_rope_scaling(config, model.rope_scaling, source.name)
 
@@ -174,7 +185,9 @@ def model_config(source: BaseSource, model: ModelSection) -> Any:
 def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], name: str) -> Any:
     """Replace a config's own RoPE scaling by `scaling`, keeping only what the trained weights fix (base, share)."""
     content = config.to_dict()
-    own, positions = content.get("rope_parameters") or {}, content["max_position_embeddings"]
+    own, positions = content.get("rope_parameters"), content.get("max_position_embeddings")
+    if not own or not positions:
+        raise ConfigError(f"model.rope_scaling: {name} has no rotary positions to scale; drop it")
     if any(isinstance(value, dict) for value in own.values()):
         raise ConfigError(f"model.rope_scaling: {name} scales positions differently by layer; train within {positions}")
     fixed = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_train.architectures import Architecture, default_chat_template, detect, max_positions
 from qlora_train.config import ModelSection
 from qlora_train.data.chat_templates import resolve_chat_template
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, first_line
 from qlora_train.loader.source import BaseSource
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
             source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().split("\n", 1)[0]
-        raise ModelError(f"model.model_name_or_path: {source.name} has no usable tokenizer: {first_line}") from None
+        raise ModelError(
+            f"model.model_name_or_path: {source.name} has no usable tokenizer: {first_line(error)}"
+        ) from None
     if model.new_tokens:
         num_added = tokenizer.add_tokens(list(model.new_tokens))
         logger.info("tokenizer: %d of %d new tokens added", num_added, len(model.new_tokens))

@@ -35,7 +35,7 @@ from qlora_train.checkpoint import (
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, epoch_order, padding_multiple, to_dataset
-from qlora_train.errors import TrainingError
+from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.loss import label_losses
 from qlora_train.trainer.arguments import sft_config
@@ -178,6 +178,11 @@ class QloraTrainer(SFTTrainer):
             batch_size=self.config.train.per_device_eval_batch_size,
             pad_token_id=self._adapted.loaded.tokenizer.pad_token_id,
         )
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"step {self.state.global_step}: eval_loss is {result.loss}; lower train.learning_rate, or use bfloat16 "
+                "where the hardware has it (quantization.bnb_4bit_compute_dtype)"
+            )
         metrics = {"eval_loss": result.loss, "eval_runtime_seconds": time.perf_counter() - started}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -187,6 +192,7 @@ class QloraTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a whole checkpoint of the step just done, then delete what is not to be kept."""
+        assert not self._micro_losses, "this release of transformers takes steps without the check of `_get_grad_norm`"
         with durable.staged_folder(self.run.checkpoint(self.state.global_step)) as folder:
             save_tree(folder, "adapter", dict(trainable_state(self.model)))
             save_tree(folder, "optimizer", self.optimizer.state_dict())
@@ -217,6 +223,9 @@ class QloraTrainer(SFTTrainer):
     def load_adapter_of(self, step: int) -> None:
         """Load the adapter of one of this run's checkpoints."""
         folder = self.run.checkpoint(step)
+        problem = durable.damage(folder)
+        if problem is not None:
+            raise CheckpointError(f"{folder}: the best checkpoint is damaged: {problem}; restore it, or train again")
         load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

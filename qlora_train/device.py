@@ -1,0 +1,47 @@
+"""The one device of this process. Imports torch alone: bitsandbytes and others initialise CUDA when they are imported."""
+
+import gc
+import logging
+import os
+
+import torch
+
+from qlora_train.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+
+def select_device() -> torch.device:
+    """Return the one device of this process, and say so when several GPUs are visible.
+
+    The first call comes before any other library is imported: once CUDA is initialised, which of several GPUs a process
+    sees cannot be changed any more.
+
+    Raises:
+        ModelError: the process is one of several that a launcher started, or CUDA was initialised with several GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ModelError(
+            f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), which would all train the same rows; "
+            "start one process, without a launcher"
+        )
+    num_gpus = torch.cuda.device_count()  # asks the driver's management library: initialises nothing
+    if num_gpus > 1:
+        if torch.cuda.is_initialized():
+            raise ModelError(
+                f"{num_gpus} GPUs are visible and CUDA is in use already; set CUDA_VISIBLE_DEVICES to one of them first"
+            )
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
+        logger.warning(
+            "device: GPU %s of the %d that are visible (one process trains on one GPU; choose another with "
+            "CUDA_VISIBLE_DEVICES)", visible[0], num_gpus,
+        )  # fmt: skip
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more, those in reference cycles included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
