@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qlora_train.export.run import library_versions
+
 PRECISIONS: dict[str, list[str]] = {"nf4": [], "16-bit": ["quantization.load_in_4bit=false"]}
 
 
@@ -27,7 +29,12 @@ def measure(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     subprocess.run([*command, "configs/demo.yaml", *settings], check=True)
     subprocess.run([*command, "eval", str(folder), "--models", "adapter", "--max-new-tokens", "128"], check=True)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return {"wall_seconds": time.perf_counter() - started, **results["training"], **results["evaluation"]["adapter"]}
+    wall_seconds = time.perf_counter() - started
+    return {
+        "wall_seconds": wall_seconds,
+        "training": results["training"],
+        "evaluation": results["evaluation"]["adapter"],
+    }
 
 
 def main() -> None:
@@ -41,6 +48,7 @@ def main() -> None:
         "command": "python scripts/bench_demo.py",
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": library_versions(),
         "runs": {},
     }
     if options.output.is_file():
@@ -52,7 +60,7 @@ def main() -> None:
                 report["runs"][name] = measure(name, seed, PRECISIONS[precision])
                 options.output.parent.mkdir(parents=True, exist_ok=True)
                 options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            figures = report["runs"][name]
+            figures = report["runs"][name]["evaluation"]
             print(f"{name}: exact match {figures['exact_match']:.1%}, field F1 {figures['field_f1']:.3f}")
 
 

@@ -1,7 +1,7 @@
 """What a person sees of a running training, and metrics.jsonl.
 
-With a terminal: one live line (step, loss, tokens a second, memory, time left) under the log. Without one: the log's plain
-lines alone.
+At every log point a line of the log says step, loss, learning rate, gradient norm, tokens a second, GPU memory and the time
+left. With a terminal, a live line under the log shows the last loss, the step and the time left as well.
 """
 
 import json
@@ -62,6 +62,8 @@ class Progress(TrainerCallback):
         with self._run.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **metrics}) + "\n")
         parts = [text.format(metrics[key]) for key, text in _SHOWN.items() if key in metrics]
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=f"{parts[0]}  {self._speed(state):.0f} tokens/s")
         logger.info("step %d/%d  %s  %s", state.global_step, state.max_steps, "  ".join(parts), self._resources(state))
 
     def stop(self) -> None:
@@ -70,12 +72,16 @@ class Progress(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
+    def _speed(self, state: Any) -> float:
+        """Return tokens a second, padding not counted, since this part of the run began."""
+        seconds = time.perf_counter() - self._start_seconds
+        return float(state.num_input_tokens_seen - self._start_tokens) / seconds
+
     def _resources(self, state: Any) -> str:
         seconds = time.perf_counter() - self._start_seconds
-        speed = (state.num_input_tokens_seen - self._start_tokens) / seconds
         left = seconds / max(state.global_step - self._start_step, 1) * (state.max_steps - state.global_step)
         memory = f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        return f"{speed:.0f} tokens/s{memory}  {left:.0f} s left"
+        return f"{self._speed(state):.0f} tokens/s{memory}  {left:.0f} s left"
 
     def _keep_metrics_until(self, step: int) -> None:
         if not self._run.metrics_file.is_file():
