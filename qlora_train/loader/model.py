@@ -13,7 +13,6 @@ from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -179,18 +178,18 @@ def model_config(source: BaseSource, model: ModelSection) -> Any:
         ModelError: a model type that Transformers does not know, or code of the checkpoint's own that is not trusted.
         ConfigError: a RoPE scaling for a model that has no positions to scale.
     """
-    own_code = source.config.get("auto_map") and source.config.get("model_type") not in CONFIG_MAPPING
-    if own_code and not model.trust_remote_code:
-        raise ModelError(
-            f"model.model_name_or_path: {source.name} runs Python code of its own (auto_map); if you trust it, set "
-            "model.trust_remote_code: true and model.revision to the 40-digit commit that you have read"
-        )
     try:
         config = AutoConfig.from_pretrained(
             source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"model.model_name_or_path: {source.name} cannot be read: {first_line(error)}") from error
+        where = f"model.model_name_or_path: {source.name}"
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{where} runs Python code of its own (auto_map); if you trust it, set model.trust_remote_code: true and "
+                "model.revision to the 40-digit commit that you have read"
+            ) from error
+        raise ModelError(f"{where} cannot be read: {first_line(error)}") from error
     return config if model.rope_scaling is None else _with_rope_scaling(config, model.rope_scaling, source.name)
 
 
