@@ -39,6 +39,7 @@ class Architecture:
         unlimited_key: a true value under this key of config.json means that positions do not end.
         linear_classes: subclasses of nn.Linear that compute the plain product; the library quantises none of them, so the
             loader does.
+        packing_obstacle: why documents that are packed into one row would see each other; empty where they do not.
         known: False for the generic row.
     """
 
@@ -50,6 +51,7 @@ class Architecture:
     attention_reason: str = ""
     unlimited_key: str | None = None
     linear_classes: tuple[str, ...] = ()
+    packing_obstacle: str = ""
     known: bool = True
 
 
@@ -79,7 +81,14 @@ _ROWS = (
     Architecture("olmo2", _LLAMA_LIKE, 2048),
     Architecture("granite", _LLAMA_LIKE, 2048),
     Architecture("cohere", _LLAMA_LIKE, 8192),
-    Architecture("falcon", _NEOX_LIKE, 2048, unlimited_key="alibi", linear_classes=("FalconLinear",)),
+    Architecture(
+        "falcon",
+        _NEOX_LIKE,
+        2048,
+        unlimited_key="alibi",
+        linear_classes=("FalconLinear",),
+        packing_obstacle="Transformers makes its attention mask without looking at positions",
+    ),
     Architecture("starcoder2", (*_SPLIT_ATTENTION, "c_fc", "c_proj"), 4096),
     Architecture("smollm3", _LLAMA_LIKE, 32768),
 )
@@ -174,6 +183,19 @@ def check_target_modules(architecture: Architecture, target_modules: str | tuple
         raise ConfigError(
             f"lora.target_modules: {', '.join(wrong)}: no such layer in a {architecture.model_type} model; "
             f"it has {', '.join(architecture.linear_names)}; all-linear takes them all"
+        )
+
+
+def check_packing(architecture: Architecture) -> None:
+    """Refuse packing where the documents of a pack would see each other.
+
+    Raises:
+        ConfigError: the architecture cannot keep them apart.
+    """
+    if architecture.packing_obstacle:
+        raise ConfigError(
+            f"data.packing: true, but the documents of a pack would see each other in a {architecture.model_type} model: "
+            f"{architecture.packing_obstacle}; set data.packing to false"
         )
 
 

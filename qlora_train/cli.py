@@ -5,8 +5,10 @@ defect of ours, with its traceback.
 """
 
 import argparse
+import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from qlora_train.errors import UserError, explain
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
 
-COMMANDS = ("train", "check", "show", "schema", "merge", "eval")
+COMMANDS = ("train", "check", "show", "data", "schema", "merge", "eval")
 MODELS = ("base", "adapter", "merged")
 EPILOG = """\
 The first word is a command or the path of a config, which is trained.
@@ -82,6 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("show", help="print the resolved config, each value with where it came from")
     _takes_config(command)
     command.set_defaults(command=_show)
+
+    command = commands.add_parser("data", help="check the data and show what is learnt of it, without the model")
+    _takes_config(command)
+    command.add_argument("--show", type=_count, default=5, metavar="N", help="training rows shown with their loss (5)")
+    command.add_argument("--json", action="store_true", help="print one JSON object: the report, with these rows")
+    command.set_defaults(command=_data)
 
     command = commands.add_parser("schema", help="print the JSON schema of the config, for editors")
     command.set_defaults(command=_schema)
@@ -196,6 +204,33 @@ def _show(options: argparse.Namespace) -> int:
     for setting in settings:
         print(f"{setting.key:<{width}}  {json.dumps(setting.value)}  # {setting.source}")
     return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    prepare_libraries()
+    from rich.console import Console
+
+    from qlora_train.data.show import shown_rows
+    from qlora_train.inspect_data import inspect
+
+    data = inspect(_load(options), num_shown=options.show)
+    if options.json:
+        print_text(json.dumps({"data_fingerprint": data.fingerprint, **data.report.to_json()}, indent=2))
+    else:
+        rows = shown_rows(data.report.first_rows, Console())
+        findings = (f"warning: {finding.key}: {finding.text}" for finding in data.report.findings())
+        print_text("\n".join([*([rows] if rows else []), *data.report.lines(), *findings]))
+    return 0
+
+
+def print_text(text: str) -> None:
+    """Print what may be long, and whatever characters data and paths have."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads it, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _schema(_options: argparse.Namespace) -> int:

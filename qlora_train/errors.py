@@ -20,6 +20,10 @@ class UserError(Exception):
         assert self.problems, "a UserError needs at least one problem"
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        """Come out of a worker process as it went in."""
+        return type(self), (self.problems,)
+
 
 class ConfigError(UserError):
     """The YAML file, an override or a combination of settings."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig
@@ -21,7 +22,7 @@ from qlora_train.data.chat import encode_chat
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.types import Example, Prompt
 from qlora_train.errors import DataError, ModelError
-from qlora_train.loss import IGNORED, label_losses
+from qlora_train.loss import label_losses
 from qlora_train.scoring import AnswerScores, RowComparison, compare_row_by_row, few_shot_prompt, score_answers
 
 MAX_LOGITS = 1 << 28
@@ -70,31 +71,21 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
     Raises:
         DataError: there is no example, or none with a label.
     """
-    num_labels = [sum(example.loss_mask[1:]) for example in examples]
+    sizes = [(len(example.input_ids), int(np.count_nonzero(example.loss_mask[1:]))) for example in examples]
+    lengths, num_labels = [length for length, _ in sizes], [count for _, count in sizes]
     if not any(num_labels):
         raise DataError(f"held-out loss: {len(examples)} rows and none with a label token; data.eval needs answers")
     nll = torch.zeros(len(examples), dtype=torch.float64)
     collate = Collator(pad_token_id)
     device = _input_device(model)
     max_labels = MAX_LOGITS // model.config.get_text_config().vocab_size
-    lengths = [len(example.input_ids) for example in examples]
     with _evaluating(model):
         for batch in _batches(lengths, batch_size, num_labels, max_labels):
-            tensors = collate([_feature(examples[index], index) for index in batch])
+            tensors = collate([(index, examples[index]) for index in batch])
             inputs = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
             losses, of_row = label_losses(model, **inputs)
             nll.index_add_(0, tensors["row"][of_row.cpu()], losses.double().cpu())
     return HeldOutLoss.of([ExampleLoss(*row) for row in zip(nll.tolist(), num_labels, strict=True)])
-
-
-def _feature(example: Example, row: int) -> dict[str, Any]:
-    """Return an example as the collator takes it."""
-    learnt = zip(example.input_ids, example.loss_mask, strict=True)
-    return {
-        "input_ids": example.input_ids,
-        "labels": [i if has_loss else IGNORED for i, has_loss in learnt],
-        "row": row,
-    }
 
 
 def generate_answers(

@@ -49,23 +49,31 @@ def _head_sees_only(model: nn.Module, positions: torch.Tensor) -> Iterator[None]
 
 
 def label_losses(
-    model: nn.Module, *, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    model: nn.Module,
+    *,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss of every label token.
 
     Args:
         model: a causal language model, with or without an adapter.
         input_ids: (batch, seq).
-        attention_mask: (batch, seq), 1 for real tokens.
-        labels: (batch, seq), IGNORED where a token carries no loss.
+        labels: (batch, seq), IGNORED where a token carries no loss; so is the first token of each packed document, which
+            nothing predicts.
+        attention_mask: (batch, seq), 1 for real tokens; None where all are.
+        position_ids: (1, seq), restarting at 0 in each document of a packed row; None for rows that are not packed.
 
     Returns:
         Negative log-likelihoods in nats, float32 (num_labels,), and the row of the batch each belongs to (num_labels,).
     """
     targets = shifted_labels(labels)
     positions = targets != IGNORED
+    positioned = {} if position_ids is None else {"position_ids": position_ids}
     with _head_sees_only(model, positions):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positioned).logits
     return _negative_log_likelihoods(logits, targets[positions].to(logits.device)), positions.nonzero()[:, 0]
 
 

@@ -1,6 +1,7 @@
 """A run from config to adapter and merged model: the table of contents."""
 
 import datetime
+import json
 import logging
 import platform
 from dataclasses import replace
@@ -11,18 +12,19 @@ import torch
 
 from qlora_train import durable
 from qlora_train.adapter import AdaptedModel, attach_adapter
-from qlora_train.architectures import check_max_length, check_target_modules, detect
+from qlora_train.architectures import check_packing, check_target_modules, detect
 from qlora_train.checkpoint import RunFolder, check_same_facts, check_same_settings, held, open_run
 from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.config.schema import COMMIT
-from qlora_train.data import PreparedData, prepare_data
+from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, epoch_order, labelled_batches, padding_multiple
+from qlora_train.data.store import Rows
 from qlora_train.device import free_memory, select_device
 from qlora_train.export.card import clean_adapter_config, write_card
 from qlora_train.export.merge import check_mergeable
 from qlora_train.export.run import library_versions, merge_run
-from qlora_train.loader import BaseSource, LoadedModel, load_model, load_tokenizer, resolve_base
-from qlora_train.loader.model import model_config
+from qlora_train.inspect_data import data_of
+from qlora_train.loader import BaseSource, LoadedModel, load_model, resolve_base
 from qlora_train.loader.tokenizer import save_tokenizer
 from qlora_train.report import EvalSettings, evaluate_run
 from qlora_train.trainer import check_trackers, train
@@ -55,6 +57,8 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         else:
             source, data = prepare(config, folder)
             check_same_facts(folder, facts(source, data, device, date_of(folder)))
+            data.report.log()
+            durable.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
             train_adapter(folder, config, source, data, checkpoint)
         if config.export.merge and folder.has_merged():
             logger.info("%s is there already; delete it to merge again", folder.merged)
@@ -115,13 +119,13 @@ def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedD
     model = commit_of(config.model, folder)
     described = resolve_base(model, weights=False)
     architecture = detect(described.config)
-    check_max_length(described.config, architecture, config.data.max_length, config.model.rope_scaling)
     check_target_modules(architecture, config.lora.target_modules)
-    model_config(described, config.model)
+    if config.data.packing:
+        check_packing(architecture)
     check_trackers(config.run.report_to)
     if config.export.merge:
         check_mergeable(described.config, config)
-    data = prepare_data(config.data, load_tokenizer(described, config.model), config.run.seed, date=date_of(folder))
+    data, _ = data_of(config, described, date=date_of(folder))
     return (described if described.revision is None else resolve_base(model)), data
 
 
@@ -140,8 +144,8 @@ def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) 
     """Return the first training batches for an initialisation that is computed from data; none for the others."""
     if config.lora.init_lora_weights != "eva":
         return []
-    lengths = [len(example.input_ids) for example in data.train]
-    order = epoch_order(lengths, seed=config.run.seed, epoch=0, batch_size=1, group_by_length=False)
+    assert isinstance(data.train, Rows), "the config refuses eva with a stream"
+    order = epoch_order(data.train.lengths, seed=config.run.seed, epoch=0, batch_size=1, group_by_length=False)
     collate = Collator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))
     return labelled_batches(data.train, order, collate, min_labels=2 * config.lora.r, max_batches=NUM_INITIAL_BATCHES)
 
@@ -153,7 +157,7 @@ def facts(source: BaseSource, data: PreparedData, device: torch.device, date: da
         "base_identity": source.identity(),
         "date": date.isoformat(),
         "data_fingerprint": data.fingerprint,
-        "num_train_rows": len(data.train),
+        "num_train_rows": data.num_train_rows,
         "num_eval_rows": len(data.eval),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": library_versions(),
@@ -178,9 +182,9 @@ def write_adapter(
             revision=source.revision,
             config=config,
             metrics=metrics,
-            num_train_rows=len(data.train),
+            num_train_rows=data.num_train_rows,
             library_versions=library_versions(),
             kind="adapter",
         )
-        folder.add_results(training={**result, "dropped_rows": data.dropped})
+        folder.add_results(training=result)
     logger.info("adapter: %s (from step %d)", folder.adapter, result["taken_from_step"])

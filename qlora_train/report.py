@@ -102,7 +102,9 @@ def _models(
     if {"base", "adapter"} & set(settings.models):
         loaded = load_model(config.model, config.quantization, source=source)
         if "base" in settings.models:
-            shots = [example for example in data.train if example.answer is not None][: settings.num_shots]
+            shots = data.solved(settings.num_shots)
+            if len(shots) < settings.num_shots:
+                logger.warning("base: shown %d solved examples, the data has no more of them as text", len(shots))
             shown = [few_shot_prompt(prompt, shots) for prompt in plain]
             yield "base", shown, loaded.model, loaded.tokenizer
         if "adapter" in settings.models:

@@ -13,7 +13,7 @@ import torch
 from qlora_train.adapter import attach_adapter, trainable_state
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import load_config
-from qlora_train.data.batches import Collator, epoch_order, padding_multiple, to_dataset
+from qlora_train.data.batches import Collator, RowDataset, epoch_order, padding_multiple
 from qlora_train.loader import load_model
 from qlora_train.loss import label_losses
 from qlora_train.pipeline import prepare
@@ -33,10 +33,11 @@ def main() -> None:
         source, data = prepare(config, RunFolder(Path(nowhere)))
     loaded = load_model(config.model, config.quantization, source=source)
     model = attach_adapter(loaded, config.lora, seed=config.run.seed).model.train()
-    rows, size = to_dataset(data.train), config.train.per_device_train_batch_size
+    rows, size = RowDataset(data.train), config.train.per_device_train_batch_size
     collate = Collator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))
-    lengths = [len(example.input_ids) for example in data.train]
-    order = epoch_order(lengths, seed=1, epoch=0, batch_size=size, group_by_length=config.train.group_by_length)
+    order = epoch_order(
+        data.train.lengths, seed=1, epoch=0, batch_size=size, group_by_length=config.train.group_by_length
+    )
     optimizer = torch.optim.AdamW(trainable_state(model).values(), lr=config.train.learning_rate)
     num_tokens, started = 0, 0.0
     for step in range(WARM_UP_STEPS + options.steps):

@@ -1,7 +1,10 @@
-"""What every test shares: no network, quiet threads, and pico models built once a session."""
+"""What every test shares: no network, quiet threads, a cache of its own, and pico models built once a session."""
 
 import os
+import shutil
+import tempfile
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qlora-train-tests-")  # not the user's
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,6 +19,11 @@ import torch
 from tests.pico import build_pico
 
 torch.set_num_threads(2)
+
+
+def pytest_unconfigure() -> None:
+    """Leave no cache behind."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,10 @@ DATA = Path(__file__).parent / "data"
 CONFIG = ROOT / "configs" / "llama7b.yaml"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 HEAVY = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "numpy")
-LOG = re.compile(r":\d+: format \w+$|^chat template: |^compute dtype: |: has not begun|^held-out |^tokenizer: ")
+LOG = re.compile(
+    r":\d+: format \w+$|^chat template: |^compute dtype: |: has not begun|^held-out |^tokenizer: "
+    r"|^data\.\w+: tokenising |^data\.\w+: .*: tokenised before"
+)
 """Lines of the log before a mistake in the settings or the data is found."""
 Capture = pytest.CaptureFixture[str]
 
@@ -85,7 +88,15 @@ print("status", status, "loaded", [name for name in {heavy!r} if name in sys.mod
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["check", str(CONFIG)], ["show", str(CONFIG)], ["schema"], ["train", "--help"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["check", str(CONFIG)],
+        ["show", str(CONFIG)],
+        ["schema"],
+        ["train", "--help"],
+        ["data", "--help"],
+    ],
     ids=" ".join,
 )
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
@@ -144,6 +155,108 @@ def test_schema_is_json_that_documents_every_setting(capsys: Capture) -> None:
         assert all(setting.get("description") for setting in settings["properties"].values())
 
 
+# --- the data alone ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_without_weights(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico Llama that nobody can load: what works on it needs no model."""
+    base = tmp_path_factory.mktemp("base")
+    shutil.copytree(pico_llama, base, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    return base
+
+
+def token_counts(base: Path, rows: Path) -> list[int]:
+    """Return the tokens of each row of messages as Transformers has them."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    conversations = [json.loads(line)["messages"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    return [len(tokenizer.apply_chat_template(turns)["input_ids"]) for turns in conversations]
+
+
+def test_data_is_reported_and_shown_without_a_model_or_a_run(
+    base_without_weights: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    config = write_config(tmp_path, base_without_weights)
+    assert main(["data", str(config), f"data.cache_dir={tmp_path / 'cache'}", "--show", "2"]) == 0
+    output = capsys.readouterr()
+    rows = tmp_path / "rows.jsonl"
+    num_rows = len(rows.read_text().splitlines())
+    assert f"data.train: {rows}: {num_rows} rows of format messages, 0 left out" in output.out
+    shown = re.findall(r"^row (\d+): (.*):(\d+): (\d+) tokens, \d+ of them with loss$", output.out, re.MULTILINE)
+    counts = token_counts(base_without_weights, rows)
+    assert [(number, path) for number, path, _, _ in shown] == [("1", str(rows)), ("2", str(rows))]
+    assert [int(count) for *_, count in shown] == [counts[int(line) - 1] for _, _, line, _ in shown]
+    answers = [json.loads(line)["messages"][-1]["content"] for line in rows.read_text().splitlines()]
+    assert re.findall("⟦(.*)⟧", output.out)[:2] == [f"{answers[int(line) - 1]}<|im_end|>" for _, _, line, _ in shown]
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_as_json_is_one_object_that_counts_every_token(
+    base_without_weights: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    config = write_config(tmp_path, base_without_weights, f"data.cache_dir={tmp_path / 'cache'}")
+    assert main(["data", str(config), "--json", "--show", "3"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    counts = token_counts(base_without_weights, tmp_path / "rows.jsonl")
+    parts = report["parts"]
+    assert sum(part["num_rows"] for part in parts.values()) == len(counts)
+    assert sum(part["num_tokens"] for part in parts.values()) == sum(counts)
+    assert max(part["lengths"]["max"] for part in parts.values()) == max(counts)
+    assert len(report["first_rows"]) == 3
+    for row in report["first_rows"]:
+        assert [segment["trained"] for segment in row["segments"]][-2:] == [True, False]
+    assert main(["data", str(config), "--json", "--show", "0"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["first_rows"], again["data_fingerprint"]) == ([], report["data_fingerprint"])
+    assert [source["cached"] for source in report["sources"] + again["sources"]] == [False, True]
+
+
+def test_data_and_training_see_the_same_rows(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    config = write_config(tmp_path, pico_llama, "train.max_steps=1", f"data.cache_dir={tmp_path / 'cache'}")
+    assert main(["data", str(config), "--json"]) == 0
+    fingerprint = json.loads(capsys.readouterr().out)["data_fingerprint"]
+    assert main([str(config)]) == 0
+    assert "tokenised before" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data_fingerprint"] == fingerprint
+
+
+def test_of_streamed_data_the_beginning_is_shown(base_without_weights: Path, tmp_path: Path, capsys: Capture) -> None:
+    config = write_config(tmp_path, base_without_weights)
+    settings = ["data.streaming=true", "data.eval=null", "train.eval_steps=null"]
+    assert main(["data", str(config), *settings, "--json", "--show", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    counts = token_counts(base_without_weights, tmp_path / "rows.jsonl")
+    assert report["parts"]["data.train"]["num_tokens"] == sum(counts), "so few rows are all at the beginning"
+    assert report["is_streamed"]
+    lines = [int(row["where"].rpartition(":")[2]) for row in report["first_rows"]]
+    assert [row["num_tokens"] for row in report["first_rows"]] == [counts[line - 1] for line in lines]
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("output", ["text", "--json"])
+def test_data_that_loses_too_many_rows_is_one_line(output: str, data_config: Path, capsys: Capture) -> None:
+    options = ["--json"] if output == "--json" else []
+    [line] = refused(capsys, "data", data_config, "data.max_length=8", *options)
+    assert re.search(r"^data.train: (\d+) of \1 rows cannot be used, data.max_dropped \(0.01\) allows \d+: \1 x ", line)
+
+
+PRINT_TEXT = "from qlora_train.cli import print_text; print_text({text!r})"
+
+
+def test_text_that_standard_output_cannot_encode_is_printed_with_escapes() -> None:
+    code = PRINT_TEXT.format(text="⟦caf\u00e9⟧ \udcff")
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u27e6caf\\xe9\\u27e7 \\udcff\n", b"")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f'"{sys.executable}" -c "{PRINT_TEXT.format(text="a")}" | true; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
 # --- what the user can fix --------------------------------------------------------------------------------------------
 
 
@@ -176,13 +289,15 @@ def data_config(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return write_config(tmp_path_factory.mktemp("data"), pico_llama, "data.max_length=64")
 
 
-@pytest.mark.parametrize("expected", sorted((DATA / "malformed").glob("*.expected")), ids=lambda path: path.stem)
-def test_malformed_data_is_one_line_before_the_model_is_loaded(
-    expected: Path, data_config: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["broken_json.jsonl", "empty.jsonl", "missing_column.jsonl", "two_users.jsonl"])
+def test_malformed_data_is_one_line_before_the_model_is_loaded_in_training_as_in_data(
+    name: str, data_config: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(expected.parent)
-    lines = refused(capsys, data_config, f"data.train={expected.stem}", f"run.output_dir={tmp_path / 'run'}")
-    assert lines == expected.read_text().splitlines()
+    monkeypatch.chdir(DATA / "malformed")
+    settings = data_config, f"data.train={name}", f"run.output_dir={tmp_path / 'run'}"
+    [line] = refused(capsys, "data", *settings)
+    assert name in line
+    assert refused(capsys, *settings) == [line]
 
 
 @pytest.mark.parametrize(

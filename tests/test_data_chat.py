@@ -13,12 +13,14 @@ from jinja2.exceptions import TemplateError
 
 from qlora_train.config import DataSection
 from qlora_train.data import encode_chat, prepare_data, render_chat
-from qlora_train.data.chat import DIRECTIVES
+from qlora_train.data.chat import DIRECTIVES, generation_blocks
+from qlora_train.data.template import Renderer
+from qlora_train.data.types import Message, Row
 from qlora_train.errors import DataError
 from tests.pico import CHATML, build_tokenizer
 
 DATE, NEXT_DATE = datetime.date(2024, 2, 29), datetime.date(2024, 3, 1)
-TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+TURNS: list[Message] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 DATED = "{%- if strftime_now is defined %}{{- 'Today: ' + strftime_now('%d %b %Y') + '\n' }}{%- endif %}" + CHATML
 WITH_BLOCK = (
     "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
@@ -41,13 +43,27 @@ def write_rows(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("template", [DATED, WITH_BLOCK], ids=["plain", "generation block"])
-def test_rows_depend_on_the_date_that_is_given_and_not_on_today(tmp_path: Path, template: str) -> None:
-    tokenizer, data = tokenizer_with(template), DataSection(train=write_rows(tmp_path))
-    first, again, other = (prepare_data(data, tokenizer, 0, date=date) for date in (DATE, DATE, NEXT_DATE))
-    assert first == again
-    assert first.fingerprint != other.fingerprint
-    written = DATE.strftime("%d %b %Y") if template == DATED else DATE.isoformat()
-    assert written in tokenizer.decode(first.train[0].input_ids)
+def test_rows_depend_on_the_date_that_is_given_and_not_on_today(template: str) -> None:
+    tokenizer = tokenizer_with(template)
+    for date in (DATE, NEXT_DATE):
+        example = Renderer(tokenizer, loss_on="assistant", date=date).render(Row("row", tuple(TURNS)))
+        written = date.strftime("%d %b %Y") if template == DATED else date.isoformat()
+        assert written in tokenizer.decode(example.input_ids)
+        assert tokenizer.decode(example.input_ids[example.loss_mask]) == "hello<|im_end|>"
+
+
+def test_a_date_gives_the_same_data_again_and_another_date_does_not(tmp_path: Path) -> None:
+    tokenizer, data = tokenizer_with(DATED), DataSection(train=write_rows(tmp_path))
+    first, again, other = (prepare_data(data, tokenizer, 0, date=date).fingerprint for date in (DATE, DATE, NEXT_DATE))
+    assert first == again != other
+
+
+def test_generation_blocks_are_characters_of_the_dated_text() -> None:
+    tokenizer = tokenizer_with(WITH_BLOCK)
+    text = render_chat(tokenizer, TURNS, date=DATE)
+    ((begin, end),) = generation_blocks(tokenizer, TURNS, date=DATE)
+    assert text[begin:end] == "hello<|im_end|>"
+    assert text.startswith(DATE.isoformat())
 
 
 def test_without_a_date_rows_are_rendered_for_today(tmp_path: Path) -> None:
@@ -107,15 +123,15 @@ def test_dates_are_written_as_by_strftime(date: datetime.date, parts: list[str])
     assert render_chat(tokenizer, [{"role": "user", "content": format_}], date=date) == f"<{expected}>"
 
 
-def test_a_format_that_is_not_known_is_refused_before_any_row(tmp_path: Path) -> None:
-    data = DataSection(train=write_rows(tmp_path))
+def test_a_format_that_is_not_known_is_refused_before_any_row() -> None:
+    it = Renderer(tokenizer_with("{{ strftime_now('%Q') }}" + CHATML), loss_on="assistant", date=DATE)
     with pytest.raises(DataError, match=r"cannot be trained with: .* the format %Q holds an unknown directive"):
-        prepare_data(data, tokenizer_with("{{ strftime_now('%Q') }}" + CHATML), 0, date=DATE)
+        it.render(Row("row", tuple(TURNS)))
 
 
-def test_a_template_that_fails_in_python_fails_as_a_template(tmp_path: Path) -> None:
+def test_a_template_that_fails_in_python_fails_as_a_template() -> None:
     tokenizer = tokenizer_with("{{ 'a' + 1 }}")
     with pytest.raises(TemplateError, match="TypeError"):
         render_chat(tokenizer, TURNS, date=DATE)
     with pytest.raises(DataError, match="the tokenizer's chat template cannot be trained with"):
-        prepare_data(DataSection(train=write_rows(tmp_path)), tokenizer, 0)
+        Renderer(tokenizer, loss_on="assistant", date=DATE).render(Row("row", tuple(TURNS)))

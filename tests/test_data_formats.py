@@ -1,294 +1,267 @@
-"""Files become rows, or one line that says what is wrong and where."""
+"""Columns decide the format of a file, and every format says what its rows say."""
 
-import csv
-import dataclasses
+import itertools
 import json
 import logging
-import subprocess
-import sys
+import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from qlora_train.config import DataSection
-from qlora_train.data import prepare_data
-from qlora_train.data.formats import read_rows
-from qlora_train.data.types import Row, Unusable
+from qlora_train.config.schema import FORMATS as FORMAT_NAMES
+from qlora_train.data.formats import FORMATS, RowReader, check_renames, recognise
+from qlora_train.data.types import Record, Row, UnusableRowError
 from qlora_train.errors import ConfigError, DataError
-from tests.pico import build_tokenizer
+from tests.rows import HELLO, HI, WEATHER, chat, read, reason_of, turns_of
 
-MALFORMED = Path(__file__).parent / "data" / "malformed"
-EXPECTED = sorted(MALFORMED.glob("*.expected"))
-TOKENIZER = build_tokenizer()
+EXAMPLES = Path(__file__).parents[1] / "data" / "examples"
 
 
-def chat(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+def test_every_format_of_the_config_has_a_reader_and_no_other_has() -> None:
+    assert {"auto", *FORMATS} == set(get_args(FORMAT_NAMES))
 
 
-def write_jsonl(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+ROWS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [HI, HELLO]},
+    "conversations": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+    "prompt_completion": {"prompt": "hi", "completion": "hello"},
+    "alpaca": {"instruction": "hi", "output": "hello"},
+    "question_answer": {"question": "hi", "answer": "hello"},
+    "text": {"text": "hi"},
+    "tokens": {"input_ids": [1, 2]},
+}
+"""A row of each format with the columns that must be there."""
+EXPECTED: dict[str, Row] = {
+    **dict.fromkeys(ROWS, Row("a.jsonl:1", messages=tuple(chat("hi", "hello")))),  # type: ignore[arg-type]
+    "prompt_completion": Row("a.jsonl:1", prompt="hi", text="hello"),
+    "text": Row("a.jsonl:1", text="hi"),
+    "tokens": Row("a.jsonl:1", input_ids=(1, 2), loss_mask=(True, True)),
+}
 
 
-def rows_of(**settings: Any) -> list[Row | Unusable]:
-    data = DataSection(**settings)
-    return list(read_rows(data.train, data, "data.train"))
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("forced", [True, False])
+@pytest.mark.parametrize("renamed", [True, False])
+def test_every_format_is_recognised_named_and_renamed(name: str, forced: bool, renamed: bool) -> None:
+    columns = {column: f"the {column}" for column in ROWS[name]} if renamed else {}
+    values = {columns.get(column, column): value for column, value in ROWS[name].items()}
+    read_row = read({"id": 7, "source": "x", **values}, columns, name if forced else "auto")
+    assert read_row == EXPECTED[name]
 
 
-def texts(rows: list[Row | Unusable]) -> list[str | None]:
-    return [row.text for row in rows if isinstance(row, Row)]
+def test_columns_beside_a_format_do_not_disturb_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "qlora_train"):
+        assert turns_of({"prompt": "hi", "prompt_id": "3f", "messages": [HI, HELLO]}) == [HI, HELLO]
+    assert "a.jsonl:1: format messages; columns not used: prompt, prompt_id" in caplog.text
 
 
-@pytest.mark.parametrize("expected", EXPECTED, ids=lambda path: path.stem)
-def test_malformed_data_gives_exactly_its_one_line(expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(MALFORMED)
+@pytest.mark.parametrize(("one", "other"), itertools.combinations(ROWS, 2))
+def test_columns_that_fit_two_formats_are_refused_until_one_is_named(one: str, other: str) -> None:
+    values = ROWS[one] | ROWS[other]
+    with pytest.raises(DataError, match=f"fit {one} and {other}; set data.format to the one that is meant"):
+        read(values)
+    assert (read(values, format_name=one), read(values, format_name=other)) == (EXPECTED[one], EXPECTED[other])
+
+
+def test_a_renaming_says_which_of_two_formats_is_meant() -> None:
+    values = {"question": "hi", "answer": "hello"}
+    assert read(values, {"prompt": "question", "completion": "answer"}) == EXPECTED["prompt_completion"]
+    assert read(values, {"instruction": "question", "output": "answer"}) == EXPECTED["alpaca"]
+    assert read(values) == EXPECTED["question_answer"]
+    assert read({"text": [HI, HELLO]}, {"messages": "text"}) == EXPECTED["messages"]
+
+
+def test_a_column_is_read_once_where_a_renaming_gives_it_to_another() -> None:
+    assert turns_of({"input": "hi", "output": "hello"}, columns={"instruction": "input"}) == [HI, HELLO]
+    swapped = {"prompt": "completion", "completion": "prompt"}
+    assert read({"prompt": "hello", "completion": "hi"}, swapped) == EXPECTED["prompt_completion"]
+
+
+def test_columns_that_fit_no_format_are_answered_with_the_nearest_name() -> None:
     with pytest.raises(DataError) as caught:
-        prepare_data(DataSection(train=expected.stem, max_length=64), TOKENIZER, seed=0)
-    assert str(caught.value) == expected.read_text().rstrip("\n")
-    assert len(caught.value.problems) == 1
-
-
-def test_every_malformed_file_has_its_message() -> None:
-    files = {path.name for path in MALFORMED.iterdir() if path.suffix != ".expected"}
-    assert files == {path.stem for path in EXPECTED}
-    assert len(files) >= 20
-
-
-def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [{"prompt": "one\ntwo", "completion": ' "3"'}, {"prompt": "é, 😀", "completion": "four"}]
-    write_jsonl(tmp_path / "a.jsonl", rows)
-    (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
-    write_jsonl(tmp_path / "lines.json", rows)
-    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8-sig") as handle:
-        writer = csv.DictWriter(handle, ["prompt", "completion"])
-        writer.writeheader()
-        writer.writerows(rows)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for name in ("a.jsonl", "a.json", "lines.json", "a.csv", "a.parquet"):
-        read = rows_of(train=str(tmp_path / name))
-        assert [(row.prompt, row.text) for row in read if isinstance(row, Row)] == [
-            (row["prompt"], row["completion"]) for row in rows
-        ]
-
-
-def test_rows_are_named_by_file_and_line(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\r\n\n{"text": "two\u2028"}')
-    (tmp_path / "a.json").write_text('[\n{"text":\n "one"},\n\n{"text": "two"}]')
-    (tmp_path / "a.csv").write_text('text\n"one\none"\ntwo\n')
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "a.parquet")
-    places = {"a.jsonl": ("2", "4"), "a.json": ("2", "5"), "a.csv": ("2", "4"), "a.parquet": ("row 1", "row 2")}
-    for name, (first, second) in places.items():
-        file = tmp_path / name
-        assert [row.where for row in rows_of(train=str(file))] == [f"{file}:{first}", f"{file}:{second}"]
-
-
-def test_globs_folders_and_lists_are_read_in_order(tmp_path: Path) -> None:
-    for name in ("b", "a"):
-        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name}])
-    (tmp_path / "README.md").write_text("not data")
-    assert texts(rows_of(train=str(tmp_path))) == ["a", "b"]
-    assert texts(rows_of(train=f"{tmp_path}/*.jsonl")) == ["a", "b"]
-    assert texts(rows_of(train=[f"{tmp_path}/b.jsonl", {"path": f"{tmp_path}/a.jsonl"}])) == ["b", "a"]
-
-
-def test_alpaca_becomes_a_conversation(tmp_path: Path) -> None:
-    file = write_jsonl(
-        tmp_path / "a.jsonl",
-        [
-            {"instruction": "add", "input": "1 2", "output": "3"},
-            {"instruction": "greet", "input": "", "output": "hi"},
-            {"instruction": "bow", "input": None, "output": "ok"},
-        ],
+        read({"conversation": [HI], "id": 3})
+    assert str(caught.value) == (
+        "a.jsonl:1: found the columns conversation, id; expected messages, or conversations, or prompt + completion, or "
+        "instruction + output, or question + answer, or text, or input_ids; rename with data.columns: {conversations: "
+        "conversation}"
     )
-    read = [list(row.messages) for row in rows_of(train=file) if isinstance(row, Row) and row.messages]
-    assert read == [chat("add\n\n1 2", "3"), chat("greet", "hi"), chat("bow", "ok")]
+    with pytest.raises(DataError, match=r"rename with data.columns: \{completion: Completions\}"):
+        read({"prompt": "hi", "Completions": "hello"})
+    with pytest.raises(DataError, match=r"rename with data.columns, e.g. \{prompt: request, completion: reply\}$"):
+        read({"x": 1})
 
 
-def test_prompt_and_completion_lists_are_one_conversation_with_loss_on_the_completion(tmp_path: Path) -> None:
-    turns = chat("a", "b", "c", "d")
-    file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": turns[:3], "completion": turns[3:]}])
-    (row,) = rows_of(train=file)
-    assert isinstance(row, Row)
-    assert (list(row.messages or ()), row.loss_from) == (turns, 3)
-
-
-def test_renamed_columns_and_text_parts_are_read(tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
-    turns = [{"role": "user", "content": "hi", "name": None}, {"role": "assistant", "content": parts, "tool_calls": []}]
-    file = write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "chat": turns}])
-    (row,) = rows_of(train=file, columns={"messages": "chat"})
-    assert isinstance(row, Row)
-    assert list(row.messages or ()) == chat("hi", "hello")
-
-
-def test_a_format_can_be_forced_where_columns_are_ambiguous(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "add", "output": "2", "text": "add 2"}])
-    assert texts(rows_of(train=file, format="text")) == ["add 2"]
+def test_a_row_without_a_column_of_the_format_is_an_error_with_the_nearest_name() -> None:
+    reader = RowReader("prompt_completion", {"prompt": "request"})
+    with pytest.raises(DataError) as caught:
+        reader.read(Record("a.jsonl:9", {"request": "hi", "complet": "hello"}))
+    assert str(caught.value) == (
+        "a.jsonl:9: the column completion of the format prompt_completion is missing; found request, complet; did you "
+        "mean data.columns: {completion: complet}?"
+    )
+    with pytest.raises(DataError, match="the column request of the format prompt_completion is missing"):
+        reader.read(Record("a.jsonl:10", {"prompt": "hi", "completion": "hello"}))
 
 
 def test_an_unknown_renaming_is_refused_with_the_allowed_names() -> None:
-    with pytest.raises(ConfigError, match=r"data.columns: 'question' is not a column .* allowed: prompt, completion"):
-        rows_of(train="a.jsonl", format="prompt_completion", columns={"question": "prompt"})
+    with pytest.raises(ConfigError) as caught:
+        check_renames("question_answer", {"prompt": "q"})
+    assert str(caught.value) == (
+        "data.columns: 'prompt' is not a column of the format question_answer; allowed: question, answer, context, system "
+        "(the format's name comes first, then the file's)"
+    )
+    with pytest.raises(
+        ConfigError, match=r"^data.train.columns: 'x' is not .* auto; allowed: messages, tools, system, "
+    ):
+        check_renames("auto", {"x": "q"}, "data.train.columns")
+    check_renames("auto", {"prompt": "q", "completion": "a", "question": "q"})
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^data.columns: prompt and completion are both called x; expected a column of"
+    ):
+        check_renames("auto", {"completion": "x", "prompt": "x"})
+
+
+def test_a_renamed_column_counts_as_unseen_until_a_row_has_it() -> None:
+    reader = RowReader("alpaca", {"input": "context", "output": "reply", "prompt": "elsewhere"})
+    assert reader.unseen == {"input": "context", "output": "reply"}
+    reader.read(Record("a.jsonl:1", {"instruction": "bow", "reply": "ok"}))
+    assert reader.unseen == {"input": "context"}
+    reader.read(Record("a.jsonl:2", {"instruction": "add", "context": "1 2", "reply": "3"}))
+    reader.read(Record("a.jsonl:3", {"instruction": "bow", "reply": "ok"}))
+    assert reader.unseen == {}
+
+
+def test_a_renaming_that_the_recognised_format_does_not_use_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "qlora_train"):
+        read({"text": "add 2"}, {"prompt": "question"})
+    assert "a.jsonl:1: read as text, where data.columns {prompt: question} has no effect" in caplog.text
+
+
+def test_a_reader_goes_to_another_process_as_it_is() -> None:
+    reader = RowReader("text", {"text": "body"})
+    copy = pickle.loads(pickle.dumps(reader))
+    assert copy.read(Record("a.jsonl:1", {"body": "hi"})) == EXPECTED["text"]
+    assert (copy.unseen, reader.unseen) == ({}, {"text": "body"})
 
 
 @pytest.mark.parametrize(
-    ("format_", "row", "expected"),
+    ("file", "name"),
     [
-        ("messages", {"m": chat("a", "b")}, Row("", messages=tuple(chat("a", "b")))),  # type: ignore[arg-type]
-        ("prompt_completion", {"p": "a", "c": "b"}, Row("", prompt="a", text="b")),
-        ("alpaca", {"i": "a", "x": "1", "o": "b"}, Row("", messages=tuple(chat("a\n\n1", "b")))),  # type: ignore[arg-type]
-        ("text", {"t": "a"}, Row("", text="a")),
+        ("chat", "messages"),
+        ("tools", "messages"),
+        ("conversations", "conversations"),
+        ("completion", "prompt_completion"),
+        ("instruction", "alpaca"),
+        ("questions", "question_answer"),
+        ("text", "text"),
     ],
 )
-@pytest.mark.parametrize("forced", [True, False])
-def test_columns_are_renamed_in_every_format(
-    tmp_path: Path, format_: str, row: dict[str, Any], expected: Row, forced: bool
-) -> None:
-    names = {"messages": "m", "prompt": "p", "completion": "c", "instruction": "i", "input": "x", "output": "o"}
-    columns = {column: name for column, name in {**names, "text": "t"}.items() if name in row}
-    file = write_jsonl(tmp_path / "a.jsonl", [row])
-    read = rows_of(train=file, columns=columns, format=format_ if forced else "auto")
-    assert read == [dataclasses.replace(expected, where=f"{file}:1")]
+def test_every_bundled_row_is_usable_and_says_something_of_its_own(file: str, name: str) -> None:
+    lines = (EXAMPLES / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [read(json.loads(line)) for line in lines]
+    assert recognise(Record("", json.loads(lines[0])), "auto", {}) == name
+    assert len(rows) == len({repr(row) for row in rows}) >= 20
 
 
-def test_a_renamed_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
-    rows = [{"instruction": "add", "context": "1 2", "output": "3"}]
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError, match=r"^data.train: data.columns says that input is called contxt, but no row of"):
-        rows_of(train=file, columns={"input": "contxt"})
-    file = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "bow", "output": "ok"}, *rows])
-    assert len(rows_of(train=file, columns={"input": "context"})) == 2
+def test_prompt_and_completion_lists_are_one_conversation_with_loss_on_the_completion() -> None:
+    turns = chat("a", "b", "c", "d")
+    row = read({"prompt": turns[:3], "completion": turns[3:], "tools": [WEATHER]})
+    assert (list(row.messages or ()), row.loss_from, row.tools) == (turns, 3, (WEATHER,))
 
 
-def test_a_renaming_that_the_recognised_format_does_not_use_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "add 2", "question": "add", "completion": "2"}])
-    with caplog.at_level(logging.WARNING, "qlora_train"):
-        rows_of(train=file, columns={"prompt": "qestion"})
-    assert f"{file}:1: read as text, where data.columns {{prompt: qestion}} has no effect" in caplog.text
+ALPACA: list[tuple[dict[str, Any], list[str]]] = [
+    ({"instruction": "add", "input": "1 2", "output": "3"}, ["add\n\n1 2", "3"]),
+    ({"instruction": "greet", "input": "", "output": "hi"}, ["greet", "hi"]),
+    ({"instruction": "bow", "input": None, "output": "ok"}, ["bow", "ok"]),
+    ({"instruction": " bow ", "input": " \n", "output": "ok"}, [" bow ", "ok"]),
+    ({"instruction": "", "input": "1 2", "output": "3"}, ["1 2", "3"]),
+    ({"instruction": " ", "input": "", "output": "3"}, [" ", "3"]),
+    ({"instruction": "c", "history": [["a", "b"], ["", "x"]], "output": "d"}, ["a", "b", "", "x", "c", "d"]),
+    ({"instruction": "c", "history": [], "output": "d"}, ["c", "d"]),
+    ({"instruction": "c", "history": None, "output": "d", "system": None}, ["c", "d"]),
+    ({"question": "who?", "answer": "me"}, ["who?", "me"]),
+    ({"question": "who?", "context": "It was me.", "answer": "me"}, ["It was me.\n\nwho?", "me"]),
+    ({"question": " ", "context": None, "answer": "me"}, [" ", "me"]),
+]
 
 
-def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}])
-    with pytest.raises(DataError, match=r"^data.train: .*trian\.jsonl does not exist; did you mean .*train\.jsonl\?"):
-        rows_of(train=str(tmp_path / "trian.jsonl"))
+@pytest.mark.parametrize(("values", "contents"), ALPACA)
+def test_single_questions_become_conversations(values: dict[str, Any], contents: list[str]) -> None:
+    assert turns_of(values) == chat(*contents)
+    assert turns_of(values | {"system": "be brief"}) == [{"role": "system", "content": "be brief"}, *chat(*contents)]
 
 
-def test_hub_settings_on_a_local_file_are_refused(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}])
-    with pytest.raises(DataError, match="split has no effect on the local path"):
-        rows_of(train={"path": file, "split": "test"})
+OTHERS = [
+    ({"prompt": "a", "completion": " \n"}, "completion is empty"),
+    ({"prompt": None, "completion": "a"}, "prompt is null, expected a string"),
+    ({"prompt": "a", "completion": 3}, "completion is a number, expected a string"),
+    (
+        {"prompt": [HI], "completion": "hello"},
+        "prompt is a list and completion is a string, expected two strings or two lists of {role, content}",
+    ),
+    ({"prompt": [], "completion": [HELLO]}, "prompt is an empty list"),
+    ({"prompt": [HI], "completion": []}, "completion is an empty list"),
+    ({"prompt": [HI, HELLO], "completion": [HI]}, "the conversation ends with a user turn, expected an assistant turn"),
+    (
+        {"prompt": "a", "completion": "b", "tools": [WEATHER]},
+        "tools stand beside a prompt that is a string, where no chat template can print them",
+    ),
+    ({"instruction": None, "output": "a"}, "instruction is null, expected a string"),
+    ({"instruction": "a", "output": ""}, "empty assistant turn"),
+    ({"instruction": "a", "output": "b", "input": ["x"]}, "input is a list, expected a string"),
+    ({"instruction": "a", "output": "b", "history": "x"}, "history is a string, expected a list of [question, answer]"),
+    (
+        {"instruction": "a", "output": "b", "history": [["x"]]},
+        "history holds something else than [question, answer]",
+    ),
+    ({"instruction": "a", "output": "b", "history": [["x", None]]}, "an answer in history is null, expected a string"),
+    ({"instruction": "a", "output": "b", "history": [["x", ""]]}, "empty assistant turn"),
+    ({"question": "a", "answer": {"text": ["b"]}}, "answer is an object, expected a string"),
+    ({"question": "a", "answer": "b", "context": {"title": "x"}}, "context is an object, expected a string"),
+    ({"text": " \n"}, "text is empty"),
+    ({"text": None}, "text is null, expected a string"),
+    ({"text": "a\0b"}, "text holds a NUL character"),
+    ({"text": "\udc00"}, "text holds half a surrogate pair (a broken \\uD8xx escape)"),
+]
 
 
-def test_a_hub_data_set_without_network_is_one_line() -> None:
-    with pytest.raises(
-        DataError, match=r"^data.train: the Hub data set nobody/nothing\[train\] cannot be loaded"
-    ) as caught:
-        rows_of(train="nobody/nothing")
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(("values", "reason"), OTHERS, ids=[reason[:60] for _, reason in OTHERS])
+def test_a_value_that_cannot_be_used_gives_its_reason(values: dict[str, Any], reason: str) -> None:
+    assert reason_of(values) == reason
 
 
-def test_a_few_unusable_rows_are_counted_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"messages": chat("hi", "" if i == 2 else f"hello {i}")} for i in range(10)]
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    with caplog.at_level(logging.WARNING, "qlora_train"):
-        prepared = prepare_data(DataSection(train=file, max_dropped=0.1), TOKENIZER, seed=0)
-    assert len(prepared.train) == 9
-    assert prepared.dropped == {"data.train: empty assistant turn": 1}
-    assert f"1 of 10 rows cannot be used and are left out: 1 x empty assistant turn ({file}:3)" in caplog.text
+KEYS = ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type", "weight"]
+WORDS = ["user", "assistant", "tool", "function", "text", "[]", "{}", '{"name": "f"}']
+ANYTHING = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.binary(max_size=2),
+        st.sampled_from(WORDS),
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
 
 
-def test_dropped_rows_are_counted_by_where_they_were_read_and_why(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    train = write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}, {"text": ""}, {"text": None}, {"text": " "}])
-    held_out = write_jsonl(tmp_path / "eval.jsonl", [{"text": ""}, {"text": "two"}, {"text": "two"}])
-    with caplog.at_level(logging.INFO, "qlora_train"):
-        prepared = prepare_data(DataSection(train=train, eval=held_out, max_dropped=0.9), TOKENIZER, seed=0)
-    assert prepared.dropped == {
-        "data.train: text is empty": 2,
-        "data.train: text is null, expected a string": 1,
-        "data.eval: text is empty": 1,
-    }
-    assert f"2 x text is empty ({train}:2, {train}:4); 1 x text is null, expected a string ({train}:3)" in caplog.text
-    assert "data.eval: 2 rows (1 of them repeat an earlier one)" in caplog.text
-
-
-def test_a_reason_is_one_short_line_whatever_the_row_says(tmp_path: Path) -> None:
-    turns = [{"role": "hu\nman" + "x" * 5000, "content": "hi"}]
-    rows = [{"messages": turns}, *({"messages": [{"role": f"r{i}", "content": "hi"}]} for i in range(30))]
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError) as caught:
-        prepare_data(DataSection(train=file), TOKENIZER, seed=0)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 3000
-    assert f"23 x other reasons ({file}:9, {file}:10" in message
-
-
-def test_all_rows_unusable_is_an_error_even_where_every_drop_is_allowed(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": " "}])
-    with pytest.raises(DataError, match="no row can be used: 1 x text is empty"):
-        prepare_data(DataSection(train=file, max_dropped=1.0), TOKENIZER, seed=0)
-
-
-def test_the_split_keeps_its_sides_when_rows_are_added_and_equal_rows_together(tmp_path: Path) -> None:
-    rows = [{"text": f"row {i}"} for i in range(200)]
-    few = write_jsonl(tmp_path / "few.jsonl", rows[:100] + rows[:50])
-    many = write_jsonl(tmp_path / "many.jsonl", rows[::-1])
-    sides = []
-    for file in (few, many):
-        prepared = prepare_data(DataSection(train=file, eval=0.2), TOKENIZER, seed=3)
-        train, held_out = ({TOKENIZER.decode(e.input_ids) for e in part} for part in (prepared.train, prepared.eval))
-        assert not train & held_out
-        sides.append(held_out)
-    assert 10 <= len(sides[0]) <= 30
-    assert sides[0] < sides[1]
-    other = prepare_data(DataSection(train=many, eval=0.2), TOKENIZER, seed=4)
-    assert {TOKENIZER.decode(e.input_ids) for e in other.eval} != sides[1]
-
-
-def test_a_split_without_held_out_rows_is_refused(tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "one"}])
-    with pytest.raises(DataError, match=r"data.eval: a share of 0.1 of 2 rows leaves none"):
-        prepare_data(DataSection(train=file, eval=0.1), TOKENIZER, seed=0)
-
-
-def test_rows_in_train_and_eval_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train = write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}, {"text": "two"}])
-    held_out = write_jsonl(tmp_path / "eval.jsonl", [{"text": "three"}, {"text": "two"}])
-    with caplog.at_level(logging.WARNING, "qlora_train"):
-        prepared = prepare_data(DataSection(train=train, eval=held_out), TOKENIZER, seed=0)
-    assert (len(prepared.train), len(prepared.eval)) == (2, 2)
-    assert f"1 of 2 rows of data.eval stand in data.train too, so the evaluation flatters: {held_out}:2" in caplog.text
-
-
-def test_the_fingerprint_changes_with_tokens_masks_and_order(tmp_path: Path) -> None:
-    rows = [{"messages": chat("a", "b", "c", "d")}, {"messages": chat("e", "f")}]
-    forward = write_jsonl(tmp_path / "a.jsonl", rows)
-    backward = write_jsonl(tmp_path / "b.jsonl", rows[::-1])
-    prints = [
-        prepare_data(DataSection(train=file, loss_on=loss_on), TOKENIZER, seed=0).fingerprint
-        for file, loss_on in (
-            (forward, "assistant"),
-            (forward, "last"),
-            (backward, "assistant"),
-            (forward, "assistant"),
-        )
-    ]
-    assert len(set(prints)) == 3
-    assert prints[0] == prints[3]
-
-
-def test_the_data_stage_needs_no_torch_until_there_are_batches() -> None:
-    code = "import sys, qlora_train.data; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@given(st.sampled_from(sorted(FORMATS)), st.data())
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_row_holds_it_is_read_or_refused_with_a_short_reason(name: str, data: st.DataObject) -> None:
+    optional = data.draw(st.sets(st.sampled_from([*FORMATS[name].required, *FORMATS[name].optional])))
+    values = {column: data.draw(ANYTHING) for column in {*FORMATS[name].required, *optional}}
+    if name in ("messages", "conversations"):
+        values[name] = [HI, data.draw(ANYTHING), HELLO]
+    reason: str | None = None
+    row = Row("")
+    try:
+        row = read(values, format_name=name)
+    except UnusableRowError as error:
+        reason = error.reason
+    if reason is None:
+        assert sum(said is not None for said in (row.messages, row.text, row.input_ids)) == 1
+    else:
+        assert 0 < len(reason) <= 203

@@ -1,7 +1,7 @@
-"""What lies in a folder, a table or a Hub repository is read as it is, or refused by name."""
+"""What lies at a path, in a folder or in a Hub repository is read as it is, or refused by name."""
 
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora_train.config import DataSection
 from qlora_train.config.schema import Source
-from qlora_train.data.formats import read_rows
-from qlora_train.data.readers import Record, read_hub
-from qlora_train.data.types import Row, Unusable
+from qlora_train.data.hub import hub_files
+from qlora_train.data.readers import chunks
+from qlora_train.data.sources import DataFile, find_files
+from qlora_train.data.types import Record
 from qlora_train.errors import DataError
 
 ROWS = [
@@ -23,9 +23,12 @@ ROWS = [
 ]
 
 
-def rows_of(**settings: Any) -> list[Row | Unusable]:
-    data = DataSection(**settings)
-    return list(read_rows(data.train, data, "data.train"))
+def found(path: Path | str, **settings: Any) -> list[DataFile]:
+    return find_files(Source(path=str(path), **settings), "data.train")
+
+
+def records_of(files: list[DataFile]) -> list[Record]:
+    return [record for file in files for chunk in chunks(file, chunk_bytes=1 << 16) for record in chunk.records()]
 
 
 @pytest.fixture
@@ -36,41 +39,178 @@ def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def hub_records(folder: Path, **settings: Any) -> Iterator[Record]:
+def hub_records(folder: Path, **settings: Any) -> list[Record]:
     """Read a folder that is laid out like a repository on the Hub through the same call as a Hub id."""
-    return read_hub(Source(path=str(folder), **settings), "data.train")
+    return records_of(hub_files(Source(path=str(folder), **settings), "data.train"))
+
+
+def write_repository(folder: Path, **splits: list[list[dict[str, Any]]]) -> None:
+    """Write each split as several Parquet files, as repositories of large data sets have them."""
+    (folder / "data").mkdir(parents=True)
+    for split, shards in splits.items():
+        for number, rows in enumerate(shards):
+            path = folder / "data" / f"{split}-{number:05d}-of-{len(shards):05d}.parquet"
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "compression"),
+    [
+        *((f"a.{kind}", kind, "") for kind in ("jsonl", "json", "csv", "tsv", "txt", "parquet", "arrow")),
+        ("A.v2.JSONL", "jsonl", ""),
+        ("a.jsonl.gz", "jsonl", "gz"),
+        ("a.csv.zst", "csv", "zst"),
+    ],
+)
+def test_suffixes_say_what_a_file_is(tmp_path: Path, name: str, kind: str, compression: str) -> None:
+    (tmp_path / name).touch()
+    assert found(tmp_path / name) == [DataFile(tmp_path / name, str(tmp_path / name), kind, compression)]
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("a.xlsx", ".xlsx"), ("a", "no suffix"), ("a.parquet.gz", ".parquet.gz"), ("a.gz", ".gz"), ("a.zip", ".zip")],
+)
+def test_other_suffixes_are_refused(tmp_path: Path, name: str, suffix: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"^data.train: .*{name} cannot be read: found {suffix}; expected \.jsonl, "):
+        found(tmp_path / name)
+
+
+def test_a_file_has_the_name_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path, name in (("a.jsonl", "a.jsonl"), ("./a.jsonl", "a.jsonl"), ("~/a.jsonl", f"{tmp_path}/a.jsonl")):
+        assert [file.name for file in found(path)] == [name]
+
+
+def test_globs_and_folders_are_read_in_order(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    for name in ("b.jsonl", "a.jsonl.gz", "deeper/c.jsonl", "README.md", ".hidden.jsonl"):
+        (tmp_path / name).touch()
+    expected = {tmp_path: "ab", f"{tmp_path}/*.jsonl*": "ab", f"{tmp_path}/**/*.jsonl": "bc"}
+    for path, names in expected.items():
+        assert "".join(file.path.name[0] for file in found(path)) == names
+
+
+def test_a_folder_of_several_kinds_is_not_guessed_at(tmp_path: Path) -> None:
+    for name in ("train-0.jsonl", "train-1.jsonl.gz", "LICENSE.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(
+        DataError, match=r"files of several kinds: LICENSE.txt, train-0.jsonl; name the files"
+    ) as caught:
+        found(tmp_path)
+    assert str(caught.value).endswith(f"or a pattern such as {tmp_path}/*.jsonl")
+    assert len(found(f"{tmp_path}/*.jsonl*")) == 2
+
+
+def test_train_and_test_files_of_one_folder_are_not_read_as_one(tmp_path: Path) -> None:
+    for name in ("test-0", "train-0", "train-1", "trainee"):
+        (tmp_path / f"{name}.jsonl").touch()
+    for place in (str(tmp_path), f"{tmp_path}/*.jsonl"):
+        with pytest.raises(
+            DataError, match=r"holds files of several splits: test-0.jsonl, train-0.jsonl; name the one"
+        ):
+            found(place)
+    assert len(found(f"{tmp_path}/train*.jsonl")) == 3
+
+
+def test_a_folder_without_data_names_its_folders(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("")
+    with pytest.raises(DataError, match=r"holds no data file: found README.md, data/; expected"):
+        found(tmp_path)
+
+
+def test_a_folder_with_the_suffix_of_a_file_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "rows.parquet").mkdir()
+    with pytest.raises(DataError, match=r"folder .*rows.parquet holds no data file: found no files"):
+        found(tmp_path / "rows.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "rows.parquet" / "part-0.parquet")
+    assert [record.values for record in records_of(found(tmp_path / "rows.parquet"))] == [{"text": "one"}]
+
+
+def test_a_missing_file_is_answered_with_the_nearest_name(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(DataError, match=r"^data.train: .*trian\.jsonl does not exist; did you mean .*train\.jsonl\?$"):
+        found(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match=r"no/a.jsonl does not exist; its folder .*no does not exist either$"):
+        found(tmp_path / "no" / "a.jsonl")
+    with pytest.raises(DataError, match=r"the pattern .*\*\.csv matches no file; check the folder and the suffix$"):
+        found(tmp_path / "*.csv")
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"rows.jsonl is neither a file nor a folder \(a pipe or a device\)"):
+        found(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root lists every folder")
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(DataError, match=r"^data.train: .*closed cannot be read: Permission denied$"):
+        found(tmp_path / "closed")
+
+
+@pytest.mark.parametrize("setting", [{"split": "test"}, {"subset": "en"}, {"revision": "main"}])
+def test_hub_settings_on_a_local_file_are_refused(tmp_path: Path, setting: dict[str, str]) -> None:
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(DataError, match=rf"^data.train: {next(iter(setting))} has no effect on the local path"):
+        found(tmp_path / "train.jsonl", **setting)
+
+
+@pytest.mark.parametrize("text", ["a b", "no thing/here", "owner/name:tag"])
+def test_what_is_neither_a_file_nor_a_hub_id_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"is neither a file nor a Hub id; expected \.jsonl, .* or owner/name$"):
+        found(text)
+
+
+def test_a_hub_data_set_without_network_is_one_line() -> None:
+    with pytest.raises(
+        DataError, match=r"^data.train: the Hub data set nobody/nothing\[train\] cannot be loaded"
+    ) as caught:
+        found("nobody/nothing")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_hub_repository_is_read_by_split_with_nulls_and_further_columns(hub_cache: Path, tmp_path: Path) -> None:
-    (tmp_path / "repo" / "data").mkdir(parents=True)
-    for split, rows in (("train", ROWS), ("test", ROWS[:1])):
-        file = tmp_path / "repo" / "data" / f"{split}-00000-of-00001.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    assert [record.values for record in hub_records(tmp_path / "repo")] == ROWS
-    (record,) = hub_records(tmp_path / "repo", split="test")
-    assert record == Record(f"{tmp_path / 'repo'}[test]:row 1", ROWS[0])
-    with pytest.raises(DataError, match=r"^data.train: the Hub data set .*repo\[dev\] cannot be loaded: ValueError"):
-        list(hub_records(tmp_path / "repo", split="dev"))
+    repository = tmp_path / "repo"
+    write_repository(repository, train=[ROWS[:2], ROWS[2:]], test=[ROWS[:1]])
+    places = [f"{repository}[train]:row {number}" for number in (1, 2, 3)]
+    assert hub_records(repository) == [Record(*each) for each in zip(places, ROWS, strict=True)]
+    assert hub_records(repository, split="test") == [Record(f"{repository}[test]:row 1", ROWS[0])]
+    with pytest.raises(
+        DataError, match=r"^data.train: the Hub data set .*repo\[dev\] cannot be loaded: ValueError: .*dev"
+    ):
+        hub_records(repository, split="dev")
 
 
-def test_conversations_from_the_hub_are_lists_of_turns_whose_empty_fields_are_left_out(
-    hub_cache: Path, tmp_path: Path
-) -> None:
-    turns = [{"role": "user", "content": "hi", "name": "Ann"}, {"role": "assistant", "content": "hello"}]
-    (tmp_path / "repo").mkdir()
-    rows = [{"messages": [turns[0], turns[1]]}, {"messages": [{**turns[0], "name": None}, turns[1]]}]
-    (tmp_path / "repo" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = list(hub_records(tmp_path / "repo"))
-    file = tmp_path / "again.jsonl"
-    file.write_text("".join(json.dumps(record.values) + "\n" for record in records))
-    named, plain = rows_of(train=str(file))
-    assert isinstance(named, Unusable)
-    assert named.reason == "a turn has the field name, which training would lose; expected role, content"
-    assert isinstance(plain, Row)
-    assert [turn["content"] for turn in plain.messages or ()] == ["hi", "hello"]
+SLICES = (
+    "train[:10%]",
+    "train[7:33]",
+    "train[-5:]",
+    "train[30:]+test",
+    "test[1:]+train[35:36]",
+    "train[50%:51%]+test[:1]",
+)
 
 
-def test_a_hub_row_that_cannot_be_decoded_is_one_line(hub_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", SLICES)
+def test_a_part_of_a_split_is_what_datasets_makes_of_it(hub_cache: Path, tmp_path: Path, split: str) -> None:
+    import datasets
+
+    rows = [{"text": f"row {number}"} for number in range(40)]
+    write_repository(tmp_path / "repo", train=[rows[:9], rows[9:10], rows[10:]], test=[[{"text": "a"}, {"text": "b"}]])
+    records = hub_records(tmp_path / "repo", split=split)
+    assert [record.values for record in records] == list(datasets.load_dataset(str(tmp_path / "repo"), split=split))
+    assert [record.where for record in records] == [
+        f"{tmp_path / 'repo'}[{split}]:row {n + 1}" for n in range(len(records))
+    ]
+
+
+def test_pictures_of_a_hub_data_set_need_not_be_readable(hub_cache: Path, tmp_path: Path) -> None:
     import datasets
 
     (tmp_path / "repo").mkdir()
@@ -78,95 +218,48 @@ def test_a_hub_row_that_cannot_be_decoded_is_one_line(hub_cache: Path, tmp_path:
     rows = [{"text": "a", "picture": {"bytes": b"no picture", "path": None}}]
     table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
     pyarrow.parquet.write_table(table, tmp_path / "repo" / "train.parquet")
-    with pytest.raises(DataError, match=r"^data.train: row 1 of the Hub data set .* cannot be read: ") as caught:
-        list(hub_records(tmp_path / "repo"))
-    assert "\n" not in str(caught.value)
+    assert [record.values["text"] for record in hub_records(tmp_path / "repo")] == ["a"]
 
 
-@pytest.mark.parametrize("as_dict", [True, False])
-def test_a_folder_of_save_to_disk_is_refused_with_the_way_out(tmp_path: Path, as_dict: bool) -> None:
+def test_turns_of_differing_fields_come_from_the_hub_as_datasets_gives_them(hub_cache: Path, tmp_path: Path) -> None:
     import datasets
 
-    rows = datasets.Dataset.from_list([{"text": "one"}])
-    (datasets.DatasetDict(train=rows) if as_dict else rows).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match=r"was written by save_to_disk .* write a file with ") as caught:
-        rows_of(train=str(tmp_path / "saved"))
-    code = (
-        str(caught.value).rpartition("write a file with ")[2].replace("'train.parquet'", f"'{tmp_path}/train.parquet'")
-    )
-    eval(code, {"datasets": datasets})
-    assert [row.text for row in rows_of(train=f"{tmp_path}/train.parquet") if isinstance(row, Row)] == ["one"]
+    (tmp_path / "repo").mkdir()
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    rows = [{"messages": turns}, {"messages": [{"role": "user", "content": ["part", {"type": "text"}]}]}]
+    (tmp_path / "repo" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = list(datasets.load_dataset(str(tmp_path / "repo"), split="train"))
+    assert [record.values for record in hub_records(tmp_path / "repo")] == expected
 
 
-def test_train_and_test_files_of_one_folder_are_not_read_as_one(tmp_path: Path) -> None:
-    for name in ("test-0", "train-0", "train-1", "trainee"):
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "' + name + '"}\n')
-    for place in (str(tmp_path), f"{tmp_path}/*.jsonl"):
-        with pytest.raises(
-            DataError, match=r"holds files of several splits: test-0.jsonl, train-0.jsonl; name the one"
-        ):
-            rows_of(train=place)
-    assert len(rows_of(train=f"{tmp_path}/train*.jsonl")) == 3
+def test_a_folder_of_save_to_disk_is_read_by_split(tmp_path: Path) -> None:
+    import datasets
+
+    splits = {"train": datasets.Dataset.from_list(ROWS).select([2, 0, 1]), "test": datasets.Dataset.from_list(ROWS[:1])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved", num_shards={"train": 3, "test": 1})
+    files = found(tmp_path / "saved")
+    assert [record.values for record in records_of(files)] == [ROWS[2], ROWS[0], ROWS[1]]
+    assert [file.name for file in files] == [f"{tmp_path}/saved/train/data-0000{n}-of-00003.arrow" for n in range(3)]
+    (record,) = records_of(found(tmp_path / "saved", split="test"))
+    assert record == Record(f"{tmp_path}/saved/test/data-00000-of-00001.arrow:row 1", ROWS[0])
+    with pytest.raises(
+        DataError, match=r"^data.train: .*saved has no split dev; found train, test; set split to the one"
+    ):
+        found(tmp_path / "saved", split="dev")
+    with pytest.raises(DataError, match=r"^data.train: revision has no effect on the local path"):
+        found(tmp_path / "saved", revision="main")
 
 
-def test_a_folder_without_data_names_its_folders(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "README.md").write_text("")
-    with pytest.raises(DataError, match=r"holds no data file: found README.md, data/; expected"):
-        rows_of(train=str(tmp_path))
+def test_a_saved_data_set_without_splits_is_read_whole(tmp_path: Path) -> None:
+    import datasets
 
-
-def test_parquet_rows_are_counted_over_batches_and_files(tmp_path: Path) -> None:
-    table = pyarrow.table({"text": [f"{i}" for i in range(2500)]})
-    for name in ("a", "b"):
-        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=700)
-    rows = [row for row in rows_of(train=str(tmp_path)) if isinstance(row, Row)]
-    places = [f"{tmp_path}/{name}.parquet:row {i + 1}" for name in ("a", "b") for i in range(2500)]
-    assert [row.where for row in rows] == places
-    assert [row.text for row in rows] == [str(i) for i in range(2500)] * 2
-
-
-def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
-    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet: found the header text, text; expected a different name"):
-        rows_of(train=str(tmp_path / "a.parquet"))
-
-
-def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {i} " * 20 for i in range(5000)]}), file)
-    content = file.read_bytes()
-    for begin in (4, 50, 2000):
-        file.write_bytes(content[:begin] + b"\xff" * 20 + content[begin + 20 :])
-        with pytest.raises(DataError, match=r"a.parquet: ") as caught:
-            rows_of(train=str(file))
-        assert "\n" not in str(caught.value)
-
-
-def test_csv_keeps_its_lines_with_a_mark_quoted_newlines_and_blank_lines(tmp_path: Path) -> None:
-    file = tmp_path / "a.csv"
-    file.write_bytes(
-        b'\xef\xbb\xbf\r\nprompt,completion\r\n"a\r\n\r\nb","say ""hi"", ok"\r\n\r\n' + "é,\u2028 x".encode() + b"\r\n"
-    )
-    assert rows_of(train=str(file)) == [
-        Row(f"{file}:3", prompt="a\r\n\r\nb", text='say "hi", ok'),
-        Row(f"{file}:7", prompt="é", text="\u2028 x"),
-    ]
-
-
-def test_a_json_file_is_opened_once_whatever_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = []
-    original = Path.open
-
-    def counting(self: Path, *args: Any, **options: Any) -> Any:
-        opened.append(self)
-        return original(self, *args, **options)
-
-    monkeypatch.setattr(Path, "open", counting)
-    for content in ('\n\n{"text": "a"}\n{"text": "b"}', '\n [{"text": "a"},\n{"text": "b"}]'):
-        file = tmp_path / "a.json"
-        file.write_text(content)
-        opened.clear()
-        assert [row.text for row in rows_of(train=str(file)) if isinstance(row, Row)] == ["a", "b"]
-        assert opened == [file]
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert [record.values for record in records_of(found(tmp_path / "saved"))] == ROWS
+    with pytest.raises(DataError, match=r"^data.train: split has no effect on the local path .*saved; remove it$"):
+        found(tmp_path / "saved", split="test")
+    (tmp_path / "saved" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow does not exist, but .*state.json lists it"):
+        found(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text('{"_data_files": null}')
+    with pytest.raises(DataError, match=r"state.json: found no list _data_files; expected what save_to_disk writes"):
+        found(tmp_path / "saved")

@@ -14,9 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from qlora_train.config import DataSection
 from qlora_train.data.chat_templates import CHAT_TEMPLATES, resolve_chat_template
-from qlora_train.data.template import Renderer
+from qlora_train.data.template import REACHES_OVER, TWO_BEGINNINGS, Renderer
 from qlora_train.data.types import Example, Message, Row, UnusableRowError
 from qlora_train.errors import ConfigError, DataError
 from tests.pico import CORPUS, build_tokenizer
@@ -40,6 +39,7 @@ TEMPLATES = {
     + "{% if loop.last and m['role'] == 'assistant' %}"
     "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}{% endfor %}" + GENERATION_PROMPT,
 }
+TOOLS: tuple[dict[str, Any], ...] = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
 STRIPS_THOUGHTS = (
     "{% for m in messages %}" + TURN + "{% if loop.last %}{{ m['content'] }}"
     "{% else %}{{ m['content'].split('</think>')[-1] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + GENERATION_PROMPT
@@ -62,8 +62,8 @@ TOKENIZERS["trimmed offsets"] = tokenizer_for("chatml")
 TOKENIZERS["trimmed offsets"].backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
 
 
-def renderer(tokenizer: Any, **data: Any) -> Renderer:
-    return Renderer(tokenizer, DataSection(train="unused.jsonl", **{"max_length": 100_000, **data}), DATE)
+def renderer(tokenizer: Any, loss_on: Any = "assistant") -> Renderer:
+    return Renderer(tokenizer, loss_on=loss_on, date=DATE)
 
 
 def conversation(*contents: str, system: str | None = None) -> tuple[Message, ...]:
@@ -132,6 +132,11 @@ def test_every_answer_and_its_end_of_turn_carries_loss_and_nothing_else(name: st
         check_against_oracle(name, conversation("one two", "three", "user four\n", answer, system=system))
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama2", "eos after the last turn", "trimmed offsets"])
+def test_masks_of_long_conversations_equal_the_oracle(name: str) -> None:
+    check_against_oracle(name, conversation(*(f" {i} and\n" for i in range(200)), system="Be brief."))
+
+
 contents = st.text(max_size=20) | st.sampled_from(
     ["user\n", "[/INST]", "### Response:\n", "😀👍🏽", "שלום עולם", "</think", "  a"]
 )
@@ -158,8 +163,8 @@ def test_the_prompts_tokens_are_those_of_inference(name: str) -> None:
     it = renderer(tokenizer, loss_on="last")
     example = it.render(Row("row", conversation("one", "two", "three", "four", system="kind")))
     inference = tokenizer.apply_chat_template(list(example.prompt or ()), add_generation_prompt=True)["input_ids"]
-    assert inference == list(example.input_ids[: example.loss_mask.index(True)])
-    assert (example.answer, it.merged_rows) == ("four", [])
+    assert inference == list(example.input_ids[: list(example.loss_mask).index(True)])
+    assert (example.answer, example.notes) == ("four", ())
 
 
 def test_loss_on_chooses_last_every_or_all_tokens() -> None:
@@ -168,7 +173,7 @@ def test_loss_on_chooses_last_every_or_all_tokens() -> None:
     learnt = {}
     for loss_on in ("last", "assistant", "all"):
         example = renderer(tokenizer, loss_on=loss_on).render(row)
-        learnt[loss_on] = tokenizer.decode([t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m])
+        learnt[loss_on] = tokenizer.decode(example.input_ids[example.loss_mask])
     assert learnt["last"] == "d<|im_end|>"
     assert learnt["assistant"] == "b<|im_end|>d<|im_end|>"
     assert learnt["all"] == tokenizer.apply_chat_template(list(row.messages or ()), tokenize=False).removeprefix("<s>")
@@ -177,9 +182,7 @@ def test_loss_on_chooses_last_every_or_all_tokens() -> None:
 def test_turns_of_a_prompt_list_carry_no_loss() -> None:
     tokenizer = TOKENIZERS["chatml"]
     example = renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d"), loss_from=3))
-    assert (
-        tokenizer.decode([t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m]) == "d<|im_end|>"
-    )
+    assert tokenizer.decode(example.input_ids[example.loss_mask]) == "d<|im_end|>"
 
 
 def test_a_template_that_drops_reasoning_is_refused_unless_only_the_last_turn_is_learnt() -> None:
@@ -188,7 +191,7 @@ def test_a_template_that_drops_reasoning_is_refused_unless_only_the_last_turn_is
     with pytest.raises(UnusableRowError, match="leaves out or rewrites part of an assistant turn"):
         renderer(tokenizer).render(row)
     example = renderer(tokenizer, loss_on="last").render(row)
-    learnt = tokenizer.decode([t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m])
+    learnt = tokenizer.decode(example.input_ids[example.loss_mask])
     assert learnt == "<think>y</think>d<|im_end|>"
 
 
@@ -201,7 +204,7 @@ def test_a_generation_prompt_that_training_text_lacks_is_refused() -> None:
 def test_a_template_without_an_end_of_turn_token_is_refused() -> None:
     jinja = "{% for m in messages %}" + EVERY_TURN + "{{ '\n' }}{% endfor %}" + GENERATION_PROMPT
     with pytest.raises(
-        DataError, match=r"without a special token, so no end can be learnt; set model.chat_template to"
+        DataError, match=r"without a special token .* so no end can be learnt; set model.chat_template to"
     ):
         renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b")))
 
@@ -212,6 +215,13 @@ def test_a_tokenizer_without_template_names_the_setting() -> None:
     with pytest.raises(
         DataError, match=r"set model.chat_template to chatml, llama2, llama3, mistral, gemma, alpaca or a"
     ):
+        renderer(tokenizer).render(Row("row", conversation("a", "b")))
+
+
+def test_a_tokenizer_with_templates_for_other_uses_only_is_refused() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = {"rag": TEMPLATES["chatml"], "tool_use": TEMPLATES["chatml"]}
+    with pytest.raises(DataError, match=r"cannot be trained with: .*ValueError"):
         renderer(tokenizer).render(Row("row", conversation("a", "b")))
 
 
@@ -242,7 +252,7 @@ def test_plain_text_begins_and_ends_once_and_learns_its_end(adds_bos: bool, text
     example = renderer(tokenizer).render(Row("row", text=text))
     begins = adds_bos or text.startswith("<s>")
     assert tokenizer.decode(example.input_ids) == "<s>" * begins + "hello world<|im_end|>"
-    assert example.loss_mask == (False, *[True] * (len(example.input_ids) - 1))
+    assert list(example.loss_mask) == [False, *[True] * (len(example.input_ids) - 1)]
     assert (example.prompt, example.answer) == (None, None)
 
 
@@ -251,18 +261,18 @@ def test_prompt_and_completion_are_joined_as_they_are(adds_bos: bool) -> None:
     tokenizer = plain_tokenizer(adds_bos=adds_bos)
     it = renderer(tokenizer)
     example = it.render(Row("row", prompt="Q: why 😀?\nA:", text=" because"))
-    first = example.loss_mask.index(True)
+    first = list(example.loss_mask).index(True)
     assert list(example.input_ids[:first]) == tokenizer("Q: why 😀?\nA:")["input_ids"]
     assert tokenizer.decode(example.input_ids[first:]) == " because<|im_end|>"
     assert all(example.loss_mask[first:])
-    assert it.merged_rows == []
+    assert example.notes == ()
 
 
 def test_loss_on_all_learns_the_prompt_of_plain_text_too() -> None:
     tokenizer = plain_tokenizer(adds_bos=True)
     example = renderer(tokenizer, loss_on="all").render(Row("row", prompt="Q: why?", text=" because"))
     assert tokenizer.decode(example.input_ids) == "<s>Q: why? because<|im_end|>"
-    assert example.loss_mask == (False, *[True] * (len(example.input_ids) - 1))
+    assert list(example.loss_mask) == [False, *[True] * (len(example.input_ids) - 1)]
 
 
 @pytest.mark.parametrize("trim_offsets", [True, False])
@@ -271,10 +281,10 @@ def test_a_token_over_the_border_counts_as_the_answers_and_is_reported(trim_offs
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim_offsets)
     it = renderer(tokenizer)
     example = it.render(Row("file:7", prompt="which? ", text="the fox"))
-    learnt = [t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m]
+    learnt = example.input_ids[example.loss_mask].tolist()
     assert tokenizer.convert_ids_to_tokens(learnt[0]) == "Ġthe"
     assert tokenizer.decode(learnt) == " the fox<|im_end|>"
-    assert it.merged_rows == ["file:7"]
+    assert example.notes == (REACHES_OVER,)
 
 
 def metaspace_tokenizer() -> Any:
@@ -302,21 +312,279 @@ def test_masks_are_right_with_a_sentencepiece_like_tokenizer(name: str) -> None:
     tokenizer.chat_template = TEMPLATES[name]
     it = renderer(tokenizer)
     example = it.render(Row("row", conversation("what is the capital?", "Paris is", "over the 😀", "lazy 😀 dog")))
-    learnt = [t for t, m in zip(example.input_ids, example.loss_mask, strict=True) if m]
+    learnt = example.input_ids[example.loss_mask].tolist()
     end = CHAT_TEMPLATES[name].end_of_turn or ""
     assert "".join(tokenizer.decode(learnt).split()) == f"Parisis{end}lazy😀dog{end}"
-    assert it.merged_rows == []
+    assert example.notes == ()
 
 
-def test_long_rows_are_dropped_or_cut_but_never_kept_without_a_label() -> None:
-    row = Row("row", conversation("a", "b" * 100))
-    long = len(renderer(TOKENIZERS["chatml"]).render(row).input_ids)
-    with pytest.raises(UnusableRowError, match=r"longer than data.max_length \(50 tokens\)"):
-        renderer(TOKENIZERS["chatml"], max_length=50).render(row)
-    cut = renderer(TOKENIZERS["chatml"], max_length=50, too_long="truncate").render(row)
-    assert (len(cut.input_ids), len(cut.loss_mask), any(cut.loss_mask), long > 50) == (50, 50, True, True)
-    with pytest.raises(UnusableRowError, match="no trained token after truncation"):
-        renderer(TOKENIZERS["chatml"], max_length=8, too_long="truncate").render(row)
+def learnt_texts(tokenizer: Any, example: Example) -> list[str]:
+    """Return the text of each run of labels."""
+    runs, before = [], False
+    for token, label in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
+        if label:
+            runs.append([*runs.pop(), token] if before else [token])
+        before = label
+    return [tokenizer.decode(run) for run in runs]
+
+
+HEADER, THOUGHTS = "{{ '<|im_start|>assistant\n' }}", "{{ '<think></think>' }}"
+
+
+@pytest.mark.parametrize("tools", [(), TOOLS], ids=["by skeleton", "by prompts"])
+@pytest.mark.parametrize("start", [HEADER + THOUGHTS + "{% generation %}", "{% generation %}" + HEADER])
+def test_learning_begins_with_the_generation_block_but_not_before_the_prompt_ends(start: str, tools: Any) -> None:
+    jinja = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}" + start + "{{ m['content'] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}" + EVERY_TURN + "{{ '<|im_end|>' }}{% endif %}{% endfor %}" + GENERATION_PROMPT
+    )
+    tokenizer = tokenizer_for("own", jinja)
+    example = renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d"), tools=tools))
+    assert learnt_texts(tokenizer, example) == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_answers_without_a_generation_block_are_refused_where_others_have_one() -> None:
+    jinja = TEMPLATES["generation block"].replace(
+        "m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.index < 3"
+    )
+    tokenizer = tokenizer_for("own", jinja)
+    assert learnt_texts(tokenizer, renderer(tokenizer).render(Row("row", conversation("a", "b"))))
+    with pytest.raises(UnusableRowError, match="marks some answers with generation blocks, but not all of them"):
+        renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d")))
+
+
+def test_completion_learns_all_that_follows_the_prompt() -> None:
+    tokenizer = TOKENIZERS["chatml"]
+    it = renderer(tokenizer, "completion")
+    follows = "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"
+    assert learnt_texts(tokenizer, it.render(Row("row", conversation("a", "b", "c", "d")))) == [follows]
+    behind = it.render(Row("row", conversation("a", "b", "c", "d"), loss_from=2))
+    assert learnt_texts(tokenizer, behind) == ["d<|im_end|>\n"]
+    plain = it.render(Row("row", prompt="Q: why?", text=" because"))
+    assert learnt_texts(tokenizer, plain) == [" because<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "learnt"),
+    [
+        ("assistant", ["d<|im_end|>"]),
+        ("last", ["d<|im_end|>"]),
+        ("completion", ["\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"]),
+        ("all", ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
+                 "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"]),
+    ],
+)  # fmt: skip
+def test_turns_that_the_row_excludes_carry_no_loss(loss_on: str, learnt: list[str]) -> None:
+    tokenizer = TOKENIZERS["chatml"]
+    row = Row("row", conversation("a", "b", "c", "d"), untrained=frozenset({1}))
+    assert learnt_texts(tokenizer, renderer(tokenizer, loss_on).render(row)) == learnt
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last"])
+def test_a_row_that_excludes_all_of_its_answers_is_unusable(loss_on: str) -> None:
+    with pytest.raises(UnusableRowError, match=r"^no trained token$"):
+        renderer(TOKENIZERS["chatml"], loss_on).render(Row("row", conversation("a", "b"), untrained=frozenset({1})))
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "completion", "all"])
+def test_a_row_of_tokens_keeps_its_own_labels(loss_on: str) -> None:
+    it = renderer(TOKENIZERS["chatml"], loss_on)
+    example = it.render(Row("row", input_ids=(5, 6, 7, 8), loss_mask=(True, False, True, False)))
+    assert (example.input_ids.tolist(), example.loss_mask.tolist()) == ([5, 6, 7, 8], [False, False, True, False])
+    assert (example.prompt, example.answer, example.notes) == (None, None, ())
+    assert it.render(Row("row", input_ids=(5, 6, 7))).loss_mask.tolist() == [False, True, True]
+    with pytest.raises(UnusableRowError, match=r"^no trained token$"):
+        it.render(Row("row", input_ids=(5, 6), loss_mask=(True, False)))
+
+
+def test_the_beginning_token_comes_once_and_a_row_of_tokens_with_two_is_noted() -> None:
+    tokenizer = plain_tokenizer(adds_bos=True)
+    bos = tokenizer.bos_token_id
+    example = renderer(tokenizer).render(Row("row", text="<s><s><s>hello"))
+    assert tokenizer.decode(example.input_ids) == "<s>hello<|im_end|>"
+    assert renderer(tokenizer).render(Row("row", input_ids=(bos, bos, 5))).notes == (TWO_BEGINNINGS,)
+    tokenizer.chat_template = "{{ bos_token + bos_token }}" + TEMPLATES["chatml"].replace("bos_token", "no_token")
+    with pytest.raises(DataError, match="chat template writes the beginning token twice"):
+        renderer(tokenizer).render(Row("row", conversation("a", "b")))
+
+
+CALLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}" + TURN + "{% if m.reasoning_content %}"
+    "{{ '<think>\n' + m.reasoning_content + '\n</think>\n' }}{% endif %}{{ m['content'] }}"
+    "{% for call in m.tool_calls or [] %}{{ '<tool_call>\n' + (call.function | tojson) + '\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + GENERATION_PROMPT
+)
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def turns_with_calls(**fields: Any) -> tuple[Message, ...]:
+    calls = [call("weather", city="Zürich", days=2), call("weather", city="Zürich", days=2)]
+    first: Message = {"role": "assistant", "content": "", "tool_calls": calls, **fields}
+    return (
+        {"role": "user", "content": "cold?"},
+        first,
+        {"role": "tool", "content": "-3"},
+        {"role": "assistant", "content": "yes, -3", "reasoning_content": "so cold"},
+    )
+
+
+def unknown_words_tokenizer() -> Any:
+    """Return a tokenizer to which nearly every word is unknown."""
+    words = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "weather"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return fast
+
+
+@pytest.mark.parametrize("special", [[], ["<tool_call>", "</tool_call>"]], ids=["words", "special tokens"])
+@pytest.mark.parametrize("tools", [(), TOOLS])
+def test_calls_of_tools_and_reasoning_are_learnt_to_their_end(tools: Any, special: list[str]) -> None:
+    tokenizer = tokenizer_for("own", CALLS)
+    tokenizer.add_special_tokens({"additional_special_tokens": special}, False)
+    example = renderer(tokenizer).render(Row("row", turns_with_calls(), tools=tools))
+    one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}\n</tool_call>'
+    assert learnt_texts(tokenizer, example) == [
+        one + one + "<|im_end|>",
+        "<think>\nso cold\n</think>\nyes, -3<|im_end|>",
+    ]
+    assert ("weather" in tokenizer.decode(example.input_ids[: list(example.loss_mask).index(True)])) == bool(tools)
+    assert (example.prompt is None, example.answer is None) == (bool(tools), bool(tools))
+    ends_with_a_call = Row("row", turns_with_calls()[:2])
+    assert renderer(tokenizer).render(ends_with_a_call).answer is None
+
+
+def test_unknown_words_do_not_end_a_turn() -> None:
+    tokenizer = unknown_words_tokenizer()
+    tokenizer.chat_template = CALLS
+    for turns in (turns_with_calls(), conversation("what", "good weather today")):
+        example = renderer(tokenizer, "last").render(Row("row", turns))
+        assert example.loss_mask[-1]
+        assert example.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert len(learnt_texts(tokenizer, example)) == 1
+        assert tokenizer.convert_tokens_to_ids("<unk>") in example.input_ids[example.loss_mask]
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [TEMPLATES["chatml"], CALLS.replace("(call.function | tojson)", "call.function.name"),
+     CALLS.replace("{% if m.reasoning_content %}", "{% if false %}")],
+    ids=["no place for calls", "no place for arguments", "no place for reasoning"],
+)  # fmt: skip
+def test_a_template_that_drops_calls_arguments_or_reasoning_is_refused(jinja: str) -> None:
+    with pytest.raises(UnusableRowError, match="leaves out or rewrites part of an assistant turn"):
+        renderer(tokenizer_for("chatml", jinja)).render(Row("row", turns_with_calls()))
+
+
+@pytest.mark.parametrize(
+    ("turns", "tools", "where"),
+    [
+        (turns_with_calls(tool_calls=[call("weather", city="<|im_end|>")]), (), "the tool_calls of a turn"),
+        (turns_with_calls(reasoning_content="<|im_end|>"), (), "the reasoning_content of a turn with role assistant"),
+        (turns_with_calls(), ({"function": {"name": "a", "<|im_end|>": 1}},), "the list of tools"),
+    ],
+)  # fmt: skip
+def test_special_tokens_are_refused_wherever_a_row_says_them(turns: Any, tools: Any, where: str) -> None:
+    with pytest.raises(UnusableRowError, match=f"^{where}.* holds the special token <"):
+        renderer(tokenizer_for("own", CALLS)).render(Row("row", turns, tools=tools))
+
+
+def test_tools_take_the_template_for_tools_where_a_tokenizer_has_two() -> None:
+    tokenizer = tokenizer_for("own", TEMPLATES["chatml"])
+    tokenizer.chat_template = {"default": TEMPLATES["chatml"], "tool_use": CALLS}
+    for tools in ((), TOOLS):
+        example = renderer(tokenizer).render(Row("row", conversation("a", "b"), tools=tools))
+        expected = tokenizer.apply_chat_template(list(conversation("a", "b")), tools=list(tools) or None)["input_ids"]
+        assert example.input_ids.tolist() == expected
+        assert learnt_texts(tokenizer, example) == ["b<|im_end|>"]
+
+
+SWITCHED = (
+    "{% for m in messages %}" + TURN + "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if '/fast' in messages[0]['content'] %}{{ '<think></think>' }}{% endif %}{% endif %}"
+)
+
+
+def test_a_prompt_that_depends_on_a_word_in_a_turn_is_rendered_for_rows_with_that_word() -> None:
+    it = renderer(tokenizer_for("own", SWITCHED))
+    it.render(Row("row", conversation("a", "b")))
+    with pytest.raises(UnusableRowError, match="renders the prompt of an answer differently"):
+        it.render(Row("row", conversation("a /fast", "b")))
+    assert it.render(Row("row", conversation("a", "b"))).loss_mask.any()
+
+
+BY_LENGTH = SWITCHED.replace("'/fast' in messages[0]['content']", "messages[0]['content'] | length < 3")
+
+
+def test_an_order_of_roles_whose_first_row_contradicts_its_skeleton_is_rendered_in_full() -> None:
+    it = renderer(tokenizer_for("own", BY_LENGTH))
+    for text, refused in (("a", True), ("aaaa", False), ("a", True)):
+        row = Row("row", conversation(text, "b"))
+        if refused:
+            with pytest.raises((UnusableRowError, DataError), match="renders the prompt of an answer differently"):
+                it.render(row)
+        else:
+            assert it.render(row).loss_mask.any()
+
+
+class CountedTemplate:
+    """Counts the turns that a tokenizer renders."""
+
+    def __init__(self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_turns = 0
+        original = tokenizer.apply_chat_template
+
+        def counted(conversation: Any, *arguments: Any, **options: Any) -> Any:
+            self.num_turns += len(conversation)
+            return original(conversation, *arguments, **options)
+
+        monkeypatch.setattr(tokenizer, "apply_chat_template", counted)
+
+
+@pytest.mark.parametrize("name", ["chatml", "generation block", "empty thoughts in the last turn"])
+def test_a_row_is_rendered_once_and_a_new_number_of_turns_a_few_times(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizer_for("own", TEMPLATES[name])
+    counted, it = CountedTemplate(tokenizer, monkeypatch), renderer(tokenizer)
+    lengths = range(2, 202, 2)
+    for length in lengths:
+        it.render(Row("row", conversation(*["a"] * length)))
+    assert counted.num_turns < 6 * sum(lengths)
+    counted.num_turns = 0
+    for length in lengths:
+        it.render(Row("row", conversation(*["b"] * length)))
+    assert counted.num_turns == sum(lengths)
+
+
+def test_settings_that_another_call_left_in_the_tokenizer_do_not_cut_or_pad_rows() -> None:
+    tokenizer = tokenizer_for("chatml")
+    it = renderer(tokenizer)
+    row = Row("row", conversation("one two three", "four five six"))
+    expected = it.render(row).input_ids.tolist()
+    tokenizer(["a"], truncation=True, max_length=4, padding="max_length")
+    assert it.render(row).input_ids.tolist() == expected
+
+
+class RewritingTokenizer(PreTrainedTokenizerFast):
+    """Changes texts before its Rust tokenizer sees them, as some tokenizers of remote code do."""
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        return super().__call__(text.replace("fox", "dog"), **options)
+
+
+def test_a_tokenizer_with_a_way_of_its_own_is_followed_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = RewritingTokenizer(tokenizer_object=build_tokenizer().backend_tokenizer, eos_token="<|im_end|>")
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    example = renderer(tokenizer).render(Row("row", conversation("a fox", "the fox")))
+    assert learnt_texts(tokenizer, example) == ["the dog<|im_end|>"]
+    assert "RewritingTokenizer changes what its Rust tokenizer makes of a text" in caplog.text
 
 
 def test_a_chat_template_is_found_by_name_or_file(tmp_path: Path) -> None:

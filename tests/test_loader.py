@@ -74,7 +74,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
 def test_bytes_of_a_loaded_model_are_those_of_the_arithmetic(wide: Path, quant_type: str, double: bool) -> None:
-    loaded = load(wide, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double)
+    loaded = load(
+        wide, bnb_4bit_compute_dtype="bfloat16", bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double
+    )
     weights = 1024 * 1024
     blocks = weights // 64
     scales = blocks + 4 * blocks // 256 + 4 if double else 4 * blocks  # 8-bit scales, their scales, their offset

@@ -12,10 +12,9 @@ from qlora_train.adapter import choose_targets, find_linears
 from qlora_train.architectures import check_max_length, detect
 from qlora_train.config import load_config
 from qlora_train.config.schema import DataSection
+from qlora_train.data import prepare_data
 from qlora_train.data.chat_templates import CHAT_TEMPLATES
-from qlora_train.data.formats import read_rows
-from qlora_train.data.prepare import content_digest, is_held_out
-from qlora_train.data.types import Row
+from tests.pico import build_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -202,19 +201,18 @@ def test_recipe_on_bundled_rows_runs_as_it_is(path, monkeypatch):
         assert_rows_are_usable(data)
 
 
-@pytest.mark.parametrize("name", ["chat", "instruction", "completion", "text"])
+@pytest.mark.parametrize("name", ["chat", "conversations", "instruction", "questions", "completion", "text"])
 def test_bundled_rows_are_recognised_and_unique(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     data = DataSection.model_validate({"train": f"data/examples/{name}.jsonl", "eval": 0.05})
-    rows = assert_rows_are_usable(data)
-    assert len({content_digest(row) for row in rows}) == len(rows)
+    assert_rows_are_usable(data)
 
 
-def assert_rows_are_usable(data: DataSection) -> list[Row]:
-    """Every row can be used, and the share that is held out leaves rows on both sides."""
-    rows = list(read_rows(data.train, data, "data.train"))
-    assert len(rows) >= 20
-    assert all(isinstance(row, Row) for row in rows)
-    held_out = [row for row in rows if is_held_out(content_digest(row), data.eval, 42)]
-    assert 0 < len(held_out) < len(rows) / 2
-    return rows
+def assert_rows_are_usable(data: DataSection) -> None:
+    """Every row can be used and says something of its own, and a share that is held out leaves rows on both sides."""
+    prepared = prepare_data(data, build_tokenizer(), seed=42)
+    source = prepared.report.sources[0]
+    assert source.num_records >= 20
+    assert source.dropped.counts == {}
+    assert all(part.num_repeats == 0 for part in prepared.report.parts.values())
+    assert 0 < len(prepared.eval) < len(prepared.train)

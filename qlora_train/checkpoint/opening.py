@@ -18,7 +18,7 @@ LOCK = ".lock"
 # Settings that may differ between the parts of one run: they decide what is reported or made of it, not what is trained
 _FREE = (
     "run.output_dir", "run.report_to", "export.", "train.logging_steps", "train.save_steps", "train.save_total_limit",
-    "train.per_device_eval_batch_size",
+    "train.per_device_eval_batch_size", "data.num_proc", "data.cache_dir", "data.cache_limit",
 )  # fmt: skip
 
 

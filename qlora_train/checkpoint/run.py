@@ -4,6 +4,7 @@
 
     runs/NAME/config.yaml            the resolved config: a run is itself a recipe
              run.json                what the config does not say: data fingerprint, base revision, versions
+             data.json               what became of every row of the data
              metrics.jsonl           a line per logged step and evaluation
              checkpoints/step-N/     whole states to resume from
              adapter/                the result, in PEFT's format; there only when training has finished
@@ -42,6 +43,11 @@ class RunFolder:
     def facts_file(self) -> Path:
         """What decides the run besides its config."""
         return self.path / "run.json"
+
+    @property
+    def data_report_file(self) -> Path:
+        """What became of every row of the data."""
+        return self.path / "data.json"
 
     @property
     def metrics_file(self) -> Path:

@@ -131,17 +131,36 @@ class LoraSection(Section):
         return self
 
 
+FORMATS = Literal[
+    "auto", "messages", "conversations", "prompt_completion", "alpaca", "question_answer", "text", "tokens",
+]  # fmt: skip
+
+
 class Source(Section):
     """One data set: a local file, a folder or glob of files, or a Hub id."""
 
     path: str = Field(min_length=1)
-    """File (jsonl, json, csv, parquet), glob, folder, or Hub id."""
+    """File (jsonl, json, csv, tsv, parquet, arrow, txt; also .gz or .zst), glob, folder, or Hub id."""
     split: str = "train"
-    """Split of a Hub data set."""
+    """Split of a Hub data set, or of a folder that `datasets` wrote."""
     subset: str | None = None
     """Configuration name of a Hub data set."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
+    format: FORMATS | None = None
+    """Shape of this source's rows; None: `data.format`."""
+    columns: dict[str, str] | None = None
+    """This source's column names; None: `data.columns`."""
+    weight: float | None = Field(None, gt=0, le=1000)
+    """How often each row is seen in an epoch: 0.5 takes half of the rows, 2 takes each twice; None: once."""
+    num_rows: int | None = Field(None, ge=1)
+    """Take exactly this many rows an epoch: a sample, or every row as often as it takes; instead of `weight`."""
+
+    @model_validator(mode="after")
+    def _amount_is_given_once(self) -> Self:
+        if self.weight is not None and self.num_rows is not None:
+            raise ValueError("weight and num_rows both say how many rows to take; drop one of them")
+        return self
 
 
 def _as_source(value: Any) -> Any:
@@ -166,18 +185,33 @@ class DataSection(Section):
     """Training data: a path or Hub id, a mapping `{path, split, subset, revision}`, or a list of these."""
     eval: Annotated[Sources | Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_as_sources_or_share)] = None
     """Held-out data: like `train`, or a share of it such as 0.05 (by a hash of each row); None: no evaluation."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = "auto"
+    format: FORMATS = "auto"
     """Shape of a row; `auto` recognises it from the columns."""
     columns: dict[str, str] = {}
     """The format's column names -> the file's, e.g. `{prompt: question, completion: answer}`."""
     max_length: int = Field(2048, ge=8)
     """Longest row in tokens; longer ones are handled by `too_long`."""
-    too_long: Literal["drop", "truncate"] = "drop"
-    """Drop a row beyond max_length (counted against max_dropped), or cut its end."""
-    loss_on: Literal["assistant", "last", "all"] = "assistant"
-    """Tokens that carry loss: every assistant turn, the last one, or everything."""
+    too_long: Literal["drop", "refuse", "truncate", "keep_end", "keep_answer", "split"] = "drop"
+    """A row beyond max_length: drop it (counted against max_dropped), refuse it (stop), truncate its end, keep its end,
+    keep its last answer and what fits before it, or split it into several rows."""
+    packing: bool = False
+    """Fill rows of max_length with several short ones, each of which sees itself alone; no padding is computed."""
+    loss_on: Literal["assistant", "last", "completion", "all"] = "assistant"
+    """Tokens that carry loss: every assistant turn, the last one, all that follows the prompt, or everything."""
     max_dropped: float = Field(0.01, ge=0.0, le=1.0)
     """Largest share of rows that may be unusable before the run stops."""
+    max_rows: int | None = Field(None, ge=1)
+    """Train on at most this many rows, a sample of them all; None: on every row."""
+    deduplicate: bool = False
+    """Train once on rows that say exactly the same, and not on rows that are held out too."""
+    streaming: bool = False
+    """Tokenise while training instead of before, for data that no disk cache should hold; needs train.max_steps."""
+    num_proc: int | None = Field(None, ge=1, le=1024)
+    """Processes that tokenise; None: one a CPU core, or none beside this one for small data."""
+    cache_dir: str | None = Field(None, min_length=1)
+    """Where tokenised data is kept for the next run; None: `qlora-train` in the user's cache folder."""
+    cache_limit: str = Field("50GB", pattern=r"^[1-9]\d*(MB|GB)$")
+    """Largest size of that folder: data sets that were not used for longest make room."""
 
 
 OPTIMIZERS = Literal[
@@ -215,7 +249,7 @@ class TrainSection(Section):
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps."""
     per_device_train_batch_size: int = Field(1, ge=1)
-    """Rows in a micro-batch."""
+    """Rows in a micro-batch, or packs of rows with data.packing."""
     per_device_eval_batch_size: int = Field(8, ge=1)
     """Rows in an evaluation batch."""
     gradient_accumulation_steps: int = Field(16, ge=1)
@@ -299,6 +333,38 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.load_best_model_at_end needs a checkpoint at every evaluation; train.save_steps is "
                 f"{train.save_steps} and train.eval_steps {train.eval_steps}; give them the same value"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _packs_have_no_lengths_to_group(self) -> Self:
+        if self.data.packing and self.train.group_by_length:
+            raise ValueError(
+                "train.group_by_length has no effect with data.packing: true, whose rows all have about max_length "
+                "tokens; drop one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_stream_has_neither_length_nor_end(self) -> Self:
+        if not self.data.streaming:
+            return self
+        needs = {
+            "train.max_steps": self.train.max_steps, "train.save_steps": self.train.save_steps,
+            "train.eval_steps": self.train.eval_steps or self.data.eval is None,
+        }  # fmt: skip
+        if missing := [key for key, value in needs.items() if not value]:
+            raise ValueError(f"data.streaming has no epochs to count by; set {', '.join(missing)}")
+        whole = {
+            "data.packing": self.data.packing, "data.deduplicate": self.data.deduplicate,
+            "data.max_rows": self.data.max_rows,
+            "data.eval as a share": isinstance(self.data.eval, float), "train.group_by_length": self.train.group_by_length,
+            "weight or num_rows of a source": any(source.weight or source.num_rows for source in self.data.train),
+            "lora.init_lora_weights: eva": self.lora.init_lora_weights == "eva",
+        }  # fmt: skip
+        if found := [name for name, value in whole.items() if value]:
+            raise ValueError(
+                f"data.streaming: true never has all rows at once, as {', '.join(found)} would need; drop one or the other"
             )
         return self
 

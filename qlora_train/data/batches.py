@@ -1,11 +1,14 @@
-"""Examples -> batches: the data set the Trainer walks, the collator, and the order of an epoch as a pure function."""
+"""Examples -> batches: the data set that a loader reads, the collators, and the order of an epoch as a pure function."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-import datasets
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch.utils.data import Dataset
 
 from qlora_train.data.types import Example
 from qlora_train.loss import IGNORED
@@ -13,28 +16,33 @@ from qlora_train.loss import IGNORED
 MEGABATCH_BATCHES = 50
 """Batches whose rows are sorted together by `group_by_length`: wide enough to match lengths, narrow enough to mix."""
 
+NumberedExample = tuple[int, Example]
+"""A row and its number, by which a trainer can name the rows of a batch."""
+Batch = dict[str, torch.Tensor]
 
-def to_dataset(examples: Sequence[Example]) -> datasets.Dataset:
-    """Return a data set with the columns `input_ids`, `labels` (IGNORED where the mask is false) and `row`.
 
-    `row` is the index into `examples`, so that the trainer can name the rows of a batch.
-    """
-    labels = [
-        [token if learnt else IGNORED for token, learnt in zip(example.input_ids, example.loss_mask, strict=True)]
-        for example in examples
-    ]
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": [list(example.input_ids) for example in examples],
-            "labels": labels,
-            "row": list(range(len(examples))),
-        },
-        features=datasets.Features(
-            input_ids=datasets.List(datasets.Value("int32")),
-            labels=datasets.List(datasets.Value("int32")),
-            row=datasets.Value("int64"),
-        ),
-    )
+class NumberedRows(Protocol):
+    """Rows that are read when they are asked for by number."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def __getitem__(self, number: int, /) -> Example:
+        """Return one row."""
+
+
+class RowDataset(Dataset[NumberedExample]):
+    """The rows of a run as a loader takes them."""
+
+    def __init__(self, rows: NumberedRows) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> NumberedExample:
+        """Return one row."""
+        return index, self._rows[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +57,49 @@ class Collator:
     pad_token_id: int
     multiple_of: int = 1
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad `features`, rows of `to_dataset`, into one batch."""
-        longest = max(len(feature["input_ids"]) for feature in features)
-        length = -(-longest // self.multiple_of) * self.multiple_of
-        ones = [[1] * len(feature["input_ids"]) for feature in features]
-        return {
-            "input_ids": _padded([feature["input_ids"] for feature in features], self.pad_token_id, length),
-            "attention_mask": _padded(ones, 0, length),
-            "labels": _padded([feature["labels"] for feature in features], IGNORED, length),
-            "row": torch.tensor([int(feature["row"]) for feature in features], dtype=torch.long),
-        }
+    def __call__(self, rows: Sequence[NumberedExample]) -> Batch:
+        """Pad `rows` into one batch."""
+        longest = max(len(example.input_ids) for _, example in rows)
+        shape = (len(rows), -(-longest // self.multiple_of) * self.multiple_of)
+        input_ids, present = np.full(shape, self.pad_token_id, np.int64), np.zeros(shape, np.int64)
+        labels = np.full(shape, IGNORED, np.int64)
+        for place, (_, example) in enumerate(rows):
+            length = len(example.input_ids)
+            input_ids[place, :length], present[place, :length] = example.input_ids, 1
+            labels[place, :length] = labels_of(example)
+        return _tensors(rows, input_ids=input_ids, attention_mask=present, labels=labels)
+
+
+@dataclass(frozen=True, slots=True)
+class PackCollator:
+    """Lays rows end to end as documents of one row, without padding.
+
+    Returns int64 tensors: `input_ids`, `labels` and `position_ids` of shape (1, num_tokens), and `row` of shape
+    (num_documents,). Positions restart at 0 in each document, which is what tells documents apart.
+    """
+
+    def __call__(self, rows: Sequence[NumberedExample]) -> Batch:
+        """Join `rows`, those of one pack or of several."""
+        examples = [example for _, example in rows]
+        assert not any(example.loss_mask[0] for example in examples), "nothing predicts the first token of a document"
+        return _tensors(
+            rows,
+            input_ids=np.concatenate([example.input_ids for example in examples], dtype=np.int64)[None],
+            labels=np.concatenate([labels_of(example) for example in examples], dtype=np.int64)[None],
+            position_ids=np.concatenate([np.arange(len(example.input_ids)) for example in examples], dtype=np.int64)[
+                None
+            ],
+        )
+
+
+def labels_of(example: Example) -> npt.NDArray[np.int32]:
+    """Return a row's labels, (seq,): its tokens, IGNORED where the mask is false."""
+    return np.where(example.loss_mask, example.input_ids, np.int32(IGNORED))
+
+
+def _tensors(rows: Sequence[NumberedExample], **arrays: npt.NDArray[np.int64]) -> Batch:
+    numbers = torch.tensor([int(number) for number, _ in rows], dtype=torch.long)
+    return {**{name: torch.from_numpy(array) for name, array in arrays.items()}, "row": numbers}
 
 
 def padding_multiple(device: torch.device) -> int:
@@ -72,11 +112,40 @@ def padding_multiple(device: torch.device) -> int:
     return 8 if device.type == "cuda" else 1
 
 
-def _padded(rows: Sequence[Sequence[int]], filler: int, length: int) -> torch.Tensor:
-    return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows], dtype=torch.long)
+class BatchOrder(Protocol):
+    """Micro-batches of every epoch, as lists of row numbers; an epoch's depend on nothing but its number."""
+
+    def __len__(self) -> int:
+        """Return the micro-batches of an epoch: as many in each."""
+
+    def of_epoch(self, epoch: int) -> Iterator[list[int]]:
+        """Yield those of an epoch, counted from 0."""
 
 
-def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: int, group_by_length: bool) -> list[int]:
+@dataclass(frozen=True, slots=True, eq=False)
+class RowOrder:
+    """Micro-batches of `batch_size` rows in the order of `epoch_order`; the last of an epoch may have fewer."""
+
+    lengths: npt.NDArray[np.int32]
+    seed: int
+    batch_size: int
+    group_by_length: bool
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.batch_size)
+
+    def of_epoch(self, epoch: int) -> Iterator[list[int]]:
+        """Yield the micro-batches of an epoch."""
+        order = epoch_order(
+            self.lengths, seed=self.seed, epoch=epoch, batch_size=self.batch_size, group_by_length=self.group_by_length
+        )
+        for begin in range(0, len(order), self.batch_size):
+            yield order[begin : begin + self.batch_size].tolist()
+
+
+def epoch_order(
+    lengths: npt.NDArray[np.int32], *, seed: int, epoch: int, batch_size: int, group_by_length: bool
+) -> npt.NDArray[np.int64]:
     """Return the order of the rows in one epoch: a permutation that depends on nothing but the arguments.
 
     With `group_by_length`, shuffled rows are cut into megabatches of MEGABATCH_BATCHES batches and sorted by length
@@ -84,41 +153,44 @@ def epoch_order(lengths: Sequence[int], *, seed: int, epoch: int, batch_size: in
     a loader cuts from the order holds rows of similar length.
 
     Args:
-        lengths: tokens of each row.
+        lengths: tokens of each row, (num_rows,).
         seed: `run.seed`.
         epoch: from 0; every epoch has an order of its own.
         batch_size: rows of the batches that the loader will cut.
         group_by_length: batch rows of similar length.
+
+    Returns:
+        Row numbers, int64 (num_rows,).
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    shuffled: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
+    order: npt.NDArray[np.int64] = torch.randperm(len(lengths), generator=generator).numpy()
     if not group_by_length:
-        return shuffled
+        return order
     width = batch_size * MEGABATCH_BATCHES
-    batches: list[list[int]] = []
-    for begin in range(0, len(shuffled), width):
-        megabatch = sorted(shuffled[begin : begin + width], key=lambda row: lengths[row], reverse=True)
-        batches += [megabatch[i : i + batch_size] for i in range(0, len(megabatch), batch_size)]
+    for begin in range(0, len(order), width):
+        megabatch = order[begin : begin + width]
+        order[begin : begin + width] = megabatch[np.argsort(-lengths[megabatch], kind="stable")]
     num_full = len(lengths) // batch_size
-    order: list[int] = torch.randperm(num_full, generator=generator).tolist()
-    return [row for i in [*order, *range(num_full, len(batches))] for row in batches[i]]
+    full, rest = order[: num_full * batch_size].reshape(num_full, batch_size), order[num_full * batch_size :]
+    return np.concatenate([full[torch.randperm(num_full, generator=generator).numpy()].ravel(), rest])
 
 
 def labelled_batches(
-    examples: Sequence[Example], order: Sequence[int], collate: Collator, *, min_labels: int, max_batches: int
-) -> list[dict[str, torch.Tensor]]:
+    examples: Sequence[Example], order: npt.NDArray[np.int64], collate: Collator, *, min_labels: int, max_batches: int
+) -> list[Batch]:
     """Return batches of as many rows, in this order, as it takes to hold `min_labels` labels each.
 
     Rows at the end that do not fill a batch are left out, unless there would be no batch at all.
     """
-    batches: list[list[int]] = [[]]
-    for row in order:
-        if len(batches) > max_batches:
+    batches: list[Batch] = []
+    rows: list[NumberedExample] = []
+    num_labels = 0
+    for number in order:
+        if len(batches) == max_batches:
             break
-        batches[-1].append(row)
-        if sum(sum(examples[i].loss_mask) for i in batches[-1]) >= min_labels:
-            batches.append([])
-    chosen = batches[:-1] or batches
-    dataset = to_dataset([examples[row] for rows in chosen for row in rows])
-    features = iter(dataset)
-    return [collate([next(features) for _ in rows]) for rows in chosen]
+        rows.append((int(number), examples[int(number)]))
+        num_labels += int(np.count_nonzero(rows[-1][1].loss_mask))
+        if num_labels >= min_labels:
+            batches.append(collate(rows))
+            rows, num_labels = [], 0
+    return batches or [collate(rows)]

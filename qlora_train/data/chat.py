@@ -11,7 +11,8 @@ stands before the template can: a name that a template defines wins over a globa
 import datetime
 import functools
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -23,8 +24,16 @@ DIRECTIVES = tuple("aAbBcCdDeFgGhHIjmMnpRStTuUVwWxXyYzZf") + tuple(f"-{letter}" 
 """Letters that may follow % in the format of a date: Python's, those that glibc and macOS share, and ``%-d``."""
 
 
+GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
 def render_chat(
-    tokenizer: Any, turns: Sequence[Message], *, date: datetime.date, add_generation_prompt: bool = False
+    tokenizer: Any,
+    turns: Sequence[Message],
+    *,
+    date: datetime.date,
+    tools: Sequence[Mapping[str, Any]] = (),
+    add_generation_prompt: bool = False,
 ) -> str:
     """Return a conversation as the text that the model sees.
 
@@ -32,12 +41,22 @@ def render_chat(
         tokenizer: a Transformers tokenizer with a chat template.
         turns: at least one.
         date: what a template that asks for the current date is told; its time is midnight.
+        tools: JSON schemas of the functions that the assistant may call.
         add_generation_prompt: end with what stands before an answer.
 
     Raises:
         jinja2.exceptions.TemplateError: the template refuses the conversation.
     """
-    text: str = _apply(tokenizer, turns, date, add_generation_prompt=add_generation_prompt, tokenize=False)
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(turns),
+            tools=list(tools) or None,
+            chat_template=dated_template(tokenizer, date, tools),
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+    except PYTHON_ERRORS as error:
+        raise _as_template_error(error) from None
     return text
 
 
@@ -50,38 +69,60 @@ def encode_chat(
     return ids
 
 
-def encode_marked_chat(
-    tokenizer: Any, turns: Sequence[Message], *, date: datetime.date
-) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a conversation and which of them stand in a ``{% generation %}`` block, each (seq,)."""
-    encoded = _apply(
-        tokenizer, turns, date,
-        return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False},
-    )  # fmt: skip
-    return encoded["input_ids"], [bool(marked) for marked in encoded["assistant_masks"]]
+def has_generation_block(tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
+    """Say whether the chat template marks its answers with ``{% generation %}``."""
+    return bool(GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=list(tools) or None)))
 
 
-def _apply(tokenizer: Any, turns: Sequence[Message], date: datetime.date, **options: Any) -> Any:
-    template = dated_template(tokenizer, date)
+def generation_blocks(
+    tokenizer: Any, turns: Sequence[Message], *, date: datetime.date, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[tuple[int, int]]:
+    """Return the characters [begin, end) of `render_chat` that stand in ``{% generation %}`` blocks, in order.
+
+    Raises:
+        jinja2.exceptions.TemplateError: the template refuses the conversation.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     try:
-        return tokenizer.apply_chat_template(list(turns), chat_template=template, **options)
-    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        # a template is code too: "a" + 1 in it raises what Python raises
-        raise TemplateError(f"{type(error).__name__}: {error}") from None
+        _, blocks = render_jinja_template(
+            conversations=[list(turns)],
+            tools=list(tools) or None,
+            chat_template=dated_template(tokenizer, date, tools),
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except PYTHON_ERRORS as error:
+        raise _as_template_error(error) from None
+    return [(begin, end) for begin, end in blocks[0]]
+
+
+PYTHON_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError)
+"""A template is code too: ``"a" + 1`` in it raises what Python raises."""
+
+
+def _as_template_error(error: Exception) -> TemplateError:
+    return TemplateError(f"{type(error).__name__}: {error}")
 
 
 def is_dated(tokenizer: Any) -> bool:
     """Say whether the chat template, if there is one, asks for the current date."""
-    return bool(tokenizer.chat_template) and CLOCK in tokenizer.get_chat_template()
+    return CLOCK in str(tokenizer.chat_template)
 
 
-def dated_template(tokenizer: Any, date: datetime.date) -> str:
-    """Return the tokenizer's chat template, reading `date` from its clock; unchanged where it reads none."""
-    template: str = tokenizer.get_chat_template()
+def dated_template(tokenizer: Any, date: datetime.date, tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Return the tokenizer's chat template, reading `date` from its clock; unchanged where it reads none.
+
+    A tokenizer may have one template for rows with tools and another for rows without.
+    """
+    return _with_clock(tokenizer.get_chat_template(tools=list(tools) or None), date)
+
+
+@functools.lru_cache(maxsize=32)
+def _with_clock(template: str, date: datetime.date) -> str:
     return _clock(date) + template if CLOCK in template else template
 
 
-@functools.lru_cache(maxsize=8)
 def _clock(date: datetime.date) -> str:
     """Return a Jinja macro that formats `date` as strftime does, and refuses what it cannot format.
 

@@ -1,8 +1,20 @@
 """Records -> Rows: which format the columns are, and what a row of that format says.
 
-Formats: `messages` (a list of {role, content}), `prompt_completion` (two strings, joined as they are, or two lists of
-messages), `alpaca` (instruction, input, output: one user and one assistant turn) and `text`. The columns decide; where
-they fit more than one format the file is refused, because a guess would train on the wrong half.
+======================  ==============================================================================================
+format                  columns (those in brackets may be missing)
+======================  ==============================================================================================
+`messages`              messages, a list of {role, content, ...} (tools, system)
+`conversations`         conversations, a list of {from, value} or {role, content} (tools, system)
+`prompt_completion`     prompt and completion: two strings, joined as they are, or two lists of messages (tools)
+`alpaca`                instruction, output: one user and one assistant turn (input, system, history)
+`question_answer`       question, answer: one user and one assistant turn (context, system)
+`text`                  text
+`tokens`                input_ids (labels, attention_mask, position_ids, loss_mask, completion_mask, assistant_masks)
+======================  ==============================================================================================
+
+`input` follows the instruction, `context` stands before the question, each with a blank line between. `system` is the
+first turn. `history` is a list of [question, answer], earlier turns that are learnt as all are. The columns decide which
+format it is; where they fit several the file is refused, because a guess would train on the wrong half.
 
 A missing column is an error at once: every row has it. A value that cannot be used makes its row unusable, with a
 reason that does not quote the row, so that equal reasons can be counted.
@@ -10,14 +22,21 @@ reason that does not quote the row, so that equal reasons can be counted.
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_train.config.schema import DataSection, Source
-from qlora_train.data.conversation import check_turns, read_string, read_turns
-from qlora_train.data.readers import Record, read_records
-from qlora_train.data.types import Message, Row, Unusable, UnusableRowError
+from qlora_train.data.readers.table import listed
+from qlora_train.data.rows import (
+    from_alpaca,
+    from_conversations,
+    from_messages,
+    from_prompt_completion,
+    from_question_answer,
+    from_text,
+)
+from qlora_train.data.token_rows import MASKS, read_token_row
+from qlora_train.data.types import Record, Row
 from qlora_train.errors import ConfigError, DataError
 
 log = logging.getLogger("qlora_train")
@@ -31,68 +50,140 @@ class Format:
     optional: tuple[str, ...]
     to_row: Callable[[str, Mapping[str, Any]], Row]
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.required + self.optional
 
-def read_rows(sources: Sequence[Source], data: DataSection, key: str) -> Iterator[Row | Unusable]:
-    """Yield every row of `sources`, in order; a row that cannot be used comes as `Unusable`.
+    def files_columns(self, columns: Mapping[str, str]) -> dict[str, str]:
+        """Map the format's columns to the file's; one that a renaming gives to another column is no longer its own."""
+        renamed = {column: columns[column] for column in self.columns if column in columns}
+        taken = set(renamed.values())
+        return {
+            column: renamed.get(column, column) for column in self.columns if column in renamed or column not in taken
+        }
+
+    def fits(self, record: Record, columns: Mapping[str, str]) -> bool:
+        """Say whether a record has all columns that must be there."""
+        in_file = self.files_columns(columns)
+        return all(in_file.get(column) in record.values for column in self.required)
+
+    def uses_renamed(self, record: Record, columns: Mapping[str, str]) -> bool:
+        """Say whether a renaming gives this format one of the record's columns."""
+        return any(columns.get(column) in record.values for column in self.columns)
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format(("messages",), ("tools", "system"), from_messages),
+    "conversations": Format(("conversations",), ("tools", "system"), from_conversations),
+    "prompt_completion": Format(("prompt", "completion"), ("tools",), from_prompt_completion),
+    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), from_alpaca),
+    "question_answer": Format(("question", "answer"), ("context", "system"), from_question_answer),
+    "text": Format(("text",), (), from_text),
+    "tokens": Format(("input_ids",), ("labels", "attention_mask", "position_ids", *MASKS), read_token_row),
+}
+
+
+class RowReader:
+    """Reads the records of one source as rows.
+
+    `unseen` maps renamed columns to names in the file that no record so far had: a spelling mistake, if it is still so
+    at the end of the source.
 
     Args:
-        sources: entries of `data.train` or `data.eval`.
-        data: its `format` and `columns` are used.
-        key: ``data.train`` or ``data.eval``, for messages.
+        name: a format, as `recognise` returns it.
+        columns: the format's column names -> the file's; others are ignored.
+    """
+
+    def __init__(self, name: str, columns: Mapping[str, str]) -> None:
+        self.name = name
+        self._format = FORMATS[name]
+        self._columns = tuple(self._format.files_columns(columns).items())
+        self.unseen = {column: columns[column] for column in self._format.columns if column in columns}
+
+    def read(self, record: Record) -> Row:
+        """Return what a record says.
+
+        Raises:
+            UnusableRowError: a value cannot be used.
+            DataError: a column is missing that every row must have.
+        """
+        found = record.values
+        if self.unseen:
+            self.unseen = {column: in_file for column, in_file in self.unseen.items() if in_file not in found}
+        values = {column: found[in_file] for column, in_file in self._columns if in_file in found}
+        for column in self._format.required:
+            if column not in values:
+                raise self._missing(record, column)
+        return self._format.to_row(record.where, values)
+
+    def _missing(self, record: Record, column: str) -> DataError:
+        in_file = dict(self._columns).get(column, column)
+        nearest = difflib.get_close_matches(in_file, record.values, n=1)
+        hint = f"; did you mean data.columns: {{{column}: {nearest[0]}}}?" if nearest else ""
+        return DataError(
+            f"{record.where}: the column {in_file} of the format {self.name} is missing; found "
+            f"{listed(list(record.values)) or 'none'}{hint}"
+        )
+
+
+def check_renames(format_name: str, columns: Mapping[str, str], key: str = "data.columns") -> None:
+    """Check column names against the format, or against all formats where it is `auto`.
+
+    Args:
+        format_name: a format or `auto`.
+        columns: the format's column names -> the file's.
+        key: the setting that they come from.
 
     Raises:
-        ConfigError: `data.columns` renames a column that the format does not have.
-        DataError: a source is missing, unreadable or not well-formed, or its columns fit no format, or several.
+        ConfigError: the format has no such column, or two of its columns are given the same name.
     """
-    _check_renames(data)
-    for source in sources:
-        name: str | None = None
-        unseen: dict[str, str] = {}
-        for record in read_records(source, key):
-            if name is None:
-                name = _recognise(record, data)
-                _log_recognised(record, name, data)
-                unseen = {column: data.columns[column] for column in data.columns if column in _columns_of(name)}
-            if unseen:
-                unseen = {column: renamed for column, renamed in unseen.items() if renamed not in record.values}
-            yield _read_row(record, name, data)
-        for column, renamed in unseen.items():
-            raise DataError(
-                f"{key}: data.columns says that {column} is called {renamed}, but no row of {source.path} has a column "
-                f"{renamed}; correct the name or remove it"
-            )
-
-
-def _read_row(record: Record, name: str, data: DataSection) -> Row | Unusable:
-    try:
-        return FORMATS[name].to_row(record.where, _values(record, name, data))
-    except UnusableRowError as error:
-        return Unusable.because(record.where, error)
-
-
-def _check_renames(data: DataSection) -> None:
-    names = [data.format] if data.format != "auto" else list(FORMATS)
-    allowed = [column for name in names for column in _columns_of(name)]
-    for column in data.columns:
+    names = list(FORMATS) if format_name == "auto" else [format_name]
+    allowed = list(dict.fromkeys(column for name in names for column in FORMATS[name].columns))
+    for column in columns:
         if column not in allowed:
             raise ConfigError(
-                f"data.columns: {column!r} is not a column of the format {data.format}; allowed: {', '.join(allowed)} "
+                f"{key}: {column!r} is not a column of the format {format_name}; allowed: {', '.join(allowed)} "
                 "(the format's name comes first, then the file's)"
+            )
+    for name in names:
+        _check_renamed_apart(name, columns, key)
+
+
+def _check_renamed_apart(name: str, columns: Mapping[str, str], key: str) -> None:
+    owners: dict[str, str] = {}
+    for column in FORMATS[name].columns:
+        if column in columns and owners.setdefault(columns[column], column) != column:
+            raise ConfigError(
+                f"{key}: {owners[columns[column]]} and {column} are both called {columns[column]}; expected a column of "
+                "its own for each"
             )
 
 
-def _recognise(record: Record, data: DataSection) -> str:
-    if data.format != "auto":
-        return data.format
-    columns = data.columns
-    fitting = [
-        name
-        for name, it in FORMATS.items()
-        if all(columns.get(column, column) in record.values for column in it.required)
-    ]
+def recognise(record: Record, format_name: str, columns: Mapping[str, str]) -> str:
+    """Return the format of a source, and log it with the columns that are not used.
+
+    Args:
+        record: the source's first one.
+        format_name: what the config says, or `auto`.
+        columns: the format's column names -> the file's. Where the columns fit several formats, those that a renaming
+            speaks of go first.
+
+    Raises:
+        DataError: the columns fit no format, or several.
+    """
+    name = _recognised(record, columns) if format_name == "auto" else format_name
+    _log_recognised(record, name, columns)
+    return name
+
+
+def _recognised(record: Record, columns: Mapping[str, str]) -> str:
+    fitting = [name for name, it in FORMATS.items() if it.fits(record, columns)]
+    meant = [name for name in fitting if FORMATS[name].uses_renamed(record, columns)]
+    fitting = meant or fitting
     if len(fitting) == 1:
         return fitting[0]
-    found = ", ".join(record.values) or "none"
+    found = listed(list(record.values)) or "none"
     if fitting:
         raise DataError(
             f"{record.where}: the columns {found} fit {' and '.join(fitting)}; set data.format to the one that is meant"
@@ -105,86 +196,18 @@ def _rename_hint(record: Record) -> str:
     wanted = [column for it in FORMATS.values() for column in it.required]
     for column in record.values:
         nearest = difflib.get_close_matches(column.lower(), wanted, n=1)
-        if nearest:
+        if nearest and nearest[0] not in record.values:
             return f"; rename with data.columns: {{{nearest[0]}: {column}}}"
-    return "; rename with data.columns, e.g. {prompt: question, completion: answer}"
+    return "; rename with data.columns, e.g. {prompt: request, completion: reply}"
 
 
-def _log_recognised(record: Record, name: str, data: DataSection) -> None:
-    used = {data.columns.get(column, column) for column in _columns_of(name)}
-    unused = ", ".join(column for column in record.values if column not in used)
+def _log_recognised(record: Record, name: str, columns: Mapping[str, str]) -> None:
+    used = FORMATS[name].files_columns(columns).values()
+    unused = listed([column for column in record.values if column not in used])
     log.info("%s: format %s%s", record.where, name, f"; columns not used: {unused}" * bool(unused))
-    idle = ", ".join(
-        f"{column}: {renamed}" for column, renamed in data.columns.items() if column not in _columns_of(name)
-    )
+    idle = ", ".join(f"{column}: {file}" for column, file in columns.items() if column not in FORMATS[name].columns)
     if idle:
         log.warning(
             "%s: read as %s, where data.columns {%s} has no effect; set data.format if another one is meant",
             record.where, name, idle,
         )  # fmt: skip
-
-
-def _columns_of(name: str) -> tuple[str, ...]:
-    return FORMATS[name].required + FORMATS[name].optional
-
-
-def _values(record: Record, name: str, data: DataSection) -> dict[str, Any]:
-    """Return the record's values under the format's own column names."""
-    values = {}
-    for column in _columns_of(name):
-        in_file = data.columns.get(column, column)
-        if in_file in record.values:
-            values[column] = record.values[in_file]
-        elif column in FORMATS[name].required:
-            nearest = difflib.get_close_matches(in_file, record.values, n=1)
-            hint = f"; did you mean data.columns: {{{column}: {nearest[0]}}}?" if nearest else ""
-            found = ", ".join(record.values) or "none"
-            raise DataError(
-                f"{record.where}: the column {in_file} of the format {name} is missing; found {found}{hint}"
-            )
-    return values
-
-
-def _conversation(where: str, turns: Sequence[Message], loss_from: int = 0) -> Row:
-    check_turns(turns)
-    return Row(where, messages=tuple(turns), loss_from=loss_from)
-
-
-def _from_messages(where: str, values: Mapping[str, Any]) -> Row:
-    return _conversation(where, read_turns(values["messages"], "messages"))
-
-
-def _from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
-    prompt, completion = values["prompt"], values["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        turns = read_turns(prompt, "prompt")
-        return _conversation(where, turns + read_turns(completion, "completion"), loss_from=len(turns))
-    text = read_string(completion, "completion")
-    if not text.strip():
-        raise UnusableRowError("completion is empty")
-    return Row(where, text=text, prompt=read_string(prompt, "prompt"))
-
-
-def _from_alpaca(where: str, values: Mapping[str, Any]) -> Row:
-    question = read_string(values["instruction"], "instruction")
-    extra = read_string("" if values.get("input") is None else values["input"], "input")
-    turns: list[Message] = [
-        {"role": "user", "content": f"{question}\n\n{extra}" if extra.strip() else question},
-        {"role": "assistant", "content": read_string(values["output"], "output")},
-    ]
-    return _conversation(where, turns)
-
-
-def _from_text(where: str, values: Mapping[str, Any]) -> Row:
-    text = read_string(values["text"], "text")
-    if not text.strip():
-        raise UnusableRowError("text is empty")
-    return Row(where, text=text)
-
-
-FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), (), _from_messages),
-    "prompt_completion": Format(("prompt", "completion"), (), _from_prompt_completion),
-    "alpaca": Format(("instruction", "output"), ("input",), _from_alpaca),
-    "text": Format(("text",), (), _from_text),
-}

@@ -1,52 +1,76 @@
-"""The data stage's entry: sources -> rows -> tokens and masks -> train and eval, with nothing lost in silence.
+"""The data stage's entry: sources -> tokenised stores -> the rows to train on and to hold out; nothing is lost in silence.
 
 It needs the tokenizer only, so that bad data stops a run before any weights are loaded.
 """
 
 import datetime
 import hashlib
-import json
+import itertools
 import logging
-from array import array
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from qlora_train.config.schema import DataSection, Source
 from qlora_train.data.chat import is_dated
-from qlora_train.data.formats import read_rows
-from qlora_train.data.template import Renderer
-from qlora_train.data.types import Example, PreparedData, Row, Unusable, UnusableRowError
+from qlora_train.data.report import NUM_FIRST_ROWS, DataReport, PartReport, SourceReport, check_limits
+from qlora_train.data.segments import render_rows
+from qlora_train.data.selection import first_of_equals, is_among, mix, split
+from qlora_train.data.source_store import SourceStore, StoreMaker
+from qlora_train.data.store import Rows
+from qlora_train.data.stream import RowStream
+from qlora_train.data.tallies import merged, tally_of
+from qlora_train.data.tokenized import TextsKept
+from qlora_train.data.types import Example, Tally
+from qlora_train.data.workers import num_cores
 from qlora_train.errors import DataError
 
 log = logging.getLogger("qlora_train")
 
-NUM_NAMED_ROWS = 5
-"""Rows of one kind that a message names."""
-NUM_NAMED_REASONS = 8
-"""Reasons that a message gives, the most frequent ones first."""
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """Everything the trainer and the evaluation need.
+
+    `report` says what became of every row. `fingerprint` is a sha256 that changes when any token or mask does, or which
+    rows are taken, or their order.
+    """
+
+    train: Rows | RowStream
+    eval: Rows
+    report: DataReport
+    fingerprint: str
+
+    @property
+    def num_train_rows(self) -> int | None:
+        """Training rows of an epoch; None for a stream, which has no epochs."""
+        return None if isinstance(self.train, RowStream) else len(self.train)
+
+    def solved(self, count: int) -> list[Example]:
+        """Return the first training rows whose answer was kept as text, at most `count`."""
+        rows = self.train.head() if isinstance(self.train, RowStream) else self.train
+        return list(itertools.islice((row for row in rows if row.answer is not None), count))
 
 
-@dataclass(slots=True)
-class _Part:
-    """The rows of `data.train` or of `data.eval`, each usable one beside what it says (`content_digest`)."""
-
-    key: str
-    examples: list[Example] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    unusable: list[Unusable] = field(default_factory=list)
-
-
-def prepare_data(data: DataSection, tokenizer: Any, seed: int, *, date: datetime.date | None = None) -> PreparedData:
-    """Read, render and split the rows.
+def prepare_data(
+    data: DataSection,
+    tokenizer: Any,
+    seed: int,
+    *,
+    date: datetime.date | None = None,
+    vocabulary_size: int | None = None,
+) -> PreparedData:
+    """Read, render, tokenise, check and choose the rows.
 
     Args:
         data: the section of the config.
-        tokenizer: a fast Transformers tokenizer, with a chat template unless the rows are plain text.
-        seed: decides which rows are held out when `data.eval` is a share.
+        tokenizer: a fast Transformers tokenizer, with a chat template unless the rows are plain text or tokens.
+        seed: decides which rows a sample holds, and which are held out when `data.eval` is a share.
         date: the day that a chat template which writes the current date is rendered for; None is today. A run that is
             to be resumed or measured later must remember it and pass it again, or its tokens change overnight.
+        vocabulary_size: token ids that the model has; None is the tokenizer's.
 
     Raises:
         ConfigError: `data.columns` does not fit `data.format`.
@@ -54,137 +78,139 @@ def prepare_data(data: DataSection, tokenizer: Any, seed: int, *, date: datetime
             left to train on or to hold out.
     """
     day = date or datetime.date.today()
-    renderer = Renderer(tokenizer, data, day)
-    parts = [_read_part(data.train, data, renderer, "data.train")]
-    if isinstance(data.eval, tuple):
-        parts.append(_read_part(data.eval, data, renderer, "data.eval"))
-        _warn_of_overlap(*parts)
-    _log_date(tokenizer, parts, day)
-    if renderer.merged_rows:
-        log.warning(
-            "%d rows train on a prompt whose last tokens differ from those of inference: a token reaches over the border "
-            "and counts as the answer's (begin answers, not end prompts, with white space), or the template's "
-            "generation prompt says more than its turns: %s",
-            len(renderer.merged_rows), named(renderer.merged_rows),
-        )  # fmt: skip
-    train, held_out = parts[0].examples, parts[1].examples if len(parts) > 1 else []
-    if isinstance(data.eval, float):
-        train, held_out = _split(parts[0], data.eval, seed)
-    dropped = Counter(f"{part.key}: {row.reason}" for part in parts for row in part.unusable)
-    return PreparedData(tuple(train), tuple(held_out), dict(dropped), fingerprint(train, held_out))
-
-
-def _log_date(tokenizer: Any, parts: Sequence[_Part], day: datetime.date) -> None:
-    if is_dated(tokenizer) and any(example.answer is not None for part in parts for example in part.examples):
+    share = data.eval if isinstance(data.eval, float) else 0.0
+    maker = StoreMaker(data, tokenizer, day, vocabulary_size or len(tokenizer))
+    share = data.eval if isinstance(data.eval, float) else 0.0
+    kept = TextsKept(share=share, seed=seed if share else 0)
+    sources = data.eval if isinstance(data.eval, tuple) else ()
+    held_out = _read("data.eval", sources, maker, TextsKept(everything=True), data.max_dropped)
+    train = [] if data.streaming else _read("data.train", data.train, maker, kept, data.max_dropped)
+    if is_dated(tokenizer) and (data.streaming or any(not each.is_plain for each in (*train, *held_out))):
         log.info("chat template: writes the current date; every row is rendered for %s", day.isoformat())
-
-
-def _read_part(sources: Sequence[Source], data: DataSection, renderer: Renderer, key: str) -> _Part:
-    part = _Part(key)
-    for row in read_rows(sources, data, key):
-        if isinstance(row, Unusable):
-            part.unusable.append(row)
-            continue
-        try:
-            part.examples.append(renderer.render(row))
-            part.digests.append(content_digest(row))
-        except UnusableRowError as error:
-            part.unusable.append(Unusable.because(row.where, error))
-    _report_unusable(part, data.max_dropped)
-    log.info(
-        "%s: %d rows (%d of them repeat an earlier one), %d tokens, %d of them with loss, the longest row %d tokens",
-        key,
-        len(part.examples),
-        len(part.digests) - len(set(part.digests)),
-        sum(len(example.input_ids) for example in part.examples),
-        sum(sum(example.loss_mask) for example in part.examples),
-        max(len(example.input_ids) for example in part.examples),
+    if data.streaming:
+        return _streamed(data, maker, held_out, tokenizer, seed)
+    chosen = _choose(
+        data, Rows.every([each.store for each in train]), Rows.every([each.store for each in held_out]), seed
     )
-    return part
+    report = _report(data, chosen, train, held_out, tokenizer)
+    return PreparedData(chosen.train, chosen.eval, report, fingerprint(chosen.train, chosen.eval))
 
 
-def _report_unusable(part: _Part, max_dropped: float) -> None:
-    """Log the rows that cannot be used; stop when they are too many or leave nothing."""
-    num_unusable = len(part.unusable)
-    num_rows = num_unusable + len(part.examples)
-    if not num_unusable:
-        return
-    reasons = _reasons(part.unusable)
-    num_allowed = int(max_dropped * num_rows + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    share = f"{num_unusable} of {num_rows} rows cannot be used"
-    if num_unusable > num_allowed:
-        raise DataError(
-            f"{part.key}: {share}, data.max_dropped ({max_dropped:g}) allows {num_allowed}: {reasons}; correct the rows "
-            "or raise data.max_dropped"
+def _read(
+    key: str, sources: Sequence[Source], maker: StoreMaker, kept: TextsKept, max_dropped: float
+) -> list[SourceStore]:
+    """Return the stores of all sources of a part, which together keep to `data.max_dropped`."""
+    stores = [maker.store(key, source, kept) for source in sources]
+    if stores:
+        summaries = [each.store.summary for each in stores]
+        dropped = merged(summary.dropped for summary in summaries)
+        check_limits(key, dropped, sum(summary.num_records for summary in summaries), max_dropped)
+    return stores
+
+
+def _streamed(
+    data: DataSection, maker: StoreMaker, held_out: Sequence[SourceStore], tokenizer: Any, seed: int
+) -> PreparedData:
+    """Open the stream of the training rows; the report is of its first window."""
+    train = RowStream(
+        [maker.streamed("data.train", source) for source in data.train], seed=seed, num_proc=data.num_proc or num_cores(),
+        vocabulary_size=maker.vocabulary_size, max_dropped=data.max_dropped,
+    )  # fmt: skip
+    rows = Rows.every([each.store for each in held_out])
+    head = train.head()
+    lengths = np.array([len(row.input_ids) for row in head], np.int32)
+    num_labels = np.array([np.count_nonzero(row.loss_mask) for row in head], np.int32)
+    parts = {"data.train": PartReport.of(lengths, num_labels, max_length=data.max_length, num_repeats=0)}
+    if len(rows):
+        parts["data.eval"] = PartReport.of(
+            rows.lengths, rows.num_labels, max_length=data.max_length, num_repeats=int((~first_of_equals(rows)).sum())
         )
-    if not part.examples:
-        raise DataError(f"{part.key}: no row can be used: {reasons}")
-    log.warning("%s: %s and are left out: %s", part.key, share, reasons)
+    beginnings = (
+        SourceReport.of("data.train", source.path, summary, num_taken=summary.num_rows, cached=False)
+        for source, summary in zip(train.sources, train.summaries, strict=True)
+    )
+    report = DataReport(
+        max_length=data.max_length, too_long=data.too_long,
+        sources=(*beginnings, *_source_reports("data.eval", held_out, rows)), parts=parts, overlap=Tally(),
+        first_rows=render_rows(head[:NUM_FIRST_ROWS], tokenizer), is_streamed=True,
+    )  # fmt: skip
+    return PreparedData(train, rows, report, f"{train.fingerprint} {fingerprint(rows)}")
 
 
-def _reasons(unusable: Sequence[Unusable]) -> str:
-    """Count the rows by reason, the most frequent first, and name a few of each."""
-    places: dict[str, list[str]] = defaultdict(list)
-    for row in unusable:
-        places[row.reason].append(row.where)
-    ordered = sorted(places.items(), key=lambda item: -len(item[1]))
-    told = [f"{len(where)} x {reason} ({named(where)})" for reason, where in ordered[:NUM_NAMED_REASONS]]
-    rest = [place for _, where in ordered[NUM_NAMED_REASONS:] for place in where]
-    return "; ".join([*told, f"{len(rest)} x other reasons ({named(rest)})"] if rest else told)
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The rows that are used, and what was seen on the way: repeats by part, removed rows, rows on both sides."""
+
+    train: Rows
+    eval: Rows
+    num_repeats: dict[str, int]
+    num_deduplicated: int
+    overlap: Tally
 
 
-def named(where: Sequence[str]) -> str:
-    """Join the first few places, and say how many more there are."""
-    more = len(where) - NUM_NAMED_ROWS
-    return ", ".join(where[:NUM_NAMED_ROWS]) + (f" and {more} more" if more > 0 else "")
+def _choose(data: DataSection, train: Rows, held_out: Rows, seed: int) -> _Chosen:
+    if isinstance(data.eval, float):
+        is_held = split(train.digests, data.eval, seed)
+        train, held_out = train.where(~is_held), train.where(is_held)
+        log.info("data.eval: %d rows to train on, %d held out", len(train), len(held_out))
+    is_first = first_of_equals(train)
+    overlap = tally_of(held_out, is_among(held_out, train), "stands in data.train too")
+    num_deduplicated = 0
+    if data.deduplicate:
+        is_new = is_first & ~is_among(train, held_out)
+        num_deduplicated, overlap = int((~is_new).sum()), Tally()
+        train = train.where(is_new)
+        if not len(train):
+            raise DataError("data.deduplicate: every row of data.train stands in data.eval too; give other rows to one")
+    repeats = {
+        "data.train": 0 if data.deduplicate else int((~is_first).sum()),
+        "data.eval": int((~first_of_equals(held_out)).sum()),
+    }
+    return _Chosen(mix(data.train, train, data.max_rows, seed), held_out, repeats, num_deduplicated, overlap)
 
 
-def content_digest(row: Row) -> bytes:
-    """Return a digest of what the row says, whatever file and line it stands in."""
-    content = json.dumps([row.messages, row.prompt, row.text, row.loss_from], ensure_ascii=True, sort_keys=True)
-    return hashlib.sha256(content.encode()).digest()
+def _report(
+    data: DataSection, chosen: _Chosen, train: Sequence[SourceStore], held_out: Sequence[SourceStore], tokenizer: Any
+) -> DataReport:
+    used = {"data.train": chosen.train, "data.eval": chosen.eval}
+    parts = {
+        key: PartReport.of(
+            rows.lengths,
+            rows.num_labels,
+            max_length=data.max_length,
+            num_repeats=chosen.num_repeats[key],
+            num_deduplicated=chosen.num_deduplicated if key == "data.train" else 0,
+        )
+        for key, rows in used.items()
+        if len(rows)
+    }
+    return DataReport(
+        max_length=data.max_length,
+        too_long=data.too_long,
+        sources=(
+            *_source_reports("data.train", train, chosen.train),
+            *_source_reports("data.eval", held_out, chosen.eval),
+        ),
+        parts=parts,
+        overlap=chosen.overlap,
+        first_rows=render_rows(chosen.train[:NUM_FIRST_ROWS], tokenizer),
+    )
 
 
-def is_held_out(digest: bytes, share: float, seed: int) -> bool:
-    """Decide a row's side from its content and the seed alone: other rows come and go without moving it."""
-    number = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + digest).digest()[:8], "big")
-    return number < share * 2**64
-
-
-def _split(part: _Part, share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    train: list[Example] = []
-    held_out: list[Example] = []
-    for example, digest in zip(part.examples, part.digests, strict=True):
-        (held_out if is_held_out(digest, share, seed) else train).append(example)
-    for name, side in (("to train on", train), ("to hold out", held_out)):
-        if not side:
-            raise DataError(
-                f"data.eval: a share of {share:g} of {len(part.examples)} rows leaves none {name} (rows are chosen by "
-                "a hash, equal rows together); change the share, give more rows, or name a file in data.eval"
-            )
-    log.info("data.eval: %d rows to train on, %d held out", len(train), len(held_out))
-    return train, held_out
-
-
-def _warn_of_overlap(train: _Part, held_out: _Part) -> None:
-    seen = set(train.digests)
-    both = [
-        example.where for example, digest in zip(held_out.examples, held_out.digests, strict=True) if digest in seen
+def _source_reports(key: str, sources: Sequence[SourceStore], rows: Rows) -> list[SourceReport]:
+    num_taken = np.bincount(rows.origins, minlength=len(sources)).tolist()
+    return [
+        SourceReport.of(key, each.source.path, each.store.summary, num_taken=taken, cached=each.cached)
+        for each, taken in zip(sources, num_taken, strict=False)
     ]
-    if both:
-        log.warning(
-            "%d of %d rows of data.eval stand in data.train too, so the evaluation flatters: %s",
-            len(both), len(held_out.examples), named(both),
-        )  # fmt: skip
 
 
-def fingerprint(*parts: Iterable[Example]) -> str:
-    """Return the sha256 of all tokens and masks, in order; it changes when anything that is trained on does."""
+def fingerprint(*parts: Rows) -> str:
+    """Return a sha256 that changes with any token or mask of the stores, and with which of their rows are taken."""
     digest = hashlib.sha256()
-    for part in parts:
-        for example in part:
-            digest.update(len(example.input_ids).to_bytes(8, "little"))
-            digest.update(array("q", example.input_ids).tobytes())
-            digest.update(bytes(example.loss_mask))
+    for rows in parts:
+        for store in rows.stores:
+            digest.update(store.summary.content_sha256.encode())
+        digest.update(rows.indices.tobytes())
         digest.update(b"end of part")
     return digest.hexdigest()

@@ -6,9 +6,11 @@ is never looked for on the Hub, so that a typing error is answered at once with 
 
 import difflib
 import glob
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_train.config.schema import Source
@@ -16,14 +18,16 @@ from qlora_train.errors import DataError
 
 log = logging.getLogger("qlora_train")
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-SUFFIX_LIST = ", ".join(SUFFIXES)
+TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")
+KINDS = (*TEXT_KINDS, "parquet", "arrow")
+COMPRESSIONS = ("gz", "zst")
+SUFFIX_LIST = f"{', '.join(f'.{kind}' for kind in TEXT_KINDS)} (also .gz or .zst), .parquet, .arrow"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SETTINGS = {"split": "train", "subset": None, "revision": None}
-"""Settings of a source that mean something on the Hub only, and their defaults."""
+"""Settings of a source that mean nothing for a plain file, and their defaults."""
 
-SAVED_TO_DISK = ("dataset_dict.json", "state.json")
-"""Files that datasets' save_to_disk writes beside its .arrow files; they describe rows and hold none."""
+SAVED_DICT, SAVED_DATASET = "dataset_dict.json", "state.json"
+"""What `save_to_disk` of datasets writes beside a folder a split, and beside the .arrow files of one."""
 SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
@@ -32,33 +36,49 @@ SPLITS = {
 SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
 
-def local_files(source: Source, key: str) -> list[Path] | None:
-    """Return the files of a local source in order, or None for a Hub id.
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One file of a source, or some rows of one.
+
+    Attributes:
+        name: what people call it: the path, or ``owner/name[split]`` for the Hub.
+        kind: one of `KINDS`.
+        compression: ``gz``, ``zst`` or nothing.
+        begin: the first row that is meant, from 0; only arrow files are read in part.
+        end: the row behind the last one; None: all.
+        first_row: the number that people give to the first row that is meant: a split of the Hub can have several files.
+    """
+
+    path: Path
+    name: str
+    kind: str
+    compression: str = ""
+    begin: int = 0
+    end: int | None = None
+    first_row: int = 1
+
+
+def find_files(source: Source, key: str) -> list[DataFile]:
+    """Return the files of a source, in order; those of a Hub data set are downloaded.
 
     Args:
         source: one entry of `data.train` or `data.eval`.
         key: the setting it came from, for messages.
 
     Raises:
-        DataError: nothing is there, the suffix is unknown, or a Hub setting was given for a local path.
+        DataError: nothing is there, the suffix is unknown, splits or kinds are mixed, or a setting has no effect.
     """
     path = Path(source.path).expanduser()
-    if not _names_a_file(source.path, path):
-        if not HUB_ID.fullmatch(source.path):
-            raise DataError(
-                f"{key}: {source.path!r} is neither a file nor a Hub id; expected {SUFFIX_LIST} or owner/name"
-            )
-        return None
-    for setting, default in HUB_SETTINGS.items():
-        if getattr(source, setting) != default:
-            raise DataError(f"{key}: {setting} has no effect on the local path {source.path}; remove it")
-    if path.is_file():
-        return [_known(path, key)]
-    if path.is_dir():
-        return _files_of_folder(path, key)
-    if glob.has_magic(source.path):
-        return _files_of_glob(path, key)
-    raise DataError(f"{key}: {source.path} does not exist{_nearest(path)}")
+    try:
+        if _names_a_file(source.path, path):
+            return _local_files(source, path, key)
+    except OSError as error:
+        raise DataError(f"{key}: {source.path} cannot be read: {error.strerror}") from None
+    if not HUB_ID.fullmatch(source.path):
+        raise DataError(f"{key}: {source.path!r} is neither a file nor a Hub id; expected {SUFFIX_LIST} or owner/name")
+    from qlora_train.data.hub import hub_files
+
+    return hub_files(source, key)
 
 
 def _names_a_file(text: str, path: Path) -> bool:
@@ -66,62 +86,147 @@ def _names_a_file(text: str, path: Path) -> bool:
         path.exists()
         or glob.has_magic(text)
         or text.startswith((".", "/", "~"))
-        or path.suffix.lower() in SUFFIXES
+        or _kind_of(path) is not None
         or text.count("/") > 1
     )
 
 
-def _known(path: Path, key: str) -> Path:
-    if path.suffix.lower() not in SUFFIXES:
-        found = path.suffix or "no suffix"
-        raise DataError(f"{key}: {path} cannot be read: found {found}; expected {SUFFIX_LIST}")
-    return path
+def _kind_of(path: Path) -> tuple[str, str] | None:
+    """Return what the suffixes say, (kind, compression), or None where they are not known."""
+    words = path.name.lower().split(".")[1:]
+    if words and words[-1] in KINDS:
+        return words[-1], ""
+    if len(words) > 1 and words[-1] in COMPRESSIONS and words[-2] in TEXT_KINDS:
+        return words[-2], words[-1]
+    return None
 
 
-def _files_of_folder(folder: Path, key: str) -> list[Path]:
+def _local_files(source: Source, path: Path, key: str) -> list[DataFile]:
+    if path.is_dir() and any((path / name).is_file() for name in (SAVED_DICT, SAVED_DATASET)):
+        return _files_of_saved(source, path, key)
+    _refuse_idle_settings(source, HUB_SETTINGS, key)
+    if path.is_file():
+        return [_known(path, key)]
+    if path.is_dir():
+        return _files_of_folder(path, key)
+    if path.exists():
+        raise DataError(f"{key}: {path} is neither a file nor a folder (a pipe or a device); write its rows to a file")
+    if glob.has_magic(source.path):
+        return _files_of_glob(path, key)
+    raise DataError(f"{key}: {source.path} does not exist{_nearest(path)}")
+
+
+def _refuse_idle_settings(source: Source, settings: Iterable[str], key: str) -> None:
+    for setting in settings:
+        if getattr(source, setting) != HUB_SETTINGS[setting]:
+            raise DataError(f"{key}: {setting} has no effect on the local path {source.path}; remove it")
+
+
+def _known(path: Path, key: str) -> DataFile:
+    known = _kind_of(path)
+    if known is None:
+        found = "".join(path.suffixes[-2:]) if path.suffix[1:].lower() in COMPRESSIONS else path.suffix
+        raise DataError(f"{key}: {path} cannot be read: found {found or 'no suffix'}; expected {SUFFIX_LIST}")
+    kind, compression = known
+    return DataFile(path, str(path), kind, compression)
+
+
+def _files_of_folder(folder: Path, key: str) -> list[DataFile]:
     entries = sorted(folder.iterdir())
-    if marks := [entry.name for entry in entries if entry.name in SAVED_TO_DISK]:
-        split = "['train']" * (marks[0] == "dataset_dict.json")
-        raise DataError(
-            f"{key}: folder {folder} was written by save_to_disk of datasets ({marks[0]}); expected {SUFFIX_LIST}: "
-            f"write a file with datasets.load_from_disk('{folder}'){split}.to_parquet('train.parquet')"
-        )
-    files = [entry for entry in entries if entry.is_file() and entry.suffix.lower() in SUFFIXES]
+    visible = [entry for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    files = [_known(entry, key) for entry in visible if _kind_of(entry) is not None]
     if not files:
         found = ", ".join(entry.name + "/" * entry.is_dir() for entry in entries[:5]) or "no files"
         raise DataError(f"{key}: folder {folder} holds no data file: found {found}; expected {SUFFIX_LIST}")
     _refuse_several_splits(files, f"folder {folder}", key)
-    others = ", ".join(entry.name for entry in entries if entry not in files)
+    _refuse_several_kinds(files, folder, key)
+    read = {file.path for file in files}
+    others = ", ".join(entry.name for entry in entries if entry not in read)
     log.info(
         "%s: folder %s: reading %s%s",
         key,
         folder,
-        ", ".join(file.name for file in files),
+        ", ".join(file.path.name for file in files),
         f"; not {others}" * bool(others),
     )
     return files
 
 
-def _files_of_glob(pattern: Path, key: str) -> list[Path]:
-    files = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True)) if Path(match).is_file()]  # noqa: PTH207
-    if not files:
+def _files_of_glob(pattern: Path, key: str) -> list[DataFile]:
+    paths = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True)) if Path(match).is_file()]  # noqa: PTH207
+    if not paths:
         raise DataError(f"{key}: the pattern {pattern} matches no file; check the folder and the suffix")
+    files = [_known(path, key) for path in paths]
     _refuse_several_splits(files, f"the pattern {pattern}", key)
-    return [_known(file, key) for file in files]
+    return files
 
 
-def _refuse_several_splits(files: Sequence[Path], place: str, key: str) -> None:
+def _refuse_several_splits(files: Sequence[DataFile], place: str, key: str) -> None:
     """Refuse to read a data set's train and test files as one: held-out rows would be trained on."""
     splits: dict[str, str] = {}
     for file in files:
-        match = SPLIT_NAME.match(file.stem)
+        match = SPLIT_NAME.match(file.path.name)
         if match:
-            splits.setdefault(SPLITS[match.group().lower()], file.name)
+            splits.setdefault(SPLITS[match.group().lower()], file.path.name)
     if len(splits) > 1:
         raise DataError(
             f"{key}: {place} holds files of several splits: {', '.join(splits.values())}; name the one that is meant, "
             "or list the files if all are"
         )
+
+
+def _refuse_several_kinds(files: Sequence[DataFile], folder: Path, key: str) -> None:
+    """Refuse to guess which files of a folder are data: a licence in .txt is not, a table in .csv may be."""
+    kinds = {file.kind: file.path.name for file in reversed(files)}
+    if len(kinds) > 1:
+        likely = next(kind for kind in kinds if kind != "txt")
+        raise DataError(
+            f"{key}: folder {folder} holds files of several kinds: {', '.join(sorted(kinds.values()))}; name the files "
+            f"that are meant, or a pattern such as {folder}/*.{likely}"
+        )
+
+
+def _files_of_saved(source: Source, folder: Path, key: str) -> list[DataFile]:
+    """Return the files of a folder that `save_to_disk` wrote, in the order in which it lists them."""
+    _refuse_idle_settings(source, ("subset", "revision"), key)
+    if (folder / SAVED_DICT).is_file():
+        splits = _listed(folder / SAVED_DICT, "splits", key)
+        if source.split not in splits:
+            raise DataError(
+                f"{key}: {folder} has no split {source.split}; found {', '.join(map(str, splits)) or 'none'}; set split "
+                "to the one that is meant"
+            )
+        folder /= source.split
+    else:
+        _refuse_idle_settings(source, ("split",), key)
+    entries = _listed(folder / SAVED_DATASET, "_data_files", key)
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    files = [DataFile(folder / name, str(folder / name), "arrow") for name in names if isinstance(name, str)]
+    if len(files) < len(names):
+        raise DataError(
+            f"{folder / SAVED_DATASET}: found a data file without a name; expected what save_to_disk writes"
+        )
+    for file in files:
+        if not file.path.is_file():
+            raise DataError(
+                f"{key}: {file.path} does not exist, but {folder / SAVED_DATASET} lists it; copy the folder again"
+            )
+    return files
+
+
+def _listed(path: Path, field: str, key: str) -> list[object]:
+    """Return a list that stands in a JSON file of `save_to_disk`."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))[field]
+    except FileNotFoundError:
+        raise DataError(
+            f"{key}: {path} does not exist; expected what save_to_disk writes: copy the folder again"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        listed = None
+    if not isinstance(listed, list):
+        raise DataError(f"{path}: found no list {field}; expected what save_to_disk writes: copy the folder again")
+    return listed
 
 
 def _nearest(path: Path) -> str:

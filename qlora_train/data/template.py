@@ -1,52 +1,86 @@
 """Rows -> Examples: the tokens a model will see, and which of them carry loss.
 
 A conversation is rendered once by the tokenizer's own chat template and tokenised once, so that the tokens are those of
-inference. An answer's tokens begin where the *generation prompt* of the turns before it ends (`masks.answer_starts`)
-and end with the first special token after that, the end-of-turn token: without it in the loss a model never learns to
-stop. Everything that this rests on is checked for every row, and a row that fails is refused with the reason:
+inference. An answer's tokens begin where the *generation prompt* of the turns before it ends and end with the special
+token that ends the turn: without it in the loss a model never learns to stop. Everything that this rests on is checked,
+and a row that fails is refused with the reason:
 
-- the text of the generation prompt is a prefix of the whole text, otherwise training and inference would differ;
-- no message holds a special token of the tokenizer's, which would end a turn early;
-- the answer's tokens hold the answer's text: a template that strips reasoning from earlier turns loses part of it.
+- the text of the prompt, generation prompt included, is a prefix of the whole text, otherwise training and inference
+  would differ (`skeleton` says how this is known without rendering every prompt);
+- nothing that a row says holds a special token of the tokenizer's, which would end a turn early;
+- the answer's tokens hold what the row says there: a template that strips reasoning from earlier turns loses part of it.
 
-A template with ``{% generation %}`` says itself where answers begin, and is believed. Plain text (`text`, and
-`prompt_completion` of strings) is no conversation: it gets the beginning token if the tokenizer adds one, no template,
-and the end-of-sequence token, which carries loss; only a `prompt` carries none, unless `loss_on` is `all`.
+A template with ``{% generation %}`` says itself where answers begin, and is believed as far as that is behind the
+prompt. Plain text (`text`, and `prompt_completion` of strings) is no conversation: it gets the beginning token if the
+tokenizer adds one, no template, and the end-of-sequence token, which carries loss; only a `prompt` carries none, unless
+`loss_on` is `all`. A row of tokens is taken as it is.
 """
 
 import datetime
-from collections.abc import Sequence
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 from jinja2.exceptions import TemplateError
 
-from qlora_train.config.schema import DataSection
-from qlora_train.data.chat import render_chat
+from qlora_train.data.chat import generation_blocks, has_generation_block, render_chat
 from qlora_train.data.chat_templates import CHAT_TEMPLATES
-from qlora_train.data.masks import Rendering, answer_starts, end_of_turn, first_token_after, has_generation_block
+from qlora_train.data.masks import AnswerPlace, Encoder, Rendering, answer_span
+from qlora_train.data.skeleton import Skeletons, places_by_prompts
 from qlora_train.data.special_tokens import SpecialTokens
-from qlora_train.data.types import Example, Message, Prompt, Row, UnusableRowError
+from qlora_train.data.types import Example, MaskArray, Message, Row, UnusableRowError
 from qlora_train.errors import DataError
 
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
+REACHES_OVER = "a token reaches over the border of prompt and answer"
+"""Note: the tokens of the prompt are not those of inference there; a token of both counts as the answer's."""
+TWO_BEGINNINGS = "the row begins with the tokenizer's beginning token twice"
+"""Note on a row of tokens."""
+MOST_TAILS = 1024
+"""Ends of prompts whose tokens are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerChat:
+    """The chat template of a tokenizer for one date and one list of tools; see `skeleton.Chat`."""
+
+    tokenizer: Any
+    date: datetime.date
+    tools: Sequence[Mapping[str, Any]] = ()
+
+    def text(self, turns: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """Return a conversation as text."""
+        return render_chat(
+            self.tokenizer, turns, date=self.date, tools=self.tools, add_generation_prompt=add_generation_prompt
+        )
+
+    def blocks(self, turns: Sequence[Message]) -> list[tuple[int, int]] | None:
+        """Return the characters in generation blocks; None for a template without them."""
+        if not has_generation_block(self.tokenizer, self.tools):
+            return None
+        return generation_blocks(self.tokenizer, turns, date=self.date, tools=self.tools)
 
 
 class Renderer:
     """Turns rows into examples with one tokenizer.
 
-    `merged_rows` names the rows in which a token reaches over the border of prompt and answer: there the tokens of the
-    prompt are not those of inference, and the merged token is treated as the answer's.
-
     Args:
         tokenizer: a fast tokenizer; slow ones do not say which characters a token stands for.
-        data: its `max_length`, `too_long` and `loss_on` are used.
+        loss_on: `data.loss_on`.
         date: the day that a chat template with a date is rendered for.
+
+    Attributes:
+        special: the tokenizer's special tokens.
 
     Raises:
         DataError: the tokenizer has no offsets or no end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, data: DataSection, date: datetime.date) -> None:
+    def __init__(
+        self, tokenizer: Any, *, loss_on: Literal["assistant", "last", "completion", "all"], date: datetime.date
+    ) -> None:
         if not tokenizer.is_fast:
             raise DataError(
                 f"the tokenizer {type(tokenizer).__name__} gives no character offsets, which the loss mask needs; "
@@ -54,108 +88,179 @@ class Renderer:
             )
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
-        self.tokenizer = tokenizer
-        self.data = data
-        self.date = date
         self.special = SpecialTokens(tokenizer)
-        self.merged_rows: list[str] = []
-        self._has_generation_block: bool | None = None
+        self._tokenizer, self._loss_on, self._date = tokenizer, loss_on, date
+        self._encode = Encoder(tokenizer)
+        self._tails: dict[str, list[int]] = {}
+        self._skeletons: Skeletons | None = None
 
     def render(self, row: Row) -> Example:
-        """Return the row as tokens and mask, each of shape (seq,), at most `max_length` long.
+        """Return the row as tokens and mask, each of shape (seq,).
 
         Raises:
-            UnusableRowError: the row cannot be rendered, is too long, or has no token left to learn.
+            UnusableRowError: the row cannot be rendered, or has no token to learn.
             DataError: the tokenizer has no chat template, or one that no row can be masked with.
         """
         if row.messages is not None:
-            input_ids, loss_mask, merged = self._conversation(row.messages, row.loss_from)
-            prompt: Prompt | None = row.messages[:-1]
-            answer: str | None = row.messages[-1]["content"]
+            example = self._conversation(row, row.messages)
+        elif row.input_ids is not None:
+            example = self._tokens(row, row.input_ids)
         else:
             assert row.text is not None
-            input_ids, loss_mask, merged = self._plain(row.prompt or "", row.text)
-            prompt, answer = (row.prompt, row.text) if row.prompt else (None, None)
-        loss_mask[0] = False
-        input_ids, loss_mask = self._fit(input_ids, loss_mask)
-        if merged:
-            self.merged_rows.append(row.where)
-        return Example(row.where, tuple(input_ids), tuple(loss_mask), prompt, answer)
-
-    def _fit(self, input_ids: list[int], loss_mask: list[bool]) -> tuple[list[int], list[bool]]:
-        if not any(loss_mask):
+            example = self._plain(row, row.text)
+        example.loss_mask[:1] = False
+        if not example.loss_mask.any():
             raise UnusableRowError("no trained token")
-        limit = self.data.max_length
-        if len(input_ids) <= limit:
-            return input_ids, loss_mask
-        if self.data.too_long == "drop":
-            raise UnusableRowError(f"longer than data.max_length ({limit} tokens)")
-        if not any(loss_mask[:limit]):
-            raise UnusableRowError(f"no trained token after truncation to data.max_length ({limit} tokens)")
-        return input_ids[:limit], loss_mask[:limit]
+        return example
 
-    def _plain(self, prompt: str, text: str) -> tuple[list[int], list[bool], bool]:
-        whole = Rendering.of(self.tokenizer, prompt + text)
-        first = first_token_after(whole, len(prompt))
-        merged = _differs(Rendering.of(self.tokenizer, prompt).input_ids, whole.input_ids, first)
-        begin = self.special.beginning_for(whole.input_ids)
-        end = [] if whole.input_ids[-1:] == [self.special.eos] else [self.special.eos]
-        input_ids = begin + whole.input_ids + end
-        num_prompt = 0 if self.data.loss_on == "all" else len(begin) + first
-        return input_ids, [False] * num_prompt + [True] * (len(input_ids) - num_prompt), merged
+    def _tokens(self, row: Row, input_ids: Sequence[int]) -> Example:
+        mask = np.ones(len(input_ids), np.bool_) if row.loss_mask is None else np.array(row.loss_mask, np.bool_)
+        notes = (TWO_BEGINNINGS,) if self.special.begins_twice(input_ids) else ()
+        return Example(row.where, np.array(input_ids, np.int32), mask, notes=notes)
 
-    def _conversation(self, turns: Sequence[Message], loss_from: int) -> tuple[list[int], list[bool], bool]:
+    def _plain(self, row: Row, text: str) -> Example:
+        prompt = row.prompt or ""
+        whole = Rendering(prompt + text, self._encode(prompt + text))
+        first = whole.first_token_after(len(prompt))
+        ends = [len(prompt)] if prompt else []
+        notes = self._notes(whole, ends, self.special.places_in(whole.input_ids))
+        ids = self._begun(whole.ids)
+        num_prompt = 0 if self._loss_on == "all" or not prompt else max(len(ids) - len(whole.ids) + first, 0)
+        if ids[-1:] != [self.special.eos]:
+            ids.append(self.special.eos)
+        mask = np.ones(len(ids), np.bool_)
+        mask[:num_prompt] = False
+        input_ids = np.array(ids, np.int32)
+        if not row.prompt:
+            return Example(row.where, input_ids, mask, notes=notes)
+        return Example(row.where, input_ids, mask, row.prompt, text, notes)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Return the tokens of a plain text with the beginning token as the tokenizer adds it, and never twice."""
+        while self.special.begins_twice(ids):
+            ids = ids[1:]
+        return self.special.beginning_for(ids) + ids
+
+    def _conversation(self, row: Row, turns: tuple[Message, ...]) -> Example:
         self._check_template()
-        for turn in turns:
-            self.special.refuse_in(turn["content"], turn["role"])
+        self.special.refuse_in_turns(turns, row.tools)
+        learnt, wanted = self._answers(row, turns)
         try:
-            whole = Rendering.of(self.tokenizer, self._text(turns))
-            learnt = self._learnt_turns(turns, loss_from)
-            starts, prompts = self._answer_starts(turns, learnt, whole)
+            whole, places = self._places(row, turns, wanted)
         except TemplateError as error:
             raise UnusableRowError(f"the chat template refuses the row: {error.message}") from None
-        mask = [self.data.loss_on == "all"] * len(whole.input_ids)
-        for index, start in zip(learnt, starts, strict=True):
-            end = end_of_turn(whole, start, turns[index]["content"], self.special.ids)
-            mask[start : end + 1] = [True] * (end + 1 - start)
-        merged = any(_differs(prompt, whole.input_ids, start) for start, prompt in zip(starts, prompts, strict=True))
-        return whole.input_ids, mask, merged
+        special = self.special.places_in(whole.input_ids)
+        spans = {i: answer_span(whole, places[i], turns[i], special) for i in wanted}
+        mask = self._mask(len(whole.ids), spans, learnt)
+        notes = self._notes(whole, [places[i].prompt_end for i in learnt], special)
+        if row.tools or turns[-1].get("tool_calls"):
+            return Example(row.where, whole.input_ids, mask, notes=notes)
+        return Example(row.where, whole.input_ids, mask, turns[:-1], turns[-1]["content"], notes)
 
-    def _text(self, turns: Sequence[Message]) -> str:
-        return render_chat(self.tokenizer, turns, date=self.date)
+    def _answers(self, row: Row, turns: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Return the assistant turns to learn, and all whose places are needed."""
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= row.loss_from]
+        if self._loss_on == "last":
+            answers = answers[-1:]
+        learnt = [i for i in answers if i not in row.untrained]
+        return learnt, answers if self._loss_on in ("completion", "all") else learnt
 
-    def _answer_starts(
-        self, turns: Sequence[Message], answers: Sequence[int], whole: Rendering
-    ) -> tuple[list[int], list[list[int]]]:
-        has_block = bool(self._has_generation_block)
-        return answer_starts(self.tokenizer, turns, answers, whole, date=self.date, has_block=has_block)
+    def _mask(self, length: int, spans: Mapping[int, tuple[int, int]], learnt: Sequence[int]) -> MaskArray:
+        mask = np.zeros(length, np.bool_)
+        if self._loss_on == "all":
+            mask[:] = True
+        elif self._loss_on == "completion" and spans:
+            mask[min(start for start, _ in spans.values()) :] = True
+        for index, (start, end) in spans.items():
+            mask[start : end + 1] = index in learnt
+        return mask
 
-    def _learnt_turns(self, turns: Sequence[Message], loss_from: int) -> list[int]:
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= loss_from]
-        return answers[-1:] if self.data.loss_on == "last" else answers
+    def _places(
+        self, row: Row, turns: Sequence[Message], wanted: Sequence[int]
+    ) -> tuple[Rendering, Mapping[int, AnswerPlace]]:
+        """Return the conversation as text and tokens, and where the answers `wanted` stand in it."""
+        assert self._skeletons is not None
+        chat = TokenizerChat(self._tokenizer, self._date, row.tools)
+        text = chat.text(turns)
+        skeleton, order, is_new = (None, "", False) if row.tools else self._skeletons.find(turns)
+        places = skeleton.places(turns, text) if skeleton else None
+        if places is not None and is_new:
+            self._encode.check(text)
+        whole = Rendering(text, self._encode(text))
+        if places is not None and is_new:
+            if self._is_confirmed(chat, turns, whole, places):
+                self._skeletons.trust(order)
+            else:
+                self._skeletons.distrust(order)
+                places = None
+        if places is None:
+            places = places_by_prompts(chat, turns, text, wanted)
+        return whole, places
+
+    def _is_confirmed(
+        self, chat: TokenizerChat, turns: Sequence[Message], whole: Rendering, places: Mapping[int, AnswerPlace]
+    ) -> bool:
+        """Say whether the last answer and one before it stand where their own prompts say."""
+        answers = list(places)
+        chosen = sorted({answers[len(answers) // 2 - 1], answers[-1]})
+        special = self.special.places_in(whole.input_ids)
+        try:
+            others = places_by_prompts(chat, turns, whole.text, chosen)
+            return all(
+                (others[i].prompt_end, others[i].begin) == (places[i].prompt_end, places[i].begin)
+                and answer_span(whole, others[i], turns[i], special) == answer_span(whole, places[i], turns[i], special)
+                for i in chosen
+            )
+        except (TemplateError, UnusableRowError):
+            return False
+
+    def _notes(self, whole: Rendering, prompt_ends: Iterable[int], special: Sequence[int]) -> tuple[str, ...]:
+        """Return a note if a prompt alone has other tokens than it has here, with an answer behind it."""
+        return (REACHES_OVER,) if any(self._reaches_over(whole, end, special) for end in prompt_ends) else ()
+
+    def _reaches_over(self, whole: Rendering, prompt_end: int, special: Sequence[int]) -> bool:
+        """Compare the tokens of a prompt from its last special token on: what stands before that one is the same."""
+        first = whole.first_token_after(prompt_end)
+        number = bisect_left(special, first) - 1
+        from_token = special[number] if number >= 0 else 0
+        from_char = whole.chars_of(from_token)[0] if number >= 0 else 0
+        if self._encoded(whole.text[from_char:prompt_end]) == whole.ids[from_token:first]:
+            return False
+        return from_char == 0 or self._encode(whole.text[:prompt_end]).ids != whole.ids[:first]
+
+    def _encoded(self, text: str) -> list[int]:
+        """Return the tokens of the end of a prompt; most prompts end in the same few ways."""
+        ids = self._tails.get(text)
+        if ids is None:
+            ids = self._encode(text).ids
+            if len(self._tails) < MOST_TAILS:
+                self._tails[text] = ids
+        return ids
 
     def _check_template(self) -> None:
         """Render a short conversation, once: what fails there would fail for every row."""
-        if self._has_generation_block is not None:
+        if self._skeletons is not None:
             return
         names = ", ".join(CHAT_TEMPLATES)
-        if not self.tokenizer.chat_template:
+        if not self._tokenizer.chat_template:
             raise DataError(
-                "the tokenizer has no chat template, which messages and alpaca rows need; set model.chat_template to "
+                "the tokenizer has no chat template, which conversations need; set model.chat_template to "
                 f"{names} or a Jinja file"
             )
-        self._has_generation_block = has_generation_block(self.tokenizer)
+        chat = TokenizerChat(self._tokenizer, self._date)
         try:
-            rendering = Rendering.of(self.tokenizer, self._text(PROBE))
-            starts, _ = self._answer_starts(PROBE, [1], rendering)
-            end_of_turn(rendering, starts[0], "two", self.special.ids)
+            text = chat.text(PROBE)
+            whole = Rendering(text, self._encode(text))
+            place = places_by_prompts(chat, PROBE, text, [1])[1]
+            answer_span(whole, place, PROBE[1], self.special.places_in(whole.input_ids))
         except (TemplateError, UnusableRowError) as error:
             raise DataError(
                 f"the tokenizer's chat template cannot be trained with: a user and an assistant turn failed: {error}; "
                 f"set model.chat_template to {names} or a corrected Jinja file"
             ) from None
-
-
-def _differs(prompt: list[int], whole: list[int], start: int) -> bool:
-    """Say whether the tokens before `start` do not begin with those of the prompt alone, as inference has them."""
-    return len(prompt) > start or whole[: len(prompt)] != prompt
+        if self.special.begins_twice(whole.ids):
+            raise DataError(
+                "the tokenizer's chat template writes the beginning token twice; set model.chat_template to a corrected "
+                "Jinja file"
+            )
+        self._skeletons = Skeletons(chat, self._tokenizer.get_chat_template())

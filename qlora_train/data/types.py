@@ -1,26 +1,56 @@
-"""What the data stage hands on: rows become examples, examples become batches. No torch."""
+"""What the data stage hands on: records become rows, rows become examples, examples become batches. No torch."""
 
-from dataclasses import dataclass
-from typing import Self, TypedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, Self, TypedDict
+
+import numpy as np
+import numpy.typing as npt
 
 LONGEST_REASON = 200
 """Characters of the reason why a row cannot be used."""
+NUM_PLACES = 5
+"""Places that are kept of rows counted together."""
+
+TokenArray = npt.NDArray[np.int32]
+MaskArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The columns of one row as the file has them, and where it stands: ``file:line`` or ``file:row N``."""
+
+    where: str
+    values: dict[str, Any]
 
 
 class Message(TypedDict):
-    """One turn of a conversation: `role` is system, user, assistant or tool."""
+    """One turn of a conversation: `role` is system, user, assistant or tool.
+
+    The optional fields are those that chat templates read; a message has them only where the row does.
+    """
 
     role: str
     content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One usable row, in the one shape that all formats are read into.
 
-    Exactly one of `messages` and `text` is set. `where` is ``file:line`` (or ``dataset[split]:row N``), for people.
-    `prompt` stands before `text`, turns before index `loss_from` before the completion of a row that keeps the two
-    apart; neither carries loss, unless `data.loss_on` is `all`.
+    Exactly one of `messages`, `text` and `input_ids` is set. `where` is ``file:line`` (or ``dataset[split]:row N``), for
+    people. `prompt` stands before `text`, turns before index `loss_from` before the completion of a row that keeps the
+    two apart; neither carries loss, unless `data.loss_on` is `all`.
+
+    Attributes:
+        untrained: indices of assistant turns that the row itself says not to learn.
+        tools: JSON schemas of the functions that the assistant may call.
+        input_ids: a row that came as tokens, (seq,).
+        loss_mask: its labels, (seq,).
     """
 
     where: str
@@ -28,56 +58,67 @@ class Row:
     text: str | None = None
     prompt: str | None = None
     loss_from: int = 0
+    untrained: frozenset[int] = frozenset()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    input_ids: tuple[int, ...] | None = None
+    loss_mask: tuple[bool, ...] | None = None
 
 
 class UnusableRowError(Exception):
-    """Raised inside the data stage with the reason why one row cannot be used; it becomes an `Unusable`."""
+    """Raised inside the data stage with the reason why one row cannot be used; equal reasons are counted together."""
+
+    @property
+    def reason(self) -> str:
+        """The reason in one short line; the error's text may hold what a row or a chat template says."""
+        line = " ".join(str(self).split())
+        return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "..."
 
 
-@dataclass(frozen=True, slots=True)
-class Unusable:
-    """A row that cannot be trained on; rows with the same `reason`, one short line, are counted together."""
+@dataclass(slots=True)
+class Tally:
+    """Rows counted by reason, with the first few places of each."""
 
-    where: str
-    reason: str
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
 
-    @classmethod
-    def because(cls, where: str, error: UnusableRowError) -> Self:
-        """Make one of an error, whose text may hold what a row or a chat template says."""
-        line = " ".join(str(error).split())
-        return cls(where, line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "...")
+    def add(self, reason: str, where: str) -> None:
+        """Count one row."""
+        self._add(reason, 1, (where,))
+
+    def merge(self, other: Self) -> None:
+        """Count what another one has counted, later in the data."""
+        for reason, count in other.counts.items():
+            self._add(reason, count, other.places[reason])
+
+    def _add(self, reason: str, count: int, places: Iterable[str]) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        known = self.places.setdefault(reason, [])
+        known.extend(list(places)[: NUM_PLACES - len(known)])
+
+    @property
+    def total(self) -> int:
+        """How many rows were counted."""
+        return sum(self.counts.values())
 
 
 Prompt = tuple[Message, ...] | str
 """What a model is asked: the turns so far, or plain text to go on from."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Example:
     """A row as tokens.
 
-    `input_ids` and `loss_mask` have equal length (seq,); a token with a true mask is a label. `prompt` and `answer` are
-    for generation: the turns before the last assistant turn and that turn's text; the texts of a plain prompt and its
-    completion; both None for text without a prompt. The first token is never a label, since nothing predicts it.
+    `input_ids`, int32, and `loss_mask`, bool, have equal length (seq,); a token with a true mask is a label. `prompt` and
+    `answer` are for generation: the turns before the last assistant turn and that turn's text; the texts of a plain
+    prompt and its completion; both None for text without a prompt, tokens, conversations with tools, and where nobody
+    will generate. The first token is never a label, since nothing predicts it. `notes` are things to know about the row
+    that do not keep it from being used; rows with the same note are counted together.
     """
 
     where: str
-    input_ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]
-    prompt: Prompt | None
-    answer: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedData:
-    """Everything the trainer and the evaluation need.
-
-    `dropped` counts the rows that were left out by ``data.train: reason`` and ``data.eval: reason``; rows that a share
-    for `data.eval` would have held out are counted where they were read, under ``data.train``. `fingerprint` is a sha256
-    of all tokens and masks in order.
-    """
-
-    train: tuple[Example, ...]
-    eval: tuple[Example, ...]
-    dropped: dict[str, int]
-    fingerprint: str
+    input_ids: TokenArray
+    loss_mask: MaskArray
+    prompt: Prompt | None = None
+    answer: str | None = None
+    notes: tuple[str, ...] = ()

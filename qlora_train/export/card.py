@@ -21,9 +21,9 @@ Kind = Literal["adapter", "merged"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NAME_KEYS = ("model_name_or_path", "base_model_name_or_path", "path")
 """Settings that hold a Hub id or a path."""
-PATH_KEYS = ("adapter_path", "output_dir", "chat_template")
+PATH_KEYS = ("adapter_path", "output_dir", "chat_template", "cache_dir")
 """Settings that hold a path, or a name without slashes."""
-FILE_SUFFIXES = (".gguf", ".jsonl", ".json", ".csv", ".parquet", ".txt")
+FILE_SUFFIXES = (".gguf", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst")
 _ABSOLUTE = re.compile(r"^(/|~|\.\.([/\\]|$)|\\\\|[A-Za-z]:[/\\]|file:)")
 
 
@@ -44,7 +44,7 @@ def write_card(
     revision: str | None,
     config: RunConfig,
     metrics: Mapping[str, float],
-    num_train_rows: int,
+    num_train_rows: int | None,
     library_versions: Mapping[str, str],
     kind: Kind,
 ) -> None:
@@ -164,10 +164,14 @@ def _loading(base: str, revision: str | None, config: RunConfig, kind: Kind) -> 
     return f"## Loading\n\n```python\n{code}\n```{note}"
 
 
-def _data(config: RunConfig, num_train_rows: int) -> str:
+def _data(config: RunConfig, num_train_rows: int | None) -> str:
     names = ", ".join(f"`{public_name(source.path)}`" for source in config.data.train)
-    loss_on = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "every token"}
-    return f"## Data\n\n{num_train_rows} training rows from {names}; loss on {loss_on[config.data.loss_on]}."
+    loss_on = {
+        "assistant": "every assistant turn", "last": "the last assistant turn", "completion": "all that follows the prompt",
+        "all": "every token",
+    }  # fmt: skip
+    rows = "Training rows streamed" if num_train_rows is None else f"{num_train_rows} training rows"
+    return f"## Data\n\n{rows} from {names}; loss on {loss_on[config.data.loss_on]}."
 
 
 def _table(name: str, value: str, rows: Mapping[str, str], empty: str) -> str:

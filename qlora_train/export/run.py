@@ -52,7 +52,7 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Pr
             revision=source.revision,
             config=config,
             metrics=_measured(adapter_loss, choice),
-            num_train_rows=len(data.train),
+            num_train_rows=data.num_train_rows,
             library_versions=library_versions(),
             kind="merged",
         )

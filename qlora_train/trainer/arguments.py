@@ -41,7 +41,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, has_
         neftune_noise_alpha=train.neftune_noise_alpha,
         logging_steps=train.logging_steps,
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="all" if config.data.packing else "non_padding",  # packs have no padding
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16 and on_gpu,
         use_cpu=not on_gpu,
@@ -49,6 +49,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, has_
         report_to=list(config.run.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        ignore_data_skip=config.data.streaming,  # a stream begins where the run stands
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},

@@ -3,7 +3,7 @@
 What is overridden, and why:
 
 - the loss is the summed negative log-likelihood of all label tokens of the accumulated batch, divided by their count;
-- the order of the rows is a pure function of the seed and the epoch;
+- rows come padded or packed from mapped files, in an order that is a pure function of the seed and the epoch, or streamed;
 - a non-finite loss or gradient stops the run before the update, naming step and rows;
 - checkpoints are whole or absent, hold no pickle, and continue the run bit for bit;
 - `eval_loss` is total negative log-likelihood over total label tokens;
@@ -13,10 +13,10 @@ What is overridden, and why:
 import logging
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerState
@@ -34,44 +34,20 @@ from qlora_train.checkpoint import (
 )
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.batches import Collator, epoch_order, padding_multiple, to_dataset
+from qlora_train.data.store import Rows
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.loss import label_losses
 from qlora_train.trainer.arguments import sft_config
+from qlora_train.trainer.feed import make_feed
+from qlora_train.trainer.isolation import isolate_documents
 
 logger = logging.getLogger(__name__)
 
 MAX_SCALER_SKIPS = 8
 STATE_FILE = "trainer_state.json"
-
-
-class EpochBatches:
-    """Batches of row indices whose order depends on nothing but the seed and the epoch.
-
-    The epoch is read from the trainer's step count when iteration begins, so that a resumed run needs no sampler state.
-    """
-
-    def __init__(self, trainer: "QloraTrainer", lengths: list[int]) -> None:
-        self._trainer, self._lengths = trainer, lengths
-        train = trainer.config.train
-        self.batch_size, self.drop_last = train.per_device_train_batch_size, False
-        self._group_by_length = train.group_by_length
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._lengths) / self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        accumulation = self._trainer.config.train.gradient_accumulation_steps
-        order = epoch_order(
-            self._lengths,
-            seed=self._trainer.config.run.seed,
-            epoch=self._trainer.state.global_step // math.ceil(len(self) / accumulation),
-            batch_size=self.batch_size,
-            group_by_length=self._group_by_length,
-        )
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
+STAND_IN = datasets.Dataset.from_dict({"row": [0]})
+"""What TRL is given as its data: it looks at the columns, and reads rows of its own loaders only, which are overridden."""
 
 
 class QloraTrainer(SFTTrainer):
@@ -87,7 +63,11 @@ class QloraTrainer(SFTTrainer):
     ) -> None:
         self.config, self.run, self.examples = config, run, data
         self._adapted = adapted
-        self._lengths = [len(example.input_ids) for example in data.train]
+        loaded = adapted.loaded
+        self._feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device)
+        if config.data.packing:
+            assert isinstance(data.train, Rows), "a stream is not packed"
+            isolate_documents(adapted, config, data.train)
         self._micro_losses: list[torch.Tensor] = []
         self._micro_rows: list[torch.Tensor] = []
         self._loss_of_all_steps = 0.0
@@ -96,9 +76,8 @@ class QloraTrainer(SFTTrainer):
         super().__init__(
             model=adapted.model,
             args=sft_config(config, adapted, run, has_eval=bool(data.eval)),
-            train_dataset=to_dataset(data.train),
-            eval_dataset=to_dataset(data.eval) if data.eval else None,
-            data_collator=Collator(adapted.loaded.tokenizer.pad_token_id, padding_multiple(adapted.loaded.device)),
+            train_dataset=STAND_IN,
+            eval_dataset=STAND_IN if data.eval else None,
             processing_class=adapted.loaded.tokenizer,
             callbacks=callbacks,
         )
@@ -115,10 +94,8 @@ class QloraTrainer(SFTTrainer):
     # --- data and loss -----------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches, in the order of `EpochBatches`."""
-        return DataLoader(
-            self.train_dataset, batch_sampler=EpochBatches(self, self._lengths), collate_fn=self.data_collator
-        )
+        """Return the training batches."""
+        return self._feed.loader(self)
 
     def compute_loss(
         self,
@@ -130,9 +107,7 @@ class QloraTrainer(SFTTrainer):
         """Return this micro-batch's share of the loss of the accumulated batch, a scalar."""
         assert not return_outputs, "evaluation goes through `evaluate`"
         assert num_items_in_batch is not None
-        losses, _ = label_losses(
-            model, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=inputs["labels"]
-        )
+        losses, _ = label_losses(model, **{name: tensor for name, tensor in inputs.items() if name != "row"})
         loss = losses.sum() / num_items_in_batch
         self._micro_losses.append(loss.detach())
         self._micro_rows.append(inputs["row"])
@@ -159,11 +134,12 @@ class QloraTrainer(SFTTrainer):
             logger.warning("step %d: gradient overflow in float16, the loss scaler skips the update", step)
             if self._num_scaler_skips < MAX_SCALER_SKIPS:
                 return
-        places = [self.examples.train[row].where for batch in rows for row in batch.tolist()]
+        numbers = [row for batch in rows for row in batch.tolist()]
+        places = [self._feed.where(number) for number in numbers[:4]]
         what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         raise TrainingError(
-            f"step {step}: {what}; nothing was updated; rows of this step: {', '.join(places[:4])}"
-            f"{' ...' if len(places) > 4 else ''}; look at these rows, lower train.learning_rate, or resume from the last "
+            f"step {step}: {what}; nothing was updated; rows of this step: {', '.join(places)}"
+            f"{' ...' if len(numbers) > 4 else ''}; look at these rows, lower train.learning_rate, or resume from the last "
             "checkpoint with the same command"
         )
 
@@ -213,6 +189,7 @@ class QloraTrainer(SFTTrainer):
             "loss_of_all_steps": self._loss_of_all_steps,
             "num_scaler_skips": self._num_scaler_skips,
             "scaler": scaler.state_dict() if scaler is not None else {},
+            "feed": self._feed.memory(),
         }
 
     def restore(self, checkpoint: Path) -> None:
@@ -233,6 +210,7 @@ class QloraTrainer(SFTTrainer):
         load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
         loop = load_tree(folder, "loop")
         self._loss_of_all_steps, self._num_scaler_skips = loop["loss_of_all_steps"], loop["num_scaler_skips"]
+        self._feed.remember(loop["feed"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

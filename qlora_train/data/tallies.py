@@ -1,0 +1,57 @@
+"""Rows counted by reason, as text and as JSON: the most frequent reason first, a few places of each."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qlora_train.data.types import NUM_PLACES, Example, Tally
+
+NUM_NAMED_REASONS = 8
+"""Reasons that a message gives."""
+
+
+def merged(tallies: Iterable[Tally]) -> Tally:
+    """Return what several have counted, in their order."""
+    whole = Tally()
+    for tally in tallies:
+        whole.merge(tally)
+    return whole
+
+
+def tally_of(rows: Sequence[Example], chosen: npt.NDArray[np.bool_], reason: str) -> Tally:
+    """Count those rows of which `chosen`, (num_rows,), is true, all for one reason."""
+    indices = np.flatnonzero(chosen)
+    if not len(indices):
+        return Tally()
+    return Tally({reason: len(indices)}, {reason: [rows[int(index)].where for index in indices[:NUM_PLACES]]})
+
+
+def by_frequency(tally: Tally) -> list[tuple[str, int, list[str]]]:
+    """Return each reason with its count and places, the most frequent first."""
+    ordered = sorted(tally.counts.items(), key=lambda item: -item[1])
+    return [(reason, count, tally.places[reason]) for reason, count in ordered]
+
+
+def described(tally: Tally) -> str:
+    """Return the most frequent reasons in one line, each with its count and a few places."""
+    ordered = by_frequency(tally)
+    told = [f"{count} x {reason} ({named(places, count)})" for reason, count, places in ordered[:NUM_NAMED_REASONS]]
+    rest = ordered[NUM_NAMED_REASONS:]
+    if rest:
+        count = sum(count for _, count, _ in rest)
+        told.append(f"{count} x other reasons ({named([place for *_, places in rest for place in places], count)})")
+    return "; ".join(told)
+
+
+def named(places: Sequence[str], count: int) -> str:
+    """Join the first few places of `count` rows, and say how many more there are."""
+    few = places[:NUM_PLACES]
+    more = count - len(few)
+    return ", ".join(few) + (f" and {more} more" if more > 0 else "")
+
+
+def to_json(tally: Tally) -> list[dict[str, Any]]:
+    """Return it as a list of JSON objects, the most frequent reason first."""
+    return [{"reason": reason, "count": count, "places": places} for reason, count, places in by_frequency(tally)]

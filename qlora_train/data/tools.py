@@ -1,0 +1,110 @@
+"""Functions that an assistant may call, and its calls, in the one shape that chat templates read.
+
+A function is ``{type: function, function: {name, description, parameters}}``; a call is ``{id, type: function,
+function: {name, arguments}}`` with the arguments as an object, whatever the row holds: JSON strings, or the inner object
+alone. Whether a template prints them is for `template` to see.
+"""
+
+from typing import Any
+
+from qlora_train.data.readers import kind_of
+from qlora_train.data.types import UnusableRowError
+from qlora_train.data.values import NOTHING, read_json, read_string
+
+CALL_FIELDS = ("id", "type", "function", "index")
+"""Fields of a call; `index` is its place in the list, which the list says already."""
+FUNCTION_FIELDS = ("name", "arguments")
+
+
+def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """Return the column `tools`, a list of functions or a string with its JSON, in the usual shape; () for nothing.
+
+    Raises:
+        UnusableRowError: it is something else, or a function has no name.
+    """
+    tools = read_json(value, "tools") if value not in NOTHING else None
+    if tools in NOTHING:
+        return ()
+    if not isinstance(tools, list):
+        raise UnusableRowError(f"tools is {kind_of(tools)}, expected a list of functions")
+    return tuple(_read_tool(tool) for tool in tools)
+
+
+def _read_tool(tool: Any) -> dict[str, Any]:
+    said = read_json(tool, "a function in tools") if isinstance(tool, str) else tool
+    if not isinstance(said, dict):
+        raise UnusableRowError(f"tools holds {kind_of(said)}, expected {{type: function, function: {{name, ...}}}}")
+    if said.get("type") not in (None, "function"):
+        raise UnusableRowError("tools holds something of another type than function")
+    fields = {name: field for name, field in said.items() if name != "type"}
+    if "function" not in fields:
+        fields = {"function": fields}
+    _read_name(fields["function"], "a function in tools")
+    return {"type": "function", **fields}
+
+
+def read_calls(value: Any, name: str) -> list[dict[str, Any]]:
+    """Return calls in the usual shape, at least one.
+
+    Args:
+        value: a list of calls, one call, or a string with the JSON of either.
+        name: of the field, for reasons.
+
+    Raises:
+        UnusableRowError: it is something else, a call has no name or fields that would be lost, or its arguments are no
+            object.
+    """
+    is_text = isinstance(value, str)
+    calls = read_json(value, name) if is_text else value
+    if isinstance(calls, dict):
+        calls = [calls]
+    if not isinstance(calls, list) or not calls:
+        found = "an empty list" if calls == [] else kind_of(calls)
+        raise UnusableRowError(f"{name} is {found}, expected a list of calls")
+    return [_read_call(call, name, is_text=is_text) for call in calls]
+
+
+def _read_call(call: Any, name: str, *, is_text: bool) -> dict[str, Any]:
+    if not isinstance(call, dict):
+        raise UnusableRowError(f"{name} holds {kind_of(call)}, expected {{name, arguments}}")
+    outer = dict(call)
+    if outer.get("function") in NOTHING:  # the inner object alone, perhaps with an id beside its fields
+        outer["function"] = {field: outer.pop(field, None) for field in FUNCTION_FIELDS}
+    if outer.get("type") not in (*NOTHING, "function"):
+        raise UnusableRowError(f"{name} holds a call of another type than function")
+    function_name = _read_name(outer["function"], f"a call in {name}")
+    _refuse_lost(outer, CALL_FIELDS, name)
+    _refuse_lost(outer["function"], FUNCTION_FIELDS, name)
+    arguments = _read_arguments(outer["function"].get("arguments"), is_text=is_text)
+    function = {"name": function_name, "arguments": arguments}
+    if outer.get("id") in NOTHING:
+        return {"type": "function", "function": function}
+    return {"id": read_string(outer["id"], f"the id of a call in {name}"), "type": "function", "function": function}
+
+
+def _read_name(function: Any, where: str) -> str:
+    name = function.get("name") if isinstance(function, dict) else None
+    if name in NOTHING:
+        raise UnusableRowError(f"{where} has no name")
+    return read_string(name, f"the name of {where}")
+
+
+def _refuse_lost(fields: dict[str, Any], known: tuple[str, ...], name: str) -> None:
+    lost = next((field for field in fields if field not in known and fields[field] not in NOTHING), None)
+    if lost is not None:
+        raise UnusableRowError(
+            f"a call in {name} has the field {lost}, which training would lose; expected {{name, arguments}}"
+        )
+
+
+def _read_arguments(value: Any, *, is_text: bool) -> dict[str, Any]:
+    """Return the arguments as an object; none at all is a call without arguments.
+
+    `is_text` says that the whole call came as a string, so that a null among its arguments is meant.
+    """
+    if value in NOTHING:
+        return {}
+    arguments = value if is_text and isinstance(value, dict) else read_json(value, "arguments")
+    if not isinstance(arguments, dict):
+        raise UnusableRowError(f"arguments is {kind_of(arguments)}, expected an object")
+    return arguments

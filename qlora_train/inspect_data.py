@@ -1,0 +1,50 @@
+"""The data of a config without its model: what a run begins with, and all that `qlora-train data` needs."""
+
+import datetime
+from dataclasses import replace
+from typing import Any
+
+from qlora_train.architectures import check_max_length, detect
+from qlora_train.config import RunConfig
+from qlora_train.data import PreparedData, prepare_data
+from qlora_train.data.segments import render_rows
+from qlora_train.data.stream import RowStream
+from qlora_train.loader import BaseSource, load_tokenizer, resolve_base
+from qlora_train.loader.model import model_config
+
+
+def inspect(config: RunConfig, *, num_shown: int) -> PreparedData:
+    """Prepare the data of a config as a run that begins today would, with its base's tokenizer alone.
+
+    Args:
+        config: the resolved config; nothing is written but the cache of tokenised data.
+        num_shown: training rows that the report shows as text.
+
+    Raises:
+        UserError: the tokenizer or the data cannot be had or used.
+    """
+    described = resolve_base(config.model, weights=False)
+    data, tokenizer = data_of(config, described, date=datetime.date.today())
+    rows = data.train.head() if isinstance(data.train, RowStream) else data.train
+    shown = render_rows(rows[:num_shown], tokenizer)
+    return replace(data, report=replace(data.report, first_rows=shown))
+
+
+def data_of(config: RunConfig, described: BaseSource, *, date: datetime.date) -> tuple[PreparedData, Any]:
+    """Prepare the data for a base, and return it with the tokenizer.
+
+    Args:
+        config: the resolved config.
+        described: the base; its weights need not be there.
+        date: the day that dated chat templates are rendered for.
+
+    Raises:
+        UserError: the tokenizer or the data cannot be had or used.
+    """
+    check_max_length(described.config, detect(described.config), config.data.max_length, config.model.rope_scaling)
+    num_embeddings = int(model_config(described, config.model).get_text_config().vocab_size)
+    tokenizer = load_tokenizer(described, config.model)
+    # the loader grows the embedding when the tokenizer has more tokens
+    vocabulary_size = max(num_embeddings, len(tokenizer))
+    data = prepare_data(config.data, tokenizer, config.run.seed, date=date, vocabulary_size=vocabulary_size)
+    return data, tokenizer

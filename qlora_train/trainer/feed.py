@@ -1,0 +1,166 @@
+"""What the training loop reads: micro-batches of stored rows, padded or packed, or of a stream; the same from any step on.
+
+Where a run stands in its data follows from its number of optimizer steps alone, so that a checkpoint holds no position.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerState
+
+from qlora_train.config import RunConfig
+from qlora_train.data.batches import (
+    Batch,
+    BatchOrder,
+    Collator,
+    PackCollator,
+    RowDataset,
+    RowOrder,
+    padding_multiple,
+)
+from qlora_train.data.packing import PackOrder
+from qlora_train.data.store import Rows
+from qlora_train.data.stream import RowStream
+
+logger = logging.getLogger(__name__)
+
+
+class Feed(Protocol):
+    """The training data as the loop takes it."""
+
+    def loader(self, state: "Standing") -> DataLoader[Any]:
+        """Return the micro-batches; iteration begins after the steps that the trainer has taken by then."""
+
+    def where(self, row: int) -> str:
+        """Return the place of a row of the last step, by the number that its batch gives it."""
+
+    def memory(self) -> list[int]:
+        """Return what a checkpoint should hold so that a resumed run need not find it out again."""
+
+    def remember(self, memory: list[int]) -> None:
+        """Take what a checkpoint held."""
+
+
+class Standing(Protocol):
+    """A trainer, of which a feed reads how far it is."""
+
+    state: TrainerState
+
+
+def make_feed(rows: Rows | RowStream, config: RunConfig, pad_token_id: int, device: torch.device) -> Feed:
+    """Return the feed that a config asks for; how full packs are is logged."""
+    if isinstance(rows, RowStream):
+        return StreamFeed(rows, config, Collator(pad_token_id, padding_multiple(device)))
+    if config.data.packing:
+        return RowFeed(rows, pack_order(rows.lengths, config), config, PackCollator())
+    train = config.train
+    order = RowOrder(rows.lengths, config.run.seed, train.per_device_train_batch_size, train.group_by_length)
+    return RowFeed(rows, order, config, Collator(pad_token_id, padding_multiple(device)))
+
+
+def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
+    """Return how rows of these lengths, (num_rows,), are packed."""
+    packs = PackOrder(
+        lengths, max_length=config.data.max_length, seed=config.run.seed,
+        batch_size=config.train.per_device_train_batch_size,
+    )  # fmt: skip
+    logger.info(
+        "packing: %d rows in %d packs of %d tokens, %.1f %% full",
+        len(lengths), packs.num_packs, config.data.max_length, 100 * packs.efficiency,
+    )  # fmt: skip
+    return packs
+
+
+class RowFeed:
+    """Rows that are tokenised already, epoch by epoch."""
+
+    def __init__(self, rows: Rows, order: BatchOrder, config: RunConfig, collate: Collator | PackCollator) -> None:
+        self._rows, self._order, self._config, self._collate = rows, order, config, collate
+
+    def loader(self, state: Standing) -> DataLoader[Any]:
+        """Return the micro-batches of the epoch that the trainer is in."""
+        batches = EpochBatches(state, self._order, self._config)
+        rows: RowDataset = RowDataset(self._rows)
+        return DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
+
+    def where(self, row: int) -> str:
+        """Return the place of a row."""
+        return self._rows[row].where
+
+    def memory(self) -> list[int]:
+        """Return nothing: the order is known."""
+        return []
+
+    def remember(self, memory: list[int]) -> None:
+        """Take nothing."""
+
+
+class EpochBatches:
+    """Batches of row numbers whose order depends on nothing but the seed and the epoch.
+
+    The epoch is read from the trainer's step count when iteration begins, so that a resumed run needs no sampler state.
+    """
+
+    def __init__(self, trainer: Standing, order: BatchOrder, config: RunConfig) -> None:
+        self._trainer, self._order = trainer, order
+        self._accumulation = config.train.gradient_accumulation_steps
+        # the loader of a resumed run reads these two of what it skips batches of
+        self.batch_size, self.drop_last = config.train.per_device_train_batch_size, False
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        steps_an_epoch = math.ceil(len(self) / self._accumulation)
+        return self._order.of_epoch(self._trainer.state.global_step // steps_an_epoch)
+
+
+class StreamFeed(IterableDataset[Batch]):
+    """An endless stream of rows in micro-batches, all full.
+
+    Args:
+        stream: the rows.
+        config: the run's settings.
+        collate: makes a micro-batch of rows.
+    """
+
+    def __init__(self, stream: RowStream, config: RunConfig, collate: Collator) -> None:
+        self._stream, self._collate = stream, collate
+        self._batch_size = config.train.per_device_train_batch_size
+        self._rows_a_step = self._batch_size * config.train.gradient_accumulation_steps
+        self._places: deque[tuple[int, str]] = deque(maxlen=2 * self._rows_a_step)
+        self._trainer: Standing | None = None
+
+    def loader(self, state: Standing) -> DataLoader[Any]:
+        """Return the micro-batches from the trainer's step on."""
+        self._trainer = state
+        return DataLoader(self, batch_size=None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        assert self._trainer is not None
+        start = self._trainer.state.global_step * self._rows_a_step
+        numbered = zip(count(start), self._stream.rows(start), strict=False)
+        while True:
+            rows = list(islice(numbered, self._batch_size))
+            self._places.extend((number, example.where) for number, example in rows)
+            yield self._collate(rows)
+
+    def where(self, row: int) -> str:
+        """Return the place of a row of the last step."""
+        return dict(self._places)[row]
+
+    def memory(self) -> list[int]:
+        """Return the rows of each window that was tokenised so far."""
+        return list(self._stream.counts)
+
+    def remember(self, memory: list[int]) -> None:
+        """Take the rows of each window that an earlier part of the run tokenised."""
+        self._stream.counts = list(memory)
