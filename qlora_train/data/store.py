@@ -163,10 +163,9 @@ def example_at(
     files: Sequence[str],
 ) -> Example:
     """Return one row of a store or of a chunk from the arrays that hold it; tokens and mask are copies."""
-    begin = int(rows[index]["offset"])
-    end = begin + int(rows[index]["length"])
-    note_end = int(rows[index + 1]["note"]) if index + 1 < len(rows) else len(notes)
-    file, place, prompt, answer, *notes_of_row = json.loads(notes[int(rows[index]["note"]) : note_end].tobytes())
+    (begin, length, *_, note), *following = rows[index : index + 2].tolist()
+    end, note_end = begin + length, following[0][-1] if following else len(notes)
+    file, place, prompt, answer, *notes_of_row = json.loads(notes[note:note_end].tobytes().decode())
     return Example(
         where=f"{files[file]}{place}",
         input_ids=tokens[begin:end].astype(np.int32),
