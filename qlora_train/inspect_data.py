@@ -4,7 +4,7 @@ import datetime
 from dataclasses import replace
 from typing import Any
 
-from qlora_train.architectures import check_max_length, detect
+from qlora_train.architectures import check_max_length, check_packing, detect
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData, prepare_data
 from qlora_train.data.segments import render_rows
@@ -41,7 +41,10 @@ def data_of(config: RunConfig, described: BaseSource, *, date: datetime.date) ->
     Raises:
         UserError: the tokenizer or the data cannot be had or used.
     """
-    check_max_length(described.config, detect(described.config), config.data.max_length, config.model.rope_scaling)
+    architecture = detect(described.config)
+    check_max_length(described.config, architecture, config.data.max_length, config.model.rope_scaling)
+    if config.data.packing:
+        check_packing(architecture)
     num_embeddings = int(model_config(described, config.model).get_text_config().vocab_size)
     tokenizer = load_tokenizer(described, config.model)
     # the loader grows the embedding when the tokenizer has more tokens

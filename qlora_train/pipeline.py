@@ -12,7 +12,7 @@ import torch
 
 from qlora_train import durable
 from qlora_train.adapter import AdaptedModel, attach_adapter
-from qlora_train.architectures import check_packing, check_target_modules, detect
+from qlora_train.architectures import check_target_modules, detect
 from qlora_train.checkpoint import RunFolder, check_same_facts, check_same_settings, held, open_run
 from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.config.schema import COMMIT
@@ -118,10 +118,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedD
     """Make base and data ready before the model is loaded: everything that can be wrong with either shows here."""
     model = commit_of(config.model, folder)
     described = resolve_base(model, weights=False)
-    architecture = detect(described.config)
-    check_target_modules(architecture, config.lora.target_modules)
-    if config.data.packing:
-        check_packing(architecture)
+    check_target_modules(detect(described.config), config.lora.target_modules)
     check_trackers(config.run.report_to)
     if config.export.merge:
         check_mergeable(described.config, config)

@@ -194,7 +194,8 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
     if not data.is_file() or data.stat().st_size < options.bytes:
         write(data, num_bytes=options.bytes)
     shutil.rmtree(options.work / "ours", ignore_errors=True)
-    return {"bytes": data.stat().st_size, "num_proc": options.num_proc, **in_fresh_process(ours, data, options, watched=True)}
+    measured = in_fresh_process(ours, data, options, watched=True)
+    return {"bytes": data.stat().st_size, "num_proc": options.num_proc, **measured}
 
 
 def turns(options: argparse.Namespace) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_cuts_keep_the_tokens_that_they_say() -> None:
     assert cut("..xx..xx", "keep_end", 5) == ["3 4 5 [6] [7]"]
     assert cut("..xx..xx", "keep_answer", 5) == ["3 4 5 [6] [7]"]
     assert cut("..xx..xx", "keep_answer", 5, bos=True) == ["^ 4 5 [6] [7]"]
-    assert cut("..xx..xx..", "keep_answer", 6, bos=True) == ["^ 5 [6] [7] 8 9"]
+    assert cut("..xx..xx..", "keep_answer", 6, bos=True) == ["^ [3] 4 5 [6] [7]"]
     assert cut("..xx..xx.", "split", 3) == ["0 1 [2]", "2 [3] 4", "4 5 [6]", "6 [7] 8"]
     assert cut("...xxx...", "split", 3) == ["2 [3] [4]", "4 [5] 6"]
 

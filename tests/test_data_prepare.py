@@ -245,6 +245,11 @@ def test_data_is_tokenised_again_only_when_something_that_matters_changes(tmp_pa
     )  # fmt: skip
     for settings in other:
         assert cached(prepare(**settings, cache_dir=cache_dir)) == [False], settings
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "one"}, {"text": ""}])
+    prepare(train=bad, cache_dir=cache_dir, max_dropped=0.5)
+    renamed = prepare(train=str(shutil.move(bad, tmp_path / "new.jsonl")), cache_dir=cache_dir, max_dropped=0.5)
+    assert cached(renamed) == [True]
+    assert renamed.report.sources[0].dropped.places == {"text is empty": [f"{tmp_path / 'new.jsonl'}:2"]}
     moved = prepare(train=elsewhere, cache_dir=cache_dir)
     assert moved.fingerprint == first.fingerprint
     assert moved.train[3].where == f"{elsewhere}:4"

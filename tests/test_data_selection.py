@@ -79,6 +79,18 @@ def test_max_rows_takes_a_sample_of_the_mixture_in_its_order(tmp_path: Path) -> 
     assert len(mix([Source(path="a")], rows, 50, seed=0)) == len(mix([Source(path="a")], rows, 999, seed=0)) == 50
 
 
+@pytest.mark.parametrize("weight", [0.1, 2])
+def test_max_rows_takes_the_same_share_of_every_source(tmp_path: Path, weight: float) -> None:
+    stores = [
+        store_of(tmp_path / name, [example([1, 2], [0, 1])] * count, digests=range(start, start + count))
+        for name, count, start in (("a", round(400 / weight), 0), ("b", 400, 10_000))
+    ]
+    for sources in ([Source(path="a", weight=weight), Source(path="b")],):
+        few = mix(sources, Rows.every(stores), 80, seed=0)
+        assert Counter(few.origins.tolist()) == {0: 40, 1: 40}
+        assert len(set(few.indices.tolist())) == 80
+
+
 def test_a_share_holds_out_equal_rows_together_and_about_as_many_as_it_says(tmp_path: Path) -> None:
     rows = rows_saying(tmp_path / "a", *(list(range(2000)) * 2))
     held_out = split(rows.digests, 0.1, seed=3)

@@ -263,3 +263,20 @@ def test_a_saved_data_set_without_splits_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "saved" / "state.json").write_text('{"_data_files": null}')
     with pytest.raises(DataError, match=r"state.json: found no list _data_files; expected what save_to_disk writes"):
         found(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("names", [("my-train.jsonl", "my-test.jsonl"), ("train/a.jsonl", "dev/a.jsonl")])
+def test_splits_are_seen_anywhere_in_the_names_of_files_and_folders(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "one"}\n')
+    with pytest.raises(DataError, match="holds files of several splits"):
+        find_files(Source(path=f"{tmp_path}/**/*.jsonl"), "data.train")
+
+
+def test_a_link_to_a_file_that_is_gone_is_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    for place in (str(tmp_path), f"{tmp_path}/*.jsonl"):
+        with pytest.raises(DataError, match=r"b\.jsonl"):
+            [list(chunks(file, chunk_bytes=100)) for file in find_files(Source(path=place), "data.train")]

@@ -81,7 +81,10 @@ def test_bad_rows_that_the_stream_reaches_later_stop_it_in_one_line(pico_llama: 
     lines = rows.read_text().splitlines()
     lines[12:16] = ['{"messages": [{"role": "user", "content": "alone"}]}'] * 4
     rows.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=r"data.train: \d+ of \d+ rows cannot be used, data.max_dropped \(0.01\)"):
+    with pytest.raises(
+        DataError,
+        match=r"data.train: \d+ of the first \d+ rows of the stream .*, data.max_dropped \(0.01\)",
+    ):
         train_run(tmp_path, pico_llama, *settings_in(tmp_path))
 
 
@@ -93,10 +96,14 @@ def test_a_loss_that_is_not_finite_names_rows_of_the_stream(pico_llama: Path, tm
         )  # fmt: skip
 
 
-def test_a_streamed_run_is_evaluated_with_its_first_rows_as_examples(pico_llama: Path, tmp_path: Path) -> None:
+def test_a_streamed_run_is_evaluated_with_its_first_rows_as_examples(
+    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = train_run(tmp_path, pico_llama, *settings_in(tmp_path), "train.max_steps=2")
-    results = evaluate(run, EvalSettings(models=("base", "adapter"), num_shots=1, max_new_tokens=2))
+    with caplog.at_level("WARNING", logger="qlora_train"):
+        results = evaluate(run, EvalSettings(models=("base", "adapter"), num_shots=3, max_new_tokens=2))
     assert set(results) == {"base", "adapter"}
+    assert "solved examples" not in caplog.text
 
 
 def test_a_changed_file_is_refused_on_resume(pico_llama: Path, tmp_path: Path) -> None:

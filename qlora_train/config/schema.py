@@ -213,6 +213,12 @@ class DataSection(Section):
     cache_limit: str = Field("50GB", pattern=r"^[1-9]\d*(MB|GB)$")
     """Largest size of that folder: data sets that were not used for longest make room."""
 
+    @model_validator(mode="after")
+    def _amounts_are_of_training_rows(self) -> Self:
+        if isinstance(self.eval, tuple) and any(source.weight or source.num_rows for source in self.eval):
+            raise ValueError("eval: weight and num_rows have an effect in data.train only; drop them here")
+        return self
+
 
 OPTIMIZERS = Literal[
     "auto", "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused",

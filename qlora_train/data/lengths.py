@@ -65,9 +65,10 @@ def _end_kept(example: Example, max_length: int) -> Example:
 
 
 def _answer_kept(example: Example, max_length: int, bos: int | None) -> Example:
-    ids, mask = example.input_ids, example.loss_mask
+    behind = int(np.flatnonzero(example.loss_mask)[-1]) + 1  # what follows the last answer teaches nothing
+    ids, mask = example.input_ids[:behind], example.loss_mask[:behind]
     begins = int(bos is not None and ids[0] == bos)
-    num_kept = max_length - begins
+    num_kept = min(max_length, len(ids)) - begins
     if len(ids) - _begin_of_last_answer(mask) > max_length - 1:  # one token at least must stand before it
         raise UnusableRowError(f"the last answer alone is longer than data.max_length ({max_length} tokens)")
     kept_ids = np.concatenate([ids[:begins], ids[-num_kept:]])

@@ -17,7 +17,7 @@ from qlora_train.config.schema import DataSection, Source
 from qlora_train.data.chat import is_dated
 from qlora_train.data.report import NUM_FIRST_ROWS, DataReport, PartReport, SourceReport, check_limits
 from qlora_train.data.segments import render_rows
-from qlora_train.data.selection import first_of_equals, is_among, mix, split
+from qlora_train.data.selection import first_of_equals, is_among, mix, num_repeats, split
 from qlora_train.data.source_store import SourceStore, StoreMaker
 from qlora_train.data.store import Rows
 from qlora_train.data.stream import RowStream
@@ -123,11 +123,11 @@ def _streamed(
     parts = {"data.train": PartReport.of(lengths, num_labels, max_length=data.max_length, num_repeats=0)}
     if len(rows):
         parts["data.eval"] = PartReport.of(
-            rows.lengths, rows.num_labels, max_length=data.max_length, num_repeats=int((~first_of_equals(rows)).sum())
+            rows.lengths, rows.num_labels, max_length=data.max_length, num_repeats=num_repeats(rows)
         )
     beginnings = (
         SourceReport.of("data.train", source.path, summary, num_taken=summary.num_rows, cached=False)
-        for source, summary in zip(train.sources, train.summaries, strict=True)
+        for source, summary in zip(train.sources, train.summaries(), strict=True)
     )
     report = DataReport(
         max_length=data.max_length, too_long=data.too_long,
@@ -153,20 +153,17 @@ def _choose(data: DataSection, train: Rows, held_out: Rows, seed: int) -> _Chose
         is_held = split(train.digests, data.eval, seed)
         train, held_out = train.where(~is_held), train.where(is_held)
         log.info("data.eval: %d rows to train on, %d held out", len(train), len(held_out))
-    is_first = first_of_equals(train)
     overlap = tally_of(held_out, is_among(held_out, train), "stands in data.train too")
     num_deduplicated = 0
     if data.deduplicate:
-        is_new = is_first & ~is_among(train, held_out)
+        is_new = first_of_equals(train) & ~is_among(train, held_out)
         num_deduplicated, overlap = int((~is_new).sum()), Tally()
         train = train.where(is_new)
         if not len(train):
             raise DataError("data.deduplicate: every row of data.train stands in data.eval too; give other rows to one")
-    repeats = {
-        "data.train": 0 if data.deduplicate else int((~is_first).sum()),
-        "data.eval": int((~first_of_equals(held_out)).sum()),
-    }
-    return _Chosen(mix(data.train, train, data.max_rows, seed), held_out, repeats, num_deduplicated, overlap)
+    mixture = mix(data.train, train, data.max_rows, seed)
+    repeats = {"data.train": num_repeats(mixture), "data.eval": num_repeats(held_out)}
+    return _Chosen(mixture, held_out, repeats, num_deduplicated, overlap)
 
 
 def _report(

@@ -1,5 +1,6 @@
 """Which rows of the stores are trained on and which are held out: every choice is a pure function of content and seed."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from qlora_train.data.order import mixed
 from qlora_train.data.store import Rows
 from qlora_train.data.tokenized import is_held_out
 from qlora_train.errors import DataError
+
+log = logging.getLogger("qlora_train")
 
 Indices = npt.NDArray[np.int64]
 
@@ -27,6 +30,8 @@ def keyed_order(digests: npt.NDArray[np.uint64], seed: int) -> Indices:
 
 def sample(indices: Indices, digests: npt.NDArray[np.uint64], count: int, seed: int) -> Indices:
     """Return `count` of the indices in their order: each as often as it goes into `count`, and a sample for the rest."""
+    if not count:
+        return indices[:0]
     times, rest = divmod(count, len(indices))
     extra = np.sort(keyed_order(digests, seed)[:rest])
     return np.concatenate([*[indices] * times, indices[extra]])
@@ -48,6 +53,12 @@ def first_of_equals(rows: Rows) -> npt.NDArray[np.bool_]:
     """Say of each row whether no earlier one says the same; the pieces of one row are different rows."""
     digests = rows.digests
     return groups_of_equals(digests[:, 0], digests[:, 1], rows.parts)[1]
+
+
+def num_repeats(rows: Rows) -> int:
+    """Return how many of the files' rows say the same as an earlier one; one that is taken twice is no repeat."""
+    distinct = Rows(rows.stores, np.unique(rows.indices))
+    return int((~first_of_equals(distinct)).sum())
 
 
 def is_among(rows: Rows, others: Rows) -> npt.NDArray[np.bool_]:
@@ -77,6 +88,9 @@ def split(digests: npt.NDArray[np.uint64], share: float, seed: int) -> npt.NDArr
 
 def amount(source: Source, num_rows: int) -> int:
     """Return how many rows of a source an epoch takes, of the `num_rows` that it has."""
+    if not num_rows:
+        log.warning("data.train: %s: no row of it is left to train on", source.path)
+        return 0
     if source.num_rows is not None:
         return source.num_rows
     return num_rows if source.weight is None else max(1, round(source.weight * num_rows))
@@ -92,12 +106,12 @@ def mix(sources: Sequence[Source], rows: Rows, max_rows: int | None, seed: int) 
         seed: decides which rows a sample holds.
     """
     origins, digests = rows.origins, rows.digests
-    taken = []
-    for number, source in enumerate(sources):
-        own = origins == number
-        if num_rows := int(own.sum()):
-            taken.append(sample(rows.indices[own], digests[own], amount(source, num_rows), seed + number))
-    mixture = Rows(rows.stores, np.concatenate(taken))
-    if max_rows is None or max_rows >= len(mixture):
-        return mixture
-    return Rows(mixture.stores, sample(mixture.indices, mixture.digests, max_rows, seed))
+    own = [origins == number for number in range(len(sources))]
+    counts = [amount(source, int(chosen.sum())) for source, chosen in zip(sources, own, strict=True)]
+    if max_rows is not None and max_rows < sum(counts):  # every source gives up the same share
+        counts = np.diff(np.cumsum([0, *counts]) * max_rows // sum(counts)).tolist()
+    taken = [
+        sample(rows.indices[chosen], digests[chosen], count, seed + number)
+        for number, (chosen, count) in enumerate(zip(own, counts, strict=True))
+    ]
+    return Rows(rows.stores, np.concatenate(taken))

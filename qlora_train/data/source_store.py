@@ -83,10 +83,11 @@ class StoreMaker:
             making.run(folder, self._tokenizer_of_chunks(format_name, columns, kept), token_dtype(self.vocabulary_size))
 
         decisive = self._decisive(files, format_name, columns, kept)
-        folder, cached = self._cache.get(key_of([file.path for file in files], decisive), make)
+        name = key_of([file.path for file in files], decisive)
+        store, cached = self._cache.get(name, make, lambda folder: Store(folder, [file.name for file in files]))
         if cached:
-            log.info("%s: %s: tokenised before, taken from %s", key, source.path, folder)
-        return SourceStore(source, Store(folder, [file.name for file in files]), cached)
+            log.info("%s: %s: tokenised before, taken from %s", key, source.path, self._cache.folder / name)
+        return SourceStore(source, store, cached)
 
     def streamed(self, key: str, source: Source) -> StreamedSource:
         """Return a source that is tokenised while it is trained on.
@@ -97,6 +98,7 @@ class StoreMaker:
         files, format_name, columns = self._understood(key, source)
         pieces = []
         for number, file in enumerate(files):
+            _first_record(file)  # refuses a file without rows
             for position, chunk in enumerate(chunks(file, chunk_bytes=CHUNK_BYTES)):
                 if chunk.holds_rows:
                     raise DataError(
@@ -104,8 +106,11 @@ class StoreMaker:
                         "beginning; expected jsonl, txt, arrow, or parquet with small row groups, without compression"
                     )
                 pieces.append((number, position == 0, chunk))
-        kept = TextsKept()
-        identity = key_of([file.path for file in files], self._decisive(files, format_name, columns, kept))
+        kept = TextsKept(everything=True)  # nothing is stored
+        identity = key_of(
+            [file.path for file in files],
+            {**self._decisive(files, format_name, columns, kept), "chunk_bytes": CHUNK_BYTES},
+        )
         tokenize = self._tokenizer_of_chunks(format_name, columns, kept)
         return StreamedSource(source.path, format_name, [file.name for file in files], pieces, tokenize, identity)
 

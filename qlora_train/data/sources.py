@@ -9,7 +9,7 @@ import glob
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ SPLITS = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
 }  # fmt: skip
 """First words of file names that say which split they hold, as the Hub understands them."""
-SPLIT_NAME = re.compile(rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def _known(path: Path, key: str) -> DataFile:
 
 def _files_of_folder(folder: Path, key: str) -> list[DataFile]:
     entries = sorted(folder.iterdir())
-    visible = [entry for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    visible = [entry for entry in entries if not entry.name.startswith(".") and not entry.is_dir()]
     files = [_known(entry, key) for entry in visible if _kind_of(entry) is not None]
     if not files:
         found = ", ".join(entry.name + "/" * entry.is_dir() for entry in entries[:5]) or "no files"
@@ -153,7 +153,7 @@ def _files_of_folder(folder: Path, key: str) -> list[DataFile]:
 
 
 def _files_of_glob(pattern: Path, key: str) -> list[DataFile]:
-    paths = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True)) if Path(match).is_file()]  # noqa: PTH207
+    paths = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True)) if not Path(match).is_dir()]  # noqa: PTH207
     if not paths:
         raise DataError(f"{key}: the pattern {pattern} matches no file; check the folder and the suffix")
     files = [_known(path, key) for path in paths]
@@ -163,16 +163,22 @@ def _files_of_glob(pattern: Path, key: str) -> list[DataFile]:
 
 def _refuse_several_splits(files: Sequence[DataFile], place: str, key: str) -> None:
     """Refuse to read a data set's train and test files as one: held-out rows would be trained on."""
-    splits: dict[str, str] = {}
-    for file in files:
-        match = SPLIT_NAME.match(file.path.name)
-        if match:
-            splits.setdefault(SPLITS[match.group().lower()], file.path.name)
+    # where no file's name says it, the name of its folder may
+    splits = _splits_of(files, lambda path: path.name) or _splits_of(files, lambda path: path.parent.name)
     if len(splits) > 1:
         raise DataError(
             f"{key}: {place} holds files of several splits: {', '.join(splits.values())}; name the one that is meant, "
             "or list the files if all are"
         )
+
+
+def _splits_of(files: Sequence[DataFile], name_of: Callable[[Path], str]) -> dict[str, str]:
+    """Return the splits that names say, each with the first file of it."""
+    splits: dict[str, str] = {}
+    for file in files:
+        if match := SPLIT_NAME.search(name_of(file.path)):
+            splits.setdefault(SPLITS[match.group().lower()], file.path.name)
+    return splits
 
 
 def _refuse_several_kinds(files: Sequence[DataFile], folder: Path, key: str) -> None:

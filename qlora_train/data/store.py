@@ -16,13 +16,14 @@ import itertools
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from qlora_train.data.tallies import placed
 from qlora_train.data.types import Example, Tally
 
 TOKENS, MASK, ROWS, NOTES, SUMMARY = "tokens.bin", "mask.bin", "rows.bin", "notes.bin", "summary.json"
@@ -91,6 +92,10 @@ class SourceSummary:
         self.dropped.merge(chunk.dropped)
         self.noted.merge(chunk.noted)
 
+    def named(self, files: Sequence[str]) -> Self:
+        """Return it with the names that the files have today in the places of rows."""
+        return replace(self, dropped=placed(self.dropped, files), noted=placed(self.noted, files))
+
     def to_json(self) -> str:
         """Return it as text."""
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -140,7 +145,7 @@ class Store:
 
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
         self.files = files
-        self.summary = SourceSummary.from_json((folder / SUMMARY).read_text(encoding="utf-8"))
+        self.summary = SourceSummary.from_json((folder / SUMMARY).read_text(encoding="utf-8")).named(files)
         self.rows = _mapped(folder / ROWS, ROW)
         self._tokens = _mapped(folder / TOKENS, np.dtype(self.summary.token_type))
         self._mask = _mapped(folder / MASK, np.dtype(np.bool_))

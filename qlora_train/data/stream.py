@@ -16,9 +16,8 @@ from typing import Any
 
 from qlora_train.data.order import permutation
 from qlora_train.data.readers import Chunk
-from qlora_train.data.report import check_limits
 from qlora_train.data.store import SourceSummary, TokenizedChunk, token_dtype
-from qlora_train.data.tallies import merged
+from qlora_train.data.tallies import described, merged
 from qlora_train.data.tokenized import ChunkTokenizer
 from qlora_train.data.types import Example
 from qlora_train.data.workers import in_order
@@ -28,6 +27,8 @@ log = logging.getLogger("qlora_train")
 
 WINDOW_CHUNKS = 16
 """Chunks whose rows are shuffled together."""
+MIN_RECORDS = 1000
+"""Rows from which on, before an epoch is over, a stream is judged by `data.max_dropped`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +55,18 @@ class RowStream:
         max_dropped: `data.max_dropped`, checked after every window.
 
     Attributes:
-        counts: rows of each window that was tokenised so far, from the first; may be set to what an earlier run knew.
+        counts: of each window that was tokenised so far, from the first: its rows, its records, and those of them that
+            cannot be used; may be set to what an earlier run knew.
         sources: as given.
-        summaries: what became of the rows that were tokenised so far, a source each.
         fingerprint: a sha256 that changes with the tokens of any row and with the order of all.
     """
 
     def __init__(
         self, sources: Sequence[StreamedSource], *, seed: int, num_proc: int, vocabulary_size: int, max_dropped: float
     ) -> None:
-        self.counts: list[int] = []
+        self.counts: list[list[int]] = []
         self.sources = sources
-        self.summaries = [SourceSummary(format=source.format) for source in sources]
+        self._summaries = [SourceSummary(format=source.format) for source in sources]
         self._seed, self._num_proc = seed, num_proc
         self._max_dropped, self._dtype = max_dropped, token_dtype(vocabulary_size)
         self._chunks = [(number, chunk) for number, source in enumerate(sources) for chunk in source.chunks]
@@ -87,8 +88,8 @@ class RowStream:
             DataError: a chunk is malformed, more rows than `data.max_dropped` cannot be used, or no row can.
         """
         window, before = 0, 0
-        while window < len(self.counts) and before + self.counts[window] <= start:
-            before += self.counts[window]
+        while window < len(self.counts) and before + self.counts[window][0] <= start:
+            before += self.counts[window][0]
             window += 1
         skip = start - before
         if window == 0:
@@ -105,11 +106,13 @@ class RowStream:
         results = in_order(self._tokenize, itertools.chain.from_iterable(ahead), self._num_proc)
         for number, chunks in zip(itertools.count(first), waiting, strict=False):
             rows: list[Example] = []
+            seen: list[tuple[int, int]] = []
             for source, _ in chunks:
                 chunk = next(results)
                 rows += chunk.examples(self.sources[source].files, self._dtype)
-                self.summaries[source].count(chunk)
-            self._record(number, len(rows))
+                self._summaries[source].count(chunk)
+                seen.append((chunk.num_records, chunk.dropped.total))
+            self._record(number, [len(rows), *map(sum, zip(*seen, strict=True))])
             yield [rows[i] for i in permutation(len(rows), self._seed, number)]
 
     def _plan(self, window: int) -> list[tuple[int, Any]]:
@@ -118,15 +121,26 @@ class RowStream:
         order = permutation(len(self._chunks), self._seed, epoch)
         return [self._chunks[i] for i in order[position * WINDOW_CHUNKS : (position + 1) * WINDOW_CHUNKS]]
 
-    def _record(self, window: int, num_rows: int) -> None:
-        """Remember how many rows a window gave, and stop when too many could not be used."""
-        dropped = merged(summary.dropped for summary in self.summaries)
-        check_limits("data.train", dropped, sum(summary.num_records for summary in self.summaries), self._max_dropped)
+    def _record(self, window: int, count: list[int]) -> None:
+        """Remember what a window gave, and stop when too many rows of the windows so far could not be used."""
         if window == len(self.counts):
-            self.counts.append(num_rows)
-        assert self.counts[window] == num_rows, "a window gives the same rows whenever it is read"
-        if len(self.counts) >= self._windows_of_epoch and not any(self.counts):
-            raise DataError("data.train: no row of any source can be used")
+            self.counts.append(count)
+        assert self.counts[window] == count, "a window gives the same rows whenever it is read"
+        _, num_records, num_dropped = map(sum, zip(*self.counts, strict=True))
+        is_enough = num_records >= MIN_RECORDS or len(self.counts) >= self._windows_of_epoch
+        num_allowed = int(self._max_dropped * num_records + 1e-9)
+        if (is_enough and num_dropped > num_allowed) or num_dropped == num_records:
+            dropped = merged(summary.dropped for summary in self.summaries())
+            raise DataError(
+                f"data.train: {num_dropped} of the first {num_records} rows of the stream cannot be used, data.max_dropped "
+                f"({self._max_dropped:g}) allows {num_allowed}: {described(dropped)}; correct the "
+                "rows or raise data.max_dropped"
+            )
+
+    def summaries(self) -> list[SourceSummary]:
+        """Return what became of the rows that this process tokenised, a source each."""
+        named = zip(self._summaries, self.sources, strict=True)
+        return [summary.named(source.files) for summary, source in named]
 
     def _tokenize(self, item: tuple[int, tuple[int, bool, Chunk]]) -> TokenizedChunk:
         source, chunk = item

@@ -20,6 +20,18 @@ def merged(tallies: Iterable[Tally]) -> Tally:
     return whole
 
 
+def placed(tally: Tally, files: Sequence[str]) -> Tally:
+    """Return a tally whose places begin with the number of a file, as stores keep them, with the files' names."""
+    return Tally(
+        tally.counts, {reason: [_placed(place, files) for place in places] for reason, places in tally.places.items()}
+    )
+
+
+def _placed(place: str, files: Sequence[str]) -> str:
+    number, mark, rest = place.partition(":")
+    return f"{files[int(number)]}{mark}{rest}"
+
+
 def tally_of(rows: Sequence[Example], chosen: npt.NDArray[np.bool_], reason: str) -> Tally:
     """Count those rows of which `chosen`, (num_rows,), is true, all for one reason."""
     indices = np.flatnonzero(chosen)

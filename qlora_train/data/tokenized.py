@@ -98,7 +98,7 @@ class ChunkTokenizer:
                 digest = content_digest(row)
                 examples = self._examples_of(row)
             except UnusableRowError as error:
-                collected.dropped.add(error.reason, record.where)
+                collected.dropped.add(error.reason, f"{file_number}{end_of_place(record.where)}")
                 continue
             keep = self._kept.wants(number if is_first else self._kept.num_examples, digest)
             for part, example in enumerate(examples):
@@ -131,8 +131,8 @@ class Collected:
     def add(self, record: Record, example: Example, digest: bytes, part: int, *, keep: bool) -> None:
         """Take a row, or piece `part` of one; its prompt and answer only if `keep` says so."""
         for note in example.notes:
-            self.noted.add(note, record.where)
-        place = _end_of_place(record.where)
+            self.noted.add(note, f"{self._file_number}{end_of_place(record.where)}")
+        place = end_of_place(record.where)
         if keep or example.notes:
             texts = [example.prompt, example.answer] if keep else [None, None]
             line = json.dumps([self._file_number, place, *texts, *example.notes]).encode() + b"\n"
@@ -165,6 +165,6 @@ class Collected:
         )
 
 
-def _end_of_place(where: str) -> str:
+def end_of_place(where: str) -> str:
     """Return what stands behind the file's name: ``:12`` or ``:row 12``."""
     return where[where.rindex(":") :]

@@ -42,10 +42,10 @@ class Feed(Protocol):
     def where(self, row: int) -> str:
         """Return the place of a row of the last step, by the number that its batch gives it."""
 
-    def memory(self) -> list[int]:
+    def memory(self) -> list[list[int]]:
         """Return what a checkpoint should hold so that a resumed run need not find it out again."""
 
-    def remember(self, memory: list[int]) -> None:
+    def remember(self, memory: list[list[int]]) -> None:
         """Take what a checkpoint held."""
 
 
@@ -95,11 +95,11 @@ class RowFeed:
         """Return the place of a row."""
         return self._rows[row].where
 
-    def memory(self) -> list[int]:
+    def memory(self) -> list[list[int]]:
         """Return nothing: the order is known."""
         return []
 
-    def remember(self, memory: list[int]) -> None:
+    def remember(self, memory: list[list[int]]) -> None:
         """Take nothing."""
 
 
@@ -157,10 +157,10 @@ class StreamFeed(IterableDataset[Batch]):
         """Return the place of a row of the last step."""
         return dict(self._places)[row]
 
-    def memory(self) -> list[int]:
-        """Return the rows of each window that was tokenised so far."""
+    def memory(self) -> list[list[int]]:
+        """Return what each window that was tokenised so far gave."""
         return list(self._stream.counts)
 
-    def remember(self, memory: list[int]) -> None:
-        """Take the rows of each window that an earlier part of the run tokenised."""
+    def remember(self, memory: list[list[int]]) -> None:
+        """Take what each window gave that an earlier part of the run tokenised."""
         self._stream.counts = list(memory)

@@ -96,7 +96,7 @@ class _Check:
         exchanged = self._losses(torch.cat([self._first.flip(0), self._second]), positions)
         joined = self._losses(torch.cat([self._first, self._second]))
         influence, leak = (float((losses - packed).abs().mean()) for losses in (exchanged, joined))
-        difference = abs(float((packed - separate).mean()))
+        difference = float((packed - separate).abs().mean())
         # "not <=", so that a number that is not finite does not pass
         if not influence <= max(NO_INFLUENCE, SHARE_OF_LEAK * leak):
             self._refuse(f"a document changes the loss of the one behind it by {influence:.2g} nats a token")
