@@ -3,6 +3,7 @@
     python scripts/bench_data.py speed --rows 200000     both, cold and warm, in one run on the same file
     python scripts/bench_data.py memory --bytes 3e9      peak memory of all processes while a file is prepared
     python scripts/bench_data.py turns                   cost of a conversation of 200 turns beside one of 10
+    python scripts/bench_data.py packing                 how full packs are, and how long packing takes
 
 The texts are slices of Python's own help pages with log-normal lengths. Every measurement is a fresh process; imports are
 not counted. Results go to standard output as JSON.
@@ -230,6 +231,23 @@ def turns(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def packing(_options: argparse.Namespace) -> dict[str, Any]:
+    """Packs of log-normal lengths: exp of a normal with mean 5.5 and deviation 0.8, at most 2,048 tokens."""
+    import numpy as np
+
+    from qlora_train.data.packing import PackOrder
+
+    chance = np.random.default_rng(0)
+    results: dict[str, Any] = {}
+    for count in (2_000, 200_000, 5_000_000):
+        lengths = np.clip(chance.lognormal(5.5, 0.8, count).astype(np.int32) + 1, 1, MAX_LENGTH)
+        start = time.perf_counter()
+        packs = PackOrder(lengths, max_length=MAX_LENGTH, seed=0, batch_size=1)
+        seconds = time.perf_counter() - start
+        results[f"{count} rows"] = {"packs": packs.num_packs, "full": packs.efficiency, "seconds": seconds}
+    return results
+
+
 def once(options: argparse.Namespace) -> dict[str, Any]:
     """One measurement, in this process."""
     function = {"ours": ours, "trl": trl}[options.function]
@@ -240,7 +258,7 @@ def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function in (speed, memory, turns, once):
+    for function in (speed, memory, turns, packing, once):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(measure=function)
         command.add_argument("--tokenizer", type=Path, default=Path(".demo/SmolLM2-135M-Instruct"))
