@@ -1,7 +1,7 @@
 """The command line: commands only. Nothing heavy is imported before a command needs it.
 
-Exit status: 0 done; 2 something the user can fix, one line a problem; 130 interrupted, the last whole checkpoint stays; 1 a
-defect of ours, with its traceback.
+Exit status: 0 done; 2 something the user can fix, one line a problem; 130, 143 and 75 stopped by SIGINT, SIGTERM, and
+SIGUSR1 or the clock, what was done is saved; 1 a defect of ours, with its traceback.
 """
 
 import argparse
@@ -9,12 +9,13 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from qlora_train import __version__
+from qlora_train import __version__, stopping
 from qlora_train.errors import UserError, explain
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ MODELS = ("base", "adapter", "merged")
 EPILOG = """\
 The first word is a command or the path of a config, which is trained.
 Settings are changed with section.key=value, for example train.learning_rate=1e-4 or data.train=my.jsonl.
-Exit status: 0 done; 2 something you can fix; 130 interrupted (the last checkpoint stays); 1 a defect.
+Exit status: 0 done; 2 something you can fix; 130, 143, 75 stopped by Ctrl-C, by SIGTERM, by SIGUSR1 or run.max_minutes,
+with a checkpoint of the last step (the same command goes on); 1 a defect.
 """
 
 
@@ -34,14 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     set_up_logging()
     try:
-        status: int = options.command(options)
+        with stopping.handle_signals():
+            status: int = options.command(options)
+    except stopping.Stop as stop:
+        print(f"{stop.cause}: stopped; the same command goes on: {command_line(arguments)}", file=sys.stderr)
+        return stop.status
     except UserError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
     except Exception as error:
         line = explain(error)
         if line is None:
@@ -49,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, file=sys.stderr)
         return 2
     return status
+
+
+def command_line(arguments: Sequence[str] | None) -> str:
+    """Return what was typed, for a shell."""
+    return shlex.join(["qlora-train", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

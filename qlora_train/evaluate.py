@@ -17,6 +17,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers import GenerationConfig
 
+from qlora_train import stopping
 from qlora_train.data.batches import Collator
 from qlora_train.data.chat import encode_chat
 from qlora_train.data.special_tokens import SpecialTokens
@@ -70,6 +71,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
 
     Raises:
         DataError: there is no example, or none with a label.
+        Stop: the process was asked to stop.
     """
     sizes = [(len(example.input_ids), int(np.count_nonzero(example.loss_mask[1:]))) for example in examples]
     lengths, num_labels = [length for length, _ in sizes], [count for _, count in sizes]
@@ -81,6 +83,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
     max_labels = MAX_LOGITS // model.config.get_text_config().vocab_size
     with _evaluating(model):
         for batch in _batches(lengths, batch_size, num_labels, max_labels):
+            stopping.check()
             tensors = collate([(index, examples[index]) for index in batch])
             inputs = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
             losses, of_row = label_losses(model, **inputs)

@@ -10,10 +10,18 @@ from typing import Any
 
 import torch
 
-from qlora_train import durable
+from qlora_train import durable, stopping
 from qlora_train.adapter import AdaptedModel, attach_adapter
 from qlora_train.architectures import check_target_modules, detect
-from qlora_train.checkpoint import RunFolder, check_same_facts, check_same_settings, held, open_run
+from qlora_train.checkpoint import (
+    RunFolder,
+    begin,
+    changed_settings,
+    check_same_facts,
+    check_same_settings,
+    held,
+    open_run,
+)
 from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.config.schema import COMMIT
 from qlora_train.data import PreparedData
@@ -49,14 +57,19 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
 
     Raises:
         UserError: anything the user can fix; whatever was whole before is still whole.
+        Stop: the process was asked to stop; the same call goes on from there.
     """
     device = select_device()
+    if config.run.max_minutes is not None:
+        stopping.stop_after(config.run.max_minutes)
     with open_run(config, resume=resume) as (folder, checkpoint):
-        if folder.is_finished():
+        if folder.is_finished() and not changed_settings(folder, config):
             logger.info("%s: training has finished already; delete the folder to train again", folder.path)
         else:
+            if device.type == "cpu" and "num_threads" not in config.run.allow_changed:
+                keep_num_threads(folder)
             source, data = prepare(config, folder)
-            check_same_facts(folder, facts(source, data, device, date_of(folder)))
+            begin(folder, config, facts(config, source, data, device, date_of(folder)))
             data.report.log()
             durable.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
             train_adapter(folder, config, source, data, checkpoint)
@@ -102,6 +115,14 @@ def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
         return evaluate_run(folder, config, source, data, replace(settings, date=date_of(folder)))
 
 
+def keep_num_threads(folder: RunFolder) -> None:
+    """Compute with as many threads as the run began with: how sums are split decides how they are rounded."""
+    recorded = folder.facts().get("num_threads")
+    if recorded not in (None, torch.get_num_threads()):
+        logger.info("threads: %d, as this run began, instead of %d", recorded, torch.get_num_threads())
+        torch.set_num_threads(recorded)
+
+
 def date_of(folder: RunFolder) -> datetime.date:
     """Return the day the run began: chat templates that print the date go on printing that one."""
     recorded: str | None = folder.facts().get("date")
@@ -133,7 +154,8 @@ def prepare_again(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, Pre
         CheckpointError: the base or the data has changed since.
     """
     source, data = prepare(config, folder)
-    check_same_facts(folder, facts(source, data, select_device(), date_of(folder)), keys=FACTS_OF_RESULTS)
+    found = facts(config, source, data, select_device(), date_of(folder))
+    check_same_facts(folder, {key: found[key] for key in FACTS_OF_RESULTS})
     return source, data
 
 
@@ -147,18 +169,31 @@ def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) 
     return labelled_batches(data.train, order, collate, min_labels=2 * config.lora.r, max_batches=NUM_INITIAL_BATCHES)
 
 
-def facts(source: BaseSource, data: PreparedData, device: torch.device, date: datetime.date) -> dict[str, Any]:
-    """Return what decides a run besides its config."""
+def facts(
+    config: RunConfig, source: BaseSource, data: PreparedData, device: torch.device, date: datetime.date
+) -> dict[str, Any]:
+    """Return what decides a run besides its settings; what a change of each would do is in `config.decisive`."""
+    on_gpu = device.type == "cuda"
+    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "base": source.name,
         "base_identity": source.identity(),
+        "adapter": identity_of(config.lora.adapter_path),
         "date": date.isoformat(),
         "data_fingerprint": data.fingerprint,
         "num_train_rows": data.num_train_rows,
         "num_eval_rows": len(data.eval),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu,
+        "num_threads": None if on_gpu else torch.get_num_threads(),
+        "world_size": 1,
         "versions": library_versions(),
     }
+
+
+def identity_of(adapter_path: str | None) -> str | None:
+    """Return the sha256 of the weights that a run starts from; None where there are none."""
+    file = None if adapter_path is None else Path(adapter_path) / "adapter_model.safetensors"
+    return durable.sha256_of(file) if file is not None and file.is_file() else None
 
 
 def write_adapter(
@@ -168,7 +203,8 @@ def write_adapter(
     source = adapted.loaded.source
     metrics = {key: float(result[key]) for key in ("train_loss", "eval_loss") if result[key] is not None}
     folder.forget_results()
-    with durable.staged_folder(folder.adapter) as staging:
+    about = {"run_id": folder.facts()["run_id"], "num_changes": len(folder.facts()["changes"])}
+    with durable.staged_folder(folder.adapter, about) as staging:
         # "auto" guesses offline that resized embeddings were not modified; new rows are saved by their own tensors
         adapted.model.save_pretrained(str(staging), save_embedding_layers=False)
         save_tokenizer(adapted.loaded.tokenizer, staging)

@@ -120,7 +120,7 @@ def test_help_names_every_command_and_the_exit_statuses(capsys: Capture) -> None
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(re.search(rf"^ +{command}\b", text, re.MULTILINE) for command in COMMANDS)
-    assert "Exit status: 0 done; 2 something you can fix; 130 interrupted" in text
+    assert "Exit status: 0 done; 2 something you can fix; 130, 143, 75 stopped" in text
 
 
 def test_version_is_the_packages(capsys: Capture) -> None:
@@ -416,7 +416,7 @@ def test_interrupted_training_is_status_130_and_the_same_command_goes_on(
     )
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "interrupted; the same command continues from the last checkpoint"
+    assert done.stderr.splitlines()[-1] == f"SIGINT: stopped; the same command goes on: qlora-train {config}"
     assert not (tmp_path / "run" / "adapter").exists()
     assert main([str(config)]) == 0
     assert "resumes from" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_without_the_handling_an_evaluation_would_damage_gradients(pico_llama: P
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("only CPUs with AVX512-BF16 repack weights")
-    ids = torch.tensor([data.train[0].input_ids])
+    ids = torch.tensor([data.train[0].input_ids], dtype=torch.long)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def gradient() -> torch.Tensor:
@@ -180,7 +180,7 @@ def test_noise_on_the_embeddings_changes_training_and_is_gone_afterwards(pico_ll
     config = make_config(tmp_path, pico_llama, "train.neftune_noise_alpha=15", name="after")
     adapted, data, folder = build(config)
     train(adapted, data, config, folder, None)
-    ids = torch.tensor([data.train[0].input_ids])
+    ids = torch.tensor([data.train[0].input_ids], dtype=torch.long)
     with torch.no_grad():
         adapted.model.train()
         first, second = (adapted.model(input_ids=ids).logits for _ in range(2))

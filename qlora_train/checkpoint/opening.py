@@ -1,25 +1,19 @@
 """Open a run folder: is it this run's, is it free, and where does the run go on?"""
 
 import fcntl
-import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from qlora_train import durable
+from qlora_train.checkpoint.fingerprint import check_same_settings
 from qlora_train.checkpoint.run import RunFolder
-from qlora_train.config import RunConfig, load_config
+from qlora_train.config import RunConfig
 from qlora_train.config.writer import to_yaml
 from qlora_train.errors import CheckpointError
 
 LOCK = ".lock"
-# Settings that may differ between the parts of one run: they decide what is reported or made of it, not what is trained
-_FREE = (
-    "run.output_dir", "run.report_to", "export.", "train.logging_steps", "train.save_steps", "train.save_total_limit",
-    "train.per_device_eval_batch_size", "data.num_proc", "data.cache_dir", "data.cache_limit",
-)  # fmt: skip
 
 
 @contextmanager
@@ -42,6 +36,7 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
     run = RunFolder(Path(config.run.output_dir))
     _refuse_foreign(run)
     with held(run):
+        run.sweep()
         if not run.config_file.is_file() or not run.has_begun():
             _claim(run, config)
         elif resume == "never":
@@ -49,6 +44,8 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
                 f"{run.path}: holds a run already and --resume never would overwrite it; choose another run.output_dir or "
                 "delete the folder"
             )
+        elif not run.facts():
+            raise CheckpointError(f"{run.facts_file}: is missing; restore it, or choose another run.output_dir")
         else:
             check_same_settings(run, config)
         if resume in ("auto", "never"):
@@ -124,59 +121,8 @@ def _named_checkpoint(run: RunFolder, folder: Path) -> Path:
         )
     if run.is_finished():
         raise CheckpointError(f"--resume {folder}: the run has finished; delete {run.adapter} to train on from there")
-    problem = durable.damage(folder) if folder.is_dir() else "it is not a folder"
+    steps = {run.checkpoint(step).name: step for step in run.steps()}
+    problem = run.problem_of(steps[folder.name]) if folder.name in steps else "it is not there"
     if problem is not None:
         raise CheckpointError(f"--resume {folder}: {problem}; choose another of {run.checkpoints}")
     return folder
-
-
-def _flat(config: RunConfig) -> dict[str, Any]:
-    return {
-        f"{section}.{key}": value
-        for section, keys in config.model_dump(mode="json").items()
-        for key, value in keys.items()
-    }
-
-
-def check_same_settings(run: RunFolder, config: RunConfig) -> None:
-    """Refuse to go on with a run whose settings have changed: the result would be neither the old run nor a new one.
-
-    Raises:
-        CheckpointError: one line a setting, with the old and the new value.
-    """
-    before, now = _flat(load_config(run.config_file)), _flat(config)
-    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(_FREE)]
-    if changed:
-        raise CheckpointError(
-            [
-                f"{run.path}: {key} was {before.get(key)!r} when this run began and is {now[key]!r} now; set it back, "
-                "or choose another run.output_dir for a new run"
-                for key in changed
-            ]
-        )
-
-
-def check_same_facts(run: RunFolder, facts: Mapping[str, Any], keys: Collection[str] | None = None) -> None:
-    """Record what decides a run besides its config, or compare it with what was recorded when the run began.
-
-    Args:
-        run: the run.
-        facts: by name; JSON values.
-        keys: compare these alone; None compares all, and records them when nothing is recorded.
-
-    Raises:
-        CheckpointError: the data, base, device or library versions are not those that the run began with.
-    """
-    before = run.facts()
-    if not before and keys is None:
-        durable.write_text(run.facts_file, json.dumps(facts, indent=2) + "\n")
-        return
-    changed = [key for key in facts if (keys is None or key in keys) and before.get(key) != facts[key]]
-    if changed:
-        raise CheckpointError(
-            [
-                f"{run.path}: {key} was {before.get(key)!r} when this run began and is {facts[key]!r} now; the result "
-                "would be another; restore it, or choose another run.output_dir"
-                for key in changed
-            ]
-        )

@@ -15,7 +15,6 @@
 import json
 import logging
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,10 @@ class RunFolder:
         return self.path / "merged"
 
     def is_finished(self) -> bool:
-        """Whether training is done and its adapter is whole."""
-        return self.adapter.is_dir() and durable.damage(self.adapter) is None
+        """Whether training is done and its adapter is whole: the one of all changes that were accepted since."""
+        if not self.adapter.is_dir() or durable.damage(self.adapter) is not None:
+            return False
+        return durable.about(self.adapter).get("num_changes") == len(self.facts().get("changes", []))
 
     def has_merged(self) -> bool:
         """Whether there is a whole merged model."""
@@ -101,35 +102,65 @@ class RunFolder:
             return []
         return sorted(int(match[1]) for path in self.checkpoints.iterdir() if (match := _STEP.fullmatch(path.name)))
 
+    def about_checkpoint(self, step: int) -> dict[str, Any]:
+        """Return what the manifest of the checkpoint after `step` says of it: whose it is, and its step."""
+        return {"run_id": self.facts().get("run_id"), "step": step}
+
+    def problem_of(self, step: int) -> str | None:
+        """Return why the checkpoint after `step` cannot be gone on from, or None when it is whole and of this run."""
+        folder = self.checkpoint(step)
+        found, wanted = durable.about(folder), self.about_checkpoint(step)
+        problem = durable.damage(folder)
+        if problem is not None or found == wanted:
+            return problem
+        if found.get("run_id") != wanted["run_id"]:
+            return "it is of another run"
+        return f"it holds step {found.get('step')}"
+
     def newest_whole_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that verifies, saying which were skipped and why."""
         for step in reversed(self.steps()):
-            folder = self.checkpoint(step)
-            problem = durable.damage(folder)
+            problem = self.problem_of(step)
             if problem is None:
-                return folder
-            logger.warning("checkpoint %s is skipped: %s", folder.name, problem)
+                return self.checkpoint(step)
+            logger.warning("checkpoint %s is skipped: %s", self.checkpoint(step).name, problem)
+        if self.steps():
+            logger.warning("%s: no checkpoint is whole; the run begins again at step 0", self.checkpoints)
         return None
 
     def forget_results(self) -> None:
         """Delete what was made of an adapter that is replaced by another: its merge and its evaluations."""
-        shutil.rmtree(self.merged, ignore_errors=True)
+        durable.remove_folder(self.merged)
         self.results_file.unlink(missing_ok=True)
         self.answers_file.unlink(missing_ok=True)
 
     def forget_after(self, checkpoint: Path) -> None:
-        """Delete the checkpoints after one that is resumed from: they are damaged, or of a course that is given up."""
+        """Delete the checkpoints after one that is resumed from: they are damaged, or of a course that is given up.
+
+        Those of another run are left alone.
+        """
+        run_id = self.facts().get("run_id")
         for step in self.steps():
-            if self.checkpoint(step).name > checkpoint.name:
-                logger.warning("checkpoint %s is deleted: the run goes on from %s", f"step-{step:08d}", checkpoint.name)
-                shutil.rmtree(self.checkpoint(step))
+            folder = self.checkpoint(step)
+            if folder.name > checkpoint.name and durable.about(folder).get("run_id", run_id) == run_id:
+                logger.warning("checkpoint %s is deleted: the run goes on from %s", folder.name, checkpoint.name)
+                durable.remove_folder(folder)
 
     def rotate(self, *, keep: int, best: int | None) -> None:
-        """Delete all but the newest `keep` whole checkpoints and the best one."""
-        whole = [step for step in self.steps() if durable.damage(self.checkpoint(step)) is None]
+        """Delete all but the newest `keep` whole checkpoints of this run and the best one; what is damaged stays."""
+        problems = {step: self.problem_of(step) for step in self.steps()}
+        for step, problem in problems.items():
+            if problem is not None:
+                logger.warning("checkpoint %s does not count: %s", self.checkpoint(step).name, problem)
+        whole = [step for step, problem in problems.items() if problem is None]
         for step in whole[:-keep]:
             if step != best:
-                shutil.rmtree(self.checkpoint(step))
+                durable.remove_folder(self.checkpoint(step))
+
+    def sweep(self) -> None:
+        """Clear what a process that was killed left half done."""
+        durable.sweep(self.path)
+        durable.sweep(self.checkpoints)
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json recorded when the run began, empty when there is none.

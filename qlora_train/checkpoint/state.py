@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_train import durable
 from qlora_train.errors import CheckpointError
 
 _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
@@ -22,8 +23,8 @@ def save_tree(folder: Path, name: str, tree: Any) -> None:
     """Write a structure of dicts, lists, tuples, tensors and JSON values."""
     tensors: dict[str, torch.Tensor] = {}
     structure = _pack(tree, tensors)
-    save_file(tensors, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(structure), encoding="utf-8")
+    durable.write_file(folder / f"{name}.safetensors", lambda path: save_file(tensors, path))
+    durable.write_file(folder / f"{name}.json", lambda path: path.write_text(json.dumps(structure), encoding="utf-8"))
 
 
 def load_tree(folder: Path, name: str) -> Any:
@@ -35,9 +36,9 @@ def load_tree(folder: Path, name: str) -> Any:
     try:
         tensors = load_file(folder / f"{name}.safetensors")
         structure = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return _unpack(structure, tensors)
     except Exception as error:
         raise CheckpointError(f"{folder}: {name} cannot be read ({error}); resume from an older checkpoint") from error
-    return _unpack(structure, tensors)
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

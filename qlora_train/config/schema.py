@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from qlora_train.config.decisive import why_not_allowed
 from qlora_train.config.rope_scaling import check_rope_scaling
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -298,6 +299,12 @@ class RunSection(Section):
     """Seed of initialisation, order, dropout and splits."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that receive the metrics besides metrics.jsonl."""
+    max_minutes: float | None = Field(None, gt=0, le=1e6)
+    """Stop with a checkpoint and exit status 75 early enough to be gone this long after the start, as for the wall clock of
+    a queue; the same command goes on."""
+    allow_changed: tuple[str, ...] = ()
+    """What may differ from the run that is continued, by name: settings such as `train.num_train_epochs`, or `versions`,
+    `device`, `num_threads`, `data_fingerprint`, `base_identity`."""
 
 
 class ExportSection(Section):
@@ -372,6 +379,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.streaming: true never has all rows at once, as {', '.join(found)} would need; drop one or the other"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _changes_can_be_allowed(self) -> Self:
+        settings = [
+            f"{name}.{key}" for name in type(self).model_fields for key in type(getattr(self, name)).model_fields
+        ]
+        for key in self.run.allow_changed:
+            if problem := why_not_allowed(key, settings):
+                raise ValueError(f"run.allow_changed: {key} {problem}")
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -16,8 +15,12 @@ from qlora_train.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, has_eval: bool) -> SFTConfig:
-    """Return TRL's arguments for a run; the choices that were left open are made here and logged."""
+def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder) -> SFTConfig:
+    """Return TRL's arguments for a run; the choices that were left open are made here and logged.
+
+    When to log, evaluate and save is not among them: `boundaries` says so, from the settings of today, where the Trainer
+    would go by those that a checkpoint was written with.
+    """
     train, on_gpu = config.train, adapted.loaded.device.type == "cuda"
     dtype = adapted.loaded.compute_dtype
     return SFTConfig(
@@ -39,7 +42,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, has_
         gradient_checkpointing=choose_checkpointing(train.gradient_checkpointing, on_gpu=on_gpu),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         neftune_noise_alpha=train.neftune_noise_alpha,
-        logging_steps=train.logging_steps,
+        logging_strategy="no",
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all" if config.data.packing else "non_padding",  # packs have no padding
         bf16=dtype == torch.bfloat16,
@@ -54,23 +57,9 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, has_
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         average_tokens_across_devices=False,
-        save_strategy="steps" if train.save_steps else "epoch",
-        save_steps=train.save_steps or 1,
-        **_evaluation(config, has_eval=has_eval),
+        eval_strategy="no",
+        save_strategy="no",
     )
-
-
-def _evaluation(config: RunConfig, *, has_eval: bool) -> dict[str, Any]:
-    """Return when to evaluate, and that the lowest `eval_loss` is the best; loading the best is our own."""
-    if not has_eval:
-        return {"eval_strategy": "no"}
-    steps = config.train.eval_steps
-    return {
-        "eval_strategy": "steps" if steps else "epoch",
-        "eval_steps": steps,
-        "metric_for_best_model": "eval_loss",
-        "greater_is_better": False,
-    }
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -36,6 +36,10 @@ logger = logging.getLogger(__name__)
 class Feed(Protocol):
     """The training data as the loop takes it."""
 
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of an epoch; None where there is no end."""
+
     def loader(self, state: "Standing") -> DataLoader[Any]:
         """Return the micro-batches; iteration begins after the steps that the trainer has taken by then."""
 
@@ -85,9 +89,14 @@ class RowFeed:
     def __init__(self, rows: Rows, order: BatchOrder, config: RunConfig, collate: Collator | PackCollator) -> None:
         self._rows, self._order, self._config, self._collate = rows, order, config, collate
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch, the last of which may have fewer micro-batches."""
+        return math.ceil(len(self._order) / self._config.train.gradient_accumulation_steps)
+
     def loader(self, state: Standing) -> DataLoader[Any]:
         """Return the micro-batches of the epoch that the trainer is in."""
-        batches = EpochBatches(state, self._order, self._config)
+        batches = EpochBatches(state, self._order, self._config, self.steps_per_epoch)
         rows: RowDataset = RowDataset(self._rows)
         return DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
 
@@ -109,9 +118,8 @@ class EpochBatches:
     The epoch is read from the trainer's step count when iteration begins, so that a resumed run needs no sampler state.
     """
 
-    def __init__(self, trainer: Standing, order: BatchOrder, config: RunConfig) -> None:
-        self._trainer, self._order = trainer, order
-        self._accumulation = config.train.gradient_accumulation_steps
+    def __init__(self, trainer: Standing, order: BatchOrder, config: RunConfig, steps_per_epoch: int) -> None:
+        self._trainer, self._order, self._steps_per_epoch = trainer, order, steps_per_epoch
         # the loader of a resumed run reads these two of what it skips batches of
         self.batch_size, self.drop_last = config.train.per_device_train_batch_size, False
 
@@ -119,8 +127,7 @@ class EpochBatches:
         return len(self._order)
 
     def __iter__(self) -> Iterator[list[int]]:
-        steps_an_epoch = math.ceil(len(self) / self._accumulation)
-        return self._order.of_epoch(self._trainer.state.global_step // steps_an_epoch)
+        return self._order.of_epoch(self._trainer.state.global_step // self._steps_per_epoch)
 
 
 class StreamFeed(IterableDataset[Batch]):
@@ -138,6 +145,10 @@ class StreamFeed(IterableDataset[Batch]):
         self._rows_a_step = self._batch_size * config.train.gradient_accumulation_steps
         self._places: deque[tuple[int, str]] = deque(maxlen=2 * self._rows_a_step)
         self._trainer: Standing | None = None
+
+    @property
+    def steps_per_epoch(self) -> None:
+        """None: it has no end."""
 
     def loader(self, state: Standing) -> DataLoader[Any]:
         """Return the micro-batches from the trainer's step on."""

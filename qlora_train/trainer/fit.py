@@ -1,20 +1,18 @@
-"""Train an adapter from where it stands to the end of its run."""
+"""Train an adapter from where it stands to the end of its run, or to where it is asked to stop."""
 
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
+from qlora_train import stopping
 from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
+from qlora_train.trainer.boundaries import best_step, evaluations
 from qlora_train.trainer.progress import Progress
-from qlora_train.trainer.sft import STATE_FILE, QloraTrainer
+from qlora_train.trainer.sft import QloraTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -37,30 +35,28 @@ def train(
 
     Raises:
         TrainingError: a non-finite loss or gradient.
+        Stop: the process was asked to stop; a checkpoint of the last whole step has been saved.
     """
-    patience = config.train.early_stopping_patience
     progress = Progress(run)
-    callbacks = [progress] if patience is None else [progress, EarlyStopping(patience)]
-    trainer = QloraTrainer(adapted, data, config, run, callbacks)
+    trainer = QloraTrainer(adapted, data, config, run, [progress])
     started = time.perf_counter()
-    if resume_from is not None and _nothing_left(resume_from, patience):
-        trainer.restore(resume_from)
-    else:
+    with stopping.at_boundaries():
         try:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            _train_on(trainer, progress, resume_from)
         finally:
             progress.stop()
-    evaluations = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    taken_from = trainer.state.global_step
-    if config.train.load_best_model_at_end and evaluations:
-        taken_from = min(evaluations, key=lambda step: evaluations[step])
-        trainer.load_adapter_of(taken_from)
-        logger.info("best model: step %d (eval_loss %.4f)", taken_from, evaluations[taken_from])
+    losses = evaluations(trainer.state.log_history)
+    taken_from: int = trainer.state.global_step
+    best = best_step(trainer.state.log_history)
+    if config.train.load_best_model_at_end and best is not None:
+        taken_from = best
+        trainer.load_adapter_of(best)
+        logger.info("best model: step %d (eval_loss %.4f)", best, losses[best])
     return {
         "steps": trainer.state.global_step,
         "taken_from_step": taken_from,
         "train_loss": trainer.mean_loss,
-        "eval_loss": evaluations.get(taken_from),
+        "eval_loss": losses.get(taken_from),
         "num_tokens": int(trainer.state.num_input_tokens_seen),
         "num_trainable": adapted.num_trainable,
         "num_parameters": adapted.num_total,
@@ -68,27 +64,18 @@ def train(
     }
 
 
-def _nothing_left(checkpoint: Path, patience: int | None) -> bool:
-    """Say whether a run had ended at this checkpoint, at its last step or by early stopping."""
-    state: Mapping[str, Any] = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    out_of_patience = patience is not None and steps_since_best(state["log_history"]) >= patience
-    return out_of_patience or state["global_step"] >= state["max_steps"]
-
-
-def steps_since_best(log_history: Sequence[Mapping[str, float]]) -> int:
-    """Return how many evaluations have followed the one with the lowest loss."""
-    losses = [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-
-class EarlyStopping(TrainerCallback):
-    """Stop after `patience` evaluations in a row without a lower loss; decided from the logged history alone."""
-
-    def __init__(self, patience: int) -> None:
-        self._patience = patience
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Look at all evaluations so far."""
-        if steps_since_best(state.log_history) >= self._patience:
-            logger.info("early stopping: eval_loss has not fallen for %d evaluations", self._patience)
-            control.should_training_stop = True
+def _train_on(trainer: QloraTrainer, progress: Progress, resume_from: Path | None) -> None:
+    """Do the steps that are left, and the evaluation that a stop left out before them."""
+    if resume_from is not None:
+        trainer.restore(resume_from)
+        progress.rewrite_metrics(trainer.state.log_history)
+        if trainer.owes_evaluation():
+            trainer.evaluate()
+            trainer.amend(resume_from)
+        if trainer.is_over():
+            return
+    try:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except stopping.Stop:  # in an evaluation: the step before it is whole
+        trainer.save()
+        raise

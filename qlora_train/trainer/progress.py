@@ -7,6 +7,7 @@ left. With a terminal, a live line under the log shows the last loss, the step a
 import json
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,11 +36,11 @@ class Progress(TrainerCallback):
     def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._bar: Bar | None = None
-        self._start_seconds, self._start_step, self._start_tokens = 0.0, 0, 0
+        self._start_seconds, self._start_step, self._start_tokens = time.perf_counter(), 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Forget the metrics that a resumed run will write again, and start the live line."""
-        self._keep_metrics_until(state.global_step)
+        """Write the metrics of the steps that a resumed run has behind it, and start the live line."""
+        self.rewrite_metrics(state.log_history)
         self._start_seconds = time.perf_counter()
         self._start_step, self._start_tokens = state.global_step, int(state.num_input_tokens_seen)
         console = Console(stderr=True)
@@ -59,8 +60,7 @@ class Progress(TrainerCallback):
         metrics = {key: value for key, value in (logs or {}).items() if key in _KEPT}
         if not metrics:
             return
-        with self._run.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **metrics}) + "\n")
+        durable.append_line(self._run.metrics_file, _line({"step": state.global_step, "epoch": state.epoch, **metrics}))
         parts = [text.format(metrics[key]) for key, text in _SHOWN.items() if key in metrics]
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], description=f"{parts[0]}  {self._speed(state):.0f} tokens/s")
@@ -83,14 +83,11 @@ class Progress(TrainerCallback):
         memory = f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
         return f"{self._speed(state):.0f} tokens/s{memory}  {left:.0f} s left"
 
-    def _keep_metrics_until(self, step: int) -> None:
-        if not self._run.metrics_file.is_file():
-            return
-        kept = []
-        for line in self._run.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                logger.warning("%s: an unreadable line is dropped: %.40r", self._run.metrics_file, line)
-        durable.write_text(self._run.metrics_file, "".join(line + "\n" for line in kept))
+    def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Make metrics.jsonl what the history of a checkpoint says: nothing twice, nothing of a course that was left."""
+        lines = [_line(entry) for entry in history if entry.keys() & set(_KEPT)]
+        durable.write_text(self._run.metrics_file, "".join(line + "\n" for line in lines))
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps({key: entry[key] for key in ("step", "epoch", *_KEPT) if key in entry})

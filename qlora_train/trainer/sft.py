@@ -12,17 +12,19 @@ What is overridden, and why:
 
 import logging
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from trl import SFTTrainer
 
-from qlora_train import durable
+from qlora_train import durable, stopping
 from qlora_train.adapter import AdaptedModel, trainable_state
 from qlora_train.checkpoint import (
     RunFolder,
@@ -39,6 +41,7 @@ from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.loss import label_losses
 from qlora_train.trainer.arguments import sft_config
+from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, make_schedule
 from qlora_train.trainer.feed import make_feed
 from qlora_train.trainer.isolation import isolate_documents
 
@@ -48,6 +51,19 @@ MAX_SCALER_SKIPS = 8
 STATE_FILE = "trainer_state.json"
 STAND_IN = datasets.Dataset.from_dict({"row": [0]})
 """What TRL is given as its data: it looks at the columns, and reads rows of its own loaders only, which are overridden."""
+
+
+RESERVED_SAVES = 3
+"""What is kept free before the end of `run.max_minutes`, in times that the slowest checkpoint took."""
+
+
+def go_on_at(schedule: LambdaLR, num_steps: int) -> None:
+    """Put a fresh schedule where it stands after `num_steps` steps: its rates are a pure function of that number."""
+    factors = [factor(num_steps) for factor in schedule.lr_lambdas]
+    rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": num_steps, "_last_lr": rates})
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 class QloraTrainer(SFTTrainer):
@@ -65,6 +81,8 @@ class QloraTrainer(SFTTrainer):
         self._adapted = adapted
         loaded = adapted.loaded
         self._feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device)
+        self._schedule = make_schedule(config, self._feed.steps_per_epoch, has_eval=bool(data.eval))
+        patience = config.train.early_stopping_patience
         if config.data.packing:
             assert isinstance(data.train, Rows), "a stream is not packed"
             isolate_documents(adapted, config, data.train)
@@ -75,11 +93,11 @@ class QloraTrainer(SFTTrainer):
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
         super().__init__(
             model=adapted.model,
-            args=sft_config(config, adapted, run, has_eval=bool(data.eval)),
+            args=sft_config(config, adapted, run),
             train_dataset=STAND_IN,
             eval_dataset=STAND_IN if data.eval else None,
             processing_class=adapted.loaded.tokenizer,
-            callbacks=callbacks,
+            callbacks=[*callbacks, Boundaries(self._schedule, patience)],
         )
         self.remove_callback(PrinterCallback)
         for name, parameter in trainable_state(adapted.model).items():
@@ -166,19 +184,42 @@ class QloraTrainer(SFTTrainer):
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def is_over(self) -> bool:
+        """Whether nothing is left to train."""
+        return self._schedule.is_over(
+            self.state.global_step, self.state.log_history, self.config.train.early_stopping_patience
+        )
+
+    def owes_evaluation(self) -> bool:
+        """Whether an evaluation was due after the last step and a stop left it out."""
+        step = self.state.global_step
+        return self._schedule.evaluates_after(step) and step not in evaluations(self.state.log_history)
+
+    def save(self) -> None:
         """Write a whole checkpoint of the step just done, then delete what is not to be kept."""
         assert not self._micro_losses, "this release of transformers takes steps without the check of `_get_grad_norm`"
-        with durable.staged_folder(self.run.checkpoint(self.state.global_step)) as folder:
+        started = time.perf_counter()
+        step = self.state.global_step
+        with durable.staged_folder(self.run.checkpoint(step), self.run.about_checkpoint(step)) as folder:
             save_tree(folder, "adapter", dict(trainable_state(self.model)))
             save_tree(folder, "optimizer", self.optimizer.state_dict())
-            save_tree(folder, "scheduler", self.lr_scheduler.state_dict())
             save_tree(folder, "random", random_state())
             save_tree(folder, "loop", self._loop_state())
-            self.state.save_to_json(str(folder / STATE_FILE))
-        train = self.config.train
-        best = self.state.best_global_step if train.load_best_model_at_end else None
-        self.run.rotate(keep=train.save_total_limit, best=best)
+            durable.write_file(folder / STATE_FILE, lambda path: self.state.save_to_json(str(path)))
+        best = best_step(self.state.log_history) if self.config.train.load_best_model_at_end else None
+        self.run.rotate(keep=self.config.train.save_total_limit, best=best)
+        stopping.reserve(RESERVED_SAVES * (time.perf_counter() - started))
+
+    def amend(self, checkpoint: Path) -> None:
+        """Write a checkpoint again with what has been logged since: an evaluation that was left out."""
+        with durable.staged_folder(checkpoint, durable.about(checkpoint)) as folder:
+            for file in checkpoint.iterdir():
+                if file.name not in (STATE_FILE, durable.MANIFEST):
+                    shutil.copyfile(file, folder / file.name)
+            durable.write_file(folder / STATE_FILE, lambda path: self.state.save_to_json(str(path)))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.save()
 
     def _loop_state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -188,19 +229,19 @@ class QloraTrainer(SFTTrainer):
             "last_logged": self._globalstep_last_logged,
             "loss_of_all_steps": self._loss_of_all_steps,
             "num_scaler_skips": self._num_scaler_skips,
+            "num_schedule_steps": self.lr_scheduler.last_epoch,
             "scaler": scaler.state_dict() if scaler is not None else {},
             "feed": self._feed.memory(),
         }
 
     def restore(self, checkpoint: Path) -> None:
-        """Take over the adapter and the count of a checkpoint after which nothing is left to train."""
+        """Take over the adapter and the history of a checkpoint, as far as they tell what is left to do."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
     def load_adapter_of(self, step: int) -> None:
         """Load the adapter of one of this run's checkpoints."""
-        folder = self.run.checkpoint(step)
-        problem = durable.damage(folder)
+        folder, problem = self.run.checkpoint(step), self.run.problem_of(step)
         if problem is not None:
             raise CheckpointError(f"{folder}: the best checkpoint is damaged: {problem}; restore it, or train again")
         load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
@@ -213,9 +254,12 @@ class QloraTrainer(SFTTrainer):
         self._feed.remember(loop["feed"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(load_tree(Path(checkpoint), "optimizer"))
-            self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint), "scheduler"))
+        """Take over the optimizer's state and the place in the schedule; rates and the like come from the settings."""
+        if checkpoint is None:
+            return
+        stored = load_tree(Path(checkpoint), "optimizer")
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored["state"]})
+        go_on_at(self.lr_scheduler, load_tree(Path(checkpoint), "loop")["num_schedule_steps"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:

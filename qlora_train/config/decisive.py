@@ -1,0 +1,98 @@
+"""Which settings and facts decide a run, and what it would mean to change one between two parts of it.
+
+A run that goes on under other settings is neither the old run nor a new one, so a change is refused unless
+``run.allow_changed`` names it. Some settings only decide what is reported or made of a run; some decide the shape of what
+is trained, and a checkpoint fits no other.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FREE = (
+    "run.output_dir", "run.report_to", "run.max_minutes", "run.allow_changed", "export.",
+    "train.logging_steps", "train.save_steps", "train.save_total_limit",
+    "train.per_device_eval_batch_size", "data.num_proc", "data.cache_dir", "data.cache_limit",
+)  # fmt: skip
+"""Settings, or sections of them, that may differ between the parts of one run."""
+
+SHAPES = (
+    "lora.r", "lora.target_modules", "lora.use_dora", "lora.bias", "lora.modules_to_save", "model.new_tokens",
+    "train.optim",
+)  # fmt: skip
+"""Settings that decide what a checkpoint holds: they cannot change in a run."""
+
+FACTS = {
+    "base": "the adapter was trained on another base model",
+    "base_identity": "the adapter was trained on other weights of the base model",
+    "data_fingerprint": "some rows would be trained on twice and others never",
+    "num_train_rows": "some rows would be trained on twice and others never",
+    "num_eval_rows": "later evaluations could not be compared with earlier ones",
+    "adapter": "the run would have begun with other weights",
+    "device": "other hardware rounds otherwise: the result would be close, not the same bits",
+    "num_threads": "sums are split otherwise: the result would be close, not the same bits",
+    "world_size": "rows would be divided otherwise",
+    "versions": "other releases may compute otherwise: the result need not be the same bits",
+}
+"""What decides a run besides its settings, each with what a change of it would do."""
+
+_EFFECTS = {
+    "model.": "the adapter would go on with another base model or other tokens",
+    "quantization.": "the adapter was trained against another rounding of the base",
+    "lora.": "the adapter would act otherwise from the next step on",
+    "data.": "some rows would be trained on twice and others never, or otherwise",
+    "data.eval": "later evaluations could not be compared with earlier ones",
+    "train.": "the steps to come would be taken otherwise than those before",
+    "train.learning_rate": "the steps to come would follow another schedule",
+    "train.lr_scheduler_type": "the steps to come would follow another schedule",
+    "train.warmup_ratio": "the steps to come would follow another schedule",
+    "train.num_train_epochs": "the run would have another length, and its schedule with it",
+    "train.max_steps": "the run would have another length, and its schedule with it",
+    "train.per_device_train_batch_size": "the run would stand at another place in its data",
+    "train.gradient_accumulation_steps": "the run would stand at another place in its data",
+    "train.group_by_length": "some rows would be trained on twice and others never",
+    "train.eval_steps": "evaluations would come at other steps, and with them what follows from them",
+    "run.seed": "order, dropout and noise of the steps to come would be others",
+}
+"""What a change of a setting would do, by key or section; the longest that fits counts."""
+
+
+def is_free(key: str) -> bool:
+    """Say whether a setting may differ between the parts of a run."""
+    return key.startswith(FREE)
+
+
+def why_not_allowed(key: str, settings: Sequence[str]) -> str | None:
+    """Return why `run.allow_changed` cannot name a key, or None.
+
+    Args:
+        key: what it names.
+        settings: every setting, as ``section.key``.
+    """
+    if key in SHAPES:
+        return (
+            "decides what a checkpoint holds and cannot change in a run; begin a new run, with lora.adapter_path where it "
+            "should start from this one's adapter"
+        )
+    if key in settings:
+        return "may always differ; drop it here" if is_free(key) else None
+    if key in FACTS:
+        return None
+    allowed = [*FACTS, *(name for name in settings if not is_free(name) and name not in SHAPES)]
+    close = difflib.get_close_matches(key, allowed, n=1)
+    if close:
+        return f"is not known; did you mean {close[0]}?"
+    return f"is not known; allowed: {', '.join(FACTS)}, and settings that decide a run, such as train.learning_rate"
+
+
+def effect_of(key: str) -> str:
+    """Return what a change of a setting or fact would do."""
+    fact = key.partition(".")[0]
+    if fact in FACTS:
+        return FACTS[fact]
+    return _EFFECTS[max((start for start in _EFFECTS if key.startswith(start)), key=len, default="train.")]
+
+
+def flat_settings(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return settings by ``section.key``."""
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
