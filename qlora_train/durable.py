@@ -162,19 +162,21 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(deleted, ignore_errors=True)
 
 
+def is_leftover(name: str) -> bool:
+    """Say whether a file or folder of this name is something that was being written, replaced or deleted."""
+    return name.startswith(".") and name.endswith((STAGING, OLD, DELETED, TEMPORARY))
+
+
 def sweep(folder: Path) -> None:
     """Clear what a killed process left half done inside a folder that this process owns."""
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        name = path.name.removeprefix(".")
-        if name == path.name:
-            continue
-        if name.endswith(OLD) and not (whole := path.with_name(name.removesuffix(OLD))).exists():
-            path.rename(whole)
-        elif name.endswith((STAGING, OLD, DELETED)):
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in (item for item in found if is_leftover(item.name)):
+        replaced = path.with_name(path.name.removeprefix(".").removesuffix(OLD))
+        if path.name.endswith(OLD) and not replaced.exists():
+            path.rename(replaced)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif name.endswith(TEMPORARY):
+        else:
             path.unlink(missing_ok=True)
 
 

@@ -54,7 +54,10 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-_FILE_SYSTEM_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+_FILE_SYSTEM_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG,
+)  # fmt: skip
+_DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 def explain(error: BaseException) -> str | None:
@@ -64,8 +67,9 @@ def explain(error: BaseException) -> str | None:
         return (
             f"{where}: {error.strerror}; nothing that was whole is lost; make room or access, then repeat the command"
         )
-    if "No space left on device" in str(error):  # safetensors has an error class of its own
-        return "writing: No space left on device; nothing that was whole is lost; make room, then repeat the command"
+    for full in _DISK_FULL:  # safetensors has an error class of its own
+        if full in str(error):
+            return f"writing: {full}; nothing that was whole is lost; make room, then repeat the command"
     if type(error).__name__ == "OutOfMemoryError":
         return (
             f"out of memory: {first_line(error)}; halve train.per_device_train_batch_size and double "

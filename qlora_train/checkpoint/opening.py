@@ -101,7 +101,8 @@ def held(run: RunFolder) -> Iterator[None]:
 def _refuse_foreign(run: RunFolder) -> None:
     if run.config_file.is_file():
         return
-    if run.path.is_file() or (run.path.is_dir() and any(path.name != LOCK for path in run.path.iterdir())):
+    names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
+    if run.path.is_file() or any(name != LOCK and not durable.is_leftover(name) for name in names):
         raise CheckpointError(
             f"{run.path}: run.output_dir is not empty and holds no run (no config.yaml); choose another run.output_dir"
         )

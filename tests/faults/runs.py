@@ -1,0 +1,130 @@
+"""Start runs as child processes, let them end as they like, and compare what they leave."""
+
+import itertools
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_train.checkpoint import RunFolder
+from qlora_train.faults import VARIABLE
+from tests.faults import child
+from tests.runs import adapter_bytes, write_rows
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+NUM_STEPS = 12
+SETTINGS = (
+    "data.max_length=128", "lora.r=64", "lora.lora_dropout=0.1", "train.learning_rate=1e-2",
+    "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2", "train.logging_steps=1",
+    "train.save_total_limit=2", "data.num_proc=1",
+)  # fmt: skip
+"""A run as the demo's, on a pico model: rank 64 makes tensors large enough for a state of 8 bits."""
+TIMEOUT_SECONDS = 120
+
+
+@dataclass
+class Ended:
+    """How a process ended: `status` is negative for a signal; `num_points` is there when it ended by itself."""
+
+    status: int
+    log: str
+    num_points: int | None = None
+
+
+class Child:
+    """A process that was started and may be hit."""
+
+    def __init__(self, process: BaseProcess, told: Any, log: Path) -> None:
+        self.process, self._told, self._log = process, told, log
+
+    def wait_until_it_begins(self) -> None:
+        """Wait until all is imported and the program begins."""
+        assert self._told.poll(TIMEOUT_SECONDS), "the process did not begin"
+        assert self._told.recv() == "begins"
+
+    def end(self, seconds: float = TIMEOUT_SECONDS) -> Ended:
+        """Wait for its end."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise AssertionError(f"the process hangs: {self._log.read_text()}")
+        try:
+            points = self._told.recv() if self._told.poll() else None
+        except EOFError:
+            points = None
+        return Ended(self.process.exitcode, self._log.read_text(errors="replace"), points)
+
+
+class Runs:
+    """Runs of one base and one set of rows, each in a folder of its own."""
+
+    def __init__(self, folder: Path, base: Path) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([child.__name__])
+        self.folder, self.base = folder, base
+        self.rows = write_rows(folder / "rows.jsonl", count=40)
+        self._numbers = itertools.count()
+
+    def new(self) -> RunFolder:
+        """Return a run folder that does not exist yet."""
+        return RunFolder(self.folder / f"run-{next(self._numbers):04d}")
+
+    def copy(self, run: RunFolder) -> RunFolder:
+        """Return a copy of a run folder."""
+        new = self.new()
+        shutil.copytree(run.path, new.path)
+        return new
+
+    def start(self, run: RunFolder, *overrides: str, fault: str = "", **environment: str) -> Child:
+        """Start the program on a run folder, and return at once."""
+        config = self.folder / "config.yaml"
+        if not config.is_file():
+            config.write_text(
+                f"model:\n  model_name_or_path: {self.base}\ndata:\n  train: {self.rows}\nrun:\n  seed: 7\n"
+            )
+        arguments = [str(config), *SETTINGS, f"run.output_dir={run.path}", *overrides]
+        log = run.path.with_suffix(".log")
+        ours, theirs = self._context.Pipe(duplex=False)
+        environment = {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], "HF_HUB_OFFLINE": "1", **environment}
+        if fault:
+            environment[VARIABLE] = fault
+        process = self._context.Process(target=child.run, args=(arguments, log, environment, theirs))
+        process.start()
+        theirs.close()
+        started = Child(process, ours, log)
+        started.wait_until_it_begins()
+        return started
+
+    def to_the_end(self, run: RunFolder, *overrides: str, **arguments: Any) -> Ended:
+        """Run the program on a run folder until it ends."""
+        return self.start(run, *overrides, **arguments).end()
+
+    def finished(self, run: RunFolder, *overrides: str) -> bytes:
+        """Run the program to its good end, and return the bytes of its adapter."""
+        ended = self.to_the_end(run, *overrides)
+        assert ended.status == 0, ended.log
+        return adapter_bytes(run)
+
+    def start_stock(self, folder: Path) -> Child:
+        """Start the stock trainer on a folder."""
+        ours, theirs = self._context.Pipe(duplex=False)
+        log = folder.with_suffix(".log")
+        process = self._context.Process(target=child.run_stock, args=(folder, self.base, self.rows, log, theirs))
+        process.start()
+        theirs.close()
+        started = Child(process, ours, log)
+        started.wait_until_it_begins()
+        return started
+
+
+def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield `function(item)` in order, computed by as many threads as there are cores; each waits for a process."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(function, items)

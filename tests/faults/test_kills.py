@@ -1,0 +1,137 @@
+"""Processes are killed and asked to stop at random moments; the same command goes on to the same weights."""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+
+import pytest
+
+from tests.faults.conftest import LONG, Table, number
+from tests.faults.runs import Child, Ended, Runs, side_by_side
+from tests.faults.stock import NUM_STEPS
+from tests.runs import adapter_bytes
+
+SETTINGS = (f"train.max_steps={NUM_STEPS}", "train.save_steps=1", "data.eval=0.25", "train.eval_steps=3")
+OPTIMIZERS = ("adamw_8bit", "adamw_torch", "paged_adamw_8bit") if LONG else ("adamw_8bit",)
+SECOND_SIGNAL_SECONDS = 2.0
+
+
+def undisturbed(runs: Runs, *settings: str) -> tuple[bytes, float]:
+    """Return the adapter of a run that nothing happens to, and the seconds that it takes with its data in the cache."""
+    runs.finished(runs.new(), *settings)
+    run = runs.new()
+    process = runs.start(run, *settings)
+    begun = time.monotonic()
+    assert process.end().status == 0
+    return adapter_bytes(run), time.monotonic() - begun
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_runs_killed_at_random_moments_end_in_the_same_bits(optim: str, runs: Runs, table: Table) -> None:
+    settings = (*SETTINGS, f"train.optim={optim}")
+    wanted, seconds = undisturbed(runs, *settings)
+    moments = [random.Random(f"{optim} {trial}").uniform(0, seconds) for trial in range(number(50, 500))]
+
+    def try_moment(moment: float) -> bytes:
+        run = runs.new()
+        process = runs.start(run, *settings)
+        time.sleep(moment)
+        process.process.kill()
+        assert process.end().status in (-signal.SIGKILL, 0)
+        return runs.finished(run, *settings)
+
+    good = sum(adapter == wanted for adapter in side_by_side(try_moment, moments))
+    table.add(f"kill -9 at random moments, {optim}", good, len(moments), "resumed to the same bits")
+    assert good == len(moments)
+
+
+def test_what_the_same_kills_do_to_the_stock_trainer(runs: Runs, table: Table) -> None:
+    """For comparison: nothing is asked of it."""
+    straight = runs.new().path
+    begun = time.monotonic()
+    ended = runs.start_stock(straight).end()
+    assert ended.status == 0, ended.log
+    seconds = time.monotonic() - begun
+    weights = "adapter_model.safetensors"
+    wanted = (straight / "adapter" / weights).read_bytes()
+    moments = [random.Random(trial).uniform(0, seconds) for trial in range(number(6, 100))]
+
+    def try_moment(moment: float) -> str:
+        folder = runs.new().path
+        process = runs.start_stock(folder)
+        time.sleep(moment)
+        process.process.kill()
+        process.end()
+        if runs.start_stock(folder).end().status != 0:
+            return "stuck"
+        return "same" if (folder / "adapter" / weights).read_bytes() == wanted else "other weights"
+
+    found = Counter(side_by_side(try_moment, moments))
+    others = f"{found['other weights']} went on to other weights, {found['stuck']} could not go on"
+    table.add("  the same with the stock trainer", found["same"], len(moments), f"resumed to the same bits; {others}")
+
+
+def test_first_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(runs: Runs, table: Table) -> None:
+    settings = (*SETTINGS, "train.save_steps=100", "train.optim=adamw_8bit")
+    wanted, seconds = undisturbed(runs, *settings)
+    statuses = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
+    cases = [
+        (list(statuses)[trial % 3], random.Random(f"signal {trial}").uniform(0, seconds))
+        for trial in range(number(40, 200))
+    ]
+
+    def try_case(case: tuple[signal.Signals, float]) -> tuple[bool, int]:
+        asked, moment = case
+        run = runs.new()
+        process = runs.start(run, *settings)
+        time.sleep(moment)
+        ended = hit(process, asked)
+        assert ended.status in (statuses[asked], 0), ended
+        assert "Traceback" not in ended.log, ended.log
+        if ended.status:
+            assert "the same command goes on" in ended.log.splitlines()[-1]
+            if "training: starts" in ended.log and "step 1/" in ended.log:
+                assert run.steps(), ended.log
+        return runs.finished(run, *settings) == wanted, ended.status
+
+    found = list(side_by_side(try_case, cases))
+    good = sum(same for same, _ in found)
+    stopped = sum(status != 0 for _, status in found)
+    table.add("SIGTERM, SIGINT, SIGUSR1", good, len(cases), f"resumed to the same bits ({stopped} came before the end)")
+    assert good == len(cases)
+    assert stopped > len(cases) // 2
+
+
+def hit(process: Child, asked: signal.Signals) -> Ended:
+    """Send a signal to a process that may have ended, and wait for its end."""
+    if process.process.is_alive():
+        os.kill(process.process.pid, asked)
+    return process.end()
+
+
+def test_second_signal_ends_it_at_once_and_harms_nothing(runs: Runs, table: Table) -> None:
+    settings = (*SETTINGS, "train.optim=adamw_8bit")
+    wanted, seconds = undisturbed(runs, *settings)
+    moments = [random.Random(f"twice {trial}").uniform(0, seconds) for trial in range(number(10, 100))]
+
+    def try_moment(moment: float) -> tuple[bool, float]:
+        run = runs.new()
+        process = runs.start(run, *settings)
+        time.sleep(moment)
+        for _ in range(2):
+            if process.process.is_alive():
+                os.kill(process.process.pid, signal.SIGINT)
+                time.sleep(0.05)
+        begun = time.monotonic()
+        ended = process.end()
+        seconds_to_end = time.monotonic() - begun
+        assert ended.status in (130, 0), ended
+        return runs.finished(run, *settings) == wanted, seconds_to_end
+
+    found = list(side_by_side(try_moment, moments))
+    good, slowest = sum(same for same, _ in found), max(seconds for _, seconds in found)
+    table.add("Ctrl-C twice", good, len(moments), f"resumed to the same bits; out within {SECOND_SIGNAL_SECONDS:g} s")
+    assert good == len(moments)
+    assert slowest < SECOND_SIGNAL_SECONDS

@@ -1,0 +1,152 @@
+"""Every point at which something durable changes on disk is made to fail, and the run goes on to the same weights."""
+
+import contextlib
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_train import durable
+from qlora_train.checkpoint import RunFolder
+from tests.faults.conftest import LONG, Table
+from tests.faults.runs import Child, Ended, Runs, side_by_side
+from tests.runs import adapter_bytes
+
+SETTINGS = (
+    "train.max_steps=3", "train.save_steps=1", "train.save_total_limit=1", "train.optim=adamw_8bit", "data.eval=0.25",
+    "train.eval_steps=2",
+)  # fmt: skip
+KINDS = {
+    "kill": (-signal.SIGKILL, "killed before the change"),
+    "short": (-signal.SIGKILL, "killed with the change half done"),
+    "enospc": (2, "disk full"),
+    "perm": (2, "permission denied"),
+}
+
+
+def whole_checkpoints(run: RunFolder) -> set[str]:
+    """Return the names of the checkpoints that verify."""
+    return {run.checkpoint(step).name for step in run.steps() if run.problem_of(step) is None}
+
+
+def leftovers(run: RunFolder) -> list[str]:
+    """Return what no finished run should have lying about."""
+    found = (path.name for folder in (run.path, run.checkpoints) for path in folder.iterdir())
+    return [name for name in found if durable.is_leftover(name)]
+
+
+@pytest.fixture(scope="module")
+def straight(runs: Runs) -> tuple[bytes, int]:
+    """The adapter of an undisturbed run, and the number of its fault points; its data was in the cache."""
+    runs.finished(runs.new(), *SETTINGS)
+    run = runs.new()
+    ended = runs.to_the_end(run, *SETTINGS)
+    assert ended.status == 0, ended.log
+    assert ended.num_points is not None
+    return adapter_bytes(run), ended.num_points
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fault_at_every_write_point_costs_nothing(
+    kind: str, runs: Runs, straight: tuple[bytes, int], table: Table
+) -> None:
+    wanted, num_points = straight
+    status, meaning = KINDS[kind]
+    stride = 1 if LONG or kind == "kill" else 2 if kind == "enospc" else 4
+    points = range(1, num_points + 1, stride)
+    assert num_points > 50
+
+    def try_point(point: int) -> bytes:
+        run = runs.new()
+        ended = runs.to_the_end(run, *SETTINGS, fault=f"{kind}@{point}")
+        assert ended.status == status, f"{kind}@{point}: {ended}"
+        if status == 2:
+            assert_one_line(ended)
+        last = max((step for step in run.steps()), default=None)
+        assert last is None or whole_checkpoints(run), f"{kind}@{point} left no whole checkpoint"
+        adapter = runs.finished(run, *SETTINGS)
+        assert leftovers(run) == []
+        return adapter
+
+    good = sum(adapter == wanted for adapter in side_by_side(try_point, points))
+    table.add(f"{kind} at write points {points}", good, len(points), f"{meaning}: resumed to the same bits")
+    assert good == len(points)
+
+
+def assert_one_line(ended: Ended) -> None:
+    """Check that the last line says what happened and nothing is a traceback."""
+    assert "Traceback" not in ended.log, ended.log
+    last = ended.log.strip().splitlines()[-1]
+    assert "No space left on device" in last or "Permission denied" in last, last
+
+
+LONGER = (*SETTINGS, "train.max_steps=20")
+
+
+@pytest.fixture(scope="module")
+def longer(runs: Runs) -> RunFolder:
+    """An undisturbed run that is long enough to be hit in its middle."""
+    run = runs.new()
+    runs.finished(run, *LONGER)
+    return run
+
+
+def has_checkpoint(run: RunFolder, process: Child) -> bool:
+    """Wait for the first checkpoint; False when the process ended before it was seen."""
+    while not run.steps() and process.process.is_alive():
+        time.sleep(0.002)
+    return process.process.is_alive()
+
+
+def test_files_that_the_system_cuts_off_cost_no_checkpoint(runs: Runs, table: Table, longer: RunFolder) -> None:
+    """From the first checkpoint on the system refuses files beyond a size, for sizes of all files of a run."""
+    sizes = sorted({path.stat().st_size for path in longer.path.rglob("*") if path.is_file()})
+    limits = [size - 1 for size in sizes if size > 20_000]  # the log is one too[:: 1 if LONG else 4]
+
+    def try_limit(limit: int) -> bytes:
+        run = runs.new()
+        process = runs.start(run, *LONGER)
+        assert has_checkpoint(run, process)
+        resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        ended = process.end()
+        assert ended.status == 2, ended
+        assert "Traceback" not in ended.log, ended.log
+        assert whole_checkpoints(run)
+        return runs.finished(run, *LONGER)
+
+    good = sum(adapter == adapter_bytes(longer) for adapter in side_by_side(try_limit, limits))
+    table.add("files cut off by the system", good, len(limits), "checkpoints whole, resumed to the same bits")
+    assert good == len(limits)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with little room."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+def test_a_disk_that_fills_up_in_mid_run_costs_no_checkpoint(
+    runs: Runs, table: Table, longer: RunFolder, small_disk: Path
+) -> None:
+    run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
+    process = runs.start(run, *LONGER)
+    assert has_checkpoint(run, process)
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    ended = process.end()
+    assert ended.status == 2, ended
+    assert "No space left on device" in ended.log.splitlines()[-1]
+    assert whole_checkpoints(run)
+    filler.unlink()
+    same = runs.finished(run, *LONGER) == adapter_bytes(longer)
+    table.add("a real disk full in mid-run", same, 1, "checkpoints whole, resumed to the same bits")
+    assert same
