@@ -60,9 +60,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         Stop: the process was asked to stop; the same call goes on from there.
     """
     device = select_device()
-    if config.run.max_minutes is not None:
-        stopping.stop_after(config.run.max_minutes)
-    with open_run(config, resume=resume) as (folder, checkpoint):
+    with stopping.clock(config.run.max_minutes), open_run(config, resume=resume) as (folder, checkpoint):
         if folder.is_finished() and not changed_settings(folder, config):
             logger.info("%s: training has finished already; delete the folder to train again", folder.path)
         else:

@@ -29,8 +29,6 @@ LEAST_RESERVE_SECONDS = 30.0
 LARGEST_RESERVE_SHARE = 0.1
 """Kept free before the deadline until it is known how long a checkpoint takes: 30 s, of a short time a tenth."""
 
-_started = time.monotonic()
-
 
 class Stop(BaseException):
     """The process is asked to stop and can do so now; no Exception, so that no library takes it for an error.
@@ -50,6 +48,7 @@ class _Process:
 
     requested: Stop | None = None
     waits: bool = False
+    began: float = 0.0
     deadline: float | None = None
     reserve_seconds: float = 0.0
     handles: bool = False
@@ -95,9 +94,8 @@ def handle_signals() -> Iterator[None]:
     ]  # as of a job in the background
     before = {number: signal.signal(number, _on_signal) for number in (*asking, signal.SIGALRM)}
     wakeup = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    if not _process.handles:
-        os.register_at_fork(after_in_child=_forget_in_child)
-    _process.handles, _process.requested, _process.deadline = True, None, None
+    _process.handles, _process.requested = True, None
+    _process.began, _process.deadline = time.monotonic(), None
     thread = threading.Thread(target=_listen, args=(hears,), name="signals", daemon=True)
     thread.start()
     try:
@@ -110,7 +108,7 @@ def handle_signals() -> Iterator[None]:
         told.close()  # ends the thread
         thread.join()
         hears.close()
-        _process.requested, _process.deadline = None, None
+        _process.handles, _process.requested, _process.deadline = False, None, None
 
 
 def _on_signal(number: int, _frame: Any) -> None:
@@ -148,20 +146,40 @@ def _forget_in_child() -> None:
         _process.handles, _process.requested = False, None
 
 
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
 # --- the clock --------------------------------------------------------------------------------------------------------
 
 
-def stop_after(minutes: float) -> None:
-    """Ask for a stop in time for the process to be gone this long after it began; needs `handle_signals`."""
-    _process.deadline = _started + 60 * minutes
+@contextmanager
+def clock(minutes: float | None) -> Iterator[None]:
+    """Ask for a stop inside in time for the process to be gone `minutes` after it began; None never does.
+
+    Where no signals are handled, time counts from here, and the clock is looked at between steps alone.
+    """
+    if minutes is None:
+        yield
+        return
+    _process.deadline = (_process.began if _process.handles else time.monotonic()) + 60 * minutes
+    _process.reserve_seconds = 0.0
     reserve(min(LEAST_RESERVE_SECONDS, LARGEST_RESERVE_SHARE * 60 * minutes))
+    try:
+        yield
+    finally:
+        if _process.handles:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        else:
+            _process.requested = None
+        _process.deadline = None
 
 
 def reserve(seconds: float) -> None:
     """Keep at least this long free before the deadline, for the last checkpoint and the way out."""
     if _process.deadline is not None:
         _process.reserve_seconds = max(_process.reserve_seconds, seconds)
-        signal.setitimer(signal.ITIMER_REAL, max(seconds_left(), 1e-3))
+        if _process.handles:
+            signal.setitimer(signal.ITIMER_REAL, max(seconds_left(), 1e-3))
 
 
 def seconds_left() -> float:

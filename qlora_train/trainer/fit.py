@@ -70,8 +70,7 @@ def _train_on(trainer: QloraTrainer, progress: Progress, resume_from: Path | Non
         trainer.restore(resume_from)
         progress.rewrite_metrics(trainer.state.log_history)
         if trainer.owes_evaluation():
-            trainer.evaluate()
-            trainer.amend(resume_from)
+            trainer.make_up_evaluation(resume_from)
         if trainer.is_over():
             return
     try:

@@ -210,8 +210,10 @@ class QloraTrainer(SFTTrainer):
         self.run.rotate(keep=self.config.train.save_total_limit, best=best)
         stopping.reserve(RESERVED_SAVES * (time.perf_counter() - started))
 
-    def amend(self, checkpoint: Path) -> None:
-        """Write a checkpoint again with what has been logged since: an evaluation that was left out."""
+    def make_up_evaluation(self, checkpoint: Path) -> None:
+        """Do the evaluation that a stop left out after a checkpoint, and write the checkpoint again with its result."""
+        with self.accelerator.autocast():  # as inside the training loop, which begins later
+            self.evaluate()
         with durable.staged_folder(checkpoint, durable.about(checkpoint)) as folder:
             for file in checkpoint.iterdir():
                 if file.name not in (STATE_FILE, durable.MANIFEST):

@@ -1,0 +1,217 @@
+"""A run that is asked to stop does so between two steps, or leaves an evaluation, and goes on to the same numbers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_train import pipeline, stopping
+from qlora_train.adapter import AdaptedModel
+from qlora_train.checkpoint import RunFolder
+from qlora_train.data.workers import in_order
+from qlora_train.trainer import train
+from tests.runs import adapter_bytes, losses, make_config, metrics, train_run
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ("train.eval_steps=2", "train.save_steps=2", "train.max_steps=6")
+Hook = Callable[[torch.nn.Module, Any], None]
+
+
+def run_with_hook(
+    folder: Path, base: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch, *settings: str, name: str
+) -> RunFolder:
+    """Run a config whose model calls `hook` before every forward pass, with signals handled, until it stops."""
+    config = make_config(folder, base, *settings, name=name)
+
+    def hooked(adapted: AdaptedModel, *arguments: Any) -> dict[str, Any]:
+        adapted.model.register_forward_pre_hook(hook)
+        return train(adapted, *arguments)
+
+    with monkeypatch.context() as patch, stopping.handle_signals():
+        patch.setattr(pipeline, "train", hooked)
+        with pytest.raises(stopping.Stop) as caught:
+            pipeline.run(config)
+    assert caught.value.status == {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75}[caught.value.cause]
+    return RunFolder(Path(str(config.run.output_dir)))
+
+
+def at_call(number: int, asked: signal.Signals, *, training: bool) -> Hook:
+    """Return a hook that sends this process a signal in the given forward pass, of training or of evaluation."""
+    num_calls = 0
+
+    def hook(module: torch.nn.Module, _inputs: Any) -> None:
+        nonlocal num_calls
+        num_calls += module.training == training
+        if num_calls == number and module.training == training:
+            num_calls += 1
+            os.kill(os.getpid(), asked)
+
+    return hook
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_step_is_finished_and_saved(
+    asked: signal.Signals, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train_run(tmp_path, pico_llama, *SETTINGS, name="straight")
+    hook = at_call(5, asked, training=True)  # two micro-batches a step: the first of step 3
+    stopped = run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *SETTINGS, name="stopped")
+    assert stopped.steps()[-1] == 3
+    assert not stopped.adapter.exists()
+    resumed = train_run(tmp_path, pico_llama, *SETTINGS, name="stopped")
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+    assert losses(resumed) == losses(straight)
+
+
+@pytest.mark.parametrize("evaluation", [1, 3])
+def test_evaluation_is_left_and_made_up_for_before_the_next_step(
+    evaluation: int, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*SETTINGS, "train.per_device_eval_batch_size=1", "train.load_best_model_at_end=true")
+    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
+    num_eval = straight.facts()["num_eval_rows"]  # one at a time
+    hook = at_call(num_eval * (evaluation - 1) + 3, signal.SIGTERM, training=False)
+    stopped = run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *settings, name="stopped")
+    assert stopped.steps()[-1] == 2 * evaluation
+    assert len([line for line in metrics(stopped) if "eval_loss" in line]) == evaluation - 1
+    resumed = train_run(tmp_path, pico_llama, *settings, name="stopped")
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+    assert evaluations(resumed) == evaluations(straight)
+    assert (
+        resumed.read_results()["training"]["taken_from_step"] == straight.read_results()["training"]["taken_from_step"]
+    )
+
+
+def test_patience_that_runs_out_in_an_evaluation_that_was_left_ends_the_run(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (
+        "train.max_steps=30", "train.eval_steps=1", "train.save_steps=1", "train.early_stopping_patience=1",
+        "train.learning_rate=0.02", "train.lr_scheduler_type=constant", "train.per_device_eval_batch_size=1",
+    )  # fmt: skip
+    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
+    last = straight.steps()[-1]
+    hook = at_call(straight.facts()["num_eval_rows"] * (last - 1) + 2, signal.SIGTERM, training=False)
+    run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *settings, name="stopped")
+    resumed = train_run(tmp_path, pico_llama, *settings, name="stopped")
+    assert resumed.steps() == straight.steps()
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+
+
+def evaluations(run: RunFolder) -> list[tuple[int, float]]:
+    return [(line["step"], line["eval_loss"]) for line in metrics(run) if "eval_loss" in line]
+
+
+def test_settings_of_what_is_reported_apply_from_the_resume_on(pico_llama: Path, tmp_path: Path) -> None:
+    """Transformers would go by the intervals that the checkpoint was written with."""
+    whole = train_run(tmp_path, pico_llama, "train.save_steps=2", "train.save_total_limit=9")
+    assert whole.steps() == [2, 4, 6]
+    (whole.adapter / "adapter_model.safetensors").unlink()
+    for later in (4, 6):
+        (whole.checkpoint(later) / "loop.json").unlink()
+    train_run(tmp_path, pico_llama, "train.save_steps=1", "train.save_total_limit=9", "train.logging_steps=2")
+    assert whole.steps() == [2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics(whole) if "loss" in line] == [1, 2, 4, 6]
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
+
+
+def test_run_stops_before_its_minutes_are_over_with_status_75(pico_llama: Path, tmp_path: Path) -> None:
+    settings = ("train.max_steps=2", "train.save_steps=1000", "train.logging_steps=1000", "train.eval_steps=1000")
+    long = "train.max_steps=2000"
+    run = RunFolder(tmp_path / "run")
+    config = train_run(tmp_path, pico_llama, *settings, name="other").config_file
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", "qlora_train.cli", str(config), f"run.output_dir={run.path}", long]
+    begun = time.monotonic()
+    done = subprocess.run(
+        [*words, "run.max_minutes=0.25"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 75, done.stderr
+    assert time.monotonic() - begun < 0.25 * 60
+    assert "run.max_minutes: stopped; the same command goes on" in done.stderr.splitlines()[-1]
+    assert len(run.steps()) == 1, "the only checkpoint is that of the stop"
+    assert 0 < run.steps()[0] < 2000
+    assert run.problem_of(run.steps()[0]) is None
+
+
+def test_clock_stops_a_run_in_a_program_that_handles_no_signals(pico_llama: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, pico_llama, "train.max_steps=5000", "run.max_minutes=0.05")
+    with pytest.raises(stopping.Stop, match=r"run\.max_minutes"):
+        pipeline.run(config)
+    assert len(RunFolder(tmp_path / "run").steps()) == 1
+    assert stopping.requested() is None, "the next run is not stopped"
+
+
+# --- signals outside of training --------------------------------------------------------------------------------------
+
+
+def test_stop_is_raised_at_once_where_nothing_waits_for_a_boundary() -> None:
+    def ask_and_work() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with stopping.handle_signals(), pytest.raises(stopping.Stop, match="SIGTERM"):
+        ask_and_work()
+    assert signal.getsignal(signal.SIGTERM) is not stopping._on_signal
+
+
+def test_stop_that_waited_is_raised_at_the_end() -> None:
+    reached = []
+
+    def ask_and_work() -> None:
+        with stopping.at_boundaries():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            reached.append(stopping.requested())
+
+    with stopping.handle_signals(), pytest.raises(stopping.Stop, match="SIGINT"):
+        ask_and_work()
+    assert len(reached) == 1
+    assert reached[0] is not None
+
+
+STUCK = """
+import os, signal, sys, time
+from qlora_train import stopping
+with stopping.handle_signals(), stopping.at_boundaries():
+    print("ready", flush=True)
+    sys.stdin.readline()
+    import hashlib
+    while True:
+        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 20_000_000)  # seconds in a library, without a look at Python
+"""
+
+
+def test_second_signal_ends_a_process_that_is_deep_in_a_library() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=2) == 143
+
+
+def dispositions(_item: int) -> tuple[bool, bool]:
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_workers_leave_signals_to_the_process_that_started_them() -> None:
+    with stopping.handle_signals():
+        assert set(in_order(dispositions, range(4), 2)) == {(True, True)}
