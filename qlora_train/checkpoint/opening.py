@@ -36,7 +36,6 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
     run = RunFolder(Path(config.run.output_dir))
     _refuse_foreign(run)
     with held(run):
-        run.sweep()
         if not run.config_file.is_file() or not run.has_begun():
             _claim(run, config)
         elif resume == "never":
@@ -93,6 +92,7 @@ def held(run: RunFolder) -> Iterator[None]:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        run.sweep()
         yield
     finally:
         os.close(descriptor)

@@ -5,7 +5,6 @@ The written files are what is measured, loaded as any user would load them.
 
 import logging
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.data.types import Example
 from qlora_train.device import free_memory
-from qlora_train.durable import staged_folder
+from qlora_train.durable import STAGING, remove_folder, staged_folder
 from qlora_train.errors import MergeError
 from qlora_train.evaluate import HeldOutLoss, held_out_loss
 from qlora_train.export.merge import MergeBase, MergeReport, is_stored_in_4bit, merge_adapter, refuse_places
@@ -95,11 +94,12 @@ def choose_merge_base(
     assert (adapter_loss is None) == (not examples), "the adapter's loss belongs to the held-out rows"
     refuse_places(run.base_folder, run.adapter_folder, output)
     kinds = _candidates(run, merge_base, measured=bool(examples))
-    folders = {kind: output.with_name(f".{output.name}.{kind}") for kind in kinds}
+    folders = {kind: output.with_name(f".{output.name}-{kind}{STAGING}") for kind in kinds}
     reports: dict[MergeBase, MergeReport] = {}
     losses: dict[MergeBase, float] = {}
     try:
         for kind, folder in folders.items():
+            remove_folder(folder)  # a merge that was killed may have left it
             reports[kind] = run.merge(folder, kind)
             if examples:
                 losses[kind] = _loss_of_files(folder, run, examples, batch_size)
@@ -112,7 +112,7 @@ def choose_merge_base(
         _move(folders[best], output, lambda staging: finish(staging, choice))
     finally:
         for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
     return choice
 
 

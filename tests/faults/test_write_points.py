@@ -150,3 +150,32 @@ def test_a_disk_that_fills_up_in_mid_run_costs_no_checkpoint(
     same = runs.finished(run, *LONGER) == adapter_bytes(longer)
     table.add("a real disk full in mid-run", same, 1, "checkpoints whole, resumed to the same bits")
     assert same
+
+
+MERGING = ("export.merge=true", "export.merge_base=original", "export.max_loss_increase=10")
+
+
+@pytest.mark.parametrize("kind", ["kill", "short", "enospc"])
+def test_a_fault_at_every_write_point_of_a_merge_leaves_it_whole_or_absent(kind: str, runs: Runs, table: Table) -> None:
+    trained = runs.new()
+    runs.finished(trained, *SETTINGS)
+    merged = runs.copy(trained)
+    ended = runs.to_the_end(merged, *SETTINGS, *MERGING)
+    assert ended.status == 0, ended.log
+    assert ended.num_points is not None
+    wanted = (merged.merged / "model.safetensors").read_bytes()
+    points = range(1, ended.num_points + 1, 1 if LONG else 4)
+
+    def try_point(point: int) -> bool:
+        run = runs.copy(trained)
+        ended = runs.to_the_end(run, *SETTINGS, *MERGING, fault=f"{kind}@{point}")
+        assert ended.status == KINDS[kind][0], ended
+        assert not run.merged.exists() or run.has_merged()
+        assert run.is_finished(), "the adapter is as it was"
+        assert runs.to_the_end(run, *SETTINGS, *MERGING).status == 0
+        assert leftovers(run) == []
+        return (run.merged / "model.safetensors").read_bytes() == wanted
+
+    good = sum(side_by_side(try_point, points))
+    table.add(f"{kind} at write points of a merge", good, len(points), "whole or absent, merged again to the same bits")
+    assert good == len(points)
