@@ -1,6 +1,7 @@
 # make demo   environment, demo model and data, training, held-out answers before and after
 # make test   environment, lint, types and the whole test suite
 # make check  lint and types alone
+# make test-faults  the fault tests alone, with their table; FAULTS=long for the full counts
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ export GOMP_SPINCOUNT ?= 20000
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test check test-oldest env clean
+.PHONY: demo test check test-faults test-oldest env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/demo_model.py --output .demo/SmolLM2-135M-Instruct
@@ -21,6 +22,11 @@ demo: $(VENV)/.ready
 
 test: check
 	$(BIN)/python -m pytest
+
+# Faults on purpose: kills, full disks, damage, signals. FAULTS=long tries the full counts (an hour or more).
+FAULTS ?= short
+test-faults: $(VENV)/.ready
+	QLORA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -1,12 +1,14 @@
 """Every file of a checkpoint is damaged in every way; the run goes on from the one before and ends in the same weights."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qlora_train.checkpoint import RunFolder
+from tests.faults import stock
 from tests.faults.conftest import LONG, Table
 from tests.faults.runs import Runs, side_by_side
 from tests.runs import adapter_bytes
@@ -98,6 +100,31 @@ def test_no_damaged_checkpoint_is_gone_on_from(
     good = sum(side_by_side(goes_on, tried))
     table.add("  of these, gone on with", good, len(tried), "resumed from the one before to the same bits")
     assert good == len(tried)
+
+
+def test_what_the_same_damage_does_to_the_stock_trainer(runs: Runs, table: Table) -> None:
+    """For comparison: nothing is asked of it."""
+    straight = runs.new().path
+    assert runs.start_stock(straight).end().status == 0
+    weights = Path("adapter", "adapter_model.safetensors")
+    shutil.rmtree(straight / "checkpoints" / f"checkpoint-{stock.NUM_STEPS}")
+    newest = straight / "checkpoints" / f"checkpoint-{stock.NUM_STEPS - 1}"
+    damages = [how for how in DAMAGES if how != "of another step"]
+    cases = [(name, how) for name in sorted(path.name for path in newest.iterdir()) for how in damages]
+
+    def try_case(case: tuple[str, str]) -> str:
+        name, how = case
+        folder = runs.new().path
+        shutil.copytree(straight, folder)
+        DAMAGES[how](folder / newest.relative_to(straight) / name)
+        if runs.start_stock(folder).end().status != 0:
+            return "stuck"
+        return "same" if (folder / weights).read_bytes() == (straight / weights).read_bytes() else "other weights"
+
+    tried = cases if LONG else cases[::15]
+    found = Counter(side_by_side(try_case, tried))
+    others = f"{found['other weights']} went on to other weights, {found['stuck']} could not go on"
+    table.add("  the same with the stock trainer", found["same"], len(tried), f"resumed to the same bits; {others}")
 
 
 def test_checkpoint_under_the_name_of_another_step_is_noticed(runs: Runs, stopped: RunFolder) -> None:
