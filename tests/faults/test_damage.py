@@ -103,11 +103,15 @@ def test_no_damaged_checkpoint_is_gone_on_from(
 
 
 def test_what_the_same_damage_does_to_the_stock_trainer(runs: Runs, table: Table) -> None:
-    """For comparison: nothing is asked of it."""
+    """For comparison, and measured by what it makes of an undamaged checkpoint; nothing is asked of it."""
     straight = runs.new().path
     assert runs.start_stock(straight).end().status == 0
     weights = Path("adapter", "adapter_model.safetensors")
     shutil.rmtree(straight / "checkpoints" / f"checkpoint-{stock.NUM_STEPS}")
+    undamaged = runs.new().path
+    shutil.copytree(straight, undamaged)
+    assert runs.start_stock(undamaged).end().status == 0
+    wanted = (undamaged / weights).read_bytes()
     newest = straight / "checkpoints" / f"checkpoint-{stock.NUM_STEPS - 1}"
     damages = [how for how in DAMAGES if how != "of another step"]
     cases = [(name, how) for name in sorted(path.name for path in newest.iterdir()) for how in damages]
@@ -119,12 +123,12 @@ def test_what_the_same_damage_does_to_the_stock_trainer(runs: Runs, table: Table
         DAMAGES[how](folder / newest.relative_to(straight) / name)
         if runs.start_stock(folder).end().status != 0:
             return "stuck"
-        return "same" if (folder / weights).read_bytes() == (straight / weights).read_bytes() else "other weights"
+        return "same" if (folder / weights).read_bytes() == wanted else "other weights"
 
     tried = cases if LONG else cases[::15]
     found = Counter(side_by_side(try_case, tried))
     others = f"{found['other weights']} went on to other weights, {found['stuck']} could not go on"
-    table.add("  the same with the stock trainer", found["same"], len(tried), f"resumed to the same bits; {others}")
+    table.add("  the same with the stock trainer", found["same"], len(tried), f"as without the damage; {others}")
 
 
 def test_checkpoint_under_the_name_of_another_step_is_noticed(runs: Runs, stopped: RunFolder) -> None:
