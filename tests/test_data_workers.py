@@ -3,13 +3,18 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from qlora_train.data.workers import in_order, num_cores, num_processes
 from qlora_train.errors import DataError
+
+ROOT = Path(__file__).parents[1]
 
 
 def slow_square(number: int) -> tuple[int, int]:
@@ -84,3 +89,23 @@ def test_small_data_stays_in_this_process_unless_processes_are_asked_for() -> No
     assert num_processes(None, 999, worth_bytes=1000) == 1
     assert num_processes(None, 1000, worth_bytes=1000) == num_cores()
     assert num_processes(3, 1, worth_bytes=1000) == 3
+
+
+KILLED = """
+import os, sys, time
+from qlora_train.data.workers import in_order
+def work(item):
+    print(os.getpid(), flush=True)
+    time.sleep(0.2)
+for _ in in_order(work, range(10_000), 2):
+    pass
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    process = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    workers = {int(process.stdout.readline()) for _ in range(6)}
+    assert len(workers) == 2
+    process.kill()
+    process.communicate(timeout=20)  # the end of the pipe comes when the last worker has gone

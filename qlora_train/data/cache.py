@@ -26,7 +26,7 @@ log = logging.getLogger("qlora_train")
 Opened = TypeVar("Opened")
 
 STORE_NAME = re.compile(r"[0-9a-f]{64}")
-REMAINS_NAME = re.compile(r"\.([0-9a-f]{64})\.(?:staging|old)")
+REMAINS_NAME = re.compile(r"\.([0-9a-f]{64})\.(?:staging|old|deleted)")
 UNITS = {"MB": 10**6, "GB": 10**9}
 
 
@@ -94,7 +94,7 @@ class StoreCache:
             if path == used:
                 continue
             with contextlib.suppress(BlockingIOError), self._locked(path.name, wait=False):
-                shutil.rmtree(path, ignore_errors=True)
+                durable.remove_folder(path)
                 excess -= sizes[path]
                 log.info("%s: deleted to keep the cache below data.cache_limit (%s)", path, self._limit)
 

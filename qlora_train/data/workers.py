@@ -6,7 +6,9 @@ this process. They use neither torch nor a GPU.
 
 import gc
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -107,7 +109,16 @@ def _start(function: Callable[[Any], Any]) -> None:
     global _function  # noqa: PLW0603
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process; threads do not survive a fork
     gc.freeze()  # what was inherited is not looked through again and stays shared
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _function = function
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has gone, killed ones included: nobody else would tell it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _call(item: Any) -> Any:
