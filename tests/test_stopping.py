@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ from tests.runs import adapter_bytes, losses, make_config, metrics, train_run
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("train.eval_steps=2", "train.save_steps=2", "train.max_steps=6")
 Hook = Callable[[torch.nn.Module, Any], None]
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Tests that run in the background would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def run_with_hook(

@@ -6,6 +6,7 @@ computed nothing.
 
 import gc
 import os
+import signal
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,6 +55,7 @@ def _begin(log: Path, environment: dict[str, str]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background would ignore it
     torch.set_num_threads(1)
 
 
