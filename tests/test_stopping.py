@@ -132,25 +132,6 @@ def test_settings_of_what_is_reported_apply_from_the_resume_on(pico_llama: Path,
 # --- the clock --------------------------------------------------------------------------------------------------------
 
 
-def test_run_stops_before_its_minutes_are_over_with_status_75(pico_llama: Path, tmp_path: Path) -> None:
-    settings = ("train.max_steps=2", "train.save_steps=1000", "train.logging_steps=1000", "train.eval_steps=1000")
-    long = "train.max_steps=2000"
-    run = RunFolder(tmp_path / "run")
-    config = train_run(tmp_path, pico_llama, *settings, name="other").config_file
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, "-m", "qlora_train.cli", str(config), f"run.output_dir={run.path}", long]
-    begun = time.monotonic()
-    done = subprocess.run(
-        [*words, "run.max_minutes=0.25"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 75, done.stderr
-    assert time.monotonic() - begun < 0.25 * 60
-    assert "run.max_minutes: stopped; the same command goes on" in done.stderr.splitlines()[-1]
-    assert len(run.steps()) == 1, "the only checkpoint is that of the stop"
-    assert 0 < run.steps()[0] < 2000
-    assert run.problem_of(run.steps()[0]) is None
-
-
 def test_clock_stops_a_run_in_a_program_that_handles_no_signals(pico_llama: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, pico_llama, "train.max_steps=5000", "run.max_minutes=0.05")
     with pytest.raises(stopping.Stop, match=r"run\.max_minutes"):

@@ -135,3 +135,26 @@ def test_second_signal_ends_it_at_once_and_harms_nothing(runs: Runs, table: Tabl
     table.add("Ctrl-C twice", good, len(moments), f"resumed to the same bits; out within {SECOND_SIGNAL_SECONDS:g} s")
     assert good == len(moments)
     assert slowest < SECOND_SIGNAL_SECONDS
+
+
+def test_run_is_gone_before_its_minutes_are_over_and_goes_on_in_the_next(runs: Runs, table: Table) -> None:
+    minutes = 0.1
+    settings = (
+        "train.max_steps=5000",
+        "train.save_steps=5000",
+        f"run.max_minutes={minutes}",
+        "train.logging_steps=5000",
+    )
+    run, steps, seconds = runs.new(), [0], []
+    for _ in range(2):
+        process = runs.start(run, *settings)
+        begun = time.monotonic()
+        ended = process.end()
+        seconds.append(time.monotonic() - begun)
+        assert ended.status == 75, ended
+        assert "run.max_minutes: stopped; the same command goes on" in ended.log.splitlines()[-1]
+        assert run.steps()[-1] > steps[-1], "each part of the run takes it further"
+        steps.append(run.steps()[-1])
+    in_time = sum(second < 60 * minutes for second in seconds)
+    table.add("run.max_minutes", in_time, len(seconds), f"gone before {60 * minutes:g} s were over, with a checkpoint")
+    assert in_time == len(seconds)
