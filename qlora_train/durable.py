@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qlora_train.faults import point
+from qlora_train.faults import changing, writing
 
 MANIFEST = "manifest.json"
 STAGING, OLD, DELETED, TEMPORARY = ".staging", ".old", ".deleted", ".tmp"
@@ -49,7 +49,7 @@ def _flush(path: Path) -> None:
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make one file of a folder that is being staged; the manifest flushes it later."""
-    with point(path):
+    with writing(path):
         write(path)
 
 
@@ -57,11 +57,11 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file by new content, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        with point(temporary), temporary.open("w", encoding="utf-8") as file:
+        with writing(temporary), temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        with point(path):
+        with changing(path):
             temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -71,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to a log of lines; a crash can leave its last line torn, which readers must bear."""
-    with point(path), path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -87,7 +87,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any] | None = None) -> None
     """
     entries = {}
     for path in _files(folder):
-        with point(path):
+        with writing(path):
             _flush(path)
         entries[path.relative_to(folder).as_posix()] = {"sha256": sha256_of(path), "size_bytes": path.stat().st_size}
     write_text(folder / MANIFEST, _render({"about": dict(about or {}), "files": entries}))
@@ -139,7 +139,7 @@ def staged_folder(final: Path, about: Mapping[str, Any] | None = None) -> Iterat
     staging = _beside(final, STAGING)
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        with point(staging):
+        with changing(staging):
             staging.mkdir()
         yield staging
         write_manifest(staging, about)
@@ -156,9 +156,9 @@ def remove_folder(folder: Path) -> None:
         return
     deleted = _beside(folder, DELETED)
     shutil.rmtree(deleted, ignore_errors=True)
-    with point(folder):
+    with changing(folder):
         folder.rename(deleted)
-    with point(deleted):
+    with changing(deleted):
         shutil.rmtree(deleted, ignore_errors=True)
 
 
@@ -185,10 +185,10 @@ def _replace_folder(staging: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     replaces = final.exists()
     if replaces:
-        with point(old):
+        with changing(old):
             final.rename(old)
     try:
-        with point(final):
+        with changing(final):
             staging.rename(final)
     except BaseException:
         if replaces and not final.exists():

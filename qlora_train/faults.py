@@ -4,8 +4,8 @@
 (`passed`) can so try every one of them. At that point
 
 - ``kill``: the process is killed before the change;
-- ``short``: the change is half done (a file has half of its bytes), then the process is killed;
-- ``enospc``: a file has half of its bytes, and the system says that the disk is full;
+- ``short``: a file gets half of its bytes, then the process is killed; a renaming or deletion is killed right after it;
+- ``enospc``: the system says that the disk is full, of a file after half of its bytes;
 - ``perm``: the system refuses the change.
 """
 
@@ -28,13 +28,37 @@ def passed() -> int:
 
 
 @contextmanager
-def point(path: Path) -> Iterator[None]:
-    """Number the change of `path` that is made inside, and let it fail when it is the one that is to fail.
+def writing(path: Path) -> Iterator[None]:
+    """Number the writing of a file's content that is done inside, and let it fail when it is the one that is to fail.
 
     Raises:
-        OSError: the change is made to fail.
+        OSError: it is made to fail.
         ValueError: the environment variable is not ``KIND@NUMBER``.
     """
+    kind = _next(path)
+    yield
+    if kind is not None:
+        os.truncate(path, path.stat().st_size // 2)
+        _die_or_refuse(kind, path)
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Number a change that the system makes whole or not at all: a renaming, a new folder, a deletion.
+
+    Raises:
+        OSError, ValueError: as `writing`.
+    """
+    kind = _next(path)
+    if kind == "enospc":
+        _die_or_refuse(kind, path)
+    yield
+    if kind is not None:
+        _die_or_refuse(kind, path)
+
+
+def _next(path: Path) -> str | None:
+    """Number a point; fail there before the change, or return the kind of fault that comes with it or after it."""
     global _passed  # noqa: PLW0603
     _passed += 1
     kind = _wanted(_passed)
@@ -42,12 +66,7 @@ def point(path: Path) -> Iterator[None]:
         _die()
     if kind == "perm":
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    yield
-    if kind is not None:
-        _halve(path)
-        if kind == "short":
-            _die()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return kind
 
 
 def _wanted(number: int) -> str | None:
@@ -61,9 +80,10 @@ def _wanted(number: int) -> str | None:
     return kind if int(at) == number else None
 
 
-def _halve(path: Path) -> None:
-    if path.is_file():
-        os.truncate(path, path.stat().st_size // 2)
+def _die_or_refuse(kind: str, path: Path) -> None:
+    if kind == "short":
+        _die()
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _die() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train import durable
+from qlora_train import durable, faults
 from qlora_train.durable import MANIFEST, damage, sha256_of, staged_folder, write_manifest, write_text
 
 FILES = {"adapter.safetensors": b"\x00\x01\x02weights", "state.json": b'{"step": 3}', "deep/er/empty.txt": b""}
@@ -210,3 +210,38 @@ def test_digest_is_sha256_of_files_larger_than_a_block(tmp_path: Path) -> None:
     data = bytes(range(256)) * 8192  # two blocks
     (tmp_path / "large").write_bytes(data + b"x")
     assert sha256_of(tmp_path / "large") == hashlib.sha256(data + b"x").hexdigest()
+
+
+def test_fault_that_is_not_a_kind_and_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("kill", "kill@", "explode@3", "kill@x"):
+        monkeypatch.setenv(faults.VARIABLE, text)
+        with pytest.raises(ValueError, match="not KIND@NUMBER"):
+            write_text(tmp_path / "file", "text")
+
+
+@pytest.mark.parametrize("kind", ["enospc", "perm"])
+def test_text_that_cannot_be_written_or_renamed_stays_the_old_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "results.json"
+    for number in (1, 2):
+        write_text(file, "old\n")
+        monkeypatch.setenv(faults.VARIABLE, f"{kind}@{faults.passed() + number}")
+        with pytest.raises(OSError, match=r"No space left|Permission denied"):
+            write_text(file, "new\n")
+        assert file.read_text() == "old\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+        monkeypatch.delenv(faults.VARIABLE)
+
+
+def test_sweep_puts_back_what_was_being_replaced_and_clears_the_rest(written: Path) -> None:
+    parent = written.parent
+    written.rename(parent / ".step-1.old")
+    for name in (".step-1.staging", ".step-3.deleted", ".step-2.old"):
+        fill(parent / name)
+    fill(parent / "step-2")
+    (parent / ".run.json.99.tmp").write_text("half")
+    (parent / ".lock").write_text("")
+    durable.sweep(parent)
+    assert sorted(path.name for path in parent.iterdir()) == [".lock", "step-1", "step-2"]
+    assert damage(written) is None

@@ -204,3 +204,34 @@ def dispositions(_item: int) -> tuple[bool, bool]:
 def test_workers_leave_signals_to_the_process_that_started_them() -> None:
     with stopping.handle_signals():
         assert set(in_order(dispositions, range(4), 2)) == {(True, True)}
+
+
+TOKENISING = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from qlora_train import stopping
+from qlora_train.data.workers import in_order
+def work(item):
+    print(os.getpid(), flush=True)
+    time.sleep(0.2)
+try:
+    with stopping.handle_signals():
+        for _ in in_order(work, range(10_000), 2):
+            pass
+except stopping.Stop as stop:
+    sys.exit(stop.status)
+"""
+
+
+@pytest.mark.parametrize(("asked", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_to_the_whole_group_is_a_stop_and_no_broken_worker(asked: signal.Signals, status: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", TOKENISING],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert len({process.stdout.readline() for _ in range(6)}) == 2
+    os.killpg(process.pid, asked)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status, err
+    assert "Traceback" not in err

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from qlora_train import stopping
 from qlora_train.errors import DataError
 
 Item = TypeVar("Item")
@@ -57,6 +58,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], num_proc
 
     Raises:
         DataError: a process was killed, as a system does that runs out of memory.
+        Stop: this process was asked to stop.
     """
     if num_proc == 1:
         yield from map(function, items)
@@ -74,6 +76,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], num_proc
                 yield waiting.popleft().result()
             reading.finish()
         except BrokenProcessPool:
+            stopping.check()  # a signal to the whole group ends the workers too
             raise DataError(
                 "data: a process that tokenises was killed, probably for want of memory; set data.num_proc below "
                 f"{num_proc}"
