@@ -109,7 +109,7 @@ class Runs:
     def finished(self, run: RunFolder, *overrides: str) -> bytes:
         """Run the program to its good end, and return the bytes of its adapter."""
         ended = self.to_the_end(run, *overrides)
-        assert ended.status == 0, ended.log
+        assert ended.status == 0, f"{ended.status}: {ended.log[-3000:]}"
         return adapter_bytes(run)
 
     def start_stock(self, folder: Path) -> Child:
