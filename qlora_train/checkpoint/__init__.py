@@ -1,6 +1,7 @@
 """Run folders and checkpoints: whole, verified, and enough to continue a run bit for bit."""
 
 from qlora_train.checkpoint.fingerprint import begin, changed_settings, check_same_facts, check_same_settings
+from qlora_train.checkpoint.fit import record_fit, with_recorded_fit
 from qlora_train.checkpoint.opening import finished_run, held, open_run
 from qlora_train.checkpoint.run import RunFolder
 from qlora_train.checkpoint.state import load_parameters, load_tree, random_state, restore_random_state, save_tree
@@ -8,4 +9,5 @@ from qlora_train.checkpoint.state import load_parameters, load_tree, random_stat
 __all__ = [
     "RunFolder", "open_run", "finished_run", "held", "begin", "changed_settings", "check_same_settings",
     "check_same_facts", "save_tree", "load_tree", "random_state", "restore_random_state", "load_parameters",
+    "record_fit", "with_recorded_fit",
 ]  # fmt: skip

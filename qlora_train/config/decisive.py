@@ -13,6 +13,7 @@ FREE = (
     "run.output_dir", "run.report_to", "run.max_minutes", "run.allow_changed", "export.",
     "train.logging_steps", "train.save_steps", "train.save_total_limit",
     "train.per_device_eval_batch_size", "data.num_proc", "data.cache_dir", "data.cache_limit",
+    "train.auto_fit", "train.activation_offloading",
 )  # fmt: skip
 """Settings, or sections of them, that may differ between the parts of one run."""
 
