@@ -24,18 +24,8 @@ FOUNDATIONS = {
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}
 """Libraries that take seconds to load."""
 LIGHT = [
-    "cli",
-    "faults",
-    "stopping",
-    "config",
-    "ladder",
-    "footprint",
-    "architectures",
-    "errors",
-    "durable",
-    "scoring",
-    "data",
-]
+    "cli", "faults", "stopping", "config", "ladder", "footprint", "architectures", "errors", "durable", "scoring", "data",
+]  # fmt: skip
 """Stages without torch at import, whose messages come in milliseconds."""
 WITH_TENSORS = {"batches.py"}
 """Files of the data stage that make tensors."""

@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
 from qlora_train.loss import IGNORED, can_chunk, label_losses
-from qlora_train.trainer.offloading import activations_on_host
+from qlora_train.trainer.offloading import activations_on_host, but_for_weights
 from tests.pico import FAMILIES, build_config
 
 SCALED_HEADS = {
@@ -142,11 +143,10 @@ def test_activations_on_the_host_give_the_same_bits() -> None:
 
 
 def test_activations_are_moved_to_the_host_and_weights_are_not() -> None:
-    """On a device that nothing can be copied from, moving shows as an error."""
-    layer = nn.Linear(4, 4, device="meta")
-    x = torch.empty(2, 4, device="meta", requires_grad=True)
-    with activations_on_host(layer), pytest.raises(NotImplementedError, match="meta"):
-        layer(x)  # saves x for the gradient of its weight
-    layer.requires_grad_(False)
-    with activations_on_host(layer):
-        layer(x)  # saves its weight for the gradient of x
+    moved: list[torch.Tensor] = []
+    hooks = saved_tensors_hooks(lambda tensor: (moved.append(tensor), (tensor,))[1], lambda kept: kept[0])
+    layer, x = nn.Linear(4, 3), torch.randn(2, 4, requires_grad=True)
+    with but_for_weights(layer, hooks):
+        layer(x).sum().backward()  # x is saved for the gradient of the weight, the weight for that of x
+    assert [tensor.data_ptr() for tensor in moved] == [x.data_ptr()]
+    assert torch.equal(x.grad, layer.weight.detach().sum(0).expand(2, 4))

@@ -1,7 +1,5 @@
 """What the backward pass needs, kept in the host's memory until then."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,20 +7,23 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 
-@contextmanager
-def activations_on_host(model: nn.Module) -> Iterator[None]:
-    """Move what autograd saves to the host, but for the weights, which stay where they are anyway.
+def activations_on_host(model: nn.Module) -> saved_tensors_hooks:
+    """Return a context in which what autograd saves moves to the host, but for the weights, which stay anyway.
 
     Layers that are computed again save their inputs alone, so that these alone are moved.
     """
+    return but_for_weights(model, save_on_cpu(pin_memory=torch.cuda.is_available()))
+
+
+def but_for_weights(model: nn.Module, hooks: saved_tensors_hooks) -> saved_tensors_hooks:
+    """Return hooks that leave a model's weights, and views of them, alone."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    host = save_on_cpu(pin_memory=torch.cuda.is_available())
 
     def pack(tensor: torch.Tensor) -> Any:
-        return tensor if tensor.untyped_storage().data_ptr() in weights else host.pack_hook(tensor)
+        return tensor if tensor.untyped_storage().data_ptr() in weights else hooks.pack_hook(tensor)
 
     def unpack(kept: Any) -> torch.Tensor:
-        return kept if isinstance(kept, torch.Tensor) else host.unpack_hook(kept)
+        unpacked: torch.Tensor = kept if isinstance(kept, torch.Tensor) else hooks.unpack_hook(kept)
+        return unpacked
 
-    with saved_tensors_hooks(pack, unpack):
-        yield
+    return saved_tensors_hooks(pack, unpack)
