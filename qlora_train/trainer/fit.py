@@ -10,9 +10,11 @@ from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
+from qlora_train.errors import is_out_of_memory
 from qlora_train.trainer.boundaries import best_step, evaluations
 from qlora_train.trainer.progress import Progress
 from qlora_train.trainer.sft import QloraTrainer
+from qlora_train.trainer.trial import fitting_trainer, step_down
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +36,23 @@ def train(
         `num_tokens`, `num_trainable` of `num_parameters`, and `train_seconds` of this part of the run.
 
     Raises:
-        TrainingError: a non-finite loss or gradient.
+        TrainingError: a non-finite loss or gradient, or out of memory.
         Stop: the process was asked to stop; a checkpoint of the last whole step has been saved.
     """
     progress = Progress(run)
-    trainer = QloraTrainer(adapted, data, config, run, [progress])
     started = time.perf_counter()
+
+    def make(settings: RunConfig) -> QloraTrainer:
+        return QloraTrainer(adapted, data, settings, run, [progress])
+
+    trainer = fitting_trainer(make, config, run, resumes=resume_from is not None)
     with stopping.at_boundaries():
         try:
             _train_on(trainer, progress, resume_from)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise step_down(config, run, trainer.state.global_step) from error
+            raise
         finally:
             progress.stop()
     losses = evaluations(trainer.state.log_history)

@@ -37,6 +37,7 @@ from qlora_train.checkpoint import (
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.store import Rows
+from qlora_train.data.types import Example
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.loss import label_losses
@@ -109,6 +110,21 @@ class QloraTrainer(SFTTrainer):
         """Loss of all steps so far, resumed ones included, in nats per label token."""
         return self._loss_of_all_steps / max(self.state.global_step, 1)
 
+    @property
+    def pad_token_id(self) -> int:
+        """What short rows of a batch are filled up with."""
+        return int(self._adapted.loaded.tokenizer.pad_token_id)
+
+    def longest_batch(self) -> dict[str, torch.Tensor]:
+        """Return the micro-batch that takes most memory."""
+        return self._feed.longest()
+
+    def longest_eval_rows(self) -> list[Example]:
+        """Return the held-out rows of the evaluation batch that takes most memory."""
+        rows = self.examples.eval
+        longest = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids), reverse=True)
+        return [rows[i] for i in longest[: self.config.train.per_device_eval_batch_size]]
+
     # --- data and loss -----------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -170,7 +186,7 @@ class QloraTrainer(SFTTrainer):
             self.model,
             self.examples.eval,
             batch_size=self.config.train.per_device_eval_batch_size,
-            pad_token_id=self._adapted.loaded.tokenizer.pad_token_id,
+            pad_token_id=self.pad_token_id,
         )
         if not math.isfinite(result.loss):
             raise TrainingError(
