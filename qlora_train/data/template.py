@@ -27,7 +27,8 @@ from jinja2.exceptions import TemplateError
 
 from qlora_train.data.chat import generation_blocks, has_generation_block, render_chat
 from qlora_train.data.chat_templates import CHAT_TEMPLATES
-from qlora_train.data.masks import AnswerPlace, Encoder, Rendering, answer_span
+from qlora_train.data.encoder import Encoder
+from qlora_train.data.masks import AnswerPlace, Rendering, answer_span
 from qlora_train.data.skeleton import Skeletons, places_by_prompts
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.types import Example, MaskArray, Message, Row, UnusableRowError
