@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -114,6 +114,9 @@ texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=30).map(
 @pytest.mark.parametrize("name", CUTTABLE)
 @settings(max_examples=150, deadline=None)
 @given(text=texts)
+@example(text="one\u2581 two \u2581 three\u2581")
+@example(text=" one<s> one<s>one  two\n three \n<|user|> \n four")
+@example(text="two words words wor\n\n\nwo")
 def test_tokens_and_their_places_are_those_of_the_whole(name: str, text: str) -> None:
     tokenizer = tokenizer_of(name)
     expected = tokenizer(text, add_special_tokens=False)
