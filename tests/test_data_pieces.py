@@ -130,6 +130,20 @@ def test_tokens_and_their_places_are_those_of_the_whole(name: str, text: str) ->
 
 
 @pytest.mark.parametrize("name", CUTTABLE)
+@settings(max_examples=30, deadline=None)
+@given(text=texts)
+def test_text_that_is_mostly_new_is_tokenised_in_one_with_the_same_places(name: str, text: str) -> None:
+    backend = tokenizer_of(name).backend_tokenizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "FEW_KEPT", 0)
+        tokens = PieceEncoder(lambda text: WholeText(backend.encode(text, add_special_tokens=False)), backend)(text)
+    whole = WholeText(backend.encode(text, add_special_tokens=False))
+    assert tokens.ids == whole.ids
+    places = range(len(text))
+    assert [tokens.first_token_after(i) for i in places] == [whole.first_token_after(i) for i in places]
+
+
+@pytest.mark.parametrize("name", CUTTABLE)
 def test_these_tokenizers_are_asked_for_new_pieces_alone(name: str) -> None:
     backend = tokenizer_of(name).backend_tokenizer
     asked: list[str] = []

@@ -43,6 +43,7 @@ WHITE_SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000
 """What the Rust tokenizer strips behind a mark; Python's own idea of white space holds more."""
 
 BORDER = re.compile(rf" (?<=[^\s{SPACE}] )")
+"""A space behind a character that is no white space."""
 
 
 def pieces_of(text: str) -> Iterator[str]:

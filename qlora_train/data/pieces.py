@@ -10,11 +10,11 @@ behind a word, behind a mark, or at the beginning of a text.
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import cached_property, lru_cache
 from typing import Any
 
-from qlora_train.data.borders import is_open, marks_of, pieces_of
+from qlora_train.data.borders import BORDER, is_open, marks_of, pieces_of
 from qlora_train.data.encodings import WholeText
 
 WORD = "a"
@@ -26,7 +26,15 @@ MOST_KEPT = 100_000
 MOST_PLACES_KEPT = 8192
 """Places in such pieces whose tokens are kept."""
 
+MOST_NEW = 0.25
+"""Share of the pieces between two marks that may be new; beyond it, asking for all in one is quicker than learning them."""
+FEW_KEPT = 10_000
+"""Pieces below which everything new is learnt."""
+LEARNT_ONCE_IN = 16
+"""Of the texts beyond `MOST_NEW`, one of so many is learnt all the same: those to come may be like it."""
+
 Encode = Callable[[str], WholeText]
+Ids = tuple[int, ...]
 
 
 class Context:
@@ -41,33 +49,40 @@ class Context:
 
     def __init__(self, encode: Encode, before: str, num_tokens: int, *, keeps_open: bool = True) -> None:
         self._encode, self._before, self._num_tokens, self._keeps_open = encode, before, num_tokens, keeps_open
-        self._kept: dict[str, list[int]] = {}
+        self._kept: dict[str, Ids] = {}
         self._answers: dict[str, WholeText] = {}
         self._kept_places = lru_cache(MOST_PLACES_KEPT)(self._place)
+        self._num_strange = 0
 
     def next_text(self) -> None:
         """Forget what is only of use for one text."""
         self._answers.clear()
 
-    def ids(self, piece: str) -> list[int]:
+    def ids(self, piece: str) -> Ids:
         """Return the tokens of one piece."""
         ids = self._kept.get(piece)
         if ids is None:
-            ids = self._asked(piece).ids[self._num_tokens :]
+            ids = tuple(self._asked(piece).ids[self._num_tokens :])
             self._keep(piece, ids)
         return ids
 
-    def kept(self, pieces: Sequence[str]) -> list[list[int]] | None:
-        """Return the tokens of each piece; None if one is not known, as one that is open never is."""
-        found = list(map(self._kept.get, pieces))
-        return None if None in found else found  # type: ignore[return-value]
+    def kept(self, pieces: Sequence[str]) -> list[Ids | None]:
+        """Return the tokens of each piece that is known, as one that is open never is."""
+        return list(map(self._kept.get, pieces))
 
-    def ids_of(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each piece; of those that are new all but the open ones are asked for together."""
-        new = list(dict.fromkeys(piece for piece in pieces if piece not in self._kept and not is_open(piece)))
-        learnt = self._asked_together(new) if new else {}
-        found = [learnt[piece] if piece in learnt else self.ids(piece) for piece in pieces]
-        for piece, ids in learnt.items():
+    def are_too_new(self, found: Sequence[Ids | None]) -> bool:
+        """Say whether so many of some pieces are new that asking for all in one is quicker than learning them."""
+        if found.count(None) <= MOST_NEW * len(found) or len(self._kept) < FEW_KEPT:
+            return False
+        self._num_strange += 1
+        return self._num_strange % LEARNT_ONCE_IN != 0
+
+    def learnt(self, pieces: Sequence[str]) -> list[Ids]:
+        """Return the tokens of each piece; of the new ones all but the open ones are asked for together."""
+        new = dict.fromkeys(piece for piece in pieces if piece not in self._kept)
+        known = self._asked_together([piece for piece in new if not is_open(piece)]) if new else {}
+        found = [known[piece] if piece in known else self.ids(piece) for piece in pieces]
+        for piece, ids in known.items():
             self._keep(piece, ids)
         return found
 
@@ -85,20 +100,21 @@ class Context:
             self._answers[piece] = self._encode(self._before + piece)
         return self._answers[piece]
 
-    def _asked_together(self, pieces: Sequence[str]) -> dict[str, list[int]]:
+    def _asked_together(self, pieces: Sequence[str]) -> dict[str, Ids]:
         tokens = self._encode(self._before + " ".join(pieces))
-        learnt, begin, place = {}, self._num_tokens, len(self._before) - 1
+        ids = tuple(tokens.ids)
+        found, begin, place = {}, self._num_tokens, len(self._before) - 1
         for piece in pieces:
             place += 1 + len(piece)
             end = bisect_right(tokens.ends, place)
-            learnt[piece] = tokens.ids[begin:end]
+            found[piece] = ids[begin:end]
             begin = end
-        return learnt
+        return found
 
     def _place(self, piece: str, position: int) -> int:
         return self._asked(piece).first_token_after(len(self._before) + position) - self._num_tokens
 
-    def _keep(self, piece: str, ids: list[int]) -> None:
+    def _keep(self, piece: str, ids: Ids) -> None:
         if len(piece) <= LONGEST_KEPT and (self._keeps_open or not is_open(piece)):
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
@@ -125,37 +141,39 @@ class PieceEncoder:
         for context in (self._at_the_beginning, self._behind_mark, self._behind_word):
             context.next_text()
         ids: list[int] = []
-        begins = []
+        begins, uncut = [], set()
         segments = self._segments(text)
         for number, segment in enumerate(segments):
             begins.append(len(ids))
             if number % 2:
                 ids += self._at_the_beginning.ids(segment)
+                continue
+            context = self._context_of(number)
+            cut = self._cut(segment) if " " in segment else (segment, ())
+            if cut is None:
+                uncut.add(number)
+                ids += context.ids(segment)
             elif segment:
-                first, others = self._ids_between_marks(segment)
-                ids += self._context_of(number).ids(first)
+                first, others = cut
+                ids += context.ids(first)
                 ids += itertools.chain.from_iterable(others)
-        return PiecedText(self, ids, segments, begins)
+        return PiecedText(self, ids, segments, begins, uncut)
 
-    def _ids_between_marks(self, segment: str) -> tuple[str, list[list[int]]]:
-        """Return the first piece of a segment, and the tokens of the others."""
-        if " " not in segment:
-            return segment, []
+    def _cut(self, segment: str) -> tuple[str, Sequence[Ids]] | None:
+        """Return the first piece of what stands between marks, and the tokens of the others; None if it is all new."""
         first, *others = segment.split(" ")
-        if not is_open(first):
-            ids = self._behind_word.kept(others)
-            if ids is not None:  # every space was a border, since no piece that is open is kept
-                return first, ids
-        first, *others = pieces_of(segment)
-        return first, self._behind_word.ids_of(others)
+        found = self._behind_word.kept(others)
+        if None not in found and not is_open(first):  # every space was a border, since no piece that is open is kept
+            return first, found  # type: ignore[return-value]
+        if self._behind_word.are_too_new(found):
+            return None
+        first, *others = BORDER.split(segment)
+        return first, self._behind_word.learnt(others)
 
-    def pieces(self, segment: str, number: int) -> Iterator[tuple[Context, str, int]]:
+    def pieces(self, segment: str, number: int, *, is_cut: bool) -> Iterator[tuple[Context, str, int]]:
         """Yield the pieces of a segment with their contexts, and where they begin in it."""
-        if number % 2:
-            yield self._at_the_beginning, segment, 0
-            return
         context, begin = self._context_of(number), 0
-        for piece in pieces_of(segment):
+        for piece in pieces_of(segment) if is_cut else (segment,):
             yield context, piece, begin
             context, begin = self._behind_word, begin + len(piece) + 1
 
@@ -171,8 +189,8 @@ class PieceEncoder:
         return segments
 
     def _context_of(self, number: int) -> Context:
-        """Return what stands before the first piece of a segment between marks."""
-        return self._behind_mark if number else self._at_the_beginning
+        """Return what stands before the first piece of a segment; a mark needs nothing there."""
+        return self._behind_mark if number and number % 2 == 0 else self._at_the_beginning
 
 
 class PiecedText:
@@ -181,13 +199,16 @@ class PiecedText:
     Args:
         encoder: did it.
         ids: the tokens.
-        segments: the text, cut at its marks.
+        segments: what stands between marks, and at odd indices the marks.
         begins: index of the first token of each segment.
+        uncut: indices of the segments that were tokenised in one.
     """
 
-    def __init__(self, encoder: PieceEncoder, ids: list[int], segments: Sequence[str], begins: Sequence[int]) -> None:
+    def __init__(
+        self, encoder: PieceEncoder, ids: list[int], segments: Sequence[str], begins: Sequence[int], uncut: Set[int]
+    ) -> None:
         self.ids = ids
-        self._encoder, self._segments, self._begins = encoder, segments, begins
+        self._encoder, self._segments, self._begins, self._uncut = encoder, segments, begins, uncut
 
     @cached_property
     def _char_begins(self) -> list[int]:
@@ -199,9 +220,9 @@ class PiecedText:
         if number == len(self._segments):
             return len(self.ids)
         token, inside = self._begins[number], position - self._char_begins[number]
-        if not inside:
+        if number % 2 or not inside:
             return token
-        for context, piece, begin in self._encoder.pieces(self._segments[number], number):
+        for context, piece, begin in self._pieces(number):
             if inside < begin + len(piece):
                 return token + context.first_token_after(piece, inside - begin)
             token += len(context.ids(piece))
@@ -213,10 +234,13 @@ class PiecedText:
         place, inside = self._char_begins[number], token - self._begins[number]
         if number % 2:
             return place, self._char_begins[number + 1]
-        for context, piece, begin in self._encoder.pieces(self._segments[number], number):
+        for context, piece, begin in self._pieces(number):
             num_tokens = len(context.ids(piece))
             if inside < num_tokens:
                 first, last = context.chars_of(piece, inside)
                 return place + begin + first, place + begin + last
             inside -= num_tokens
         raise AssertionError("a segment ends before the next one begins")
+
+    def _pieces(self, number: int) -> Iterator[tuple[Context, str, int]]:
+        return self._encoder.pieces(self._segments[number], number, is_cut=number not in self._uncut)
