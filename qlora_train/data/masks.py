@@ -76,11 +76,12 @@ def answer_span(whole: Rendering, place: AnswerPlace, turn: Message, special_pla
         UnusableRowError: no special token ends the turn, or the template left out part of what the row says.
     """
     start = whole.first_token_after(place.begin)
-    inside = special_places[
-        bisect_left(special_places, start) : bisect_left(special_places, whole.first_token_after(place.end))
-    ]
+    first, behind = (bisect_left(special_places, token) for token in (start, whole.first_token_after(place.end)))
+    inside = special_places[first:behind]
     if place.content_end is None:
-        last = _last_special(whole, place.begin, place.end, inside, turn)
+        # the end is where two texts differ, which may be within a special token: that one does not belong to the turn
+        borders = [whole.chars_of(token)[0] for token in special_places[behind : behind + 1]]
+        last = _last_special(whole, place.begin, min([place.end, *borders]), inside, turn)
     else:
         last = bisect_left(inside, whole.first_token_after(place.content_end))
     if last >= len(inside):
