@@ -112,6 +112,28 @@ def _last_special(whole: Rendering, begin: int, end: int, inside: Sequence[int],
     return len(inside) - 1 if calls else holding[-1]
 
 
+def refuse_lost(text: str, without_tools: str, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+    """Check that a conversation's text has what a template for plain chats leaves out in silence.
+
+    Args:
+        text: the conversation's.
+        without_tools: that of the same conversation without functions.
+        turns: the conversation.
+        tools: functions that may be called.
+
+    Raises:
+        UnusableRowError: it lacks a function, a call, or what a function returned.
+    """
+    everything = squeezed(text)
+    if tools and (text == without_tools or not all(_is_said(it["function"]["name"], everything) for it in tools)):
+        raise UnusableRowError("the chat template does not print tools; set model.chat_template to one that does")
+    for turn in turns:
+        if turn["role"] == "tool" and not _is_said(turn["content"], everything):
+            raise UnusableRowError("the chat template leaves out or rewrites what a tool returned")
+        if not all(_is_said(leaf, everything) for call in turn.get("tool_calls", []) for leaf in _leaves(call)):
+            raise UnusableRowError("the chat template leaves out or rewrites a call of an earlier turn")
+
+
 def squeezed(text: str) -> str:
     """Return a text without its white space, which templates change."""
     return "".join(text.split())
