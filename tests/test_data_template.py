@@ -530,11 +530,19 @@ SWITCHED = (
 )
 
 
-def test_a_prompt_that_depends_on_a_word_in_a_turn_is_rendered_for_rows_with_that_word() -> None:
-    it = renderer(tokenizer_for("own", SWITCHED))
+@pytest.mark.parametrize(
+    ("test", "text"),
+    [
+        ("'/fast' in messages[0]['content']", "a /fast"),
+        ("messages[0]['content'] == '/fast'", "/fast"),
+        ("'!' != messages[-1].content | trim | last and messages[-1].content[-1] == '?'", "why?"),
+    ],
+)
+def test_a_prompt_that_depends_on_a_word_in_a_turn_is_rendered_for_rows_with_that_word(test: str, text: str) -> None:
+    it = renderer(tokenizer_for("own", SWITCHED.replace("'/fast' in messages[0]['content']", test)))
     it.render(Row("row", conversation("a", "b")))
     with pytest.raises(UnusableRowError, match="renders the prompt of an answer differently"):
-        it.render(Row("row", conversation("a /fast", "b")))
+        it.render(Row("row", conversation(text, "b")))
     assert it.render(Row("row", conversation("a", "b"))).loss_mask.any()
 
 

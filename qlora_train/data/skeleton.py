@@ -47,7 +47,18 @@ STRING_TESTS = frozenset(
 )
 """Methods by which a template looks for a word in a text."""
 FIELDS = frozenset(
-    (*Message.__annotations__, "thinking", "reasoning", "type", "text", "function", "image", "image_url")
+    (
+        *Message.__annotations__,
+        "thinking",
+        "reasoning",
+        "type",
+        "text",
+        "function",
+        "image",
+        "image_url",
+        "video",
+        "audio",
+    )
 )
 """What a template looks for in a message rather than in a text."""
 
@@ -270,6 +281,8 @@ def tested_words(template: str) -> frozenset[str] | None:
     for comparison in tree.find_all(nodes.Compare):
         if any(operand.op in ("in", "notin") for operand in comparison.ops):
             sought.append(comparison.expr)
+        elif _is_of_content(comparison):
+            sought += [comparison.expr, *(operand.expr for operand in comparison.ops)]
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Getattr) and call.node.attr in STRING_TESTS:
             sought.extend(call.args)
@@ -284,3 +297,11 @@ def tested_words(template: str) -> frozenset[str] | None:
     ]
     words = {node.value for node in sought if isinstance(node, nodes.Const) and isinstance(node.value, str)}
     return frozenset(word for word in words if word.strip() and word not in FIELDS)
+
+
+def _is_of_content(comparison: nodes.Compare) -> bool:
+    """Say whether a comparison concerns what a turn says."""
+    fields = [field.attr for field in comparison.find_all(nodes.Getattr)]
+    keys = [const.value for const in comparison.find_all(nodes.Const)]
+    names = [name.name for name in comparison.find_all(nodes.Name)]
+    return "content" in (*fields, *keys, *names)
