@@ -31,19 +31,7 @@ ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 MARK = re.compile("\ue000\\d+\ue001")
 END_OF_BLOCK = re.compile(r"\{%[-+]?\s*endgeneration\s*[-+]?%\}")
 STRING_TESTS = frozenset(
-    (
-        "startswith",
-        "endswith",
-        "split",
-        "rsplit",
-        "partition",
-        "rpartition",
-        "find",
-        "rfind",
-        "index",
-        "count",
-        "replace",
-    )
+    "startswith endswith split rsplit partition rpartition find rfind index count replace".split()  # noqa: SIM905
 )
 """Methods by which a template looks for a word in a text."""
 FIELDS = frozenset(
