@@ -268,8 +268,9 @@ def test_contents_that_equal_each_other_or_a_role_are_told_apart(name: str, kind
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_answer_may_say_what_special_tokens_begin_with(name: str, kind: str) -> None:
-    for words in (["", "<", "", "ok"], ["<", "<", "<|", "<|", "<|e", "<"], ["a", "<s", "[", "</s", "<|im", "<|end|"]):
+def test_an_answer_may_say_what_special_tokens_begin_or_end_with(name: str, kind: str) -> None:
+    begins = (["", "<", "", "ok"], ["<", "<", "<|", "<|", "<|e", "<"], ["a", "<s", "[", "</s", "<|im", "<|end|"])
+    for words in (*begins, ["", ">", "", "ok"], ["|", "|>", "a", "s>", "b", ">"]):
         renderer_for.cache_clear()  # the first row of an order is the one that skeletons are compared on
         check(name, kind, conversation(words))
 

@@ -97,7 +97,7 @@ def _end_of_turn(chat: Chat, turns: Sequence[Message], text: str, answer: int, b
     as_last = chat.text(turns[: answer + 1])
     end = _common(as_last, text)
     content = turns[answer]["content"].strip()
-    at = as_last.rfind(content)
+    at = as_last.rfind(content, 0, -1)  # a template writes something behind it; at the very end an accident stands
     if not content or 0 <= at <= end - len(content):
         return end
     # the last turn is written differently, e.g. with empty thoughts before the content
