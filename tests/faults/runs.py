@@ -19,7 +19,6 @@ from tests.runs import adapter_bytes, write_rows
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-NUM_STEPS = 12
 SETTINGS = (
     "data.max_length=128", "lora.r=64", "lora.lora_dropout=0.1", "train.learning_rate=1e-2",
     "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2", "train.logging_steps=1",

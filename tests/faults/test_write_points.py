@@ -26,6 +26,8 @@ KINDS = {
     "enospc": (2, "disk full"),
     "perm": (2, "permission denied"),
 }
+STRIDES = {"kill": 1, "short": 4, "enospc": 3, "perm": 6}
+"""In the short form every so many points are tried."""
 
 
 def whole_checkpoints(run: RunFolder) -> set[str]:
@@ -56,8 +58,7 @@ def test_a_fault_at_every_write_point_costs_nothing(
 ) -> None:
     wanted, num_points = straight
     status, meaning = KINDS[kind]
-    stride = 1 if LONG or kind == "kill" else 2 if kind == "enospc" else 4
-    points = range(1, num_points + 1, stride)
+    points = range(1, num_points + 1, 1 if LONG else STRIDES[kind])
     assert num_points > 50
 
     def try_point(point: int) -> bytes:
@@ -164,7 +165,7 @@ def test_a_fault_at_every_write_point_of_a_merge_leaves_it_whole_or_absent(kind:
     assert ended.status == 0, ended.log
     assert ended.num_points is not None
     wanted = (merged.merged / "model.safetensors").read_bytes()
-    points = range(1, ended.num_points + 1, 1 if LONG else 4)
+    points = range(1, ended.num_points + 1, 1 if LONG else 5)
 
     def try_point(point: int) -> bool:
         run = runs.copy(trained)
