@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from qlora_train.adapter.finite import non_finite
 from qlora_train.adapter.precision import train_in_float32
 from qlora_train.adapter.targets import choose_modules_to_save, is_target
 from qlora_train.config import LoraSection
@@ -104,10 +105,14 @@ def _read(folder: Path, where: str) -> tuple[LoraConfig, dict[str, torch.Tensor]
     try:
         if not file.is_file():  # PEFT would look for a pickle, or for a repository of this name
             raise FileNotFoundError(f"{file.name} is missing")
-        return PeftConfig.from_pretrained(str(folder)), load_file(file)
+        config, weights = PeftConfig.from_pretrained(str(folder)), load_file(file)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         first_line = str(error).strip().split("\n", 1)[0]
         raise ConfigError(
             f"{where}{folder}: holds no adapter that can be read ({first_line}); give a folder that PEFT wrote, with "
             f"adapter_config.json and {file.name}"
         ) from None
+    problem = non_finite(weights)
+    if problem is not None:
+        raise ConfigError(f"{where}{folder}: {file.name}: {problem}; give an adapter whose training did not break")
+    return config, weights

@@ -251,6 +251,12 @@ class TrainSection(Section):
     """Denominator term of Adam."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the gradient to this norm; 0 does not clip."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite stops the run, or is skipped; either way it changes no weight."""
+    max_skipped_steps: int = Field(5, ge=1)
+    """Steps that `on_nonfinite: skip` may skip in the whole run; one more stops it."""
+    on_loss_spike: Literal["warn", "stop", "ignore"] = "warn"
+    """A loss far above the median of the last steps is warned of, stops the run before the update, or is no matter."""
     num_train_epochs: float = Field(1.0, gt=0)
     """Passes over the training rows; max_steps, when set, decides instead."""
     max_steps: int | None = Field(None, ge=1)
