@@ -13,10 +13,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from qlora_train import __version__, stopping
 from qlora_train.errors import UserError, explain
+from qlora_train.secrets import RedactingFormatter, redact
 
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
@@ -43,20 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.status
     except UserError as error:
         for problem in error.problems:
-            print(problem, file=sys.stderr)
+            print(redact(problem), file=sys.stderr)
         return 2
     except Exception as error:
         line = explain(error)
         if line is None:
             raise
-        print(line, file=sys.stderr)
+        print(redact(line), file=sys.stderr)
         return 2
     return status
 
 
 def command_line(arguments: Sequence[str] | None) -> str:
     """Return what was typed, for a shell."""
-    return shlex.join(["qlora-train", *(sys.argv[1:] if arguments is None else arguments)])
+    return redact(shlex.join(["qlora-train", *(sys.argv[1:] if arguments is None else arguments)]))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -69,7 +70,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qlora-train",
         usage="qlora-train CONFIG [section.key=value ...] [--resume auto|never|CHECKPOINT]\n"
         "       qlora-train COMMAND ...",
@@ -125,11 +126,18 @@ def build_parser() -> argparse.ArgumentParser:
 def set_up_logging() -> None:
     """Send our log to standard error as plain lines."""
     handler = _StandardErrorHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(RedactingFormatter("%(message)s"))
     root = logging.getLogger("qlora_train")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     root.propagate = False
+
+
+class _Parser(argparse.ArgumentParser):
+    """Quotes what it does not understand, but no secret; its commands are parsed by the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
 
 
 class _StandardErrorHandler(logging.StreamHandler[TextIO]):
