@@ -6,6 +6,7 @@ end: its client alone would wait for a silent server for ever.
 """
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "off
 TRUE = {"1", "ON", "YES", "TRUE"}
 """What the libraries take for a yes."""
 ANSWER_SECONDS = 30.0
-"""Longest silence of the Hub, in the requests that set no limit of their own."""
+"""Longest silence of the Hub in one request."""
+PATIENCE_SECONDS = 60.0
+"""Longest time that it is asked again after silence."""
 
 
 def is_offline(environment: Mapping[str, str] = os.environ) -> bool:
@@ -30,21 +33,50 @@ def go_offline() -> None:
 
 
 def limit_waiting() -> None:
-    """Give every request to the Hub an end, those included that ask for none."""
+    """Give every request to the Hub an end, those included that ask for none, and their repetitions as well."""
     import huggingface_hub
 
-    usual = huggingface_hub.get_session()
+    usual, patience = huggingface_hub.get_session(), Patience()
     client, hooks = type(usual), usual.event_hooks
-    limited = {**hooks, "request": [*hooks.get("request", ()), _limit]}
+    limited = {
+        "request": [*hooks.get("request", ()), patience.ask],
+        "response": [*hooks.get("response", ()), patience.answered],
+    }
     huggingface_hub.set_client_factory(lambda: client(event_hooks=limited, follow_redirects=True))
 
 
-def _limit(request: Any) -> None:
-    """Fill in the limits that a request leaves open, as seconds of silence."""
-    limits = request.extensions.get("timeout", {})
-    request.extensions["timeout"] = {
-        name: limits.get(name) or ANSWER_SECONDS for name in ("connect", "read", "write", "pool")
-    }
+class Patience:
+    """How long the Hub is asked again and again without an answer: after that it counts as absent for a while.
+
+    The libraries' own repetitions take minutes; absent, they look into their caches as they do offline.
+    """
+
+    def __init__(self) -> None:
+        self._first = self._last = float("-inf")
+
+    def ask(self, request: Any) -> None:
+        """Limit the silence that a request bears, or refuse it.
+
+        Raises:
+            OfflineModeIsEnabled: the Hub has been silent for too long.
+        """
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        now = time.monotonic()
+        if now - self._last > 2 * ANSWER_SECONDS:
+            self._first = now
+        if now - self._first > PATIENCE_SECONDS:
+            raise OfflineModeIsEnabled(f"no answer for {now - self._first:.0f} seconds")
+        self._last = now
+        limits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            name: min(limits.get(name) or ANSWER_SECONDS, ANSWER_SECONDS)
+            for name in ("connect", "read", "write", "pool")
+        }
+
+    def answered(self, _response: Any) -> None:
+        """Begin anew: the Hub is there."""
+        self._first = self._last = float("-inf")
 
 
 def unreachable() -> str:

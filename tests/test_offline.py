@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from qlora_train import network
 from qlora_train.errors import ConfigError
@@ -132,13 +134,17 @@ def silent_server() -> Iterator[str]:
 SHORT_OF_PATIENCE = """
 import sys
 from qlora_train import cli, network
-network.ANSWER_SECONDS = 0.5
-sys.exit(cli.main(["train", "run.yaml"]))
+network.ANSWER_SECONDS, network.PATIENCE_SECONDS = 5, 2
+sys.exit(cli.main(["data", "run.yaml"]))
 """
 
 
-def test_hub_that_never_answers_is_given_up_in_one_line(tmp_path: Path, silent_server: str) -> None:
-    write_config(tmp_path, base="some-org/some-model", rows=write_rows(tmp_path / "rows.jsonl"))
+@pytest.mark.parametrize("absent", ["model", "data set"])
+def test_hub_that_never_answers_is_given_up_in_one_line(
+    absent: str, pico_llama: Path, tmp_path: Path, silent_server: str
+) -> None:
+    rows = "some-org/some-set" if absent == "data set" else str(write_rows(tmp_path / "rows.jsonl"))
+    write_config(tmp_path, base="some-org/some-model" if absent == "model" else pico_llama, rows=rows)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     own = {"HF_ENDPOINT": silent_server, "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -147,7 +153,32 @@ def test_hub_that_never_answers_is_given_up_in_one_line(tmp_path: Path, silent_s
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = messages(done)
-    assert line.startswith("model.model_name_or_path: some-org/some-model is not in the local cache and the Hub cannot")
+    assert "is not in the local cache and the Hub cannot be reached: check the network" in line
+
+
+class Request:
+    """What a client's request has of time limits."""
+
+    def __init__(self, **limits: float | None) -> None:
+        self.extensions = {"timeout": limits}
+
+
+def test_silence_is_borne_for_a_time_and_an_answer_begins_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(network, "time", clock)
+    patience = network.Patience()
+    for clock.now in (100.0, 130.0, 160.0):
+        request = Request(connect=None, read=2.0, write=1000.0)
+        patience.ask(request)
+        assert request.extensions["timeout"] == {"connect": 30.0, "read": 2.0, "write": 30.0, "pool": 30.0}
+    clock.now = 161.0
+    with pytest.raises(OfflineModeIsEnabled):
+        patience.ask(Request())
+    clock.now = 300.0  # later the Hub is tried again
+    patience.ask(Request())
+    for clock.now in (330.0, 360.0, 390.0, 420.0):
+        patience.answered(None)
+        patience.ask(Request())
 
 
 @pytest.mark.parametrize(("value", "offline"), [("1", True), ("true", True), ("0", False), ("", False)])
