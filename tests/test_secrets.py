@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_train.cli import main
-from qlora_train.config import RunConfig
+from qlora_train.config import RunConfig, load_config
 from qlora_train.config.schema import Section
+from qlora_train.errors import ConfigError
 from qlora_train.secrets import HIDDEN, KINDS, VARIABLES, RedactingFormatter, complaint, redact
 from tests.runs import write_rows
 
@@ -197,6 +198,9 @@ def test_no_message_about_a_config_repeats_a_secret(name: str, text: str, tmp_pa
     output = capsys.readouterr()
     assert output.err
     assert seen_of(CANARIES[name], output.out + output.err) == []
+    with pytest.raises(ConfigError) as refused:
+        load_config(file)
+    assert seen_of(CANARIES[name], str(refused.value)) == []
 
 
 @pytest.mark.parametrize("name", CANARIES)
