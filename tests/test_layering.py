@@ -10,20 +10,32 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "faults", "stopping", "config", "architectures", "durable", "device", "kernels",
+    "errors", "secrets", "network", "faults", "stopping", "config", "architectures", "durable", "device", "kernels",
     "loss", "data", "loader", "inspect_data",
     "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "report", "pipeline", "cli",
 )  # fmt: skip
 """Stages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
-    "errors": set(), "config": {"errors"}, "architectures": {"errors"}, "durable": {"faults"}, "device": {"errors"},
-    "faults": set(), "stopping": set(),
+    "errors": set(), "secrets": set(), "network": set(), "faults": set(), "stopping": set(),
+    "config": {"errors", "secrets"}, "architectures": {"errors"}, "durable": {"faults"}, "device": {"errors"},
     "kernels": set(), "loss": set(),
 }  # fmt: skip
 """What everything stands on, and all of ours that it may import."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}
 """Libraries that take seconds to load."""
-LIGHT = ["cli", "faults", "stopping", "config", "architectures", "errors", "durable", "scoring", "data"]
+LIGHT = [
+    "cli",
+    "secrets",
+    "network",
+    "faults",
+    "stopping",
+    "config",
+    "architectures",
+    "errors",
+    "durable",
+    "scoring",
+    "data",
+]
 """Stages without torch at import, whose messages come in milliseconds."""
 WITH_TENSORS = {"batches.py"}
 """Files of the data stage that make tensors."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from qlora_train.config.no_secrets import secrets_in, secrets_typed
 from qlora_train.config.places import Place, Problem
 from qlora_train.config.problems import found_value, problems_of
 from qlora_train.config.schema import RunConfig
@@ -42,8 +43,10 @@ def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[R
     """Return the checked config and the tree it was read from, whose nodes know where they were written.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`; secrets are said alone, for what is said of other problems may quote them.
     """
+    if secrets := list(secrets_typed(str(path), overrides)):
+        raise ConfigError(_lines(secrets))
     root, problems = _read_file(Path(path))
     for override in overrides:
         problems += _apply_override(root, override)
@@ -66,6 +69,8 @@ def _read_file(path: Path) -> tuple[Node, list[Problem]]:
     """Return the tree of the file; what makes it unreadable as a whole is raised, what is wrong inside is listed."""
     text = _decode(path, _read_bytes(path))
     root, problems = read_yaml(text, lambda line: Place(str(path), line))
+    if secrets := list(secrets_in(root)):
+        raise ConfigError(_lines(secrets))
     if problems and root.value is None:
         raise ConfigError(_lines(problems))
     if root.value is None:

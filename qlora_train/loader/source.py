@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_train import network
 from qlora_train.config import ModelSection
 from qlora_train.errors import ModelError
 from qlora_train.loader.gguf import convert_gguf
@@ -149,7 +150,4 @@ def hub_errors(where: str) -> Iterator[None]:
         ) from None
     # HTTPError is the base of whatever the Hub client's HTTP library raises on the way
     except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
-        raise ModelError(
-            f"{where} is not in the local cache and the Hub cannot be reached: check the network and HF_HUB_OFFLINE, "
-            "or give a local folder"
-        ) from None
+        raise ModelError(f"{where} {network.unreachable()}") from None

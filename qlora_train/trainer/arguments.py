@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from trl import SFTConfig
 
+from qlora_train import network
 from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
@@ -63,7 +64,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder) -> SFTC
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that are not installed, before anything is loaded.
+    """Refuse trackers that are not installed, or would leave this machine offline, before anything is loaded.
 
     Raises:
         ConfigError: one line a tracker.
@@ -72,6 +73,15 @@ def check_trackers(names: Sequence[str]) -> None:
     if missing:
         raise ConfigError(
             [f"run.report_to: {name} is not installed; run: pip install {name}, or drop it" for name in missing]
+        )
+    remote = {name: variable for name in names if (variable := network.remote_tracker(name))}
+    if network.is_offline() and remote:
+        raise ConfigError(
+            [
+                f"run.report_to: {name} would be told over the network ({variable}), and offline nothing is; unset "
+                f"{variable}, or drop {name}"
+                for name, variable in remote.items()
+            ]
         )
 
 
