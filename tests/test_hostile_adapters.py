@@ -43,7 +43,7 @@ def edit(adapter: Path, **changes: Any) -> None:
     """Change an adapter's settings as an attacker would, manifest included."""
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    durable.write_manifest(adapter)
+    durable.write_manifest(adapter, durable.about(adapter))
 
 
 def warm_start(adapter: Path, base: Path, *overrides: str) -> None:
@@ -64,7 +64,7 @@ HOSTILE: dict[str, Change] = {
     "another task": {"task_type": "SEQ_CLS"},
     "layers given twice": {"layer_replication": [[0, 2], [0, 2]]},
     "one layer alone": {"layers_to_transform": 0},
-    "layers by pattern": {"layers_to_transform": [0], "layers_pattern": "layers"},
+    "layers by pattern": {"layers_pattern": "layers", "layers_to_transform": [0]},
     "other ranks": {"rank_pattern": {"q_proj": 64}},
     "other scales": {"alpha_pattern": {"q_proj": 4000}},
     "loftq": {"loftq_config": {"loftq_bits": 4}},

@@ -185,8 +185,8 @@ def example_at(
         file, place, prompt, answer, *notes_of_row = json.loads(notes[note:note_end].tobytes().decode())
     except ValueError as error:
         raise DataError(
-            f"tokenised data cannot be read back: {NOTES} is not what was written ({first_line(error)}); delete the store in "
-            "data.cache_dir"
+            f"tokenised data cannot be read back: {NOTES} is not what was written ({first_line(error)}); delete the store "
+            "in data.cache_dir"
         ) from None
     return Example(
         where=f"{files[file]}{place}",

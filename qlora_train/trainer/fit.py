@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_train import stopping
 from qlora_train.adapter import AdaptedModel, trainable_state
-from qlora_train.checkpoint import RunFolder
+from qlora_train.checkpoint import RunFolder, reading
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.errors import is_out_of_memory
@@ -80,9 +80,11 @@ def train(
 def _train_on(trainer: QloraTrainer, progress: Progress, resume_from: Path | None) -> None:
     """Do the steps that are left, and the evaluation that a stop left out before them."""
     if resume_from is not None:
-        trainer.restore(resume_from)
-        progress.rewrite_metrics(trainer.state.log_history)
-        if trainer.owes_evaluation():
+        with reading(resume_from):
+            trainer.restore(resume_from)
+            progress.rewrite_metrics(trainer.state.log_history)
+            owes_evaluation = trainer.owes_evaluation()
+        if owes_evaluation:
             trainer.make_up_evaluation(resume_from)
         if trainer.is_over():
             return

@@ -31,6 +31,7 @@ from qlora_train.checkpoint import (
     load_parameters,
     load_tree,
     random_state,
+    reading,
     restore_random_state,
     save_tree,
 )
@@ -243,6 +244,8 @@ class QloraTrainer(SFTTrainer):
         """Take over the adapter and the history of a checkpoint, as far as they tell what is left to do."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        if self.state.global_step != durable.about(checkpoint)["step"]:
+            raise ValueError(f"{STATE_FILE} is that of step {self.state.global_step}")
 
     def load_adapter_of(self, step: int) -> None:
         """Load the adapter of one of this run's checkpoints."""
@@ -253,28 +256,32 @@ class QloraTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
-        loop = load_tree(folder, "loop")
-        self.numbers.restore(loop["numbers"])
-        self._feed.remember(loop["feed"])
+        with reading(folder):
+            load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
+            loop = load_tree(folder, "loop")
+            self.numbers.restore(loop["numbers"])
+            self._feed.remember(loop["feed"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Take over the optimizer's state; rates and the like come from the settings, their schedule from the step."""
         if checkpoint is None:
             return
-        stored = load_tree(Path(checkpoint), "optimizer")
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored["state"]})
+        with reading(Path(checkpoint)):
+            stored = load_tree(Path(checkpoint), "optimizer")
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored["state"]})
         go_on_at(self.lr_scheduler, self.state.global_step)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(load_tree(Path(checkpoint), "loop")["scaler"])
+            with reading(Path(checkpoint)):
+                self.accelerator.scaler.load_state_dict(load_tree(Path(checkpoint), "loop")["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the generators and those counters of the loop that the Trainer resets after loading the rest."""
         if checkpoint is None:
             return
-        restore_random_state(load_tree(Path(checkpoint), "random"))
-        loop = load_tree(Path(checkpoint), "loop")
-        self._tr_loss = loop["tr_loss"].to(self.args.device)
-        self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]
+        with reading(Path(checkpoint)):
+            restore_random_state(load_tree(Path(checkpoint), "random"))
+            loop = load_tree(Path(checkpoint), "loop")
+            self._tr_loss = loop["tr_loss"].to(self.args.device)
+            self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]
