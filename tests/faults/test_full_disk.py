@@ -11,6 +11,7 @@ import pytest
 
 from qlora_train import cli
 from qlora_train.checkpoint import RunFolder
+from qlora_train.errors import explain
 from tests.faults.conftest import Table
 from tests.faults.disks import PAGE_BYTES, Disk
 from tests.faults.runs import Child, Ended, Runs
@@ -20,8 +21,6 @@ SETTINGS = (
     "train.max_steps=4", "train.save_steps=1", "train.save_total_limit=2", "train.optim=adamw_8bit", "data.eval=0.25",
 )  # fmt: skip
 MERGING = ("export.merge=true", "export.merge_base=auto", "export.max_loss_increase=10")
-ROOM_BYTES = 64 * 1024
-"""Config, facts and report of a run, which are written before the room is counted, and folders."""
 
 
 def hash_of(folder: Path) -> str:
@@ -71,8 +70,7 @@ def test_a_resumed_run_ends_on_a_disk_where_a_new_one_would_not(runs: Runs, disk
     shutil.rmtree(run.checkpoint(4))
     disk.leave(PAGE_BYTES)
     line = assert_one_line(runs.to_the_end(run, *SETTINGS))
-    assert "1 checkpoint " not in line, "two are kept and one is there: two more will be beside it for a while"
-    assert "(1 checkpoint" in line or "(2 checkpoints" in line
+    assert "(1 checkpoint " in line, "one of two is there and one is to come; a new run has three side by side"
     disk.leave(bytes_needed(line))
     assert runs.finished(run, *SETTINGS) == wanted
 
@@ -106,13 +104,32 @@ def test_a_disk_that_fills_up_at_any_time_gives_one_line(phase: str, runs: Runs,
     runs.finished(run, *settings)
 
 
-@pytest.mark.parametrize("num_pages", range(8))
-def test_a_disk_that_is_full_before_the_run_begins_gives_one_line(num_pages: int, runs: Runs, disk: Disk) -> None:
-    """Of its few free pages the folder, the lock, config.yaml, run.json and data.json take one each."""
+@pytest.mark.parametrize(
+    ("num_pages", "written"),
+    [(1, set()), (2, {"config.yaml"}), (3, {"config.yaml", "run.json"}), (5, {"config.yaml", "run.json", "data.json"})],
+)
+def test_a_disk_that_is_full_before_the_run_begins_gives_one_line(
+    num_pages: int, written: set[str], runs: Runs, disk: Disk
+) -> None:
+    """The folder and each of its files take a page: at every one of the files there is a disk on which it finds none."""
     run = RunFolder(disk.folder / "run")
     disk.leave(num_pages * PAGE_BYTES)
     line = assert_one_line(runs.to_the_end(run, *SETTINGS))
     assert "No space left on device" in line or line.startswith("run.output_dir: needs"), line
+    assert {path.name for path in run.path.iterdir()} == written | {".lock"}
+    disk.leave(4 << 20)
+    runs.finished(run, *SETTINGS)
+
+
+def test_a_full_disk_leaves_results_as_they_were(runs: Runs, disk: Disk) -> None:
+    run = RunFolder(disk.folder / "run")
+    runs.finished(run, *SETTINGS)
+    before = {path.name: hash_of(path) if path.is_dir() else path.read_bytes() for path in run.path.iterdir()}
+    disk.fill()
+    with pytest.raises(OSError, match="No space left") as error:
+        run.add_results(merge={"kept": "original"})
+    assert "No space left on device; nothing that was whole is lost" in str(explain(error.value))
+    assert {path.name: hash_of(path) if path.is_dir() else path.read_bytes() for path in run.path.iterdir()} == before
 
 
 def test_a_merge_on_a_full_disk_leaves_the_run_whole(
