@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors", "secrets", "network", "faults", "stopping", "config", "architectures", "durable", "device", "kernels",
     "loss", "data", "loader", "inspect_data",
-    "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "report", "pipeline", "cli",
+    "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "report", "disk", "pipeline", "cli",
 )  # fmt: skip
 """Stages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {

@@ -15,6 +15,9 @@ from qlora_train.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+AUTOMATIC_OPTIMIZERS = {True: "paged_adamw_8bit", False: "adamw_torch"}
+"""What `train.optim: auto` is, by whether there is a GPU."""
+
 
 def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder) -> SFTConfig:
     """Return TRL's arguments for a run; the choices that were left open are made here and logged.
@@ -88,8 +91,8 @@ def check_trackers(names: Sequence[str]) -> None:
 def choose_optimizer(setting: str, *, on_gpu: bool) -> str:
     """Return the optimizer's name for Transformers, logged with the reason when `auto` chose it."""
     if setting == "auto":
-        name, reason = ("paged_adamw_8bit", "on a GPU") if on_gpu else ("adamw_torch", "a CPU pages nothing")
-        logger.info("optimizer: %s (%s)", name, reason)
+        name = AUTOMATIC_OPTIMIZERS[on_gpu]
+        logger.info("optimizer: %s (%s)", name, "on a GPU" if on_gpu else "a CPU pages nothing")
         return name
     if setting.startswith("paged") and not on_gpu:
         logger.warning("optimizer: %s runs without paging on a CPU", setting)

@@ -89,7 +89,7 @@ class Runs:
                 f"model:\n  model_name_or_path: {self.base}\ndata:\n  train: {self.rows}\nrun:\n  seed: 7\n"
             )
         arguments = [str(config), *SETTINGS, f"run.output_dir={run.path}", *overrides]
-        log = run.path.with_suffix(".log")
+        log = self.folder / f"log-{next(self._numbers):04d}"  # not on the run's disk, which may be full
         ours, theirs = self._context.Pipe(duplex=False)
         environment = {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"], "HF_HUB_OFFLINE": "1", **environment}
         if fault:

@@ -1,18 +1,15 @@
 """Every point at which something durable changes on disk is made to fail, and the run goes on to the same weights."""
 
-import contextlib
 import resource
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from qlora_train import durable
 from qlora_train.checkpoint import RunFolder
 from tests.faults.conftest import LONG, Table
+from tests.faults.disks import Disk
 from tests.faults.runs import Child, Ended, Runs, side_by_side
 from tests.runs import adapter_bytes
 
@@ -124,30 +121,18 @@ def test_files_that_the_system_cuts_off_cost_no_checkpoint(runs: Runs, table: Ta
     assert good == len(limits)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with little room."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a file system")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-
-
 def test_a_disk_that_fills_up_in_mid_run_costs_no_checkpoint(
-    runs: Runs, table: Table, longer: RunFolder, small_disk: Path
+    runs: Runs, table: Table, longer: RunFolder, disk: Disk
 ) -> None:
-    run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
+    run = RunFolder(disk.folder / "run")
     process = runs.start(run, *LONGER)
     assert has_checkpoint(run, process)
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(b"x" * 4096):
-            pass
+    disk.fill()
     ended = process.end()
     assert ended.status == 2, ended
     assert "No space left on device" in ended.log.splitlines()[-1]
     assert whole_checkpoints(run)
-    filler.unlink()
+    disk.make_room()
     same = runs.finished(run, *LONGER) == adapter_bytes(longer)
     table.add("a real disk full in mid-run", same, 1, "checkpoints whole, resumed to the same bits")
     assert same
