@@ -69,11 +69,6 @@ def write_text(path: Path, text: str) -> None:
     _flush(path.parent)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace a small file by a JSON value, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
 def append_line(path: Path, line: str) -> None:
     """Add a line to a log of lines; a crash can leave its last line torn, which readers must bear."""
     with writing(path), path.open("a", encoding="utf-8") as file:

@@ -60,15 +60,6 @@ _FILE_SYSTEM_ERRORS = (
 _DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error is a device's or the system's refusal of memory."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    texts = ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return bool(names & {"OutOfMemoryError", "MemoryError"}) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
-
-
 def explain(error: BaseException) -> str | None:
     """Return the line for a failure that any stage can meet and the user can fix; None for a defect of ours."""
     if isinstance(error, OSError) and error.errno in _FILE_SYSTEM_ERRORS:
@@ -79,7 +70,7 @@ def explain(error: BaseException) -> str | None:
     for full in _DISK_FULL:  # safetensors has an error class of its own
         if full in str(error):
             return f"writing: {full}; nothing that was whole is lost; make room, then repeat the command"
-    if is_out_of_memory(error):
+    if type(error).__name__ == "OutOfMemoryError":
         return (
             f"out of memory: {first_line(error)}; halve train.per_device_train_batch_size and double "
             "train.gradient_accumulation_steps, lower train.per_device_eval_batch_size or data.max_length, then repeat"

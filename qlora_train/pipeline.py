@@ -1,6 +1,7 @@
 """A run from config to adapter and merged model: the table of contents."""
 
 import datetime
+import json
 import logging
 import platform
 import shutil
@@ -70,7 +71,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
             source, data = prepare(config, folder)
             begin(folder, config, facts(config, source, data, device, date_of(folder)))
             data.report.log()
-            durable.write_json(folder.data_report_file, data.report.to_json())
+            durable.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
             train_adapter(folder, config, source, data, checkpoint)
         if config.export.merge and folder.has_merged():
             logger.info("%s is there already; delete it to merge again", folder.merged)

@@ -1,5 +1,6 @@
 """What decides a run, compared between its parts: settings and facts, each difference named with what it would do."""
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -63,7 +64,7 @@ def begin(run: RunFolder, config: RunConfig, facts: Mapping[str, Any]) -> None:
     """
     recorded = run.facts()
     if not recorded:
-        durable.write_json(run.facts_file, {"run_id": uuid.uuid4().hex, **facts, "changes": []})
+        _write(run, {"run_id": uuid.uuid4().hex, **facts, "changes": []})
         return
     changes = [*changed_settings(run, config), *_changed_facts(run, facts)]
     _refuse(run, changes, config.run.allow_changed)
@@ -71,8 +72,12 @@ def begin(run: RunFolder, config: RunConfig, facts: Mapping[str, Any]) -> None:
         step = (run.steps() or [0])[-1]
         entries = [{"after_step": step, **asdict(change)} for change in changes]
         # first the list of changes: from then on the old adapter no longer counts as the result
-        durable.write_json(run.facts_file, {**recorded, **facts, "changes": [*recorded["changes"], *entries]})
+        _write(run, {**recorded, **facts, "changes": [*recorded["changes"], *entries]})
         durable.write_text(run.config_file, to_yaml(config))
+
+
+def _write(run: RunFolder, facts: Mapping[str, Any]) -> None:
+    durable.write_text(run.facts_file, json.dumps(facts, indent=2) + "\n")
 
 
 def _changed_facts(run: RunFolder, facts: Mapping[str, Any]) -> list[Change]:

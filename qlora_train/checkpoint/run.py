@@ -170,11 +170,6 @@ class RunFolder:
         """
         return _read_json(self.facts_file)
 
-    def fit(self) -> dict[str, Any]:
-        """Return the settings of `train` that were found to fit into memory, empty where the configured ones do."""
-        fit: dict[str, Any] = self.facts().get("fit", {})
-        return fit
-
     def read_results(self) -> dict[str, Any]:
         """Return results.json, empty when there is none.
 
@@ -185,7 +180,7 @@ class RunFolder:
 
     def add_results(self, **results: Any) -> None:
         """Add entries to results.json."""
-        durable.write_json(self.results_file, {**self.read_results(), **results})
+        durable.write_text(self.results_file, json.dumps({**self.read_results(), **results}, indent=2) + "\n")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

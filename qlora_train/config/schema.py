@@ -278,9 +278,6 @@ class TrainSection(Section):
     """Micro-batches in an optimizer step; the loss is normalised over all of them together."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass (non-reentrant); `auto` is on for GPUs, off for CPUs."""
-    auto_fit: bool = False
-    """Where the longest batch does not fit into memory, go on with smaller micro-batches and more of them, then with
-    recomputed activations, the updates staying the same; else the run stops and says what would fit."""
     group_by_length: bool = False
     """Batch rows of similar length: less padding, the order stays a pure function of the seed."""
     neftune_noise_alpha: float | None = Field(None, gt=0)

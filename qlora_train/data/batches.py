@@ -121,9 +121,6 @@ class BatchOrder(Protocol):
     def of_epoch(self, epoch: int) -> Iterator[list[int]]:
         """Yield those of an epoch, counted from 0."""
 
-    def longest(self) -> list[int]:
-        """Return the rows of the longest micro-batch that can come."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowOrder:
@@ -144,11 +141,6 @@ class RowOrder:
         )
         for begin in range(0, len(order), self.batch_size):
             yield order[begin : begin + self.batch_size].tolist()
-
-    def longest(self) -> list[int]:
-        """Return the longest rows, as many as a micro-batch has."""
-        rows: list[int] = np.argsort(-self.lengths, kind="stable")[: self.batch_size].tolist()
-        return rows
 
 
 def epoch_order(

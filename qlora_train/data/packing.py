@@ -140,13 +140,6 @@ class PackOrder:
             last = min(first + self._batch_size, self.num_packs)
             yield rows[starts[first] : starts[last]].tolist()
 
-    def longest(self) -> list[int]:
-        """Return the rows of the fullest packs of an epoch, as many as a micro-batch has; they are as full in every one."""
-        rows, starts = self.packs(0)
-        num_tokens = np.add.reduceat(self._lengths[rows], starts[:-1])
-        fullest = np.argsort(-num_tokens, kind="stable")[: self._batch_size]
-        return [row for pack in fullest for row in rows[starts[pack] : starts[pack + 1]].tolist()]
-
     def packs(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the packs of an epoch: a pure function of lengths, seed and epoch.
 

@@ -7,7 +7,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import count, islice
 from typing import Any, Protocol
 
@@ -30,7 +29,6 @@ from qlora_train.data.batches import (
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.store import Rows
 from qlora_train.data.stream import RowStream
-from qlora_train.data.types import Example
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +42,6 @@ class Feed(Protocol):
 
     def loader(self, state: "Standing") -> DataLoader[Any]:
         """Return the micro-batches; iteration begins after the steps that the trainer has taken by then."""
-
-    def longest(self) -> Batch:
-        """Return the micro-batch that takes most memory."""
 
     def where(self, row: int) -> str:
         """Return the place of a row of the last step, by the number that its batch gives it."""
@@ -105,10 +100,6 @@ class RowFeed:
         rows: RowDataset = RowDataset(self._rows)
         return DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
 
-    def longest(self) -> Batch:
-        """Return the longest rows, or the fullest packs, as one micro-batch."""
-        return self._collate([(number, self._rows[number]) for number in self._order.longest()])
-
     def where(self, row: int) -> str:
         """Return the place of a row."""
         return self._rows[row].where
@@ -151,7 +142,6 @@ class StreamFeed(IterableDataset[Batch]):
     def __init__(self, stream: RowStream, config: RunConfig, collate: Collator) -> None:
         self._stream, self._collate = stream, collate
         self._batch_size = config.train.per_device_train_batch_size
-        self._max_length = config.data.max_length
         self._rows_a_step = self._batch_size * config.train.gradient_accumulation_steps
         self._places: deque[tuple[int, str]] = deque(maxlen=2 * self._rows_a_step)
         self._trainer: Standing | None = None
@@ -174,11 +164,6 @@ class StreamFeed(IterableDataset[Batch]):
             self._places.extend((number, example.where) for number, example in rows)
             yield self._collate(rows)
 
-    def longest(self) -> Batch:
-        """Return rows of `max_length`, made of the first of the stream: what is still to come is not known."""
-        head = self._stream.head()
-        return self._collate([(i, _stretched(head[i % len(head)], self._max_length)) for i in range(self._batch_size)])
-
     def where(self, row: int) -> str:
         """Return the place of a row of the last step."""
         return dict(self._places)[row]
@@ -190,10 +175,3 @@ class StreamFeed(IterableDataset[Batch]):
     def remember(self, memory: list[list[int]]) -> None:
         """Take what each window gave that an earlier part of the run tokenised."""
         self._stream.counts = list(memory)
-
-
-def _stretched(example: Example, num_tokens: int) -> Example:
-    """Return a row of so many tokens, the given one over and over."""
-    mask = np.resize(example.loss_mask, num_tokens)
-    mask[0] = False
-    return replace(example, input_ids=np.resize(example.input_ids, num_tokens), loss_mask=mask)

@@ -10,12 +10,10 @@ from qlora_train.adapter import AdaptedModel, trainable_state
 from qlora_train.checkpoint import RunFolder, reading
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.errors import is_out_of_memory
 from qlora_train.trainer.boundaries import best_step, evaluations
 from qlora_train.trainer.numbers import refuse_non_finite
 from qlora_train.trainer.progress import Progress
 from qlora_train.trainer.sft import QloraTrainer
-from qlora_train.trainer.trial import fitting_trainer, step_down
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +39,11 @@ def train(
         Stop: the process was asked to stop; a checkpoint of the last whole step has been saved.
     """
     progress = Progress(run)
+    trainer = QloraTrainer(adapted, data, config, run, [progress])
     started = time.perf_counter()
-
-    def make(settings: RunConfig) -> QloraTrainer:
-        return QloraTrainer(adapted, data, settings, run, [progress])
-
-    trainer = fitting_trainer(make, config, run, resumes=resume_from is not None)
     with stopping.at_boundaries():
         try:
             _train_on(trainer, progress, resume_from)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise step_down(config, run, trainer.state.global_step) from error
-            raise
         finally:
             progress.stop()
     losses = evaluations(trainer.state.log_history)

@@ -38,7 +38,6 @@ from qlora_train.checkpoint import (
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.store import Rows
-from qlora_train.data.types import Example
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.loss import label_losses
@@ -108,21 +107,6 @@ class QloraTrainer(SFTTrainer):
             parameter.data = exact[name]  # undo TRL's cast to bfloat16, bit for bit
         self.model_accepts_loss_kwargs = True  # so that the labels of the whole accumulated batch are counted
 
-    @property
-    def pad_token_id(self) -> int:
-        """What short rows of a batch are filled up with."""
-        return int(self._adapted.loaded.tokenizer.pad_token_id)
-
-    def longest_batch(self) -> dict[str, torch.Tensor]:
-        """Return the micro-batch that takes most memory."""
-        return self._feed.longest()
-
-    def longest_eval_rows(self) -> list[Example]:
-        """Return the held-out rows of the evaluation batch that takes most memory."""
-        rows = self.examples.eval
-        longest = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids), reverse=True)
-        return [rows[i] for i in longest[: self.config.train.per_device_eval_batch_size]]
-
     # --- data and loss -----------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -175,7 +159,7 @@ class QloraTrainer(SFTTrainer):
             self.model,
             self.examples.eval,
             batch_size=self.config.train.per_device_eval_batch_size,
-            pad_token_id=self.pad_token_id,
+            pad_token_id=self._adapted.loaded.tokenizer.pad_token_id,
         )
         if not math.isfinite(result.loss):
             raise TrainingError(
