@@ -60,6 +60,20 @@ _FILE_SYSTEM_ERRORS = (
 _DISK_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc",
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+"""What libraries say where they have no class for it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory, of a GPU or of the host, did not suffice."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
 def explain(error: BaseException) -> str | None:
     """Return the line for a failure that any stage can meet and the user can fix; None for a defect of ours."""
     if isinstance(error, OSError) and error.errno in _FILE_SYSTEM_ERRORS:
@@ -70,7 +84,7 @@ def explain(error: BaseException) -> str | None:
     for full in _DISK_FULL:  # safetensors has an error class of its own
         if full in str(error):
             return f"writing: {full}; nothing that was whole is lost; make room, then repeat the command"
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         return (
             f"out of memory: {first_line(error)}; halve train.per_device_train_batch_size and double "
             "train.gradient_accumulation_steps, lower train.per_device_eval_batch_size or data.max_length, then repeat"

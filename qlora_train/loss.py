@@ -3,8 +3,13 @@
 The head of a 150,000-token vocabulary is the largest tensor of a step. A hook on this model's own head hands it only the
 hidden states that predict a label, so that whatever the architecture does around its head (scaling, soft-capping) stays
 exactly what it is, on `(num_labels, vocabulary)` instead of `(batch, seq, vocabulary)`.
+
+Where that is still too much, the logits of a few labels at a time are made, and made again in the backward pass. The head
+and what is around it are then run by a copy of the model's outermost module, which shares its weights and has instead of
+the decoder layers one that returns the hidden states it is given: again the architecture's own code, with its own head.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 IGNORED = -100
 """Label of a token without loss, as torch's cross-entropy and Transformers have it."""
 
 FLOAT32_BYTES = 64 << 20
 """Most float32 logits that a loss without gradients makes at once, however large its batch and vocabulary are."""
+
+CHUNK_TOLERANCE = 0.02
+"""Nats a token by which rounding in 16 bits may change a loss whose logits are made in chunks."""
 
 
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
@@ -50,6 +60,8 @@ def _head_sees_only(model: nn.Module, positions: torch.Tensor) -> Iterator[None]
 
 def label_losses(
     model: nn.Module,
+    chunk_tokens: int | None = None,
+    /,
     *,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
@@ -60,6 +72,7 @@ def label_losses(
 
     Args:
         model: a causal language model, with or without an adapter.
+        chunk_tokens: labels whose logits exist at a time, for a model that `can_chunk`; None: all.
         input_ids: (batch, seq).
         labels: (batch, seq), IGNORED where a token carries no loss; so is the first token of each packed document, which
             nothing predicts.
@@ -71,10 +84,16 @@ def label_losses(
     """
     targets = shifted_labels(labels)
     positions = targets != IGNORED
-    positioned = {} if position_ids is None else {"position_ids": position_ids}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    of_row = positions.nonzero()[:, 0]
+    if chunk_tokens is not None:
+        hidden_states = _hidden_states(model, positions, inputs)
+        return _losses_in_chunks(model, hidden_states, targets[positions], chunk_tokens), of_row
     with _head_sees_only(model, positions):
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positioned).logits
-    return _negative_log_likelihoods(logits, targets[positions].to(logits.device)), positions.nonzero()[:, 0]
+        logits = model(**inputs).logits
+    return _negative_log_likelihoods(logits, targets[positions].to(logits.device)), of_row
 
 
 def _negative_log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -87,3 +106,88 @@ def _negative_log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> to
     num_rows = max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))
     pieces = zip(logits.split(num_rows), targets.split(num_rows), strict=True)
     return torch.cat([functional.cross_entropy(some.float(), wanted, reduction="none") for some, wanted in pieces])
+
+
+# --- in chunks --------------------------------------------------------------------------------------------------------
+
+
+class _Given(nn.Module):
+    """Stands where decoder layers stood, and returns the hidden states it was given last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_states = torch.empty(0)
+
+    def forward(self, *_arguments: Any, **_keywords: Any) -> MoeModelOutputWithPast:
+        """Return them, (1, num_labels, hidden), as any decoder returns its last ones."""
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden_states)
+
+
+def _causal_model(model: Any) -> Any:
+    """Return the causal language model that an adapter is on, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _head_alone(model: Any) -> tuple[nn.Module, _Given]:
+    """Return a copy of the outermost module of a causal language model that begins at the hidden states, and these.
+
+    The copy shares all weights with the model, which is not changed.
+    """
+    whole = _causal_model(model)
+    head, given = copy.copy(whole), _Given()
+    vars(head)["_modules"] = {**whole._modules, whole.base_model_prefix: given}
+    vars(head).pop("forward", None)  # one that was bound to the whole
+    return head, given
+
+
+def _hidden_states(model: nn.Module, positions: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    """Return what the head of this model would see at `positions` (batch, seq): (num_labels, hidden)."""
+    seen: list[torch.Tensor] = []
+
+    def take(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_states = arguments[0]
+        seen.append(hidden_states[positions.to(hidden_states.device)])
+        return (hidden_states[:, :0], *arguments[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(take)  # type: ignore[operator]
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    (hidden_states,) = seen
+    return hidden_states
+
+
+def _losses_in_chunks(
+    model: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
+) -> torch.Tensor:
+    """Return the loss of each target, float32 (num_labels,), from hidden states (num_labels, hidden)."""
+    head, given = _head_alone(model)
+
+    def losses(some: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        given.hidden_states = some[None]
+        try:
+            logits = head(use_cache=False).logits[0]
+        finally:
+            given.hidden_states = torch.empty(0)
+        return functional.cross_entropy(logits.float(), wanted, reduction="none")
+
+    pieces = zip(hidden_states.split(chunk_tokens), targets.to(hidden_states.device).split(chunk_tokens), strict=True)
+    return torch.cat([checkpoint(losses, some, wanted, use_reentrant=False) for some, wanted in pieces])
+
+
+@torch.no_grad()
+def can_chunk(model: Any) -> bool:
+    """Say whether the loss in chunks is the loss on this very model, which is run on a few tokens."""
+    device = model.get_input_embeddings().weight.device
+    tokens = torch.arange(1, 9, device=device)[None] % model.get_input_embeddings().num_embeddings
+    was_training = model.training
+    model.eval()
+    try:
+        whole, _ = label_losses(model, input_ids=tokens, labels=tokens)
+        chunks, _ = label_losses(model, 3, input_ids=tokens, labels=tokens)
+    except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
+        return False  # an outermost module that is built otherwise
+    finally:
+        model.train(was_training)
+    return torch.allclose(whole, chunks, rtol=CHUNK_TOLERANCE, atol=CHUNK_TOLERANCE)

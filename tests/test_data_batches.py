@@ -126,7 +126,7 @@ def test_the_order_depends_on_seed_and_epoch_and_leaves_the_global_generator_alo
 
 def test_micro_batches_are_cut_from_the_order_of_their_epoch() -> None:
     lengths = array([3, 1, 4, 1, 5, 9, 2])
-    order = RowOrder(lengths, seed=3, batch_size=3, group_by_length=False)
+    order = RowOrder(lengths, seed=3, batch_size=3, group_by_length=False, grouped_rows=3)
     batches = list(order.of_epoch(2))
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert len(order) == 3

@@ -1,6 +1,7 @@
 """Run folders and checkpoints: whole, verified, and enough to continue a run bit for bit."""
 
 from qlora_train.checkpoint.fingerprint import begin, changed_settings, check_same_facts, check_same_settings
+from qlora_train.checkpoint.fit import record_fit, with_recorded_fit
 from qlora_train.checkpoint.opening import finished_run, held, open_run
 from qlora_train.checkpoint.run import RunFolder
 from qlora_train.checkpoint.state import (
@@ -15,4 +16,5 @@ from qlora_train.checkpoint.state import (
 __all__ = [
     "RunFolder", "open_run", "finished_run", "held", "begin", "changed_settings", "check_same_settings",
     "check_same_facts", "save_tree", "load_tree", "random_state", "restore_random_state", "load_parameters", "reading",
+    "record_fit", "with_recorded_fit",
 ]  # fmt: skip

@@ -4,6 +4,7 @@
 
     runs/NAME/config.yaml            the resolved config: a run is itself a recipe
              run.json                what the config does not say: data fingerprint, base revision, versions
+             fit.json                what it trains with instead, where the largest batch did not fit into memory
              data.json               what became of every row of the data
              metrics.jsonl           a line per logged step and evaluation
              checkpoints/step-N/     whole states to resume from
@@ -42,6 +43,11 @@ class RunFolder:
     def facts_file(self) -> Path:
         """What decides the run besides its config."""
         return self.path / "run.json"
+
+    @property
+    def fit_file(self) -> Path:
+        """What the run trains with where what was asked for did not fit into memory."""
+        return self.path / "fit.json"
 
     @property
     def data_report_file(self) -> Path:
@@ -169,6 +175,14 @@ class RunFolder:
             CheckpointError: it is not readable.
         """
         return _read_json(self.facts_file)
+
+    def fit(self) -> dict[str, Any]:
+        """Return fit.json, empty when there is none.
+
+        Raises:
+            CheckpointError: it is not readable.
+        """
+        return _read_json(self.fit_file)
 
     def read_results(self) -> dict[str, Any]:
         """Return results.json, empty when there is none.

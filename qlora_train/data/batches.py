@@ -124,12 +124,17 @@ class BatchOrder(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowOrder:
-    """Micro-batches of `batch_size` rows in the order of `epoch_order`; the last of an epoch may have fewer."""
+    """Micro-batches of `batch_size` rows in the order of `epoch_order`; the last of an epoch may have fewer.
+
+    `grouped_rows` is how many rows `group_by_length` keeps together: a multiple of `batch_size`, which gives the order of
+    batches of that size, cut smaller.
+    """
 
     lengths: npt.NDArray[np.int32]
     seed: int
     batch_size: int
     group_by_length: bool
+    grouped_rows: int
 
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
@@ -137,7 +142,11 @@ class RowOrder:
     def of_epoch(self, epoch: int) -> Iterator[list[int]]:
         """Yield the micro-batches of an epoch."""
         order = epoch_order(
-            self.lengths, seed=self.seed, epoch=epoch, batch_size=self.batch_size, group_by_length=self.group_by_length
+            self.lengths,
+            seed=self.seed,
+            epoch=epoch,
+            batch_size=self.grouped_rows,
+            group_by_length=self.group_by_length,
         )
         for begin in range(0, len(order), self.batch_size):
             yield order[begin : begin + self.batch_size].tolist()

@@ -99,6 +99,13 @@ def choose_optimizer(setting: str, *, on_gpu: bool) -> str:
     return setting
 
 
+def choose_offloading(setting: bool, *, on_gpu: bool) -> bool:
+    """Return whether activations are kept in the host's memory; a CPU has no other."""
+    if setting and not on_gpu:
+        logger.warning("train.activation_offloading: has no effect on a CPU, whose memory is the host's")
+    return setting and on_gpu
+
+
 def choose_checkpointing(setting: bool | str, *, on_gpu: bool) -> bool:
     """Return whether activations are recomputed, logged with the reason when `auto` chose it."""
     if setting == "auto":

@@ -59,14 +59,18 @@ class Standing(Protocol):
     state: TrainerState
 
 
-def make_feed(rows: Rows | RowStream, config: RunConfig, pad_token_id: int, device: torch.device) -> Feed:
-    """Return the feed that a config asks for; how full packs are is logged."""
+def make_feed(
+    rows: Rows | RowStream, config: RunConfig, pad_token_id: int, device: torch.device, *, grouped_rows: int
+) -> Feed:
+    """Return the feed that a config asks for; how full packs are is logged. `grouped_rows` is explained in `RowOrder`."""
     if isinstance(rows, RowStream):
         return StreamFeed(rows, config, Collator(pad_token_id, padding_multiple(device)))
     if config.data.packing:
         return RowFeed(rows, pack_order(rows.lengths, config), config, PackCollator())
     train = config.train
-    order = RowOrder(rows.lengths, config.run.seed, train.per_device_train_batch_size, train.group_by_length)
+    order = RowOrder(
+        rows.lengths, config.run.seed, train.per_device_train_batch_size, train.group_by_length, grouped_rows
+    )
     return RowFeed(rows, order, config, Collator(pad_token_id, padding_multiple(device)))
 
 

@@ -11,6 +11,7 @@ from qlora_train.checkpoint import RunFolder, reading
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.trainer.boundaries import best_step, evaluations
+from qlora_train.trainer.fitting import rung_below, trainer_that_fits
 from qlora_train.trainer.numbers import refuse_non_finite
 from qlora_train.trainer.progress import Progress
 from qlora_train.trainer.sft import QloraTrainer
@@ -39,11 +40,17 @@ def train(
         Stop: the process was asked to stop; a checkpoint of the last whole step has been saved.
     """
     progress = Progress(run)
-    trainer = QloraTrainer(adapted, data, config, run, [progress])
     started = time.perf_counter()
+
+    def make(fitted: RunConfig) -> QloraTrainer:
+        asked_rows = config.train.per_device_train_batch_size
+        return QloraTrainer(adapted, data, fitted, run, [progress], grouped_rows=asked_rows)
+
     with stopping.at_boundaries():
+        trainer = trainer_that_fits(make, config, run)
         try:
-            _train_on(trainer, progress, resume_from)
+            with rung_below(trainer, config, run):
+                _train_on(trainer, progress, resume_from)
         finally:
             progress.stop()
     losses = evaluations(trainer.state.log_history)

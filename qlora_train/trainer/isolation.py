@@ -55,6 +55,8 @@ def isolate_documents(adapted: AdaptedModel, config: RunConfig, rows: NumberedRo
 def _choose_attention(model: Any, config: RunConfig) -> str:
     """Set the attention function for packs and say how documents are kept apart."""
     name = model.config._attn_implementation
+    if name == document_attention.NAME:
+        return "each is computed by itself"
     if name not in ("sdpa", "eager"):
         return f"{name} takes their positions"
     if config.model.attn_implementation == "eager":

@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,14 @@ from qlora_train.data import PreparedData
 from qlora_train.data.store import Rows
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
+from qlora_train.ladder import Phase
 from qlora_train.loss import label_losses
-from qlora_train.trainer.arguments import sft_config
+from qlora_train.trainer.arguments import choose_offloading, sft_config
 from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, make_schedule
 from qlora_train.trainer.feed import make_feed
 from qlora_train.trainer.isolation import isolate_documents
 from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
+from qlora_train.trainer.offloading import activations_on_host
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +83,19 @@ class QloraTrainer(SFTTrainer):
         config: RunConfig,
         run: RunFolder,
         callbacks: list[TrainerCallback],
+        *,
+        grouped_rows: int | None = None,
     ) -> None:
         self.config, self.run, self.examples = config, run, data
-        self._adapted = adapted
+        self.adapted = adapted
         loaded = adapted.loaded
-        self._feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device)
+        self._feed = make_feed(
+            data.train, config, loaded.tokenizer.pad_token_id, loaded.device,
+            grouped_rows=grouped_rows or config.train.per_device_train_batch_size,
+        )  # fmt: skip
+        offloads = choose_offloading(config.train.activation_offloading, on_gpu=loaded.device.type == "cuda")
+        self._activations = activations_on_host if offloads else nullcontext
+        self.phase: Phase = "training"
         self._schedule = make_schedule(config, self._feed.steps_per_epoch, has_eval=bool(data.eval))
         patience = config.train.early_stopping_patience
         if config.data.packing:
@@ -123,13 +134,18 @@ class QloraTrainer(SFTTrainer):
         """Return this micro-batch's share of the loss of the accumulated batch, a scalar."""
         assert not return_outputs, "evaluation goes through `evaluate`"
         assert num_items_in_batch is not None
-        losses, _ = label_losses(model, **{name: tensor for name, tensor in inputs.items() if name != "row"})
-        loss = losses.sum() / num_items_in_batch
+        loss = self.token_losses(model, inputs).sum() / num_items_in_batch
         if not self._micro_losses:
             self._loss_before_step = self._tr_loss.clone()
         self._micro_losses.append(loss.detach())
         self._micro_rows.append(inputs["row"])
         return loss
+
+    def token_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the loss of every label token of a micro-batch, (num_labels,), made as the settings say."""
+        named = {name: tensor for name, tensor in inputs.items() if name != "row"}
+        with self._activations(model):
+            return label_losses(model, self.config.train.loss_chunk_tokens, **named)[0]
 
     # --- numbers -----------------------------------------------------------------------------------------------------
 
@@ -155,12 +171,14 @@ class QloraTrainer(SFTTrainer):
     def evaluate(self, *_arguments: Any, **_keywords: Any) -> dict[str, float]:
         """Return and log `eval_loss`, nats per label token over the whole evaluation set."""
         started = time.perf_counter()
+        self.phase = "evaluation"
         result = held_out_loss(
             self.model,
             self.examples.eval,
             batch_size=self.config.train.per_device_eval_batch_size,
-            pad_token_id=self._adapted.loaded.tokenizer.pad_token_id,
+            pad_token_id=self.adapted.loaded.tokenizer.pad_token_id,
         )
+        self.phase = "training"
         if not math.isfinite(result.loss):
             raise TrainingError(
                 f"step {self.state.global_step}: eval_loss is {result.loss}; lower train.learning_rate, or use bfloat16 "

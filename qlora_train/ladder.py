@@ -1,0 +1,109 @@
+"""The ladder that a run goes down when a batch does not fit into memory: every rung saves memory and costs time.
+
+A rung is a pure function of the training settings. On each of them an optimizer step has the same rows in the same order,
+and a run has the same number of steps.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qlora_train.config.schema import TrainSection
+
+CHUNK_TOKENS = 256
+"""Logits at a time on the rung that makes the loss in chunks: few enough for memory, enough for matrix products."""
+KEYS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "loss_chunk_tokens",
+    "activation_offloading", "per_device_eval_batch_size",
+)  # fmt: skip
+"""Settings that a rung may change."""
+
+Phase = Literal["training", "evaluation"]
+
+
+@dataclass(frozen=True)
+class Able:
+    """What can be done for a model where it is.
+
+    Attributes:
+        on_gpu: it is on a GPU, beside which there is the host's memory.
+        recomputes: its layers can be computed again in the backward pass.
+        chunks: its loss can be made in chunks (`loss.can_chunk`).
+    """
+
+    on_gpu: bool
+    recomputes: bool
+    chunks: bool
+
+
+Rung = Callable[[TrainSection, Able], TrainSection | None]
+
+
+def split_micro_batch(train: TrainSection, _able: Able) -> TrainSection | None:
+    """Halve the micro-batch, or divide it by the smallest number that it can be divided by; accumulate more of them."""
+    rows = train.per_device_train_batch_size
+    smaller = _largest_divisor_below(rows)
+    if smaller is None:
+        return None
+    steps = train.gradient_accumulation_steps * (rows // smaller)
+    return train.model_copy(update={"per_device_train_batch_size": smaller, "gradient_accumulation_steps": steps})
+
+
+def recompute(train: TrainSection, able: Able) -> TrainSection | None:
+    """Keep a layer's input alone, and compute the layer again in the backward pass."""
+    already = train.gradient_checkpointing is True or (train.gradient_checkpointing == "auto" and able.on_gpu)
+    return None if already or not able.recomputes else train.model_copy(update={"gradient_checkpointing": True})
+
+
+def chunk_loss(train: TrainSection, able: Able) -> TrainSection | None:
+    """Make the logits of a few labels at a time."""
+    asked = train.loss_chunk_tokens
+    if not able.chunks or (asked is not None and asked <= CHUNK_TOKENS):
+        return None
+    return train.model_copy(update={"loss_chunk_tokens": CHUNK_TOKENS})
+
+
+def offload(train: TrainSection, able: Able) -> TrainSection | None:
+    """Keep what the backward pass needs in the host's memory."""
+    if train.activation_offloading or not able.on_gpu:
+        return None
+    return train.model_copy(update={"activation_offloading": True})
+
+
+def split_eval_batch(train: TrainSection, _able: Able) -> TrainSection | None:
+    """Halve the evaluation batch."""
+    rows = train.per_device_eval_batch_size
+    return None if rows == 1 else train.model_copy(update={"per_device_eval_batch_size": rows // 2})
+
+
+RUNGS: Mapping[Phase, tuple[Rung, ...]] = {
+    "training": (split_micro_batch, recompute, chunk_loss, offload),
+    "evaluation": (split_eval_batch,),
+}
+"""From the one that costs least to the one that costs most."""
+
+
+def next_rung(train: TrainSection, able: Able, failed: Phase) -> TrainSection | None:
+    """Return the settings one rung further down, or None at the bottom.
+
+    Args:
+        train: settings that do not fit.
+        able: what can be done.
+        failed: what did not fit.
+    """
+    rungs = (rung(train, able) for rung in RUNGS[failed])
+    return next((settings for settings in rungs if settings is not None), None)
+
+
+def overrides(asked: TrainSection, fitted: TrainSection) -> dict[str, Any]:
+    """Return the settings that a ladder changed, by key of the train section."""
+    return {key: getattr(fitted, key) for key in KEYS if getattr(fitted, key) != getattr(asked, key)}
+
+
+def typed(changes: Mapping[str, Any]) -> str:
+    """Return changes as they are typed on the command line."""
+    return " ".join(f"train.{key}={str(value).lower()}" for key, value in changes.items())
+
+
+def _largest_divisor_below(number: int) -> int | None:
+    return next((divisor for divisor in range(number // 2, 0, -1) if number % divisor == 0), None)

@@ -1,0 +1,108 @@
+"""A trainer whose largest batch fits into memory: as asked for, or on the first rung of the ladder that does."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from qlora_train.checkpoint import RunFolder, record_fit, with_recorded_fit
+from qlora_train.config import RunConfig
+from qlora_train.config.schema import TrainSection
+from qlora_train.errors import ConfigError, TrainingError, first_line, is_out_of_memory
+from qlora_train.ladder import Able, next_rung, overrides, typed
+from qlora_train.loss import can_chunk
+from qlora_train.trainer.sft import QloraTrainer
+from qlora_train.trainer.trial import Trial, try_largest_batches
+
+logger = logging.getLogger(__name__)
+
+AUTO_FIT = "train.auto_fit=true"
+NOTHING_SMALLER = (
+    "no smaller setting is left; lower data.max_length or lora.r, take a smaller model, or free memory that others use"
+)
+
+
+def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConfig, run: RunFolder) -> QloraTrainer:
+    """Return a trainer whose largest batches have been tried and fit.
+
+    Args:
+        make: makes a trainer; its training settings may be those of a rung.
+        config: what the user asked for.
+        run: remembers the rung.
+
+    Raises:
+        TrainingError: what was asked for does not fit, with what does; or nothing does.
+        ConfigError: the loss of this model cannot be made in chunks, as the config asks.
+    """
+    train = recorded = with_recorded_fit(run, config.train) if config.train.auto_fit else config.train
+    if recorded != config.train:
+        logger.warning("memory: goes on with %s (%s)", typed(overrides(config.train, recorded)), run.fit_file)
+    trainer = make(_with(config, train))
+    if train.loss_chunk_tokens is not None and not can_chunk(trainer.model):
+        raise ConfigError(
+            "train.loss_chunk_tokens: the loss of this model cannot be made in chunks: its outermost module does more "
+            "than hand hidden states to the output head; drop it"
+        )
+    first = trial = try_largest_batches(trainer)
+    while trial.failed is not None:
+        smaller = next_rung(train, _able(trainer), trial.failed)
+        if smaller is None:
+            raise TrainingError(f"out of memory: {trial.tried} does not fit ({trial.reason}); {NOTHING_SMALLER}")
+        logger.warning("memory: %s does not fit; tries %s", trial.tried, typed(overrides(train, smaller)))
+        train = smaller
+        trainer = make(_with(config, train))
+        trial = try_largest_batches(trainer)
+    if train != recorded:
+        _take_or_refuse(config, run, train, first)
+    logger.info("memory: %s: fits%s", trial.tried, trial.memory)
+    return trainer
+
+
+def _take_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: Trial) -> None:
+    changes = typed(overrides(config.train, fitted))
+    record_fit(run, config.train, fitted, f"{first.tried} did not fit: {first.reason}")
+    if config.train.auto_fit:
+        logger.warning("memory: %s did not fit; the run trains with %s", first.tried, changes)
+        return
+    ways = f"{AUTO_FIT}, which takes these" if run.has_begun() else f"these settings, or {AUTO_FIT}, which takes them"
+    raise TrainingError(
+        f"out of memory: {first.tried} does not fit ({first.reason}); what fits was tried: {changes}; repeat the command "
+        f"with {ways}"
+    )
+
+
+@contextmanager
+def rung_below(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iterator[None]:
+    """Name and record the next rung when memory runs out in the middle of a run, for the next time.
+
+    Raises:
+        TrainingError: memory ran out; the checkpoints are whole.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    else:
+        return
+    smaller = next_rung(trainer.config.train, _able(trainer), trainer.phase)
+    step = trainer.state.global_step + 1
+    where = f"step {step}: out of memory in {trainer.phase} ({reason}); the last checkpoint is whole"
+    if smaller is None:
+        raise TrainingError(f"{where}; {NOTHING_SMALLER}")
+    changes = typed(overrides(config.train, smaller))
+    record_fit(run, config.train, smaller, f"step {step}: {reason}")
+    how = "" if config.train.auto_fit else f" with {AUTO_FIT}"
+    raise TrainingError(f"{where}; repeat the command{how}: the run goes on with {changes}")
+
+
+def _able(trainer: QloraTrainer) -> Able:
+    return Able(
+        on_gpu=trainer.adapted.loaded.device.type == "cuda",
+        recomputes=trainer.adapted.loaded.model.supports_gradient_checkpointing,
+        chunks=can_chunk(trainer.model),
+    )
+
+
+def _with(config: RunConfig, train: TrainSection) -> RunConfig:
+    return config.model_copy(update={"train": train})

@@ -1,0 +1,92 @@
+"""The largest batches that a run can meet, made from its own rows: no real batch has more tokens or more labels.
+
+Memory grows with the tokens of a micro-batch, padding included, and with those of them that carry loss. The rows with most
+tokens need not be those with most labels: the batch that is made here has the most of both.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qlora_train.config import RunConfig
+from qlora_train.data import PreparedData
+from qlora_train.data.batches import Batch, Collator, PackCollator, padding_multiple
+from qlora_train.data.packing import PackOrder
+from qlora_train.data.store import Rows
+from qlora_train.data.stream import RowStream
+from qlora_train.data.types import Example
+
+NUM_EPOCHS = 8
+"""Epochs whose packs are looked at: rows of equal length change places between them, and their labels with them."""
+
+
+def largest_micro_batch(data: PreparedData, config: RunConfig, pad_token_id: int, device: torch.device) -> Batch:
+    """Return a micro-batch as large as any of the run's.
+
+    Of a stream, whose rows are not known, it is full rows of `data.max_length`, with the largest share of labels that its
+    beginning has.
+    """
+    num_rows = config.train.per_device_train_batch_size
+    if isinstance(data.train, Rows) and config.data.packing:
+        return PackCollator()(list(enumerate(_fullest_packs(data.train, config, num_rows))))
+    rows = (
+        _of_stream(data.train, config, num_rows) if isinstance(data.train, RowStream) else _padded(data.train, num_rows)
+    )
+    return Collator(pad_token_id, padding_multiple(device))(list(enumerate(rows)))
+
+
+def largest_eval_batches(rows: Rows, batch_size: int) -> list[list[Example]]:
+    """Return the evaluation rows that have most tokens together, and those that have most labels, once if they are one."""
+    orders = (np.argsort(-sizes, kind="stable")[:batch_size] for sizes in (rows.lengths, rows.num_labels))
+    batches = {frozenset(order.tolist()): None for order in orders}
+    return [[rows[index] for index in sorted(batch)] for batch in batches]
+
+
+def _padded(rows: Rows, num_rows: int) -> list[Example]:
+    """Return the longest row as often as a micro-batch has rows, with the labels of the rows that have most."""
+    num_rows = min(num_rows, len(rows))
+    longest = rows[int(np.argmax(rows.lengths))]
+    return with_labels([longest] * num_rows, int(np.sort(rows.num_labels)[::-1][:num_rows].sum()))
+
+
+def _of_stream(stream: RowStream, config: RunConfig, num_rows: int) -> list[Example]:
+    head, length = stream.head(), config.data.max_length
+    share = max(np.count_nonzero(row.loss_mask) / len(row.input_ids) for row in head)
+    full = replace(head[0], input_ids=np.resize(head[0].input_ids, length), loss_mask=np.zeros(length, np.bool_))
+    return with_labels([full] * num_rows, num_rows * math.ceil(share * length))
+
+
+def _fullest_packs(rows: Rows, config: RunConfig, num_packs: int) -> list[Example]:
+    """Return the documents of the fullest packs, with the labels of those that have most."""
+    order = PackOrder(rows.lengths, max_length=config.data.max_length, seed=config.run.seed, batch_size=num_packs)
+    num_labels = max(
+        _sum_of_largest(_of_packs(order, rows.num_labels, epoch), num_packs) for epoch in range(NUM_EPOCHS)
+    )
+    numbers, starts = order.packs(0)
+    fullest = np.argsort(-_of_packs(order, rows.lengths, 0), kind="stable")[:num_packs]
+    documents = [int(row) for pack in fullest for row in numbers[starts[pack] : starts[pack + 1]]]
+    return with_labels([rows[number] for number in documents], num_labels)
+
+
+def _of_packs(order: PackOrder, sizes: npt.NDArray[np.int32], epoch: int) -> npt.NDArray[np.int64]:
+    """Return the sum of the rows' sizes in each pack of an epoch, (num_packs,)."""
+    rows, starts = order.packs(epoch)
+    return np.add.reduceat(sizes[rows].astype(np.int64), starts[:-1])
+
+
+def _sum_of_largest(sizes: npt.NDArray[np.int64], count: int) -> int:
+    return int(np.sort(sizes)[::-1][:count].sum())
+
+
+def with_labels(rows: Sequence[Example], num_labels: int) -> list[Example]:
+    """Return rows with so many labels in all, or with as many as they can have: no first token is one."""
+    found = []
+    for row in rows:
+        count = min(num_labels, len(row.input_ids) - 1)
+        num_labels -= count
+        found.append(replace(row, loss_mask=np.arange(len(row.input_ids)) >= len(row.input_ids) - count))
+    return found

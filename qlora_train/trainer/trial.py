@@ -1,0 +1,157 @@
+"""The largest batches of a run, tried before its first step and without a trace: what does not fit shows at once.
+
+Afterwards the run is as if nothing had been: no gradient, no step, every random generator and every buffer as before.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qlora_train.adapter import trainable_state
+from qlora_train.checkpoint import random_state, restore_random_state
+from qlora_train.data.batches import Batch
+from qlora_train.device import free_memory
+from qlora_train.errors import first_line, is_out_of_memory
+from qlora_train.evaluate import held_out_loss
+from qlora_train.footprint import optimizer_state_bytes
+from qlora_train.ladder import Phase
+from qlora_train.loss import IGNORED
+from qlora_train.trainer.largest import largest_eval_batches, largest_micro_batch
+from qlora_train.trainer.sft import QloraTrainer
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was tried and whether it fits.
+
+    Attributes:
+        tried: the largest batches, for people.
+        failed: what did not fit, or None.
+        reason: what was said of it.
+        peak_bytes: highest use of a GPU's memory; None without one.
+    """
+
+    tried: str
+    failed: Phase | None = None
+    reason: str = ""
+    peak_bytes: int | None = None
+
+    @property
+    def memory(self) -> str:
+        """The memory it took, where that is known."""
+        return "" if self.peak_bytes is None else f", {self.peak_bytes / 1e9:.1f} GB at most"
+
+
+def try_largest_batches(trainer: QloraTrainer) -> Trial:
+    """Run the largest micro-batch forward and backward, and the largest evaluation batches forward."""
+    data, config, loaded = trainer.examples, trainer.config, trainer.adapted.loaded
+    batch = largest_micro_batch(data, config, loaded.tokenizer.pad_token_id, loaded.device)
+    tried = f"training on {_size(batch)}"
+    if loaded.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(loaded.device)
+    # as the training loop will do, which leaves a model as it is that is prepared already
+    model = trainer.accelerator.prepare_model(trainer.model)
+    with _without_trace(model):
+        reason = _reason_not_to_fit(lambda: _train(trainer, model, batch))
+        if reason is not None:
+            return Trial(tried, "training", reason)
+        for rows in largest_eval_batches(data.eval, config.train.per_device_eval_batch_size) if data.eval else ():
+            longest = max(len(row.input_ids) for row in rows)
+            tried_there = f"evaluating {len(rows)} x {longest} tokens"
+            reason = _reason_not_to_fit(lambda rows=rows: _evaluate(trainer, rows))  # type: ignore[misc]
+            if reason is not None:
+                return Trial(tried_there, "evaluation", reason)
+            tried = f"{tried}, {tried_there}"
+    return Trial(tried, peak_bytes=_peak_bytes(loaded.device))
+
+
+def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
+    """Make gradients of a micro-batch beside the memory that the optimizer's state will take."""
+    args, device = trainer.args, trainer.adapted.loaded.device
+    shapes = [parameter.shape for parameter in trainable_state(model).values()]
+    optim = str(args.optim.value)
+    state_bytes = 0 if optim.startswith("paged") and device.type == "cuda" else optimizer_state_bytes(optim, shapes)
+    _state = torch.empty(state_bytes, dtype=torch.uint8, device=device)
+    if args.gradient_checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it
+            trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    for _ in range(min(2, args.gradient_accumulation_steps)):  # the second beside the gradients of the first
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        with trainer.compute_loss_context_manager():
+            loss = trainer.token_losses(model, inputs).mean()
+        trainer.accelerator.backward(loss)
+
+
+def _evaluate(trainer: QloraTrainer, rows: list[Any]) -> None:
+    pad_token_id = trainer.adapted.loaded.tokenizer.pad_token_id
+    held_out_loss(trainer.model, rows, batch_size=len(rows), pad_token_id=pad_token_id)
+
+
+def _reason_not_to_fit(action: Callable[[], None]) -> str | None:
+    """Do something and return what was said when memory ran out, or None; what it had taken is free again."""
+    reason = None
+    try:
+        action()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    if reason is not None:
+        free_memory()  # only here, where nothing refers to the error's frames any more
+    return reason
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a module keeps between two batches: its buffers, and what it knows of them, as of the lengths it has seen."""
+
+    module: nn.Module
+    attributes: dict[str, Any]
+    buffers: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """Each with a copy of its content."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Known":
+        buffers = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers(recurse=False)}
+        return cls(module, dict(vars(module)), buffers)
+
+    def put_back(self) -> None:
+        vars(self.module).update(self.attributes)
+        for name, (buffer, content) in self.buffers.items():
+            buffer.data.copy_(content)
+            self.module._buffers[name] = buffer
+
+
+@contextmanager
+def _without_trace(model: nn.Module) -> Iterator[None]:
+    """Leave generators, gradients, modes and buffers as they were, and what modules with buffers know of these."""
+    state, training = random_state(), [module for module in model.modules() if module.training]
+    known = [_Known.of(module) for module in model.modules() if module._buffers]
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        for each in known:
+            each.put_back()
+        model.eval()
+        for module in training:
+            module.training = True
+        restore_random_state(state)
+
+
+def _size(batch: Batch) -> str:
+    rows, tokens = batch["input_ids"].shape
+    num_labels = int(np.count_nonzero(batch["labels"].numpy() != IGNORED))
+    return f"{rows} x {tokens} tokens with {num_labels} labels"
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,44 @@
+"""Runs in a child process whose address space is limited from some moment on, so that memory runs out."""
+
+import multiprocessing
+import resource
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from qlora_train.trainer import fit
+from tests.faults import child
+from tests.faults.runs import Child, Ended
+
+WITHOUT_LIMIT = 1 << 40
+
+
+def run(arguments: list[str], log: Path, told: Connection, moment: str, spare_bytes: int) -> None:
+    """Run the command line with a limit of what the process has when `fit.<moment>` is called, and `spare_bytes` more."""
+    real = getattr(fit, moment)
+
+    def limited(*values: Any, **named: Any) -> Any:
+        _limit(spare_bytes)
+        return real(*values, **named)
+
+    setattr(fit, moment, limited)
+    child.run(arguments, log, {}, told)
+
+
+def run_limited(arguments: list[str], log: Path, *, moment: str, spare_bytes: int) -> Ended:
+    """Run the command line in a child process and return how it ended."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run, args=(arguments, log, theirs, moment, spare_bytes))
+    process.start()
+    theirs.close()
+    started = Child(process, ours, log)
+    started.wait_until_it_begins()
+    return started.end()
+
+
+def _limit(spare_bytes: int) -> None:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    used_bytes = int(status["VmSize"].split()[0]) << 10
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + spare_bytes, resource.RLIM_INFINITY))
