@@ -35,8 +35,8 @@ CODE_TABLE_BYTES = 256 * 4
 """The 256 values of 8-bit numbers, which a file holds anew for every tensor."""
 NAMES_BYTES_PER_TENSOR = 1024
 """Of a trained tensor and its optimizer state: names, shapes and positions in JSON and in the heads of safetensors."""
-LOGGED_BYTES = 256
-"""One log line or evaluation in the history that a checkpoint holds."""
+LOGGED_BYTES = 320
+"""One log line or evaluation in the history that a checkpoint holds; most have 200 to 250."""
 SMALL_FILES_BYTES = 64 * 1024
 """Random generators, counters and the manifest, and the last block of every file, of which a part is empty."""
 TOKEN_BYTES = 160
