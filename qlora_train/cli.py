@@ -205,6 +205,7 @@ def prepare_libraries(*, offline: bool = False) -> None:
 
     if offline or network.is_offline():
         network.go_offline()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a wholly local run would call the Hub
 
     from qlora_train.device import select_device
 

@@ -19,6 +19,7 @@ from qlora_train.config.yaml_reader import Node, read_yaml
 from qlora_train.errors import ConfigError
 
 MAX_BYTES = 1_000_000
+MAX_LINES = 200
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "begins with a byte order mark",
     codecs.BOM_UTF16_LE: "is UTF-16",
@@ -62,7 +63,10 @@ def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[R
 
 
 def _lines(problems: Sequence[Problem]) -> list[str]:
-    return list(dict.fromkeys(str(problem) for problem in sorted(problems, key=lambda problem: problem.place.order)))
+    ordered = sorted(problems, key=lambda problem: problem.place.order)
+    lines = list(dict.fromkeys(str(problem) for problem in ordered[:MAX_LINES]))
+    more = len(ordered) - MAX_LINES
+    return [*lines, f"and {more} more problems, not listed"] if more > 0 else lines
 
 
 def _read_file(path: Path) -> tuple[Node, list[Problem]]:
