@@ -23,16 +23,10 @@ from qlora_train.data import PreparedData
 from qlora_train.errors import TrainingError
 from qlora_train.export.merge import is_stored_in_4bit
 from qlora_train.export.verify import candidate_bases
-from qlora_train.plan import ADAPTER_BYTES, COMPUTE_BYTES, OPTIMIZER_BLOCK_SIZE, OPTIMIZER_MIN_NUMEL
+from qlora_train.footprint import TrainedTensor, optimizer_state_bytes
+from qlora_train.plan import ADAPTER_BYTES, COMPUTE_BYTES
 from qlora_train.trainer.arguments import AUTOMATIC_OPTIMIZERS
 
-NUM_MOMENTS = {
-    "adamw_torch": 2, "adamw_torch_fused": 2, "paged_adamw_32bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
-    "lion_8bit": 1, "paged_lion_8bit": 1, "sgd": 0, "adafactor": 0,
-}  # fmt: skip
-"""Numbers that an optimizer keeps for each trained one; Adafactor keeps sums of rows and columns instead."""
-CODE_TABLE_BYTES = 256 * 4
-"""The 256 values of 8-bit numbers, which a file holds anew for every tensor."""
 NAMES_BYTES_PER_TENSOR = 1024
 """Of a trained tensor and its optimizer state: names, shapes and positions in JSON and in the heads of safetensors."""
 LOGGED_BYTES = 320
@@ -41,19 +35,6 @@ SMALL_FILES_BYTES = 64 * 1024
 """Random generators, counters and the manifest, and the last block of every file, of which a part is empty."""
 TOKEN_BYTES = 160
 """One token in tokenizer files, merges included; those of large vocabularies have 75 to 135."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedTensor:
-    """A tensor that trains, in float32; optimizers keep the state of a whole embedding in 32 bits."""
-
-    shape: tuple[int, ...]
-    is_embedding: bool = False
-
-    @property
-    def numel(self) -> int:
-        """How many numbers it has."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,16 +191,6 @@ def checkpoint_bytes(tensors: Iterable[TrainedTensor], optimizer: str, num_logge
         for tensor in tensors
     )
     return of_tensors + LOGGED_BYTES * num_logged + SMALL_FILES_BYTES
-
-
-def optimizer_state_bytes(optimizer: str, tensor: TrainedTensor) -> int:
-    """Return the bytes that a file of the optimizer's state holds of one trained tensor."""
-    num_moments, numel = NUM_MOMENTS[optimizer], tensor.numel
-    if optimizer == "adafactor":
-        return 4 * (numel if len(tensor.shape) < 2 else numel // tensor.shape[-1] + numel // tensor.shape[-2])
-    if "8bit" not in optimizer or numel < OPTIMIZER_MIN_NUMEL or tensor.is_embedding:
-        return num_moments * 4 * numel
-    return num_moments * (numel + 4 * math.ceil(numel / OPTIMIZER_BLOCK_SIZE) + CODE_TABLE_BYTES)
 
 
 def adapter_bytes(tensors: Iterable[TrainedTensor]) -> int:

@@ -1,5 +1,6 @@
 """Runs in a child process whose address space is limited from some moment on, so that memory runs out."""
 
+import ctypes
 import multiprocessing
 import resource
 from multiprocessing.connection import Connection
@@ -11,6 +12,8 @@ from tests.faults import child
 from tests.faults.runs import Child, Ended
 
 WITHOUT_LIMIT = 1 << 40
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20
+"""Of glibc: from which size on memory is mapped by itself and given back when it is free, instead of torn by small uses."""
 
 
 def run(arguments: list[str], log: Path, told: Connection, moment: str, spare_bytes: int) -> None:
@@ -22,6 +25,7 @@ def run(arguments: list[str], log: Path, told: Connection, moment: str, spare_by
         return real(*values, **named)
 
     setattr(fit, moment, limited)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
     child.run(arguments, log, {}, told)
 
 
