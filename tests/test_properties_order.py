@@ -29,7 +29,7 @@ def orders(draw: Any) -> tuple[BatchOrder, int]:
     seed, batch_size = draw(SEEDS), draw(st.integers(1, 7))
     if draw(st.booleans()):
         return PackOrder(lengths, max_length=MAX_LENGTH, seed=seed, batch_size=batch_size), len(lengths)
-    return RowOrder(lengths, seed, batch_size, draw(st.booleans())), len(lengths)
+    return RowOrder(lengths, seed, batch_size, draw(st.booleans()), batch_size), len(lengths)
 
 
 def config_of(accumulation: int) -> RunConfig:
@@ -89,7 +89,7 @@ def test_the_order_of_an_epoch_depends_on_its_arguments_alone(
     def made() -> list[BatchOrder]:
         array = np.array(lengths, np.int32)
         packs = PackOrder(array, max_length=MAX_LENGTH, seed=seed, batch_size=batch_size)
-        return [RowOrder(array, seed, batch_size, grouped), packs]
+        return [RowOrder(array, seed, batch_size, grouped, batch_size), packs]
 
     for one, other in zip(made(), made(), strict=True):
         list(other.of_epoch(epoch + 1))  # what was asked for before has no part in it

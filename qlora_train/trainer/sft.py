@@ -20,6 +20,7 @@ from typing import Any
 
 import datasets
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerState
@@ -117,6 +118,14 @@ class QloraTrainer(SFTTrainer):
         for name, parameter in trainable_state(adapted.model).items():
             parameter.data = exact[name]  # undo TRL's cast to bfloat16, bit for bit
         self.model_accepts_loss_kwargs = True  # so that the labels of the whole accumulated batch are counted
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer, after forgetting which tensors an earlier one of this process kept in 32 bits.
+
+        bitsandbytes remembers them by their place among the parameters, for every optimizer that comes after.
+        """
+        GlobalOptimManager.get_instance().initialize()
+        return super().create_optimizer(model)
 
     # --- data and loss -----------------------------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +27,8 @@ SETTINGS = (
     "train.save_total_limit=2", "data.num_proc=1",
 )  # fmt: skip
 """A run as the demo's, on a pico model: rank 64 makes tensors large enough for a state of 8 bits."""
+ONE_AT_A_TIME = threading.Lock()
+"""Held while the end of a process is read: `multiprocessing` reads that of all processes whenever it starts one."""
 TIMEOUT_SECONDS = 120
 
 
@@ -48,9 +52,16 @@ class Child:
         assert self._told.poll(TIMEOUT_SECONDS), "the process did not begin"
         assert self._told.recv() == "begins"
 
+    def is_alive(self) -> bool:
+        """Say whether it has not ended."""
+        with ONE_AT_A_TIME:
+            return self.process.is_alive()
+
     def end(self, seconds: float = TIMEOUT_SECONDS) -> Ended:
         """Wait for its end."""
-        self.process.join(seconds)
+        multiprocessing.connection.wait([self.process.sentinel], seconds)
+        with ONE_AT_A_TIME:
+            self.process.join(0)
         if self.process.exitcode is None:
             self.process.kill()
             raise AssertionError(f"the process hangs: {self._log.read_text()}")
@@ -95,7 +106,8 @@ class Runs:
         if fault:
             environment[VARIABLE] = fault
         process = self._context.Process(target=child.run, args=(arguments, log, environment, theirs))
-        process.start()
+        with ONE_AT_A_TIME:
+            process.start()
         theirs.close()
         started = Child(process, ours, log)
         started.wait_until_it_begins()
@@ -116,7 +128,8 @@ class Runs:
         ours, theirs = self._context.Pipe(duplex=False)
         log = folder.with_suffix(".log")
         process = self._context.Process(target=child.run_stock, args=(folder, self.base, self.rows, log, theirs))
-        process.start()
+        with ONE_AT_A_TIME:
+            process.start()
         theirs.close()
         started = Child(process, ours, log)
         started.wait_until_it_begins()

@@ -84,7 +84,7 @@ PHASES: dict[str, Callable[[RunFolder], bool]] = {
 
 
 def wait_for(phase: Callable[[RunFolder], bool], run: RunFolder, child: Child) -> None:
-    while not phase(run) and child.process.is_alive():
+    while not phase(run) and child.is_alive():
         time.sleep(0.0005)
 
 

@@ -95,9 +95,9 @@ def longer(runs: Runs) -> RunFolder:
 
 def has_checkpoint(run: RunFolder, process: Child) -> bool:
     """Wait for the first checkpoint; False when the process ended before it was seen."""
-    while not run.steps() and process.process.is_alive():
+    while not run.steps() and process.is_alive():
         time.sleep(0.002)
-    return process.process.is_alive()
+    return process.is_alive()
 
 
 def test_files_that_the_system_cuts_off_cost_no_checkpoint(runs: Runs, table: Table, longer: RunFolder) -> None:
