@@ -13,10 +13,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from qlora_train import __version__, stopping
+from qlora_train import __version__, network, stopping
 from qlora_train.errors import UserError, explain
+from qlora_train.secrets import RedactingFormatter, redact
 
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
@@ -43,20 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.status
     except UserError as error:
         for problem in error.problems:
-            print(problem, file=sys.stderr)
+            print(redact(problem), file=sys.stderr)
         return 2
     except Exception as error:
         line = explain(error)
         if line is None:
             raise
-        print(line, file=sys.stderr)
+        print(redact(line), file=sys.stderr)
         return 2
     return status
 
 
 def command_line(arguments: Sequence[str] | None) -> str:
     """Return what was typed, for a shell."""
-    return shlex.join(["qlora-train", *(sys.argv[1:] if arguments is None else arguments)])
+    return redact(shlex.join(["qlora-train", *(sys.argv[1:] if arguments is None else arguments)]))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -69,7 +70,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="qlora-train",
         usage="qlora-train CONFIG [section.key=value ...] [--resume auto|never|CHECKPOINT]\n"
         "       qlora-train COMMAND ...",
@@ -83,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a config, or go on where its run stopped; merge if it says so")
     _takes_config(command)
     command.add_argument("--resume", default="auto", metavar="auto|never|CHECKPOINT", help="where to go on (auto)")
+    _takes_offline(command)
     command.set_defaults(command=_train)
 
     command = commands.add_parser("check", help="check a config alone: no torch, no download")
@@ -97,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_config(command)
     command.add_argument("--show", type=_count, default=5, metavar="N", help="training rows shown with their loss (5)")
     command.add_argument("--json", action="store_true", help="print one JSON object: the report, with these rows")
+    _takes_offline(command)
     command.set_defaults(command=_data)
 
     command = commands.add_parser("schema", help="print the JSON schema of the config, for editors")
@@ -107,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "overrides", nargs="*", metavar="export.key=value", help="export settings changed for this time"
     )
+    _takes_offline(command)
     command.set_defaults(command=_merge)
 
     command = commands.add_parser("eval", help="held-out loss and answers of base, adapter and merged model")
@@ -118,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=_positive, default=32, help="rows generated at a time (32)")
     command.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which to measure (all)")
     command.add_argument("--loss-only", action="store_true", help="do not generate answers")
+    _takes_offline(command)
     command.set_defaults(command=_eval)
     return parser
 
@@ -125,11 +130,18 @@ def build_parser() -> argparse.ArgumentParser:
 def set_up_logging() -> None:
     """Send our log to standard error as plain lines."""
     handler = _StandardErrorHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(RedactingFormatter("%(message)s"))
     root = logging.getLogger("qlora_train")
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     root.propagate = False
+
+
+class _Parser(argparse.ArgumentParser):
+    """Quotes what it does not understand, but no secret; its commands are parsed by the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(redact(message))
 
 
 class _StandardErrorHandler(logging.StreamHandler[TextIO]):
@@ -146,6 +158,10 @@ class _StandardErrorHandler(logging.StreamHandler[TextIO]):
 def _takes_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, for example configs/llama7b.yaml")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings changed for this time")
+
+
+def _takes_offline(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--offline", action="store_true", help="connect to nothing; HF_HUB_OFFLINE=1 is the same")
 
 
 def _positive(text: str) -> int:
@@ -172,7 +188,7 @@ def _load(options: argparse.Namespace) -> "RunConfig":
 
 def _train(options: argparse.Namespace) -> int:
     config = _load(options)
-    prepare_libraries()
+    prepare_libraries(offline=options.offline)
     from qlora_train.pipeline import run
 
     folder = run(config, resume=options.resume)
@@ -180,19 +196,25 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def prepare_libraries() -> None:
-    """Choose the device before a library initialises CUDA, and leave the talking to our own log.
+def prepare_libraries(*, offline: bool = False) -> None:
+    """Settle network and device before a library looks at either, and leave the talking to our own log.
 
     What the libraries repeat at every load is either said there or checked.
     """
     import warnings
+
+    if offline or network.is_offline():
+        network.go_offline()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a wholly local run would call the Hub
 
     from qlora_train.device import select_device
 
     select_device()
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    network.limit_waiting()
+    for library in ("bitsandbytes", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|accelerate|bitsandbytes|torch|datasets)\.")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -215,7 +237,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    prepare_libraries()
+    prepare_libraries(offline=options.offline)
     from rich.console import Console
 
     from qlora_train.data.show import shown_rows
@@ -249,7 +271,7 @@ def _schema(_options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    prepare_libraries()
+    prepare_libraries(offline=options.offline)
     from qlora_train.checkpoint import finished_run
     from qlora_train.config import load_config
     from qlora_train.pipeline import merge
@@ -260,7 +282,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    prepare_libraries()
+    prepare_libraries(offline=options.offline)
     from qlora_train.checkpoint import finished_run
     from qlora_train.pipeline import evaluate
     from qlora_train.report import EvalSettings

@@ -1,55 +1,39 @@
-"""How large the state of an optimizer and a checkpoint are, counted from the shapes of what trains."""
+"""How large the state of an optimizer is, counted from what trains: in memory, and in the file of a checkpoint."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-Shape = Sequence[int]
-
-FLOAT_BYTES = 4
+NUM_MOMENTS = {
+    "adamw_torch": 2, "adamw_torch_fused": 2, "paged_adamw_32bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
+    "lion_8bit": 1, "paged_lion_8bit": 1, "sgd": 0, "adafactor": 0,
+}  # fmt: skip
+"""Numbers that an optimizer keeps for each trained one; Adafactor keeps sums of rows and columns instead."""
 BLOCK_SIZE = 256
 """Numbers that share a scale in bitsandbytes' 8-bit state."""
 MIN_QUANTIZED_NUMEL = 4096
 """bitsandbytes keeps the state of smaller tensors in float32."""
-CODE_TABLE_BYTES = 256 * FLOAT_BYTES
-"""The values that 8-bit codes stand for, which the state of every tensor names."""
+CODE_TABLE_BYTES = 256 * 4
+"""The 256 values of 8-bit numbers, which the state of every tensor names."""
 
 
-def optimizer_state_bytes(optim: str, shapes: Iterable[Shape]) -> int:
-    """Return the bytes of an optimizer's state.
+@dataclass(frozen=True)
+class TrainedTensor:
+    """A tensor that trains, in float32; optimizers keep the state of a whole embedding in 32 bits."""
 
-    Args:
-        optim: its name for Transformers, as `train.optim` has it but for `auto`.
-        shapes: of what trains.
-    """
-    of_tensor = _STATES[optim.removeprefix("paged_")]
-    return sum(of_tensor(shape) for shape in shapes)
+    shape: tuple[int, ...]
+    is_embedding: bool = False
 
-
-def _moments_in_32_bits(shape: Shape) -> int:
-    return 2 * FLOAT_BYTES * math.prod(shape) + FLOAT_BYTES
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
 
-def _moment_in_8_bits(shape: Shape) -> int:
-    numel = math.prod(shape)
-    if numel < MIN_QUANTIZED_NUMEL:
-        return FLOAT_BYTES * numel
-    return numel + FLOAT_BYTES * math.ceil(numel / BLOCK_SIZE) + CODE_TABLE_BYTES
-
-
-def _factored(shape: Shape) -> int:
-    """Adafactor's second moment: of a matrix the sums of its rows and columns."""
-    if len(shape) < 2:
-        return FLOAT_BYTES * math.prod(shape)
-    *leading, rows, columns = shape
-    return FLOAT_BYTES * math.prod(leading) * (rows + columns)
-
-
-_STATES: Mapping[str, Callable[[Shape], int]] = {
-    "adamw_torch": _moments_in_32_bits,
-    "adamw_torch_fused": _moments_in_32_bits,
-    "adamw_32bit": _moments_in_32_bits,
-    "adamw_8bit": lambda shape: 2 * _moment_in_8_bits(shape),
-    "lion_8bit": _moment_in_8_bits,
-    "adafactor": _factored,
-    "sgd": lambda _shape: 0,
-}
+def optimizer_state_bytes(optimizer: str, tensor: TrainedTensor) -> int:
+    """Return the bytes of an optimizer's state of one trained tensor; `optimizer` is its name in `train.optim`."""
+    num_moments, numel = NUM_MOMENTS[optimizer], tensor.numel
+    if optimizer == "adafactor":
+        return 4 * (numel if len(tensor.shape) < 2 else numel // tensor.shape[-1] + numel // tensor.shape[-2])
+    if "8bit" not in optimizer or numel < MIN_QUANTIZED_NUMEL or tensor.is_embedding:
+        return num_moments * 4 * numel
+    return num_moments * (numel + 4 * math.ceil(numel / BLOCK_SIZE) + CODE_TABLE_BYTES)

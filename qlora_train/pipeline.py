@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import platform
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, epoch_order, labelled_batches, padding_multiple
 from qlora_train.data.store import Rows
 from qlora_train.device import free_memory, select_device
+from qlora_train.disk import check_room, disk_need
 from qlora_train.export.card import clean_adapter_config, write_card
 from qlora_train.export.merge import check_mergeable
 from qlora_train.export.run import library_versions, merge_run
@@ -88,6 +90,8 @@ def train_adapter(
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, batches=batches)
     if checkpoint:
         folder.forget_after(checkpoint)
+    need = disk_need(folder, adapted, config, data, checkpoint)
+    check_room(folder, need, shutil.disk_usage(folder.path).free)
     logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
     result = train(adapted, data, config, folder, checkpoint)
     write_adapter(folder, adapted, config, data, result)

@@ -426,7 +426,7 @@ def prefix_tuning(folder: Path) -> None:
         (cut, "holds no adapter that can be read"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "holds no adapter that can be read"),
         (without_a_tensor, "does not fit the base model: 1 tensors differ"),
-        (prefix_tuning, r"lora\.peft_type"),
+        (prefix_tuning, r"peft_type: Input should be 'LORA' \(found 'PREFIX_TUNING'\)"),
     ],
 )
 def test_warm_start_from_something_else_is_refused(

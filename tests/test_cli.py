@@ -304,7 +304,7 @@ def test_malformed_data_is_one_line_before_the_model_is_loaded_in_training_as_in
     ("override", "message"),
     [
         ("model.model_name_or_path=./none", "./none does not exist"),
-        ("model.model_name_or_path=nobody/none", "is not in the local cache and the Hub cannot be reached"),
+        ("model.model_name_or_path=nobody/none", "is not in the local cache, and offline nothing is fetched"),
         ("data.train=none.jsonl", "none.jsonl"),
         ("data.max_length=100000", "data.max_length: 100000 tokens, but this llama model has 256 positions"),
         ("lora.target_modules=[query_key_value]", "no such layer in a llama model; it has q_proj"),

@@ -235,6 +235,43 @@ def test_folder_large_file_and_impossible_name_are_refused(tmp_path, monkeypatch
     assert problems_of("x" * 5000)[0].endswith("cannot be read (File name too long); check its name and permissions")
 
 
+BOMBS = {
+    "lists in lists": "[" * 999_999,
+    "mappings in mappings": "{" * 999_999,
+    "items in items": "- " * 499_999,
+    "mappings by indentation": "\n".join(" " * depth + "a:" for depth in range(1300)),
+    "keys that are mappings": "? " * 499_999,
+    "a billion laughs": "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [*a, *a, *a]\n" for n in range(9)),
+    "aliases of itself": "model: &a [*a, *a]\n",
+    "anchors": "a: &a {b: 1}\n" * 10_000,
+    "tags": "!x " * 300_000,
+    "the same key": "a:\n" * 50_000,
+    "documents": "---\n" * 200_000,
+    "a number": "a: " + "1" * 900_000,
+    "an exponent": "run:\n  seed: 1e" + "9" * 399,
+    "a text": "model:\n  revision: 3\n  model_name_or_path: '" + "x" * 900_000 + "'",
+    "escapes": 'a: "' + "\\n" * 450_000 + '"',
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_file_that_means_much_is_answered_in_few_lines(name, write):
+    problems = problems_of(write(BOMBS[name]))
+    assert len(problems) <= 201
+    assert all(len(problem) < 1000 and "\n" not in problem for problem in problems)
+    deep = name.endswith(("lists", "mappings", "items", "indentation"))
+    assert any("nested more than 12 deep" in problem for problem in problems) == deep
+    assert any("more problems, not listed" in problem for problem in problems) == (name in ("anchors", "the same key"))
+
+
+def test_depth_size_and_digits_are_limited_in_overrides_too(write):
+    for value in ("[" * 20 + "]" * 20, "{a: " * 20 + "}" * 20):
+        [problem] = problems_of(write(SMALLEST), [f"data.train={value}"])
+        assert "nested more than 12 deep" in problem
+    [problem] = problems_of(write(SMALLEST), ["run.seed=" + "1" * 500])
+    assert "a number of 500 characters; at most 400" in problem
+
+
 def test_thousands_of_wrong_keys_are_answered_quickly_and_counted(write):
     begin = time.perf_counter()
     problems = problems_of(write(SMALLEST + "run:\n" + "".join(f"  wrong_{index}: 1\n" for index in range(3000))))

@@ -266,6 +266,15 @@ def test_contents_that_equal_each_other_or_a_role_are_told_apart(name: str, kind
         check(name, kind, conversation(words))
 
 
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_may_say_what_special_tokens_begin_or_end_with(name: str, kind: str) -> None:
+    begins = (["", "<", "", "ok"], ["<", "<", "<|", "<|", "<|e", "<"], ["a", "<s", "[", "</s", "<|im", "<|end|"])
+    for words in (*begins, ["", ">", "", "ok"], ["|", "|>", "a", "s>", "b", ">"]):
+        renderer_for.cache_clear()  # the first row of an order is the one that skeletons are compared on
+        check(name, kind, conversation(words))
+
+
 @pytest.mark.parametrize("name", [*REFUSED, *(f"{name}_training" for name in REFUSED if name != "glm4moe")])
 def test_templates_that_cannot_be_trained_with_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(DataError, match=REFUSED[name.removesuffix("_training")]):

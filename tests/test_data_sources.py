@@ -169,7 +169,7 @@ def test_what_is_neither_a_file_nor_a_hub_id_is_refused(text: str) -> None:
 
 def test_a_hub_data_set_without_network_is_one_line() -> None:
     with pytest.raises(
-        DataError, match=r"^data.train: the Hub data set nobody/nothing\[train\] cannot be loaded"
+        DataError, match=r"^data.train: the Hub data set nobody/nothing\[train\] is not in the local cache"
     ) as caught:
         found("nobody/nothing")
     assert "\n" not in str(caught.value)

@@ -335,6 +335,7 @@ HEADER, THOUGHTS = "{{ '<|im_start|>assistant\n' }}", "{{ '<think></think>' }}"
 @pytest.mark.parametrize("start", [HEADER + THOUGHTS + "{% generation %}", "{% generation %}" + HEADER])
 def test_learning_begins_with_the_generation_block_but_not_before_the_prompt_ends(start: str, tools: Any) -> None:
     jinja = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}"
         "{% for m in messages %}{% if m['role'] == 'assistant' %}" + start + "{{ m['content'] + '<|im_end|>' }}"
         "{% endgeneration %}{% else %}" + EVERY_TURN + "{{ '<|im_end|>' }}{% endif %}{% endfor %}" + GENERATION_PROMPT
     )
@@ -459,6 +460,24 @@ def test_calls_of_tools_and_reasoning_are_learnt_to_their_end(tools: Any, specia
     assert renderer(tokenizer).render(ends_with_a_call).answer is None
 
 
+LOST = {
+    "does not print tools": (CALLS.replace("{% if tools %}", "{% if false %}"), TOOLS),
+    "leaves out or rewrites what a tool returned": (
+        CALLS.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"), TOOLS,
+    ),
+    "leaves out or rewrites a call of an earlier turn": (TEMPLATES["chatml"], ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", LOST)
+def test_functions_calls_and_results_are_not_lost_before_the_answer_that_is_learnt(reason: str) -> None:
+    jinja, tools = LOST[reason]
+    tokenizer = tokenizer_for("own", jinja)
+    turns = (*turns_with_calls()[:2], Message(role="tool", content="27 F"), Message(role="assistant", content="yes"))
+    with pytest.raises(UnusableRowError, match=reason):
+        renderer(tokenizer, loss_on="last").render(Row("row", turns, tools=tools))
+
+
 def test_unknown_words_do_not_end_a_turn() -> None:
     tokenizer = unknown_words_tokenizer()
     tokenizer.chat_template = CALLS
@@ -511,11 +530,19 @@ SWITCHED = (
 )
 
 
-def test_a_prompt_that_depends_on_a_word_in_a_turn_is_rendered_for_rows_with_that_word() -> None:
-    it = renderer(tokenizer_for("own", SWITCHED))
+@pytest.mark.parametrize(
+    ("test", "text"),
+    [
+        ("'/fast' in messages[0]['content']", "a /fast"),
+        ("messages[0]['content'] == '/fast'", "/fast"),
+        ("'!' != messages[-1].content | trim | last and messages[-1].content[-1] == '?'", "why?"),
+    ],
+)
+def test_a_prompt_that_depends_on_a_word_in_a_turn_is_rendered_for_rows_with_that_word(test: str, text: str) -> None:
+    it = renderer(tokenizer_for("own", SWITCHED.replace("'/fast' in messages[0]['content']", test)))
     it.render(Row("row", conversation("a", "b")))
     with pytest.raises(UnusableRowError, match="renders the prompt of an answer differently"):
-        it.render(Row("row", conversation("a /fast", "b")))
+        it.render(Row("row", conversation(text, "b")))
     assert it.render(Row("row", conversation("a", "b"))).loss_mask.any()
 
 

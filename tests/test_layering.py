@@ -10,21 +10,24 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "faults", "stopping", "config", "ladder", "footprint", "architectures", "durable", "device", "kernels",
+    "errors", "secrets", "network", "faults", "stopping", "config", "ladder", "footprint", "architectures", "durable",
+    "device", "kernels",
     "loss", "data", "loader", "inspect_data",
-    "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "report", "pipeline", "cli",
+    "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "report", "disk", "pipeline", "cli",
 )  # fmt: skip
 """Stages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
-    "errors": set(), "config": {"errors"}, "architectures": {"errors"}, "durable": {"faults"}, "device": {"errors"},
-    "faults": set(), "stopping": set(), "ladder": {"config"}, "footprint": set(),
+    "errors": set(), "secrets": set(), "network": set(), "faults": set(), "stopping": set(),
+    "config": {"errors", "secrets"}, "architectures": {"errors"}, "durable": {"faults"}, "device": {"errors"},
+    "ladder": {"config"}, "footprint": set(),
     "kernels": set(), "loss": set(),
 }  # fmt: skip
 """What everything stands on, and all of ours that it may import."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}
 """Libraries that take seconds to load."""
 LIGHT = [
-    "cli", "faults", "stopping", "config", "ladder", "footprint", "architectures", "errors", "durable", "scoring", "data",
+    "cli", "secrets", "network", "faults", "stopping", "config", "ladder", "footprint", "architectures", "errors",
+    "durable", "scoring", "data",
 ]  # fmt: skip
 """Stages without torch at import, whose messages come in milliseconds."""
 WITH_TENSORS = {"batches.py"}

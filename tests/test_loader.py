@@ -302,7 +302,7 @@ def test_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
 def test_hub_id_without_a_network_is_one_line(name: str) -> None:
-    with pytest.raises(ModelError, match="not in the local cache and the Hub cannot be reached") as caught:
+    with pytest.raises(ModelError, match="not in the local cache, and offline nothing is fetched") as caught:
         resolve_base(ModelSection(model_name_or_path=name))
     assert name in one_line(caught.value)
 
@@ -320,10 +320,10 @@ def answer(status: int) -> Any:
         (hub.RevisionNotFoundError("no\nrevision", response=answer(404)), "no such revision"),
         (hub.HfHubHTTPError("down\nfor now", response=answer(503)), "the Hub answered 503"),
         (hub.HFValidationError("a bad name"), "neither a local path nor a Hub id"),
-        (hub.LocalEntryNotFoundError("not\nthere"), "the Hub cannot be reached"),
-        (hub.OfflineModeIsEnabled("offline\nmode"), "the Hub cannot be reached"),
-        (http.ConnectError("no\nroute"), "the Hub cannot be reached"),
-        (http.ReadTimeout("slow\nnetwork"), "the Hub cannot be reached"),
+        (hub.LocalEntryNotFoundError("not\nthere"), "is not in the local cache"),
+        (hub.OfflineModeIsEnabled("offline\nmode"), "is not in the local cache"),
+        (http.ConnectError("no\nroute"), "is not in the local cache"),
+        (http.ReadTimeout("slow\nnetwork"), "is not in the local cache"),
     ],
 )
 def test_what_the_hub_raises_becomes_one_line(raised: Exception, message: str) -> None:

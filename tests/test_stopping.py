@@ -69,7 +69,7 @@ def test_step_is_finished_and_saved(
     asked: signal.Signals, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = train_run(tmp_path, pico_llama, *SETTINGS, name="straight")
-    hook = at_call(5, asked, training=True)  # two micro-batches a step: the first of step 3
+    hook = at_call(7, asked, training=True)  # two of the trial, two micro-batches a step: step 3 has begun
     stopped = run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *SETTINGS, name="stopped")
     assert stopped.steps()[-1] == 3
     assert not stopped.adapter.exists()
@@ -212,7 +212,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from qlora_train import stopping
 from qlora_train.data.workers import in_order
 def work(item):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     time.sleep(0.2)
 try:
     with stopping.handle_signals():

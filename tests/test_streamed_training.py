@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from qlora_train.data import source_store, stream
 from qlora_train.data.workers import in_order
@@ -43,13 +45,15 @@ def test_an_epoch_of_a_stream_trains_on_every_row_once(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places: list[str] = []
-    original = QloraTrainer._check_finite
+    original = QloraTrainer.compute_loss
 
-    def noting(self: QloraTrainer, loss: float, norm: float, rows: list) -> None:
-        places.extend(self._feed.where(int(number)) for batch in rows for number in batch)
-        original(self, loss, norm, rows)
+    def noting(
+        self: QloraTrainer, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *rest: Any, **more: Any
+    ) -> Any:
+        places.extend(self._feed.where(int(row)) for row in inputs["row"])
+        return original(self, model, inputs, *rest, **more)
 
-    monkeypatch.setattr(QloraTrainer, "_check_finite", noting)
+    monkeypatch.setattr(QloraTrainer, "compute_loss", noting)
     run = train_run(tmp_path, pico_llama, *settings_in(tmp_path), "train.max_steps=6")
     assert sorted(places) == sorted(f"{tmp_path / 'rows.jsonl'}:{number + 1}" for number in range(24))
     report = json.loads(run.data_report_file.read_text())

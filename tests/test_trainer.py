@@ -1,6 +1,5 @@
 """What is trained is what the config says: the loss, its normalisation, its order, and no number that is not finite."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,14 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
-from qlora_train.checkpoint import RunFolder, load_tree
+from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.errors import ConfigError, TrainingError
+from qlora_train.errors import ConfigError
 from qlora_train.loader import load_model
 from qlora_train.loss import label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.trainer import QloraTrainer, train
-from qlora_train.trainer.sft import MAX_SCALER_SKIPS
 from tests.runs import losses, make_config, metrics, train_run
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
@@ -112,48 +110,6 @@ def test_eval_loss_is_total_likelihood_over_total_tokens(pico_llama: Path, tmp_p
                 total -= float(torch.log_softmax(logits[position - 1], 0)[ids[0, position]])
                 count += 1
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-4)
-
-
-def with_hook_at_step(trainer: QloraTrainer, step: int, value: float) -> None:
-    """Let one layer's output become `value` in training step `step`."""
-    layer = next(module for module in trainer.model.modules() if isinstance(module, Linear4bit))
-
-    def spoil(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * value if trainer.state.global_step == step - 1 else output
-
-    layer.register_forward_hook(spoil)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_number_stops_before_the_update_and_names_step_and_rows(
-    value: float, pico_llama: Path, tmp_path: Path
-) -> None:
-    config = make_config(tmp_path, pico_llama, "train.save_steps=1")
-    adapted, data, folder = build(config)
-    trainer = QloraTrainer(adapted, data, config, folder, [])
-    with_hook_at_step(trainer, 3, value)
-    with pytest.raises(TrainingError, match=r"step 3: .* nothing was updated; rows of this step: .*rows\.jsonl:\d+"):
-        trainer.train()
-    assert folder.steps() == [1, 2]
-    stored = load_tree(folder.checkpoint(2), "adapter")
-    for name, parameter in trainable_state(adapted.model).items():
-        assert torch.equal(parameter, stored[name])
-
-
-def test_overflows_of_the_float16_scaler_are_counted_and_stop_the_run_after_several(
-    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = make_config(tmp_path, pico_llama)
-    adapted, data, folder = build(config)
-    trainer = QloraTrainer(adapted, data, config, folder, [])
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    infinite = float("inf")
-    with caplog.at_level(logging.WARNING, logger="qlora_train"):
-        for _ in range(MAX_SCALER_SKIPS - 1):
-            trainer._check_finite(1.0, infinite, [torch.tensor([0])])
-    assert caplog.text.count("the loss scaler skips the update") == MAX_SCALER_SKIPS - 1
-    with pytest.raises(TrainingError, match="the gradient norm is inf"):
-        trainer._check_finite(1.0, infinite, [torch.tensor([0])])
 
 
 def test_early_stopping_stops_after_evaluations_without_progress(pico_llama: Path, tmp_path: Path) -> None:

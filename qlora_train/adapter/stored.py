@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -17,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from qlora_train.adapter.finite import non_finite
 from qlora_train.adapter.precision import train_in_float32
+from qlora_train.adapter.settings import ADAPTER_WEIGHTS, AdapterSettings, read_settings, unreadable
 from qlora_train.adapter.targets import choose_modules_to_save, is_target
 from qlora_train.config import LoraSection
-from qlora_train.errors import ConfigError
+from qlora_train.errors import ConfigError, first_line
 from qlora_train.loader import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -31,14 +32,14 @@ def warm_start(
 ) -> PeftModel:
     """Put the adapter of `lora.adapter_path` on the base, bit for bit, when it is of the kind that the config says."""
     folder = Path(str(lora.adapter_path))
-    stored, weights = _read(folder, "lora.adapter_path: ")
-    keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "bias")
+    stored, weights = _read(folder, loaded, "lora.adapter_path: ")
+    keys = ("r", "lora_alpha", "use_rslora", "use_dora", "bias")
     wrong = [
-        f"lora.{key}: {getattr(config, key)}, but the adapter in {folder} has {getattr(stored, key, None)}; set it to that"
+        f"lora.{key}: {getattr(config, key)}, but the adapter in {folder} has {getattr(stored, key)}; set it to that"
         for key in keys
-        if getattr(stored, key, None) != getattr(config, key)
+        if getattr(stored, key) != getattr(config, key)
     ]
-    saved = choose_modules_to_save(loaded.model, getattr(stored, "modules_to_save", None) or ())
+    saved = choose_modules_to_save(loaded.model, stored.modules_to_save or ())
     if sorted(saved) != sorted(config.modules_to_save or ()):
         wrong.append(f"lora.modules_to_save: the adapter in {folder} has [{', '.join(saved)}]; set it to that")
     if wrong:
@@ -61,8 +62,8 @@ def load_trained(loaded: LoadedModel, folder: Path) -> PeftModel:
     Raises:
         ConfigError: the adapter cannot be read, or does not fit the base.
     """
-    config, weights = _read(folder, "")
-    model = _with_weights(loaded, config, weights, str(folder))
+    stored, weights = _read(folder, loaded, "")
+    model = _with_weights(loaded, stored.peft_config(folder), weights, str(folder))
     model.requires_grad_(False)
     model.eval()
     return model
@@ -99,15 +100,15 @@ def _shape(shape: torch.Size | None) -> str:
     return "none" if shape is None else str(tuple(shape))
 
 
-def _read(folder: Path, where: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    file = folder / "adapter_model.safetensors"
+def _read(folder: Path, loaded: LoadedModel, where: str) -> tuple[AdapterSettings, dict[str, torch.Tensor]]:
+    settings = read_settings(folder, loaded.source, where)
+    settings.check_token_rows(folder, loaded.new_token_ids, where)
+    file = folder / ADAPTER_WEIGHTS
     try:
-        if not file.is_file():  # PEFT would look for a pickle, or for a repository of this name
-            raise FileNotFoundError(f"{file.name} is missing")
-        return PeftConfig.from_pretrained(str(folder)), load_file(file)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        first_line = str(error).strip().split("\n", 1)[0]
-        raise ConfigError(
-            f"{where}{folder}: holds no adapter that can be read ({first_line}); give a folder that PEFT wrote, with "
-            f"adapter_config.json and {file.name}"
-        ) from None
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise unreadable(where, folder, first_line(error)) from None
+    problem = non_finite(weights)
+    if problem is not None:
+        raise ConfigError(f"{where}{folder}: {file.name}: {problem}; give an adapter whose training did not break")
+    return settings, weights

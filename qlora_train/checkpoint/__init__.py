@@ -4,10 +4,17 @@ from qlora_train.checkpoint.fingerprint import begin, changed_settings, check_sa
 from qlora_train.checkpoint.fit import record_fit, with_recorded_fit
 from qlora_train.checkpoint.opening import finished_run, held, open_run
 from qlora_train.checkpoint.run import RunFolder
-from qlora_train.checkpoint.state import load_parameters, load_tree, random_state, restore_random_state, save_tree
+from qlora_train.checkpoint.state import (
+    load_parameters,
+    load_tree,
+    random_state,
+    reading,
+    restore_random_state,
+    save_tree,
+)
 
 __all__ = [
     "RunFolder", "open_run", "finished_run", "held", "begin", "changed_settings", "check_same_settings",
-    "check_same_facts", "save_tree", "load_tree", "random_state", "restore_random_state", "load_parameters",
+    "check_same_facts", "save_tree", "load_tree", "random_state", "restore_random_state", "load_parameters", "reading",
     "record_fit", "with_recorded_fit",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qlora_train import durable
 from qlora_train.checkpoint.fingerprint import check_same_settings
+from qlora_train.checkpoint.paths import refuse_links
 from qlora_train.checkpoint.run import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.config.writer import to_yaml
@@ -72,8 +73,9 @@ def held(run: RunFolder) -> Iterator[None]:
     """Hold a run folder against other processes; the lock ends with the process, however it ends.
 
     Raises:
-        CheckpointError: another process holds it, or it cannot be written.
+        CheckpointError: another process holds it, it cannot be written, or a link leads out of it.
     """
+    refuse_links(run)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

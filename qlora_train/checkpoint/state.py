@@ -6,6 +6,8 @@ structure with references to them to ``NAME.json``. Reading gives back equal val
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,39 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_train import durable
-from qlora_train.errors import CheckpointError
+from qlora_train.errors import CheckpointError, first_line, is_out_of_memory
 
+_NONSENSE = (
+    KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, AssertionError,
+)  # fmt: skip
 _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Take what a checkpoint holds over; whatever nonsense in it leads to is one line: a manifest vouches for bytes alone.
+
+    Raises:
+        CheckpointError: it holds something else than a state of this run.
+    """
+    try:
+        yield
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{folder}: holds something else than a state of this run ({type(error).__name__}: {first_line(error)[:200]}); "
+            "delete it, and the run goes on from the one before"
+        ) from error
 
 
 def save_tree(folder: Path, name: str, tree: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 FREE = (
     "run.output_dir", "run.report_to", "run.max_minutes", "run.allow_changed", "export.",
     "train.logging_steps", "train.save_steps", "train.save_total_limit",
+    "train.on_nonfinite", "train.max_skipped_steps", "train.on_loss_spike",
     "train.per_device_eval_batch_size", "data.num_proc", "data.cache_dir", "data.cache_limit",
     "train.auto_fit", "train.activation_offloading",
 )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from qlora_train.secrets import redact
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -30,4 +32,4 @@ class Problem:
     def __str__(self) -> str:
         named_by_place = not self.name or self.place.source.startswith(f"override {self.name}=")
         line = f"{self.place}: {self.text}" if named_by_place else f"{self.place}: {self.name}: {self.text}"
-        return " ".join(line.splitlines())  # a quoted key may hold a line break
+        return redact(" ".join(line.splitlines()))  # a quoted key may hold a line break

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from qlora_train.config.no_secrets import secrets_in, secrets_typed
 from qlora_train.config.places import Place, Problem
 from qlora_train.config.problems import found_value, problems_of
 from qlora_train.config.schema import RunConfig
@@ -18,6 +19,7 @@ from qlora_train.config.yaml_reader import Node, read_yaml
 from qlora_train.errors import ConfigError
 
 MAX_BYTES = 1_000_000
+MAX_LINES = 200
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "begins with a byte order mark",
     codecs.BOM_UTF16_LE: "is UTF-16",
@@ -42,8 +44,10 @@ def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[R
     """Return the checked config and the tree it was read from, whose nodes know where they were written.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`; secrets are said alone, for what is said of other problems may quote them.
     """
+    if secrets := list(secrets_typed(str(path), overrides)):
+        raise ConfigError(_lines(secrets))
     root, problems = _read_file(Path(path))
     for override in overrides:
         problems += _apply_override(root, override)
@@ -59,13 +63,18 @@ def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[R
 
 
 def _lines(problems: Sequence[Problem]) -> list[str]:
-    return list(dict.fromkeys(str(problem) for problem in sorted(problems, key=lambda problem: problem.place.order)))
+    ordered = sorted(problems, key=lambda problem: problem.place.order)
+    lines = list(dict.fromkeys(str(problem) for problem in ordered[:MAX_LINES]))
+    more = len(ordered) - MAX_LINES
+    return [*lines, f"and {more} more problems, not listed"] if more > 0 else lines
 
 
 def _read_file(path: Path) -> tuple[Node, list[Problem]]:
     """Return the tree of the file; what makes it unreadable as a whole is raised, what is wrong inside is listed."""
     text = _decode(path, _read_bytes(path))
     root, problems = read_yaml(text, lambda line: Place(str(path), line))
+    if secrets := list(secrets_in(root)):
+        raise ConfigError(_lines(secrets))
     if problems and root.value is None:
         raise ConfigError(_lines(problems))
     if root.value is None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from qlora_train.config.decisive import why_not_allowed
+from qlora_train.config.path_text import checked_path, checked_source
 from qlora_train.config.rope_scaling import check_rope_scaling
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -54,6 +55,8 @@ class ModelSection(Section):
         if self.trust_remote_code and not COMMIT.fullmatch(self.revision or ""):
             raise ValueError("trust_remote_code: true runs code from the Hub; set revision to a 40-digit commit hash")
         return self
+
+    _paths = field_validator("model_name_or_path", "chat_template")(checked_path)
 
     @field_validator("rope_scaling")
     @classmethod
@@ -101,6 +104,8 @@ class LoraSection(Section):
     """Modules trained in full and saved with the adapter, e.g. `[lm_head]`."""
     adapter_path: str | None = None
     """Start from this adapter (a local PEFT folder) instead of a fresh one."""
+
+    _paths = field_validator("adapter_path")(checked_path)
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
@@ -156,6 +161,8 @@ class Source(Section):
     """How often each row is seen in an epoch: 0.5 takes half of the rows, 2 takes each twice; None: once."""
     num_rows: int | None = Field(None, ge=1)
     """Take exactly this many rows an epoch: a sample, or every row as often as it takes; instead of `weight`."""
+
+    _paths = field_validator("path")(checked_source)
 
     @model_validator(mode="after")
     def _amount_is_given_once(self) -> Self:
@@ -214,6 +221,8 @@ class DataSection(Section):
     cache_limit: str = Field("50GB", pattern=r"^[1-9]\d*(MB|GB)$")
     """Largest size of that folder: data sets that were not used for longest make room."""
 
+    _paths = field_validator("cache_dir")(checked_path)
+
     @model_validator(mode="after")
     def _amounts_are_of_training_rows(self) -> Self:
         if isinstance(self.eval, tuple) and any(source.weight or source.num_rows for source in self.eval):
@@ -251,6 +260,12 @@ class TrainSection(Section):
     """Denominator term of Adam."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the gradient to this norm; 0 does not clip."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite stops the run, or is skipped; either way it changes no weight."""
+    max_skipped_steps: int = Field(5, ge=1)
+    """Steps that `on_nonfinite: skip` may skip in the whole run; one more stops it."""
+    on_loss_spike: Literal["warn", "stop", "ignore"] = "warn"
+    """A loss far above the median of the last steps is warned of, stops the run before the update, or is no matter."""
     num_train_epochs: float = Field(1.0, gt=0)
     """Passes over the training rows; max_steps, when set, decides instead."""
     max_steps: int | None = Field(None, ge=1)
@@ -314,6 +329,8 @@ class RunSection(Section):
     allow_changed: tuple[str, ...] = ()
     """What may differ from the run that is continued, by name: settings such as `train.num_train_epochs`, or `versions`,
     `device`, `num_threads`, `data_fingerprint`, `base_identity`."""
+
+    _paths = field_validator("output_dir")(checked_path)
 
 
 class ExportSection(Section):

@@ -120,7 +120,7 @@ class RowReader:
     def _missing(self, record: Record, column: str) -> DataError:
         in_file = dict(self._columns).get(column, column)
         nearest = difflib.get_close_matches(in_file, record.values, n=1)
-        hint = f"; did you mean data.columns: {{{column}: {nearest[0]}}}?" if nearest else ""
+        hint = f"; did you mean data.columns: {{{column}: {listed(nearest)}}}?" if nearest else ""
         return DataError(
             f"{record.where}: the column {in_file} of the format {self.name} is missing; found "
             f"{listed(list(record.values)) or 'none'}{hint}"
@@ -197,7 +197,7 @@ def _rename_hint(record: Record) -> str:
     for column in record.values:
         nearest = difflib.get_close_matches(column.lower(), wanted, n=1)
         if nearest and nearest[0] not in record.values:
-            return f"; rename with data.columns: {{{nearest[0]}: {column}}}"
+            return f"; rename with data.columns: {{{nearest[0]}: {listed([column])}}}"
     return "; rename with data.columns, e.g. {prompt: request, completion: reply}"
 
 

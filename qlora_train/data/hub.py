@@ -4,13 +4,17 @@ Values stay as they are stored: pictures and sounds are not decoded, so that a d
 library as long as only its text is used.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from qlora_train import network
 from qlora_train.config.schema import Source
 from qlora_train.data.readers.arrow import count_rows
 from qlora_train.data.sources import DataFile
 from qlora_train.errors import DataError, first_line
+
+log = logging.getLogger("qlora_train")
 
 
 def hub_files(source: Source, key: str) -> list[DataFile]:
@@ -26,11 +30,14 @@ def hub_files(source: Source, key: str) -> list[DataFile]:
     import datasets
 
     name = f"{source.path}[{source.split}]"
+    log.info("%s: looking for the Hub data set %s", key, name)
     try:
         loaded = datasets.load_dataset(source.path, source.subset, revision=source.revision, keep_in_memory=False)
         num_rows = {split: len(rows) for split, rows in loaded.items()}
         ranges = datasets.ReadInstruction.from_spec(source.split).to_absolute(num_rows)
         return _files_of(name, [(loaded[it.splitname], it.from_, it.to) for it in ranges])
+    except ConnectionError:
+        raise DataError(f"{key}: the Hub data set {name} {network.unreachable()}") from None
     except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise their own kinds
         raise DataError(
             f"{key}: the Hub data set {name} cannot be loaded: {type(error).__name__}: {first_line(error).rstrip('.;')}; "

@@ -1,22 +1,16 @@
 """Where the answers of a rendered conversation begin and end: characters -> tokens."""
 
 import json
-import logging
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from qlora_train.data.encodings import TextTokens
 from qlora_train.data.types import Message, TokenArray, UnusableRowError
 
-log = logging.getLogger("qlora_train")
-
-MANY_PLACES = 64
-"""From so many look-ups on, a list of all offsets costs less than asking for each: that scans the tokens every time."""
-MOST_CHECKED = 16
 REWRITTEN = (
     "the chat template leaves out or rewrites part of an assistant turn (reasoning of earlier turns?); "
     "data.loss_on: last looks at the last turn only"
@@ -25,50 +19,6 @@ NO_END = (
     "the chat template ends an assistant turn without a special token (or with another one than when it comes last), so "
     "no end can be learnt"
 )
-ENCODER_PROBE = "  One two,\n\nthree\t4 \u00e9 \U0001f600 "
-
-
-class Encoder:
-    """Tokenises texts that have their special tokens already, as the tokenizer does, without the cost of its wrapper.
-
-    Transformers' own call spends as much time around the Rust tokenizer as in it. It is asked only where the two give
-    different tokens, which `check` finds out.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
-        self._is_plain = True
-        self._num_checked = 0
-        self.check(ENCODER_PROBE + "".join(tokenizer.all_special_tokens))
-
-    def __call__(self, text: str) -> Any:
-        """Return the `tokenizers.Encoding` of `text`, without anything added."""
-        if not self._is_plain:
-            return self._by_wrapper(text)
-        if self._backend.truncation is not None or self._backend.padding is not None:
-            self._by_wrapper("")  # another call left its settings in the tokenizer; this one takes them out
-        return self._backend.encode(text, add_special_tokens=False)
-
-    def check(self, text: str) -> None:
-        """Compare the tokens of `text` with those of the tokenizer's own call; from the first difference on, use it.
-
-        The first few texts are compared: that costs as much as several rows.
-        """
-        self._num_checked += 1
-        if self._num_checked > MOST_CHECKED:
-            return
-        expected = self._by_wrapper(text).ids
-        if self._is_plain and self(text).ids != expected:
-            log.warning(
-                "tokenizer: %s changes what its Rust tokenizer makes of a text; rows take its own slower way",
-                type(self._tokenizer).__name__,
-            )
-            self._is_plain = False
-
-    def _by_wrapper(self, text: str) -> Any:
-        # verbose=False: no warning about the tokenizer's own idea of a maximum; data.max_length decides
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
 
 
 class Rendering:
@@ -76,38 +26,22 @@ class Rendering:
 
     Args:
         text: with its special tokens.
-        encoding: what `Encoder` made of it.
+        tokens: what `Encoder` made of it.
 
     Attributes:
         input_ids: int32 (seq,).
     """
 
-    def __init__(self, text: str, encoding: Any) -> None:
+    def __init__(self, text: str, tokens: TextTokens) -> None:
         self.text = text
-        self.ids: list[int] = encoding.ids
+        self.ids = tokens.ids
         self.input_ids: TokenArray = np.array(self.ids, np.int32)
-        self._encoding = encoding
-        self._num_asked = 0
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return [end for _, end in self._encoding.offsets]
+        self.chars_of = tokens.chars_of
+        self._first_token_after = tokens.first_token_after
 
     def first_token_after(self, position: int) -> int:
         """Return the index of the first token with a character at or after `position`; (seq,) if there is none."""
-        if position >= len(self.text):
-            return len(self.ids)
-        self._num_asked += 1
-        if self._num_asked <= MANY_PLACES:
-            token: int | None = self._encoding.char_to_token(position)
-            if token is not None:
-                return token
-        return bisect_right(self._ends, position)
-
-    def chars_of(self, token: int) -> tuple[int, int]:
-        """Return the characters [begin, end) that a token stands for."""
-        begin, end = self._encoding.token_to_chars(token)
-        return begin, end
+        return len(self.ids) if position >= len(self.text) else self._first_token_after(position)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +76,12 @@ def answer_span(whole: Rendering, place: AnswerPlace, turn: Message, special_pla
         UnusableRowError: no special token ends the turn, or the template left out part of what the row says.
     """
     start = whole.first_token_after(place.begin)
-    inside = special_places[
-        bisect_left(special_places, start) : bisect_left(special_places, whole.first_token_after(place.end))
-    ]
+    first, behind = (bisect_left(special_places, token) for token in (start, whole.first_token_after(place.end)))
+    inside = special_places[first:behind]
     if place.content_end is None:
-        last = _last_special(whole, place.begin, place.end, inside, turn)
+        # the end is where two texts differ, which may be within a special token: that one does not belong to the turn
+        borders = [whole.chars_of(token)[0] for token in special_places[behind : behind + 1]]
+        last = _last_special(whole, place.begin, min([place.end, *borders]), inside, turn)
     else:
         last = bisect_left(inside, whole.first_token_after(place.content_end))
     if last >= len(inside):
@@ -175,6 +110,28 @@ def _last_special(whole: Rendering, begin: int, end: int, inside: Sequence[int],
     if not holding or not is_said:
         raise UnusableRowError(REWRITTEN)
     return len(inside) - 1 if calls else holding[-1]
+
+
+def refuse_lost(text: str, without_tools: str, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+    """Check that a conversation's text has what a template for plain chats leaves out in silence.
+
+    Args:
+        text: the conversation's.
+        without_tools: that of the same conversation without functions.
+        turns: the conversation.
+        tools: functions that may be called.
+
+    Raises:
+        UnusableRowError: it lacks a function, a call, or what a function returned.
+    """
+    everything = squeezed(text)
+    if tools and (text == without_tools or not all(_is_said(it["function"]["name"], everything) for it in tools)):
+        raise UnusableRowError("the chat template does not print tools; set model.chat_template to one that does")
+    for turn in turns:
+        if turn["role"] == "tool" and not _is_said(turn["content"], everything):
+            raise UnusableRowError("the chat template leaves out or rewrites what a tool returned")
+        if not all(_is_said(leaf, everything) for call in turn.get("tool_calls", []) for leaf in _leaves(call)):
+            raise UnusableRowError("the chat template leaves out or rewrites a call of an earlier turn")
 
 
 def squeezed(text: str) -> str:

@@ -31,23 +31,22 @@ ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 MARK = re.compile("\ue000\\d+\ue001")
 END_OF_BLOCK = re.compile(r"\{%[-+]?\s*endgeneration\s*[-+]?%\}")
 STRING_TESTS = frozenset(
-    (
-        "startswith",
-        "endswith",
-        "split",
-        "rsplit",
-        "partition",
-        "rpartition",
-        "find",
-        "rfind",
-        "index",
-        "count",
-        "replace",
-    )
+    "startswith endswith split rsplit partition rpartition find rfind index count replace".split()  # noqa: SIM905
 )
 """Methods by which a template looks for a word in a text."""
 FIELDS = frozenset(
-    (*Message.__annotations__, "thinking", "reasoning", "type", "text", "function", "image", "image_url")
+    (
+        *Message.__annotations__,
+        "thinking",
+        "reasoning",
+        "type",
+        "text",
+        "function",
+        "image",
+        "image_url",
+        "video",
+        "audio",
+    )
 )
 """What a template looks for in a message rather than in a text."""
 
@@ -98,7 +97,7 @@ def _end_of_turn(chat: Chat, turns: Sequence[Message], text: str, answer: int, b
     as_last = chat.text(turns[: answer + 1])
     end = _common(as_last, text)
     content = turns[answer]["content"].strip()
-    at = as_last.rfind(content)
+    at = as_last.rfind(content, 0, -1)  # a template writes something behind it; at the very end an accident stands
     if not content or 0 <= at <= end - len(content):
         return end
     # the last turn is written differently, e.g. with empty thoughts before the content
@@ -270,6 +269,8 @@ def tested_words(template: str) -> frozenset[str] | None:
     for comparison in tree.find_all(nodes.Compare):
         if any(operand.op in ("in", "notin") for operand in comparison.ops):
             sought.append(comparison.expr)
+        elif _is_of_content(comparison):
+            sought += [comparison.expr, *(operand.expr for operand in comparison.ops)]
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Getattr) and call.node.attr in STRING_TESTS:
             sought.extend(call.args)
@@ -284,3 +285,11 @@ def tested_words(template: str) -> frozenset[str] | None:
     ]
     words = {node.value for node in sought if isinstance(node, nodes.Const) and isinstance(node.value, str)}
     return frozenset(word for word in words if word.strip() and word not in FIELDS)
+
+
+def _is_of_content(comparison: nodes.Compare) -> bool:
+    """Say whether a comparison concerns what a turn says."""
+    fields = [field.attr for field in comparison.find_all(nodes.Getattr)]
+    keys = [const.value for const in comparison.find_all(nodes.Const)]
+    names = [name.name for name in comparison.find_all(nodes.Name)]
+    return "content" in (*fields, *keys, *names)

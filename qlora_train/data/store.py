@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from qlora_train.data.tallies import placed
 from qlora_train.data.types import Example, Tally
+from qlora_train.errors import DataError, first_line
 
 TOKENS, MASK, ROWS, NOTES, SUMMARY = "tokens.bin", "mask.bin", "rows.bin", "notes.bin", "summary.json"
 ROW = np.dtype(
@@ -141,15 +142,25 @@ class Store:
     Args:
         folder: a finished store.
         files: what people call the files of the source, in order: the same content may lie elsewhere today.
+
+    Raises:
+        DataError: the files are not of one store.
     """
 
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
         self.files = files
-        self.summary = SourceSummary.from_json((folder / SUMMARY).read_text(encoding="utf-8")).named(files)
-        self.rows = _mapped(folder / ROWS, ROW)
-        self._tokens = _mapped(folder / TOKENS, np.dtype(self.summary.token_type))
-        self._mask = _mapped(folder / MASK, np.dtype(np.bool_))
-        self._notes = _mapped(folder / NOTES, np.dtype(np.uint8))
+        try:
+            self.summary = SourceSummary.from_json((folder / SUMMARY).read_text(encoding="utf-8")).named(files)
+            self.rows = _mapped(folder / ROWS, ROW)
+            self._tokens = _mapped(folder / TOKENS, np.dtype(self.summary.token_type))
+            self._mask = _mapped(folder / MASK, np.dtype(np.bool_))
+            self._notes = _mapped(folder / NOTES, np.dtype(np.uint8))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _foreign(folder, first_line(error)) from None
+        sizes = len(self.rows), len(self._tokens), len(self._mask)
+        expected = self.summary.num_rows, self.summary.num_tokens, self.summary.num_tokens
+        if sizes != expected:
+            raise _foreign(folder, f"rows, tokens and mask have {sizes} entries instead of {expected}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -170,7 +181,13 @@ def example_at(
     """Return one row of a store or of a chunk from the arrays that hold it; tokens and mask are copies."""
     (begin, length, *_, note), *following = rows[index : index + 2].tolist()
     end, note_end = begin + length, following[0][-1] if following else len(notes)
-    file, place, prompt, answer, *notes_of_row = json.loads(notes[note:note_end].tobytes().decode())
+    try:
+        file, place, prompt, answer, *notes_of_row = json.loads(notes[note:note_end].tobytes().decode())
+    except ValueError as error:
+        raise DataError(
+            f"tokenised data cannot be read back: {NOTES} is not what was written ({first_line(error)}); delete the store "
+            "in data.cache_dir"
+        ) from None
     return Example(
         where=f"{files[file]}{place}",
         input_ids=tokens[begin:end].astype(np.int32),
@@ -179,6 +196,10 @@ def example_at(
         answer=answer,
         notes=tuple(notes_of_row),
     )
+
+
+def _foreign(folder: Path, reason: str) -> DataError:
+    return DataError(f"{folder}: holds no tokenised data of this program ({reason}); delete that folder")
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:

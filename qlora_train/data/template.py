@@ -8,7 +8,8 @@ and a row that fails is refused with the reason:
 - the text of the prompt, generation prompt included, is a prefix of the whole text, otherwise training and inference
   would differ (`skeleton` says how this is known without rendering every prompt);
 - nothing that a row says holds a special token of the tokenizer's, which would end a turn early;
-- the answer's tokens hold what the row says there: a template that strips reasoning from earlier turns loses part of it.
+- the answer's tokens hold what the row says there: a template that strips reasoning from earlier turns loses part of it;
+- functions, calls and what they returned stand in the text: a template for plain chats leaves them out.
 
 A template with ``{% generation %}`` says itself where answers begin, and is believed as far as that is behind the
 prompt. Plain text (`text`, and `prompt_completion` of strings) is no conversation: it gets the beginning token if the
@@ -27,7 +28,8 @@ from jinja2.exceptions import TemplateError
 
 from qlora_train.data.chat import generation_blocks, has_generation_block, render_chat
 from qlora_train.data.chat_templates import CHAT_TEMPLATES
-from qlora_train.data.masks import AnswerPlace, Encoder, Rendering, answer_span
+from qlora_train.data.encoder import Encoder
+from qlora_train.data.masks import AnswerPlace, Rendering, answer_span, refuse_lost
 from qlora_train.data.skeleton import Skeletons, places_by_prompts
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.types import Example, MaskArray, Message, Row, UnusableRowError
@@ -147,10 +149,13 @@ class Renderer:
         learnt, wanted = self._answers(row, turns)
         try:
             whole, places = self._places(row, turns, wanted)
+            without_tools = TokenizerChat(self._tokenizer, self._date).text(turns) if row.tools else whole.text
         except TemplateError as error:
             raise UnusableRowError(f"the chat template refuses the row: {error.message}") from None
         special = self.special.places_in(whole.input_ids)
         spans = {i: answer_span(whole, places[i], turns[i], special) for i in wanted}
+        if row.tools or any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
+            refuse_lost(whole.text, without_tools, turns, row.tools)
         mask = self._mask(len(whole.ids), spans, learnt)
         notes = self._notes(whole, [places[i].prompt_end for i in learnt], special)
         if row.tools or turns[-1].get("tool_calls"):

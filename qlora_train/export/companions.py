@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from qlora_train.errors import MergeError, first_line
 from qlora_train.evaluate import answer_ends
 
 GENERATION_CONFIG = "generation_config.json"
@@ -52,9 +53,7 @@ def write_companions(
         shutil.copyfile(code, folder / code.name)
     tokenizer = None
     if _copy_tokenizer(base_folder, adapter_folder, folder):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        tokenizer = _load_tokenizer(folder, config, trust_remote_code)
     generation = _generation_settings(adapter_folder, base_folder)
     special = _special_ids(tokenizer, text, generation)
     for key, value in special.items():
@@ -63,6 +62,17 @@ def write_companions(
     config.save_pretrained(folder)
     content = json.dumps({**generation, **special}, indent=2, sort_keys=True)
     (folder / GENERATION_CONFIG).write_text(content + "\n", encoding="utf-8")
+
+
+def _load_tokenizer(folder: Path, config: Any, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise MergeError(
+            f"the tokenizer of the adapter cannot be read: {first_line(error)}; restore its folder, or train again"
+        ) from error
 
 
 def _special_ids(tokenizer: Any, text_config: Any, generation: dict[str, Any]) -> dict[str, int | list[int]]:
@@ -100,11 +110,21 @@ def _generation_settings(adapter_folder: Path, base_folder: Path) -> dict[str, A
     for side in (adapter_folder, base_folder):
         path = side / GENERATION_CONFIG
         if path.is_file():
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content = _read_mapping(path)
             # left in, it makes Transformers take the tokens from config.json again
             content.pop("_from_model_config", None)
             return content
     return {}
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MergeError(f"{path}: not readable as JSON ({error}); restore it") from None
+    if not isinstance(content, dict):
+        raise MergeError(f"{path}: holds no mapping; restore it")
+    return content
 
 
 def _ids(setting: int | list[int] | None) -> list[int]:

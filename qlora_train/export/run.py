@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from qlora_train.adapter import load_trained
+from qlora_train.adapter.settings import read_settings
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
@@ -38,8 +39,10 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Pr
         data: its rows; the held-out ones are measured.
 
     Raises:
+        ConfigError: the adapter is not a plain LoRA adapter of this base.
         MergeError: the merge cannot be done exactly, or its loss exceeds the adapter's by more than the config allows.
     """
+    read_settings(folder.adapter, source)
     step = folder.read_results().get("training", {}).get("taken_from_step", "unknown (results.json is gone)")
     logger.info("merge: adapter of step %s onto %s", step, config.export.merge_base)
     adapter_loss = _adapter_loss(folder, config, source, data) if data.eval else None

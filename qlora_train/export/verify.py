@@ -164,18 +164,37 @@ def _loss_of_files(folder: Path, run: MergeRun, examples: Sequence[Example], bat
 
 def _candidates(run: MergeRun, merge_base: str, *, measured: bool) -> tuple[MergeBase, ...]:
     """Return the kinds of base to try, what was trained first, and log why."""
+    kinds, reason = candidate_bases(
+        merge_base,
+        stored_in_4bit=is_stored_in_4bit(run.base_folder),
+        load_in_4bit=run.quantization.load_in_4bit,
+        measured=measured,
+    )
+    if reason:
+        logger.info("merge_base auto: %s (%s)", kinds[0], reason)
+    return kinds
+
+
+def candidate_bases(
+    merge_base: str, *, stored_in_4bit: bool, load_in_4bit: bool, measured: bool
+) -> tuple[tuple[MergeBase, ...], str]:
+    """Return the kinds of base to try, what was trained first, and why `auto` tries one alone.
+
+    Args:
+        merge_base: the setting.
+        stored_in_4bit: the base's files are in 4 bits.
+        load_in_4bit: the run held it in 4 bits.
+        measured: there are held-out rows to compare merges on.
+    """
     if merge_base != "auto":
-        return ("original",) if merge_base == "original" else ("dequantized",)
-    if is_stored_in_4bit(run.base_folder):
-        logger.info("merge_base auto: dequantized (the base is stored in 4 bits, there are no original weights)")
-        return ("dequantized",)
-    if not run.quantization.load_in_4bit:
-        logger.info("merge_base auto: original (the run did not quantise)")
-        return ("original",)
+        return ("original" if merge_base == "original" else "dequantized",), ""
+    if stored_in_4bit:
+        return ("dequantized",), "the base is stored in 4 bits, there are no original weights"
+    if not load_in_4bit:
+        return ("original",), "the run did not quantise"
     if not measured:
-        logger.info("merge_base auto: dequantized (no held-out rows to compare with; it is what was trained)")
-        return ("dequantized",)
-    return ("dequantized", "original")
+        return ("dequantized",), "no held-out rows to compare with; it is what was trained"
+    return ("dequantized", "original"), ""
 
 
 def _refuse_worse(where: Path, merged_loss: float, adapter_loss: float, max_loss_increase: float) -> None:

@@ -91,12 +91,27 @@ def _convert(path: Path, folder: Path) -> None:
     # made by hand: one derived from the config would be marked so, and be overwritten by every later config
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    tokenizer = _from_file(AutoTokenizer, path)
     for name, token_id in ids.items():  # Transformers 5.17 takes the beginning token for the end token
         if token_id is not None:
             setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(token_id))
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+
+
+def _from_file(auto_class: Any, path: Path) -> Any:
+    """Return what one of Transformers' auto classes reads from the file, without code that lies beside it."""
+    try:
+        return auto_class.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"model.model_name_or_path: {path}: a JSON file beside it names Python code (auto_map), which is never run for "
+            "a GGUF file; move the file into a folder of its own"
+        ) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -121,7 +136,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_config(path: Path, tensors: dict[str, Any], metadata: Mapping[str, Any]) -> Any:
     """Return the Transformers config, with the rope settings that Transformers leaves unread."""
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    config = AutoConfig.from_pretrained(
+        path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+    )
     prefix = metadata["general.architecture"]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     unread = {

@@ -27,6 +27,7 @@ from qlora_train.errors import ConfigError, ModelError, first_line
 from qlora_train.loader.census import Census, check_census, make_safe_for_training_after_eval, take_census
 from qlora_train.loader.hardware import choose_attention, choose_compute_dtype
 from qlora_train.loader.quantize import quantize_linears
+from qlora_train.loader.remote_code import untrusted_code
 from qlora_train.loader.source import BaseSource, resolve_base
 from qlora_train.loader.tokenizer import load_tokenizer
 
@@ -185,10 +186,7 @@ def model_config(source: BaseSource, model: ModelSection) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = f"model.model_name_or_path: {source.name}"
         if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"{where} runs Python code of its own (auto_map); if you trust it, set model.trust_remote_code: true and "
-                "model.revision to the 40-digit commit that you have read"
-            ) from error
+            raise untrusted_code(where) from error
         raise ModelError(f"{where} cannot be read: {first_line(error)}") from error
     return config if model.rope_scaling is None else _with_rope_scaling(config, model.rope_scaling, source.name)
 

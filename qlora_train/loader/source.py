@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_train import network
 from qlora_train.config import ModelSection
 from qlora_train.errors import ModelError
 from qlora_train.loader.gguf import convert_gguf
+from qlora_train.loader.remote_code import check_trusted_code
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +73,13 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
         folder = convert_gguf(path, _gguf_cache())
         return BaseSource(folder, path.stem, None, _read_config(folder, model.model_name_or_path))
     if path.is_dir():
-        return BaseSource(path, path.resolve().name, None, _read_config(path, model.model_name_or_path))
-    _refuse_missing_path(model.model_name_or_path)
-    return _download(model, weights=weights)
+        source = BaseSource(path, path.resolve().name, None, _read_config(path, model.model_name_or_path))
+    else:
+        _refuse_missing_path(model.model_name_or_path)
+        source = _download(model, weights=weights)
+    if model.trust_remote_code:
+        check_trusted_code(source.folder, source.name, source.revision)
+    return source
 
 
 def _gguf_cache() -> Path:
@@ -149,7 +155,4 @@ def hub_errors(where: str) -> Iterator[None]:
         ) from None
     # HTTPError is the base of whatever the Hub client's HTTP library raises on the way
     except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
-        raise ModelError(
-            f"{where} is not in the local cache and the Hub cannot be reached: check the network and HF_HUB_OFFLINE, "
-            "or give a local folder"
-        ) from None
+        raise ModelError(f"{where} {network.unreachable()}") from None

@@ -13,6 +13,7 @@ from qlora_train.architectures import Architecture, default_chat_template, detec
 from qlora_train.config import ModelSection
 from qlora_train.data.chat_templates import resolve_chat_template
 from qlora_train.errors import ModelError, first_line
+from qlora_train.loader.remote_code import untrusted_code
 from qlora_train.loader.source import BaseSource
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
             source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise untrusted_code(f"model.model_name_or_path: the tokenizer of {source.name}") from None
         raise ModelError(
             f"model.model_name_or_path: {source.name} has no usable tokenizer: {first_line(error)}"
         ) from None

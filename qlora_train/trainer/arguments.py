@@ -7,12 +7,16 @@ from collections.abc import Sequence
 import torch
 from trl import SFTConfig
 
+from qlora_train import network
 from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+AUTOMATIC_OPTIMIZERS = {True: "paged_adamw_8bit", False: "adamw_torch"}
+"""What `train.optim: auto` is, by whether there is a GPU."""
 
 
 def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder) -> SFTConfig:
@@ -63,7 +67,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder) -> SFTC
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that are not installed, before anything is loaded.
+    """Refuse trackers that are not installed, or would leave this machine offline, before anything is loaded.
 
     Raises:
         ConfigError: one line a tracker.
@@ -73,13 +77,22 @@ def check_trackers(names: Sequence[str]) -> None:
         raise ConfigError(
             [f"run.report_to: {name} is not installed; run: pip install {name}, or drop it" for name in missing]
         )
+    remote = {name: variable for name in names if (variable := network.remote_tracker(name))}
+    if network.is_offline() and remote:
+        raise ConfigError(
+            [
+                f"run.report_to: {name} would be told over the network ({variable}), and offline nothing is; unset "
+                f"{variable}, or drop {name}"
+                for name, variable in remote.items()
+            ]
+        )
 
 
 def choose_optimizer(setting: str, *, on_gpu: bool) -> str:
     """Return the optimizer's name for Transformers, logged with the reason when `auto` chose it."""
     if setting == "auto":
-        name, reason = ("paged_adamw_8bit", "on a GPU") if on_gpu else ("adamw_torch", "a CPU pages nothing")
-        logger.info("optimizer: %s (%s)", name, reason)
+        name = AUTOMATIC_OPTIMIZERS[on_gpu]
+        logger.info("optimizer: %s (%s)", name, "on a GPU" if on_gpu else "a CPU pages nothing")
         return name
     if setting.startswith("paged") and not on_gpu:
         logger.warning("optimizer: %s runs without paging on a CPU", setting)

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train import stopping
-from qlora_train.adapter import AdaptedModel
-from qlora_train.checkpoint import RunFolder
+from qlora_train.adapter import AdaptedModel, trainable_state
+from qlora_train.checkpoint import RunFolder, reading
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.trainer.boundaries import best_step, evaluations
 from qlora_train.trainer.fitting import rung_below, trainer_that_fits
+from qlora_train.trainer.numbers import refuse_non_finite
 from qlora_train.trainer.progress import Progress
 from qlora_train.trainer.sft import QloraTrainer
 
@@ -32,10 +33,10 @@ def train(
 
     Returns:
         What happened: `steps`, `taken_from_step` (the best one if the config asks for it), `train_loss`, `eval_loss`,
-        `num_tokens`, `num_trainable` of `num_parameters`, and `train_seconds` of this part of the run.
+        `Numbers.counts`, `num_tokens`, `num_trainable` of `num_parameters`, and `train_seconds` of this part of the run.
 
     Raises:
-        TrainingError: a non-finite loss or gradient, or too little memory.
+        TrainingError: out of memory, a number that is not finite, or a spike of the loss, that the config does not bear.
         Stop: the process was asked to stop; a checkpoint of the last whole step has been saved.
     """
     progress = Progress(run)
@@ -59,11 +60,13 @@ def train(
         taken_from = best
         trainer.load_adapter_of(best)
         logger.info("best model: step %d (eval_loss %.4f)", best, losses[best])
+    refuse_non_finite(taken_from, trainable_state(adapted.model), {})
     return {
         "steps": trainer.state.global_step,
         "taken_from_step": taken_from,
-        "train_loss": trainer.mean_loss,
+        "train_loss": trainer.numbers.mean_loss,
         "eval_loss": losses.get(taken_from),
+        **trainer.numbers.counts(),
         "num_tokens": int(trainer.state.num_input_tokens_seen),
         "num_trainable": adapted.num_trainable,
         "num_parameters": adapted.num_total,
@@ -74,9 +77,11 @@ def train(
 def _train_on(trainer: QloraTrainer, progress: Progress, resume_from: Path | None) -> None:
     """Do the steps that are left, and the evaluation that a stop left out before them."""
     if resume_from is not None:
-        trainer.restore(resume_from)
-        progress.rewrite_metrics(trainer.state.log_history)
-        if trainer.owes_evaluation():
+        with reading(resume_from):
+            trainer.restore(resume_from)
+            progress.rewrite_metrics(trainer.state.log_history)
+            owes_evaluation = trainer.owes_evaluation()
+        if owes_evaluation:
             trainer.make_up_evaluation(resume_from)
         if trainer.is_over():
             return

@@ -4,7 +4,7 @@ What is overridden, and why:
 
 - the loss is the summed negative log-likelihood of all label tokens of the accumulated batch, divided by their count;
 - rows come padded or packed from mapped files, in an order that is a pure function of the seed and the epoch, or streamed;
-- a non-finite loss or gradient stops the run before the update, naming step and rows;
+- a non-finite loss or gradient never reaches the weights (see `numbers`);
 - checkpoints are whole or absent, hold no pickle, and continue the run bit for bit;
 - `eval_loss` is total negative log-likelihood over total label tokens;
 - adapters stay float32, where TRL casts those of a quantised model to bfloat16.
@@ -20,6 +20,7 @@ from typing import Any
 
 import datasets
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback, TrainerState
@@ -32,6 +33,7 @@ from qlora_train.checkpoint import (
     load_parameters,
     load_tree,
     random_state,
+    reading,
     restore_random_state,
     save_tree,
 )
@@ -46,11 +48,11 @@ from qlora_train.trainer.arguments import choose_offloading, sft_config
 from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, make_schedule
 from qlora_train.trainer.feed import make_feed
 from qlora_train.trainer.isolation import isolate_documents
+from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
 from qlora_train.trainer.offloading import activations_on_host
 
 logger = logging.getLogger(__name__)
 
-MAX_SCALER_SKIPS = 8
 STATE_FILE = "trainer_state.json"
 STAND_IN = datasets.Dataset.from_dict({"row": [0]})
 """What TRL is given as its data: it looks at the columns, and reads rows of its own loaders only, which are overridden."""
@@ -71,6 +73,9 @@ def go_on_at(schedule: LambdaLR, num_steps: int) -> None:
 
 class QloraTrainer(SFTTrainer):
     """SFTTrainer with our loss, order, checks and checkpoints."""
+
+    _tr_loss: torch.Tensor  # sum of the losses since the last log line
+    _globalstep_last_logged: int
 
     def __init__(
         self,
@@ -99,8 +104,7 @@ class QloraTrainer(SFTTrainer):
             isolate_documents(adapted, config, data.train)
         self._micro_losses: list[torch.Tensor] = []
         self._micro_rows: list[torch.Tensor] = []
-        self._loss_of_all_steps = 0.0
-        self._num_scaler_skips = 0
+        self.numbers = Numbers(config.train)
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
         super().__init__(
             model=adapted.model,
@@ -108,17 +112,20 @@ class QloraTrainer(SFTTrainer):
             train_dataset=STAND_IN,
             eval_dataset=STAND_IN if data.eval else None,
             processing_class=adapted.loaded.tokenizer,
-            callbacks=[*callbacks, Boundaries(self._schedule, patience)],
+            callbacks=[*callbacks, ScheduleFollowsSteps(), Boundaries(self._schedule, patience)],
         )
         self.remove_callback(PrinterCallback)
         for name, parameter in trainable_state(adapted.model).items():
             parameter.data = exact[name]  # undo TRL's cast to bfloat16, bit for bit
         self.model_accepts_loss_kwargs = True  # so that the labels of the whole accumulated batch are counted
 
-    @property
-    def mean_loss(self) -> float:
-        """Loss of all steps so far, resumed ones included, in nats per label token."""
-        return self._loss_of_all_steps / max(self.state.global_step, 1)
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer, after forgetting which tensors an earlier one of this process kept in 32 bits.
+
+        bitsandbytes remembers them by their place among the parameters, for every optimizer that comes after.
+        """
+        GlobalOptimManager.get_instance().initialize()
+        return super().create_optimizer(model)
 
     # --- data and loss -----------------------------------------------------------------------------------------------
 
@@ -137,6 +144,8 @@ class QloraTrainer(SFTTrainer):
         assert not return_outputs, "evaluation goes through `evaluate`"
         assert num_items_in_batch is not None
         loss = self.token_losses(model, inputs).sum() / num_items_in_batch
+        if not self._micro_losses:
+            self._loss_before_step = self._tr_loss.clone()
         self._micro_losses.append(loss.detach())
         self._micro_rows.append(inputs["row"])
         return loss
@@ -150,32 +159,21 @@ class QloraTrainer(SFTTrainer):
     # --- numbers -----------------------------------------------------------------------------------------------------
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
-        """Return the gradient norm, once an optimizer step, after checking that it and the loss are finite."""
+        """Return the gradient norm, once an optimizer step, after judging its numbers; None for a step that is left out."""
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         loss = float(torch.stack(self._micro_losses).sum())
         rows, self._micro_losses, self._micro_rows = self._micro_rows, [], []
-        self._check_finite(loss, norm, rows)
-        self._loss_of_all_steps += loss
-        return norm
+        scaled = self.accelerator.scaler is not None
+        if self.numbers.allow(Step(self.state.global_step + 1, loss, norm, scaled, lambda: self._places(rows))):
+            return norm
+        model.zero_grad()  # without gradients an optimizer changes neither weights nor moments
+        self._tr_loss = self._loss_before_step
+        self._globalstep_last_logged += 1  # the mean that is logged next is over one step less
+        return None
 
-    def _check_finite(self, loss: float, norm: float, rows: list[torch.Tensor]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            self._num_scaler_skips = 0
-            return
-        step = self.state.global_step + 1
-        if math.isfinite(loss) and self.accelerator.scaler is not None:
-            self._num_scaler_skips += 1
-            logger.warning("step %d: gradient overflow in float16, the loss scaler skips the update", step)
-            if self._num_scaler_skips < MAX_SCALER_SKIPS:
-                return
+    def _places(self, rows: list[torch.Tensor]) -> str:
         numbers = [row for batch in rows for row in batch.tolist()]
-        places = [self._feed.where(number) for number in numbers[:4]]
-        what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-        raise TrainingError(
-            f"step {step}: {what}; nothing was updated; rows of this step: {', '.join(places)}"
-            f"{' ...' if len(numbers) > 4 else ''}; look at these rows, lower train.learning_rate, or resume from the last "
-            "checkpoint with the same command"
-        )
+        return ", ".join(self._feed.where(number) for number in numbers[:4]) + " ..." * (len(numbers) > 4)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -218,6 +216,7 @@ class QloraTrainer(SFTTrainer):
         assert not self._micro_losses, "this release of transformers takes steps without the check of `_get_grad_norm`"
         started = time.perf_counter()
         step = self.state.global_step
+        refuse_non_finite(step, trainable_state(self.model), self.optimizer.state)
         with durable.staged_folder(self.run.checkpoint(step), self.run.about_checkpoint(step)) as folder:
             save_tree(folder, "adapter", dict(trainable_state(self.model)))
             save_tree(folder, "optimizer", self.optimizer.state_dict())
@@ -247,9 +246,7 @@ class QloraTrainer(SFTTrainer):
             "tr_loss": self._tr_loss,
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "loss_of_all_steps": self._loss_of_all_steps,
-            "num_scaler_skips": self._num_scaler_skips,
-            "num_schedule_steps": self.lr_scheduler.last_epoch,
+            "numbers": self.numbers.state(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "feed": self._feed.memory(),
         }
@@ -258,6 +255,8 @@ class QloraTrainer(SFTTrainer):
         """Take over the adapter and the history of a checkpoint, as far as they tell what is left to do."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        if self.state.global_step != durable.about(checkpoint)["step"]:
+            raise ValueError(f"{STATE_FILE} is that of step {self.state.global_step}")
 
     def load_adapter_of(self, step: int) -> None:
         """Load the adapter of one of this run's checkpoints."""
@@ -268,28 +267,32 @@ class QloraTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
-        loop = load_tree(folder, "loop")
-        self._loss_of_all_steps, self._num_scaler_skips = loop["loss_of_all_steps"], loop["num_scaler_skips"]
-        self._feed.remember(loop["feed"])
+        with reading(folder):
+            load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
+            loop = load_tree(folder, "loop")
+            self.numbers.restore(loop["numbers"])
+            self._feed.remember(loop["feed"])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Take over the optimizer's state and the place in the schedule; rates and the like come from the settings."""
+        """Take over the optimizer's state; rates and the like come from the settings, their schedule from the step."""
         if checkpoint is None:
             return
-        stored = load_tree(Path(checkpoint), "optimizer")
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored["state"]})
-        go_on_at(self.lr_scheduler, load_tree(Path(checkpoint), "loop")["num_schedule_steps"])
+        with reading(Path(checkpoint)):
+            stored = load_tree(Path(checkpoint), "optimizer")
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored["state"]})
+        go_on_at(self.lr_scheduler, self.state.global_step)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(load_tree(Path(checkpoint), "loop")["scaler"])
+            with reading(Path(checkpoint)):
+                self.accelerator.scaler.load_state_dict(load_tree(Path(checkpoint), "loop")["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the generators and those counters of the loop that the Trainer resets after loading the rest."""
         if checkpoint is None:
             return
-        restore_random_state(load_tree(Path(checkpoint), "random"))
-        loop = load_tree(Path(checkpoint), "loop")
-        self._tr_loss = loop["tr_loss"].to(self.args.device)
-        self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]
+        with reading(Path(checkpoint)):
+            restore_random_state(load_tree(Path(checkpoint), "random"))
+            loop = load_tree(Path(checkpoint), "loop")
+            self._tr_loss = loop["tr_loss"].to(self.args.device)
+            self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]

@@ -19,7 +19,7 @@ from qlora_train.data.batches import Batch
 from qlora_train.device import free_memory
 from qlora_train.errors import first_line, is_out_of_memory
 from qlora_train.evaluate import held_out_loss
-from qlora_train.footprint import optimizer_state_bytes
+from qlora_train.footprint import TrainedTensor, optimizer_state_bytes
 from qlora_train.ladder import Phase
 from qlora_train.loss import IGNORED
 from qlora_train.trainer.largest import largest_eval_batches, largest_micro_batch
@@ -74,9 +74,10 @@ def try_largest_batches(trainer: QloraTrainer) -> Trial:
 def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
     """Make gradients of a micro-batch beside the memory that the optimizer's state will take."""
     args, device = trainer.args, trainer.adapted.loaded.device
-    shapes = [parameter.shape for parameter in trainable_state(model).values()]
-    optim = str(args.optim.value)
-    state_bytes = 0 if optim.startswith("paged") and device.type == "cuda" else optimizer_state_bytes(optim, shapes)
+    tensors = [TrainedTensor(tuple(parameter.shape)) for parameter in trainable_state(model).values()]
+    optim = str(trainer.args.optim.value)
+    paged = optim.startswith("paged") and device.type == "cuda"
+    state_bytes = 0 if paged else sum(optimizer_state_bytes(optim, tensor) for tensor in tensors)
     _state = torch.empty(state_bytes, dtype=torch.uint8, device=device)
     if args.gradient_checkpointing:
         with warnings.catch_warnings():

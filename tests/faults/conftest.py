@@ -1,11 +1,14 @@
 """Shared runs, how much is tried (`QLORA_FAULTS=long` for the full counts), and the table that is printed at the end."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults.disks import Disk
 from tests.faults.runs import Runs
 from tests.pico import build_pico
 
@@ -36,6 +39,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     folder = tmp_path_factory.mktemp("faults")
     return Runs(folder, build_pico(folder / "base", num_hidden_layers=1))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A small file system of its own."""
+    disk = Disk(tmp_path / "disk")
+    if not disk.mount(8 << 20):
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    disk.unmount()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

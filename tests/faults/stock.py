@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-NUM_STEPS = 12
+NUM_STEPS = 8
 
 
 def train(folder: Path, base: Path, rows: Path) -> None:

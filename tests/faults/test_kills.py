@@ -106,7 +106,7 @@ def test_first_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(runs: 
 
 def hit(process: Child, asked: signal.Signals) -> Ended:
     """Send a signal to a process that may have ended, and wait for its end."""
-    if process.process.is_alive():
+    if process.is_alive():
         os.kill(process.process.pid, asked)
     return process.end()
 
@@ -121,7 +121,7 @@ def test_second_signal_ends_it_at_once_and_harms_nothing(runs: Runs, table: Tabl
         process = runs.start(run, *settings)
         time.sleep(moment)
         for _ in range(2):
-            if process.process.is_alive():
+            if process.is_alive():
                 os.kill(process.process.pid, signal.SIGINT)
                 time.sleep(0.05)
         begun = time.monotonic()

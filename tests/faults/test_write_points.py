@@ -1,18 +1,15 @@
 """Every point at which something durable changes on disk is made to fail, and the run goes on to the same weights."""
 
-import contextlib
 import resource
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from qlora_train import durable
 from qlora_train.checkpoint import RunFolder
 from tests.faults.conftest import LONG, Table
+from tests.faults.disks import Disk
 from tests.faults.runs import Child, Ended, Runs, side_by_side
 from tests.runs import adapter_bytes
 
@@ -26,6 +23,8 @@ KINDS = {
     "enospc": (2, "disk full"),
     "perm": (2, "permission denied"),
 }
+STRIDES = {"kill": 1, "short": 4, "enospc": 3, "perm": 6}
+"""In the short form every so many points are tried."""
 
 
 def whole_checkpoints(run: RunFolder) -> set[str]:
@@ -56,8 +55,7 @@ def test_a_fault_at_every_write_point_costs_nothing(
 ) -> None:
     wanted, num_points = straight
     status, meaning = KINDS[kind]
-    stride = 1 if LONG or kind == "kill" else 2 if kind == "enospc" else 4
-    points = range(1, num_points + 1, stride)
+    points = range(1, num_points + 1, 1 if LONG else STRIDES[kind])
     assert num_points > 50
 
     def try_point(point: int) -> bytes:
@@ -97,9 +95,9 @@ def longer(runs: Runs) -> RunFolder:
 
 def has_checkpoint(run: RunFolder, process: Child) -> bool:
     """Wait for the first checkpoint; False when the process ended before it was seen."""
-    while not run.steps() and process.process.is_alive():
+    while not run.steps() and process.is_alive():
         time.sleep(0.002)
-    return process.process.is_alive()
+    return process.is_alive()
 
 
 def test_files_that_the_system_cuts_off_cost_no_checkpoint(runs: Runs, table: Table, longer: RunFolder) -> None:
@@ -123,30 +121,18 @@ def test_files_that_the_system_cuts_off_cost_no_checkpoint(runs: Runs, table: Ta
     assert good == len(limits)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with little room."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a file system")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-
-
 def test_a_disk_that_fills_up_in_mid_run_costs_no_checkpoint(
-    runs: Runs, table: Table, longer: RunFolder, small_disk: Path
+    runs: Runs, table: Table, longer: RunFolder, disk: Disk
 ) -> None:
-    run, filler = RunFolder(small_disk / "run"), small_disk / "filler"
+    run = RunFolder(disk.folder / "run")
     process = runs.start(run, *LONGER)
     assert has_checkpoint(run, process)
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(b"x" * 4096):
-            pass
+    disk.fill()
     ended = process.end()
     assert ended.status == 2, ended
     assert "No space left on device" in ended.log.splitlines()[-1]
     assert whole_checkpoints(run)
-    filler.unlink()
+    disk.make_room()
     same = runs.finished(run, *LONGER) == adapter_bytes(longer)
     table.add("a real disk full in mid-run", same, 1, "checkpoints whole, resumed to the same bits")
     assert same
@@ -164,7 +150,7 @@ def test_a_fault_at_every_write_point_of_a_merge_leaves_it_whole_or_absent(kind:
     assert ended.status == 0, ended.log
     assert ended.num_points is not None
     wanted = (merged.merged / "model.safetensors").read_bytes()
-    points = range(1, ended.num_points + 1, 1 if LONG else 4)
+    points = range(1, ended.num_points + 1, 1 if LONG else 5)
 
     def try_point(point: int) -> bool:
         run = runs.copy(trained)

@@ -115,7 +115,8 @@ def _next_records(
 
 def listed(names: Sequence[str]) -> str:
     """Join the names of columns for a message of one line, whatever a damaged header holds."""
-    shown = [textwrap.shorten(name, LONGEST_NAME, placeholder="...") for name in names[:NUM_NAMES]]
+    printable = ("".join(char if char.isprintable() else " " for char in name) for name in names[:NUM_NAMES])
+    shown = [textwrap.shorten(name, LONGEST_NAME, placeholder="...") for name in printable]
     return ", ".join(shown) + ", ..." * (len(names) > NUM_NAMES)
 
 

@@ -1,0 +1,209 @@
+"""What is fuzzed: plain functions of bytes, of which only our error class may escape, and the files they begin with.
+
+`scripts/fuzz.py` lets atheris look for inputs by coverage; `tests/test_fuzz.py` runs the same functions.
+"""
+
+import atexit
+import datetime
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qlora_train.config import load_config
+from qlora_train.config.schema import DataSection
+from qlora_train.config.writer import to_yaml
+from qlora_train.data.formats import FORMATS, recognise
+from qlora_train.data.readers import chunks
+from qlora_train.data.sources import DataFile
+from qlora_train.data.tokenized import ChunkTokenizer, TextsKept
+from qlora_train.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data"
+SMALLEST = b"model:\n  model_name_or_path: some/model\ndata:\n  train: rows.jsonl\n"
+LOSS_ON = ("assistant", "last", "completion", "all")
+TOO_LONG = ("drop", "refuse", "truncate", "keep_end", "keep_answer", "split")
+DAY = datetime.date(2026, 1, 1)
+
+
+@cache
+def workplace() -> Path:
+    """Return a folder of this process, in memory where the system has such."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def written(name: str, content: bytes) -> Path:
+    """Write a file and return its path."""
+    path = workplace() / name
+    path.write_bytes(content)
+    return path
+
+
+def yaml_file(data: bytes) -> None:
+    """Read a config; one that is right is written out and read back as the same."""
+    try:
+        config = load_config(written("run.yaml", data))
+    except UserError as error:
+        check_lines(error.problems)
+        return
+    assert load_config(written("again.yaml", to_yaml(config).encode())) == config
+
+
+def overrides(data: bytes) -> None:
+    """Read a config with overrides, one a line, as a command line hands them over: bytes that are not UTF-8 as well."""
+    words = data.decode("utf-8", "surrogateescape").split("\n")
+    try:
+        load_config(written("smallest.yaml", SMALLEST), words)
+    except UserError as error:
+        check_lines(error.problems)
+
+
+def jsonl_rows(data: bytes) -> None:
+    """Read JSON lines down to tokens and masks; the first byte chooses settings."""
+    choice, content = (data[0] if data else 0), data[1:]
+    file = DataFile(written("rows.jsonl", content), "rows.jsonl", "jsonl")
+    try:
+        pieces = list(chunks(file, chunk_bytes=1 << 12))
+        first = next((record for piece in pieces for record in piece.records()), None)
+        if first is None:
+            return
+        tokenize = tokenizer_of(
+            recognise(first, "auto", {}), choice % len(LOSS_ON), choice // len(LOSS_ON) % len(TOO_LONG)
+        )
+        for number, piece in enumerate(pieces):
+            result = tokenize((0, number == 0, piece))
+            assert len(result.mask) * 2 == len(result.tokens), "a mask value a token, which has two bytes"
+            check_lines(result.dropped.counts)
+    except UserError as error:
+        check_lines(error.problems)
+
+
+@cache
+def tokenizer_of(format_name: str, loss_on: int, too_long: int) -> ChunkTokenizer:
+    """Return what makes tokens of rows of a format, with a pico tokenizer."""
+    data = DataSection.model_validate(
+        {"train": "rows.jsonl", "loss_on": LOSS_ON[loss_on], "too_long": TOO_LONG[too_long], "max_length": 64}
+    )
+    return ChunkTokenizer(pico_tokenizer(), data, format_name, {}, DAY, TextsKept(), len(pico_tokenizer()))
+
+
+@cache
+def pico_tokenizer() -> Any:
+    """Return the tokenizer of pico models, which takes seconds to import."""
+    from tests.pico import build_tokenizer
+
+    return build_tokenizer()
+
+
+def check_lines(problems: Iterable[str]) -> None:
+    """Check that problems, or reasons for leaving rows out, are what people are shown: lines that can be printed."""
+    for problem in problems:
+        assert problem.strip()
+        assert problem.splitlines() == [problem], "a problem is one line"
+        problem.encode("utf-8", "backslashreplace")
+
+
+RIGHT_ROWS = (
+    {"instruction": "Add", "input": "1 2", "output": "3", "system": "Short", "history": [["Hi", "Hello"]]},
+    {"question": "What?", "context": "All of it", "answer": "That"},
+    {"prompt": "one two", "completion": " three"},
+    {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}], "system": "s"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False},
+                  {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]},
+    {"text": "no structure at all, and longer than a row may be: " + "word " * 60},
+    {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+    {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]},
+)  # fmt: skip
+"""A row of every shape that is usable."""
+FOUND = (
+    b'\x02{"question": "one?", "answ\\r": "1", "context": ["one", "two"]}\n',
+    '\x02{"question": "one?", "answer\\u2028": "1"}\n{"a\x85b\x1b[31m": 1}\n'.encode(),
+)
+"""What fuzzing has found: names of columns that broke the one line of an error."""
+
+
+def yaml_seeds() -> Iterator[bytes]:
+    """Yield configs, right and wrong."""
+    for folder in (DATA / "malformed_configs", ROOT / "configs", ROOT / "recipes"):
+        yield from (path.read_bytes() for path in sorted(folder.rglob("*.yaml")))
+
+
+def override_seeds() -> Iterator[bytes]:
+    """Yield overrides."""
+    yield from (b"train.learning_rate=1e-4", b"data.train=[a.jsonl, {path: b, weight: 2}]", b"lora.r=8\nlora.r=16")
+    yield from (
+        b"lora={r: 8}",
+        b"model.rope_scaling={rope_type: yarn, factor: 2}",
+        b"data.columns.prompt=question",
+        b"x",
+    )
+
+
+def jsonl_seeds() -> Iterator[bytes]:
+    """Yield files of rows, right and wrong, in front of each a byte that chooses settings."""
+    paths = sorted([*(DATA / "malformed").glob("*.jsonl"), *(ROOT / "data" / "examples").glob("*.jsonl")])
+    for number, path in enumerate(path for path in paths if path.is_file()):
+        yield bytes([number % 24]) + path.read_bytes()[:4000]
+    yield from FOUND
+    for number, row in enumerate(RIGHT_ROWS):
+        yield bytes([number % 24]) + json.dumps(row).encode() + b"\n"
+
+
+TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], Iterator[bytes]]]] = {
+    "yaml": (yaml_file, yaml_seeds),
+    "overrides": (overrides, override_seeds),
+    "jsonl": (jsonl_rows, jsonl_seeds),
+}
+"""The functions by name, each with what its corpus begins with."""
+
+
+def words_of(name: str) -> list[str]:
+    """Return words that inputs of a target are made of, which a fuzzer would be long in finding."""
+    if name == "jsonl":
+        columns = [column for it in FORMATS.values() for column in it.columns]
+        roles = [
+            "role",
+            "content",
+            "user",
+            "assistant",
+            "system",
+            "tool",
+            "from",
+            "value",
+            "human",
+            "gpt",
+            "tool_calls",
+        ]
+        return [f'"{word}"' for word in dict.fromkeys([*columns, *roles])] + [
+            "null",
+            "true",
+            "1e999",
+            '"\\ud800"',
+            "[[",
+            "}{",
+        ]
+    from qlora_train.config import RunConfig
+
+    sections: dict[str, Any] = {section: spec.annotation for section, spec in RunConfig.model_fields.items()}
+    keys = [f"{section}.{key}" for section, model in sections.items() for key in model.model_fields]
+    return [
+        *sections,
+        *keys,
+        *(key.partition(".")[2] + ": " for key in keys),
+        "!!",
+        "&a",
+        "*a",
+        "<<: ",
+        "0x",
+        "1e999",
+        "\n  ",
+    ]
