@@ -40,6 +40,8 @@ class Architecture:
         linear_classes: subclasses of nn.Linear that compute the plain product; the library quantises none of them, so the
             loader does.
         packing_obstacle: why documents that are packed into one row would see each other; empty where they do not.
+        no_adapter: last names of linear layers that cannot carry LoRA.
+        no_adapter_reason: why they cannot.
         known: False for the generic row.
     """
 
@@ -52,6 +54,8 @@ class Architecture:
     unlimited_key: str | None = None
     linear_classes: tuple[str, ...] = ()
     packing_obstacle: str = ""
+    no_adapter: tuple[str, ...] = ()
+    no_adapter_reason: str = ""
     known: bool = True
 
 

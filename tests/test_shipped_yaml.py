@@ -151,7 +151,7 @@ def test_adapter_covers_every_linear_but_the_head(path, meta_model):
     assert set(found) == linears - head
     names = detect(json_values).linear_names
     assert len(found) == json_values["num_hidden_layers"] * len(names)
-    targets = choose_targets(found, config.lora)
+    targets = choose_targets(model, found, config.lora, detect(json_values))
     assert set(targets) == set(names)
 
 

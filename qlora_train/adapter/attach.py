@@ -4,13 +4,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bitsandbytes.nn import Params4bit
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
 from qlora_train.adapter.eva import Batch, eva_components
+from qlora_train.adapter.experts import bind_experts, choose_expert_parameters
 from qlora_train.adapter.precision import train_in_float32
 from qlora_train.adapter.stored import warm_start
 from qlora_train.adapter.targets import choose_modules_to_save, choose_targets, find_linears
@@ -18,6 +18,7 @@ from qlora_train.config import LoraSection
 from qlora_train.config.schema import INITS
 from qlora_train.errors import ConfigError
 from qlora_train.loader import LoadedModel
+from qlora_train.loader.census import count_frozen_weights
 from qlora_train.loader.model import output_heads
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, batches
             adapter that differs from the config.
     """
     linears = find_linears(loaded.model)
-    targets = choose_targets(linears, lora)
+    targets = choose_targets(loaded.model, linears, lora, loaded.architecture)
     config = _peft_config(loaded, lora, targets)
     set_seed(seed)
     if lora.adapter_path is not None:
@@ -56,6 +57,7 @@ def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, batches
     else:
         components = eva_components(loaded, config, batches, linears) if lora.init_lora_weights == "eva" else {}
         model = get_peft_model(loaded.model, config)
+        bind_experts(model)
         train_in_float32(model, loaded.compute_dtype)
         if components:
             initialize_lora_eva_weights(model, eva_state_dict=components)
@@ -70,6 +72,7 @@ def _peft_config(loaded: LoadedModel, lora: LoraSection, targets: list[str]) -> 
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
+        target_parameters=choose_expert_parameters(loaded.model, lora) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         bias=lora.bias,
@@ -105,11 +108,7 @@ def _trained_rows(loaded: LoadedModel, trained_in_full: list[str]) -> dict[str, 
 
 def _counted(model: PeftModel, loaded: LoadedModel) -> AdaptedModel:
     trainable = sum(parameter.numel() for parameter in trainable_state(model).values())
-    frozen = sum(
-        parameter.quant_state.shape.numel() if isinstance(parameter, Params4bit) else parameter.numel()
-        for parameter in model.parameters()
-        if not parameter.requires_grad
-    )
+    frozen = count_frozen_weights(model)
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     logger.info(
         "adapter: %s trainable parameters (%.2f %% of %s) in %s, float32",

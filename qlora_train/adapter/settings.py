@@ -41,6 +41,7 @@ class AdapterSettings(BaseModel):
     lora_alpha: float = Field(gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Names | str
+    target_parameters: Names | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
@@ -66,6 +67,7 @@ class AdapterSettings(BaseModel):
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
+            target_parameters=self.target_parameters,
             bias=self.bias,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from qlora_train.adapter.experts import bind_experts
 from qlora_train.adapter.finite import non_finite
 from qlora_train.adapter.precision import train_in_float32
 from qlora_train.adapter.settings import ADAPTER_WEIGHTS, AdapterSettings, read_settings, unreadable
@@ -42,10 +43,15 @@ def warm_start(
     saved = choose_modules_to_save(loaded.model, stored.modules_to_save or ())
     if sorted(saved) != sorted(config.modules_to_save or ()):
         wrong.append(f"lora.modules_to_save: the adapter in {folder} has [{', '.join(saved)}]; set it to that")
+    if sorted(stored.target_parameters or ()) != sorted(config.target_parameters or ()):
+        experts = sorted({name.rpartition(".")[2] for name in stored.target_parameters or ()})
+        wrong.append(f"lora.target_parameters: the adapter in {folder} has [{', '.join(experts)}]; set it to that")
     if wrong:
         raise ConfigError(wrong)
+    modules_of_experts = {name.rpartition(".")[0] for name in config.target_parameters or ()}
     asked = {name for name in linears if is_target(name, config.target_modules)}
     found = {name.removeprefix("base_model.model.").partition(".lora_A")[0] for name in weights if ".lora_A" in name}
+    found = {name for name in found if name.removesuffix(".base_layer") not in modules_of_experts}
     if asked != found:
         short = sorted({name.rpartition(".")[2] for name in found})
         raise ConfigError(
@@ -79,6 +85,7 @@ def _with_weights(loaded: LoadedModel, config: LoraConfig, weights: dict[str, to
     """
     config.inference_mode = False
     model = get_peft_model(loaded.model, config)
+    bind_experts(model)
     train_in_float32(model, loaded.compute_dtype)
     live = {
         name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()

@@ -92,6 +92,8 @@ class LoraSection(Section):
     """Dropout on the adapter's input."""
     target_modules: Literal["all-linear"] | tuple[str, ...] | str = "all-linear"
     """`all-linear` (every linear but the head), a list of layer names, or one regular expression on full names."""
+    target_parameters: Literal["auto"] | tuple[str, ...] = "auto"
+    """Expert weights of a mixture that carry LoRA: all with `all-linear` (`auto`), the ones named, or none (`[]`)."""
     use_rslora: bool = False
     """Rank-stabilised scaling (https://arxiv.org/abs/2312.03732)."""
     use_dora: bool = False

@@ -6,6 +6,7 @@ Transformers 5), so it is counted after every load, by walking the parameters th
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,10 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
 from qlora_train.errors import ModelError
+from qlora_train.kernels.expert_weights import ExpertWeights, stored
+from qlora_train.loader.experts import expert_parameters
+
+Tensors = tuple[torch.Tensor, ...]
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +67,14 @@ def take_census(model: nn.Module, heads: set[nn.Module]) -> Census:
     quantized = weight_bytes = table_bytes = linear = 0
     by_dtype: Counter[str] = Counter()
     unquantized = []
+    stacks = {id(codes): weights for codes, weights in _expert_stacks(model)}
     for name, parameter in model.named_parameters():
         by_dtype[_dtype_name(parameter)] += parameter.nbytes
-        if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
-            scales, tables = _state_tensors(parameter.quant_state)
-            by_dtype.update({_dtype_name(tensor): 0 for tensor in scales + tables})
-            for tensor in scales + tables:
+        held = _held_in_4bit(parameter, stacks)
+        if held is not None:
+            num_weights, scales, tables = held
+            for tensor in () if id(parameter) in stacks else (*scales, *tables):  # those of experts are buffers
                 by_dtype[_dtype_name(tensor)] += tensor.nbytes
-            num_weights = parameter.quant_state.shape.numel()
             linear, quantized = linear + num_weights, quantized + num_weights
             weight_bytes += parameter.nbytes + sum(tensor.nbytes for tensor in scales)
             table_bytes += sum(tensor.nbytes for tensor in tables)
@@ -81,17 +86,39 @@ def take_census(model: nn.Module, heads: set[nn.Module]) -> Census:
     return Census(linear, quantized, weight_bytes, table_bytes, dict(by_dtype), tuple(unquantized))
 
 
+def _expert_stacks(model: nn.Module) -> Iterator[tuple[torch.Tensor, ExpertWeights]]:
+    for name, module in expert_parameters(model).items():
+        found = stored(module, name.rpartition(".")[2])
+        if found is not None:
+            yield found
+
+
+def _held_in_4bit(parameter: nn.Parameter, stacks: dict[int, ExpertWeights]) -> tuple[int, Tensors, Tensors] | None:
+    """Return how many weights a parameter stands for, with its scales and tables; None for one of 16 bits."""
+    if id(parameter) in stacks:
+        stack = stacks[id(parameter)]
+        return stack.shape.numel(), stack.scale_tensors, stack.table_tensors
+    if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
+        return parameter.quant_state.shape.numel(), *_state_tensors(parameter.quant_state)
+    return None
+
+
 def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _state_tensors(state: QuantState) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _state_tensors(state: QuantState) -> tuple[Tensors, Tensors]:
     """Return the block scales (both levels, and their offset) and the code tables of one quantised tensor."""
-    scales, tables = [state.absmax], [state.code]
-    if state.nested:
-        scales += [state.state2.absmax, state.offset]
-        tables.append(state.state2.code)
-    return scales, tables
+    if not state.nested:
+        return (state.absmax,), (state.code,)
+    return (state.absmax, state.state2.absmax, state.offset), (state.code, state.state2.code)
+
+
+def count_frozen_weights(model: nn.Module) -> int:
+    """Return how many weights of a model do not train, 4-bit ones counted as the weights they stand for."""
+    stacks = {id(codes): weights for codes, weights in _expert_stacks(model)}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return sum(held[0] if (held := _held_in_4bit(p, stacks)) else p.numel() for p in frozen)
 
 
 def check_census(census: Census, min_quantized_share: float) -> None:

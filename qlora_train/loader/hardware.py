@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,6 +14,14 @@ logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which attention kernels Transformers has for an architecture, beside plain matrix products."""
+
+    sdpa: bool = True
+    flash: bool = True
 
 
 def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
@@ -33,7 +42,9 @@ def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def choose_attention(setting: Attention, architecture: Architecture, device: torch.device, dtype: torch.dtype) -> str:
+def choose_attention(
+    setting: Attention, architecture: Architecture, device: torch.device, dtype: torch.dtype, kernels: Kernels
+) -> str:
     """Return the attention implementation to load the model with.
 
     Args:
@@ -41,6 +52,7 @@ def choose_attention(setting: Attention, architecture: Architecture, device: tor
         architecture: what it needs where the usual choice would be wrong.
         device: where the model will run.
         dtype: of its products.
+        kernels: what Transformers has for the architecture.
 
     Raises:
         ConfigError: sdpa is asked for where it computes something else than the architecture means.
@@ -52,17 +64,21 @@ def choose_attention(setting: Attention, architecture: Architecture, device: tor
         )
     if setting != "auto":
         name, reason = str(setting), "set in the config"
-    elif (obstacle := _no_flash_attention(architecture, device, dtype)) is None:
+    elif (obstacle := _no_flash_attention(architecture, device, dtype, kernels)) is None:
         name, reason = "flash_attention_2", "flash-attn is installed"
     elif architecture.attention_reason:
         name, reason = architecture.attention, architecture.attention_reason
-    else:
+    elif kernels.sdpa:
         name, reason = "sdpa", obstacle
+    else:
+        name, reason = "eager", "Transformers has nothing faster for this architecture"
     logger.info("attention: %s (%s)", name, reason)
     return name
 
 
-def _no_flash_attention(architecture: Architecture, device: torch.device, dtype: torch.dtype) -> str | None:
+def _no_flash_attention(
+    architecture: Architecture, device: torch.device, dtype: torch.dtype, kernels: Kernels
+) -> str | None:
     """Return why flash-attn is not for this model here, or None when it is."""
     if device.type != "cuda":
         return "on a CPU"
@@ -72,4 +88,6 @@ def _no_flash_attention(architecture: Architecture, device: torch.device, dtype:
         return f"flash-attn needs a newer GPU than {torch.cuda.get_device_name(device)}"
     if dtype == torch.float32:
         return "flash-attn has no float32"
+    if not kernels.flash:
+        return "Transformers has no flash-attn for this architecture"
     return None if architecture.known else "the architecture is not in the table"

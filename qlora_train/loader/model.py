@@ -13,9 +13,9 @@ from bitsandbytes.nn import Linear4bit
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,8 +25,9 @@ from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError, first_line
 from qlora_train.loader.census import Census, check_census, make_safe_for_training_after_eval, take_census
-from qlora_train.loader.hardware import choose_attention, choose_compute_dtype
+from qlora_train.loader.hardware import Kernels, choose_attention, choose_compute_dtype
 from qlora_train.loader.quantize import quantize_linears
+from qlora_train.loader.quantizer import QuantizationConfig
 from qlora_train.loader.remote_code import untrusted_code
 from qlora_train.loader.source import BaseSource, resolve_base
 from qlora_train.loader.tokenizer import load_tokenizer
@@ -109,7 +110,7 @@ def output_heads(model: PreTrainedModel) -> set[nn.Module]:
 
 def _quantization_config(
     source: BaseSource, quantization: QuantizationSection, dtype: torch.dtype
-) -> BitsAndBytesConfig | None:
+) -> QuantizationConfig | None:
     """Return how to quantise on loading; None for 16-bit LoRA and for a checkpoint that is quantised already."""
     stored = source.config.get("quantization_config")
     if stored is not None:
@@ -117,7 +118,7 @@ def _quantization_config(
         return None
     if not quantization.load_in_4bit:
         return None
-    return BitsAndBytesConfig(
+    return QuantizationConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
@@ -152,17 +153,19 @@ def _from_pretrained(
     model: ModelSection,
     dtype: torch.dtype,
     device: torch.device,
-    quantization_config: BitsAndBytesConfig | None,
+    quantization_config: QuantizationConfig | None,
     architecture: Architecture,
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    config = model_config(source, model)
+    attention = choose_attention(model.attn_implementation, architecture, device, dtype, _kernels(config))
     try:
         return AutoModelForCausalLM.from_pretrained(
             source.folder,
-            config=model_config(source, model),
+            config=config,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=choose_attention(model.attn_implementation, architecture, device, dtype),
+            attn_implementation=attention,
             trust_remote_code=model.trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
@@ -170,6 +173,14 @@ def _from_pretrained(
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(f"model.model_name_or_path: {source.name} cannot be loaded: {first_line(error)}") from error
+
+
+def _kernels(config: Any) -> Kernels:
+    """Return the attention kernels of a config's architecture; all where its code is the checkpoint's own."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        return Kernels()
+    return Kernels(sdpa=model_class._supports_sdpa, flash=model_class._supports_flash_attn)
 
 
 def model_config(source: BaseSource, model: ModelSection) -> Any:
