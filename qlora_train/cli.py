@@ -34,14 +34,19 @@ with a checkpoint of the last step (the same command goes on); 1 a defect.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
-    set_up_logging()
     try:
         with stopping.handle_signals():
-            status: int = options.command(options)
+            return _answer(sys.argv[1:] if arguments is None else arguments)
     except stopping.Stop as stop:
         print(f"{stop.cause}: stopped; the same command goes on: {command_line(arguments)}", file=sys.stderr)
         return stop.status
+
+
+def _answer(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    set_up_logging()
+    try:
+        status: int = options.command(options)
     except UserError as error:
         for problem in error.problems:
             print(redact(problem), file=sys.stderr)

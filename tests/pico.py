@@ -46,23 +46,117 @@ COMMON: dict[str, Any] = {
 }
 """What every family is given; token ids follow the order of the tokenizer's special tokens."""
 
+_TIED_GEMMA: dict[str, Any] = {"head_dim": 16, "tie_word_embeddings": True}
+_EXPERTS: dict[str, Any] = {
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64),
+    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1),
+    "head_dim": 16,
+}
+"""A mixture of four experts by whatever names the families call its parts."""
+_LATENT: dict[str, Any] = {
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+    "num_key_value_heads": 4,
+}
+"""Attention with keys and values made of a smaller vector."""
+_LATENT_EXPERTS = {**{key: value for key, value in _EXPERTS.items() if key != "head_dim"}, **_LATENT}
+_GPT: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 128}
+_MAMBA: dict[str, Any] = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_chunk_size": 16}
+_DELTA: dict[str, Any] = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 16,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"head_dim": 16, "sliding_window": None},
-    "qwen2": {},
+    "ministral": {"head_dim": 16},
+    "ministral3": {"head_dim": 16},
     "qwen3": {"head_dim": 16},
-    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64, "tie_word_embeddings": True},
-    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64, "tie_word_embeddings": True},
+    "gemma": _TIED_GEMMA,
+    "gemma2": {**_TIED_GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 64},
+    "gemma3_text": {**_TIED_GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 64},
+    "vaultgemma": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 64},
     "phi3": {"original_max_position_embeddings": 256, "sliding_window": None},
-    "phi": {},
-    "gpt_neox": {},
-    "olmo2": {},
-    "granite": {},
     "cohere": {"logit_scale": 1.0, "tie_word_embeddings": True},
+    "cohere2": {"logit_scale": 1.0, "tie_word_embeddings": True, "head_dim": 16},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128, "alibi": False},
     "starcoder2": {"sliding_window": None, "tie_word_embeddings": True},
     "smollm3": {"tie_word_embeddings": True},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "codegen": {**_GPT, "rotary_dim": 8},
+    "gpt2": _GPT,
+    "gpt_bigcode": _GPT,
+    "gptj": {**_GPT, "rotary_dim": 8},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 256, "expansion_ratio": 2},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "xglm": {"d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 4},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "helium": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "internlm3": {"head_dim": 16},
+    "exaone4": {"head_dim": 16},
+    "seed_oss": {"head_dim": 16},
+    "minicpm3": _LATENT,
+    "youtu": _LATENT,
+    # mixtures of experts
+    **dict.fromkeys(
+        (
+            "afmoe",
+            "cohere2_moe",
+            "dots1",
+            "ernie4_5_moe",
+            "exaone_moe",
+            "flex_olmo",
+            "glm4_moe",
+            "gpt_oss",
+            "granitemoe",
+            "hunyuan_v1_moe",
+            "jetmoe",
+            "llama4_text",
+            "mellum",
+            "minimax_m2",
+            "mixtral",
+            "olmoe",
+            "phimoe",
+            "qwen2_moe",
+            "qwen3_moe",
+            "solar_open",
+        ),
+        _EXPERTS,
+    ),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), _LATENT_EXPERTS),
+    # recurrent layers
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, "head_dim": 16},
+    "falcon_mamba": {"state_size": 8, "hidden_size": 128},
+    "granitemoehybrid": {**_EXPERTS, **_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 64},
+    "jamba": {**_EXPERTS, **_MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mamba": {"state_size": 8, "hidden_size": 128},
+    "minimax": {**_EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
+    "nemotron_h": {
+        **_EXPERTS,
+        "mamba_head_dim": 32,
+        "mamba_num_heads": 4,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "layers_block_type": ["mamba", "moe", "attention"],
+        "num_hidden_layers": 3,
+        "moe_shared_expert_intermediate_size": 64,
+    },
+    "olmo_hybrid": _DELTA,
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": {**_EXPERTS, **_DELTA},
+    "qwen3_next": {**_EXPERTS, **_DELTA},
+    "recurrent_gemma": {"head_dim": 16, "block_types": ["recurrent", "attention"], "lru_width": 64},
 }
 """Differences from COMMON, a row a family."""
 

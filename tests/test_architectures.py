@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from qlora_train.architectures import (
     ARCHITECTURES,
+    POSITION_KEYS,
     check_max_length,
     check_target_modules,
     default_chat_template,
@@ -17,8 +20,12 @@ from qlora_train.architectures import (
     max_positions,
 )
 from qlora_train.errors import ConfigError, ModelError
+from qlora_train.loader.experts import expert_parameters, routers
+from qlora_train.loader.hardware import choose_attention
+from qlora_train.loader.model import kernels_of
 from tests.pico import FAMILIES, build_config
 
+CPU = torch.device("cpu")
 LLAMA_2 = {"model_type": "llama", "max_position_embeddings": 4096}
 LLAMA_3_1 = {
     "model_type": "llama",
@@ -41,32 +48,45 @@ def check(config: dict[str, Any], max_length: int, rope_scaling: dict[str, Any] 
     check_max_length(config, detect(config), max_length, rope_scaling)
 
 
-def test_every_pico_family_has_a_row_and_every_row_a_pico_family() -> None:
-    assert set(ARCHITECTURES) == set(FAMILIES)
+def test_every_pico_family_has_a_row_and_every_row_is_a_causal_language_model() -> None:
+    assert set(FAMILIES) <= set(ARCHITECTURES) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_linear_names_are_those_of_the_model_without_its_head(model_type: str) -> None:
     model = on_meta(model_type)
-    head = model.get_output_embeddings()
+    outside = {model.get_output_embeddings(), *routers(model).values()}
     linears = {
         name.rsplit(".", 1)[-1]
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if isinstance(module, torch.nn.Linear | Conv1D) and module not in outside
     }
     assert linears == set(ARCHITECTURES[model_type].linear_names)
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_linears_with_as_many_outputs_as_experts_are_routers(model_type: str) -> None:
+    model = on_meta(model_type)
+    names = {name for name, module in model.named_modules() if getattr(module, "out_features", 0) == 4}
+    if expert_parameters(model):
+        assert names <= set(routers(model)) | {name for name in names if name.endswith(("in_proj_a", "in_proj_b"))}
+    else:
+        assert not routers(model)
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_default_positions_are_those_of_the_config_class(model_type: str) -> None:
-    assert positions({"model_type": model_type}) == AutoConfig.for_model(model_type).max_position_embeddings
+    defaults = AutoConfig.for_model(model_type).to_dict()
+    expected = next((defaults[key] for key in POSITION_KEYS if isinstance(defaults.get(key), int)), None)
+    assert positions({"model_type": model_type}) == expected
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_default_attention_is_the_one_that_transformers_takes_without_flash(model_type: str) -> None:
     row = ARCHITECTURES[model_type]
     if not row.attention_reason:  # where there is a reason, releases of Transformers differ
-        assert on_meta(model_type).config._attn_implementation == row.attention
+        chosen = choose_attention("auto", row, CPU, torch.float32, kernels_of(build_config(model_type)))
+        assert on_meta(model_type).config._attn_implementation == chosen
     assert bool(row.attention_reason) == (row.attention != "sdpa")
 
 

@@ -7,6 +7,7 @@ one of `IDLE`, or it is switched off; with anything else the adapter is refused.
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -88,6 +89,20 @@ class AdapterSettings(BaseModel):
             raise ConfigError(
                 f"{where}{folder / ADAPTER_CONFIG}: trainable_token_indices: rows such as {others[0]} are no rows of "
                 "model.new_tokens; give the new tokens that the adapter was trained with"
+            )
+        return self
+
+    def check_experts(self, folder: Path, known: Collection[str], where: str) -> Self:
+        """Refuse expert weights that are not those of the base, by full name.
+
+        Raises:
+            ConfigError: a parameter that is no stack of experts of the base.
+        """
+        others = sorted(set(self.target_parameters or ()) - set(known))
+        if others:
+            raise ConfigError(
+                f"{where}{folder / ADAPTER_CONFIG}: target_parameters: {_shown(others[0])} is no stack of experts of the "
+                "base model; use the base that the adapter was trained on"
             )
         return self
 

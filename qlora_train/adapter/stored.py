@@ -24,6 +24,7 @@ from qlora_train.adapter.targets import choose_modules_to_save, is_target
 from qlora_train.config import LoraSection
 from qlora_train.errors import ConfigError, first_line
 from qlora_train.loader import LoadedModel
+from qlora_train.loader.experts import expert_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def _shape(shape: torch.Size | None) -> str:
 def _read(folder: Path, loaded: LoadedModel, where: str) -> tuple[AdapterSettings, dict[str, torch.Tensor]]:
     settings = read_settings(folder, loaded.source, where)
     settings.check_token_rows(folder, loaded.new_token_ids, where)
+    settings.check_experts(folder, expert_parameters(loaded.model), where)
     file = folder / ADAPTER_WEIGHTS
     try:
         weights = load_file(file)

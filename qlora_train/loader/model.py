@@ -75,7 +75,7 @@ def load_model(
     device = select_device()
     dtype = choose_compute_dtype(quantization.bnb_4bit_compute_dtype, device)
     base = _from_pretrained(
-        source, model, dtype, device, _quantization_config(source, quantization, dtype), architecture
+        source, model, dtype, device, _quantization_config(source, quantization, dtype, architecture), architecture
     )
     if quantization.load_in_4bit:
         quantize_linears(base, architecture.linear_classes, quantization, dtype)
@@ -109,7 +109,7 @@ def output_heads(model: PreTrainedModel) -> set[nn.Module]:
 
 
 def _quantization_config(
-    source: BaseSource, quantization: QuantizationSection, dtype: torch.dtype
+    source: BaseSource, quantization: QuantizationSection, dtype: torch.dtype, architecture: Architecture
 ) -> QuantizationConfig | None:
     """Return how to quantise on loading; None for 16-bit LoRA and for a checkpoint that is quantised already."""
     stored = source.config.get("quantization_config")
@@ -123,6 +123,7 @@ def _quantization_config(
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(architecture.keep_16bit) or None,
     )
 
 
@@ -158,7 +159,7 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     config = model_config(source, model)
-    attention = choose_attention(model.attn_implementation, architecture, device, dtype, _kernels(config))
+    attention = choose_attention(model.attn_implementation, architecture, device, dtype, kernels_of(config))
     try:
         return AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -175,7 +176,7 @@ def _from_pretrained(
         raise ModelError(f"model.model_name_or_path: {source.name} cannot be loaded: {first_line(error)}") from error
 
 
-def _kernels(config: Any) -> Kernels:
+def kernels_of(config: Any) -> Kernels:
     """Return the attention kernels of a config's architecture; all where its code is the checkpoint's own."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:

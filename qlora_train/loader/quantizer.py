@@ -49,7 +49,8 @@ class Quantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any, **arguments: Any) -> None:
         self.expert_names = tuple(expert_parameters(model))
         # naming any module here replaces the library's own choice, which is the output head and what it is tied to
-        self.quantization_config.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *routers(model)]
+        named = self.quantization_config.llm_int8_skip_modules or ()
+        self.quantization_config.llm_int8_skip_modules = [*named, *get_keys_to_not_convert(model), *routers(model)]
         super()._process_model_before_weight_loading(model, device_map, **arguments)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **arguments: Any) -> bool:

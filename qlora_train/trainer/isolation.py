@@ -7,7 +7,7 @@
 
 import inspect
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from qlora_train.adapter import AdaptedModel
 from qlora_train.architectures import check_packing
 from qlora_train.config import RunConfig
 from qlora_train.data.batches import NumberedRows
-from qlora_train.errors import ConfigError
+from qlora_train.errors import ConfigError, first_line
 from qlora_train.kernels import document_attention
 from qlora_train.loss import IGNORED, label_losses
 
@@ -105,7 +105,7 @@ class _Check:
         if not difference <= LARGEST_DIFFERENCE[self._dtype]:
             self._refuse(f"a packed document's loss differs from its own by {difference:.2g} nats a token")
 
-    def _refuse(self, found: str) -> None:
+    def _refuse(self, found: str) -> NoReturn:
         raise ConfigError(
             f"data.packing: true, but this {self._architecture.model_type} model does not keep the documents of a pack "
             f"apart: {found}; set data.packing to false"
@@ -124,5 +124,11 @@ class _Check:
             return label_losses(
                 self._model, **{name: tensor[None].to(self._device) for name, tensor in inputs.items()}
             )[0]
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
+            if positions is None:
+                raise
+            self._refuse(f"its own attention fails on them ({first_line(error)})")
         finally:
             self._model.train(was_training)

@@ -33,6 +33,7 @@ def run(arguments: list[str], log: Path, environment: dict[str, str], told: Conn
     _begin(log, environment)
     told.send("begins")
     status = cli.main(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process of its own would be gone
     told.send(faults.passed())
     _end(status)
 

@@ -1,16 +1,26 @@
-"""What a checkpoint does not tell about itself: one row per Hugging Face `model_type`.
+"""What a checkpoint does not tell about itself, by Hugging Face `model_type`, and what follows from it before a download.
 
-Linear layers, the output head, fused projections and gradient checkpointing are found by walking the loaded model and
-have no place here. A row holds what config.json leaves out (a class default), what would otherwise be learnt only after
-a download (which layer names exist), and what no file says (which attention kernel computes the model rightly). A
-`model_type` without a row trains on the generic row, which assumes nothing.
+Linear layers, experts, routers, the output head and gradient checkpointing are found by walking the loaded model; the
+table holds the rest. A `model_type` without a row trains on the generic row, which assumes nothing.
 """
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from qlora_train.architectures.row import Architecture
+from qlora_train.architectures.table import ARCHITECTURES, EVERY_LINEAR_NAME
 from qlora_train.errors import ConfigError, ModelError
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "check_max_length",
+    "check_packing",
+    "check_target_modules",
+    "default_chat_template",
+    "detect",
+    "max_positions",
+]
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 """Where config.json keeps the number of positions, in the order of trust."""
@@ -23,81 +33,6 @@ TEMPLATE_MARKERS = {
     "[INST]": "mistral",
 }
 """Token that opens a turn -> the chat template that uses it; a base model that has it is taught with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """One row of the table.
-
-    Attributes:
-        model_type: as in config.json.
-        linear_names: last name of each linear layer but the head, for an early check of `lora.target_modules`.
-        default_positions: positions of a config.json that names none: the config class's default.
-        chat_template: turns of a base model whose vocabulary has no token for them.
-        attention: kernel to take when flash-attn is not installed.
-        attention_reason: why `attention` is not sdpa; empty where it is. sdpa is refused where this is set.
-        unlimited_key: a true value under this key of config.json means that positions do not end.
-        linear_classes: subclasses of nn.Linear that compute the plain product; the library quantises none of them, so the
-            loader does.
-        packing_obstacle: why documents that are packed into one row would see each other; empty where they do not.
-        no_adapter: last names of linear layers that cannot carry LoRA.
-        no_adapter_reason: why they cannot.
-        known: False for the generic row.
-    """
-
-    model_type: str
-    linear_names: tuple[str, ...]
-    default_positions: int | None
-    chat_template: str = "chatml"
-    attention: str = "sdpa"
-    attention_reason: str = ""
-    unlimited_key: str | None = None
-    linear_classes: tuple[str, ...] = ()
-    packing_obstacle: str = ""
-    no_adapter: tuple[str, ...] = ()
-    no_adapter_reason: str = ""
-    known: bool = True
-
-
-_SPLIT_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_GATED_MLP = ("gate_proj", "up_proj", "down_proj")
-_LLAMA_LIKE = _SPLIT_ATTENTION + _GATED_MLP
-_NEOX_LIKE = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-
-_ROWS = (
-    Architecture("llama", _LLAMA_LIKE, 2048, chat_template="llama2"),
-    Architecture("mistral", _LLAMA_LIKE, 131072, chat_template="mistral"),
-    Architecture("qwen2", _LLAMA_LIKE, 32768),
-    Architecture("qwen3", _LLAMA_LIKE, 32768),
-    Architecture("gemma", _LLAMA_LIKE, 8192, chat_template="gemma"),
-    Architecture(
-        "gemma2",
-        _LLAMA_LIKE,
-        8192,
-        chat_template="gemma",
-        attention="eager",
-        attention_reason="its attention scores are soft-capped, which sdpa cannot do",
-    ),
-    Architecture("gemma3_text", _LLAMA_LIKE, 131072, chat_template="gemma"),
-    Architecture("phi3", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), 4096),
-    Architecture("phi", ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), 2048),
-    Architecture("gpt_neox", _NEOX_LIKE, 2048),
-    Architecture("olmo2", _LLAMA_LIKE, 2048),
-    Architecture("granite", _LLAMA_LIKE, 2048),
-    Architecture("cohere", _LLAMA_LIKE, 8192),
-    Architecture(
-        "falcon",
-        _NEOX_LIKE,
-        2048,
-        unlimited_key="alibi",
-        linear_classes=("FalconLinear",),
-        packing_obstacle="Transformers makes its attention mask without looking at positions",
-    ),
-    Architecture("starcoder2", (*_SPLIT_ATTENTION, "c_fc", "c_proj"), 4096),
-    Architecture("smollm3", _LLAMA_LIKE, 32768),
-)
-ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
-_EVERY_LINEAR_NAME = frozenset(name for row in _ROWS for name in row.linear_names)
 
 
 def detect(config: Mapping[str, Any]) -> Architecture:
@@ -181,7 +116,7 @@ def check_target_modules(architecture: Architecture, target_modules: str | tuple
     """
     if isinstance(target_modules, str) or not architecture.known:
         return
-    foreign = _EVERY_LINEAR_NAME - set(architecture.linear_names)
+    foreign = EVERY_LINEAR_NAME - set(architecture.linear_names)
     wrong = [name for name in target_modules if name.rsplit(".", 1)[-1] in foreign]
     if wrong:
         raise ConfigError(

@@ -1,0 +1,145 @@
+"""The table of architectures: what config.json leaves out (a class default), what would otherwise be learnt only after a
+download (which layer names exist), and what no file says (which attention kernel computes the model rightly).
+
+Every row is trained, resumed, merged and reloaded by `tests/test_families.py`; docs/architectures.md is made from it.
+"""
+
+from typing import Any
+
+from qlora_train.architectures.row import Architecture
+
+_SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj")
+_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
+_LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_MLP2 = ("up_proj", "down_proj")
+_FUSED_MLP = ("gate_up_proj", "down_proj")
+_LLAMA = _SPLIT + _MLP
+_NEOX = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+_MIXER = ("in_proj", "out_proj")
+_MAMBA1 = ("in_proj", "x_proj", "dt_proj", "out_proj")
+_DELTA = ("out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+_GPT2 = ("c_attn", "c_proj", "c_fc")
+
+_SOFT_CAPPED = "its attention scores are soft-capped, which sdpa cannot do"
+_NO_POSITIONS = "Transformers makes its attention mask without looking at positions"
+_COUNTED = "it counts positions along the row, whatever the documents in it"
+_STATE = "its recurrent state runs on from one document into the next"
+_OWN_ATTENTION = "its attention is not the plain one that is computed document by document"
+_PAST_ADAPTERS = "its mixer reads the weight itself, past an adapter"
+
+
+def _recurrent(
+    model_type: str, linear_names: tuple[str, ...], default_positions: int | None, **rest: Any
+) -> Architecture:
+    return Architecture(
+        model_type,
+        linear_names,
+        default_positions,
+        packing_obstacle=_STATE,
+        no_adapter_reason=_PAST_ADAPTERS if rest.get("no_adapter") else "",
+        **rest,
+    )
+
+
+_ROWS = (
+    # dense
+    Architecture("apertus", (*_SPLIT, *_MLP2), 65536),
+    Architecture("arcee", (*_SPLIT, *_MLP2), 4096),
+    Architecture("biogpt", (*_OUT, "fc1", "fc2"), 1024, packing_obstacle=_COUNTED),
+    Architecture("bloom", _NEOX, None, packing_obstacle=_NO_POSITIONS),
+    Architecture("codegen", ("qkv_proj", "out_proj", "fc_in", "fc_out"), 2048, packing_obstacle=_OWN_ATTENTION),
+    Architecture("cohere", _LLAMA, 8192),
+    Architecture("cohere2", _LLAMA, 8192),
+    Architecture("diffllama", _LLAMA, 2048),
+    Architecture("ernie4_5", _LLAMA, 131072),
+    Architecture("exaone4", _LLAMA, 2048),
+    Architecture(
+        "falcon",
+        _NEOX,
+        2048,
+        unlimited_key="alibi",
+        linear_classes=("FalconLinear",),
+        packing_obstacle=_NO_POSITIONS,
+    ),
+    Architecture("gemma", _LLAMA, 8192, chat_template="gemma"),
+    Architecture("gemma2", _LLAMA, 8192, chat_template="gemma", attention="eager", attention_reason=_SOFT_CAPPED),
+    Architecture("gemma3_text", _LLAMA, 131072, chat_template="gemma"),
+    Architecture("glm", (*_SPLIT, *_FUSED_MLP), 131072),
+    Architecture("glm4", (*_SPLIT, *_FUSED_MLP), 131072),
+    Architecture("gpt2", _GPT2, 1024),
+    Architecture("gpt_bigcode", _GPT2, 1024),
+    Architecture("gpt_neox", _NEOX, 2048),
+    Architecture("gptj", (*_OUT, "fc_in", "fc_out"), 2048, packing_obstacle=_OWN_ATTENTION),
+    Architecture("granite", _LLAMA, 2048),
+    Architecture("helium", _LLAMA, 4096),
+    Architecture("hunyuan_v1_dense", _LLAMA, 2048),
+    Architecture("hyperclovax", _LLAMA, 2048),
+    Architecture("internlm3", _LLAMA, 32768),
+    Architecture("jais2", (*_SPLIT, *_MLP2), 8192),
+    Architecture("llama", _LLAMA, 2048, chat_template="llama2"),
+    Architecture("minicpm3", (*_LATENT, *_MLP), 32768),
+    Architecture("ministral", _LLAMA, 131072, chat_template="mistral"),
+    Architecture("ministral3", _LLAMA, 262144, chat_template="mistral"),
+    Architecture("mistral", _LLAMA, 131072, chat_template="mistral"),
+    Architecture("mpt", ("Wqkv", "out_proj", *_MLP2), 2048, packing_obstacle=_NO_POSITIONS),
+    Architecture("nanochat", (*_SPLIT, "fc1", "fc2"), 2048),
+    Architecture("nemotron", (*_SPLIT, *_MLP2), 4096),
+    Architecture("olmo", _LLAMA, 2048),
+    Architecture("olmo2", _LLAMA, 2048),
+    Architecture("olmo3", _LLAMA, 2048),
+    Architecture("opt", (*_OUT, "fc1", "fc2"), 2048, packing_obstacle=_COUNTED),
+    Architecture("persimmon", _NEOX, 16384),
+    Architecture("phi", ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), 2048),
+    Architecture("phi3", ("qkv_proj", "o_proj", *_FUSED_MLP), 4096),
+    Architecture("qwen2", _LLAMA, 32768),
+    Architecture("qwen3", _LLAMA, 32768),
+    Architecture("seed_oss", _LLAMA, 524288),
+    Architecture("smollm3", _LLAMA, 32768),
+    Architecture("stablelm", _LLAMA, 4096),
+    Architecture("starcoder2", (*_SPLIT, "c_fc", "c_proj"), 4096),
+    Architecture("vaultgemma", _LLAMA, 8192, chat_template="gemma"),
+    Architecture("xglm", (*_OUT, "fc1", "fc2"), 2048, packing_obstacle=_COUNTED),
+    Architecture("youtu", (*_LATENT, *_MLP), 131072),
+    # mixtures of experts
+    Architecture("afmoe", _LLAMA, 16384, packing_obstacle=_NO_POSITIONS),
+    Architecture("cohere2_moe", _LLAMA, 8192),
+    Architecture("deepseek_v2", (*_LATENT, *_MLP), 2048),
+    Architecture("deepseek_v3", (*_LATENT, *_MLP), 4096),
+    Architecture("dots1", _LLAMA, 2048),
+    Architecture("ernie4_5_moe", _LLAMA, 131072),
+    Architecture("exaone_moe", _LLAMA, 2048),
+    Architecture("flex_olmo", _SPLIT, 4096),
+    Architecture("glm4_moe", _LLAMA, 131072),
+    Architecture("glm4_moe_lite", (*_LATENT, *_MLP), 202752),
+    Architecture("gpt_oss", _SPLIT, 131072, packing_obstacle=_OWN_ATTENTION),
+    Architecture("granitemoe", _SPLIT, 2048),
+    Architecture("hunyuan_v1_moe", _LLAMA, 2048),
+    Architecture("jetmoe", ("kv_proj",), 4096),
+    Architecture("llama4_text", _LLAMA, 131072),
+    Architecture("mellum", _SPLIT, 131072),
+    Architecture("minimax_m2", _SPLIT, 196608),
+    Architecture("mixtral", _SPLIT, 131072, chat_template="mistral"),
+    Architecture("olmoe", _SPLIT, 4096),
+    Architecture("phimoe", _SPLIT, 131072),
+    Architecture("qwen2_moe", _LLAMA, 32768),
+    Architecture("qwen3_moe", _SPLIT, 32768),
+    Architecture("solar_open", _LLAMA, 131072),
+    # recurrent layers, alone or beside attention
+    _recurrent("bamba", (*_LLAMA, *_MIXER), 262144, no_adapter=("out_proj",)),
+    _recurrent("falcon_h1", (*_LLAMA, *_MIXER), 8192, no_adapter=("out_proj",)),
+    _recurrent("falcon_mamba", _MAMBA1, None, keep_16bit=("dt_proj",), no_adapter=_MAMBA1[1:]),
+    _recurrent("granitemoehybrid", (*_SPLIT, "input_linear", "output_linear", *_MIXER), 2048, no_adapter=("out_proj",)),
+    _recurrent("jamba", (*_LLAMA, *_MAMBA1), 262144, keep_16bit=("dt_proj",), no_adapter=("dt_proj",)),
+    _recurrent("lfm2", (*_OUT, "in_proj", "w1", "w2", "w3"), 128000),
+    _recurrent("mamba", _MAMBA1, None, keep_16bit=("dt_proj",), no_adapter=_MAMBA1[1:]),
+    _recurrent("minimax", (*_SPLIT, "qkv_proj", "out_proj", "output_gate"), 131072),
+    _recurrent("nemotron_h", (*_SPLIT, *_MLP2, *_MIXER), 4096, no_adapter=("out_proj",)),
+    _recurrent("olmo_hybrid", (*_LLAMA, "a_proj", "b_proj", "g_proj"), 65536),
+    _recurrent("qwen3_5_text", (*_LLAMA, *_DELTA), 32768),
+    _recurrent("qwen3_5_moe_text", (*_LLAMA, *_DELTA), 32768),
+    _recurrent("qwen3_next", (*_LLAMA, "out_proj", "in_proj_qkvz", "in_proj_ba"), 32768),
+    _recurrent("recurrent_gemma", (*_LLAMA, "linear_y", "linear_x", "linear_out"), None, chat_template="gemma"),
+)
+ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
+EVERY_LINEAR_NAME = frozenset(name for row in _ROWS for name in row.linear_names)
