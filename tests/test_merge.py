@@ -308,5 +308,5 @@ def test_one_shard_of_tensors_lives_at_a_time(tmp_path: Path) -> None:
         most = max(most, len(alive))
         return tensor
 
-    assert write_shards(tmp_path, names, [4000] * 12, 12_000, make) == 4
+    assert write_shards(tmp_path, names, [4000] * 12, 12_000, map(make, names)) == 4
     assert most == 3

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GPT2Config
+from transformers import AutoConfig
 
 from qlora_train.config.schema import QuantizationSection, RunConfig
 from qlora_train.errors import ConfigError, MergeError
 from qlora_train.export import merge as merge_module
-from qlora_train.export.base_file import skeleton_of
 from qlora_train.export.merge import MARKER, check_mergeable
 from tests.merging import (
     Pico,
@@ -190,8 +189,3 @@ def test_original_weights_that_are_not_there_are_asked_for_in_vain_before_traini
     stored = {"model_type": "llama", "quantization_config": {"load_in_4bit": True}}
     with pytest.raises(ConfigError, match=r"original, but org/model-4bit is stored") if refused else nullcontext():
         check_mergeable(stored, config)
-
-
-def test_transposed_linear_layers_are_refused() -> None:
-    with pytest.raises(MergeError, match=r"gpt2: transformer.h.0.attn.c_attn is stored transposed"):
-        skeleton_of(GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=50))
