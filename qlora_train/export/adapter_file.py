@@ -152,13 +152,15 @@ class AdapterFile:
         for suffix in (_LORA_B, _MAGNITUDE):
             if name.endswith(suffix):
                 module = name.removesuffix(suffix)
-                return (module if f"{_PREFIX}{module}{_LORA_A}" in self._keys else None), None
+                known = f"{_PREFIX}{module}{_LORA_A}" in self._keys
+                if suffix == _MAGNITUDE and module.replace(_WRAPPED, "") in self._wrapped:
+                    known = False  # PEFT has no DoRA for parameters
+                return (module if known else None), None
         if name.endswith(_TOKENS):
             module = name.removesuffix(_TOKENS)
             return f"{module}.weight", TokenRows(key, self._token_indices(module))
-        parameter = name.replace(_WRAPPED, "")
-        if parameter != name and parameter.endswith("bias") and "lora_" not in parameter:
-            return parameter, Replace(key)
+        if name.endswith(".base_layer.bias"):
+            return name.replace(".base_layer.bias", ".bias"), Replace(key)
         known = name in self._skeleton.shapes or name.endswith((".weight", ".bias"))
         plain = known and not any(marker in name for marker in _MARKERS)
         return (name, Replace(key)) if plain else (None, None)

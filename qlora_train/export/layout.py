@@ -137,17 +137,11 @@ class Names:
         return Conversion(self.model, by_pattern[sources[0].pattern], first, tuple(sources))
 
     def name_in_file(self, parameter: str) -> str:
-        """Return the name under which the file would hold a parameter that it does not hold yet.
-
-        Raises:
-            MergeError: Transformers would not find it under any.
-        """
+        """Return the name under which the file would hold a parameter that it does not hold yet."""
         used = [rule.reverse_transform() for rule in reversed(self._renamings) if rule.was_used()]
         saved, _ = rename_source_key(parameter, used, [])
-        for name in (saved, parameter):
-            if self.target(name) == (parameter, None):
-                return str(name)
-        raise MergeError(f"{parameter}: Transformers has no name for it in this checkpoint; use the adapter unmerged")
+        name = next(name for name in (saved, parameter) if self.target(name) == (parameter, None))
+        return str(name)
 
 
 def units_of(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Unit, ...]:
