@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from qlora_train.errors import MergeError, first_line
 
@@ -136,12 +142,24 @@ class Names:
         by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
         return Conversion(self.model, by_pattern[sources[0].pattern], first, tuple(sources))
 
-    def name_in_file(self, parameter: str) -> str:
-        """Return the name under which the file would hold a parameter that it does not hold yet."""
-        used = [rule.reverse_transform() for rule in reversed(self._renamings) if rule.was_used()]
-        saved, _ = rename_source_key(parameter, used, [])
-        name = next(name for name in (saved, parameter) if self.target(name) == (parameter, None))
-        return str(name)
+    def name_in_file(self, parameter: str, neighbour: str, neighbour_in_file: str) -> str:
+        """Return the name for a parameter that the file does not hold yet.
+
+        It is the model's own, unless the file follows rules for older names and one of them is for this parameter.
+
+        Args:
+            neighbour: a parameter that it holds, which must keep its name.
+            neighbour_in_file: that one's name.
+        """
+        used = [rule for rule in self._renamings if rule.was_used()]
+        others = [rule for rule in self._renamings if rule not in used and not isinstance(rule, PrefixChange)]
+        for added in (None, *others) if used else ():
+            rules = [rule for rule in self._renamings if rule in used or rule is added]
+            back = [rule.reverse_transform() for rule in reversed(rules)]
+            name, in_file = (str(rename_source_key(name, back, [])[0]) for name in (parameter, neighbour))
+            if name != parameter and in_file == neighbour_in_file and self.target(name) == (parameter, None):
+                return name
+        return parameter
 
 
 def units_of(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Unit, ...]:

@@ -108,7 +108,9 @@ def plan_merge(
         if tied:
             units = tuple(unit for unit in units if unit is not holders[head])
     if tied and _unties(adapter, embedding, head):
-        units, tied = (*units, Unit(holders[embedding].sources, (head,), None, (names.name_in_file(head),))), False
+        stored = holders[embedding].sources
+        name = names.name_in_file(head, embedding, stored[0])
+        units, tied = (*units, Unit(stored, (head,), None, (name,))), False
     _refuse_unmatched(base, adapter, {parameter for unit in units for parameter in unit.parameters})
     shapes = {
         parameter: _changed_shape(base, adapter, parameter, skeleton.shapes[parameter], unit, (embedding, head))
