@@ -165,6 +165,20 @@ def test_a_failed_merge_leaves_the_previous_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
+def test_a_base_that_lacks_what_its_index_names_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pico_llama, base)
+    (base / "model.safetensors").unlink()
+    plain(pico_llama).save_pretrained(base, max_shard_size="100KB")
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    where = content["weight_map"]["lm_head.weight"]
+    index.write_text(json.dumps({**content, "weight_map": {**content["weight_map"], "model.lost.weight": where}}))
+    adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
+    with pytest.raises(MergeError, match=rf"model.lost.weight is named in {index.name} but not in {where}"):
+        merged_logits(base, adapter, tmp_path / "merged")
+
+
 def test_dequantized_is_refused_when_the_run_did_not_quantize(pico_llama: Path, tmp_path: Path) -> None:
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     with pytest.raises(MergeError, match="load_in_4bit is false"):

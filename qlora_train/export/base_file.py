@@ -2,10 +2,11 @@
 
 Reading files instead of a loaded model is deliberate: on some CPUs bitsandbytes repacks the 4-bit weights of a live
 model in place at its first evaluation, and what is dequantised from those afterwards is noise.
+
+One file is open at a time: the pages of a file that was read count as memory of the process for as long as it is open.
 """
 
 import json
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ _DTYPES = {
 
 
 class BaseFile:
-    """The tensors of a checkpoint folder by name; a context manager that keeps the files open.
+    """The tensors of a checkpoint folder by name; a context manager that closes the file that is open.
 
     Attributes:
         names: tensors of the model, without the side tensors of quantised ones.
@@ -45,8 +46,8 @@ class BaseFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._where = _files_by_tensor(folder)
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
+        self._open: tuple[str, Any] | None = None
+        self._headers = _headers(folder, self._where)
         self._state_key = {key.partition(_STATE)[0]: key for key in self._where if _STATE in key}
         self.stored_4bit = frozenset(self._state_key)
         self.names = tuple(key for key in self._where if not self._is_side_tensor(key))
@@ -64,7 +65,7 @@ class BaseFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._close()
 
     def turn(self, names: frozenset[str]) -> None:
         """Say which tensors are of layers stored as (in, out): bitsandbytes stores those as (out, in) in 4 bits."""
@@ -73,7 +74,7 @@ class BaseFile:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape; that of a 4-bit one is its dequantised shape."""
         if name not in self.stored_4bit:
-            return tuple(self._file(name).get_slice(name).get_shape())
+            return self._headers[name][0]
         shape = tuple(self._quant_state(name).shape)
         return shape[::-1] if name in self._turned else shape
 
@@ -85,7 +86,7 @@ class BaseFile:
         """
         if name in self.stored_4bit:
             return self._quant_state(name).dtype
-        stored = self._file(name).get_slice(name).get_dtype()
+        stored = self._headers[name][1]
         if stored not in _DTYPES:
             raise MergeError(
                 f"{self.folder}: {name} is stored as {stored}, which the merge does not read; give 16 bits"
@@ -102,9 +103,15 @@ class BaseFile:
 
     def _file(self, key: str) -> Any:
         file = self._where[key]
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(str(self.folder / file), "pt", device="cpu"))
-        return self._open[file]
+        if self._open is None or self._open[0] != file:
+            self._close()
+            self._open = file, safe_open(str(self.folder / file), "pt", device="cpu").__enter__()
+        return self._open[1]
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open[1].__exit__(None, None, None)
+            self._open = None
 
     def _is_side_tensor(self, key: str) -> bool:
         return _STATE in key or any(key.endswith(p) and key.removesuffix(p) in self.stored_4bit for p in _STATE_PARTS)
@@ -128,6 +135,22 @@ def _files_by_tensor(folder: Path) -> dict[str, str]:
         )
     with safe_open(str(folder / _SINGLE), "pt", device="cpu") as file:
         return dict.fromkeys(file.keys(), _SINGLE)
+
+
+def _headers(folder: Path, where: dict[str, str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and the stored dtype of every tensor."""
+    headers = {}
+    for name in sorted(set(where.values())):
+        with safe_open(str(folder / name), "pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(key)
+                headers[key] = tuple(part.get_shape()), str(part.get_dtype())
+    missing = sorted(set(where) - set(headers))
+    if missing:
+        raise MergeError(
+            f"{folder}: {missing[0]} is named in {_INDEX} but not in {where[missing[0]]}; download the base again"
+        )
+    return headers
 
 
 @dataclass(frozen=True)
