@@ -16,10 +16,8 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_train.errors import MergeError
-from qlora_train.export.merge import merge_adapter
 from qlora_train.export.skeleton import skeleton_of
 from tests.merging import (
-    NF4,
     Pico,
     logits,
     merged_logits,
@@ -74,20 +72,36 @@ def test_merged_experts_compute_what_the_adapter_computes(
     assert tensor_shapes(tmp_path / "merged") == tensor_shapes(base), "the names that save_pretrained writes"
 
 
-def test_every_written_tensor_is_what_adding_by_hand_gives(pico: Pico, tmp_path: Path) -> None:
-    base = mixture(pico, "qwen3_moe")
-    adapter = adapted(base, tmp_path / "adapter")
-    by_hand = plain(base)
-    model = PeftModel.from_pretrained(by_hand, adapter)
+def added_by_hand(base: Path, adapter: Path, output: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Add the change that each of PEFT's layers says it makes, save, and return what has been written."""
+    model = PeftModel.from_pretrained(plain(base), adapter)
     for module in [module for module in model.modules() if hasattr(module, "get_delta_weight")]:
         name = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
         getattr(module.get_base_layer(), name).data += module.get_delta_weight("default").detach()
-    model.unload().save_pretrained(tmp_path / "by_hand")
-    merge_adapter(base, adapter, tmp_path / "m", merge_base="original", quantization=NF4, dtype=torch.float32)
-    expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("by_hand", "m"))
+    model.unload().to(dtype).save_pretrained(output)
+    return load_file(output / "model.safetensors")
+
+
+def test_every_tensor_of_a_mixture_is_what_adding_by_hand_gives(pico: Pico, tmp_path: Path) -> None:
+    base = mixture(pico, "qwen3_moe")
+    adapter = adapted(base, tmp_path / "adapter")
+    expected = added_by_hand(base, adapter, tmp_path / "by_hand", torch.float32)
+    merged_logits(base, adapter, tmp_path / "merged")
+    got = load_file(tmp_path / "merged" / "model.safetensors")
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_plain_model_is_written_to_the_byte_as_adding_by_hand_writes_it(
+    pico_llama: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
+    added_by_hand(pico_llama, adapter, tmp_path / "by_hand", dtype)
+    merged_logits(pico_llama, adapter, tmp_path / "merged", dtype=dtype)
+    expected, got = (tmp_path / name / "model.safetensors" for name in ("by_hand", "merged"))
+    assert got.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -152,10 +166,9 @@ def in_4_bits(base: Path) -> Any:
         if isinstance(module, bnb.nn.Linear4bit):
             put_4bit_weight(reference.get_submodule(name), module)
         if type(module).__name__.endswith("Experts"):
-            experts = reference.get_submodule(name)
-            for part in ("gate_up_proj", "down_proj"):
+            for part in [part for part, stack in module.named_parameters(recurse=False) if stack.ndim == 3]:
                 matrices = [rounded(matrix) for matrix in getattr(module, part).data]
-                getattr(experts, part).data = torch.stack(matrices).float()
+                getattr(reference.get_submodule(name), part).data = torch.stack(matrices).float()
     return reference
 
 
