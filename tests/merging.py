@@ -7,7 +7,9 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from qlora_train.config.schema import ModelSection, QuantizationSection
 from qlora_train.export.merge import merge_adapter
@@ -34,9 +36,23 @@ def dequantized_reference(folder: Path, **settings: Any) -> Any:
     reference = plain(folder)
     for name, module in quantized(folder, **settings).named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            reference.get_submodule(name).weight.data = weight.float()
+            put_4bit_weight(reference.get_submodule(name), module)
     return reference
+
+
+def put_4bit_weight(layer: Any, quantized_layer: Any) -> None:
+    """Give a layer the weight that a 4-bit layer computes with; GPT-2's layers hold the transpose."""
+    weight = bnb.functional.dequantize_4bit(quantized_layer.weight.data, quantized_layer.weight.quant_state).float()
+    layer.weight.data = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of a model folder by name."""
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in sorted(tensors.keys())}
+    return shapes
 
 
 def save_adapter(model: Any, folder: Path, *, seed: int = 3, std: float = 0.05, **settings: Any) -> Path:

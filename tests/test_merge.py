@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.errors import MergeError
+from qlora_train.export.base_file import BaseFile
 from qlora_train.export.merge import merge_adapter
 from qlora_train.export.shards import bytes_of_size, pack, write_shards
 from qlora_train.export.verify import MergeRun, load_merged
@@ -156,6 +157,18 @@ def test_sharded_base_and_sharded_output_hold_the_same_tensors(pico_llama: Path,
     assert report.num_shards == len(files) > 1
     assert max(sum(t.nbytes for t in load_file(file).values()) for file in files) <= 100_000
     torch.testing.assert_close(logits(plain(tmp_path / "parts")), whole, atol=0, rtol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list what a process has mapped")
+def test_files_of_the_base_are_let_go_one_by_one(pico_llama: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(pico_llama).save_pretrained(tmp_path, max_shard_size="60KB")
+    shards = {str(file) for file in tmp_path.glob("*.safetensors")}
+    with BaseFile(tmp_path) as base:
+        for name in base.names:
+            assert base.read(name).isfinite().all()
+            mapped = Path("/proc/self/maps").read_text().splitlines()
+            assert len({line.partition("/")[2] for line in mapped if f"/{line.partition('/')[2]}" in shards}) == 1
+    assert len(shards) > 1
 
 
 def test_output_is_a_complete_model_folder_in_16_bits(pico_llama: Path, tmp_path: Path) -> None:
@@ -308,5 +321,5 @@ def test_one_shard_of_tensors_lives_at_a_time(tmp_path: Path) -> None:
         most = max(most, len(alive))
         return tensor
 
-    assert write_shards(tmp_path, names, [4000] * 12, 12_000, make) == 4
+    assert write_shards(tmp_path, names, [4000] * 12, 12_000, map(make, names)) == 4
     assert most == 3

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GPT2Config
+from transformers import AutoConfig
 
 from qlora_train.config.schema import QuantizationSection, RunConfig
 from qlora_train.errors import ConfigError, MergeError
 from qlora_train.export import merge as merge_module
-from qlora_train.export.base_file import skeleton_of
 from qlora_train.export.merge import MARKER, check_mergeable
 from tests.merging import (
     Pico,
@@ -166,6 +165,20 @@ def test_a_failed_merge_leaves_the_previous_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
+def test_a_base_that_lacks_what_its_index_names_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pico_llama, base)
+    (base / "model.safetensors").unlink()
+    plain(pico_llama).save_pretrained(base, max_shard_size="100KB")
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    where = content["weight_map"]["lm_head.weight"]
+    index.write_text(json.dumps({**content, "weight_map": {**content["weight_map"], "model.lost.weight": where}}))
+    adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
+    with pytest.raises(MergeError, match=rf"model.lost.weight is named in {index.name} but not in {where}"):
+        merged_logits(base, adapter, tmp_path / "merged")
+
+
 def test_dequantized_is_refused_when_the_run_did_not_quantize(pico_llama: Path, tmp_path: Path) -> None:
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     with pytest.raises(MergeError, match="load_in_4bit is false"):
@@ -190,8 +203,3 @@ def test_original_weights_that_are_not_there_are_asked_for_in_vain_before_traini
     stored = {"model_type": "llama", "quantization_config": {"load_in_4bit": True}}
     with pytest.raises(ConfigError, match=r"original, but org/model-4bit is stored") if refused else nullcontext():
         check_mergeable(stored, config)
-
-
-def test_transposed_linear_layers_are_refused() -> None:
-    with pytest.raises(MergeError, match=r"gpt2: transformer.h.0.attn.c_attn is stored transposed"):
-        skeleton_of(GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=50))

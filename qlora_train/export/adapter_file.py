@@ -1,4 +1,4 @@
-"""An adapter as PEFT saved it, read as a list of changes to the base's tensors.
+"""An adapter as PEFT saved it, read as a list of changes to the parameters of the model.
 
 Every tensor of the file is understood, or the adapter is refused: a tensor skipped in silence is a model that was never
 trained. Nothing here loads a model.
@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 
 from qlora_train.errors import MergeError
+from qlora_train.export.skeleton import Skeleton
+from qlora_train.export.wrapped_parameters import WrappedParameter, in_wrapping_order, targeted_parameters
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -23,10 +25,10 @@ _PREFIX = "base_model.model."
 _LORA_A, _LORA_B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias",
-    "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters", "use_bdlora", "use_qalora",
-    "velora_config",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "lora_ga_config",
+    "megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
+_WRAPPED = ".base_layer"
 _MARKERS = ("lora_", "base_layer", "token_adapter", "modules_to_save", "original_module")
 """Parts of a name that PEFT puts into it: with one of these a key is no name of the base."""
 _EXACT_INITS = (True, False, "gaussian", "eva")
@@ -34,12 +36,30 @@ _EXACT_INITS = (True, False, "gaussian", "eva")
 
 @dataclass(frozen=True)
 class LowRank:
-    """W + scale * B @ A; with `magnitude` (DoRA) every row is then scaled to that length. Fields are adapter keys."""
+    """W + scale * B @ A; with `magnitude` (DoRA) every row is then scaled to that length. Fields are adapter keys.
+
+    Where the parameter is stored as (in, out), `transposed`, W is its transpose.
+    """
 
     a: str
     b: str
     magnitude: str | None
     scale: float
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class ExpertLowRank:
+    """W[e] + scale * B[:, :, e] @ A[e] for every expert e, of A as (experts, rank, in) and B as (out, rank, experts).
+
+    Where W[e] is stored as (in, out), `transposed`, what is added is the transpose.
+    """
+
+    a: str
+    b: str
+    scale: float
+    num_experts: int
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -57,29 +77,30 @@ class TokenRows:
     indices: tuple[int, ...]
 
 
-Update = LowRank | Replace | TokenRows
+Update = LowRank | ExpertLowRank | Replace | TokenRows
 
 
 class AdapterFile:
-    """The adapter's config, its changes by base tensor name, and its tensors, each of which is read exactly once.
+    """The adapter's config, its changes by parameter name, and its tensors, each of which is read exactly once.
 
     Args:
         folder: a PEFT adapter folder.
-        embedding: module name of the base's input embeddings, which a plain list of token indices means.
+        skeleton: the model that it is of.
 
     Raises:
         MergeError: no adapter there, another kind than LoRA, or a tensor or setting whose meaning is not known.
     """
 
-    def __init__(self, folder: Path, embedding: str) -> None:
+    def __init__(self, folder: Path, skeleton: Skeleton) -> None:
         self.path = folder / ADAPTER_WEIGHTS
         self.config = _read_config(folder)
         if not self.path.is_file():
             raise MergeError(f"{folder}: no {ADAPTER_WEIGHTS}; point to a folder that PEFT saved an adapter to")
-        self._embedding = embedding
+        self._skeleton = skeleton
         self._file = safe_open(str(self.path), framework="pt", device="cpu")
         self._keys = set(self._file.keys())
         self._reads: Counter[str] = Counter()
+        self._wrapped = targeted_parameters(skeleton.model, self.config.get("target_parameters") or [])
         self.updates = self._understand()
 
     def read(self, key: str) -> torch.Tensor:
@@ -117,25 +138,31 @@ class AdapterFile:
         if unknown:
             raise MergeError(
                 f"{self.path}: {len(unknown)} tensors of unknown kind: {listed(unknown)}; known are LoRA A and B, DoRA "
-                "magnitudes, biases, modules_to_save and trained token rows of linear and embedding layers"
+                "magnitudes, biases, modules_to_save and trained token rows of linear, embedding and expert layers"
             )
         return updates
 
     def _update_of(self, key: str) -> tuple[str | None, Update | None]:
-        """Return the base tensor that a key changes (None: unknown kind) and how (None: another key says so)."""
+        """Return the parameter that a key changes (None: unknown kind) and how (None: another key says so)."""
         name = key.removeprefix(_PREFIX)
         if name.endswith(_LORA_A):
-            return self._low_rank(key, name.removesuffix(_LORA_A))
+            module = name.removesuffix(_LORA_A)
+            wrapped = module.replace(_WRAPPED, "")
+            return self._of_parameter(key, wrapped) if wrapped in self._wrapped else self._low_rank(key, module)
         for suffix in (_LORA_B, _MAGNITUDE):
             if name.endswith(suffix):
                 module = name.removesuffix(suffix)
-                return (module if f"{_PREFIX}{module}{_LORA_A}" in self._keys else None), None
+                known = f"{_PREFIX}{module}{_LORA_A}" in self._keys
+                if suffix == _MAGNITUDE and module.replace(_WRAPPED, "") in self._wrapped:
+                    known = False  # PEFT has no DoRA for parameters
+                return (module if known else None), None
         if name.endswith(_TOKENS):
             module = name.removesuffix(_TOKENS)
             return f"{module}.weight", TokenRows(key, self._token_indices(module))
         if name.endswith(".base_layer.bias"):
             return name.replace(".base_layer.bias", ".bias"), Replace(key)
-        plain = name.endswith((".weight", ".bias")) and not any(marker in name for marker in _MARKERS)
+        known = name in self._skeleton.shapes or name.endswith((".weight", ".bias"))
+        plain = known and not any(marker in name for marker in _MARKERS)
         return (name, Replace(key)) if plain else (None, None)
 
     def _low_rank(self, key: str, module: str) -> tuple[str | None, Update | None]:
@@ -148,19 +175,49 @@ class AdapterFile:
                 f"of {module} is {'there' if magnitude in self._keys else 'missing'}; save the adapter again"
             )
         rank = self.shape(key)[0]
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        expected = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
+        expected = self._rank(module)
         if expected != rank or self.shape(partner)[1] != rank:
             raise MergeError(
                 f"{self.path}: {module} has A {self.shape(key)} and B {self.shape(partner)}, but {ADAPTER_CONFIG} "
                 f"gives it rank {expected}; the two files are not of one adapter"
             )
-        return f"{module}.weight", LowRank(key, partner, magnitude if magnitude in self._keys else None, scale)
+        dora = magnitude if magnitude in self._keys else None
+        transposed = module in self._skeleton.conv1d
+        return f"{module}.weight", LowRank(key, partner, dora, self._scale(module, rank), transposed)
+
+    def _of_parameter(self, key: str, module: str) -> tuple[str | None, Update | None]:
+        """Return the parameter of a wrapped module that the A of one of its wrappers changes, and how."""
+        depths = range(len(self._wrapped[module]) - 1, -1, -1)
+        keys = [f"{_PREFIX}{module}{_WRAPPED * depth}{_LORA_A}" for depth in depths]
+        partners = [a.replace(_LORA_A, _LORA_B) for a in keys]
+        if key not in keys or not self._keys.issuperset(keys + partners):
+            return None, None
+        order = in_wrapping_order(
+            f"{self.path}: {module}",
+            [self._wrapped_parameter(module, name) for name in self._wrapped[module]],
+            [(self.shape(a), self.shape(b)) for a, b in zip(keys, partners, strict=True)],
+        )
+        position = keys.index(key)
+        parameter, partner = order[position], partners[position]
+        scale = self._scale(parameter.name, parameter.rank)
+        if len(parameter.shape) == 2:
+            return parameter.name, LowRank(key, partner, None, scale, transposed=False)
+        return parameter.name, ExpertLowRank(key, partner, scale, parameter.num_experts, parameter.is_transposed)
+
+    def _wrapped_parameter(self, module: str, name: str) -> WrappedParameter:
+        is_transposed = bool(getattr(self._skeleton.model.get_submodule(module), "is_transposed", False))
+        return WrappedParameter(name, self._skeleton.shapes[name], self._rank(name), is_transposed)
+
+    def _rank(self, name: str) -> int:
+        return int(_by_pattern(self.config.get("rank_pattern"), name, self.config["r"]))
+
+    def _scale(self, name: str, rank: int) -> float:
+        alpha = _by_pattern(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _token_indices(self, module: str) -> tuple[int, ...]:
         setting = self.config.get("trainable_token_indices")
-        by_name = setting if isinstance(setting, dict) else {self._embedding: setting}
+        by_name = setting if isinstance(setting, dict) else {self._skeleton.embedding: setting}
         for name, indices in by_name.items():
             if indices and (module == name or module.endswith(f".{name}")):
                 return tuple(indices)
@@ -194,10 +251,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: float) -> float:
-    """Return the first value whose pattern is the module's full name or its end, as PEFT reads such patterns."""
+def _by_pattern(patterns: dict[str, Any] | None, name: str, default: float) -> float:
+    """Return the first value whose pattern is the full name or its end, as PEFT reads such patterns."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(rf"(.*\.)?({pattern})$", name):
             return float(value)
     return float(default)
 

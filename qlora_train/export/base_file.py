@@ -2,10 +2,11 @@
 
 Reading files instead of a loaded model is deliberate: on some CPUs bitsandbytes repacks the 4-bit weights of a live
 model in place at its first evaluation, and what is dequantised from those afterwards is noise.
+
+One file is open at a time: the pages of a file that was read count as memory of the process for as long as it is open.
 """
 
 import json
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +15,7 @@ from typing import Any, Self
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from qlora_train.architectures import detect
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.errors import MergeError
 
@@ -26,11 +24,16 @@ BLOCK_SIZE = 64
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _STATE = ".quant_state.bitsandbytes__"
 _STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FOREIGN = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", "_blocks")
+"""Ends of names in quantised formats that are not read; MXFP4 has `_blocks` beside `_scales`."""
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class BaseFile:
-    """The tensors of a checkpoint folder by name; a context manager that keeps the files open.
+    """The tensors of a checkpoint folder by name; a context manager that closes the file that is open.
 
     Attributes:
         names: tensors of the model, without the side tensors of quantised ones.
@@ -43,14 +46,13 @@ class BaseFile:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._where = _files_by_tensor(folder)
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
+        self._open: tuple[str, Any] | None = None
+        self._headers = _headers(folder, self._where)
         self._state_key = {key.partition(_STATE)[0]: key for key in self._where if _STATE in key}
         self.stored_4bit = frozenset(self._state_key)
         self.names = tuple(key for key in self._where if not self._is_side_tensor(key))
-        foreign = [
-            key for key in self._where if key.endswith((".SCB", ".qweight", ".weight_scale", ".weight_scale_inv"))
-        ]
+        self._turned: frozenset[str] = frozenset()
+        foreign = [key for key in self._where if key.endswith(_FOREIGN)]
         if foreign:
             raise MergeError(
                 f"{folder}: {foreign[0]} belongs to a quantised format that the merge cannot read exactly; "
@@ -63,30 +65,53 @@ class BaseFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._close()
+
+    def turn(self, names: frozenset[str]) -> None:
+        """Say which tensors are of layers stored as (in, out): bitsandbytes stores those as (out, in) in 4 bits."""
+        self._turned = names & self.stored_4bit
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape; that of a 4-bit one is its dequantised shape."""
-        if name in self.stored_4bit:
-            return tuple(self._quant_state(name).shape)
-        return tuple(self._file(name).get_slice(name).get_shape())
+        if name not in self.stored_4bit:
+            return self._headers[name][0]
+        shape = tuple(self._quant_state(name).shape)
+        return shape[::-1] if name in self._turned else shape
 
-    def is_floating(self, name: str) -> bool:
-        """Say whether a tensor holds numbers that are rounded to the output's dtype."""
-        return name in self.stored_4bit or self._file(name).get_slice(name).get_dtype() in _DTYPE_BYTES
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of what `read` returns.
+
+        Raises:
+            MergeError: it is stored in a format that the merge does not know.
+        """
+        if name in self.stored_4bit:
+            return self._quant_state(name).dtype
+        stored = self._headers[name][1]
+        if stored not in _DTYPES:
+            raise MergeError(
+                f"{self.folder}: {name} is stored as {stored}, which the merge does not read; give 16 bits"
+            )
+        return _DTYPES[stored]
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype, 4-bit ones dequantised."""
         if name not in self.stored_4bit:
             tensor: torch.Tensor = self._file(name).get_tensor(name)
             return tensor
-        return dequantize_4bit(self._file(name).get_tensor(name), self._quant_state(name))
+        weight = dequantize_4bit(self._file(name).get_tensor(name), self._quant_state(name))
+        return weight.T.contiguous() if name in self._turned else weight
 
     def _file(self, key: str) -> Any:
         file = self._where[key]
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(str(self.folder / file), "pt", device="cpu"))
-        return self._open[file]
+        if self._open is None or self._open[0] != file:
+            self._close()
+            self._open = file, safe_open(str(self.folder / file), "pt", device="cpu").__enter__()
+        return self._open[1]
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open[1].__exit__(None, None, None)
+            self._open = None
 
     def _is_side_tensor(self, key: str) -> bool:
         return _STATE in key or any(key.endswith(p) and key.removesuffix(p) in self.stored_4bit for p in _STATE_PARTS)
@@ -112,58 +137,48 @@ def _files_by_tensor(folder: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), _SINGLE)
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """What the files do not say: module names of the model that they make.
-
-    `linears` are the linear layers but the head, and the subclasses of them that the architecture table lists: those that
-    a 4-bit load quantises.
-    """
-
-    embedding: str
-    head: str
-    linears: frozenset[str]
-    tied: bool
-
-
-def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
-    """Build the model of a Transformers config without memory (meta device) and name its parts.
-
-    Raises:
-        MergeError: its linear layers are stored transposed, as GPT-2's are.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    names = {id(module): name for name, module in model.named_modules()}
-    head = model.get_output_embeddings()
-    kinds = {"Linear", *detect(config.to_dict()).linear_classes}
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
-    transposed = [name for name, module in layers if isinstance(module, Conv1D)]
-    if transposed:
+def _headers(folder: Path, where: dict[str, str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and the stored dtype of every tensor."""
+    headers = {}
+    for name in sorted(set(where.values())):
+        with safe_open(str(folder / name), "pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                part = file.get_slice(key)
+                headers[key] = tuple(part.get_shape()), str(part.get_dtype())
+    missing = sorted(set(where) - set(headers))
+    if missing:
         raise MergeError(
-            f"{config.model_type}: {transposed[0]} is stored transposed (Conv1D), which the merge does not support; use "
-            "the adapter unmerged"
+            f"{folder}: {missing[0]} is named in {_INDEX} but not in {where[missing[0]]}; download the base again"
         )
-    linears = (name for name, module in layers if type(module).__name__ in kinds)
-    tied = bool(config.get_text_config().tie_word_embeddings)
-    return Skeleton(names[id(model.get_input_embeddings())], names[id(head)], frozenset(linears), tied)
+    return headers
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Rounding of the weights `names` through 4 bits, as a load in `load_dtype` holds them; computed on `device`."""
+    """Rounding of matrices through 4 bits, as a load in `load_dtype` holds them; computed on `device`.
+
+    Attributes:
+        names: of the parameters that the run held so.
+        turned: those of them that bitsandbytes holds as the transpose of what is stored.
+    """
 
     names: frozenset[str]
+    turned: frozenset[str]
     quantization: QuantizationSection
     load_dtype: torch.dtype
     device: str
 
-    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return the weight quantised in blocks of 64 and back, or as it is when it is none of `names`."""
+    def __call__(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """Return a matrix of a parameter quantised in blocks of 64 and back, or as it is when it was not held so."""
         if name not in self.names:
-            return weight
+            return matrix
+        if name in self.turned:
+            return self._rounded(matrix.T).T
+        return self._rounded(matrix)
+
+    def _rounded(self, matrix: torch.Tensor) -> torch.Tensor:
         codes, state = quantize_4bit(
-            weight.to(self.device, self.load_dtype).contiguous(),
+            matrix.to(self.device, self.load_dtype).contiguous(),
             blocksize=BLOCK_SIZE,
             compress_statistics=self.quantization.bnb_4bit_use_double_quant,
             quant_type=self.quantization.bnb_4bit_quant_type,

@@ -6,15 +6,17 @@ before rounding, which are better weights but not the ones the adapter saw. Whic
 model, so `qlora_train.export.verify` measures. Merging *into* 4 bits is not offered: the small change rounds back onto
 the 4-bit grid and the fine-tune is gone.
 
-Every tensor is read, changed in float32, rounded once and written. Host memory holds one shard of output
-twice (safetensors copies what it writes) and the float32 copies of one tensor. Nothing is written in place, and what the
-merge does not understand it refuses.
+The adapter speaks of the model's parameters and the files have names of their own; `qlora_train.export.layout` says which
+tensors make which parameter. One parameter after the other is read, changed in float32, rounded once and written under
+the names that it came from. Tensors that belong to no parameter, such as the other towers of a model of several, are
+copied. Host memory holds one shard of output twice (safetensors copies what it writes) and the copies of one parameter.
+Nothing is written in place, and what the merge does not understand it refuses.
 """
 
 import copy
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +27,14 @@ from transformers import AutoConfig
 from qlora_train.config.schema import QuantizationSection, RunConfig
 from qlora_train.durable import sha256_of, staged_folder
 from qlora_train.errors import ConfigError, MergeError
-from qlora_train.export.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFile
-from qlora_train.export.base_file import BaseFile, Rounding, Skeleton, skeleton_of
+from qlora_train.export.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFile, listed
+from qlora_train.export.arithmetic import merged_parameter
+from qlora_train.export.base_file import BaseFile, Rounding
 from qlora_train.export.companions import write_companions
-from qlora_train.export.merge_plan import MergePlan, OutputTensor, merged_tensor, plan_merge
+from qlora_train.export.layout import Names, Unit, units_of
+from qlora_train.export.merge_plan import MergePlan, PlannedUnit, plan_merge
 from qlora_train.export.shards import bytes_of_size, write_shards
+from qlora_train.export.skeleton import Skeleton, skeleton_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +45,10 @@ MARKER = "merge.json"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written: `num_changed` of `num_tensors` tensors carry the adapter; `num_rounded` went through 4 bits."""
+    """What was written.
+
+    `num_changed` of `num_tensors` tensors carry the adapter; `num_rounded` weights of the model went through 4 bits.
+    """
 
     merge_base: MergeBase
     num_tensors: int
@@ -86,17 +94,22 @@ def merge_adapter(
     config = copy.deepcopy(model_config) or AutoConfig.from_pretrained(base_folder, trust_remote_code=trust_remote_code)
     config.__dict__.pop("quantization_config", None)
     skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
-    adapter = AdapterFile(adapter_folder, skeleton.embedding)
+    adapter = AdapterFile(adapter_folder, skeleton)
     marker = _marker(base_folder, adapter, merge_base)
     with BaseFile(base_folder) as base:
-        held_in_4bit = _held_in_4bit(base, skeleton, merge_base, quantization)
-        rounding = Rounding(held_in_4bit - base.stored_4bit, quantization, load_dtype or dtype, device)
-        plan = plan_merge(base, adapter, skeleton)
-        make = _maker(base, adapter, plan, rounding, dtype)
+        names = Names(skeleton.model)
+        units = _units(base, skeleton, names)
+        held_in_4bit = _held_in_4bit(base, skeleton, units, merge_base, quantization)
+        turned = frozenset(f"{name}.weight" for name in skeleton.conv1d)
+        rounding = Rounding(held_in_4bit - base.stored_4bit, turned, quantization, load_dtype or dtype, device)
+        plan = plan_merge(base, adapter, skeleton, names, units, rounding.names, dtype)
+        _log_strangers(plan)
         with staged_folder(output) as staging:
-            sizes_bytes = [_size_bytes(base, tensor, dtype) for tensor in plan.tensors]
-            names = [tensor.name for tensor in plan.tensors]
-            num_shards = write_shards(staging, names, sizes_bytes, shard_bytes, make)
+            outputs = [tensor.name for tensor in plan.outputs]
+            sizes_bytes = [tensor.size_bytes for tensor in plan.outputs]
+            num_shards = write_shards(
+                staging, outputs, sizes_bytes, shard_bytes, _tensors(base, adapter, plan, rounding)
+            )
             adapter.assert_all_read_once()
             write_companions(
                 staging, base_folder, adapter_folder, config,
@@ -105,8 +118,8 @@ def merge_adapter(
             (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     report = MergeReport(
         merge_base=merge_base,
-        num_tensors=len(names),
-        num_changed=sum(tensor.update is not None for tensor in plan.tensors),
+        num_tensors=len(outputs),
+        num_changed=sum(len(planned.outputs) for planned in plan.units if planned.updates),
         num_rounded=len(held_in_4bit),
         num_shards=num_shards,
         total_bytes=sum(sizes_bytes),
@@ -141,24 +154,50 @@ def is_stored_in_4bit(base_folder: Path) -> bool:
         return bool(base.stored_4bit)
 
 
-def _maker(
-    base: BaseFile, adapter: AdapterFile, plan: MergePlan, rounding: Rounding, dtype: torch.dtype
-) -> Callable[[str], torch.Tensor]:
-    """Return the function that makes one output tensor: read, round through 4 bits, change in float32, round once."""
-    by_name = {tensor.name: tensor for tensor in plan.tensors}
+def _units(base: BaseFile, skeleton: Skeleton, names: Names) -> tuple[Unit, ...]:
+    """Return what the base consists of, with the 4-bit tensors of transposed layers turned."""
+    turned = {f"{name}.weight" for name in skeleton.conv1d}
+    base.turn(frozenset(name for name in base.stored_4bit if names.target(name)[0] in turned))
+    return units_of(names, {name: base.shape(name) for name in base.names})
 
-    def make(name: str) -> torch.Tensor:
-        tensor = by_name[name]
-        weight = base.read(tensor.source)
-        if not weight.is_floating_point():
-            return weight
-        return merged_tensor(adapter, tensor.update, rounding(tensor.source, weight).float()).to(dtype)
 
-    return make
+def _log_strangers(plan: MergePlan) -> None:
+    if plan.strangers:
+        logger.info(
+            "merge: %d tensors belong to no parameter of the model and are copied as they are: %s",
+            len(plan.strangers), listed(plan.strangers, 3),
+        )  # fmt: skip
+
+
+def _tensors(base: BaseFile, adapter: AdapterFile, plan: MergePlan, rounding: Rounding) -> Iterator[torch.Tensor]:
+    """Yield what is written, in order; a unit is made when its first tensor is asked for."""
+    for planned in plan.units:
+        if planned.is_made:
+            yield from _made(base, adapter, planned, rounding)
+        else:
+            for source, output in zip(planned.unit.sources, planned.outputs, strict=True):
+                yield base.read(source).to(output.dtype)
+
+
+def _made(base: BaseFile, adapter: AdapterFile, planned: PlannedUnit, rounding: Rounding) -> Iterator[torch.Tensor]:
+    """Yield a unit's tensors with the adapter's change: read, round through 4 bits, change in float32, round once."""
+    dtype = planned.outputs[0].dtype
+    parameters = planned.unit.load(base.read)
+    for name in planned.unit.parameters:
+        update = planned.updates.get(name)
+        parameters[name] = merged_parameter(adapter, name, parameters[name], update, rounding, dtype)
+    tensors = planned.unit.store(parameters)
+    del parameters
+    for output in planned.outputs:
+        yield tensors.pop(output.name)
 
 
 def _held_in_4bit(
-    base: BaseFile, skeleton: Skeleton, merge_base: MergeBase, quantization: QuantizationSection
+    base: BaseFile,
+    skeleton: Skeleton,
+    units: tuple[Unit, ...],
+    merge_base: MergeBase,
+    quantization: QuantizationSection,
 ) -> frozenset[str]:
     """Return the names of the weights that the run held in 4 bits, or none for a merge onto the original ones."""
     if base.stored_4bit:
@@ -175,14 +214,13 @@ def _held_in_4bit(
             "export.merge_base is dequantized, but quantization.load_in_4bit is false: the adapter was trained on the "
             "original weights; use original or auto"
         )
-    rounded = frozenset(f"{name}.weight" for name in skeleton.linears)
-    missing = sorted(rounded - set(base.names))
+    missing = sorted(skeleton.quantized.difference(*(unit.parameters for unit in units)))
     if missing:
         raise MergeError(
-            f"{base.folder}: {len(missing)} linear weights of the model are stored under other names, e.g. {missing[0]} "
-            f"is not among names like {base.names[0]}; save the base with this version of transformers, or use original"
+            f"{base.folder}: {len(missing)} weights that the run held in 4 bits are not in the files, e.g. {missing[0]}; "
+            f"names there are like {base.names[0]}; save the base with this version of transformers, or use original"
         )
-    return rounded
+    return skeleton.quantized
 
 
 def refuse_places(base_folder: Path, adapter_folder: Path, output: Path) -> None:
@@ -213,15 +251,6 @@ def _marker(base_folder: Path, adapter: AdapterFile, merge_base: MergeBase) -> d
             f"{base_folder}: this adapter is already merged into it; merge onto the base it was trained on"
         )
     return {"adapters": [*earlier, {"sha256": digest, "merge_base": merge_base}]}
-
-
-def _size_bytes(base: BaseFile, tensor: OutputTensor, dtype: torch.dtype) -> int:
-    if not base.is_floating(tensor.source):
-        return base.read(tensor.source).nbytes
-    size = dtype.itemsize
-    for length in tensor.shape:
-        size *= length
-    return size
 
 
 __all__ = [

@@ -5,76 +5,148 @@ both, as they did in training; a change to only one of them (modules_to_save, Lo
 are written.
 """
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from qlora_train.errors import MergeError
-from qlora_train.export.adapter_file import AdapterFile, LowRank, Replace, TokenRows, Update, listed
-from qlora_train.export.base_file import BaseFile, Skeleton
+from qlora_train.export.adapter_file import (
+    AdapterFile,
+    ExpertLowRank,
+    LowRank,
+    Replace,
+    TokenRows,
+    Update,
+    listed,
+)
+from qlora_train.export.base_file import BaseFile
+from qlora_train.export.layout import Names, Unit, refuse_irreversible
+from qlora_train.export.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor to write: where it comes from, what the adapter does to it, its final shape."""
+    """One tensor to write: its name in the file, its final shape and dtype."""
 
     name: str
-    source: str
-    update: Update | None
     shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """Tensors that are read, changed and written together.
+
+    Attributes:
+        unit: names on both sides.
+        updates: what the adapter does to its parameters, by name.
+        is_made: some parameter is changed or rounded; what is not is copied.
+        outputs: the tensors to write, in the order of `unit.outputs`.
+    """
+
+    unit: Unit
+    updates: dict[str, Update]
+    is_made: bool
+    outputs: tuple[OutputTensor, ...]
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All tensors to write in order, whether the head stays tied, and the rows of the embedding."""
+    """All units in order, whether the head stays tied, the rows of the embedding, and how many tensors are strangers."""
 
-    tensors: tuple[OutputTensor, ...]
+    units: tuple[PlannedUnit, ...]
     tied: bool
     num_embeddings: int
 
+    @property
+    def outputs(self) -> list[OutputTensor]:
+        """All tensors to write in order."""
+        return [tensor for planned in self.units for tensor in planned.outputs]
 
-def plan_merge(base: BaseFile, adapter: AdapterFile, skeleton: Skeleton) -> MergePlan:
-    """Match every change of the adapter with a tensor of the base.
+    @property
+    def strangers(self) -> list[str]:
+        """Names of the tensors that belong to no parameter of the model."""
+        return [name for planned in self.units if not planned.unit.parameters for name in planned.unit.sources]
+
+
+def plan_merge(
+    base: BaseFile,
+    adapter: AdapterFile,
+    skeleton: Skeleton,
+    names: Names,
+    units: tuple[Unit, ...],
+    rounded: frozenset[str],
+    dtype: torch.dtype,
+) -> MergePlan:
+    """Match every change of the adapter with what makes its parameter.
+
+    Args:
+        names: the rules for names in the base.
+        units: what the base consists of.
+        rounded: the parameters that go through 4 bits first.
+        dtype: of the floating-point parameters to write.
 
     Raises:
         MergeError: a change without its tensor, shapes that disagree, token rows that nobody trained.
     """
     embedding, head = f"{skeleton.embedding}.weight", f"{skeleton.head}.weight"
-    sources = {name: name for name in base.names}
+    holders = {parameter: unit for unit in units for parameter in unit.parameters}
+    if embedding not in holders:
+        raise MergeError(
+            f"{base.folder}: no tensor {embedding}; its files do not hold the model that config.json describes"
+        )
     tied = skeleton.tied
-    if tied and head in sources:
-        tied = embedding in sources and torch.equal(base.read(embedding), base.read(head))
+    if tied and head in holders:
+        tied = torch.equal(_read(base, holders[embedding], embedding), _read(base, holders[head], head))
         if tied:
-            del sources[head]
+            units = tuple(unit for unit in units if unit is not holders[head])
     if tied and _unties(adapter, embedding, head):
-        sources[head], tied = embedding, False
-    _refuse_unmatched(base, adapter, set(sources))
-    tensors = [_output(base, adapter, name, source, (embedding, head)) for name, source in sources.items()]
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
-    _refuse_unequal_vocabularies(base, shapes, embedding, head)
-    return MergePlan(tuple(tensors), tied, shapes[embedding][0])
+        stored = holders[embedding].sources
+        name = names.name_in_file(head, embedding, stored[0])
+        units, tied = (*units, Unit(stored, (head,), None, (name,))), False
+    _refuse_unmatched(base, adapter, {parameter for unit in units for parameter in unit.parameters})
+    shapes = {
+        parameter: _changed_shape(base, adapter, parameter, skeleton.shapes[parameter], unit, (embedding, head))
+        for unit in units
+        for parameter in unit.parameters
+    }
+    _refuse_unequal_vocabularies(shapes, embedding, head)
+    in_float32 = skeleton.kept_in_float32(dtype)
+    planned = [_planned(base, adapter, unit, shapes, rounded, in_float32, dtype) for unit in units]
+    for made in (item for item in planned if item.is_made):
+        refuse_irreversible(made.unit, names, {name: base.shape(name) for name in made.unit.sources})
+    return MergePlan(tuple(planned), tied, shapes[embedding][0])
 
 
-def merged_tensor(adapter: AdapterFile, update: Update | None, weight: torch.Tensor) -> torch.Tensor:
-    """Return the base's float32 weight with the adapter's change, in float32.
+def _read(base: BaseFile, unit: Unit, parameter: str) -> torch.Tensor:
+    return unit.load(base.read)[parameter]
 
-    LoRA: W + scale * B A (https://arxiv.org/abs/2106.09685). DoRA: each row i of that is scaled to the learnt length
-    m_i (https://arxiv.org/abs/2402.09353); the length divided by is that of this very base.
-    """
-    if update is None:
-        return weight
-    if isinstance(update, Replace):
-        return adapter.read(update.key)
-    if isinstance(update, TokenRows):
-        rows, indices = adapter.read(update.key), torch.tensor(update.indices)
-        grown = weight.new_zeros((max(weight.shape[0], max(update.indices) + 1), *weight.shape[1:]))
-        grown[: weight.shape[0]] = weight
-        return grown.index_copy_(0, indices, rows)
-    weight = weight + (adapter.read(update.b) @ adapter.read(update.a)) * update.scale
-    if update.magnitude is None:
-        return weight
-    length = torch.linalg.norm(weight, dim=1)
-    return (adapter.read(update.magnitude) / length).unsqueeze(1) * weight
+
+def _planned(
+    base: BaseFile,
+    adapter: AdapterFile,
+    unit: Unit,
+    shapes: Mapping[str, tuple[int, ...]],
+    rounded: frozenset[str],
+    in_float32: frozenset[str],
+    dtype: torch.dtype,
+) -> PlannedUnit:
+    updates = {name: adapter.updates[name] for name in unit.parameters if name in adapter.updates}
+    written = torch.float32 if in_float32.intersection(unit.parameters) else dtype
+    outputs = []
+    for source, name in zip(unit.sources, unit.outputs, strict=True):
+        stored = base.dtype(source)
+        shape = base.shape(source) if unit.conversion or not unit.parameters else shapes[unit.parameters[0]]
+        keeps = not unit.parameters or not stored.is_floating_point
+        outputs.append(OutputTensor(name, shape, stored if keeps else written))
+    return PlannedUnit(unit, updates, bool(updates) or not rounded.isdisjoint(unit.parameters), tuple(outputs))
 
 
 def _unties(adapter: AdapterFile, embedding: str, head: str) -> bool:
@@ -101,26 +173,37 @@ def _refuse_unmatched(base: BaseFile, adapter: AdapterFile, names: set[str]) -> 
         )
 
 
-def _output(base: BaseFile, adapter: AdapterFile, name: str, source: str, vocabulary: tuple[str, str]) -> OutputTensor:
-    update, shape = adapter.updates.get(name), base.shape(source)
-    output = OutputTensor(name, source, update, shape)
+def _changed_shape(
+    base: BaseFile,
+    adapter: AdapterFile,
+    name: str,
+    of_model: tuple[int, ...],
+    unit: Unit,
+    vocabulary: tuple[str, str],
+) -> tuple[int, ...]:
+    """Return a parameter's shape with the adapter's change."""
+    update = adapter.updates.get(name)
+    shape = base.shape(unit.sources[0]) if unit.conversion is None else of_model
     if update is None:
-        return output
-    changed: tuple[int, ...]
-    if isinstance(update, LowRank):
-        changed = (adapter.shape(update.b)[0], adapter.shape(update.a)[1])
-    elif isinstance(update, Replace):
-        changed = adapter.shape(update.key)
-        if name in vocabulary and changed[1:] == shape[1:] and changed[0] > shape[0]:
-            return replace(output, shape=changed)
-    else:
-        return replace(output, shape=_shape_with_rows(adapter, update, name, shape))
-    if changed != shape:
+        return shape
+    if isinstance(update, TokenRows):
+        return _shape_with_rows(adapter, update, name, shape)
+    changed = _shape_in_adapter(adapter, update)
+    grows = isinstance(update, Replace) and name in vocabulary and changed[1:] == shape[1:] and changed[0] > shape[0]
+    if changed != shape and not grows:
         raise MergeError(
             f"{adapter.path}: {name} is {changed} in the adapter and {shape} in {base.folder}; merge onto the base "
             "that the adapter was trained on"
         )
-    return output
+    return changed
+
+
+def _shape_in_adapter(adapter: AdapterFile, update: LowRank | ExpertLowRank | Replace) -> tuple[int, ...]:
+    if isinstance(update, Replace):
+        return adapter.shape(update.key)
+    matrix = (adapter.shape(update.b)[0], adapter.shape(update.a)[1])
+    stored = matrix[::-1] if update.transposed else matrix
+    return (update.num_experts, *stored) if isinstance(update, ExpertLowRank) else stored
 
 
 def _shape_with_rows(adapter: AdapterFile, update: TokenRows, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -140,11 +223,7 @@ def _shape_with_rows(adapter: AdapterFile, update: TokenRows, name: str, shape: 
     return (num_rows, *shape[1:])
 
 
-def _refuse_unequal_vocabularies(base: BaseFile, shapes: dict[str, tuple[int, ...]], embedding: str, head: str) -> None:
-    if embedding not in shapes:
-        raise MergeError(
-            f"{base.folder}: no tensor {embedding}; its files do not hold the model that config.json describes"
-        )
+def _refuse_unequal_vocabularies(shapes: dict[str, tuple[int, ...]], embedding: str, head: str) -> None:
     bias = head.removesuffix(".weight") + ".bias"
     for name in (head, bias):
         if name in shapes and shapes[name][0] != shapes[embedding][0]:

@@ -1,11 +1,12 @@
 """Writing a model's safetensors files one shard at a time, so that host memory never holds the model.
 
-At the peak it holds a shard twice, since safetensors copies what it writes, and what making one tensor takes.
+At the peak it holds a shard twice, since safetensors copies what it writes, and what making the next tensors takes.
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,22 +43,25 @@ def write_shards(
     names: Sequence[str],
     sizes_bytes: Sequence[int],
     limit_bytes: int,
-    make: Callable[[str], torch.Tensor],
+    tensors: Iterator[torch.Tensor],
 ) -> int:
-    """Write `make(name)` for every name, with an index when it takes more than one file; return the number of files.
+    """Write a tensor for every name, with an index when it takes more than one file; return the number of files.
 
     Args:
-        sizes_bytes: of the tensors that `make` will return, which decide the shards before the first is made.
+        sizes_bytes: of the tensors, which decide the shards before the first is made.
+        tensors: in the order of `names`; the next is asked for when its shard is being filled.
     """
     groups = pack(sizes_bytes, limit_bytes)
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-        shard = {names[position]: make(names[position]).contiguous() for position in group}
+        made = islice(tensors, len(group))
+        shard = {names[position]: tensor.contiguous() for position, tensor in zip(group, made, strict=True)}
         assert all(shard[names[p]].nbytes == sizes_bytes[p] for p in group), "a tensor has another size than planned"
         save_file(shard, str(folder / file), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
         del shard  # before the next one is made
+    assert next(tensors, None) is None, "more tensors than planned"
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes_bytes)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

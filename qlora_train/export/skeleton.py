@@ -1,0 +1,92 @@
+"""The model of a config without its weights: names, shapes and kinds of parameters that no file tells."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from qlora_train.architectures import detect
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device and what a merge asks of it.
+
+    Attributes:
+        model: the model; its parameters have shapes and no values.
+        shapes: of its parameters and stored buffers, by name.
+        embedding: module name of the input embeddings.
+        head: module name of the output head.
+        tied: whether its config makes the two one matrix.
+        linears: module names of the linear layers that a 4-bit load quantises.
+        conv1d: module names of the linear layers that are stored as (in, out), as GPT-2's are.
+        experts: names of the parameters that hold one matrix an expert, (experts, ...), in three dimensions.
+    """
+
+    model: Any
+    shapes: dict[str, tuple[int, ...]]
+    embedding: str
+    head: str
+    tied: bool
+    linears: frozenset[str]
+    conv1d: frozenset[str]
+    experts: frozenset[str]
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """Names of the parameters that a 4-bit load quantises."""
+        return frozenset(f"{name}.weight" for name in self.linears) | self.experts
+
+    def kept_in_float32(self, dtype: torch.dtype) -> frozenset[str]:
+        """Return the names that Transformers keeps in float32 when it loads the rest in `dtype`."""
+        patterns = [pattern.replace("*", ".*") for pattern in self.model._get_dtype_plan(dtype)]
+        return frozenset(name for name in self.shapes if any(re.search(pattern, name) for pattern in patterns))
+
+
+def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model of a Transformers config without memory (meta device) and name its parts."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    names = {id(module): name for name, module in model.named_modules()}
+    return Skeleton(
+        model=model,
+        shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        embedding=names[id(model.get_input_embeddings())],
+        head=names[id(model.get_output_embeddings())],
+        tied=bool(config.get_text_config().tie_word_embeddings),
+        linears=quantized_linears(model, detect(config.to_dict()).linear_classes),
+        conv1d=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
+        experts=expert_parameters(model),
+    )
+
+
+def quantized_linears(model: Any, class_names: tuple[str, ...]) -> frozenset[str]:
+    """Return the module names of the linear layers that a 4-bit load quantises.
+
+    Args:
+        model: on any device, as it is before quantisation.
+        class_names: subclasses of nn.Linear from the architecture table, which the loader quantises itself.
+    """
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D) or type(module).__name__ in class_names)
+        and should_convert_module(name, kept)
+    )
+
+
+def expert_parameters(model: Any) -> frozenset[str]:
+    """Return the names of the parameters that stack one matrix an expert: three dimensions, in a module of experts."""
+    return frozenset(
+        f"{module_name}.{name}"
+        for module_name, module in model.named_modules()
+        if type(module).__name__.endswith("Experts")
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    )
