@@ -8,10 +8,12 @@ import argparse
 import io
 import json
 import logging
+import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -22,7 +24,7 @@ from qlora_train.secrets import RedactingFormatter, redact
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
 
-COMMANDS = ("train", "check", "show", "data", "schema", "merge", "eval")
+COMMANDS = ("train", "check", "show", "data", "schema", "merge", "eval", "chat")
 MODELS = ("base", "adapter", "merged")
 EPILOG = """\
 The first word is a command or the path of a config, which is trained.
@@ -129,6 +131,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--loss-only", action="store_true", help="do not generate answers")
     _takes_offline(command)
     command.set_defaults(command=_eval)
+
+    command = commands.add_parser("chat", help="talk to a finished run; reads a terminal or a pipe")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
+    command.add_argument("--merged", action="store_true", help="the merged model, not the adapter on its 4-bit base")
+    command.add_argument(
+        "--max-new-tokens", type=_positive, default=512, help="longest generated answer in tokens (512)"
+    )
+    command.add_argument(
+        "--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token each time, as eval does (0)"
+    )
+    _takes_offline(command)
+    command.set_defaults(command=_chat)
     return parser
 
 
@@ -179,6 +193,16 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
 
 
 def _load(options: argparse.Namespace) -> "RunConfig":
@@ -260,11 +284,18 @@ def _data(options: argparse.Namespace) -> int:
 
 def print_text(text: str) -> None:
     """Print what may be long, and whatever characters data and paths have."""
+    with _any_text():
+        print(text, flush=True)
+
+
+@contextmanager
+def _any_text() -> Iterator[None]:
+    """Let all characters be printed, escaped where need be; whoever reads them, such as head, may have seen enough."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(text, flush=True)
-    except BrokenPipeError:  # whoever reads it, such as head, has seen enough
+        yield
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -300,6 +331,18 @@ def _eval(options: argparse.Namespace) -> int:
         generate=not options.loss_only,
     )
     evaluate(finished_run(options.run), settings)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    prepare_libraries(offline=options.offline)
+    from qlora_train.chat import ChatSettings, chat
+    from qlora_train.finished import open_finished
+
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    with _any_text():
+        chat(open_finished(options.run), ChatSettings(options.merged, options.max_new_tokens, options.temperature))
     return 0
 
 

@@ -112,11 +112,7 @@ def generate_answers(
     """
     encoded = _encode_prompts(tokenizer, prompts, date or datetime.date.today())
     stops = stop_token_ids(model, tokenizer)
-    pad = next(i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None)
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        temperature=1.0, top_p=1.0, top_k=50, use_cache=True, eos_token_id=stops or None, pad_token_id=pad,
-    )  # fmt: skip
+    greedy = decoding(model, tokenizer, max_new_tokens=max_new_tokens)
     answers = [""] * len(prompts)
     with _evaluating(model), torch.no_grad():
         for batch in _batches([len(ids) for ids in encoded], batch_size):
@@ -124,6 +120,21 @@ def generate_answers(
                 end = next((at for at, token in enumerate(new) if token in stops), len(new))
                 answers[index] = tokenizer.decode(new[:end], skip_special_tokens=True)
     return answers
+
+
+def decoding(model: Any, tokenizer: Any, *, max_new_tokens: int, temperature: float = 0.0) -> GenerationConfig:
+    """Return how an answer is decoded: greedily at temperature 0, else drawn from the model's own distribution.
+
+    Everything that a checkpoint could say of it (sampling, penalties, beams) is said here instead.
+    """
+    stops = stop_token_ids(model, tokenizer)
+    pad = next(i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None)
+    drawn = temperature > 0
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=drawn, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
+        temperature=temperature if drawn else 1.0, top_p=1.0, top_k=0 if drawn else 50, use_cache=True,
+        eos_token_id=stops or None, pad_token_id=pad,
+    )  # fmt: skip
 
 
 def _encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], date: datetime.date) -> list[list[int]]:
@@ -222,6 +233,6 @@ def _input_device(model: Any) -> torch.device:
 
 
 __all__ = [
-    "AnswerScores", "ExampleLoss", "HeldOutLoss", "RowComparison", "answer_ends", "compare_row_by_row",
+    "AnswerScores", "ExampleLoss", "HeldOutLoss", "RowComparison", "answer_ends", "compare_row_by_row", "decoding",
     "few_shot_prompt", "generate_answers", "held_out_loss", "score_answers", "stop_token_ids",
 ]  # fmt: skip

@@ -23,8 +23,7 @@ from qlora_train.checkpoint import (
     held,
     open_run,
 )
-from qlora_train.config import ModelSection, RunConfig, load_config
-from qlora_train.config.schema import COMMIT
+from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, epoch_order, labelled_batches, padding_multiple
 from qlora_train.data.store import Rows
@@ -33,6 +32,7 @@ from qlora_train.disk import check_room, disk_need
 from qlora_train.export.card import clean_adapter_config, write_card
 from qlora_train.export.merge import check_mergeable
 from qlora_train.export.run import library_versions, merge_run
+from qlora_train.finished import commit_of, date_of
 from qlora_train.inspect_data import data_of
 from qlora_train.loader import BaseSource, LoadedModel, load_model, resolve_base
 from qlora_train.loader.tokenizer import save_tokenizer
@@ -123,18 +123,6 @@ def keep_num_threads(folder: RunFolder) -> None:
     if recorded not in (None, torch.get_num_threads()):
         logger.info("threads: %d, as this run began, instead of %d", recorded, torch.get_num_threads())
         torch.set_num_threads(recorded)
-
-
-def date_of(folder: RunFolder) -> datetime.date:
-    """Return the day the run began: chat templates that print the date go on printing that one."""
-    recorded: str | None = folder.facts().get("date")
-    return datetime.date.fromisoformat(recorded) if recorded else datetime.date.today()
-
-
-def commit_of(model: ModelSection, folder: RunFolder) -> ModelSection:
-    """Return the model section at the commit that the run began with: a branch of the Hub moves on, a run does not."""
-    identity = str(folder.facts().get("base_identity", ""))
-    return model.model_copy(update={"revision": identity}) if COMMIT.fullmatch(identity) else model
 
 
 def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:

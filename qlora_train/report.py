@@ -9,8 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
-from transformers import AutoTokenizer
 
 from qlora_train import durable
 from qlora_train.adapter import load_trained
@@ -18,10 +16,10 @@ from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import Example, PreparedData
 from qlora_train.data.types import Prompt
-from qlora_train.device import free_memory, select_device
-from qlora_train.errors import CheckpointError, DataError, first_line
+from qlora_train.device import free_memory
+from qlora_train.errors import CheckpointError, DataError
 from qlora_train.evaluate import compare_row_by_row, few_shot_prompt, generate_answers, held_out_loss, score_answers
-from qlora_train.export.verify import load_merged
+from qlora_train.finished import merged_model
 from qlora_train.loader import BaseSource, load_model
 
 logger = logging.getLogger(__name__)
@@ -113,19 +111,7 @@ def _models(
         del loaded
         free_memory()
     if "merged" in settings.models:
-        yield "merged", plain, *_merged_model(folder, trust_remote_code=config.model.trust_remote_code)
-
-
-def _merged_model(folder: RunFolder, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    try:
-        model = load_merged(folder.merged, select_device(), trust_remote_code=trust_remote_code)
-        return model, AutoTokenizer.from_pretrained(
-            folder.merged, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder.merged}: cannot be loaded: {first_line(error)}; delete it and merge again"
-        ) from error
+        yield "merged", plain, *merged_model(folder, trust_remote_code=config.model.trust_remote_code)
 
 
 def _record(

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,6 +109,21 @@ def handle_signals() -> Iterator[None]:
         thread.join()
         hears.close()
         _process.handles, _process.requested, _process.deadline = False, None, None
+
+
+@contextmanager
+def interrupts_to(answer: Callable[[], None]) -> Iterator[None]:
+    """Let every Ctrl-C inside call `answer` instead of ending the process; where it is ignored, it stays so."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    wakeup = signal.set_wakeup_fd(-1)  # nobody counts them
+    before = signal.signal(signal.SIGINT, lambda _number, _frame: answer())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
 
 def _on_signal(number: int, _frame: Any) -> None:

@@ -13,7 +13,8 @@ ORDER = (
     "errors", "secrets", "network", "faults", "stopping", "config", "ladder", "footprint", "architectures", "durable",
     "device", "kernels",
     "loss", "data", "loader", "inspect_data",
-    "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "report", "disk", "pipeline", "cli",
+    "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "finished",
+    "report", "disk", "pipeline", "chat", "cli",
 )  # fmt: skip
 """Stages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
