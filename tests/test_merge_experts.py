@@ -15,8 +15,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.errors import MergeError
 from qlora_train.export.skeleton import skeleton_of
+from qlora_train.loader import load_model
+from qlora_train.loader.experts import expert_parameters
 from tests.merging import (
     Pico,
     logits,
@@ -159,7 +162,10 @@ def test_experts_spread_over_shards_are_the_same(pico: Pico, tmp_path: Path) -> 
 def in_4_bits(base: Path) -> Any:
     """Return the base in float32 with the linear layers of a 4-bit load, and each expert's matrix rounded by itself."""
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **settings)
+    kept = ["lm_head", "mlp.shared_expert_gate"]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=kept, **settings
+    )
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=config)
     reference = plain(base)
     for name, module in loaded.named_modules():
@@ -228,10 +234,11 @@ def test_what_a_4_bit_load_quantizes_is_known_without_it(pico: Pico) -> None:
         pico("llama"),
         pico("phi", tie_word_embeddings=True),
     ):
-        config = BitsAndBytesConfig(load_in_4bit=True)
-        loaded = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+        loaded = load_model(ModelSection(model_name_or_path=str(base)), QuantizationSection()).model
         layers = {name for name, module in loaded.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-        assert skeleton_of(loaded.config).linears == layers
+        skeleton = skeleton_of(loaded.config)
+        assert skeleton.linears == layers
+        assert skeleton.experts == set(expert_parameters(loaded))
 
 
 def _one_wrapper(tensors: dict[str, torch.Tensor]) -> None:

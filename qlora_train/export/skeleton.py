@@ -10,7 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_train.architectures import detect
+from qlora_train.architectures import Architecture, detect
+from qlora_train.loader.experts import expert_parameters
+from qlora_train.loader.quantizer import kept_in_16bit
 
 
 @dataclass(frozen=True)
@@ -59,34 +61,24 @@ def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
         embedding=names[id(model.get_input_embeddings())],
         head=names[id(model.get_output_embeddings())],
         tied=bool(config.get_text_config().tie_word_embeddings),
-        linears=quantized_linears(model, detect(config.to_dict()).linear_classes),
+        linears=quantized_linears(model, detect(config.to_dict())),
         conv1d=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
-        experts=expert_parameters(model),
+        experts=frozenset(expert_parameters(model)),
     )
 
 
-def quantized_linears(model: Any, class_names: tuple[str, ...]) -> frozenset[str]:
+def quantized_linears(model: Any, architecture: Architecture) -> frozenset[str]:
     """Return the module names of the linear layers that a 4-bit load quantises.
 
     Args:
         model: on any device, as it is before quantisation.
-        class_names: subclasses of nn.Linear from the architecture table, which the loader quantises itself.
+        architecture: its row, which says what is quantised and what is not besides what the library decides.
     """
-    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    named = kept_in_16bit(model, architecture.keep_16bit)
+    kept = HfQuantizer.get_modules_to_not_convert(model, named, model._keep_in_fp32_modules)
     return frozenset(
         name
         for name, module in model.named_modules()
-        if (type(module) is torch.nn.Linear or isinstance(module, Conv1D) or type(module).__name__ in class_names)
+        if (type(module) in (torch.nn.Linear, Conv1D) or type(module).__name__ in architecture.linear_classes)
         and should_convert_module(name, kept)
-    )
-
-
-def expert_parameters(model: Any) -> frozenset[str]:
-    """Return the names of the parameters that stack one matrix an expert: three dimensions, in a module of experts."""
-    return frozenset(
-        f"{module_name}.{name}"
-        for module_name, module in model.named_modules()
-        if type(module).__name__.endswith("Experts")
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
     )

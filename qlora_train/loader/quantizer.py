@@ -5,6 +5,7 @@ integration does so for linear layers alone; since the experts of a layer are on
 16 bits. This quantiser adds the experts, each matrix on its own, and leaves routers as they are.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -48,9 +49,8 @@ class Quantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any, **arguments: Any) -> None:
         self.expert_names = tuple(expert_parameters(model))
-        # naming any module here replaces the library's own choice, which is the output head and what it is tied to
         named = self.quantization_config.llm_int8_skip_modules or ()
-        self.quantization_config.llm_int8_skip_modules = [*named, *get_keys_to_not_convert(model), *routers(model)]
+        self.quantization_config.llm_int8_skip_modules = kept_in_16bit(model, named)
         super()._process_model_before_weight_loading(model, device_map, **arguments)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **arguments: Any) -> bool:
@@ -71,6 +71,14 @@ class Quantizer(Bnb4BitHfQuantizer):
         # what it is to those who ask: a bitsandbytes model
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return super()._process_model_after_weight_loading(model, **arguments)
+
+
+def kept_in_16bit(model: Any, named: Iterable[str]) -> list[str]:
+    """Return the modules that are not quantised: those named, routers, and the library's own choice.
+
+    Naming any module replaces that choice, which is the output head and what it is tied to.
+    """
+    return [*named, *get_keys_to_not_convert(model), *routers(model)]
 
 
 class _Quantize(ConversionOps):
