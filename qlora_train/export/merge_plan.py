@@ -59,11 +59,19 @@ class PlannedUnit:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All units in order, whether the head stays tied, the rows of the embedding, and how many tensors are strangers."""
+    """All units in order, and what a model folder is told of them.
+
+    Attributes:
+        units: what is read and written.
+        tied: whether the head stays the embedding.
+        num_embeddings: rows of the embedding.
+        missing: parameters of the model that nothing in the base makes.
+    """
 
     units: tuple[PlannedUnit, ...]
     tied: bool
     num_embeddings: int
+    missing: list[str]
 
     @property
     def outputs(self) -> list[OutputTensor]:
@@ -122,7 +130,7 @@ def plan_merge(
     planned = [_planned(base, adapter, unit, shapes, rounded, in_float32, dtype) for unit in units]
     for made in (item for item in planned if item.is_made):
         refuse_irreversible(made.unit, names, {name: base.shape(name) for name in made.unit.sources})
-    return MergePlan(tuple(planned), tied, shapes[embedding][0])
+    return MergePlan(tuple(planned), tied, shapes[embedding][0], sorted(skeleton.untied - holders.keys()))
 
 
 def _read(base: BaseFile, unit: Unit, parameter: str) -> torch.Tensor:

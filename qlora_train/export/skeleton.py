@@ -38,6 +38,12 @@ class Skeleton:
     experts: frozenset[str]
 
     @property
+    def untied(self) -> frozenset[str]:
+        """Names of the parameters that no other parameter gives their values."""
+        tied = self.model.all_tied_weights_keys
+        return frozenset(name for name, _ in self.model.named_parameters() if name not in tied)
+
+    @property
     def quantized(self) -> frozenset[str]:
         """Names of the parameters that a 4-bit load quantises."""
         return frozenset(f"{name}.weight" for name in self.linears) | self.experts
