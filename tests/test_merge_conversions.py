@@ -5,11 +5,30 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, conversion_mapping
-from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter
+from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
+from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, revert_weight_conversion
 
 from qlora_train.errors import MergeError
+from qlora_train.export.layout import Names, refuse_irreversible, units_of
+from qlora_train.export.skeleton import skeleton_of
 from tests.merging import Tensors, logits, merged_logits, plain, save_adapter, tensor_shapes, with_tensors
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["ernie4_5_moe", "glm4_moe", "jamba", "longcat_flash", "minimax_m2", "nemotron_h", "olmo_hybrid", "phimoe"],
+)
+def test_what_transformers_saves_of_a_model_is_understood_and_written_back(model_type: str) -> None:
+    """Names and shapes of models of full size; no weights."""
+    skeleton = skeleton_of(AutoConfig.for_model(model_type))
+    saved = revert_weight_conversion(skeleton.model, dict(skeleton.model.state_dict()))
+    shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    assert shapes.keys() != skeleton.shapes.keys(), "the file's names are the model's, which proves nothing"
+    names = Names(skeleton.model)
+    units = units_of(names, shapes)
+    assert {parameter for unit in units for parameter in unit.parameters} == skeleton.shapes.keys()
+    for unit in units:
+        refuse_irreversible(unit, names, shapes)
 
 
 def converting(monkeypatch: pytest.MonkeyPatch, converter: WeightConverter) -> None:

@@ -78,7 +78,7 @@ def merge_adapter(
         base_folder: local checkpoint of safetensors, 16-bit or as bitsandbytes stored it in 4 bits.
         adapter_folder: as PEFT saved it; its tokenizer and generation_config files go into the output, else the base's.
         output: a new folder, or a previous merge, which is replaced once the new one is whole.
-        merge_base: `dequantized` rounds the linear layers through 4 bits first, as the run held them.
+        merge_base: `dequantized` rounds linear layers and experts through 4 bits first, as the run held them.
         quantization: how the run held them.
         dtype: of the written floating-point tensors.
         load_dtype: dtype that the run quantised from (its compute dtype); None is `dtype`.

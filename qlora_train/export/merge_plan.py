@@ -110,11 +110,9 @@ def plan_merge(
         raise MergeError(
             f"{base.folder}: no tensor {embedding}; its files do not hold the model that config.json describes"
         )
-    tied = skeleton.tied
+    tied = skeleton.tied and (head not in holders or _equal(base, holders, embedding, head))
     if tied and head in holders:
-        tied = torch.equal(_read(base, holders[embedding], embedding), _read(base, holders[head], head))
-        if tied:
-            units = tuple(unit for unit in units if unit is not holders[head])
+        units = tuple(unit for unit in units if unit is not holders[head])
     if tied and _unties(adapter, embedding, head):
         stored = holders[embedding].sources
         name = names.name_in_file(head, embedding, stored[0])
@@ -133,8 +131,9 @@ def plan_merge(
     return MergePlan(tuple(planned), tied, shapes[embedding][0], sorted(skeleton.untied - holders.keys()))
 
 
-def _read(base: BaseFile, unit: Unit, parameter: str) -> torch.Tensor:
-    return unit.load(base.read)[parameter]
+def _equal(base: BaseFile, holders: Mapping[str, Unit], one: str, other: str) -> bool:
+    first, second = (holders[name].load(base.read)[name] for name in (one, other))
+    return torch.equal(first, second)
 
 
 def _planned(
