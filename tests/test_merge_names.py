@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from qlora_train.errors import MergeError
 from tests.merging import (
+    EXPERTS,
+    MIXTURES,
     Pico,
     dequantized_reference,
     logits,
@@ -50,13 +52,19 @@ def test_transposed_layers_are_rounded_as_bitsandbytes_holds_them(pico: Pico, tm
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("model_type", "prefix"), [("gpt2", "transformer."), ("llama", "model.")])
-def test_a_base_without_its_prefix_keeps_its_names(pico: Pico, tmp_path: Path, model_type: str, prefix: str) -> None:
-    of_head = pico(model_type, **(GPT2 if model_type == "gpt2" else {}), tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("model_type", "prefix", "settings"),
+    [("gpt2", "transformer.", GPT2), ("llama", "model.", {}), ("qwen3_moe", "model.", MIXTURES["qwen3_moe"])],
+)
+def test_a_base_without_its_prefix_keeps_its_names(
+    pico: Pico, tmp_path: Path, model_type: str, prefix: str, settings: dict[str, Any]
+) -> None:
+    of_head = pico(model_type, **settings, tie_word_embeddings=True)
     base = with_tensors(
         of_head, tmp_path / "base", lambda tensors: {name.removeprefix(prefix): t for name, t in tensors.items()}
     )
-    adapter = save_adapter(plain(of_head), tmp_path / "adapter")
+    targets = {"target_parameters": EXPERTS} if "moe" in model_type else {}
+    adapter = save_adapter(plain(of_head), tmp_path / "adapter", **targets)
     got = merged_logits(base, adapter, tmp_path / "merged")
     torch.testing.assert_close(got, peft_merged_logits(of_head, adapter), atol=1e-5, rtol=1e-5)
     assert tensor_shapes(tmp_path / "merged") == tensor_shapes(base)

@@ -130,12 +130,10 @@ class Names:
         return target, pattern
 
     def source(self, name: str, pattern: str, target: str) -> Source:
-        """Return a tensor with its name after renaming, with the prefix that its parameter has got or lost."""
+        """Return a tensor with its name after renaming, with the prefix that its parameter has got."""
         renamed, _ = rename_source_key(name, self._renamings, [])
         converted, _ = rename_source_key(name, self._renamings, self._converters)
-        if target.endswith(f".{converted}"):
-            return Source(name, pattern, target.removesuffix(converted) + str(renamed))
-        return Source(name, pattern, str(renamed).removeprefix(converted.removesuffix(target)))
+        return Source(name, pattern, target.removesuffix(converted) + str(renamed))
 
     def conversion(self, first: str, sources: list[Source]) -> Conversion:
         """Return the use of the converter that takes these tensors."""
