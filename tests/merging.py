@@ -1,5 +1,6 @@
 """What the tests of merging share: adapters with random weights on pico models, and independent references."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -16,8 +18,19 @@ from qlora_train.export.merge import merge_adapter
 from qlora_train.loader import load_model
 
 Pico = Callable[..., Path]
+Tensors = dict[str, torch.Tensor]
 NF4 = QuantizationSection()
 IDS = torch.randint(4, 300, (3, 17), generator=torch.Generator().manual_seed(1))
+
+SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**SMALL_EXPERTS, "head_dim": 16},
+    "qwen2_moe": {**SMALL_EXPERTS, "shared_expert_intermediate_size": 64},
+    "mixtral": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 64},
+}
+"""Three that store a tensor an expert, and one that stores (experts, in, out), gate and up interleaved, with biases."""
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def plain(folder: Path) -> Any:
@@ -83,3 +96,30 @@ def merged_logits(base: Path, adapter: Path, output: Path, **settings: Any) -> t
 def peft_merged_logits(base: Path, adapter: Path) -> torch.Tensor:
     """PEFT's own merge into the 16-bit model, in float32."""
     return logits(PeftModel.from_pretrained(plain(base), adapter).merge_and_unload())
+
+
+def mixture(pico: Pico, model_type: str, **arguments: Any) -> Path:
+    """Return the folder of a pico mixture."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"]} if model_type == "gpt_oss" else {}
+    return pico(model_type, **MIXTURES[model_type], **layers, **arguments)
+
+
+def adapted(base: Path, folder: Path, **settings: Any) -> Path:
+    """Save an adapter of the attention and of the experts."""
+    options = {"target_modules": ["q_proj", "o_proj"], "target_parameters": EXPERTS, **settings}
+    return save_adapter(plain(base), folder, **options)
+
+
+def change_adapter(adapter: Path, edit: Callable[[Tensors], Any]) -> None:
+    """Change the tensors of a saved adapter."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    edit(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+def with_tensors(base: Path, folder: Path, edit: Callable[[Tensors], Tensors]) -> Path:
+    """Copy a base and give it other tensors."""
+    shutil.copytree(base, folder)
+    tensors = edit(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

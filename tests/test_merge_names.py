@@ -1,19 +1,18 @@
 """Checkpoints whose names or layouts are not the model's: prefixes, other towers, transposed layers, conversions."""
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, conversion_mapping
-from transformers.core_model_loading import ConversionOps, Transpose, WeightConverter
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qlora_train.errors import MergeError
 from tests.merging import (
+    EXPERTS,
+    MIXTURES,
     Pico,
     dequantized_reference,
     logits,
@@ -23,19 +22,11 @@ from tests.merging import (
     quantized,
     save_adapter,
     tensor_shapes,
+    with_tensors,
 )
 from tests.pico import COMMON, STD, build_tokenizer
 
 GPT2 = {"n_inner": 128, "n_positions": 256}
-Tensors = dict[str, torch.Tensor]
-
-
-def with_tensors(base: Path, folder: Path, edit: Callable[[Tensors], Tensors]) -> Path:
-    """Copy a base and give it other tensors."""
-    shutil.copytree(base, folder)
-    tensors = edit(load_file(folder / "model.safetensors"))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["c_fc"]}], ids=str)
@@ -61,13 +52,19 @@ def test_transposed_layers_are_rounded_as_bitsandbytes_holds_them(pico: Pico, tm
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("model_type", "prefix"), [("gpt2", "transformer."), ("llama", "model.")])
-def test_a_base_without_its_prefix_keeps_its_names(pico: Pico, tmp_path: Path, model_type: str, prefix: str) -> None:
-    of_head = pico(model_type, **(GPT2 if model_type == "gpt2" else {}), tie_word_embeddings=True)
+@pytest.mark.parametrize(
+    ("model_type", "prefix", "settings"),
+    [("gpt2", "transformer.", GPT2), ("llama", "model.", {}), ("qwen3_moe", "model.", MIXTURES["qwen3_moe"])],
+)
+def test_a_base_without_its_prefix_keeps_its_names(
+    pico: Pico, tmp_path: Path, model_type: str, prefix: str, settings: dict[str, Any]
+) -> None:
+    of_head = pico(model_type, **settings, tie_word_embeddings=True)
     base = with_tensors(
         of_head, tmp_path / "base", lambda tensors: {name.removeprefix(prefix): t for name, t in tensors.items()}
     )
-    adapter = save_adapter(plain(of_head), tmp_path / "adapter")
+    targets = {"target_parameters": EXPERTS} if "moe" in model_type else {}
+    adapter = save_adapter(plain(of_head), tmp_path / "adapter", **targets)
     got = merged_logits(base, adapter, tmp_path / "merged")
     torch.testing.assert_close(got, peft_merged_logits(of_head, adapter), atol=1e-5, rtol=1e-5)
     assert tensor_shapes(tmp_path / "merged") == tensor_shapes(base)
@@ -193,6 +190,27 @@ def test_what_transformers_keeps_in_float32_stays_so(pico: Pico, tmp_path: Path)
     torch.testing.assert_close(plain(tmp_path / "merged").get_buffer(bias), uneven, atol=0, rtol=0)
 
 
+def test_a_parameter_that_is_nowhere_is_warned_of(
+    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    partial = with_tensors(
+        pico_llama, tmp_path / "base", lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+    )
+    adapter = save_adapter(plain(pico_llama), tmp_path / "adapter", target_modules=["q_proj"])
+    merged_logits(partial, adapter, tmp_path / "merged")
+    assert f"1 parameters of LlamaForCausalLM are not in the base, and each load draws them anew: {name}" in caplog.text
+
+
+def test_a_whole_base_is_not_warned_of(pico: Pico, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for model_type in ("llama", "gemma"):  # the second has no head of its own
+        adapter = save_adapter(plain(pico(model_type)), tmp_path / f"{model_type}-adapter")
+        merged_logits(pico(model_type), adapter, tmp_path / model_type)
+    assert "qlora_train" not in {
+        record.name.partition(".")[0] for record in caplog.records if record.levelname == "WARNING"
+    }
+
+
 def test_two_tensors_of_one_parameter_are_refused(pico_llama: Path, tmp_path: Path) -> None:
     twice = with_tensors(
         pico_llama, tmp_path / "base", lambda tensors: {**tensors, "norm.weight": tensors["model.norm.weight"] * 2}
@@ -220,54 +238,3 @@ def test_numbers_of_an_unknown_kind_are_refused(pico_llama: Path, tmp_path: Path
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     with pytest.raises(MergeError, match=rf"{name} is stored as F8_E4M3, which the merge does not read"):
         merged_logits(in_8_bits, adapter, tmp_path / "merged")
-
-
-class Halved(ConversionOps):
-    """A conversion that loses the last bits of what it takes."""
-
-    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, Any]:
-        return {target_patterns[0]: next(iter(input_dict.values()))[0].to(torch.float8_e5m2).to(torch.bfloat16)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return Halved()
-
-
-class OneWay(Halved):
-    """A conversion that nobody wrote the reverse of."""
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("no way back")
-
-
-@pytest.mark.parametrize(
-    ("operation", "message"),
-    [
-        (
-            Transpose(0, 1, check_dims=True),
-            r"cannot be written back: .*down_proj.weight is \(128, 64\) and would be \(64, 128\)",
-        ),
-        (OneWay(), r"cannot be written back: NotImplementedError\('no way back'\); use the adapter unmerged"),
-        (Halved(), r"down_proj.weight: Transformers' conversion to .*down_proj.weight loses some of it"),
-    ],
-    ids=["transposed when shapes ask for it", "no way back", "lossy"],
-)
-def test_a_conversion_that_cannot_be_undone_is_refused(
-    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: ConversionOps, message: str
-) -> None:
-    adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
-
-    def turned(tensors: Tensors) -> Tensors:
-        wants = isinstance(operation, Transpose)
-        return {name: t.T.contiguous() if wants and "down_proj" in name else t for name, t in tensors.items()}
-
-    base = with_tensors(pico_llama, tmp_path / "base", turned)
-    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # fills the table
-    table = conversion_mapping._checkpoint_conversion_mapping_cache
-    converter = WeightConverter("mlp.down_proj.weight", "mlp.down_proj.weight", [operation])
-    monkeypatch.setitem(table, "LlamaForCausalLM", [converter])
-    assert logits(AutoModelForCausalLM.from_pretrained(base)).isfinite().all(), "Transformers reads it"
-    with pytest.raises(MergeError, match=message):
-        merged_logits(base, adapter, tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()

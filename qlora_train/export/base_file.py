@@ -24,8 +24,10 @@ BLOCK_SIZE = 64
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _STATE = ".quant_state.bitsandbytes__"
 _STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-_FOREIGN = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", "_blocks")
-"""Ends of names in quantised formats that are not read; MXFP4 has `_blocks` beside `_scales`."""
+_FOREIGN = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv")
+"""Ends of names in quantised formats that are not read."""
+_MXFP4 = ("_blocks", "_scales")
+"""Ends of the two tensors that an MXFP4 one is stored as."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -52,7 +54,9 @@ class BaseFile:
         self.stored_4bit = frozenset(self._state_key)
         self.names = tuple(key for key in self._where if not self._is_side_tensor(key))
         self._turned: frozenset[str] = frozenset()
-        foreign = [key for key in self._where if key.endswith(_FOREIGN)]
+        codes, scales = _MXFP4
+        pairs = [key for key in self._where if key.endswith(codes) and key.removesuffix(codes) + scales in self._where]
+        foreign = [key for key in self._where if key.endswith(_FOREIGN)] + pairs
         if foreign:
             raise MergeError(
                 f"{folder}: {foreign[0]} belongs to a quantised format that the merge cannot read exactly; "

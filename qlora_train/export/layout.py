@@ -130,12 +130,10 @@ class Names:
         return target, pattern
 
     def source(self, name: str, pattern: str, target: str) -> Source:
-        """Return a tensor with its name after renaming, with the prefix that its parameter has got or lost."""
+        """Return a tensor with its name after renaming, with the prefix that its parameter has got."""
         renamed, _ = rename_source_key(name, self._renamings, [])
         converted, _ = rename_source_key(name, self._renamings, self._converters)
-        if target.endswith(f".{converted}"):
-            return Source(name, pattern, target.removesuffix(converted) + str(renamed))
-        return Source(name, pattern, str(renamed).removeprefix(converted.removesuffix(target)))
+        return Source(name, pattern, target.removesuffix(converted) + str(renamed))
 
     def conversion(self, first: str, sources: list[Source]) -> Conversion:
         """Return the use of the converter that takes these tensors."""
@@ -184,12 +182,16 @@ def units_of(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Unit,
         elif (holder := holders.setdefault(target, name)) == name:
             units.append(Unit((name,), (target,), None, (name,)))
         else:
-            raise MergeError(f"{holder} and {name} both hold {target} of the model; remove one of them from the base")
+            raise _held_twice(holder, name, target)
     order = {name: position for position, name in enumerate(shapes)}
     for first, sources in groups.items():
-        parameters = _made(names.conversion(first, sources), names.parameters, shapes)
+        conversion = names.conversion(first, sources)
+        parameters = _made(conversion, names.parameters, shapes)
         in_file = tuple(sorted((source.name for source in sources), key=order.__getitem__))
-        units.append(Unit(in_file, parameters, names.conversion(first, sources), in_file))
+        for parameter in parameters:
+            if (holder := holders.setdefault(parameter, in_file[0])) != in_file[0]:
+                raise _held_twice(holder, in_file[0], parameter)
+        units.append(Unit(in_file, parameters, conversion, in_file))
     return tuple(sorted(units, key=lambda unit: order[unit.sources[0]]))
 
 
@@ -231,6 +233,10 @@ def _made(
                 f"{expected}; the base is not whole, or not of this config"
             )
     return tuple(made)
+
+
+def _held_twice(one: str, other: str, parameter: str) -> MergeError:
+    return MergeError(f"{one} and {other} both hold {parameter} of the model; remove one of them from the base")
 
 
 def _irreversible(unit: Unit, reason: str) -> MergeError:

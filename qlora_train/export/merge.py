@@ -78,7 +78,7 @@ def merge_adapter(
         base_folder: local checkpoint of safetensors, 16-bit or as bitsandbytes stored it in 4 bits.
         adapter_folder: as PEFT saved it; its tokenizer and generation_config files go into the output, else the base's.
         output: a new folder, or a previous merge, which is replaced once the new one is whole.
-        merge_base: `dequantized` rounds the linear layers through 4 bits first, as the run held them.
+        merge_base: `dequantized` rounds linear layers and experts through 4 bits first, as the run held them.
         quantization: how the run held them.
         dtype: of the written floating-point tensors.
         load_dtype: dtype that the run quantised from (its compute dtype); None is `dtype`.
@@ -103,7 +103,7 @@ def merge_adapter(
         turned = frozenset(f"{name}.weight" for name in skeleton.conv1d)
         rounding = Rounding(held_in_4bit - base.stored_4bit, turned, quantization, load_dtype or dtype, device)
         plan = plan_merge(base, adapter, skeleton, names, units, rounding.names, dtype)
-        _log_strangers(plan)
+        _report_mismatch(plan, skeleton)
         with staged_folder(output) as staging:
             outputs = [tensor.name for tensor in plan.outputs]
             sizes_bytes = [tensor.size_bytes for tensor in plan.outputs]
@@ -161,7 +161,12 @@ def _units(base: BaseFile, skeleton: Skeleton, names: Names) -> tuple[Unit, ...]
     return units_of(names, {name: base.shape(name) for name in base.names})
 
 
-def _log_strangers(plan: MergePlan) -> None:
+def _report_mismatch(plan: MergePlan, skeleton: Skeleton) -> None:
+    if plan.missing:
+        logger.warning(
+            "merge: %d parameters of %s are not in the base, and each load draws them anew: %s",
+            len(plan.missing), type(skeleton.model).__name__, listed(plan.missing, 3),
+        )  # fmt: skip
     if plan.strangers:
         logger.info(
             "merge: %d tensors belong to no parameter of the model and are copied as they are: %s",

@@ -59,11 +59,19 @@ class PlannedUnit:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """All units in order, whether the head stays tied, the rows of the embedding, and how many tensors are strangers."""
+    """All units in order, and what a model folder is told of them.
+
+    Attributes:
+        units: what is read and written.
+        tied: whether the head stays the embedding.
+        num_embeddings: rows of the embedding.
+        missing: parameters of the model that nothing in the base makes.
+    """
 
     units: tuple[PlannedUnit, ...]
     tied: bool
     num_embeddings: int
+    missing: list[str]
 
     @property
     def outputs(self) -> list[OutputTensor]:
@@ -102,11 +110,9 @@ def plan_merge(
         raise MergeError(
             f"{base.folder}: no tensor {embedding}; its files do not hold the model that config.json describes"
         )
-    tied = skeleton.tied
+    tied = skeleton.tied and (head not in holders or _equal(base, holders, embedding, head))
     if tied and head in holders:
-        tied = torch.equal(_read(base, holders[embedding], embedding), _read(base, holders[head], head))
-        if tied:
-            units = tuple(unit for unit in units if unit is not holders[head])
+        units = tuple(unit for unit in units if unit is not holders[head])
     if tied and _unties(adapter, embedding, head):
         stored = holders[embedding].sources
         name = names.name_in_file(head, embedding, stored[0])
@@ -122,11 +128,12 @@ def plan_merge(
     planned = [_planned(base, adapter, unit, shapes, rounded, in_float32, dtype) for unit in units]
     for made in (item for item in planned if item.is_made):
         refuse_irreversible(made.unit, names, {name: base.shape(name) for name in made.unit.sources})
-    return MergePlan(tuple(planned), tied, shapes[embedding][0])
+    return MergePlan(tuple(planned), tied, shapes[embedding][0], sorted(skeleton.untied - holders.keys()))
 
 
-def _read(base: BaseFile, unit: Unit, parameter: str) -> torch.Tensor:
-    return unit.load(base.read)[parameter]
+def _equal(base: BaseFile, holders: Mapping[str, Unit], one: str, other: str) -> bool:
+    first, second = (holders[name].load(base.read)[name] for name in (one, other))
+    return torch.equal(first, second)
 
 
 def _planned(

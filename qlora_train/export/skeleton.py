@@ -24,7 +24,7 @@ class Skeleton:
         shapes: of its parameters and stored buffers, by name.
         embedding: module name of the input embeddings.
         head: module name of the output head.
-        tied: whether its config makes the two one matrix.
+        tied: whether the model makes the two one matrix.
         linears: module names of the linear layers that a 4-bit load quantises.
         conv1d: module names of the linear layers that are stored as (in, out), as GPT-2's are.
         experts: names of the parameters that hold one matrix an expert, (experts, ...), in three dimensions.
@@ -38,6 +38,12 @@ class Skeleton:
     linears: frozenset[str]
     conv1d: frozenset[str]
     experts: frozenset[str]
+
+    @property
+    def untied(self) -> frozenset[str]:
+        """Names of the parameters that no other parameter gives their values."""
+        tied = self.model.all_tied_weights_keys
+        return frozenset(name for name, _ in self.model.named_parameters() if name not in tied)
 
     @property
     def quantized(self) -> frozenset[str]:
@@ -55,12 +61,14 @@ def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
+    tied = model.all_tied_weights_keys
     return Skeleton(
         model=model,
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        embedding=names[id(model.get_input_embeddings())],
-        head=names[id(model.get_output_embeddings())],
-        tied=bool(config.get_text_config().tie_word_embeddings),
+        embedding=embedding,
+        head=head,
+        tied={f"{embedding}.weight", f"{head}.weight"} <= {*tied.keys(), *tied.values()},
         linears=quantized_linears(model, detect(config.to_dict())),
         conv1d=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
         experts=frozenset(expert_parameters(model)),
