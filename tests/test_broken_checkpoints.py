@@ -176,7 +176,7 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "the head missing": (lacking("lm_head"), r"the weights lack lm_head\.weight, which would be random"),
     "a layer too many": (
         edited("config.json", num_hidden_layers=1),
-        f"the weights hold {LAYER_1}, but config.json says num_hidden_layers: 1; {ONE_MODEL}",
+        f"the weights hold {LAYER_1}, but config.json says 1 layers .*; {ONE_MODEL}",
     ),
     "weights in fp8": (linears_as(torch.float8_e4m3fn), r"holds model\.layers\.0\..* as F8_E4M3, .*; give the original"),
     "weights in int8": (linears_as(torch.int8), r"holds model\.layers\.0\..* as I8, .*; give the original 16-bit model$"),
@@ -215,6 +215,17 @@ def test_broken_shards_are_one_line(name: str, sharded: Path, tmp_path: Path, ca
     assert re.search(message, line), line
 
 
+@pytest.mark.parametrize(
+    "name", ["4-bit layers of another size", "a layer missing", "a layer too many", "weights in int8"]
+)
+def test_16_bit_loading_refuses_the_same(name: str, pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    damage, message = BROKEN[name]
+    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
+    damage(base)
+    line = refused(base, tmp_path / "run", capsys, "quantization.load_in_4bit=false")
+    assert re.search(message, line), line
+
+
 # --- what is odd and no harm ------------------------------------------------------------------------------------------
 
 
@@ -234,9 +245,9 @@ def test_whole_shards_train_like_one_file(sharded: Path, tmp_path: Path) -> None
 
 def test_tensors_without_a_place_are_named(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
     base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
-    having("vision_tower.patches.weight", 8, 8)(base)
+    having("vision_tower.layers.30.weight", 8, 8)(base)
     assert train(base, tmp_path / "run") == 0
-    said = "weights: vision_tower.patches.weight in the files have no place in the model and are not used\n"
+    said = "weights: vision_tower.layers.30.weight in the files have no place in the model and are not used\n"
     assert capsys.readouterr().err.count(said) == 1
 
 

@@ -8,6 +8,7 @@ are read. Pickled weights are not read at all: unpickling can run code.
 import json
 import logging
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,13 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) ->
             "fetch them again, or give config.json and weights of one model"
         )
     extra = sorted(info["unexpected_keys"], key=_by_layer)
-    num_layers: int | None = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    beyond = [name for name in extra if num_layers is not None and _layer(name) >= num_layers]
+    num_layers = _num_layers(model)
+    beyond = [name for name in extra if _layer(name)[1] >= num_layers.get(_layer(name)[0], sys.maxsize)]
     if beyond:
+        stack = _layer(beyond[0])[0]
         raise ModelError(
-            f"{where}: the weights hold {_listed(beyond)}, but config.json says num_hidden_layers: {num_layers}; give "
-            "config.json and weights of one model"
+            f"{where}: the weights hold {_listed(beyond)}, but config.json says {num_layers[stack]} layers "
+            "(num_hidden_layers); give config.json and weights of one model"
         )
     if extra:
         logger.warning("weights: %s in the files have no place in the model and are not used", _listed(extra))
@@ -156,14 +158,23 @@ def _other_shapes_in_4bit(model: nn.Module) -> Iterator[tuple[str, tuple[int, ..
                 yield f"{name}.weight", found, wanted
 
 
-def _layer(name: str) -> int:
-    """Return the number of the layer that a tensor belongs to, -1 for none."""
-    found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)
-    return int(found[1]) if found else -1
+def _num_layers(model: nn.Module) -> dict[str, int]:
+    """Return how many layers a model has by the name of their stack, such as `model.layers`."""
+    found: dict[str, int] = {}
+    for name, _ in model.named_parameters():
+        stack, number = _layer(name)
+        found[stack] = max(found.get(stack, 0), number + 1)
+    return found
+
+
+def _layer(name: str) -> tuple[str, int]:
+    """Return the stack and the number of the layer that a tensor belongs to; -1 for one that belongs to none."""
+    found = re.match(r"(.+?)\.(\d+)\.", name)
+    return (found[1], int(found[2])) if found else ("", -1)
 
 
 def _by_layer(name: str) -> tuple[int, str]:
-    return _layer(name), name
+    return _layer(name)[1], name
 
 
 def _counted(number: int) -> str:
