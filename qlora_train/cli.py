@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from qlora_train import __version__, network, stopping
-from qlora_train.errors import UserError, explain
+from qlora_train.errors import ConfigError, UserError, explain
 from qlora_train.secrets import RedactingFormatter, redact
 
 if TYPE_CHECKING:
@@ -120,18 +120,30 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_offline(command)
     command.set_defaults(command=_merge)
 
-    command = commands.add_parser("eval", help="held-out loss and answers of base, adapter and merged model")
+    _add_eval(commands)
+    _add_chat(commands)
+    return parser
+
+
+def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    command = commands.add_parser("eval", help="base, adapter and merged model on the held-out rows, or on --tasks")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
-    command.add_argument("--shots", type=_count, default=3, help="solved examples shown to the base model (3)")
-    command.add_argument(
-        "--max-new-tokens", type=_positive, default=256, help="longest generated answer in tokens (256)"
-    )
-    command.add_argument("--batch-size", type=_positive, default=32, help="rows generated at a time (32)")
     command.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which to measure (all)")
-    command.add_argument("--loss-only", action="store_true", help="do not generate answers")
+    command.add_argument("--batch-size", type=_positive, default=32, help="rows computed at a time (32)")
     _takes_offline(command)
+    rows = command.add_argument_group("on the held-out rows")
+    rows.add_argument("--shots", type=_count, help="solved examples shown to the base model (3)")
+    rows.add_argument("--max-new-tokens", type=_positive, help="longest generated answer in tokens (256)")
+    rows.add_argument("--loss-only", action="store_true", help="do not generate answers")
+    tasks = command.add_argument_group("on tasks of lm-evaluation-harness instead")
+    tasks.add_argument("--tasks", type=_names, metavar="NAME[,NAME]", help="its tasks, or those of --task-path")
+    tasks.add_argument("--task-path", type=Path, metavar="DIR", help="task files of your own; their code is run")
+    tasks.add_argument("--limit", type=_positive, metavar="N", help="rows of each task (all)")
+    tasks.add_argument("--chat-template", action="store_true", help="ask in turns, not as plain text")
     command.set_defaults(command=_eval)
 
+
+def _add_chat(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = commands.add_parser("chat", help="talk to a finished run; reads a terminal or a pipe")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
     command.add_argument("--merged", action="store_true", help="the merged model, not the adapter on its 4-bit base")
@@ -143,7 +155,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _takes_offline(command)
     command.set_defaults(command=_chat)
-    return parser
 
 
 def set_up_logging() -> None:
@@ -193,6 +204,13 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of names with commas between them")
+    return names
 
 
 def _temperature(text: str) -> float:
@@ -318,6 +336,16 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    ignored = ("shots", "max_new_tokens", "loss_only") if options.tasks else ("task_path", "limit", "chat_template")
+    why = "is for the held-out rows; drop it or --tasks" if options.tasks else "needs --tasks"
+    given = [key for key in ignored if getattr(options, key) is not None and getattr(options, key) is not False]
+    problems = [f"--{key.replace('_', '-')}: {why}" for key in given]
+    if problems:
+        raise ConfigError(problems)
+    return _eval_tasks(options) if options.tasks else _eval_rows(options)
+
+
+def _eval_rows(options: argparse.Namespace) -> int:
     prepare_libraries(offline=options.offline)
     from qlora_train.checkpoint import finished_run
     from qlora_train.pipeline import evaluate
@@ -325,12 +353,33 @@ def _eval(options: argparse.Namespace) -> int:
 
     settings = EvalSettings(
         models=tuple(options.models),
-        num_shots=options.shots,
-        max_new_tokens=options.max_new_tokens,
+        num_shots=3 if options.shots is None else options.shots,
+        max_new_tokens=options.max_new_tokens or 256,
         batch_size=options.batch_size,
         generate=not options.loss_only,
     )
     evaluate(finished_run(options.run), settings)
+    return 0
+
+
+def _eval_tasks(options: argparse.Namespace) -> int:
+    prepare_libraries(offline=options.offline)
+    from qlora_train.checkpoint import held
+    from qlora_train.finished import open_finished
+    from qlora_train.tasks import TaskSettings, check_harness, measure_tasks
+
+    check_harness()
+    run = open_finished(options.run)
+    settings = TaskSettings(
+        names=options.tasks,
+        models=tuple(options.models),
+        limit=options.limit,
+        batch_size=options.batch_size,
+        path=options.task_path,
+        chat_template=options.chat_template,
+    )
+    with held(run.folder):
+        measure_tasks(run, settings)
     return 0
 
 

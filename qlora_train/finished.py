@@ -4,6 +4,7 @@ Its data is not needed and not looked for.
 """
 
 import datetime
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from qlora_train.device import free_memory, select_device
 from qlora_train.errors import CheckpointError, first_line
 from qlora_train.export.verify import load_merged
 from qlora_train.loader import BaseSource, load_model, resolve_base
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,9 @@ class FinishedRun:
 
         Raises:
             ModelError, ConfigError: base or adapter cannot be loaded.
-            CheckpointError: there is no merged model, or it cannot be loaded.
+            CheckpointError: only the merged model is asked for and there is none, or it cannot be loaded.
         """
-        if "merged" in names and not self.folder.has_merged():
-            raise CheckpointError(
-                f"{self.folder.path}: there is no merged model; make one with: qlora-train merge {self.folder.path}"
-            )
+        names = models_there(self.folder, names)
         if {"base", "adapter"} & set(names):
             loaded = load_model(self.config.model, self.config.quantization, source=self.source)
             loaded.model.eval()
@@ -71,6 +71,21 @@ def open_finished(path: Path) -> FinishedRun:
     source = resolve_base(config.model)
     check_same_facts(folder, {"base_identity": source.identity()})
     return FinishedRun(folder, config, source, date_of(folder))
+
+
+def models_there(folder: RunFolder, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the models that are asked for without the merged one where there is none, which is said.
+
+    Raises:
+        CheckpointError: none is left.
+    """
+    if "merged" not in names or folder.has_merged():
+        return tuple(names)
+    missing = f"there is no merged model; make one with: qlora-train merge {folder.path}"
+    if set(names) == {"merged"}:
+        raise CheckpointError(f"{folder.path}: {missing}")
+    logger.info("merged: %s", missing)
+    return tuple(name for name in names if name != "merged")
 
 
 def merged_model(folder: RunFolder, *, trust_remote_code: bool) -> tuple[Any, Any]:

@@ -17,9 +17,9 @@ from qlora_train.config import RunConfig
 from qlora_train.data import Example, PreparedData
 from qlora_train.data.types import Prompt
 from qlora_train.device import free_memory
-from qlora_train.errors import CheckpointError, DataError
+from qlora_train.errors import DataError
 from qlora_train.evaluate import compare_row_by_row, few_shot_prompt, generate_answers, held_out_loss, score_answers
-from qlora_train.finished import merged_model
+from qlora_train.finished import merged_model, models_there
 from qlora_train.loader import BaseSource, load_model
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,7 @@ def evaluate_run(
         DataError: the config has no held-out rows.
         CheckpointError: only the merged model is asked for, and there is none.
     """
-    if "merged" in settings.models and not folder.has_merged():
-        logger.info("merged: there is no merged model (make one with: qlora-train merge %s)", folder.path)
-        settings = replace(settings, models=tuple(name for name in settings.models if name != "merged"))
-    if not settings.models:
-        raise CheckpointError(f"{folder.path}: nothing to evaluate: there is no merged model; run: qlora-train merge")
+    settings = replace(settings, models=models_there(folder, settings.models))
     if not data.eval:
         raise DataError(
             f"{folder.path}: data.eval is not set, so that there is nothing to evaluate on; set it and train"

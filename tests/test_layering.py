@@ -14,7 +14,7 @@ ORDER = (
     "device", "kernels",
     "loss", "data", "loader", "inspect_data",
     "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "finished",
-    "report", "disk", "pipeline", "chat", "cli",
+    "report", "disk", "pipeline", "chat", "tasks", "cli",
 )  # fmt: skip
 """Stages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {

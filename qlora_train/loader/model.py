@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -25,12 +24,13 @@ from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError, first_line
 from qlora_train.loader.census import Census, check_census, make_safe_for_training_after_eval, take_census
+from qlora_train.loader.config_file import read_config
 from qlora_train.loader.hardware import Kernels, choose_attention, choose_compute_dtype
 from qlora_train.loader.quantize import quantize_linears
 from qlora_train.loader.quantizer import QuantizationConfig
-from qlora_train.loader.remote_code import untrusted_code
 from qlora_train.loader.source import BaseSource, resolve_base
 from qlora_train.loader.tokenizer import load_tokenizer
+from qlora_train.loader.weight_files import check_loaded, check_weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -158,10 +158,12 @@ def _from_pretrained(
     architecture: Architecture,
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    where = f"model.model_name_or_path: {source.name}"
+    check_weight_files(source.folder, source.config, where)
     config = model_config(source, model)
     attention = choose_attention(model.attn_implementation, architecture, device, dtype, kernels_of(config))
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        loaded, info = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,
             dtype=dtype,
@@ -170,10 +172,16 @@ def _from_pretrained(
             trust_remote_code=model.trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the info, each with both of its shapes
             **arguments,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(f"model.model_name_or_path: {source.name} cannot be loaded: {first_line(error)}") from error
+        raise ModelError(
+            f"{where} cannot be loaded: {first_line(error).rstrip('.')}; give a causal language model, with its config.json"
+        ) from error
+    check_loaded(loaded, info, where)
+    return loaded
 
 
 def kernels_of(config: Any) -> Kernels:
@@ -191,15 +199,7 @@ def model_config(source: BaseSource, model: ModelSection) -> Any:
         ModelError: a model type that Transformers does not know, or code of the checkpoint's own that is not trusted.
         ConfigError: a RoPE scaling for a model that has no positions to scale.
     """
-    try:
-        config = AutoConfig.from_pretrained(
-            source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        where = f"model.model_name_or_path: {source.name}"
-        if "trust_remote_code" in str(error):
-            raise untrusted_code(where) from error
-        raise ModelError(f"{where} cannot be read: {first_line(error)}") from error
+    config = read_config(source, trust_remote_code=model.trust_remote_code)
     return config if model.rope_scaling is None else _with_rope_scaling(config, model.rope_scaling, source.name)
 
 

@@ -13,6 +13,7 @@ from qlora_train.architectures import Architecture, default_chat_template, detec
 from qlora_train.config import ModelSection
 from qlora_train.data.chat_templates import resolve_chat_template
 from qlora_train.errors import ModelError, first_line
+from qlora_train.loader.config_file import read_config
 from qlora_train.loader.remote_code import untrusted_code
 from qlora_train.loader.source import BaseSource
 
@@ -26,9 +27,10 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
     """Load and repair the tokenizer.
 
     Raises:
-        ModelError: no tokenizer, no end-of-sequence token, or a chat template whose turn ends are not tokens.
+        ModelError: no tokenizer, vocabulary or end-of-sequence token, or a chat template whose turn ends are not tokens.
         ConfigError: `model.chat_template` names nothing.
     """
+    read_config(source, trust_remote_code=model.trust_remote_code)  # AutoTokenizer would meet what is wrong with it
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True
@@ -37,8 +39,14 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
         if "trust_remote_code" in str(error):
             raise untrusted_code(f"model.model_name_or_path: the tokenizer of {source.name}") from None
         raise ModelError(
-            f"model.model_name_or_path: {source.name} has no usable tokenizer: {first_line(error)}"
+            f"model.model_name_or_path: {source.name} has no usable tokenizer: {type(error).__name__}: "
+            f"{first_line(error).rstrip('.')}; fetch tokenizer.json and tokenizer_config.json again"
         ) from None
+    if tokenizer.vocab_size == 0:
+        raise ModelError(
+            f"model.model_name_or_path: {source.name}: the tokenizer has no vocabulary beside its {len(tokenizer)} added "
+            "tokens; fetch tokenizer.json again"
+        )
     if model.new_tokens:
         num_added = tokenizer.add_tokens(list(model.new_tokens))
         logger.info("tokenizer: %d of %d new tokens added", num_added, len(model.new_tokens))
