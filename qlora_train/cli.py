@@ -22,8 +22,9 @@ from qlora_train.secrets import RedactingFormatter, redact
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
 
-COMMANDS = ("train", "check", "show", "data", "schema", "merge", "eval")
+COMMANDS = ("train", "check", "show", "data", "schema", "merge", "export", "eval")
 MODELS = ("base", "adapter", "merged")
+FORMATS = ("gguf", "lora-gguf")
 EPILOG = """\
 The first word is a command or the path of a config, which is trained.
 Settings are changed with section.key=value, for example train.learning_rate=1e-4 or data.train=my.jsonl.
@@ -112,6 +113,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _takes_offline(command)
     command.set_defaults(command=_merge)
+
+    command = commands.add_parser("export", help="write a run as GGUF, with a Modelfile for Ollama")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
+    command.add_argument("--format", choices=FORMATS, required=True, help="the merged model, or the adapter alone")
+    command.add_argument("--quant", default="f16", metavar="f32|f16|bf16|q8_0", help="numbers in the file (f16)")
+    command.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="checkout whose conversion scripts are run")
+    _takes_offline(command)
+    command.set_defaults(command=_export)
 
     command = commands.add_parser("eval", help="held-out loss and answers of base, adapter and merged model")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
@@ -278,6 +287,16 @@ def _merge(options: argparse.Namespace) -> int:
 
     folder = finished_run(options.run)
     merge(folder, load_config(folder.config_file, options.overrides))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    prepare_libraries(offline=options.offline)
+    from qlora_train.checkpoint import finished_run
+    from qlora_train.pipeline import export
+
+    folder = finished_run(options.run)
+    print(f"exported: {export(folder, form=options.format, quant=options.quant, llama_cpp=options.llama_cpp)}")
     return 0
 
 

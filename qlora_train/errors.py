@@ -49,6 +49,10 @@ class MergeError(UserError):
     """A merge that cannot be done exactly, or whose result is measurably worse than the adapter."""
 
 
+class ExportError(UserError):
+    """A file for another program that cannot be written, or that would not be the model that was trained."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what a library says of an error, for a message of ours."""
     return str(error).strip().split("\n", 1)[0]
