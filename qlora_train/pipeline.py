@@ -115,7 +115,7 @@ def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) 
 
     Args:
         folder: the run.
-        form: `gguf`, the merged model, or `lora-gguf`, the adapter alone.
+        form: `gguf`, the merged model; `lora-gguf`, the adapter; `base-gguf`, what the adapter belongs over.
         quant: kind of the numbers.
         llama_cpp: a checkout of llama.cpp; None is the installed package.
 
@@ -124,18 +124,19 @@ def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) 
     """
     check_quant(quant)
     converter = find_converter(llama_cpp)
-    from qlora_train.export.formats import export_adapter, export_merged  # needs gguf, of the extra
+    from qlora_train.export.formats import export_adapter, export_base, export_merged  # needs gguf, of the extra
 
     config = load_config(folder.config_file)
     with held(folder):
-        if form == "lora-gguf":
-            source = resolve_base(commit_of(config.model, folder), weights=False)
-            check_same_facts(folder, {"base_identity": source.identity()})
-            return export_adapter(folder, source, converter, quant)
-        if not folder.has_merged():
-            logger.info("%s is not there, or damaged: merging first", folder.merged)
-            _merge(folder, config)
-        return export_merged(folder, converter, quant)
+        if form == "gguf":
+            if not folder.has_merged():
+                logger.info("%s is not there, or damaged: merging first", folder.merged)
+                _merge(folder, config)
+            return export_merged(folder, converter, quant)
+        source = resolve_base(commit_of(config.model, folder), weights=form == "base-gguf")
+        check_same_facts(folder, {"base_identity": source.identity()})
+        write = export_base if form == "base-gguf" else export_adapter
+        return write(folder, source, converter, quant)
 
 
 def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:

@@ -89,11 +89,9 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def base_file(base: Path) -> Path:
+def base_file(run: RunFolder) -> Path:
     """The base as GGUF."""
-    path = base.parent / "base.gguf"
-    find_converter(None).run(MODEL_SCRIPT, [str(base), "--outfile", str(path), "--outtype", "f32"], what=base)
-    return path
+    return written(run, "base-gguf", "f32")
 
 
 class Llama:
@@ -175,7 +173,7 @@ def test_llama_cpp_gives_the_log_probabilities_of_transformers(run: RunFolder, q
 def test_llama_cpp_splits_a_prompt_as_the_tokenizer_does(run: RunFolder) -> None:
     text, ids = prompt_of(run.merged)
     llama = Llama(written(run, "gguf", "f32"))
-    assert llama.num_tokens(text.removeprefix("<s>")) == len(ids)
+    assert llama.num_tokens(text.removeprefix("<s>")) == len(ids)  # llama.cpp adds it
     assert llama.complete(text.removeprefix("<s>"), 1) == llama.complete(ids, 1)
 
 
@@ -200,14 +198,26 @@ def test_adapter_with_scales_of_its_own_is_the_adapter_of_peft(base: Path, base_
 
 
 def test_file_carries_the_name_of_the_run_and_no_path(run: RunFolder) -> None:
-    for form in ("gguf", "lora-gguf"):
+    for form, file, name in (
+        ("gguf", "sums-f16", "sums"),
+        ("lora-gguf", "sums-lora-f16", "sums"),
+        ("base-gguf", "model-f16", "model"),
+    ):
         path = written(run, form, "f16")
-        assert path.name == ("sums-f16.gguf" if form == "gguf" else "sums-lora-f16.gguf")
-        assert GGUFFile(path).setting("general.name") == "sums"
+        assert path.name == f"{file}.gguf"
+        assert GGUFFile(path).setting("general.name") == name
         content = path.read_bytes()
         assert str(run.path).encode() not in content
         assert b"staging" not in content
         assert b"/tmp" not in content
+
+
+def test_modelfile_of_an_adapter_names_the_base_beside_it(run: RunFolder) -> None:
+    base = written(run, "base-gguf", "f16")
+    folder = written(run, "lora-gguf", "f16").parent
+    lines = (folder / "Modelfile").read_text().splitlines()
+    assert (folder / lines[0].removeprefix("FROM ")).resolve() == base.resolve()
+    assert lines[1] == "ADAPTER ./sums-lora-f16.gguf"
 
 
 def test_modelfile_renders_the_prompt_of_the_tokenizer(run: RunFolder) -> None:

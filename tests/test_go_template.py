@@ -127,6 +127,6 @@ def test_what_is_not_the_same_for_every_content_is_said() -> None:
 
 def test_modelfile_names_files_and_ends() -> None:
     tokenizer = tokenizer_with(TEMPLATES["chatml"])
-    lines = modelfile(tokenizer, model="base-f16.gguf", adapter="run-lora-f16.gguf", adds_bos=False).splitlines()
+    lines = modelfile(tokenizer, model="./base-f16.gguf", adapter="./run-lora-f16.gguf", adds_bos=False).splitlines()
     assert lines[:2] == ["FROM ./base-f16.gguf", "ADAPTER ./run-lora-f16.gguf"]
     assert lines[-1] == 'PARAMETER stop "<|im_end|>"'

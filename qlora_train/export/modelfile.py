@@ -21,13 +21,13 @@ def modelfile(tokenizer: Any, *, model: str, adapter: str | None, adds_bos: bool
 
     Args:
         tokenizer: that of the trained model, with its chat template.
-        model: file name of the base or merged model.
-        adapter: file name of the adapter over it.
+        model: path of the base or merged model, relative to the Modelfile.
+        adapter: path of the adapter over it.
         adds_bos: whether the model's file makes every program put the beginning token before a prompt.
     """
-    lines = [f"FROM ./{model}"]
+    lines = [f"FROM {model}"]
     if adapter is not None:
-        lines.append(f"ADAPTER ./{adapter}")
+        lines.append(f"ADAPTER {adapter}")
     lines += [*_template(tokenizer, adds_bos), *_stops(tokenizer)]
     return "\n".join(lines) + "\n"
 

@@ -18,22 +18,27 @@ _SPACE = "\u2581"
 
 def puts_space_behind_special(tokenizer: Any) -> bool:
     """Say whether text behind a special token begins with a space that is not in it."""
-    ids = tokenizer(f"{tokenizer.eos_token}x", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(f"{tokenizer.all_special_tokens[0]}x", add_special_tokens=False)["input_ids"]
     return str(tokenizer.convert_ids_to_tokens(ids)[1]).startswith(_SPACE)
 
 
-def link_model(merged: Path, view: Path, tokenizer: Any) -> None:
+def adds_bos(tokenizer: Any) -> bool:
+    """Say whether the tokenizer puts its beginning token before a text, as a program with its file will."""
+    return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def link_model(model: Path, view: Path, tokenizer: Any) -> None:
     """Fill a folder with links to a model's files, and with tokenizer settings that name the space.
 
     Args:
-        merged: the model.
+        model: its folder.
         view: empty.
-        tokenizer: the model's.
+        tokenizer: its tokenizer.
     """
-    for path in merged.iterdir():
+    for path in model.iterdir():
         (view / path.name).symlink_to(path.resolve())
-    if (merged / SENTENCEPIECE).is_file():
-        settings = json.loads((merged / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    if (model / SENTENCEPIECE).is_file():
+        settings = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
         settings["add_prefix_space"] = puts_space_behind_special(tokenizer)
         (view / TOKENIZER_CONFIG).unlink()
         (view / TOKENIZER_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
