@@ -12,7 +12,8 @@ export GOMP_SPINCOUNT ?= 20000
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test check test-faults test-oldest env clean
+# make test-architectures  every family of the architecture table alone; ARCHITECTURES=long for all of it
+.PHONY: demo test check test-faults test-architectures test-oldest env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/demo_model.py --output .demo/SmolLM2-135M-Instruct
@@ -27,6 +28,11 @@ test: check
 FAULTS ?= short
 test-faults: $(VENV)/.ready
 	QLORA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
+
+# Every family of the architecture table, with its table; ARCHITECTURES=long tries every family in every way.
+ARCHITECTURES ?= short
+test-architectures: $(VENV)/.ready
+	QLORA_ARCHITECTURES=$(ARCHITECTURES) $(BIN)/python -m pytest tests/architectures
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

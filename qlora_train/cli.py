@@ -24,8 +24,13 @@ from qlora_train.secrets import RedactingFormatter, redact
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
 
+<<<<<<< HEAD
 COMMANDS = ("train", "check", "show", "data", "schema", "merge", "eval", "chat")
+=======
+COMMANDS = ("train", "check", "show", "data", "schema", "merge", "export", "eval")
+>>>>>>> gguf
 MODELS = ("base", "adapter", "merged")
+FORMATS = ("gguf", "lora-gguf", "base-gguf")
 EPILOG = """\
 The first word is a command or the path of a config, which is trained.
 Settings are changed with section.key=value, for example train.learning_rate=1e-4 or data.train=my.jsonl.
@@ -120,8 +125,30 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_offline(command)
     command.set_defaults(command=_merge)
 
+<<<<<<< HEAD
     _add_eval(commands)
     _add_chat(commands)
+=======
+    command = commands.add_parser("export", help="write a run as GGUF, with a Modelfile for Ollama")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
+    command.add_argument("--format", choices=FORMATS, required=True, help="merged model, adapter, or its base")
+    command.add_argument("--quant", default="f16", metavar="f32|f16|bf16|q8_0", help="numbers in the file (f16)")
+    command.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="checkout whose conversion scripts are run")
+    _takes_offline(command)
+    command.set_defaults(command=_export)
+
+    command = commands.add_parser("eval", help="held-out loss and answers of base, adapter and merged model")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
+    command.add_argument("--shots", type=_count, default=3, help="solved examples shown to the base model (3)")
+    command.add_argument(
+        "--max-new-tokens", type=_positive, default=256, help="longest generated answer in tokens (256)"
+    )
+    command.add_argument("--batch-size", type=_positive, default=32, help="rows generated at a time (32)")
+    command.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which to measure (all)")
+    command.add_argument("--loss-only", action="store_true", help="do not generate answers")
+    _takes_offline(command)
+    command.set_defaults(command=_eval)
+>>>>>>> gguf
     return parser
 
 
@@ -332,6 +359,16 @@ def _merge(options: argparse.Namespace) -> int:
 
     folder = finished_run(options.run)
     merge(folder, load_config(folder.config_file, options.overrides))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    prepare_libraries(offline=options.offline)
+    from qlora_train.checkpoint import finished_run
+    from qlora_train.pipeline import export
+
+    folder = finished_run(options.run)
+    print(f"exported: {export(folder, form=options.format, quant=options.quant, llama_cpp=options.llama_cpp)}")
     return 0
 
 

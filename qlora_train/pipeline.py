@@ -30,6 +30,7 @@ from qlora_train.data.store import Rows
 from qlora_train.device import free_memory, select_device
 from qlora_train.disk import check_room, disk_need
 from qlora_train.export.card import clean_adapter_config, write_card
+from qlora_train.export.converter import check_quant, find_converter
 from qlora_train.export.merge import check_mergeable
 from qlora_train.export.run import library_versions, merge_run
 from qlora_train.finished import commit_of, date_of
@@ -107,6 +108,35 @@ def merge(folder: RunFolder, config: RunConfig) -> None:
 def _merge(folder: RunFolder, config: RunConfig) -> None:
     free_memory()
     merge_run(folder, config, *prepare_again(config, folder))
+
+
+def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) -> Path:
+    """Write a finished run as a file for another program, merging it first where that has not been done.
+
+    Args:
+        folder: the run.
+        form: `gguf`, the merged model; `lora-gguf`, the adapter; `base-gguf`, what the adapter belongs over.
+        quant: kind of the numbers.
+        llama_cpp: a checkout of llama.cpp; None is the installed package.
+
+    Returns:
+        The folder that was written.
+    """
+    check_quant(quant)
+    converter = find_converter(llama_cpp)
+    from qlora_train.export.formats import export_adapter, export_base, export_merged  # needs gguf, of the extra
+
+    config = load_config(folder.config_file)
+    with held(folder):
+        if form == "gguf":
+            if not folder.has_merged():
+                logger.info("%s is not there, or damaged: merging first", folder.merged)
+                _merge(folder, config)
+            return export_merged(folder, converter, quant)
+        source = resolve_base(commit_of(config.model, folder), weights=form == "base-gguf")
+        check_same_facts(folder, {"base_identity": source.identity()})
+        write = export_base if form == "base-gguf" else export_adapter
+        return write(folder, source, converter, quant)
 
 
 def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:

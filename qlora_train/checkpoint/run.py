@@ -10,6 +10,7 @@
              checkpoints/step-N/     whole states to resume from
              adapter/                the result, in PEFT's format; there only when training has finished
              merged/                 the merged model, when asked for
+             export/                 files for other programs, when asked for
              results.json            evaluations
 """
 
@@ -84,6 +85,11 @@ class RunFolder:
         """The merged model."""
         return self.path / "merged"
 
+    @property
+    def exports(self) -> Path:
+        """Folder of the files for other programs."""
+        return self.path / "export"
+
     def is_finished(self) -> bool:
         """Whether training is done and its adapter is whole: the one of all changes that were accepted since."""
         if not self.adapter.is_dir() or durable.damage(self.adapter) is not None:
@@ -135,8 +141,9 @@ class RunFolder:
         return None
 
     def forget_results(self) -> None:
-        """Delete what was made of an adapter that is replaced by another: its merge and its evaluations."""
+        """Delete what was made of an adapter that is replaced by another: its merge, exports and evaluations."""
         durable.remove_folder(self.merged)
+        durable.remove_folder(self.exports)
         self.results_file.unlink(missing_ok=True)
         self.answers_file.unlink(missing_ok=True)
 
@@ -167,6 +174,7 @@ class RunFolder:
         """Clear what a process that was killed left half done."""
         durable.sweep(self.path)
         durable.sweep(self.checkpoints)
+        durable.sweep(self.exports)
 
     def facts(self) -> dict[str, Any]:
         """Return what run.json recorded when the run began, empty when there is none.

