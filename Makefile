@@ -2,6 +2,7 @@
 # make test   environment, lint, types and the whole test suite
 # make check  lint and types alone
 # make test-faults  the fault tests alone, with their table; FAULTS=long for the full counts
+# make test-architectures  every family of the architecture table alone; ARCHITECTURES=long for all of it
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,6 @@ export GOMP_SPINCOUNT ?= 20000
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-# make test-architectures  every family of the architecture table alone; ARCHITECTURES=long for all of it
 .PHONY: demo test check test-faults test-architectures test-oldest env clean
 
 demo: $(VENV)/.ready

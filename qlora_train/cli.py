@@ -24,11 +24,7 @@ from qlora_train.secrets import RedactingFormatter, redact
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
 
-<<<<<<< HEAD
-COMMANDS = ("train", "check", "show", "data", "schema", "merge", "eval", "chat")
-=======
-COMMANDS = ("train", "check", "show", "data", "schema", "merge", "export", "eval")
->>>>>>> gguf
+COMMANDS = ("train", "check", "show", "data", "schema", "merge", "export", "eval", "chat")
 MODELS = ("base", "adapter", "merged")
 FORMATS = ("gguf", "lora-gguf", "base-gguf")
 EPILOG = """\
@@ -125,10 +121,6 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_offline(command)
     command.set_defaults(command=_merge)
 
-<<<<<<< HEAD
-    _add_eval(commands)
-    _add_chat(commands)
-=======
     command = commands.add_parser("export", help="write a run as GGUF, with a Modelfile for Ollama")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
     command.add_argument("--format", choices=FORMATS, required=True, help="merged model, adapter, or its base")
@@ -137,18 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_offline(command)
     command.set_defaults(command=_export)
 
-    command = commands.add_parser("eval", help="held-out loss and answers of base, adapter and merged model")
-    command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
-    command.add_argument("--shots", type=_count, default=3, help="solved examples shown to the base model (3)")
-    command.add_argument(
-        "--max-new-tokens", type=_positive, default=256, help="longest generated answer in tokens (256)"
-    )
-    command.add_argument("--batch-size", type=_positive, default=32, help="rows generated at a time (32)")
-    command.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which to measure (all)")
-    command.add_argument("--loss-only", action="store_true", help="do not generate answers")
-    _takes_offline(command)
-    command.set_defaults(command=_eval)
->>>>>>> gguf
+    _add_eval(commands)
+    _add_chat(commands)
     return parser
 
 

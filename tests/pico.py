@@ -150,6 +150,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "layers_block_type": ["mamba", "moe", "attention"],
         "num_hidden_layers": 3,
+        "moe_intermediate_size": 32,
         "moe_shared_expert_intermediate_size": 64,
     },
     "olmo_hybrid": _DELTA,

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from qlora_train import durable
 from qlora_train.checkpoint import RunFolder
@@ -28,6 +28,7 @@ from qlora_train.export.converter import LORA_SCRIPT, MODEL_SCRIPT, Converter
 from qlora_train.export.gguf_file import GGUFCheck, GGUFFile, Source
 from qlora_train.export.modelfile import modelfile
 from qlora_train.export.plain_adapter import write_plain_adapter
+from qlora_train.export.skeleton import Skeleton, skeleton_of
 from qlora_train.export.vocabulary import adds_bos, link_model, puts_space_behind_special
 from qlora_train.loader import BaseSource
 
@@ -106,7 +107,7 @@ def export_adapter(folder: RunFolder, source: BaseSource, converter: Converter, 
     with durable.staged_folder(final, {"format": "lora-gguf", "quant": quant}) as staging:
         path = staging / f"{name}-lora-{quant}.gguf"
         with tempfile.TemporaryDirectory(dir=staging) as plain:
-            tensors = write_plain_adapter(AdapterFile(folder.adapter, ""), Path(plain), name)
+            tensors = write_plain_adapter(AdapterFile(folder.adapter, _skeleton(source)), Path(plain), name)
             settings = ["--base", str(source.folder), "--outfile", str(path), "--outtype", quant]
             converter.run(LORA_SCRIPT, [plain, *settings], what=folder.adapter)
         check = GGUFFile(path).check([_lora_source(key, tensor) for key, tensor in tensors.items()], quant)
@@ -174,3 +175,8 @@ def _check_vocabulary(file: GGUFFile, model: Path, tokenizer: Any) -> None:
 def _lora_source(key: str, tensor: Any) -> Source:
     module, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
     return Source(f"{module}.weight", lambda: tensor, f".{kind.lower()}")
+
+
+def _skeleton(source: BaseSource) -> Skeleton:
+    """Return the base's names and shapes, without its weights and without code of its own."""
+    return skeleton_of(AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False))

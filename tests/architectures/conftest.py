@@ -1,4 +1,4 @@
-"""How much is tried (`QLORA_ARCHITECTURES=long` for every family in every way), and the table that is printed at the end."""
+"""How much is tried (`QLORA_ARCHITECTURES=long`: every family in every way), and the table that is printed at the end."""
 
 import os
 from collections import defaultdict
