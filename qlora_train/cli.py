@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COMMANDS = ("train", "check", "show", "data", "schema", "merge", "export", "eval", "chat")
 MODELS = ("base", "adapter", "merged")
-FORMATS = ("gguf", "lora-gguf", "base-gguf")
+FORMATS = ("gguf", "lora-gguf", "base-gguf", "vllm")
 EPILOG = """\
 The first word is a command or the path of a config, which is trained.
 Settings are changed with section.key=value, for example train.learning_rate=1e-4 or data.train=my.jsonl.
@@ -121,10 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_offline(command)
     command.set_defaults(command=_merge)
 
-    command = commands.add_parser("export", help="write a run as GGUF, with a Modelfile for Ollama")
+    command = commands.add_parser("export", help="write a run for llama.cpp and Ollama (GGUF), or for vLLM")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
-    command.add_argument("--format", choices=FORMATS, required=True, help="merged model, adapter, or its base")
-    command.add_argument("--quant", default="f16", metavar="f32|f16|bf16|q8_0", help="numbers in the file (f16)")
+    command.add_argument(
+        "--format", choices=FORMATS, required=True, help="GGUF of the merged model, the adapter or its base; vLLM"
+    )
+    command.add_argument("--quant", default="f16", metavar="f32|f16|bf16|q8_0", help="numbers in a GGUF file (f16)")
     command.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="checkout whose conversion scripts are run")
     _takes_offline(command)
     command.set_defaults(command=_export)

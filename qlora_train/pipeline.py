@@ -33,6 +33,7 @@ from qlora_train.export.card import clean_adapter_config, write_card
 from qlora_train.export.converter import check_quant, find_converter
 from qlora_train.export.merge import check_mergeable
 from qlora_train.export.run import library_versions, merge_run
+from qlora_train.export.vllm import export_vllm
 from qlora_train.finished import commit_of, date_of
 from qlora_train.inspect_data import data_of
 from qlora_train.loader import BaseSource, LoadedModel, load_model, resolve_base
@@ -115,28 +116,44 @@ def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) 
 
     Args:
         folder: the run.
-        form: `gguf`, the merged model; `lora-gguf`, the adapter; `base-gguf`, what the adapter belongs over.
-        quant: kind of the numbers.
+        form: `gguf`, the merged model; `lora-gguf`, the adapter; `base-gguf`, what the adapter belongs over; `vllm`, the
+            adapter as vLLM serves it.
+        quant: kind of the numbers in a GGUF file.
         llama_cpp: a checkout of llama.cpp; None is the installed package.
 
     Returns:
         The folder that was written.
     """
+    config = load_config(folder.config_file)
+    if form == "vllm":
+        return _export_vllm(folder, config)
     check_quant(quant)
     converter = find_converter(llama_cpp)
     from qlora_train.export.formats import export_adapter, export_base, export_merged  # needs gguf, of the extra
 
-    config = load_config(folder.config_file)
     with held(folder):
         if form == "gguf":
             if not folder.has_merged():
                 logger.info("%s is not there, or damaged: merging first", folder.merged)
                 _merge(folder, config)
             return export_merged(folder, converter, quant)
-        source = resolve_base(commit_of(config.model, folder), weights=form == "base-gguf")
-        check_same_facts(folder, {"base_identity": source.identity()})
+        source = _same_base(folder, config, weights=form == "base-gguf")
         write = export_base if form == "base-gguf" else export_adapter
         return write(folder, source, converter, quant)
+
+
+def _export_vllm(folder: RunFolder, config: RunConfig) -> Path:
+    with held(folder):
+        output = folder.exports / "vllm"
+        logger.info("serve it: %s", export_vllm(folder, config, _same_base(folder, config, weights=False), output))
+        return output
+
+
+def _same_base(folder: RunFolder, config: RunConfig, *, weights: bool) -> BaseSource:
+    """Return the base of a finished run, which must be the one that it was trained on."""
+    source = resolve_base(commit_of(config.model, folder), weights=weights)
+    check_same_facts(folder, {"base_identity": source.identity()})
+    return source
 
 
 def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,3 +148,15 @@ def test_folder_without_an_adapter_is_one_line(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ExportError, match=r"adapter_config\.json: holds no mapping"):
         check_vllm(tmp_path)
+
+
+def test_command_writes_the_folder_and_says_how_it_is_served(tmp_path: Path, pico_llama: Path) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_train.cli", "export", str(run.path), "--format", "vllm", "--offline"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    folder = run.exports / "vllm"
+    assert done.stdout.endswith(f"exported: {folder}\n")
+    assert "serve it: vllm serve" in done.stderr
+    assert check_vllm(folder) == ()
