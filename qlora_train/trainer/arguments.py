@@ -43,7 +43,11 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder) -> SFTC
         per_device_train_batch_size=train.per_device_train_batch_size,
         per_device_eval_batch_size=train.per_device_eval_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
-        gradient_checkpointing=choose_checkpointing(train.gradient_checkpointing, on_gpu=on_gpu),
+        gradient_checkpointing=choose_checkpointing(
+            train.gradient_checkpointing,
+            on_gpu=on_gpu,
+            supported=adapted.loaded.model.supports_gradient_checkpointing,
+        ),
         gradient_checkpointing_kwargs={"use_reentrant": False},
         neftune_noise_alpha=train.neftune_noise_alpha,
         logging_strategy="no",
@@ -106,9 +110,22 @@ def choose_offloading(setting: bool, *, on_gpu: bool) -> bool:
     return setting and on_gpu
 
 
-def choose_checkpointing(setting: bool | str, *, on_gpu: bool) -> bool:
-    """Return whether activations are recomputed, logged with the reason when `auto` chose it."""
-    if setting == "auto":
-        logger.info("gradient checkpointing: %s (%s)", on_gpu, "on a GPU" if on_gpu else "memory is no limit on a CPU")
-        return on_gpu
-    return bool(setting)
+def choose_checkpointing(setting: bool | str, *, on_gpu: bool, supported: bool) -> bool:
+    """Return whether activations are recomputed, logged with the reason when `auto` chose it.
+
+    Raises:
+        ConfigError: asked for where Transformers does not support it.
+    """
+    if setting is True and not supported:
+        raise ConfigError(
+            "train.gradient_checkpointing: true, but Transformers cannot recompute the activations of this architecture; "
+            "set it to false or auto"
+        )
+    if setting != "auto":
+        return bool(setting)
+    reason = "on a GPU" if on_gpu else "memory is no limit on a CPU"
+    chosen = on_gpu and supported
+    logger.info(
+        "gradient checkpointing: %s (%s)", chosen, reason if supported else "this architecture does not support it"
+    )
+    return chosen
