@@ -190,6 +190,15 @@ def test_space_that_the_tokenizer_does_not_write_is_refused(tmp_path: Path) -> N
         )
 
 
+def test_program_stops_at_what_ends_a_turn(tmp_path: Path) -> None:
+    folder = sentencepiece_pico(tmp_path / "pico")
+    tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
+    file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32")
+    assert file.eos() == tokenizer.convert_tokens_to_ids(TURN_END)
+
+
 def test_llama_cpp_splits_a_prompt_as_the_tokenizer_does(run: RunFolder) -> None:
     text, ids = prompt_of(run.merged)
     llama = Llama(written(run, "gguf", "f32"))

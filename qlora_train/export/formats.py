@@ -29,7 +29,7 @@ from qlora_train.export.gguf_file import GGUFCheck, GGUFFile, Source
 from qlora_train.export.modelfile import modelfile
 from qlora_train.export.plain_adapter import write_plain_adapter
 from qlora_train.export.skeleton import Skeleton, skeleton_of
-from qlora_train.export.vocabulary import adds_bos, link_model, puts_space_behind_special
+from qlora_train.export.vocabulary import adds_bos, answer_end, link_model, puts_space_behind_special
 from qlora_train.loader import BaseSource
 
 logger = logging.getLogger(__name__)
@@ -158,11 +158,17 @@ def _run_name(folder: RunFolder) -> str:
 
 
 def _check_vocabulary(file: GGUFFile, model: Path, tokenizer: Any) -> None:
-    """Refuse a file whose program would split text into other tokens than the model was trained on."""
+    """Refuse a file with which a program would split text otherwise than in training, or never stop."""
     if file.guesses_merges():
         raise ExportError(
             f"{model}: the tokenizer is SentencePiece's, and without {SENTENCEPIECE} text would be split into other "
             f"tokens; put the {SENTENCEPIECE} that belongs to it there and export again"
+        )
+    end = answer_end(tokenizer)
+    if end is not None and file.eos() != tokenizer.convert_tokens_to_ids(end):
+        raise ExportError(
+            f"{model}: answers end with {end}, and the converter wrote token {file.eos()} as the end, at which no answer "
+            "would stop; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
         )
     space = file.puts_space_behind_special()
     if space is not None and space != puts_space_behind_special(tokenizer):

@@ -69,6 +69,11 @@ class GGUFFile:
         by_default = self.setting(f"{_TOKENIZER}model") == "llama" or self.setting(f"{_TOKENIZER}pre") == "llama-bpe"
         return by_default if said is None else bool(said)
 
+    def eos(self) -> int | None:
+        """Return the token at which a program stops."""
+        value = self.setting(f"{_TOKENIZER}eos_token_id")
+        return None if value is None else int(value)
+
     def puts_space_behind_special(self) -> bool | None:
         """Say whether llama.cpp puts a space before text behind a special token; None for other than SentencePiece."""
         if self.setting(f"{_TOKENIZER}model") != "llama":

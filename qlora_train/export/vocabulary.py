@@ -4,12 +4,16 @@ A SentencePiece vocabulary puts a space before a text. Older tokenizers of Trans
 as well, newer ones at the very beginning alone. llama.cpp does the former unless its file says otherwise, so that after
 ``<|im_start|>`` it would read `` user`` where the model was trained on ``user``. The file says one thing for both places;
 the one behind special tokens decides, since every chat prompt begins with one.
+
+llama.cpp stops at the end-of-sequence token and at others whose names it knows. A chat model ends its answers with what
+ends a turn, so that is the token the file names; a name like ``</s>`` it knows anyway.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from qlora_train.evaluate import answer_ends
 from qlora_train.export.companions import SENTENCEPIECE
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -27,8 +31,14 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
 
 
+def answer_end(tokenizer: Any) -> str | None:
+    """Return the token that a program must stop at: what ends a turn, or else a text; None where there is neither."""
+    ends = answer_ends(tokenizer)
+    return str(tokenizer.convert_ids_to_tokens(ends[-1])) if ends else None
+
+
 def link_model(model: Path, view: Path, tokenizer: Any) -> None:
-    """Fill a folder with links to a model's files, and with tokenizer settings that name the space.
+    """Fill a folder with links to a model's files, and with tokenizer settings that leave nothing to be guessed.
 
     Args:
         model: its folder.
@@ -37,8 +47,12 @@ def link_model(model: Path, view: Path, tokenizer: Any) -> None:
     """
     for path in model.iterdir():
         (view / path.name).symlink_to(path.resolve())
+    if not (model / TOKENIZER_CONFIG).is_file():
+        return
+    settings = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    if end := answer_end(tokenizer):
+        settings["eos_token"] = end
     if (model / SENTENCEPIECE).is_file():
-        settings = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
         settings["add_prefix_space"] = puts_space_behind_special(tokenizer)
-        (view / TOKENIZER_CONFIG).unlink()
-        (view / TOKENIZER_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
+    (view / TOKENIZER_CONFIG).unlink()
+    (view / TOKENIZER_CONFIG).write_text(json.dumps(settings), encoding="utf-8")
