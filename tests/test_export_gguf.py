@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.checkpoint import RunFolder
 from qlora_train.cli import main
@@ -15,6 +15,7 @@ from qlora_train.errors import ExportError
 from qlora_train.export.adapter_file import AdapterFile
 from qlora_train.export.converter import INSTALL, LORA_SCRIPT, MODEL_SCRIPT, Converter, find_converter
 from qlora_train.export.plain_adapter import write_plain_adapter
+from qlora_train.export.skeleton import skeleton_of
 from qlora_train.pipeline import export
 from tests.go_templates import render
 from tests.merging import plain, save_adapter
@@ -217,7 +218,7 @@ def test_adapter_with_scales_of_its_own_is_the_adapter_of_peft(base: Path, base_
     settings = {"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"down_proj": 2}}
     saved = save_adapter(plain(base), tmp_path / "adapter", **settings)
     (tmp_path / "plain").mkdir()
-    write_plain_adapter(AdapterFile(saved, ""), tmp_path / "plain", "rs")
+    write_plain_adapter(AdapterFile(saved, skeleton_of(AutoConfig.from_pretrained(base))), tmp_path / "plain", "rs")
     lora = tmp_path / "lora.gguf"
     settings_of_script = ["--base", str(base), "--outfile", str(lora)]
     find_converter(None).run(LORA_SCRIPT, [str(tmp_path / "plain"), *settings_of_script], what=saved)
@@ -333,7 +334,7 @@ def test_vocabulary_without_its_scores_is_refused(run: RunFolder) -> None:
 def test_adapter_that_is_more_than_lora_is_refused(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     saved = save_adapter(plain(base), tmp_path / "adapter", **settings)
     with pytest.raises(ExportError, match="export the merged model: --format gguf"):
-        write_plain_adapter(AdapterFile(saved, ""), tmp_path, "x")
+        write_plain_adapter(AdapterFile(saved, skeleton_of(AutoConfig.from_pretrained(base))), tmp_path, "x")
 
 
 def test_k_quants_say_how(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
