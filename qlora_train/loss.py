@@ -5,8 +5,8 @@ hidden states that predict a label, so that whatever the architecture does aroun
 exactly what it is, on `(num_labels, vocabulary)` instead of `(batch, seq, vocabulary)`.
 
 Where that is still too much, the logits of a few labels at a time are made, and made again in the backward pass. The head
-and what is around it are then run by a copy of the model's outermost module, which shares its weights and has instead of
-the decoder layers one that returns the hidden states it is given: again the architecture's own code, with its own head.
+and what is around it are then run by a copy of the model's outermost module, which shares its weights and whose decoder
+returns the hidden states it is given: again the architecture's own code, with its own head.
 """
 
 import copy
@@ -111,16 +111,12 @@ def _negative_log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> to
 # --- in chunks --------------------------------------------------------------------------------------------------------
 
 
-class _Given(nn.Module):
-    """Stands where decoder layers stood, and returns the hidden states it was given last."""
+class _DecoderOutput(MoeModelOutputWithPast):
+    """What any decoder returns, with None for the fields that only some architectures read."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden_states = torch.empty(0)
-
-    def forward(self, *_arguments: Any, **_keywords: Any) -> MoeModelOutputWithPast:
-        """Return them, (1, num_labels, hidden), as any decoder returns its last ones."""
-        return MoeModelOutputWithPast(last_hidden_state=self.hidden_states)
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _causal_model(model: Any) -> Any:
@@ -128,28 +124,24 @@ def _causal_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _head_alone(model: Any) -> tuple[nn.Module, _Given]:
-    """Return a copy of the outermost module of a causal language model that begins at the hidden states, and these.
-
-    The copy shares all weights with the model, which is not changed.
-    """
-    whole = _causal_model(model)
-    head, given = copy.copy(whole), _Given()
-    vars(head)["_modules"] = {**whole._modules, whole.base_model_prefix: given}
-    vars(head).pop("forward", None)  # one that was bound to the whole
-    return head, given
+def _decoder_name(whole: Any) -> str:
+    """Return the name of the part of a causal language model that has the embeddings and the decoder layers."""
+    embeddings = whole.get_input_embeddings()
+    return next(name for name, part in whole.named_children() if any(embeddings is inner for inner in part.modules()))
 
 
 def _hidden_states(model: nn.Module, positions: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return what the head of this model would see at `positions` (batch, seq): (num_labels, hidden)."""
+    """Return what the decoder of this model returns at `positions` (batch, seq): (num_labels, hidden)."""
     seen: list[torch.Tensor] = []
 
-    def take(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_states = arguments[0]
+    def take(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
+        hidden_states = output.last_hidden_state
         seen.append(hidden_states[positions.to(hidden_states.device)])
-        return (hidden_states[:, :0], *arguments[1:])
+        output.last_hidden_state = hidden_states[:, :0]  # the head makes no logits
+        return output
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(take)  # type: ignore[operator]
+    whole = _causal_model(model)
+    handle = whole.get_submodule(_decoder_name(whole)).register_forward_hook(take)
     try:
         model(**inputs)
     finally:
@@ -158,18 +150,31 @@ def _hidden_states(model: nn.Module, positions: torch.Tensor, inputs: dict[str, 
     return hidden_states
 
 
+def _head_alone(model: Any) -> tuple[nn.Module, nn.Module]:
+    """Return a copy of the outermost module of a causal language model, and the copy of the decoder in it.
+
+    The copies share all weights with the model, which is not changed.
+    """
+    whole = _causal_model(model)
+    name = _decoder_name(whole)
+    head, decoder = copy.copy(whole), copy.copy(whole.get_submodule(name))
+    vars(head)["_modules"] = {**whole._modules, name: decoder}
+    vars(head).pop("forward", None)  # one that was bound to the whole
+    return head, decoder
+
+
 def _losses_in_chunks(
     model: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
 ) -> torch.Tensor:
-    """Return the loss of each target, float32 (num_labels,), from hidden states (num_labels, hidden)."""
-    head, given = _head_alone(model)
+    """Return the loss of each target, float32 (num_labels,), from what the decoder returns, (num_labels, hidden)."""
+    head, decoder = _head_alone(model)
 
     def losses(some: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        given.hidden_states = some[None]
+        vars(decoder)["forward"] = lambda *_arguments, **_keywords: _DecoderOutput(last_hidden_state=some[None])
         try:
             logits = head(use_cache=False).logits[0]
         finally:
-            given.hidden_states = torch.empty(0)
+            del vars(decoder)["forward"]
         return functional.cross_entropy(logits.float(), wanted, reduction="none")
 
     pieces = zip(hidden_states.split(chunk_tokens), targets.to(hidden_states.device).split(chunk_tokens), strict=True)

@@ -9,19 +9,25 @@ counted either: the CUDA context (0.3 to 0.6 GB), the fragmentation of the alloc
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from qlora_train.adapter import choose_targets, find_linears
+from qlora_train.adapter.targets import is_target
+from qlora_train.architectures import Architecture, detect
+from qlora_train.config import LoraSection
 from qlora_train.errors import ModelError
 from qlora_train.kernels.reference import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
+from qlora_train.loader.experts import expert_parameters, routers
 
 CODE_TABLE_BYTES = 16 * 4
-ABSMAX_TABLE_BYTES = 256 * 4 + 4
+OFFSET_BYTES = 4
+ABSMAX_TABLE_BYTES = 256 * 4 + OFFSET_BYTES
 """The 256 values of the 8-bit scales, and their offset."""
 COMPUTE_BYTES = 2
 """Of a number in bfloat16 or float16."""
@@ -33,6 +39,7 @@ OPTIMIZER_TABLES_BYTES = 2 * 256 * 4
 HIDDEN_BYTES_PER_TOKEN = 26
 """Kept for each number of a layer's hidden state besides the linears' inputs and outputs: two norms in float32 with
 their results, the rotated query and key, the attention's output, the residual stream."""
+EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 LOSS_BYTES_PER_LOGIT = 12
 """A logit in bfloat16, its log-probability in float32, the gradients of both."""
 
@@ -96,17 +103,27 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Linear:
+class _Weight:
+    """A linear layer's matrix, or the matrices of a stack of experts, of which a token sees `per_token`."""
+
     in_features: int
     out_features: int
+    carries_adapter: bool
+    count: int = 1
+    per_token: int = 1
 
     @property
-    def numel(self) -> int:
+    def matrix_numel(self) -> int:
         return self.in_features * self.out_features
 
     @property
+    def numel(self) -> int:
+        return self.count * self.matrix_numel
+
+    @property
     def width(self) -> int:
-        return self.in_features + self.out_features
+        """Numbers that are read and written for a token."""
+        return self.per_token * (self.in_features + self.out_features)
 
 
 def memory_plan(
@@ -132,26 +149,45 @@ def memory_plan(
         ModelError: Transformers has no causal language model of this model_type.
     """
     config, model = _on_meta(config_json)
-    head = model.get_output_embeddings()
-    modules = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    linears = [_Linear(module.in_features, module.out_features) for module in modules]
-    quantized = sum(linear.numel for linear in linears)
-    adapters = [r * features for linear in linears for features in (linear.in_features, linear.out_features)]
+    weights = list(_quantized_weights(model, config, detect(config_json)))
+    quantized = sum(weight.numel for weight in weights)
+    adapted = [weight for weight in weights if weight.carries_adapter]
+    adapters = [r * size * weight.count for weight in adapted for size in (weight.in_features, weight.out_features)]
     num_other = sum(parameter.numel() for parameter in model.parameters()) - quantized
     return MemoryPlan(
-        quantized_weights_bytes=sum(math.ceil(linear.numel / 2) for linear in linears),
-        quantization_state_bytes=sum(quantization_state_bytes(linear.numel, double_quant) for linear in linears),
+        quantized_weights_bytes=sum(weight.count * math.ceil(weight.matrix_numel / 2) for weight in weights),
+        quantization_state_bytes=sum(_state_bytes(weight, double_quant) for weight in weights),
         other_weights_bytes=num_other * COMPUTE_BYTES,
         adapter_bytes=sum(adapters) * ADAPTER_BYTES,
         optimizer_bytes=optimizer_bytes(adapters),
         gradients_bytes=sum(adapters) * ADAPTER_BYTES,
         checkpoints_bytes=config.num_hidden_layers * tokens * config.hidden_size * COMPUTE_BYTES,
-        forward_layer_bytes=max(COMPUTE_BYTES * (linear.numel + 2 * tokens * linear.width) for linear in linears),
-        layer_bytes=_layer_bytes(linears, config, tokens),
+        forward_layer_bytes=max(COMPUTE_BYTES * (w.matrix_numel + 2 * tokens * w.width) for w in weights),
+        layer_bytes=_layer_bytes(weights, config, tokens),
         loss_bytes=LOSS_BYTES_PER_LOGIT * (tokens if num_labels is None else num_labels) * config.vocab_size,
         autocast_bytes=sum(adapters) * COMPUTE_BYTES,
         accumulates=accumulates,
     )
+
+
+def _quantized_weights(model: Any, config: Any, architecture: Architecture) -> Iterator[_Weight]:
+    """Yield what the loader stores in 4 bits, and whether `all-linear` puts an adapter on it."""
+    linears = find_linears(model)
+    targets = choose_targets(model, linears, LoraSection(), architecture)
+    kept = {*routers(model), *(name for name in linears if name.rpartition(".")[2] in architecture.keep_16bit)}
+    for name, module in linears.items():
+        if name not in kept:
+            yield _Weight(*_features(module), is_target(name, targets))
+    per_token = next((count for key in EXPERTS_PER_TOKEN_KEYS if (count := getattr(config, key, None))), 1)
+    for name, module in expert_parameters(model).items():
+        count, rows, columns = getattr(module, name.rpartition(".")[2]).shape
+        yield _Weight(columns, rows, True, count, per_token)
+
+
+def _features(linear: Any) -> tuple[int, int]:
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
 
 
 def _on_meta(config_json: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -174,6 +210,13 @@ def quantization_state_bytes(numel: int, double_quant: bool) -> int:
     return blocks + math.ceil(blocks / ABSMAX_BLOCK_SIZE) * 4 + CODE_TABLE_BYTES + ABSMAX_TABLE_BYTES
 
 
+def _state_bytes(weight: _Weight, double_quant: bool) -> int:
+    """Return the bytes beside packed weights; the experts of a stack share their code tables."""
+    tables = CODE_TABLE_BYTES + (ABSMAX_TABLE_BYTES if double_quant else 0)
+    shared = (weight.count - 1) * (tables - (OFFSET_BYTES if double_quant else 0))
+    return weight.count * quantization_state_bytes(weight.matrix_numel, double_quant) - shared
+
+
 def optimizer_bytes(numels: Iterable[int]) -> int:
     """Return the bytes of bitsandbytes' 8-bit AdamW for tensors of these sizes; paged state counts as if resident."""
 
@@ -185,8 +228,8 @@ def optimizer_bytes(numels: Iterable[int]) -> int:
     return sum(of_tensor(numel) for numel in numels) + OPTIMIZER_TABLES_BYTES
 
 
-def _layer_bytes(linears: list[_Linear], config: Any, tokens: int) -> int:
-    """Highest use of one layer: what its linears read and write, what is around them, and one dequantised weight."""
-    width = sum(linear.width for linear in linears) / config.num_hidden_layers
+def _layer_bytes(weights: list[_Weight], config: Any, tokens: int) -> int:
+    """Highest use of one layer: what its weights read and write, what is around them, and one dequantised matrix."""
+    width = sum(weight.width for weight in weights) / config.num_hidden_layers
     kept = tokens * (COMPUTE_BYTES * width + HIDDEN_BYTES_PER_TOKEN * config.hidden_size)
-    return math.ceil(kept) + COMPUTE_BYTES * max(linear.numel for linear in linears)
+    return math.ceil(kept) + COMPUTE_BYTES * max(weight.matrix_numel for weight in weights)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from qlora_train.loader.hardware import choose_attention
 from qlora_train.loader.model import kernels_of
 from tests.pico import FAMILIES, build_config
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LLAMA_2 = {"model_type": "llama", "max_position_embeddings": 4096}
 LLAMA_3_1 = {
@@ -186,3 +188,9 @@ def test_turn_tokens_of_the_vocabulary_decide_the_chat_template(pico_llama) -> N
 def test_table_needs_no_torch() -> None:
     code = "import sys, qlora_train.architectures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_page_of_architectures_is_made_from_the_table(tmp_path: Path) -> None:
+    made = tmp_path / "architectures.md"
+    subprocess.run([sys.executable, "scripts/architectures.py", str(made)], cwd=ROOT, check=True)
+    assert (ROOT / "docs" / "architectures.md").read_text() == made.read_text(), "run: python scripts/architectures.py"

@@ -4,9 +4,11 @@ import logging
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,12 +162,15 @@ def test_on_a_terminal_there_is_a_prompt_and_ctrl_c_at_it_gives_up_the_line(
     def until_prompt(prompt: bytes) -> bytes:
         screen = b""
         while not screen.endswith(prompt):
+            readable, _, _ = select.select([keyboard], [], [], 60)
+            assert readable, screen
             screen += os.read(keyboard, 1)
         return screen
 
     until_prompt(b"> ")
     os.write(keyboard, b"given up \\\n")
     until_prompt(b"... ")
+    time.sleep(0.5)  # readline hears no Ctrl-C between the prompt and the first wait for a key
     process.send_signal(signal.SIGINT)
     until_prompt(b"> ")
     os.write(keyboard, b"1 + 2\n")

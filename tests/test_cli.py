@@ -458,7 +458,7 @@ def test_refused_resume_deletes_no_checkpoint(pico_llama: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "brand_new_type"}, "cannot be read"),
+        ({"model_type": "brand_new_type"}, "'brand_new_type' is not known to the installed Transformers"),
         ({"model_type": "brand_new_type", "auto_map": {"AutoConfig": "own.Own"}}, "runs Python code of its own"),
     ],
 )

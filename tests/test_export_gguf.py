@@ -337,6 +337,13 @@ def test_adapter_that_is_more_than_lora_is_refused(base: Path, tmp_path: Path, s
         write_plain_adapter(AdapterFile(saved, skeleton_of(AutoConfig.from_pretrained(base))), tmp_path, "x")
 
 
+def test_adapter_over_transposed_weights_is_refused(pico: Any, tmp_path: Path) -> None:
+    base = pico("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=256)
+    saved = save_adapter(plain(base), tmp_path / "adapter", target_modules=["c_fc"], fan_in_fan_out=True)
+    with pytest.raises(ExportError, match="2 changes that llama"):
+        write_plain_adapter(AdapterFile(saved, skeleton_of(AutoConfig.from_pretrained(base))), tmp_path, "x")
+
+
 def test_k_quants_say_how(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run.path), "--format", "gguf", "--quant", "q4_k_m"]) == 2
     assert "llama-quantize NAME-f16.gguf NAME-q4_k_m.gguf Q4_K_M" in capsys.readouterr().err

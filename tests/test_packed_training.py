@@ -210,7 +210,7 @@ def test_a_model_without_positions_is_refused_in_one_line(
     base = pico(model_type, n_head=4, n_heads=4, n_layer=2, n_layers=2, d_model=64)
     adapted, config = adapted_pico(base, tmp_path, "model.attn_implementation=eager")
     with pytest.raises(ConfigError, match=rf"this {model_type} model does not keep .* apart: it takes no position_ids"):
-        isolate_documents(adapted, config, ROWS)
+        isolate_documents(with_table_row(adapted, packing_obstacle=""), config, ROWS)
 
 
 def test_the_check_finds_an_attention_function_that_computes_something_else(

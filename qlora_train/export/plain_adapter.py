@@ -27,13 +27,14 @@ def write_plain_adapter(adapter: AdapterFile, folder: Path, name: str) -> dict[s
         What was written, by the names in the file.
 
     Raises:
-        ExportError: it holds DoRA magnitudes, replaced tensors or trained token rows.
+        ExportError: it holds DoRA magnitudes, replaced tensors, trained token rows, or pairs over parameters that are not
+            linear layers stored as (out, in).
     """
-    others = [target for target, update in adapter.updates.items() if not _is_plain(update)]
+    others = [target for target, update in adapter.updates.items() if not _is_plain(target, update)]
     if others:
         raise ExportError(
-            f"{adapter.path}: {len(others)} changes that llama.cpp's LoRA cannot hold (DoRA, whole tensors, token rows): "
-            f"{listed(others, 3)}; export the merged model: --format gguf"
+            f"{adapter.path}: {len(others)} changes that llama.cpp's LoRA cannot hold (DoRA, experts, whole tensors, token "
+            f"rows): {listed(others, 3)}; export the merged model: --format gguf"
         )
     alpha = float(adapter.config["lora_alpha"])
     tensors: dict[str, torch.Tensor] = {}
@@ -49,5 +50,7 @@ def write_plain_adapter(adapter: AdapterFile, folder: Path, name: str) -> dict[s
     return tensors
 
 
-def _is_plain(update: object) -> bool:
-    return isinstance(update, LowRank) and update.magnitude is None
+def _is_plain(target: str, update: object) -> bool:
+    """Say whether an update is a pair of matrices over a linear layer stored as (out, in)."""
+    plain = isinstance(update, LowRank) and update.magnitude is None and not update.transposed
+    return plain and target.endswith(".weight")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qlora_train.adapter import load_trained
@@ -19,6 +20,7 @@ from qlora_train.errors import ConfigError
 from qlora_train.export.merge import merge_adapter
 from qlora_train.loader import load_model, resolve_base
 from qlora_train.loader.experts import expert_parameters
+from qlora_train.plan import memory_plan
 from tests.architectures.conftest import LONG, Table
 from tests.pico import build_pico
 from tests.runs import adapter_bytes, losses, make_config, train_run
@@ -45,10 +47,16 @@ def test_family_trains_in_4_bits_and_merges_to_the_same_model(
     assert loaded.census.quantized_share > 0.95
     experts = expert_parameters(loaded.model)
     assert not [name for name in loaded.census.unquantized if name.split(" ")[0] in experts]
+    planned = memory_plan(loaded.model.config.to_dict(), r=config.lora.r, tokens=64)
+    found = loaded.census.weight_bytes + loaded.census.table_bytes
+    assert planned.quantized_weights_bytes + planned.quantization_state_bytes == found
     table[model_type]["4 bits"] = f"{100 * loaded.census.quantized_share:.1f} %"
     table[model_type]["experts in 4 bits"] = "100 %" if experts else "no experts"
 
     adapted = load_trained(loaded, run.adapter)
+    assert planned.adapter_bytes == sum(
+        tensor.nbytes for tensor in load_file(run.adapter / "adapter_model.safetensors").values()
+    )
     merge_adapter(
         resolve_base(config.model).folder,
         run.adapter,

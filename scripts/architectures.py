@@ -1,0 +1,84 @@
+"""Write docs/architectures.md from the table of architectures and from the models that Transformers builds of it.
+
+    python scripts/architectures.py [FILE]
+
+A test holds the page to what this writes.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, logging
+
+from qlora_train.adapter import choose_targets, find_linears
+from qlora_train.architectures import ARCHITECTURES, Architecture
+from qlora_train.config import LoraSection
+from qlora_train.kernels.experts import follows_interface
+from qlora_train.loader.experts import expert_modules, expert_parameters
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "architectures.md"
+sys.path.insert(0, str(ROOT))  # beside a script lie only scripts
+from tests.pico import build_config  # noqa: E402
+
+HEAD = """# Architectures
+
+This page is made by `python scripts/architectures.py` from `qlora_train/architectures/table.py`. Each row is a
+`model_type` of `config.json`. `make test-architectures` builds a small model of each, loads it in 4 bits, trains it,
+stops and resumes it, merges the adapter, and compares the merged model, which is plain Transformers code, with the
+adapter on the 4-bit base.
+
+A type that is not here trains on a generic row: its layers, experts and routers are found by walking the model, and one
+warning says what was found.
+
+- **LoRA on**: the layers that `lora.target_modules: all-linear` takes, and the expert weights that
+  `lora.target_parameters: auto` takes. Routers and the output head carry none.
+- **stays in 16 bits**: besides embeddings, head, norms, routers, convolutions and small recurrent parameters.
+- **experts**: *one at a time*: an expert's weights are dequantised when its tokens are computed. *a layer at a time*:
+  the architecture computes all experts of a layer at once, outside Transformers' interface, and needs their weights
+  together.
+- **packing**: whether `data.packing` keeps documents apart (`tests/test_packed_training.py`), or why it is refused.
+
+Every row merges (`qlora-train merge`); the merged folder has the tensor names of the base. Whether it leaves as GGUF is
+up to llama.cpp's converter, which says so in one line: [export.md](export.md). Kernels of our own are not there yet.
+
+In some mixtures PEFT 0.21 takes the names `gate_proj`, `up_proj` and `down_proj` for experts, which earlier versions of
+Transformers kept as layers of these names. The shared expert and the dense layers of those models carry no adapter; the
+log names them.
+
+| model_type | attention | LoRA on | stays in 16 bits | experts | packing |
+|---|---|---|---|---|---|
+"""
+
+
+def line_of(row: Architecture) -> str:
+    """Return the row of the page for a row of the table."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build_config(row.model_type))
+    linears = find_linears(model)
+    layers = {name.rpartition(".")[2] for name in choose_targets(model, linears, LoraSection(), row)}
+    stacks = {name.rpartition(".")[2] for name in expert_parameters(model)}
+    carried = [*sorted(layers), *(f"experts.{name}" for name in sorted(stacks))]
+    one_by_one = all(follows_interface(module) for _, module in expert_modules(model))
+    cells = (
+        row.model_type,
+        row.attention if row.attention_reason else model.config._attn_implementation,
+        ", ".join(f"`{name}`" for name in carried),
+        ", ".join(f"`{name}`" for name in row.keep_16bit),
+        ("one at a time" if one_by_one else "a layer at a time") if stacks else "",
+        f"refused: {row.packing_obstacle}" if row.packing_obstacle else "yes",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def page() -> str:
+    """Return the whole page."""
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    return HEAD + "\n".join(line_of(row) for _, row in sorted(ARCHITECTURES.items())) + "\n"
+
+
+if __name__ == "__main__":
+    (Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE).write_text(page(), encoding="utf-8")
