@@ -101,14 +101,16 @@ def handle_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # the work is done; nothing is left to stop
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.set_wakeup_fd(wakeup)
-        for number, handler in before.items():
-            signal.signal(number, handler)
         told.close()  # ends the thread
         thread.join()
         hears.close()
         _process.handles, _process.requested, _process.deadline = False, None, None
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
