@@ -85,9 +85,11 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
         for batch in _batches(lengths, batch_size, num_labels, max_labels):
             stopping.check()
             tensors = collate([(index, examples[index]) for index in batch])
-            inputs = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-            losses, of_row = label_losses(model, **inputs)
-            nll.index_add_(0, tensors["row"][of_row.cpu()], losses.double().cpu())
+            inputs: dict[str, Any] = {
+                name: tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels")
+            }
+            losses = label_losses(model, **inputs)
+            nll.index_add_(0, tensors["row"][losses.of_row.cpu()], losses.nats.double().cpu())
     return HeldOutLoss.of([ExampleLoss(*row) for row in zip(nll.tolist(), num_labels, strict=True)])
 
 

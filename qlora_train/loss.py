@@ -12,6 +12,7 @@ returns the hidden states it is given: again the architecture's own code, with i
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ def _head_sees_only(model: nn.Module, positions: torch.Tensor) -> Iterator[None]
         handle.remove()
 
 
+@dataclass(frozen=True, slots=True)
+class LabelLosses:
+    """The losses of a batch.
+
+    Attributes:
+        nats: negative log-likelihood of every label token, float32 (num_labels,).
+        of_row: the row of the batch that each belongs to, (num_labels,).
+        balance: how unevenly the batch's tokens use the experts, a scalar; None unless it was asked for.
+    """
+
+    nats: torch.Tensor
+    of_row: torch.Tensor
+    balance: torch.Tensor | None = None
+
+
 def label_losses(
     model: nn.Module,
     chunk_tokens: int | None = None,
@@ -67,7 +83,8 @@ def label_losses(
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    with_balance: bool = False,
+) -> LabelLosses:
     """Return the loss of every label token.
 
     Args:
@@ -78,22 +95,24 @@ def label_losses(
             nothing predicts.
         attention_mask: (batch, seq), 1 for real tokens; None where all are.
         position_ids: (1, seq), restarting at 0 in each document of a packed row; None for rows that are not packed.
-
-    Returns:
-        Negative log-likelihoods in nats, float32 (num_labels,), and the row of the batch each belongs to (num_labels,).
+        with_balance: also return the architecture's own load-balancing loss of a mixture of experts, over all real tokens.
     """
     targets = shifted_labels(labels)
     positions = targets != IGNORED
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
+    if with_balance:
+        inputs["output_router_logits"] = True
     of_row = positions.nonzero()[:, 0]
     if chunk_tokens is not None:
-        hidden_states = _hidden_states(model, positions, inputs)
-        return _losses_in_chunks(model, hidden_states, targets[positions], chunk_tokens), of_row
-    with _head_sees_only(model, positions):
-        logits = model(**inputs).logits
-    return _negative_log_likelihoods(logits, targets[positions].to(logits.device)), of_row
+        hidden_states, output = _hidden_states(model, positions, inputs)
+        nats = _losses_in_chunks(model, hidden_states, targets[positions], chunk_tokens)
+    else:
+        with _head_sees_only(model, positions):
+            output = model(**inputs)
+        nats = _negative_log_likelihoods(output.logits, targets[positions].to(output.logits.device))
+    return LabelLosses(nats, of_row, output.aux_loss if with_balance else None)
 
 
 def _negative_log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -130,8 +149,8 @@ def _decoder_name(whole: Any) -> str:
     return next(name for name, part in whole.named_children() if any(embeddings is inner for inner in part.modules()))
 
 
-def _hidden_states(model: nn.Module, positions: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    """Return what the decoder of this model returns at `positions` (batch, seq): (num_labels, hidden)."""
+def _hidden_states(model: nn.Module, positions: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """Return what the decoder returns at `positions` (batch, seq), (num_labels, hidden), and what the model does."""
     seen: list[torch.Tensor] = []
 
     def take(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
@@ -143,11 +162,11 @@ def _hidden_states(model: nn.Module, positions: torch.Tensor, inputs: dict[str, 
     whole = _causal_model(model)
     handle = whole.get_submodule(_decoder_name(whole)).register_forward_hook(take)
     try:
-        model(**inputs)
+        output = model(**inputs)
     finally:
         handle.remove()
     (hidden_states,) = seen
-    return hidden_states
+    return hidden_states, output
 
 
 def _head_alone(model: Any) -> tuple[nn.Module, nn.Module]:
@@ -181,18 +200,32 @@ def _losses_in_chunks(
     return torch.cat([checkpoint(losses, some, wanted, use_reentrant=False) for some, wanted in pieces])
 
 
-@torch.no_grad()
 def can_chunk(model: Any) -> bool:
     """Say whether the loss in chunks is the loss on this very model, which is run on a few tokens."""
-    device = model.get_input_embeddings().weight.device
-    tokens = torch.arange(1, 9, device=device)[None] % model.get_input_embeddings().num_embeddings
+    whole, chunks = _on_a_few_tokens(model, None), _on_a_few_tokens(model, 3)
+    if whole is None or chunks is None:
+        return False  # an outermost module that is built otherwise
+    return torch.allclose(whole.nats, chunks.nats, rtol=CHUNK_TOLERANCE, atol=CHUNK_TOLERANCE)
+
+
+def can_balance(model: Any) -> bool:
+    """Say whether the architecture of this very model, which is run on a few tokens, has a load-balancing loss."""
+    losses = _on_a_few_tokens(model, None, with_balance=True)
+    return losses is not None and losses.balance is not None
+
+
+@torch.no_grad()
+def _on_a_few_tokens(model: Any, chunk_tokens: int | None, *, with_balance: bool = False) -> LabelLosses | None:
+    """Return the losses of a short text; None for a model that cannot make them in this way."""
+    embeddings = model.get_input_embeddings()
+    tokens = torch.arange(1, 9, device=embeddings.weight.device)[None] % embeddings.num_embeddings
     was_training = model.training
     model.eval()
     try:
-        whole, _ = label_losses(model, input_ids=tokens, labels=tokens)
-        chunks, _ = label_losses(model, 3, input_ids=tokens, labels=tokens)
+        return label_losses(model, chunk_tokens, input_ids=tokens, labels=tokens, with_balance=with_balance)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
-        return False  # an outermost module that is built otherwise
+        return None
     finally:
         model.train(was_training)
-    return torch.allclose(whole, chunks, rtol=CHUNK_TOLERANCE, atol=CHUNK_TOLERANCE)

@@ -47,7 +47,7 @@ def main() -> None:
         num_tokens += int(batch["attention_mask"].sum()) if step >= WARM_UP_STEPS else 0
         batch = {name: tensor.to(loaded.device) for name, tensor in batch.items() if name != "row"}
         with torch.autocast(loaded.device.type, loaded.compute_dtype):
-            loss = label_losses(model, **batch)[0].mean()
+            loss = label_losses(model, **batch).nats.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable_state(model).values(), 1.0)
         optimizer.step()

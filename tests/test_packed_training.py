@@ -69,7 +69,7 @@ def packed_batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 def losses_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses of all labels and the gradient of their sum, of all that trains."""
     model.zero_grad()
-    found = torch.cat([label_losses(model, **batch)[0] for batch in batches])
+    found = torch.cat([label_losses(model, **batch).nats for batch in batches])
     found.sum().backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return found.detach(), torch.cat(gradients)

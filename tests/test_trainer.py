@@ -48,7 +48,7 @@ def test_without_the_handling_an_evaluation_would_damage_gradients(pico_llama: P
 
     def gradient() -> torch.Tensor:
         adapted.model.train().zero_grad()
-        label_losses(adapted.model, **batch)[0].sum().backward()
+        label_losses(adapted.model, **batch).nats.sum().backward()
         return torch.cat([p.grad.flatten() for p in trainable_state(adapted.model).values() if p.grad is not None])
 
     before = gradient()
@@ -70,7 +70,8 @@ def test_loss_of_labels_equals_the_plain_one(family: str, pico: Any, tmp_path: P
         length = len(row.input_ids)
         ids[i, :length], mask[i, :length] = torch.tensor(row.input_ids), 1
         labels[i, :length] = torch.where(torch.tensor(row.loss_mask), ids[i, :length], -100)
-    found, of_row = label_losses(adapted.model, input_ids=ids, attention_mask=mask, labels=labels)
+    losses = label_losses(adapted.model, input_ids=ids, attention_mask=mask, labels=labels)
+    found, of_row = losses.nats, losses.of_row
     logits = adapted.model(input_ids=ids, attention_mask=mask).logits.float()
     wanted = []
     for i in range(3):

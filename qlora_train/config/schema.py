@@ -291,6 +291,9 @@ class TrainSection(Section):
     stop and say which does."""
     group_by_length: bool = False
     """Batch rows of similar length: less padding, the order stays a pure function of the seed."""
+    router_aux_loss_coef: float | None = Field(None, ge=0, le=1)
+    """Weight of the loss that keeps a mixture's experts evenly used, of models that have one. None: what config.json says,
+    where it turns the loss on (output_router_logits)."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
     """NEFTune noise on the embeddings (https://arxiv.org/abs/2310.05914)."""
     logging_steps: int = Field(10, ge=1)

@@ -116,14 +116,14 @@ class _Check:
         """Return the losses of the last document of a row of tokens (seq,), (CHECK_TOKENS - 1,)."""
         labels = tokens.clone()
         labels[: 1 - CHECK_TOKENS] = IGNORED
-        inputs = {"input_ids": tokens, "labels": labels}
+        inputs: dict[str, Any] = {"input_ids": tokens, "labels": labels}
         inputs |= {"attention_mask": torch.ones_like(tokens)} if positions is None else {"position_ids": positions}
         was_training = self._model.training
         self._model.eval()
         try:
             return label_losses(
                 self._model, **{name: tensor[None].to(self._device) for name, tensor in inputs.items()}
-            )[0]
+            ).nats
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from qlora_train import durable
 from qlora_train.checkpoint import RunFolder
+from qlora_train.trainer.balance import BALANCE
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,9 @@ _SHOWN = {
     "eval_loss": "eval_loss {:.4f}",
     "learning_rate": "lr {:.2e}",
     "grad_norm": "grad {:.3f}",
+    BALANCE: "balance {:.3f}",
 }
-_KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "eval_runtime_seconds")
+_KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", BALANCE, "eval_runtime_seconds")
 
 
 class Progress(TrainerCallback):

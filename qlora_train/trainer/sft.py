@@ -43,8 +43,9 @@ from qlora_train.data.store import Rows
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.ladder import Phase
-from qlora_train.loss import label_losses
+from qlora_train.loss import LabelLosses, label_losses
 from qlora_train.trainer.arguments import choose_offloading, sft_config
+from qlora_train.trainer.balance import BALANCE, choose_router_aux_loss_coef
 from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, make_schedule
 from qlora_train.trainer.feed import make_feed
 from qlora_train.trainer.isolation import isolate_documents
@@ -104,6 +105,9 @@ class QloraTrainer(SFTTrainer):
             isolate_documents(adapted, config, data.train)
         self._micro_losses: list[torch.Tensor] = []
         self._micro_rows: list[torch.Tensor] = []
+        self._micro_balances: list[torch.Tensor] = []
+        self._balances: list[float] = []  # since the last log line
+        self.balance_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
         self.numbers = Numbers(config.train)
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
         super().__init__(
@@ -143,18 +147,25 @@ class QloraTrainer(SFTTrainer):
         """Return this micro-batch's share of the loss of the accumulated batch, a scalar."""
         assert not return_outputs, "evaluation goes through `evaluate`"
         assert num_items_in_batch is not None
-        loss = self.token_losses(model, inputs).sum() / num_items_in_batch
+        losses = self.label_losses(model, inputs)
+        total = losses.nats.sum()
+        if losses.balance is not None:
+            total = total + self.balance_weight * losses.balance * losses.nats.numel()
+            self._micro_balances.append(losses.balance.detach())
+        loss = total / num_items_in_batch
         if not self._micro_losses:
             self._loss_before_step = self._tr_loss.clone()
         self._micro_losses.append(loss.detach())
         self._micro_rows.append(inputs["row"])
         return loss
 
-    def token_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the loss of every label token of a micro-batch, (num_labels,), made as the settings say."""
+    def label_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LabelLosses:
+        """Return the losses of a micro-batch, made as the settings say."""
         named = {name: tensor for name, tensor in inputs.items() if name != "row"}
         with self._activations(model):
-            return label_losses(model, self.config.train.loss_chunk_tokens, **named)[0]
+            return label_losses(
+                model, self.config.train.loss_chunk_tokens, with_balance=self.balance_weight > 0, **named
+            )
 
     # --- numbers -----------------------------------------------------------------------------------------------------
 
@@ -163,6 +174,9 @@ class QloraTrainer(SFTTrainer):
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         loss = float(torch.stack(self._micro_losses).sum())
         rows, self._micro_losses, self._micro_rows = self._micro_rows, [], []
+        if self._micro_balances:
+            self._balances += torch.stack(self._micro_balances).tolist()
+            self._micro_balances = []
         scaled = self.accelerator.scaler is not None
         if self.numbers.allow(Step(self.state.global_step + 1, loss, norm, scaled, lambda: self._places(rows))):
             return norm
@@ -170,6 +184,13 @@ class QloraTrainer(SFTTrainer):
         self._tr_loss = self._loss_before_step
         self._globalstep_last_logged += 1  # the mean that is logged next is over one step less
         return None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log metrics, the steps' with the mean load-balancing loss of their micro-batches."""
+        if "loss" in logs and self._balances:
+            logs[BALANCE] = sum(self._balances) / len(self._balances)
+            self._balances = []
+        super().log(logs, start_time)
 
     def _places(self, rows: list[torch.Tensor]) -> str:
         numbers = [row for batch in rows for row in batch.tolist()]
@@ -249,6 +270,7 @@ class QloraTrainer(SFTTrainer):
             "numbers": self.numbers.state(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "feed": self._feed.memory(),
+            "balances": self._balances,
         }
 
     def restore(self, checkpoint: Path) -> None:
@@ -296,3 +318,4 @@ class QloraTrainer(SFTTrainer):
             loop = load_tree(Path(checkpoint), "loop")
             self._tr_loss = loop["tr_loss"].to(self.args.device)
             self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]
+            self._balances = list(loop["balances"])

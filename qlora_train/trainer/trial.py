@@ -87,7 +87,7 @@ def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
     for _ in range(min(2, args.gradient_accumulation_steps)):  # the second beside the gradients of the first
         inputs = {name: tensor.to(device) for name, tensor in batch.items()}
         with trainer.compute_loss_context_manager():
-            loss = trainer.token_losses(model, inputs).mean()
+            loss = trainer.label_losses(model, inputs).nats.mean()
         trainer.accelerator.backward(loss)
 
 
