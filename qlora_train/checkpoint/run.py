@@ -51,6 +51,11 @@ class RunFolder:
         return self.path / "fit.json"
 
     @property
+    def fast_path_file(self) -> Path:
+        """What comparing the fast path with the plain one found."""
+        return self.path / "fast_path.json"
+
+    @property
     def data_report_file(self) -> Path:
         """What became of every row of the data."""
         return self.path / "data.json"
@@ -191,6 +196,14 @@ class RunFolder:
             CheckpointError: it is not readable.
         """
         return _read_json(self.fit_file)
+
+    def fast_path(self) -> dict[str, Any]:
+        """Return fast_path.json, empty when there is none.
+
+        Raises:
+            CheckpointError: it is not readable.
+        """
+        return _read_json(self.fast_path_file)
 
     def read_results(self) -> dict[str, Any]:
         """Return results.json, empty when there is none.

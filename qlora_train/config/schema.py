@@ -294,6 +294,12 @@ class TrainSection(Section):
     router_aux_loss_coef: float | None = Field(None, ge=0, le=1)
     """Weight of the loss that keeps a mixture's experts evenly used, of models that have one. None: what config.json says,
     where it turns the loss on (output_router_logits)."""
+    fast_path: bool = True
+    """Train with operations of this package where a comparison on the first rows shows that they compute what PEFT's and
+    Transformers' own do."""
+    dequantized_cache_gb: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    """Memory for copies of 4-bit weights in the compute dtype, which are then not dequantised in every step; `auto` is up
+    to a quarter of a CPU's free memory, and 0 on GPUs."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
     """NEFTune noise on the embeddings (https://arxiv.org/abs/2310.05914)."""
     logging_steps: int = Field(10, ge=1)

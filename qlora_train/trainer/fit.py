@@ -11,6 +11,8 @@ from qlora_train.checkpoint import RunFolder, reading
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.trainer.boundaries import best_step, evaluations
+from qlora_train.trainer.cache import fill_cache
+from qlora_train.trainer.fast_path import choose_fast_path
 from qlora_train.trainer.fitting import rung_below, trainer_that_fits
 from qlora_train.trainer.numbers import refuse_non_finite
 from qlora_train.trainer.progress import Progress
@@ -47,6 +49,9 @@ def train(
         return QloraTrainer(adapted, data, fitted, run, [progress], grouped_rows=asked_rows)
 
     with stopping.at_boundaries():
+        fast = choose_fast_path(adapted, data, config, run)
+        if fast is not None:
+            fill_cache(fast.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
         trainer = trainer_that_fits(make, config, run)
         try:
             with rung_below(trainer, config, run):
