@@ -136,6 +136,7 @@ def test_noise_on_the_embeddings_changes_training_and_is_gone_afterwards(pico_ll
     assert losses(noisy)[0] != losses(plain)[0]
     config = make_config(tmp_path, pico_llama, "train.neftune_noise_alpha=15", name="after")
     adapted, data, folder = build(config)
+    folder.path.mkdir()
     train(adapted, data, config, folder, None)
     ids = torch.tensor([data.train[0].input_ids], dtype=torch.long)
     with torch.no_grad():

@@ -125,8 +125,7 @@ def _reason_against(layer: Any) -> str:
         return "not a linear layer"
     if type(base).forward not in (nn.Linear.forward, Linear4bit.forward) or "forward" in vars(base):
         return "a forward of its own"
-    if any(parameter.requires_grad for parameter in base.parameters()):
-        return "a base that trains"
+    assert not any(parameter.requires_grad for parameter in base.parameters()), "its forward is bound"
     [name] = layer.active_adapters if len(layer.active_adapters) == 1 else [""]
     if name not in layer.lora_A:
         return "not one active adapter"

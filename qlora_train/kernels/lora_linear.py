@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qlora_train.kernels.frozen_weight import FrozenWeight
 
@@ -43,16 +42,19 @@ class _LoraLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: tuple[FrozenWeight, ...], scales: tuple[float, ...], *factors: Tensor
     ) -> tuple[Tensor, ...]:
         dtype, (a, b) = weights[0].dtype, _halves(factors)
-        inputs = x.to(dtype)
-        rows = inputs.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
         low = rows @ torch.cat(list(a)).to(dtype).T
         outputs = []
         for weight, factor, scale, part in zip(
             weights, b, scales, low.split([len(each) for each in a], 1), strict=True
         ):
-            bias = None if weight.bias is None else weight.bias.to(dtype)
-            output = functional.linear(inputs, weight.read(), bias)  # no view: models may change it in place
-            output.flatten(0, -2).addmm_(part, (factor * scale).to(dtype).T)
+            output = rows.new_empty((*x.shape[:-1], len(factor)))  # not a view: models may change it in place
+            flat = output.view(len(rows), len(factor))
+            if weight.bias is None:
+                torch.mm(rows, weight.read().T, out=flat)
+            else:
+                torch.addmm(weight.bias.to(dtype), rows, weight.read().T, out=flat)
+            flat.addmm_(part, (factor * scale).to(dtype).T)
             outputs.append(output.to(x.dtype))
         ctx.save_for_backward(rows, low, *factors)
         ctx.weights, ctx.scales, ctx.shape, ctx.dtype = weights, scales, x.shape, x.dtype
@@ -74,11 +76,11 @@ class _LoraLinears(torch.autograd.Function):
                 continue
             flat = grad.reshape(len(rows), -1).to(dtype)
             torch.mm(flat, (factor * scale).to(dtype), out=grad_part)
-            grad_b.append((part.T @ flat).T.float().mul_(scale))
+            grad_b.append((part.T @ flat).T.to(factor.dtype, memory_format=torch.contiguous_format).mul_(scale))
             if ctx.needs_input_grad[0]:
                 frozen = weight.read()
                 grad_rows = flat @ frozen if grad_rows is None else grad_rows.addmm_(flat, frozen)
-        grad_a = (grad_low.T @ rows).float().split(ranks)
+        grad_a = (grad_low.T @ rows).to(a[0].dtype).split(ranks)
         if grad_rows is not None:
             grad_rows = grad_rows.addmm_(grad_low, torch.cat(list(a)).to(dtype)).view(ctx.shape).to(ctx.dtype)
         return grad_rows, None, None, *grad_a, *grad_b

@@ -4,8 +4,7 @@ Afterwards the run is as if nothing had been: no gradient, no step, every random
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 from torch import nn
 
 from qlora_train.adapter import trainable_state
-from qlora_train.checkpoint import random_state, restore_random_state
 from qlora_train.data.batches import Batch
 from qlora_train.device import free_memory
 from qlora_train.errors import first_line, is_out_of_memory
@@ -24,6 +22,7 @@ from qlora_train.ladder import Phase
 from qlora_train.loss import IGNORED
 from qlora_train.trainer.largest import largest_eval_batches, largest_micro_batch
 from qlora_train.trainer.sft import QloraTrainer
+from qlora_train.trainer.traces import without_trace
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def try_largest_batches(trainer: QloraTrainer) -> Trial:
         torch.cuda.reset_peak_memory_stats(loaded.device)
     # as the training loop will do, which leaves a model as it is that is prepared already
     model = trainer.accelerator.prepare_model(trainer.model)
-    with _without_trace(model):
+    with without_trace(model):
         reason = _reason_not_to_fit(lambda: _train(trainer, model, batch))
         if reason is not None:
             return Trial(tried, "training", reason)
@@ -108,44 +107,6 @@ def _reason_not_to_fit(action: Callable[[], None]) -> str | None:
     if reason is not None:
         free_memory()  # only here, where nothing refers to the error's frames any more
     return reason
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What a module keeps between two batches: its buffers, and what it knows of them, as of the lengths it has seen."""
-
-    module: nn.Module
-    attributes: dict[str, Any]
-    buffers: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    """Each with a copy of its content."""
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "_Known":
-        buffers = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers(recurse=False)}
-        return cls(module, dict(vars(module)), buffers)
-
-    def put_back(self) -> None:
-        vars(self.module).update(self.attributes)
-        for name, (buffer, content) in self.buffers.items():
-            buffer.data.copy_(content)
-            self.module._buffers[name] = buffer
-
-
-@contextmanager
-def _without_trace(model: nn.Module) -> Iterator[None]:
-    """Leave generators, gradients, modes and buffers as they were, and what modules with buffers know of these."""
-    state, training = random_state(), [module for module in model.modules() if module.training]
-    known = [_Known.of(module) for module in model.modules() if module._buffers]
-    try:
-        yield
-    finally:
-        model.zero_grad(set_to_none=True)
-        for each in known:
-            each.put_back()
-        model.eval()
-        for module in training:
-            module.training = True
-        restore_random_state(state)
 
 
 def _size(batch: Batch) -> str:

@@ -1,0 +1,95 @@
+"""Two ways of computing one model, compared: the loss and every gradient, on a few hundred tokens of its own data."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_train.adapter import AdaptedModel, trainable_state
+from qlora_train.loss import label_losses
+from qlora_train.trainer.traces import without_trace
+
+NEGLIGIBLE = 1e-3
+"""Share of the gradients' norm below which a tensor's is not judged by itself."""
+SMALL = 1 / 16
+"""Size of the numbers that stand in for zeros, against those of a fresh layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """What a model computed: the loss, and the gradient of everything that trains, by name."""
+
+    loss: float
+    by_name: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Relative differences, not a number or infinite where one of the two is.
+
+    Attributes:
+        loss: of the loss.
+        gradient: of all gradients together.
+        tensor: of the gradient of the tensor that differs most.
+        worst: its name.
+    """
+
+    loss: float
+    gradient: float
+    tensor: float
+    worst: str
+
+
+def gradients_of(adapted: AdaptedModel, batch: Mapping[str, Any]) -> Gradients:
+    """Return the mean loss of a batch and its gradients, in training mode and with the same random numbers every time.
+
+    Args:
+        adapted: the model, which is as it was afterwards. Tensors of it that are zero are other numbers meanwhile: a fresh
+            adapter lets no gradient through.
+        batch: arguments of `label_losses`.
+    """
+    model, dtype, device = adapted.model, adapted.loaded.compute_dtype, adapted.loaded.device
+    trained = trainable_state(model)
+    with without_trace(model), _nothing_is_zero(trained):
+        torch.manual_seed(0)
+        model.train()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = label_losses(model, **batch).nats.mean()
+        loss.backward()
+        found = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+    return Gradients(float(loss), found)
+
+
+@contextmanager
+def _nothing_is_zero(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Give every trained tensor that is zero small numbers for a while."""
+    generator = torch.Generator().manual_seed(0)
+    zeros = [parameter for parameter in trained.values() if not parameter.any()]
+    with torch.no_grad():
+        for parameter in zeros:
+            numbers = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(numbers * (SMALL / math.sqrt(parameter.shape[-1])))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
+
+
+def difference(wanted: Gradients, found: Gradients) -> Difference:
+    """Return by how much `found` differs from `wanted`; a gradient that only one of them has differs without bound."""
+    loss = abs(found.loss - wanted.loss) / abs(wanted.loss)
+    odd = sorted(wanted.by_name.keys() ^ found.by_name.keys())
+    if odd:
+        return Difference(loss, math.inf, math.inf, odd[0])
+    norms = {name: float(gradient.norm()) for name, gradient in wanted.by_name.items()}
+    errors = {name: float((found.by_name[name] - gradient).norm()) for name, gradient in wanted.by_name.items()}
+    whole = math.hypot(*norms.values())
+    relative = {name: errors[name] / norm for name, norm in norms.items() if not norm <= NEGLIGIBLE * whole}
+    worst = max(relative, key=lambda name: (math.isnan(relative[name]), relative[name]))
+    return Difference(loss, math.hypot(*errors.values()) / whole, relative[worst], worst)

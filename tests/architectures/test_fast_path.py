@@ -1,0 +1,68 @@
+"""The fast path on every family: its loss and its gradients are the plain path's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
+from qlora_train.architectures import ARCHITECTURES
+from qlora_train.kernels.fast_path import install
+from qlora_train.loader import load_model
+from qlora_train.loss import label_losses
+from qlora_train.trainer.comparison import difference, gradients_of
+from tests.architectures.conftest import Table
+from tests.runs import make_config
+
+Pico = Callable[..., Path]
+BATCH = {
+    "input_ids": torch.arange(60).reshape(3, 20) * 5 % 300 + 4,
+    "labels": torch.arange(60).reshape(3, 20) * 5 % 300 + 4,
+    "attention_mask": torch.ones(3, 20, dtype=torch.long).index_fill(1, torch.arange(15, 20), 1),
+}
+BATCH["attention_mask"][1, 15:], BATCH["labels"][1, 15:] = 0, -100
+BY_HAND = ("llama", "gemma2", "qwen2", "phi3", "glm4", "olmo2", "granite", "cohere", "mamba")
+"""Families without experts: no token can go to another one because of rounding."""
+
+
+def adapted(folder: Path, base: Path, dtype: str = "float32") -> AdaptedModel:
+    config = make_config(folder, base, f"quantization.bnb_4bit_compute_dtype={dtype}")
+    found = attach_adapter(load_model(config.model, config.quantization), config.lora, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in trainable_state(found.model).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return found
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_loss_and_gradients_are_those_of_the_plain_path(
+    model_type: str, pico: Pico, tmp_path: Path, table: Table
+) -> None:
+    model = adapted(tmp_path, pico(model_type))
+    wanted = gradients_of(model, BATCH)
+    fast = install(model.model, lambda: label_losses(model.model, **BATCH))
+    found = difference(wanted, gradients_of(model, BATCH))
+    assert found.loss <= 1e-5, found
+    assert found.gradient <= 1e-5, found
+    assert found.tensor <= 1e-4, found
+    assert fast.counts["adapted linear layers"] or fast.left_out
+    fast.uninstall()
+    again = difference(wanted, gradients_of(model, BATCH))
+    assert (again.loss, again.gradient) == (0, 0)
+    layers = fast.counts["adapted linear layers"]
+    table[model_type]["fast path"] = f"{layers} layers, {fast.counts['RMS norms']} norms ({found.gradient:.0e})"
+
+
+@pytest.mark.parametrize("model_type", BY_HAND)
+def test_in_bfloat16_it_is_no_further_from_float32_than_the_plain_path(
+    model_type: str, pico: Pico, tmp_path: Path
+) -> None:
+    exact = gradients_of(adapted(tmp_path / "exact", pico(model_type)), BATCH)
+    rounded = adapted(tmp_path / "rounded", pico(model_type), "bfloat16")
+    plain = difference(exact, gradients_of(rounded, BATCH))
+    install(rounded.model, lambda: label_losses(rounded.model, **BATCH))
+    fast = difference(exact, gradients_of(rounded, BATCH))
+    assert 1e-4 < plain.gradient < 0.1
+    assert fast.gradient <= 1.5 * plain.gradient
+    assert fast.loss <= 1.5 * plain.loss + 1e-4
