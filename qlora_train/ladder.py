@@ -10,11 +10,9 @@ from typing import Any, Literal
 
 from qlora_train.config.schema import TrainSection
 
-CHUNK_TOKENS = 256
-"""Logits at a time on the rung that makes the loss in chunks: few enough for memory, enough for matrix products."""
 KEYS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "loss_chunk_tokens",
-    "activation_offloading", "per_device_eval_batch_size",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "activation_offloading",
+    "per_device_eval_batch_size",
 )  # fmt: skip
 """Settings that a rung may change."""
 
@@ -28,12 +26,10 @@ class Able:
     Attributes:
         on_gpu: it is on a GPU, beside which there is the host's memory.
         recomputes: its layers can be computed again in the backward pass.
-        chunks: its loss can be made in chunks (`loss.can_chunk`).
     """
 
     on_gpu: bool
     recomputes: bool
-    chunks: bool
 
 
 Rung = Callable[[TrainSection, Able], TrainSection | None]
@@ -55,14 +51,6 @@ def recompute(train: TrainSection, able: Able) -> TrainSection | None:
     return None if already or not able.recomputes else train.model_copy(update={"gradient_checkpointing": True})
 
 
-def chunk_loss(train: TrainSection, able: Able) -> TrainSection | None:
-    """Make the logits of a few labels at a time."""
-    asked = train.loss_chunk_tokens
-    if not able.chunks or (asked is not None and asked <= CHUNK_TOKENS):
-        return None
-    return train.model_copy(update={"loss_chunk_tokens": CHUNK_TOKENS})
-
-
 def offload(train: TrainSection, able: Able) -> TrainSection | None:
     """Keep what the backward pass needs in the host's memory."""
     if train.activation_offloading or not able.on_gpu:
@@ -77,7 +65,7 @@ def split_eval_batch(train: TrainSection, _able: Able) -> TrainSection | None:
 
 
 RUNGS: Mapping[Phase, tuple[Rung, ...]] = {
-    "training": (split_micro_batch, recompute, chunk_loss, offload),
+    "training": (split_micro_batch, recompute, offload),
     "evaluation": (split_eval_batch,),
 }
 """From the one that costs least to the one that costs most."""

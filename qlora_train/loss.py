@@ -4,13 +4,14 @@ The head of a 150,000-token vocabulary is the largest tensor of a step. A hook o
 hidden states that predict a label, so that whatever the architecture does around its head (scaling, soft-capping) stays
 exactly what it is, on `(num_labels, vocabulary)` instead of `(batch, seq, vocabulary)`.
 
-Where that is still too much, the logits of a few labels at a time are made, and made again in the backward pass. The head
-and what is around it are then run by a copy of the model's outermost module, which shares its weights and whose decoder
-returns the hidden states it is given: again the architecture's own code, with its own head.
+Where the architecture allows it, the logits of a few labels at a time are made, and their gradient with them, or, for a
+head that trains, once more in the backward pass. The head and what is around it are then run by a copy of the model's
+outermost module, which shares its weights and whose decoder returns the hidden states it is given: again the
+architecture's own code, with its own head.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ IGNORED = -100
 """Label of a token without loss, as torch's cross-entropy and Transformers have it."""
 
 FLOAT32_BYTES = 64 << 20
-"""Most float32 logits that a loss without gradients makes at once, however large its batch and vocabulary are."""
+"""Most float32 logits that are made at once, however large batch and vocabulary are."""
 
 CHUNK_TOLERANCE = 0.02
 """Nats a token by which rounding in 16 bits may change a loss whose logits are made in chunks."""
@@ -182,13 +183,17 @@ def _head_alone(model: Any) -> tuple[nn.Module, nn.Module]:
     return head, decoder
 
 
+LossesOfSome = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(hidden states (n, hidden), targets (n,)) -> losses (n,), float32."""
+
+
 def _losses_in_chunks(
     model: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
 ) -> torch.Tensor:
     """Return the loss of each target, float32 (num_labels,), from what the decoder returns, (num_labels, hidden)."""
     head, decoder = _head_alone(model)
 
-    def losses(some: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def losses_of(some: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         vars(decoder)["forward"] = lambda *_arguments, **_keywords: _DecoderOutput(last_hidden_state=some[None])
         try:
             logits = head(use_cache=False).logits[0]
@@ -196,8 +201,50 @@ def _losses_in_chunks(
             del vars(decoder)["forward"]
         return functional.cross_entropy(logits.float(), wanted, reduction="none")
 
-    pieces = zip(hidden_states.split(chunk_tokens), targets.to(hidden_states.device).split(chunk_tokens), strict=True)
-    return torch.cat([checkpoint(losses, some, wanted, use_reentrant=False) for some, wanted in pieces])
+    targets = targets.to(hidden_states.device)
+    own = [part for part in head.children() if part is not decoder]
+    if not any(parameter.requires_grad for part in own for parameter in part.parameters()):
+        losses: torch.Tensor = _FrozenHead.apply(hidden_states, targets, chunk_tokens, losses_of)
+        return losses
+    pieces = zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    return torch.cat([checkpoint(losses_of, some, wanted, use_reentrant=False) for some, wanted in pieces])
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Losses under a head that does not train.
+
+    A loss depends on its own hidden state alone, so that its gradient can be made at once, while its logits are there: they
+    are neither kept nor made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, targets: torch.Tensor, chunk_tokens: int, losses_of: LossesOfSome
+    ) -> torch.Tensor:
+        needs_gradient = ctx.needs_input_grad[0]
+        losses, gradients = [], []
+        for some, wanted in zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+            if not needs_gradient:
+                losses.append(losses_of(some, wanted))
+                continue
+            with torch.enable_grad():
+                leaf = some.detach().requires_grad_()
+                found = losses_of(leaf, wanted)
+                gradients += torch.autograd.grad(found.sum(), leaf)
+            losses.append(found.detach())
+        if needs_gradient:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * grad[:, None]).to(gradients.dtype), None, None, None
+
+
+def chunk_tokens_of(model: Any) -> int | None:
+    """Return how many labels' logits a training step makes at a time; None for a model that cannot but make all."""
+    return max(1, FLOAT32_BYTES // (4 * model.config.get_text_config().vocab_size)) if can_chunk(model) else None
 
 
 def can_chunk(model: Any) -> bool:

@@ -3,11 +3,11 @@
 import pytest
 
 from qlora_train.config.schema import TrainSection
-from qlora_train.ladder import CHUNK_TOKENS, Able, next_rung, overrides, typed
+from qlora_train.ladder import Able, next_rung, overrides, typed
 
-EVERYTHING = Able(on_gpu=True, recomputes=True, chunks=True)
-CPU = Able(on_gpu=False, recomputes=True, chunks=True)
-NOTHING = Able(on_gpu=False, recomputes=False, chunks=False)
+EVERYTHING = Able(on_gpu=True, recomputes=True)
+CPU = Able(on_gpu=False, recomputes=True)
+NOTHING = Able(on_gpu=False, recomputes=False)
 
 
 def settings(rows: int, steps: int, **others: object) -> TrainSection:
@@ -45,28 +45,20 @@ def test_rungs_come_in_order_of_what_they_cost_and_each_once() -> None:
     assert ladder(settings(2, 1, gradient_checkpointing=False), EVERYTHING) == [
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
         {"gradient_checkpointing": True},
-        {"loss_chunk_tokens": CHUNK_TOKENS},
         {"activation_offloading": True},
     ]
 
 
 def test_what_cannot_be_done_or_is_done_already_is_left_out() -> None:
     assert ladder(settings(1, 4, gradient_checkpointing=False), NOTHING) == []
-    assert ladder(settings(1, 4, gradient_checkpointing=False), CPU) == [
-        {"gradient_checkpointing": True}, {"loss_chunk_tokens": CHUNK_TOKENS},
-    ]  # fmt: skip
-    done = settings(1, 4, gradient_checkpointing=True, loss_chunk_tokens=CHUNK_TOKENS, activation_offloading=True)
+    assert ladder(settings(1, 4, gradient_checkpointing=False), CPU) == [{"gradient_checkpointing": True}]
+    done = settings(1, 4, gradient_checkpointing=True, activation_offloading=True)
     assert ladder(done, EVERYTHING) == []
 
 
 def test_auto_checkpointing_counts_as_on_on_a_gpu_and_as_off_on_a_cpu() -> None:
     assert {"gradient_checkpointing": True} in ladder(settings(1, 1), CPU)
     assert {"gradient_checkpointing": True} not in ladder(settings(1, 1), EVERYTHING)
-
-
-def test_larger_chunks_than_those_of_the_rung_are_made_smaller() -> None:
-    assert {"loss_chunk_tokens": CHUNK_TOKENS} in ladder(settings(1, 1, loss_chunk_tokens=4 * CHUNK_TOKENS), CPU)
-    assert {"loss_chunk_tokens": CHUNK_TOKENS} not in ladder(settings(1, 1, loss_chunk_tokens=CHUNK_TOKENS // 2), CPU)
 
 
 def test_an_evaluation_that_does_not_fit_changes_evaluation_alone() -> None:

@@ -34,15 +34,13 @@ from tests.runs import adapter_bytes, losses, make_config, train_run, write_rows
 
 MB = 1 << 20
 DATE = datetime.date(2026, 1, 1)
-VOCABULARY = 36_000
 SETTINGS = (
     "data.format=text", "data.max_length=1024", "data.loss_on=all", "data.num_proc=1", "data.eval=null",
     "quantization.bnb_4bit_compute_dtype=float32", "train.learning_rate=1e-2", "train.gradient_accumulation_steps=1",
     "train.per_device_train_batch_size=4", "train.max_steps=2", "train.logging_steps=1", "run.seed=7",
 )  # fmt: skip
-"""The logits of a row and what is made of them take some 410 MB in float32, of a chunk 116 MB."""
-SPARE = {"a row": 680 * MB, "a chunk": 380 * MB}
-"""What a process may take beyond its model: enough for a row, or for a chunk of one."""
+SPARE = {"a row": 900 * MB, "a layer": 300 * MB}
+"""What a process may take beyond its model: enough for what all layers keep of a row, or one layer."""
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited and measured as on Linux")
 
@@ -64,9 +62,9 @@ def trainer_of(config: RunConfig) -> tuple[QloraTrainer, PreparedData]:
     [
         ("lora.lora_dropout=0.1", "train.neftune_noise_alpha=5"),
         ("lora.lora_dropout=0.1", "train.optim=adamw_8bit", "lora.r=64", "train.gradient_checkpointing=true"),
-        ("data.packing=true", "lora.lora_dropout=0.1", "train.loss_chunk_tokens=8"),
+        ("data.packing=true", "lora.lora_dropout=0.1"),
     ],
-    ids=["dropout and NEFTune", "8-bit optimizer and recomputation", "packs and chunks"],
+    ids=["dropout and NEFTune", "8-bit optimizer and recomputation", "packs"],
 )
 def test_a_run_whose_largest_batch_was_tried_has_the_bits_of_one_without(
     settings: tuple[str, ...], pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -221,12 +219,12 @@ def test_a_record_that_is_damaged_is_named(content: str, pico_llama: Path, tmp_p
 
 @pytest.fixture(scope="module")
 def arguments(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return what is typed but for run.output_dir: long rows of text, and a vocabulary whose logits are large."""
+    """Return what is typed but for run.output_dir: long rows of text, and layers that keep much of them."""
     folder = tmp_path_factory.mktemp("out-of-memory")
     words, generator = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"), random.Random(0)
     rows = [" ".join(generator.choices(words, k=generator.randint(250, 270))) for _ in range(12)]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    base = pico("llama", vocab_size=VOCABULARY, max_position_embeddings=1024, num_hidden_layers=1)
+    base = pico("llama", max_position_embeddings=1024, num_hidden_layers=8, intermediate_size=4096)
     (folder / "config.yaml").write_text(
         f"model:\n  model_name_or_path: {base}\ndata:\n  train: {folder / 'rows.jsonl'}\n"
     )
@@ -270,14 +268,11 @@ def test_a_batch_that_does_not_fit_stops_with_one_line_and_what_does(arguments: 
     [
         ("a row", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
         (
-            "a chunk",
-            {
-                "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True,
-                "loss_chunk_tokens": 256,
-            },
+            "a layer",
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
         ),
     ],
-    ids=["a row fits", "a chunk fits"],
+    ids=["a row fits", "a layer fits"],
 )  # fmt: skip
 def test_auto_fit_trains_with_what_fits_to_the_same_weights(
     spare: str, applied: dict[str, Any], arguments: list[str], unlimited: RunFolder, tmp_path: Path

@@ -280,14 +280,11 @@ class TrainSection(Section):
     """Micro-batches in an optimizer step; the loss is normalised over all of them together."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass (non-reentrant); `auto` is on for GPUs, off for CPUs."""
-    loss_chunk_tokens: int | None = Field(None, ge=1)
-    """Label tokens whose logits exist at a time in training; they are made a second time in the backward pass. None: those
-    of a whole micro-batch."""
     activation_offloading: bool = False
     """Keep what the backward pass needs in the host's memory instead of a GPU's: slower."""
     auto_fit: bool = False
     """Where the largest batch does not fit into memory, train with the first that does of: smaller micro-batches with more
-    accumulation, gradient_checkpointing, loss_chunk_tokens, activation_offloading; rows and steps stay the same. False:
+    accumulation, gradient_checkpointing, activation_offloading; rows and steps stay the same. False:
     stop and say which does."""
     group_by_length: bool = False
     """Batch rows of similar length: less padding, the order stays a pure function of the seed."""

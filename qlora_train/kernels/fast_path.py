@@ -30,11 +30,13 @@ class FastPath:
         counts: modules by operation.
         left_out: adapted layers that compute as PEFT does, by reason.
         weights: of the adapted layers, in the order of the model.
+        hooks: on the model.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     weights: list[FrozenWeight] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
     _bound: list[nn.Module] = field(default_factory=list)
 
     def described(self) -> str:
@@ -53,7 +55,10 @@ class FastPath:
         """Let every module compute as it did."""
         for module in self._bound:
             del module.forward
+        for hook in self.hooks:
+            hook.remove()
         self._bound.clear()
+        self.hooks.clear()
 
 
 def install(model: nn.Module, run: Callable[[], Any]) -> FastPath:
@@ -64,13 +69,19 @@ def install(model: nn.Module, run: Callable[[], Any]) -> FastPath:
         run: computes a few tokens with it.
     """
     fast = FastPath()
-    for group in _groups(model, run, fast.left_out):
-        shared = _Group(group)
-        fast.weights += shared.weights
-        fast.counts["adapted linear layers"] += len(group)
-        fast.counts["groups of them that read the same input"] += len(group) > 1
-        for place, layer in enumerate(group):
-            fast.bind(layer, shared.forward_of(place))
+    groups = [_Group(layers) for layers in _layers_by_input(model, run, fast.left_out)]
+    for group in groups:
+        fast.weights += group.weights
+        fast.counts["adapted linear layers"] += len(group.layers)
+        fast.counts["groups of them that read the same input"] += len(group.layers) > 1
+        for place, layer in enumerate(group.layers):
+            fast.bind(layer, group.forward_of(place))
+
+    def begin(_model: nn.Module, _inputs: Any) -> None:
+        for group in groups:
+            group.forget()
+
+    fast.hooks.append(model.register_forward_pre_hook(begin))
     for module, variant in _norms(model):
         fast.counts["RMS norms"] += 1
         fast.bind(module, _norm_forward(module, variant))
@@ -80,7 +91,7 @@ def install(model: nn.Module, run: Callable[[], Any]) -> FastPath:
 # --- adapted linear layers --------------------------------------------------------------------------------------------
 
 
-def _groups(model: nn.Module, run: Callable[[], Any], left_out: Counter[str]) -> list[list[Any]]:
+def _layers_by_input(model: nn.Module, run: Callable[[], Any], left_out: Counter[str]) -> list[list[Any]]:
     """Return the adapted layers by the input they read, in the order in which they are called."""
     layers = []
     for module in model.modules():
@@ -158,6 +169,10 @@ class _Group:
             return self._output(place, x)
 
         return forward
+
+    def forget(self) -> None:
+        """Drop what a forward pass that failed has left: it would keep the whole graph before it alive."""
+        self._input, self._ready = None, {}
 
     def _output(self, place: int, x: Tensor) -> Tensor:
         if self._input is not x or self._version != x._version or place not in self._ready:

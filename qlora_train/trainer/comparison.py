@@ -61,7 +61,7 @@ def gradients_of(adapted: AdaptedModel, batch: Mapping[str, Any]) -> Gradients:
             loss = label_losses(model, **batch).nats.mean()
         loss.backward()
         found = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
-    return Gradients(float(loss), found)
+    return Gradients(float(loss.detach()), found)
 
 
 @contextmanager

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from qlora_train.checkpoint import RunFolder, record_fit, with_recorded_fit
 from qlora_train.config import RunConfig
 from qlora_train.config.schema import TrainSection
-from qlora_train.errors import ConfigError, TrainingError, first_line, is_out_of_memory
+from qlora_train.errors import TrainingError, first_line, is_out_of_memory
 from qlora_train.ladder import Able, next_rung, overrides, typed
-from qlora_train.loss import can_chunk
 from qlora_train.trainer.sft import QloraTrainer
 from qlora_train.trainer.trial import Trial, try_largest_batches
 
@@ -31,17 +30,11 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
 
     Raises:
         TrainingError: what was asked for does not fit, with what does; or nothing does.
-        ConfigError: the loss of this model cannot be made in chunks, as the config asks.
     """
     train = recorded = with_recorded_fit(run, config.train) if config.train.auto_fit else config.train
     if recorded != config.train:
         logger.warning("memory: goes on with %s (%s)", typed(overrides(config.train, recorded)), run.fit_file)
     trainer = make(_with(config, train))
-    if train.loss_chunk_tokens is not None and not can_chunk(trainer.model):
-        raise ConfigError(
-            "train.loss_chunk_tokens: the loss of this model cannot be made in chunks: its outermost module does more "
-            "than hand hidden states to the output head; drop it"
-        )
     first = trial = try_largest_batches(trainer)
     while trial.failed is not None:
         smaller = next_rung(train, _able(trainer), trial.failed)
@@ -100,7 +93,6 @@ def _able(trainer: QloraTrainer) -> Able:
     return Able(
         on_gpu=trainer.adapted.loaded.device.type == "cuda",
         recomputes=trainer.adapted.loaded.model.supports_gradient_checkpointing,
-        chunks=can_chunk(trainer.model),
     )
 
 

@@ -43,7 +43,7 @@ from qlora_train.data.store import Rows
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.ladder import Phase
-from qlora_train.loss import LabelLosses, label_losses
+from qlora_train.loss import LabelLosses, chunk_tokens_of, label_losses
 from qlora_train.trainer.arguments import choose_offloading, sft_config
 from qlora_train.trainer.balance import BALANCE, choose_router_aux_loss_coef
 from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, make_schedule
@@ -108,6 +108,7 @@ class QloraTrainer(SFTTrainer):
         self._micro_balances: list[torch.Tensor] = []
         self._balances: list[float] = []  # since the last log line
         self.balance_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
+        self.loss_chunk_tokens = chunk_tokens_of(adapted.model)
         self.numbers = Numbers(config.train)
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
         super().__init__(
@@ -163,9 +164,7 @@ class QloraTrainer(SFTTrainer):
         """Return the losses of a micro-batch, made as the settings say."""
         named = {name: tensor for name, tensor in inputs.items() if name != "row"}
         with self._activations(model):
-            return label_losses(
-                model, self.config.train.loss_chunk_tokens, with_balance=self.balance_weight > 0, **named
-            )
+            return label_losses(model, self.loss_chunk_tokens, with_balance=self.balance_weight > 0, **named)
 
     # --- numbers -----------------------------------------------------------------------------------------------------
 
