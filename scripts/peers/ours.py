@@ -1,0 +1,64 @@
+"""This package as a peer of `scripts/bench.py`: the trainer of a run, with its own choices."""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from timing import Timing, settings_of
+
+from qlora_train.adapter import attach_adapter
+from qlora_train.checkpoint import RunFolder
+from qlora_train.config import load_config
+from qlora_train.loader import load_model
+from qlora_train.pipeline import prepare
+from qlora_train.trainer.cache import fill_cache
+from qlora_train.trainer.fast_path import choose_fast_path
+from qlora_train.trainer.sft import QloraTrainer
+
+
+def main() -> None:
+    """Train a few steps."""
+    settings, result = settings_of(sys.argv[1:])
+    with TemporaryDirectory() as folder:
+        config = load_config(
+            Path("configs/demo.yaml"),
+            [
+                f"model.model_name_or_path={settings['model']}",
+                f"data.train={settings['rows']}",
+                "data.eval=null",
+                f"data.max_length={settings['max_length']}",
+                f"lora.r={settings['r']}",
+                f"lora.lora_alpha={settings['alpha']}",
+                f"train.learning_rate={settings['learning_rate']}",
+                f"train.per_device_train_batch_size={settings['batch_size']}",
+                f"train.max_steps={settings['steps']}",
+                "train.logging_steps=1",
+                f"run.output_dir={folder}",
+                *settings.get("overrides", []),
+            ],
+        )
+        run = RunFolder(Path(folder))
+        source, data = prepare(config, run)
+        loaded = load_model(config.model, config.quantization, source=source)
+        adapted = attach_adapter(loaded, config.lora, seed=1)
+        timing = Timing()
+        fast = choose_fast_path(adapted, data, config, run)
+        if fast is not None:
+            fill_cache(fast.weights, config.train.dequantized_cache_gb, loaded.device)
+        trainer: Any = QloraTrainer(adapted, data, config, run, [timing])
+        make = trainer.get_train_dataloader
+
+        def counted() -> Any:
+            loader = make()
+            loader.collate_fn = timing.counted(loader.collate_fn)
+            return loader
+
+        trainer.get_train_dataloader = counted
+        trainer.save = lambda: None
+        trainer.train()
+        timing.write(result)
+
+
+if __name__ == "__main__":
+    main()
