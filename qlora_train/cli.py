@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 COMMANDS = ("train", "check", "show", "data", "schema", "merge", "export", "eval", "chat")
 MODELS = ("base", "adapter", "merged")
+SENT = ("adapter", "merged")
 FORMATS = ("gguf", "lora-gguf", "base-gguf", "vllm")
 EPILOG = """\
 The first word is a command or the path of a config, which is trained.
@@ -121,19 +122,27 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_offline(command)
     command.set_defaults(command=_merge)
 
-    command = commands.add_parser("export", help="write a run for llama.cpp and Ollama (GGUF), or for vLLM")
-    command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
-    command.add_argument(
-        "--format", choices=FORMATS, required=True, help="GGUF of the merged model, the adapter or its base; vLLM"
-    )
-    command.add_argument("--quant", default="f16", metavar="f32|f16|bf16|q8_0", help="numbers in a GGUF file (f16)")
-    command.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="checkout whose conversion scripts are run")
-    _takes_offline(command)
-    command.set_defaults(command=_export)
-
+    _add_export(commands)
     _add_eval(commands)
     _add_chat(commands)
     return parser
+
+
+def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    command = commands.add_parser("export", help="write a run for llama.cpp, Ollama or vLLM, or send it to the Hub")
+    command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--format", choices=FORMATS, help="GGUF of the merged model, the adapter or its base; vLLM")
+    which.add_argument("--push", metavar="OWNER/NAME", help="send adapter or merged model with its card to the Hub")
+    _takes_offline(command)
+    written = command.add_argument_group("with --format")
+    written.add_argument("--quant", metavar="f32|f16|bf16|q8_0", help="numbers in a GGUF file (f16)")
+    written.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help="checkout whose conversion scripts are run")
+    sent = command.add_argument_group("with --push")
+    sent.add_argument("--what", choices=SENT, help="which to send (adapter)")
+    sent.add_argument("--public", action="store_true", help="make a new repository public, not private")
+    sent.add_argument("--dry-run", action="store_true", help="print what would be sent, and connect to nothing")
+    command.set_defaults(command=_export)
 
 
 def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -347,22 +356,45 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    _refuse_ignored(
+        options,
+        ("quant", "llama_cpp") if options.push else ("what", "public", "dry_run"),
+        "is for --format; drop it" if options.push else "needs --push",
+    )
+    if options.push:
+        return _push(options)
     prepare_libraries(offline=options.offline)
     from qlora_train.checkpoint import finished_run
     from qlora_train.pipeline import export
 
-    folder = finished_run(options.run)
-    print(f"exported: {export(folder, form=options.format, quant=options.quant, llama_cpp=options.llama_cpp)}")
+    folder, quant = finished_run(options.run), options.quant or "f16"
+    print(f"exported: {export(folder, form=options.format, quant=quant, llama_cpp=options.llama_cpp)}")
     return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    prepare_libraries(offline=options.offline or options.dry_run)
+    from qlora_train.checkpoint import finished_run
+    from qlora_train.export.push import push
+    from qlora_train.pipeline import planned_upload
+
+    folder = finished_run(options.run)
+    upload = planned_upload(folder, options.push, what=options.what or "adapter", private=not options.public)
+    print_text("\n".join(upload.lines()) if options.dry_run else f"pushed: {push(upload)}")
+    return 0
+
+
+def _refuse_ignored(options: argparse.Namespace, keys: Sequence[str], why: str) -> None:
+    """Refuse options that are given and would have no effect."""
+    given = [key for key in keys if getattr(options, key) is not None and getattr(options, key) is not False]
+    if given:
+        raise ConfigError([f"--{key.replace('_', '-')}: {why}" for key in given])
 
 
 def _eval(options: argparse.Namespace) -> int:
     ignored = ("shots", "max_new_tokens", "loss_only") if options.tasks else ("task_path", "limit", "chat_template")
     why = "is for the held-out rows; drop it or --tasks" if options.tasks else "needs --tasks"
-    given = [key for key in ignored if getattr(options, key) is not None and getattr(options, key) is not False]
-    problems = [f"--{key.replace('_', '-')}: {why}" for key in given]
-    if problems:
-        raise ConfigError(problems)
+    _refuse_ignored(options, ignored, why)
     return _eval_tasks(options) if options.tasks else _eval_rows(options)
 
 

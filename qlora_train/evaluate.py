@@ -23,7 +23,7 @@ from qlora_train.data.chat import encode_chat
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.types import Example, Prompt
 from qlora_train.errors import DataError, ModelError
-from qlora_train.loss import label_losses
+from qlora_train.loss import FLOAT32_BYTES, label_logits, label_losses
 from qlora_train.scoring import AnswerScores, RowComparison, compare_row_by_row, few_shot_prompt, score_answers
 
 MAX_LOGITS = 1 << 28
@@ -91,6 +91,26 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
             losses = label_losses(model, **inputs)
             nll.index_add_(0, tensors["row"][losses.of_row.cpu()], losses.nats.double().cpu())
     return HeldOutLoss.of([ExampleLoss(*row) for row in zip(nll.tolist(), num_labels, strict=True)])
+
+
+@torch.no_grad()
+def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
+    """Yield what a causal language model predicts at the labels of examples, one example after the other.
+
+    Yields:
+        Log-probabilities of all tokens at some of the labels, float32 (some, vocabulary), in the order of the labels.
+
+    Raises:
+        Stop: the process was asked to stop.
+    """
+    collate, device = Collator(0), _input_device(model)
+    with _evaluating(model):
+        for example in examples:
+            stopping.check()
+            tensors = collate([(0, example)])
+            logits = label_logits(model, input_ids=tensors["input_ids"].to(device), labels=tensors["labels"].to(device))
+            for some in logits.split(max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))):
+                yield torch.log_softmax(some.float(), dim=-1)
 
 
 def generate_answers(
@@ -236,5 +256,5 @@ def _input_device(model: Any) -> torch.device:
 
 __all__ = [
     "AnswerScores", "ExampleLoss", "HeldOutLoss", "RowComparison", "answer_ends", "compare_row_by_row", "decoding",
-    "few_shot_prompt", "generate_answers", "held_out_loss", "score_answers", "stop_token_ids",
+    "few_shot_prompt", "generate_answers", "held_out_loss", "label_log_probabilities", "score_answers", "stop_token_ids",
 ]  # fmt: skip

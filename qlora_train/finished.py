@@ -19,7 +19,7 @@ from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.config.schema import COMMIT
 from qlora_train.device import free_memory, select_device
 from qlora_train.errors import CheckpointError, first_line
-from qlora_train.export.verify import load_merged
+from qlora_train.export.merged import load_merged
 from qlora_train.loader import BaseSource, load_model, resolve_base
 
 logger = logging.getLogger(__name__)

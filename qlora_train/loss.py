@@ -116,6 +116,19 @@ def label_losses(
     return LabelLosses(nats, of_row, output.aux_loss if with_balance else None)
 
 
+def label_logits(model: nn.Module, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the logits that predict the label tokens of rows without padding, (num_labels, vocabulary).
+
+    Args:
+        model: a causal language model, with or without an adapter.
+        input_ids: (batch, seq).
+        labels: (batch, seq), IGNORED where a token carries no loss.
+    """
+    with _head_sees_only(model, shifted_labels(labels) != IGNORED):
+        logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits
+
+
 def _negative_log_likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the loss of each target, float32 (num_labels,), from logits (num_labels, vocabulary) of any dtype.
 

@@ -29,9 +29,11 @@ from qlora_train.data.batches import Collator, epoch_order, labelled_batches, pa
 from qlora_train.data.store import Rows
 from qlora_train.device import free_memory, select_device
 from qlora_train.disk import check_room, disk_need
+from qlora_train.errors import ExportError
 from qlora_train.export.card import clean_adapter_config, write_card
 from qlora_train.export.converter import check_quant, find_converter
 from qlora_train.export.merge import check_mergeable
+from qlora_train.export.push import Upload, plan_upload
 from qlora_train.export.run import library_versions, merge_run
 from qlora_train.export.vllm import export_vllm
 from qlora_train.finished import commit_of, date_of
@@ -147,6 +149,23 @@ def _export_vllm(folder: RunFolder, config: RunConfig) -> Path:
         output = folder.exports / "vllm"
         logger.info("serve it: %s", export_vllm(folder, config, _same_base(folder, config, weights=False), output))
         return output
+
+
+def planned_upload(folder: RunFolder, repo: str, *, what: str, private: bool) -> Upload:
+    """Look at what a finished run would send to the Hub.
+
+    Args:
+        folder: the run.
+        repo: `owner/name`.
+        what: `adapter` or `merged`.
+        private: whether a repository that is made anew is private.
+
+    Raises:
+        ExportError: there is no merged model, or something in the folder must not be sent.
+    """
+    if what == "merged" and not folder.has_merged():
+        raise ExportError(f"{folder.merged}: not there, or damaged; make it with: qlora-train merge {folder.path}")
+    return plan_upload(folder.merged if what == "merged" else folder.adapter, repo, private=private)
 
 
 def _same_base(folder: RunFolder, config: RunConfig, *, weights: bool) -> BaseSource:

@@ -40,8 +40,14 @@ def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
     results = run.read_results()["merge"]
     assert results["kept"] == choice.report.merge_base
     card = (run.merged / "README.md").read_text(encoding="utf-8")
-    for name in ("loss with adapter", "loss merged onto original", "loss merged onto dequantized"):
-        assert f"| {name} | {results[name]:.4g} |" in card
+    assert f"| adapter on the base it was trained on | {results['loss with adapter']:.4g} |" in card
+    for kind in ("original", "dequantized"):
+        loss, same = results[f"loss merged onto {kind}"], results[f"same first choice merged onto {kind}"]
+        this = " (this model)" if kind == results["kept"] else ""
+        assert f"| merged onto the {kind} base{this} | {loss:.4g} | " in card
+        assert f" | {100 * same:.1f} % |" in card
+    assert results["rows"] == "held-out"
+    assert 0 <= results["divergence merged onto dequantized"] < results["divergence merged onto original"]
     assert damage(run.merged) is None
     assert "README.md" in json.loads((run.merged / MANIFEST).read_text())["files"]
 
@@ -54,3 +60,16 @@ def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
         merge(run)
     assert damage(run.merged) is None
     assert sorted(path.name for path in run.path.iterdir()) == before
+
+
+def test_a_run_without_held_out_rows_is_merged_and_checked_on_training_rows(
+    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="qlora_train")
+    unheld = ("data.eval=null", "train.eval_steps=null")
+    run = train_run(tmp_path, pico_llama, *unheld, "train.max_steps=1", "export.merge=true")
+    results = run.read_results()["merge"]
+    assert (results["kept"], results["rows"]) == ("dequantized", "training")
+    assert results["divergence merged onto dequantized"] < 0.05
+    assert "24 training rows (none were held out)" in caplog.text
+    assert "24 training rows (none were held out)" in (run.merged / "README.md").read_text(encoding="utf-8")

@@ -1,7 +1,12 @@
 """A merge is measured from its files, and the better base is kept."""
 
 import json
-from dataclasses import dataclass
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +14,21 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qlora_train import stopping
+from qlora_train.config.schema import ExportSection
 from qlora_train.data.types import Example
 from qlora_train.durable import MANIFEST, damage
 from qlora_train.errors import MergeError
-from qlora_train.evaluate import ExampleLoss, HeldOutLoss, held_out_loss
+from qlora_train.evaluate import held_out_loss, label_log_probabilities
+from qlora_train.export import check_merged
 from qlora_train.export.merge import MARKER
-from qlora_train.export.verify import MergeChoice, MergeRun, choose_merge_base, fits, load_merged, place_for
-from tests.merging import (
-    IDS,
-    NF4,
-    quantized,
-    save_adapter,
-)
+from qlora_train.export.merged import fits, load_merged, place_for
+from qlora_train.export.predictions import Predictions, Reference, agreement, compared_rows, load_reference
+from qlora_train.export.verify import Finish, MergeChoice, MergeRun, choose_merge_base
+from tests.merging import IDS, NF4, quantized, save_adapter
 
 
 def examples() -> list[Example]:
@@ -34,23 +40,24 @@ def examples() -> list[Example]:
 @dataclass
 class Tuned:
     run: MergeRun
-    loss: HeldOutLoss
+    reference: Reference
 
 
 @pytest.fixture
 def tuned(pico_llama: Path, tmp_path: Path) -> Tuned:
-    """An adapter on the 4-bit base, and its loss there."""
+    """An adapter on the 4-bit base, and what it does there."""
     adapter = save_adapter(quantized(pico_llama), tmp_path / "adapter", std=0.02)
     model = PeftModel.from_pretrained(quantized(pico_llama), adapter)
-    loss = held_out_loss(model, examples(), batch_size=2, pad_token_id=0)
-    return Tuned(MergeRun(pico_llama, adapter, NF4, torch.bfloat16), loss)
+    loss = held_out_loss(model, examples(), batch_size=2, pad_token_id=0).loss
+    reference = Reference(examples(), True, loss, Predictions.of(model, compared_rows(examples())))
+    return Tuned(MergeRun(pico_llama, adapter, NF4, torch.bfloat16), reference)
 
 
-def choose(
-    tuned: Tuned, output: Path, rows: list[Example], loss: HeldOutLoss | None, limit: float = 0.5, **changes: Any
-) -> MergeChoice:
-    options: dict[str, Any] = {"merge_base": "auto", "max_loss_increase": limit, "batch_size": 2, "finish": write_note}
-    return choose_merge_base(tuned.run, output, examples=rows, adapter_loss=loss, **{**options, **changes})
+def choose(tuned: Tuned, output: Path, finish: Finish | None = None, **export: Any) -> MergeChoice:
+    section = ExportSection(**{"max_loss_increase": 0.5, **export})
+    return choose_merge_base(
+        tuned.run, output, reference=tuned.reference, export=section, batch_size=2, finish=finish or write_note
+    )
 
 
 def write_note(staging: Path, choice: MergeChoice) -> None:
@@ -59,7 +66,7 @@ def write_note(staging: Path, choice: MergeChoice) -> None:
 
 def test_auto_keeps_the_better_base_and_reports_both(tuned: Tuned, tmp_path: Path) -> None:
     output = tmp_path / "merged"
-    choice = choose(tuned, output, examples(), tuned.loss)
+    choice = choose(tuned, output)
     kept = choice.report.merge_base
     assert set(choice.losses) == {"original", "dequantized"}
     assert choice.losses[kept] == min(choice.losses.values())
@@ -67,13 +74,12 @@ def test_auto_keeps_the_better_base_and_reports_both(tuned: Tuned, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
     again = held_out_loss(load_merged(output, "cpu"), examples(), batch_size=2, pad_token_id=0)
     assert again.loss == pytest.approx(choice.losses[kept], abs=1e-6)
-    assert choice.losses["dequantized"] == pytest.approx(tuned.loss.loss, abs=0.02)
+    assert choice.losses["dequantized"] == pytest.approx(tuned.reference.loss, abs=0.02)
 
 
-@pytest.mark.parametrize("measured", [True, False])
-def test_what_is_added_to_a_merge_is_part_of_the_whole(tuned: Tuned, tmp_path: Path, measured: bool) -> None:
-    output, rows = tmp_path / "merged", examples() if measured else []
-    choice = choose(tuned, output, rows, tuned.loss if measured else None, merge_base="original")
+def test_what_is_added_to_a_merge_is_part_of_the_whole(tuned: Tuned, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    choice = choose(tuned, output, merge_base="original")
     assert json.loads((output / "note.json").read_text()) == {"kept": "original", **choice.losses}
     assert damage(output) is None
     assert "note.json" in json.loads((output / MANIFEST).read_text())["files"]
@@ -84,7 +90,7 @@ def test_a_merge_that_cannot_be_finished_is_not_there(tuned: Tuned, tmp_path: Pa
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        choose(tuned, tmp_path / "merged", [], None, finish=full_disk)
+        choose(tuned, tmp_path / "merged", full_disk)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -92,7 +98,7 @@ def test_a_folder_of_something_else_is_not_replaced(tuned: Tuned, tmp_path: Path
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "thesis.tex").write_text("years of work")
     with pytest.raises(MergeError, match="not a previous merge"):
-        choose(tuned, tmp_path / "merged", [], None)
+        choose(tuned, tmp_path / "merged")
     assert (tmp_path / "merged" / "thesis.tex").exists()
 
 
@@ -131,17 +137,125 @@ def test_a_model_with_parts_elsewhere_has_the_same_loss(pico_llama: Path, tmp_pa
 
 
 def test_a_merge_that_costs_too_much_is_refused_with_both_numbers(tuned: Tuned, tmp_path: Path) -> None:
-    better = HeldOutLoss.of([ExampleLoss(1.0, 10)])
+    tuned.reference = replace(tuned.reference, loss=0.1)
     with pytest.raises(MergeError, match=r"after merging and 0\.1000 with the adapter.*allows 0\.02"):
-        choose(tuned, tmp_path / "merged", examples(), better, limit=0.02)
+        choose(tuned, tmp_path / "merged", max_loss_increase=0.02)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
-def test_auto_without_held_out_rows_takes_what_was_trained(
+def test_without_held_out_rows_what_was_trained_is_taken_and_checked_all_the_same(
     tuned: Tuned, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="qlora_train")
-    choice = choose(tuned, tmp_path / "merged", [], None)
-    assert (choice.report.merge_base, choice.losses) == ("dequantized", {})
+    tuned.reference = replace(tuned.reference, held_out=False)
+    choice = choose(tuned, tmp_path / "merged")
+    assert (choice.report.merge_base, list(choice.losses)) == ("dequantized", ["dequantized"])
     assert "no held-out rows" in caplog.text
-    assert "not verified" in caplog.text
+    tuned.reference = replace(tuned.reference, loss=0.1)
+    with pytest.raises(MergeError, match="training loss"):
+        choose(tuned, tmp_path / "merged")
+
+
+def change_merges(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
+    """Let something happen to each merge after it was written."""
+    original = MergeRun.merge
+
+    def changed(self: MergeRun, output: Path, merge_base: Any) -> Any:
+        report = original(self, output, merge_base)
+        change(output)
+        return report
+
+    monkeypatch.setattr(MergeRun, "merge", changed)
+
+
+def damage_tensor(how: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        name, other = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
+        if how == "swapped":
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+        elif how == "gone":
+            del tensors[name]
+        else:
+            tensors[name].zero_()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+@pytest.mark.parametrize("how", ["zeroed", "swapped", "gone"])
+def test_damage_that_the_loss_does_not_show_is_seen(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    change_merges(monkeypatch, damage_tensor(how))
+    with pytest.raises(MergeError, match=r"another than the adapter.*export\.max_divergence allows 0\.05"):
+        choose(tuned, tmp_path / "merged", merge_base="dequantized", max_loss_increase=10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_files_that_cannot_be_loaded_are_one_line(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_merges(monkeypatch, lambda folder: (folder / "model.safetensors").write_bytes(b"torn"))
+    with pytest.raises(MergeError, match="the merged model fails in a process of its own") as caught:
+        choose(tuned, tmp_path / "merged")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("end", "said"), [(9, "was ended by signal 9"), (None, "ended with status 3")])
+def test_a_check_that_dies_is_one_line(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: int | None, said: str
+) -> None:
+    monkeypatch.setattr(check_merged, "_run", partial(die, end))
+    with pytest.raises(MergeError, match=said) as caught:
+        choose(tuned, tmp_path / "merged")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def die(number: int | None, *_: Any) -> None:
+    """Be the process of a check that ends before it answers."""
+    os._exit(3) if number is None else os.kill(os.getpid(), number)
+
+
+def test_a_stop_ends_the_check_too(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_merged, "_run", wait_for_ever)
+    monkeypatch.setattr(check_merged, "POLL_SECONDS", 0.01)
+    stop = stopping.Stop("SIGTERM", 143)
+
+    def asked() -> None:
+        if any(process.is_alive() for process in multiprocessing.active_children()):
+            raise stop
+
+    monkeypatch.setattr(check_merged.stopping, "check", asked)
+    with pytest.raises(stopping.Stop):
+        choose(tuned, tmp_path / "merged")
+    assert multiprocessing.active_children() == []
+
+
+def wait_for_ever(*_: Any) -> None:
+    time.sleep(600)
+
+
+def test_divergence_is_a_lower_bound_of_that_over_the_whole_vocabulary_and_near_it(
+    pico_llama: Path, tmp_path: Path
+) -> None:
+    rows = compared_rows(examples())
+    model, other = (AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32).eval() for _ in range(2))
+    other.model.layers[0].mlp.down_proj.weight.data *= 0.8
+    Reference(rows, True, 0.0, Predictions.of(model, rows)).save(tmp_path / "file")
+    again, predictions = load_reference(tmp_path / "file")
+    assert [row.input_ids.tolist() for row in again] == [row.input_ids.tolist() for row in rows]
+    p, q = (torch.cat(list(label_log_probabilities(m, rows))).double() for m in (model, other))
+    exact = float((p.exp() * (p - q)).sum(-1).mean())
+    found = agreement(other, again, predictions)
+    assert 0.9 * exact < found.divergence <= exact + 1e-6, "256 of 320 tokens are told apart"
+    assert found.same_choice == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert found.num_tokens == len(p) == 27
+    assert agreement(model, again, predictions).divergence == pytest.approx(0, abs=1e-6)
+
+
+def test_compared_rows_are_bounded_and_cut_at_their_last_label() -> None:
+    rows = compared_rows(examples(), num_labels=13)
+    assert [int(row.loss_mask.sum()) for row in rows] == [9, 4]
+    assert [len(row.input_ids) for row in rows] == [17, 12]

@@ -47,6 +47,7 @@ def write_card(
     num_train_rows: int | None,
     library_versions: Mapping[str, str],
     kind: Kind,
+    merge: str = "",
 ) -> None:
     """Write README.md: Hub metadata, what it was trained on, how, the measured results, how to load it.
 
@@ -55,6 +56,7 @@ def write_card(
         metrics: results by name, e.g. `{"held-out loss": 0.19}`.
         library_versions: by name, e.g. `{"torch": "2.13.0"}`.
         kind: an adapter, or merged weights.
+        merge: the section about a merge, empty where there is none.
     """
     sections = [
         _front_matter(base, config, kind),
@@ -63,6 +65,7 @@ def write_card(
         _data(config, num_train_rows),
         "## Results\n\n"
         + _table("Metric", "Value", {k: f"{v:.4g}" for k, v in metrics.items()}, "Nothing was measured."),
+        *([merge] if merge else []),
         f"## Settings\n\nEvery setting of the run:\n\n```yaml\n{_settings(config)}```",
         "## Versions\n\n" + _table("Library", "Version", library_versions, "Not recorded."),
     ]

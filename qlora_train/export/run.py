@@ -1,6 +1,7 @@
 """Merge a finished run: measure the adapter, merge from files, measure the result, keep it only when it is as good."""
 
 import logging
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from qlora_train.adapter.settings import read_settings
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
+from qlora_train.data.stream import RowStream
+from qlora_train.data.types import Example
 from qlora_train.device import free_memory, select_device
-from qlora_train.evaluate import HeldOutLoss, held_out_loss
+from qlora_train.evaluate import held_out_loss
 from qlora_train.export.card import write_card
+from qlora_train.export.comparison import Comparison
+from qlora_train.export.predictions import Predictions, Reference, compared_rows
 from qlora_train.export.verify import MergeChoice, MergeRun, choose_merge_base
 from qlora_train.loader import BaseSource, load_model
 from qlora_train.loader.hardware import choose_compute_dtype
@@ -45,7 +50,7 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Pr
     read_settings(folder.adapter, source)
     step = folder.read_results().get("training", {}).get("taken_from_step", "unknown (results.json is gone)")
     logger.info("merge: adapter of step %s onto %s", step, config.export.merge_base)
-    adapter_loss = _adapter_loss(folder, config, source, data) if data.eval else None
+    reference = _reference(folder, config, source, data)
     free_memory()
 
     def write_merged_card(staging: Path, choice: MergeChoice) -> None:
@@ -54,26 +59,25 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Pr
             base=source.name,
             revision=source.revision,
             config=config,
-            metrics=_measured(adapter_loss, choice),
+            metrics=_training_metrics(folder),
             num_train_rows=data.num_train_rows,
             library_versions=library_versions(),
             kind="merged",
+            merge=Comparison(reference, choice).section(),
         )
 
     choice = choose_merge_base(
         _merge_run(folder, config, source),
         folder.merged,
-        merge_base=config.export.merge_base,
-        examples=data.eval,
-        adapter_loss=adapter_loss,
-        max_loss_increase=config.export.max_loss_increase,
+        reference=reference,
+        export=config.export,
         batch_size=config.train.per_device_eval_batch_size,
         finish=write_merged_card,
     )
-    measured = _measured(adapter_loss, choice)
-    folder.add_results(merge={"kept": choice.report.merge_base, **measured})
-    for name, loss in measured.items():
-        logger.info("held-out %s: %.4f nats/token", name, loss)
+    comparison = Comparison(reference, choice)
+    folder.add_results(merge=comparison.results())
+    for line in comparison.lines():
+        logger.info("%s", line)
     logger.info("merged: %s (onto the %s base)", folder.merged, choice.report.merge_base)
     return choice
 
@@ -94,18 +98,24 @@ def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource) -> Merg
     )
 
 
-def _adapter_loss(folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData) -> HeldOutLoss:
-    """Return the loss of the adapter on its 4-bit base; nothing refers to the model afterwards."""
+def _reference(folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData) -> Reference:
+    """Measure the adapter on its 4-bit base; nothing refers to the model afterwards."""
     loaded = load_model(config.model, config.quantization, source=source)
-    return held_out_loss(
-        load_trained(loaded, folder.adapter),
-        data.eval,
+    adapted = load_trained(loaded, folder.adapter)
+    rows: Sequence[Example] = data.eval
+    if not rows:
+        logger.info("merge: checked on training rows, for none were held out (data.eval)")
+        rows = compared_rows(data.train.head() if isinstance(data.train, RowStream) else data.train)
+    loss = held_out_loss(
+        adapted,
+        rows,
         batch_size=config.train.per_device_eval_batch_size,
         pad_token_id=loaded.tokenizer.pad_token_id,
-    )
+    ).loss
+    return Reference(rows, bool(data.eval), loss, Predictions.of(adapted, compared_rows(rows)))
 
 
-def _measured(adapter_loss: HeldOutLoss | None, choice: MergeChoice) -> dict[str, float]:
-    """Return the held-out losses by what was measured, in nats a token."""
-    of_adapter = {} if adapter_loss is None else {"loss with adapter": adapter_loss.loss}
-    return of_adapter | {f"loss merged onto {kind}": loss for kind, loss in choice.losses.items()}
+def _training_metrics(folder: RunFolder) -> dict[str, float]:
+    """Return the losses of the training, as far as they were written down."""
+    training = folder.read_results().get("training", {})
+    return {key: float(training[key]) for key in ("train_loss", "eval_loss") if training.get(key) is not None}

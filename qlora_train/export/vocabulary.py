@@ -15,7 +15,9 @@ from typing import Any
 
 from qlora_train.evaluate import answer_ends
 from qlora_train.export.companions import SENTENCEPIECE
+from qlora_train.export.old_names import with_old_names
 
+CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPACE = "\u2581"
 
@@ -38,7 +40,7 @@ def answer_end(tokenizer: Any) -> str | None:
 
 
 def link_model(model: Path, view: Path, tokenizer: Any) -> None:
-    """Fill a folder with links to a model's files, and with tokenizer settings that leave nothing to be guessed.
+    """Fill a folder with links to a model's files, and with settings that leave nothing to be guessed or missed.
 
     Args:
         model: its folder.
@@ -47,6 +49,9 @@ def link_model(model: Path, view: Path, tokenizer: Any) -> None:
     """
     for path in model.iterdir():
         (view / path.name).symlink_to(path.resolve())
+    config = json.loads((model / CONFIG).read_text(encoding="utf-8"))
+    (view / CONFIG).unlink()
+    (view / CONFIG).write_text(json.dumps(with_old_names(config)), encoding="utf-8")
     if not (model / TOKENIZER_CONFIG).is_file():
         return
     settings = json.loads((model / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
