@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.data.types import Example
@@ -20,6 +20,7 @@ from qlora_train.durable import STAGING, remove_folder, staged_folder
 from qlora_train.errors import MergeError
 from qlora_train.evaluate import HeldOutLoss, held_out_loss
 from qlora_train.export.merge import MergeBase, MergeReport, is_stored_in_4bit, merge_adapter, refuse_places
+from qlora_train.loader.towers import text_model
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ def choose_merge_base(
 
 def load_merged(folder: Path, device: torch.device | str, *, trust_remote_code: bool = False) -> Any:
     """Load a merged folder from disk in the dtype it was written in, placed by `place_for`."""
-    return AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    return text_model(config).model_class.from_pretrained(
         folder,
         dtype="auto",
         local_files_only=True,

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from qlora_train.architectures import Architecture, detect
+from qlora_train.architectures import Architecture, detect, text_part
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError, first_line
@@ -30,6 +30,7 @@ from qlora_train.loader.quantize import quantize_linears
 from qlora_train.loader.quantizer import QuantizationConfig
 from qlora_train.loader.source import BaseSource, resolve_base
 from qlora_train.loader.tokenizer import load_tokenizer
+from qlora_train.loader.towers import Tower, text_model
 from qlora_train.loader.weight_files import check_loaded, check_weight_files
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class LoadedModel:
     device: torch.device
     new_token_ids: tuple[int, ...]
     """Ids of `model.new_tokens`: the rows of the embedding that are trained next to the adapter."""
+    left_out: tuple[Tower, ...] = ()
+    """Parts of a multimodal checkpoint that are not in `model`."""
 
 
 def load_model(
@@ -79,7 +82,7 @@ def load_model(
     )
     if quantization.load_in_4bit:
         quantize_linears(base, architecture.linear_classes, quantization, dtype)
-    base.config.use_cache = False
+    base.config.use_cache = base.config.get_text_config().use_cache = False
     base.requires_grad_(False)
     make_safe_for_training_after_eval(base)
     _set_compute_dtype(base, dtype)
@@ -90,7 +93,8 @@ def load_model(
         _report_unknown(base, architecture, census)
     if quantization.load_in_4bit:
         check_census(census, quantization.min_quantized_share)
-    return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, new_token_ids)
+    left_out = text_model(base.config).left_out
+    return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, new_token_ids, left_out)
 
 
 def _report_unknown(model: PreTrainedModel, architecture: Architecture, census: Census) -> None:
@@ -162,8 +166,10 @@ def _from_pretrained(
     check_weight_files(source.folder, source.config, where)
     config = model_config(source, model)
     attention = choose_attention(model.attn_implementation, architecture, device, dtype, kernels_of(config))
+    text = text_model(config)
+    text.report(config.model_type)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = text.model_class.from_pretrained(
             source.folder,
             config=config,
             dtype=dtype,
@@ -186,7 +192,8 @@ def _from_pretrained(
 
 def kernels_of(config: Any) -> Kernels:
     """Return the attention kernels of a config's architecture; all where its code is the checkpoint's own."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    named = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), named)
     if model_class is None:
         return Kernels()
     return Kernels(sdpa=model_class._supports_sdpa, flash=model_class._supports_flash_attn)
@@ -205,7 +212,8 @@ def model_config(source: BaseSource, model: ModelSection) -> Any:
 
 def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], name: str) -> Any:
     """Replace a config's own RoPE scaling by `scaling`, keeping only what the trained weights fix (base, share)."""
-    content = config.to_dict()
+    whole = config.to_dict()
+    content = text_part(whole)
     own, positions = content.get("rope_parameters"), content.get("max_position_embeddings")
     if not own or not positions:
         raise ConfigError(f"model.rope_scaling: {name} has no rotary positions to scale; drop it")
@@ -215,7 +223,7 @@ def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], na
     content["rope_parameters"] = {"original_max_position_embeddings": positions, **fixed, **scaling}
     content["max_position_embeddings"] = int(positions * float(scaling["factor"]))
     logger.info("positions: %d -> %d (model.rope_scaling)", positions, content["max_position_embeddings"])
-    return type(config).from_dict(content)
+    return type(config).from_dict(whole)
 
 
 def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
