@@ -62,7 +62,6 @@ WHOLE: dict[str, dict[str, Any]] = {
     "llava_next": _as("llama"),
     "llava_onevision": _as("qwen2"),
     "mistral3": _as("mistral"),
-    "paligemma": _as("gemma"),
     "qwen2_5_vl": _MROPE,
     "qwen2_vl": _MROPE,
     "qwen3_5": {**FAMILIES["qwen3_5_text"], **_MROPE},

@@ -35,7 +35,6 @@ TEXT_TYPES = {
     "llava_onevision": "qwen2",
     "mistral3": "mistral",
     "ovis2": "qwen2",
-    "paligemma": "gemma",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen2_vl": "qwen2_vl_text",
     "qwen3_5": "qwen3_5_text",
@@ -50,13 +49,19 @@ TEXT_TYPES = {
 }
 """`model_type` of a whole checkpoint -> that of its text part where config.json names none: the config class's default."""
 OBSTACLES = {
+    "paligemma": "it reads a text in both directions, so that each token would see those it is to learn",
     "qwen2_audio": "its code asks the audio tower for its device, even for text",
 }
 """`model_type` of a whole checkpoint that cannot do without its towers -> why."""
 _ROWS = (
     Architecture("aria_text", LLAMA, 2048),
-    Architecture("glm4v_text", ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"), 32768),
-    Architecture("glm4v_moe_text", LLAMA, 131072),
+    Architecture(
+        "glm4v_text",
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+        32768,
+        packing_obstacle=NO_POSITIONS,
+    ),
+    Architecture("glm4v_moe_text", LLAMA, 131072, packing_obstacle=NO_POSITIONS),
     Architecture("qwen2_vl_text", LLAMA, 32768, packing_obstacle=NO_POSITIONS),
     Architecture("qwen2_5_vl_text", LLAMA, 32768, packing_obstacle=NO_POSITIONS),
     Architecture("qwen3_vl_text", LLAMA, 128000),

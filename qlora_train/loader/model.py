@@ -30,7 +30,7 @@ from qlora_train.loader.quantize import quantize_linears
 from qlora_train.loader.quantizer import QuantizationConfig
 from qlora_train.loader.source import BaseSource, resolve_base
 from qlora_train.loader.tokenizer import load_tokenizer
-from qlora_train.loader.towers import Tower, text_model
+from qlora_train.loader.towers import Tower, check_causal, text_model
 from qlora_train.loader.weight_files import check_loaded, check_weight_files
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,8 @@ def load_model(
     if quantization.load_in_4bit:
         check_census(census, quantization.min_quantized_share)
     left_out = text_model(base.config).left_out
+    if left_out:
+        check_causal(base)
     return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, new_token_ids, left_out)
 
 

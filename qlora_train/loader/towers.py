@@ -19,10 +19,13 @@ from torch import nn
 from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM
 
 from qlora_train.architectures import OBSTACLES
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, first_line
 
 logger = logging.getLogger(__name__)
 
+CHECK_TOKENS = 16
+CHECK_TOLERANCE = 1e-2
+_SEES_THE_FUTURE = "a later token changes what it predicts before it, so that it would see what it is to learn"
 _ALONE = "give a text model, or a multimodal one with a language model of its own"
 
 
@@ -78,8 +81,8 @@ def text_model(config: Any) -> TextModel:
     whole = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
     if whole is None:
         return TextModel(AutoModelForCausalLM)
-    if config.model_type in OBSTACLES:
-        raise _refusal(config, OBSTACLES[config.model_type])
+    if obstacle := OBSTACLES.get(config.model_type):
+        raise _refusal(config, obstacle)
     text = config.get_text_config(decoder=True)
     if text is config:
         if type(config).sub_configs:
@@ -91,6 +94,34 @@ def text_model(config: Any) -> TextModel:
     language_model = _language_model(config, model)
     left_out = tuple(_towers(model, language_model))
     return TextModel(_without(whole, left_out), language_model, left_out)
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Refuse a text part whose tokens see later ones, or that does not run without its towers.
+
+    Whole models may make masks of their own: one that reads a text in both directions would be shown what it is to learn.
+
+    Raises:
+        ModelError: a later token changes what is predicted before it.
+    """
+    was_training = model.training
+    tokens = torch.arange(CHECK_TOKENS, device=model.device)[None]
+    changed = torch.cat([tokens[:, :-1], tokens[:, :1]], dim=1)
+    model.eval()
+    try:
+        one, other = (
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1].float()
+            for ids in (tokens, changed)
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _refusal(model.config, f"its text part does not run alone ({first_line(error)})") from error
+    finally:
+        model.train(was_training)
+    # a mixture may send a token elsewhere by rounding; a mask that shows the future moves every position
+    moved = (one - other).abs().amax(-1) > CHECK_TOLERANCE * one.abs().amax()
+    if moved.float().mean() > 0.5:
+        raise _refusal(model.config, _SEES_THE_FUTURE)
 
 
 def _refusal(config: Any, reason: str) -> ModelError:

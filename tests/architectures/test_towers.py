@@ -22,9 +22,10 @@ from qlora_train.errors import ConfigError, ModelError
 from qlora_train.export.merge import merge_adapter
 from qlora_train.loader import load_model, resolve_base
 from qlora_train.loader.experts import expert_parameters
-from qlora_train.loader.towers import text_model
+from qlora_train.loader.towers import check_causal, text_model
 from qlora_train.plan import memory_plan
 from tests.architectures.conftest import LONG, Table
+from tests.pico import FAMILIES
 from tests.pico_towers import WHOLE, build_whole, build_whole_config
 from tests.runs import adapter_bytes, losses, make_config, train_run
 
@@ -162,6 +163,7 @@ def test_text_part_packs_or_says_why_not(model_type: str, whole: Callable[[str],
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
+        ("paligemma", "reads a text in both directions"),
         ("qwen2_audio", "asks the audio tower for its device"),
         ("phi4_multimodal", "its towers lie inside the language model"),
         ("florence2", "an encoder and a decoder"),
@@ -171,3 +173,21 @@ def test_whole_model_that_cannot_do_without_its_towers_is_refused_in_one_line(mo
     with pytest.raises(ModelError, match=reason) as caught:
         text_model(AutoConfig.for_model(model_type))
     assert "\n" not in str(caught.value)
+
+
+def test_text_part_that_sees_the_future_is_refused(whole: Callable[[str], Path]) -> None:
+    """PaliGemma's mask is for a prompt that is read as a whole."""
+    text = {"model_type": "gemma", **FAMILIES["gemma"]}
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="a later token changes"):
+        check_causal(AutoModelForMultimodalLM.from_config(build_whole_config("paligemma", text)))
+    check_causal(AutoModelForMultimodalLM.from_pretrained(whole("gemma3")))
+
+
+@pytest.mark.parametrize("model_type", sorted(WHOLE))
+def test_no_text_part_of_the_table_sees_the_future(model_type: str, whole: Callable[[str], Path]) -> None:
+    model = AutoModelForMultimodalLM.from_pretrained(whole(model_type), dtype=torch.float32).train()
+    changed = torch.cat([IDS[:, :-1], IDS[:, :1]], dim=1)
+    with torch.no_grad():
+        one, other = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (IDS, changed))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
