@@ -31,6 +31,8 @@ _TOWER: dict[str, Any] = {
     "deepstack_visual_indexes": [0],
     "fullatt_block_indexes": [0],
     "initializer_range": STD,
+    "global_head_dim": 16,
+    "num_key_value_heads": 2,
     "vision_output_dim": 32,
     "projector_input_dim": 32,
     "projector_output_dim": 32,
@@ -44,10 +46,17 @@ def _as(model_type: str, **own: Any) -> dict[str, Any]:
 
 WHOLE: dict[str, dict[str, Any]] = {
     "aria": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
-    "aya_vision": _as("cohere"),
+    "aya_vision": _as("cohere2"),
     "cohere2_vision": _as("cohere2"),
     "deepseek_vl": _as("llama"),
     "gemma3": _as("gemma3_text"),
+    "gemma4": {
+        "vocab_size_per_layer_input": 320,
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 16,
+        "sliding_window": 64,
+        "tie_word_embeddings": True,
+    },
     "glm4v": _HALF_MROPE,
     "glm4v_moe": {**_EXPERTS, **_HALF_MROPE},
     "got_ocr2": _as("qwen2"),
@@ -82,7 +91,7 @@ def build_whole_config(model_type: str, text: dict[str, Any] | None = None) -> A
     usual = AutoConfig.for_model(model_type)
     parts: dict[str, Any] = {}
     for name in type(usual).sub_configs:
-        own = getattr(usual, name)
+        own = getattr(usual, name) or type(usual).sub_configs[name]()
         small = {key: value for key, value in _TOWER.items() if hasattr(own, key)}
         parts[name] = {**small, "model_type": own.model_type}
     parts["text_config"] = {**_TEXT, **(WHOLE[model_type] if text is None else text)}
@@ -98,4 +107,5 @@ def build_whole(folder: Path, model_type: str) -> Path:
         model = AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"do_resize": true}\n', encoding="utf-8")
     return folder

@@ -1,7 +1,7 @@
 """Multimodal checkpoints that train on text: which text model is in each, by the `model_type` of the whole.
 
 config.json mostly says so itself (`text_config`); this is for files that leave it out, and for what no file says: the
-rows of language models that exist only inside a whole one, and why some whole models cannot do without a tower. Which
+rows of language models that are tried inside a whole one alone, and why some whole models cannot do without a tower. Which
 towers there are is found by walking the model (`qlora_train/loader/towers.py`).
 """
 
@@ -14,10 +14,11 @@ from qlora_train.architectures.table import ARCHITECTURES, LLAMA, NO_POSITIONS
 TEXT_CONFIG = "text_config"
 TEXT_TYPES = {
     "aria": "aria_text",
-    "aya_vision": "cohere",
+    "aya_vision": "cohere2",
     "cohere2_vision": "cohere2",
     "deepseek_vl": "llama",
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "glm4v": "glm4v_text",
     "glm4v_moe": "glm4v_moe_text",
     "got_ocr2": "qwen2",
@@ -56,19 +57,25 @@ OBSTACLES = {
 _ROWS = (
     Architecture("aria_text", LLAMA, 2048),
     Architecture(
+        "gemma4_text",
+        (*LLAMA, "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
+        131072,
+        chat_template="gemma",
+    ),
+    Architecture(
         "glm4v_text",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
         32768,
         packing_obstacle=NO_POSITIONS,
     ),
-    Architecture("glm4v_moe_text", LLAMA, 131072, packing_obstacle=NO_POSITIONS),
+    Architecture("glm4v_moe_text", LLAMA, 65536, packing_obstacle=NO_POSITIONS),
     Architecture("qwen2_vl_text", LLAMA, 32768, packing_obstacle=NO_POSITIONS),
     Architecture("qwen2_5_vl_text", LLAMA, 32768, packing_obstacle=NO_POSITIONS),
     Architecture("qwen3_vl_text", LLAMA, 128000),
     Architecture("qwen3_vl_moe_text", ("q_proj", "k_proj", "v_proj", "o_proj"), 128000),
 )
 TEXT_PARTS = {row.model_type: row for row in _ROWS}
-"""Rows of language models that exist only inside a whole checkpoint."""
+"""Rows of language models that are tried inside a whole checkpoint alone."""
 
 
 def text_part(config: Mapping[str, Any]) -> Any:

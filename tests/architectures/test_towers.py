@@ -15,14 +15,17 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
-from qlora_train.adapter import load_trained
-from qlora_train.architectures import TEXT_TYPES, check_packing, detect, max_positions
+from qlora_train.adapter import find_linears, load_trained
+from qlora_train.architectures import TEXT_PARTS, TEXT_TYPES, check_packing, detect, max_positions
 from qlora_train.checkpoint import RunFolder
+from qlora_train.config import load_config
 from qlora_train.errors import ConfigError, ModelError
 from qlora_train.export.merge import merge_adapter
+from qlora_train.export.run import merge_run
 from qlora_train.loader import load_model, resolve_base
-from qlora_train.loader.experts import expert_parameters
+from qlora_train.loader.experts import expert_parameters, routers
 from qlora_train.loader.towers import check_causal, text_model
+from qlora_train.pipeline import prepare_again
 from qlora_train.plan import memory_plan
 from tests.architectures.conftest import LONG, Table
 from tests.pico import FAMILIES
@@ -32,6 +35,7 @@ from tests.runs import adapter_bytes, losses, make_config, train_run
 SETTINGS = ("quantization.bnb_4bit_compute_dtype=float32", "train.max_steps=5", "train.save_steps=2", "data.eval=0.25")
 SHORT = ("gemma3", "llama4", "mistral3", "qwen2_vl", "qwen3_5", "qwen3_vl_moe")
 TRIED = sorted(WHOLE) if LONG else SHORT
+PROCESSOR = "preprocessor_config.json"
 IDS = torch.arange(40).reshape(2, 20) * 3 + 5
 
 
@@ -90,6 +94,23 @@ def test_row_and_positions_are_those_of_the_text_part(model_type: str) -> None:
     assert detect(without).model_type == TEXT_TYPES[model_type]
 
 
+@pytest.mark.parametrize("model_type", sorted(TEXT_TYPES))
+def test_text_types_are_those_of_the_config_classes(model_type: str) -> None:
+    assert AutoConfig.for_model(model_type).get_text_config().model_type == TEXT_TYPES[model_type]
+
+
+@pytest.mark.parametrize("model_type", [name for name in sorted(WHOLE) if TEXT_TYPES[name] in TEXT_PARTS])
+def test_rows_of_text_parts_describe_their_models(model_type: str) -> None:
+    config, row = build_whole_config(model_type), TEXT_PARTS[TEXT_TYPES[model_type]]
+    with torch.device("meta"):
+        model = text_model(config).build(config)
+    beside = routers(model)
+    linears = {name.rpartition(".")[2] for name in find_linears(model) if name not in beside}
+    assert linears == set(row.linear_names)
+    usual = AutoConfig.for_model(model_type).get_text_config().to_dict()
+    assert usual["max_position_embeddings"] == row.default_positions
+
+
 @pytest.mark.parametrize("model_type", TRIED)
 def test_adapter_and_merge_of_the_text_part_fit_the_whole_model(
     model_type: str, whole: Callable[[str], Path], tmp_path: Path, table: Table, caplog: pytest.LogCaptureFixture
@@ -134,6 +155,7 @@ def test_adapter_and_merge_of_the_text_part_fit_the_whole_model(
     assert (on_whole - untrained).abs().max() > 0.01, "the adapter changes nothing"
     original = logits(merge(folder, run, config, tmp_path / "original", "original"))
     torch.testing.assert_close(on_whole, original, rtol=1e-3, atol=2e-4)
+    assert (tmp_path / "merged" / PROCESSOR).read_text() == (base / PROCESSOR).read_text()
     table[model_type] |= {"4 bits": f"{100 * loaded.census.quantized_share:.1f} %", "merged": "equal (whole)"}
 
 
@@ -191,3 +213,11 @@ def test_no_text_part_of_the_table_sees_the_future(model_type: str, whole: Calla
     with torch.no_grad():
         one, other = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (IDS, changed))
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_run_on_a_text_part_is_merged_and_measured_as_any_other(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    run = train_run(tmp_path, whole("llava"), *SETTINGS, "export.max_loss_increase=10")
+    config = load_config(run.config_file)
+    choice = merge_run(run, config, *prepare_again(config, run))
+    assert set(choice.losses) == {"original", "dequantized"}
+    assert AutoConfig.from_pretrained(run.merged).architectures == ["LlavaForConditionalGeneration"]
