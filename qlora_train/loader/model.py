@@ -176,7 +176,7 @@ def _from_pretrained(
             config=config,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=attention,
+            attn_implementation=text.attention(config, attention),
             trust_remote_code=model.trust_remote_code,
             local_files_only=True,
             use_safetensors=True,

@@ -62,6 +62,14 @@ class TextModel:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         return self.model_class._from_config(config)
 
+    def attention(self, config: Any, name: str) -> str | dict[str, str]:
+        """Return an attention implementation for the language model alone; towers may have none of that name."""
+        if not self.left_out:
+            return name
+        text = config.get_text_config(decoder=True)
+        parts = (part for part in type(config).sub_configs if getattr(config, part, None) is text)
+        return {"": name, **dict.fromkeys(parts, name)}
+
     def report(self, model_type: str) -> None:
         """Log what is left out."""
         if self.left_out:
