@@ -35,6 +35,9 @@ from qlora_train.loader.weight_files import check_loaded, check_weight_files
 
 logger = logging.getLogger(__name__)
 
+_TRAINED_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+"""What the weights were trained with and no scaling changes."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -221,7 +224,7 @@ def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], na
         raise ConfigError(f"model.rope_scaling: {name} has no rotary positions to scale; drop it")
     if any(isinstance(value, dict) for value in own.values()):
         raise ConfigError(f"model.rope_scaling: {name} scales positions differently by layer; train within {positions}")
-    fixed = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    fixed = {key: own[key] for key in _TRAINED_ROPE_KEYS if key in own}
     content["rope_parameters"] = {"original_max_position_embeddings": positions, **fixed, **scaling}
     content["max_position_embeddings"] = int(positions * float(scaling["factor"]))
     logger.info("positions: %d -> %d (model.rope_scaling)", positions, content["max_position_embeddings"])

@@ -18,12 +18,13 @@ from transformers import AutoConfig, AutoModelForMultimodalLM
 from qlora_train.adapter import find_linears, load_trained
 from qlora_train.architectures import TEXT_PARTS, TEXT_TYPES, check_packing, detect, max_positions
 from qlora_train.checkpoint import RunFolder
-from qlora_train.config import load_config
+from qlora_train.config import ModelSection, load_config
 from qlora_train.errors import ConfigError, ModelError
 from qlora_train.export.merge import merge_adapter
 from qlora_train.export.run import merge_run
 from qlora_train.loader import load_model, resolve_base
 from qlora_train.loader.experts import expert_parameters, routers
+from qlora_train.loader.model import model_config
 from qlora_train.loader.towers import check_causal, text_model
 from qlora_train.pipeline import prepare_again
 from qlora_train.plan import memory_plan
@@ -221,3 +222,13 @@ def test_run_on_a_text_part_is_merged_and_measured_as_any_other(whole: Callable[
     choice = merge_run(run, config, *prepare_again(config, run))
     assert set(choice.losses) == {"original", "dequantized"}
     assert AutoConfig.from_pretrained(run.merged).architectures == ["LlavaForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl"])
+def test_rope_scaling_is_that_of_the_text_part(model_type: str, whole: Callable[[str], Path]) -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    section = ModelSection(model_name_or_path=str(whole(model_type)), rope_scaling=scaling)
+    text = model_config(resolve_base(section), section).get_text_config()
+    assert text.max_position_embeddings == 512
+    assert text.rope_parameters.items() >= scaling.items()
+    assert ("mrope_section" in text.rope_parameters) == (model_type == "qwen3_vl")
