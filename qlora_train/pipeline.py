@@ -39,6 +39,7 @@ from qlora_train.export.vllm import export_vllm
 from qlora_train.finished import commit_of, date_of
 from qlora_train.inspect_data import data_of
 from qlora_train.loader import BaseSource, LoadedModel, load_model, resolve_base
+from qlora_train.loader.model import auto_class_of
 from qlora_train.loader.tokenizer import save_tokenizer
 from qlora_train.report import EvalSettings, evaluate_run
 from qlora_train.trainer import check_trackers, train
@@ -274,6 +275,7 @@ def write_adapter(
             num_train_rows=data.num_train_rows,
             library_versions=library_versions(),
             kind="adapter",
+            auto_class=auto_class_of(source, config.model),
         )
         folder.add_results(training=result)
     logger.info("adapter: %s (from step %d)", folder.adapter, result["taken_from_step"])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora_train.adapter import choose_targets, find_linears
@@ -24,6 +24,7 @@ from qlora_train.config import LoraSection
 from qlora_train.errors import ModelError
 from qlora_train.kernels.reference import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
 from qlora_train.loader.experts import expert_parameters, routers
+from qlora_train.loader.towers import text_model
 
 CODE_TABLE_BYTES = 16 * 4
 OFFSET_BYTES = 4
@@ -195,7 +196,7 @@ def _on_meta(config_json: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         config = AutoConfig.for_model(config_json.get("model_type"), **settings)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = text_model(config).build(config)
     except ValueError as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ModelError(f"config.json: no causal language model can be built from it: {reason}") from error

@@ -13,15 +13,17 @@ import torch
 from transformers import AutoModelForCausalLM, logging
 
 from qlora_train.adapter import choose_targets, find_linears
-from qlora_train.architectures import ARCHITECTURES, Architecture
+from qlora_train.architectures import ARCHITECTURES, OBSTACLES, Architecture, detect
 from qlora_train.config import LoraSection
 from qlora_train.kernels.experts import follows_interface
 from qlora_train.loader.experts import expert_modules, expert_parameters
+from qlora_train.loader.towers import text_model
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
 sys.path.insert(0, str(ROOT))  # beside a script lie only scripts
 from tests.pico import build_config  # noqa: E402
+from tests.pico_towers import WHOLE, build_whole_config  # noqa: E402
 
 HEAD = """# Architectures
 
@@ -51,6 +53,22 @@ log names them.
 | model_type | attention | LoRA on | stays in 16 bits | experts | packing |
 |---|---|---|---|---|---|
 """
+WHOLE_HEAD = """
+## Multimodal checkpoints
+
+A checkpoint that sees or hears trains on text: its language model alone is loaded, in 4 bits with LoRA, under the names
+that it has in the whole model. The other towers are never read; one line of the log names them with their sizes. The
+adapter loads onto the whole 16-bit model with PEFT and leaves its other towers alone (`exclude_modules`). The merged
+folder is a whole checkpoint of the base's own type and tensor names, in which the tensors of the other towers are copied
+bit for bit.
+
+`tests/architectures/test_towers.py` holds each type of this table to the whole model in plain Transformers. A type that
+is not here is tried: where no language model can be taken out of it, where that does not run alone, or where a later
+token changes an earlier prediction, it is refused in one line.
+
+| model_type | language model | left out | packing |
+|---|---|---|---|
+"""
 
 
 def line_of(row: Architecture) -> str:
@@ -73,11 +91,30 @@ def line_of(row: Architecture) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def line_of_whole(model_type: str) -> str:
+    """Return the row of the page for a multimodal checkpoint."""
+    config = build_whole_config(model_type)
+    text, row = text_model(config), detect(config.to_dict())
+    cells = (
+        model_type,
+        f"`{text.language_model}` ({row.model_type})",
+        ", ".join(f"`{tower.name}`" for tower in text.left_out),
+        f"refused: {row.packing_obstacle}" if row.packing_obstacle else "yes",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def wholes() -> str:
+    """Return the section on multimodal checkpoints."""
+    refused = "; ".join(f"`{model_type}`: {reason}" for model_type, reason in OBSTACLES.items())
+    return WHOLE_HEAD + "\n".join(map(line_of_whole, sorted(WHOLE))) + f"\n\nRefused: {refused}.\n"
+
+
 def page() -> str:
     """Return the whole page."""
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
-    return HEAD + "\n".join(line_of(row) for _, row in sorted(ARCHITECTURES.items())) + "\n"
+    return HEAD + "\n".join(line_of(row) for _, row in sorted(ARCHITECTURES.items())) + "\n" + wholes()
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora_train.config.schema import ModelSection, QuantizationSection
 from qlora_train.export.merge import merge_adapter
 from qlora_train.loader import load_model
+from qlora_train.loader.towers import text_model
 
 Pico = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -34,8 +35,9 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def plain(folder: Path) -> Any:
-    """Load a folder in float32, ready to compare."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    """Load a folder in float32, of a multimodal checkpoint the text part, ready to compare."""
+    model_class = text_model(AutoConfig.from_pretrained(folder)).model_class
+    return model_class.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def quantized(folder: Path, **settings: Any) -> Any:

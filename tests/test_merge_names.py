@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qlora_train.errors import MergeError
 from tests.merging import (
@@ -118,7 +118,7 @@ def test_a_model_of_text_and_pictures_keeps_its_names_and_its_eyes(gemma3: Path,
     torch.testing.assert_close(logits(whole.eval()), got, atol=0, rtol=0)
 
 
-def test_every_tower_that_was_held_in_4_bits_is_rounded(gemma3: Path, tmp_path: Path) -> None:
+def test_the_text_part_that_was_held_in_4_bits_is_rounded(gemma3: Path, tmp_path: Path) -> None:
     share = {"min_quantized_share": 0.5}
     adapter = save_adapter(quantized(gemma3, **share), tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     reference = PeftModel.from_pretrained(dequantized_reference(gemma3, **share), adapter).merge_and_unload()
@@ -133,7 +133,7 @@ def test_a_head_that_becomes_its_own_is_named_as_its_neighbours_are(
     gemma3: Path, tmp_path: Path, original: bool
 ) -> None:
     base = tmp_path / "base"
-    AutoModelForCausalLM.from_pretrained(gemma3).save_pretrained(base, save_original_format=original)
+    AutoModelForImageTextToText.from_pretrained(gemma3).save_pretrained(base, save_original_format=original)
     adapter = save_adapter(plain(gemma3), tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
     got = merged_logits(base, adapter, tmp_path / "merged")
     expected = logits(PeftModel.from_pretrained(plain(gemma3), adapter))

@@ -20,8 +20,17 @@ from qlora_train.loader import BaseSource
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_BYTES = 1_000_000
 SHOWN_CHARACTERS = 60
-IDLE = {"peft_version", "inference_mode", "megatron_core", "qalora_group_size", "eva_config", "runtime_config"}
-"""Settings whose value says nothing about trained weights without another setting, which is refused."""
+IDLE = {
+    "peft_version",
+    "inference_mode",
+    "megatron_core",
+    "qalora_group_size",
+    "eva_config",
+    "runtime_config",
+    "exclude_modules",
+}
+"""Settings whose value says nothing about trained weights without another setting, which is refused, or which speaks of
+modules that the trained model has not (`exclude_modules`, the towers of a multimodal one); PEFT is handed none of them."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 

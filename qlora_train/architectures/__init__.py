@@ -9,10 +9,14 @@ from typing import Any
 
 from qlora_train.architectures.row import Architecture
 from qlora_train.architectures.table import ARCHITECTURES, EVERY_LINEAR_NAME
+from qlora_train.architectures.towers import OBSTACLES, TEXT_PARTS, TEXT_TYPES, row_of, text_part, text_type
 from qlora_train.errors import ConfigError, ModelError
 
 __all__ = [
     "ARCHITECTURES",
+    "OBSTACLES",
+    "TEXT_PARTS",
+    "TEXT_TYPES",
     "Architecture",
     "check_max_length",
     "check_packing",
@@ -20,6 +24,7 @@ __all__ = [
     "default_chat_template",
     "detect",
     "max_positions",
+    "text_part",
 ]
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -38,6 +43,8 @@ TEMPLATE_MARKERS = {
 def detect(config: Mapping[str, Any]) -> Architecture:
     """Return the row for a config.json, or the generic row (`known=False`) when its model_type has none.
 
+    The row of a multimodal checkpoint is that of its text part.
+
     Raises:
         ModelError: config.json has no model_type.
     """
@@ -47,8 +54,8 @@ def detect(config: Mapping[str, Any]) -> Architecture:
             f"config.json: model_type: found {model_type!r}, which names no architecture; "
             f"use a checkpoint saved by Transformers, e.g. with model_type {', '.join(sorted(ARCHITECTURES))}"
         )
-    generic = Architecture(model_type, linear_names=(), default_positions=None, known=False)
-    return ARCHITECTURES.get(model_type, generic)
+    generic = Architecture(text_type(config), linear_names=(), default_positions=None, known=False)
+    return row_of(config) or generic
 
 
 def max_positions(config: Mapping[str, Any], architecture: Architecture) -> int | None:
@@ -57,6 +64,7 @@ def max_positions(config: Mapping[str, Any], architecture: Architecture) -> int 
     A rope scaling inside config.json counts only when it names the length it starts from; otherwise the number of
     positions is taken to include it, as the checkpoints of its authors do.
     """
+    config = text_part(config)
     if architecture.unlimited_key and config.get(architecture.unlimited_key):
         return None
     found = (config[key] for key in POSITION_KEYS if isinstance(config.get(key), int))
@@ -73,7 +81,7 @@ def _scaled_positions(config: Mapping[str, Any], positions: int, rope_scaling: M
     start = rope_scaling.get("original_max_position_embeddings", positions)
     if rope_scaling["rope_type"] in ROPES_FROM_ORIGINAL:
         # Transformers lets this key of a config (Phi-3 has it) win over the one inside the rope settings
-        start = config.get("original_max_position_embeddings", start)
+        start = text_part(config).get("original_max_position_embeddings", start)
     return int(start * rope_scaling["factor"])
 
 

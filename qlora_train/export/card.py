@@ -47,6 +47,7 @@ def write_card(
     num_train_rows: int | None,
     library_versions: Mapping[str, str],
     kind: Kind,
+    auto_class: str = "AutoModelForCausalLM",
     merge: str = "",
 ) -> None:
     """Write README.md: Hub metadata, what it was trained on, how, the measured results, how to load it.
@@ -56,12 +57,13 @@ def write_card(
         metrics: results by name, e.g. `{"held-out loss": 0.19}`.
         library_versions: by name, e.g. `{"torch": "2.13.0"}`.
         kind: an adapter, or merged weights.
+        auto_class: the class of Transformers that loads the base.
         merge: the section about a merge, empty where there is none.
     """
     sections = [
         _front_matter(base, config, kind),
         _summary(folder, base, revision, config, kind),
-        _loading(base, revision, config, kind),
+        _loading(base, revision, config, kind, auto_class),
         _data(config, num_train_rows),
         "## Results\n\n"
         + _table("Metric", "Value", {k: f"{v:.4g}" for k, v in metrics.items()}, "Nothing was measured."),
@@ -140,19 +142,19 @@ def _title(folder: Path, base: str) -> str:
     return f"{_last_part(base)}: {name}"
 
 
-def _loading(base: str, revision: str | None, config: RunConfig, kind: Kind) -> str:
+def _loading(base: str, revision: str | None, config: RunConfig, kind: Kind, auto_class: str) -> str:
     this = f'"PATH-OR-ID-OF-THIS-{"ADAPTER" if kind == "adapter" else "MODEL"}"'
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({this})",
     ]
     note = ""
     if kind == "merged":
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained({this}, dtype="auto")')
+        lines.append(f'model = {auto_class}.from_pretrained({this}, dtype="auto")')
     else:
         at = f', revision="{revision}"' if revision else ""
-        load = f'base = AutoModelForCausalLM.from_pretrained("{public_name(base)}"{at}, dtype="auto")'
+        load = f'base = {auto_class}.from_pretrained("{public_name(base)}"{at}, dtype="auto")'
         lines = ["from peft import PeftModel", *lines, load]
         if config.model.new_tokens:
             lines += [

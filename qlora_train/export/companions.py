@@ -23,6 +23,9 @@ _TOKENIZER_FILES = (
     "merges.txt", "vocab.txt", SENTENCEPIECE, "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""How images and sound are prepared for the towers that the merge copies."""
+
 
 def write_companions(
     folder: Path,
@@ -52,6 +55,9 @@ def write_companions(
     text.vocab_size = num_embeddings
     for code in base_folder.glob("*.py"):
         shutil.copyfile(code, folder / code.name)
+    for file in (base_folder / name for name in _PROCESSOR_FILES):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
     tokenizer = None
     if _copy_tokenizer(base_folder, adapter_folder, folder):
         tokenizer = _load_tokenizer(folder, config, trust_remote_code)

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from qlora_train.device import free_memory
+from qlora_train.loader.towers import text_model
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ def load_merged(folder: Path, device: torch.device | str, *, trust_remote_code: 
 
 def load_placed(folder: Path, placement: Placement, *, trust_remote_code: bool = False) -> Any:
     """Load a merged folder from disk in the dtype it was written in, placed as `place_for` said."""
-    return AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    return text_model(config).model_class.from_pretrained(
         folder, dtype="auto", local_files_only=True, device_map=placement, trust_remote_code=trust_remote_code
     )
 

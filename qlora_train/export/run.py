@@ -22,7 +22,7 @@ from qlora_train.export.predictions import Predictions, Reference, compared_rows
 from qlora_train.export.verify import MergeChoice, MergeRun, choose_merge_base
 from qlora_train.loader import BaseSource, load_model
 from qlora_train.loader.hardware import choose_compute_dtype
-from qlora_train.loader.model import model_config
+from qlora_train.loader.model import auto_class_of, model_config
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Pr
             num_train_rows=data.num_train_rows,
             library_versions=library_versions(),
             kind="merged",
+            auto_class=auto_class_of(source, config.model),
             merge=Comparison(reference, choice).section(),
         )
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -13,6 +12,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qlora_train.architectures import Architecture, detect
 from qlora_train.loader.experts import expert_parameters
 from qlora_train.loader.quantizer import kept_in_16bit
+from qlora_train.loader.towers import text_model
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Skeleton:
 
 
 def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
-    """Build the model of a Transformers config without memory (meta device) and name its parts."""
+    """Build the model of a Transformers config, or the text part of a multimodal one, without memory and name its parts."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = text_model(config).build(config, trust_remote_code=trust_remote_code)
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
     tied = model.all_tied_weights_keys

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from qlora_train.architectures import Architecture, detect
+from qlora_train.architectures import Architecture, detect, text_part
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError, first_line
@@ -30,9 +30,13 @@ from qlora_train.loader.quantize import quantize_linears
 from qlora_train.loader.quantizer import QuantizationConfig
 from qlora_train.loader.source import BaseSource, resolve_base
 from qlora_train.loader.tokenizer import load_tokenizer
+from qlora_train.loader.towers import Tower, check_causal, text_model
 from qlora_train.loader.weight_files import check_loaded, check_weight_files
 
 logger = logging.getLogger(__name__)
+
+_TRAINED_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+"""What the weights were trained with and no scaling changes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class LoadedModel:
     device: torch.device
     new_token_ids: tuple[int, ...]
     """Ids of `model.new_tokens`: the rows of the embedding that are trained next to the adapter."""
+    left_out: tuple[Tower, ...] = ()
+    """Parts of a multimodal checkpoint that are not in `model`."""
 
 
 def load_model(
@@ -79,7 +85,7 @@ def load_model(
     )
     if quantization.load_in_4bit:
         quantize_linears(base, architecture.linear_classes, quantization, dtype)
-    base.config.use_cache = False
+    base.config.use_cache = base.config.get_text_config().use_cache = False
     base.requires_grad_(False)
     make_safe_for_training_after_eval(base)
     _set_compute_dtype(base, dtype)
@@ -90,7 +96,10 @@ def load_model(
         _report_unknown(base, architecture, census)
     if quantization.load_in_4bit:
         check_census(census, quantization.min_quantized_share)
-    return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, new_token_ids)
+    left_out = text_model(base.config).left_out
+    if left_out:
+        check_causal(base)
+    return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, new_token_ids, left_out)
 
 
 def _report_unknown(model: PreTrainedModel, architecture: Architecture, census: Census) -> None:
@@ -162,13 +171,15 @@ def _from_pretrained(
     check_weight_files(source.folder, source.config, where)
     config = model_config(source, model)
     attention = choose_attention(model.attn_implementation, architecture, device, dtype, kernels_of(config))
+    text = text_model(config)
+    text.report(config.model_type)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = text.model_class.from_pretrained(
             source.folder,
             config=config,
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=attention,
+            attn_implementation=text.attention(config, attention),
             trust_remote_code=model.trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
@@ -186,10 +197,17 @@ def _from_pretrained(
 
 def kernels_of(config: Any) -> Kernels:
     """Return the attention kernels of a config's architecture; all where its code is the checkpoint's own."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    named = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), named)
     if model_class is None:
         return Kernels()
     return Kernels(sdpa=model_class._supports_sdpa, flash=model_class._supports_flash_attn)
+
+
+def auto_class_of(source: BaseSource, model: ModelSection) -> str:
+    """Return the name of the class of Transformers that loads the whole base."""
+    text = text_model(read_config(source, trust_remote_code=model.trust_remote_code))
+    return "AutoModelForMultimodalLM" if text.left_out else "AutoModelForCausalLM"
 
 
 def model_config(source: BaseSource, model: ModelSection) -> Any:
@@ -205,17 +223,18 @@ def model_config(source: BaseSource, model: ModelSection) -> Any:
 
 def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], name: str) -> Any:
     """Replace a config's own RoPE scaling by `scaling`, keeping only what the trained weights fix (base, share)."""
-    content = config.to_dict()
+    whole = config.to_dict()
+    content = text_part(whole)
     own, positions = content.get("rope_parameters"), content.get("max_position_embeddings")
     if not own or not positions:
         raise ConfigError(f"model.rope_scaling: {name} has no rotary positions to scale; drop it")
     if any(isinstance(value, dict) for value in own.values()):
         raise ConfigError(f"model.rope_scaling: {name} scales positions differently by layer; train within {positions}")
-    fixed = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    fixed = {key: own[key] for key in _TRAINED_ROPE_KEYS if key in own}
     content["rope_parameters"] = {"original_max_position_embeddings": positions, **fixed, **scaling}
     content["max_position_embeddings"] = int(positions * float(scaling["factor"]))
     logger.info("positions: %d -> %d (model.rope_scaling)", positions, content["max_position_embeddings"])
-    return type(config).from_dict(content)
+    return type(config).from_dict(whole)
 
 
 def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
