@@ -51,7 +51,12 @@ def main() -> None:
     lines = table(found)
     print("\n".join(lines))
     if options.output:
-        about = {"settings": {**settings, "model": Path(options.model).name}, "machine": machine(), "table": lines, "runs": found}
+        about = {
+            "settings": {**settings, "model": Path(options.model).name},
+            "machine": machine(),
+            "table": lines,
+            "runs": found,
+        }
         options.output.write_text(json.dumps(about, indent=1) + "\n")
 
 
