@@ -6,6 +6,7 @@ Nothing is upcast: norms, embeddings and the output head stay in the compute dty
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,7 +30,9 @@ from qlora_train.loader.config_file import read_config
 from qlora_train.loader.hardware import Kernels, choose_attention, choose_compute_dtype
 from qlora_train.loader.quantize import quantize_linears
 from qlora_train.loader.quantizer import QuantizationConfig
+from qlora_train.loader.released import release_of
 from qlora_train.loader.source import BaseSource, resolve_base
+from qlora_train.loader.tensors import opened_tensors
 from qlora_train.loader.tokenizer import load_tokenizer
 from qlora_train.loader.towers import Tower, check_causal, text_model
 from qlora_train.loader.weight_files import check_loaded, check_weight_files
@@ -120,9 +124,9 @@ def output_heads(model: PreTrainedModel) -> set[nn.Module]:
 def _quantization_config(
     source: BaseSource, quantization: QuantizationSection, dtype: torch.dtype, architecture: Architecture
 ) -> QuantizationConfig | None:
-    """Return how to quantise on loading; None for 16-bit LoRA and for a checkpoint that is quantised already."""
+    """Return how to quantise on loading; None for 16-bit LoRA and for a checkpoint that is in 4 bits already."""
     stored = source.config.get("quantization_config")
-    if stored is not None:
+    if stored is not None and stored.get("load_in_4bit"):
         _check_stored_quantization(stored, source, quantization)
         return None
     if not quantization.load_in_4bit:
@@ -137,12 +141,6 @@ def _quantization_config(
 
 
 def _check_stored_quantization(stored: dict[str, Any], source: BaseSource, quantization: QuantizationSection) -> None:
-    if not stored.get("load_in_4bit"):
-        method = stored.get("quant_method", "unknown")
-        raise ModelError(
-            f"model.model_name_or_path: {source.name} is quantised already with {method}, which is not bitsandbytes "
-            "4-bit; give the original 16-bit model"
-        )
     if not quantization.load_in_4bit:
         raise ConfigError(
             f"quantization.load_in_4bit: false, but {source.name} is stored in 4 bits; set it to true, or give the "
@@ -168,31 +166,46 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     where = f"model.model_name_or_path: {source.name}"
+    release = release_of(source.config, where)
     check_weight_files(source.folder, source.config, where)
     config = model_config(source, model)
     attention = choose_attention(model.attn_implementation, architecture, device, dtype, kernels_of(config))
     text = text_model(config)
     text.report(config.model_type)
+    if release is not None:
+        del config.quantization_config  # what Transformers is given are 16-bit weights
+        logger.info("weights: stored in %s; each is turned into %s when it is read", release.description, dtype)
     try:
-        loaded, info = text.model_class.from_pretrained(
-            source.folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=text.attention(config, attention),
-            trust_remote_code=model.trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the info, each with both of its shapes
-            **arguments,
-        )
+        with torch.device("meta"):  # for its class, and the config that this class takes
+            skeleton = text.build(config, trust_remote_code=model.trust_remote_code)
+        with opened_tensors(source.folder, release, dtype, where) as tensors:
+            loaded, info = type(skeleton).from_pretrained(
+                None,
+                config=skeleton.config,
+                state_dict=tensors,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=text.attention(skeleton.config, attention),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the info, each with both of its shapes
+                **arguments,
+            )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{where} cannot be loaded: {first_line(error).rstrip('.')}; give a causal language model, with its config.json"
         ) from error
+    loaded.config.name_or_path = str(source.folder)
+    loaded.generation_config = _generation_config(source.folder)
     check_loaded(loaded, info, where)
     return loaded
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """Return the settings of generation, which old checkpoints keep in config.json."""
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        return GenerationConfig.from_pretrained(folder, "config.json", local_files_only=True, _from_model_config=True)
 
 
 def kernels_of(config: Any) -> Kernels:

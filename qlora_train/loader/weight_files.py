@@ -43,7 +43,7 @@ def check_weight_files(folder: Path, config: Mapping[str, Any], where: str) -> N
     Raises:
         ModelError: a file that is missing, a pointer, cut or damaged, or that lacks a tensor; an unexpected number format.
     """
-    for path, tensors in _files(folder, where).items():
+    for path, tensors in weight_files(folder, where).items():
         dtypes = _dtypes(path, where)
         missing = sorted(tensors - dtypes.keys())
         if missing:
@@ -58,8 +58,12 @@ def check_weight_files(folder: Path, config: Mapping[str, Any], where: str) -> N
             )
 
 
-def _files(folder: Path, where: str) -> dict[Path, set[str]]:
-    """Return the weight files, each with the tensors that the index says it holds."""
+def weight_files(folder: Path, where: str) -> dict[Path, set[str]]:
+    """Return the weight files, each with the tensors that the index says it holds.
+
+    Raises:
+        ModelError: there are none, or an index that cannot be read.
+    """
     if (folder / WEIGHTS).is_file():
         return {folder / WEIGHTS: set()}
     if not (folder / INDEX).is_file():
