@@ -46,13 +46,19 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Print a line for each kind of checkpoint."""
+    """Measure, or load when told to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        return load(arguments.load)
+        load(arguments.load)
+    else:
+        compare(arguments.runs)
+
+
+def compare(num_runs: int) -> None:
+    """Print a line for each kind of checkpoint."""
     print(
         "| checkpoint | files | NF4 model | imports | peak over imports | anonymous | mapped files | allowed | seconds |"
     )
@@ -61,7 +67,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = write_checkpoint(Path(temporary), kind)
             size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            runs = [measure(folder) for _ in range(arguments.runs)]
+            runs = [measure(folder) for _ in range(num_runs)]
         worst = {key: max(run[key] for run in runs) for key in runs[0]}
         allowed = SHARD_BYTES + worst["model_bytes"] + MARGIN_BYTES
         megabytes = [

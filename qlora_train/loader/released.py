@@ -195,8 +195,8 @@ def release_of(config: Mapping[str, Any], where: str) -> Release | None:
         return Fp8(method, "_scale", blocks.pop() if len(blocks) == 1 else None)
     raise ModelError(
         f"{where} is quantised already with {method} {stored.get('format', '')}".rstrip()
-        + ", which is not read (read are "
-        "bitsandbytes 4-bit, fp8, fbgemm_fp8, mxfp4, and float-quantized compressed-tensors); give the original 16-bit model"
+        + ", which is not read (read are bitsandbytes 4-bit, fp8, fbgemm_fp8, mxfp4, and float-quantized "
+        "compressed-tensors); give the original 16-bit model"
     )
 
 

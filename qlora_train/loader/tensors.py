@@ -7,6 +7,7 @@ stores in 8 or 4 bits appear under the names, and as the values, of the 16-bit w
 knows them as nothing else.
 """
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,50 @@ from qlora_train.errors import ModelError
 from qlora_train.loader.released import Parts, Release
 from qlora_train.loader.weight_files import weight_files
 
+KEPT_FREE_BYTES = 64 << 20
+"""What may have been read since freed memory was last given back to the system."""
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+class _FreedMemory:
+    """Gives freed memory back while tensors come and go.
+
+    glibc keeps the space of a freed 16-bit tensor when a smaller 4-bit one lies behind it: after a whole model, that is the
+    size of the model. Other C libraries are left alone.
+    """
+
+    def __init__(self) -> None:
+        self._give_back: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self._read_bytes = 0
+
+    def count(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Count a tensor that was read, and return it."""
+        self._read_bytes += tensor.nbytes
+        if self._read_bytes > KEPT_FREE_BYTES and self._give_back is not None:
+            self._give_back(0)
+            self._read_bytes = 0
+        return tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file, read whenever it is sliced."""
+
+    part: Any
+    memory: _FreedMemory
+
+    def __getitem__(self, whole: EllipsisType) -> torch.Tensor:
+        return self.memory.count(self.part[whole])
+
+    def get_shape(self) -> list[int]:
+        """Return its shape."""
+        shape: list[int] = self.part.get_shape()
+        return shape
+
+    def get_dtype(self) -> str:
+        """Return its dtype in the words of safetensors."""
+        dtype: str = self.part.get_dtype()
+        return dtype
 
 
 @dataclass(frozen=True)
@@ -64,10 +108,11 @@ def opened_tensors(folder: Path, release: Release | None, dtype: torch.dtype, wh
     """
     with ExitStack() as files:
         slices: dict[str, Any] = {}
+        memory = _FreedMemory()
         for path in weight_files(folder, where):
             # "pread" and not "mmap": pages of a mapped file stay resident for as long as it is open
             file = files.enter_context(safe_open(str(path), framework="pt", backend="pread"))
-            slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            slices |= {name: Stored(file.get_slice(name), memory) for name in file.keys()}  # noqa: SIM118 - no mapping
         yield slices if release is None else _as_16bit(slices, release, dtype, where)
 
 
