@@ -16,8 +16,9 @@ from qlora_train.config.schema import QuantizationSection
 from qlora_train.errors import MergeError
 from qlora_train.export.base_file import BaseFile
 from qlora_train.export.merge import merge_adapter
+from qlora_train.export.merged import load_merged
 from qlora_train.export.shards import bytes_of_size, pack, write_shards
-from qlora_train.export.verify import MergeRun, load_merged
+from qlora_train.export.verify import MergeRun
 from tests.merging import (
     IDS,
     NF4,
