@@ -35,6 +35,7 @@ from qlora_train.export.layout import Names, Unit, units_of
 from qlora_train.export.merge_plan import MergePlan, PlannedUnit, plan_merge
 from qlora_train.export.shards import bytes_of_size, write_shards
 from qlora_train.export.skeleton import Skeleton, skeleton_of
+from qlora_train.loader.released import release_of
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +140,19 @@ def check_mergeable(source_config: Mapping[str, Any], config: RunConfig) -> None
         config: the run's settings.
 
     Raises:
-        ConfigError: the original weights are asked for and the base is stored in 4 bits.
+        ConfigError: the original weights are asked for and the base is stored in 4 bits, or it is a release in 8 or 4 bits
+            of another kind, which a merge does not read.
     """
+    name = config.model.model_name_or_path
+    release = release_of(source_config, f"model.model_name_or_path: {name}")
+    if release is not None:
+        raise ConfigError(
+            f"export.merge: true, but {name} is stored in {release.method}, which a merge does not read; set it to false, "
+            "and put the adapter on the 16-bit model with PEFT"
+        )
     if config.export.merge_base == "original" and source_config.get("quantization_config"):
         raise ConfigError(
-            f"export.merge_base: original, but {config.model.model_name_or_path} is stored in 4 bits and the original "
+            f"export.merge_base: original, but {name} is stored in 4 bits and the original "
             "weights are not there; use dequantized or auto, or give the 16-bit base"
         )
 
