@@ -24,6 +24,7 @@ from qlora_train.errors import CheckpointError, first_line
 from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.loss import IGNORED, label_losses
 from qlora_train.trainer.comparison import Difference, difference, gradients_of
+from qlora_train.trainer.traces import without_trace
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +95,18 @@ def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfi
             verdict.problem,
         )
         return None
-    fast = install(adapted.model, lambda: label_losses(adapted.model, **batch))
+    fast = _install(adapted, batch)
     logger.info("fast path: %s; differs from the plain one by %.1g of the loss and %.1g of the gradients",
                 fast.described(), verdict.loss, verdict.gradient)  # fmt: skip
     return fast
+
+
+def _install(adapted: AdaptedModel, batch: dict[str, Any]) -> FastPath:
+    def run() -> None:
+        with without_trace(adapted.model):
+            label_losses(adapted.model, **batch)
+
+    return install(adapted.model, run)
 
 
 def _known_verdict(run: RunFolder, run_id: str) -> Verdict | None:
@@ -128,7 +137,7 @@ def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Verdi
     problem = ""
     try:
         wanted = gradients_of(adapted, batch)
-        fast = install(adapted.model, lambda: label_losses(adapted.model, **batch))
+        fast = _install(adapted, batch)
         found = difference(wanted, gradients_of(adapted, batch))
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:  # out of memory included
         problem = f"it fails on this model ({first_line(error)})"
