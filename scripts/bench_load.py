@@ -23,6 +23,8 @@ from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.export.shards import write_shards
 from qlora_train.loader.model import load_model
 from qlora_train.loader.source import resolve_base
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # beside a script lie only scripts
 from tests.pico import build_tokenizer
 
 MB = 10**6

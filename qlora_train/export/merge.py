@@ -141,7 +141,8 @@ def check_mergeable(source_config: Mapping[str, Any], config: RunConfig) -> None
     Raises:
         ConfigError: the original weights are asked for and the base is stored in 4 bits.
     """
-    if config.export.merge_base == "original" and (source_config.get("quantization_config") or {}).get("load_in_4bit"):
+    stored = source_config.get("quantization_config") or {}
+    if config.export.merge_base == "original" and stored.get("load_in_4bit"):
         raise ConfigError(
             f"export.merge_base: original, but {config.model.model_name_or_path} is stored in 4 bits and the original "
             "weights are not there; use dequantized or auto, or give the 16-bit base"

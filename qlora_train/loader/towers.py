@@ -57,10 +57,15 @@ class TextModel:
     left_out: tuple[Tower, ...] = ()
 
     def build(self, config: Any, *, trust_remote_code: bool = False) -> Any:
-        """Return the model with weights as the class draws them, on the device of the context."""
+        """Return the model with weights as the class draws them, on the device of the context.
+
+        Its attention is eager, whatever the config names: a name may stand for code that Transformers would fetch.
+        """
         if self.model_class is AutoModelForCausalLM:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        return self.model_class._from_config(config)
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
+            )
+        return self.model_class._from_config(config, attn_implementation="eager")
 
     def attention(self, config: Any, name: str) -> str | dict[str, str]:
         """Return an attention implementation for the language model alone; towers may have none of that name."""

@@ -120,6 +120,7 @@ def test_adapter_and_merge_of_the_text_part_fit_the_whole_model(
     run = train_run(tmp_path, base, *SETTINGS, name="straight")
     assert losses(run)[-1] < losses(run)[0] - 0.05
     config = make_config(tmp_path, base, *SETTINGS, name="straight")
+    caplog.clear()
     with caplog.at_level("INFO"):
         loaded = load_model(config.model, config.quantization)
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text part:")]

@@ -20,6 +20,7 @@ from qlora_train.export.base_file import BaseFile
 from qlora_train.export.merge import merge_adapter
 from qlora_train.loader import LoadedModel, load_model
 from tests.merging import save_adapter
+from tests.runs import losses, train_run
 
 Pico = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -171,6 +172,15 @@ def test_a_release_merges_into_the_16_bit_model(case: str, merge_base: Any, pico
     assert "quantization_config" not in json.loads((tmp_path / "released-merged" / "config.json").read_text())
     assert merged["released"].keys() == merged["plain"].keys()
     assert all(torch.equal(tensor, merged["plain"][name]) for name, tensor in merged["released"].items())
+
+
+def test_a_release_trains_and_merges(pico_llama: Path, tmp_path: Path) -> None:
+    config = {**FP8, "weight_block_size": list(BLOCK)}
+    released, _ = written(pico_llama, tmp_path, config, blocks, LINEARS)
+    run = train_run(tmp_path, released, "train.max_steps=3", "export.merge=true")
+    assert losses(run)[-1] < losses(run)[0]
+    stored = load_file(run.merged / WEIGHTS)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
 def test_scales_as_powers_of_two_are_read_as_such(pico_llama: Path, tmp_path: Path) -> None:
