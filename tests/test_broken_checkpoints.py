@@ -117,7 +117,7 @@ def index_that_names_more(base: Path) -> None:
 
 
 def pickled(base: Path) -> None:
-    torch.save(load_file(base / WEIGHTS), base / "pytorch_model.bin")
+    torch.save(load_file(base / WEIGHTS), base / "model.pt")
     (base / WEIGHTS).unlink()
 
 
@@ -136,7 +136,7 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "weights empty": (written(WEIGHTS, ""), r"model\.safetensors \(0 bytes\) is cut or damaged"),
     "weights a pointer": (written(WEIGHTS, POINTER), r"model\.safetensors is a pointer of Git LFS .*; run: git lfs pull"),
     "weights nowhere": (without(WEIGHTS), r"holds neither model\.safetensors nor \S+\.index\.json; fetch the weights$"),
-    "weights pickled": (pickled, r"pytorch_model\.bin is a pickle, which is not read .*; choose a revision with"),
+    "weights pickled": (pickled, r"model\.pt is a pickle of another kind .*; choose a revision with"),
     "config without a type": (edited("config.json", model_type=None), r"config\.json: model_type: found None.*; use a "),
     "config no JSON": (written("config.json", "{model"), r"config\.json cannot be read \("),
     "config of an unknown type": (

@@ -243,7 +243,7 @@ def no_weights(folder: Path) -> None:
 
 
 def pickled_weights(folder: Path) -> None:
-    torch.save({}, folder / "pytorch_model.bin")
+    torch.save({}, folder / "consolidated.00.pth")
     no_weights(folder)
 
 
@@ -269,7 +269,7 @@ def no_tokenizer(folder: Path) -> None:
         (foreign_model_type, "perceptron"),
         (no_config, "holds no config.json"),
         (no_weights, "holds neither model.safetensors nor"),
-        (pickled_weights, "pytorch_model.bin is a pickle"),
+        (pickled_weights, "consolidated.00.pth is a pickle of another kind"),
         (cut_weights, "model.safetensors .* is cut or damaged"),
         (rubbish_weights, "model.safetensors .* is cut or damaged"),
         (no_tokenizer, "no usable tokenizer"),

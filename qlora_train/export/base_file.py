@@ -1,4 +1,4 @@
-"""The base checkpoint on disk: one tensor at a time, dequantised where bitsandbytes had stored it in 4 bits.
+"""The base checkpoint on disk: one tensor at a time, dequantised where it is stored in 4 or 8 bits.
 
 Reading files instead of a loaded model is deliberate: on some CPUs bitsandbytes repacks the 4-bit weights of a live
 model in place at its first evaluation, and what is dequantised from those afterwards is noise.
@@ -17,17 +17,17 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from safetensors import safe_open
 
 from qlora_train.config.schema import QuantizationSection
-from qlora_train.errors import MergeError
+from qlora_train.errors import MergeError, ModelError
+from qlora_train.loader.released import Parts, Release, release_of
+from qlora_train.loader.tensors import stored_plainly
 
 BLOCK_SIZE = 64
 """Weights that share one scale: bitsandbytes' block size for 4-bit linear layers."""
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _STATE = ".quant_state.bitsandbytes__"
 _STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-_FOREIGN = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv")
-"""Ends of names in quantised formats that are not read."""
-_MXFP4 = ("_blocks", "_scales")
-"""Ends of the two tensors that an MXFP4 one is stored as."""
+_FOREIGN = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", "_blocks")
+"""Ends of names in quantised formats, which none of the tensors has that are read."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -37,30 +37,35 @@ _DTYPES = {
 class BaseFile:
     """The tensors of a checkpoint folder by name; a context manager that closes the file that is open.
 
+    Args:
+        folder: the base.
+        dtype: of the weights of a release in FP8 or MXFP4, which are those that a run quantised from.
+
     Attributes:
         names: tensors of the model, without the side tensors of quantised ones.
-        stored_4bit: the names of those that are stored in 4 bits.
+        stored_4bit: the names of those that bitsandbytes stored in 4 bits.
 
     Raises:
-        MergeError: no safetensors there, or stored in a quantised form other than bitsandbytes' 4 bits.
+        MergeError: no safetensors there, or stored in a quantised form that is not read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         self.folder = folder
+        self._released_dtype = dtype
         self._where = _files_by_tensor(folder)
         self._open: tuple[str, Any] | None = None
         self._headers = _headers(folder, self._where)
         self._state_key = {key.partition(_STATE)[0]: key for key in self._where if _STATE in key}
         self.stored_4bit = frozenset(self._state_key)
-        self.names = tuple(key for key in self._where if not self._is_side_tensor(key))
         self._turned: frozenset[str] = frozenset()
-        codes, scales = _MXFP4
-        pairs = [key for key in self._where if key.endswith(codes) and key.removesuffix(codes) + scales in self._where]
-        foreign = [key for key in self._where if key.endswith(_FOREIGN)] + pairs
+        self._release, self._parts = _release(folder, {name: dtype for name, (_, dtype) in self._headers.items()})
+        plain = self._where if self._release is None else stored_plainly(self._where, self._release, self._parts)
+        self.names = (*(key for key in plain if not self._is_side_tensor(key)), *self._parts)
+        foreign = [key for key in self.names if key.endswith(_FOREIGN)]
         if foreign:
             raise MergeError(
                 f"{folder}: {foreign[0]} belongs to a quantised format that the merge cannot read exactly; "
-                "give the 16-bit checkpoint, or one that bitsandbytes stored in 4 bits"
+                "give the 16-bit checkpoint"
             )
 
     def __enter__(self) -> Self:
@@ -76,7 +81,9 @@ class BaseFile:
         self._turned = names & self.stored_4bit
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape; that of a 4-bit one is its dequantised shape."""
+        """Return a tensor's shape; that of a quantised one is its dequantised shape."""
+        if self._release is not None and name in self._parts:
+            return self._release.shape(self._headers[self._parts[name][0]][0])
         if name not in self.stored_4bit:
             return self._headers[name][0]
         shape = tuple(self._quant_state(name).shape)
@@ -90,6 +97,8 @@ class BaseFile:
         """
         if name in self.stored_4bit:
             return self._quant_state(name).dtype
+        if name in self._parts:
+            return self._released_dtype
         stored = self._headers[name][1]
         if stored not in _DTYPES:
             raise MergeError(
@@ -98,12 +107,18 @@ class BaseFile:
         return _DTYPES[stored]
 
     def read(self, name: str) -> torch.Tensor:
-        """Return one tensor in its stored dtype, 4-bit ones dequantised."""
+        """Return one tensor in its stored dtype, quantised ones dequantised."""
+        if self._release is not None and name in self._parts:
+            codes, scales = (self._stored(part) for part in self._parts[name])
+            return self._release.dequantize(codes, scales, self._released_dtype)
         if name not in self.stored_4bit:
-            tensor: torch.Tensor = self._file(name).get_tensor(name)
-            return tensor
+            return self._stored(name)
         weight = dequantize_4bit(self._file(name).get_tensor(name), self._quant_state(name))
         return weight.T.contiguous() if name in self._turned else weight
+
+    def _stored(self, key: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file(key).get_tensor(key)
+        return tensor
 
     def _file(self, key: str) -> Any:
         file = self._where[key]
@@ -139,6 +154,16 @@ def _files_by_tensor(folder: Path) -> dict[str, str]:
         )
     with safe_open(str(folder / _SINGLE), "pt", device="cpu") as file:
         return dict.fromkeys(file.keys(), _SINGLE)
+
+
+def _release(folder: Path, dtypes: dict[str, str]) -> tuple[Release | None, dict[str, Parts]]:
+    """Return how the release stores its weights, and the parts of each; nothing for any other checkpoint."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        release = release_of(config, str(folder))
+        return release, {} if release is None else release.parts(dtypes)
+    except ModelError as error:
+        raise MergeError(str(error)) from None
 
 
 def _headers(folder: Path, where: dict[str, str]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -35,7 +35,6 @@ from qlora_train.export.layout import Names, Unit, units_of
 from qlora_train.export.merge_plan import MergePlan, PlannedUnit, plan_merge
 from qlora_train.export.shards import bytes_of_size, write_shards
 from qlora_train.export.skeleton import Skeleton, skeleton_of
-from qlora_train.loader.released import release_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ def merge_adapter(
     """Write `output`, a model folder that Transformers loads without PEFT.
 
     Args:
-        base_folder: local checkpoint of safetensors, 16-bit or as bitsandbytes stored it in 4 bits.
+        base_folder: local checkpoint of safetensors: in 16 bits, released in FP8 or MXFP4, or as bitsandbytes stored it.
         adapter_folder: as PEFT saved it; its tokenizer and generation_config files go into the output, else the base's.
         output: a new folder, or a previous merge, which is replaced once the new one is whole.
         merge_base: `dequantized` rounds linear layers and experts through 4 bits first, as the run held them.
@@ -97,7 +96,7 @@ def merge_adapter(
     skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
     adapter = AdapterFile(adapter_folder, skeleton)
     marker = _marker(base_folder, adapter, merge_base)
-    with BaseFile(base_folder) as base:
+    with BaseFile(base_folder, load_dtype or dtype) as base:
         names = Names(skeleton.model)
         units = _units(base, skeleton, names)
         held_in_4bit = _held_in_4bit(base, skeleton, units, merge_base, quantization)
@@ -140,19 +139,12 @@ def check_mergeable(source_config: Mapping[str, Any], config: RunConfig) -> None
         config: the run's settings.
 
     Raises:
-        ConfigError: the original weights are asked for and the base is stored in 4 bits, or it is a release in 8 or 4 bits
-            of another kind, which a merge does not read.
+        ConfigError: the original weights are asked for and the base is stored in 4 bits.
     """
-    name = config.model.model_name_or_path
-    release = release_of(source_config, f"model.model_name_or_path: {name}")
-    if release is not None:
+    stored = source_config.get("quantization_config") or {}
+    if config.export.merge_base == "original" and stored.get("load_in_4bit"):
         raise ConfigError(
-            f"export.merge: true, but {name} is stored in {release.method}, which a merge does not read; set it to false, "
-            "and put the adapter on the 16-bit model with PEFT"
-        )
-    if config.export.merge_base == "original" and source_config.get("quantization_config"):
-        raise ConfigError(
-            f"export.merge_base: original, but {name} is stored in 4 bits and the original "
+            f"export.merge_base: original, but {config.model.model_name_or_path} is stored in 4 bits and the original "
             "weights are not there; use dequantized or auto, or give the 16-bit base"
         )
 

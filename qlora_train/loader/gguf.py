@@ -11,7 +11,6 @@ Gemma 2 and 3 (the attention scale is not in the file) and StarCoder 2 (its rope
 """
 
 import importlib.util
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from qlora_train.durable import damage, sha256_of, staged_folder
 from qlora_train.errors import ModelError
+from qlora_train.loader.safetensors_file import Described, write_safetensors
 
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -84,7 +84,8 @@ def _convert(path: Path, folder: Path) -> None:
         stored = sources[name]
         return layout(stored.name, _dequantize(stored), config).to(torch.bfloat16)
 
-    _write_safetensors(folder / "model.safetensors", parameters, make)
+    described = {name: Described(shape, torch.bfloat16) for name, shape in parameters.items()}
+    write_safetensors(folder / "model.safetensors", described, make)
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
@@ -213,27 +214,6 @@ def _dequantize(stored: Any) -> Tensor:
 
     values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
     return values.float().reshape(tuple(reversed(stored.shape.tolist())))
-
-
-def _write_safetensors(path: Path, shapes: Mapping[str, torch.Size], make: Callable[[str], Tensor]) -> None:
-    """Write `make(name)` for each name, in bfloat16, holding one tensor at a time.
-
-    The format (https://github.com/huggingface/safetensors#format): the header's length in 8 bytes, the header as JSON
-    with name, dtype, shape and place of each tensor, then their bytes in that order.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + shape.numel() * torch.bfloat16.itemsize
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            tensor = make(name)
-            assert tensor.shape == shape, f"{name} has shape {tuple(tensor.shape)} instead of {tuple(shape)}"
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 def _as_it_is(_name: str, stored: Tensor, _config: Any) -> Tensor:

@@ -31,10 +31,6 @@ class Release(Protocol):
     """How a release stores its weights."""
 
     @property
-    def method(self) -> str:
-        """Its name in config.json."""
-
-    @property
     def description(self) -> str:
         """What it is in words, for the log."""
 

@@ -1,4 +1,4 @@
-"""Where the base model's files are: a local folder, a converted GGUF file, or a snapshot of a Hub repository.
+"""Where the base model's files are: a local folder, a snapshot of a Hub repository, or what either was converted into.
 
 The result is always a local folder, so that everything after it (loading, merging, cards) reads plain files. What the Hub
 refuses comes back as one line that says what to do.
@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from qlora_train import network
 from qlora_train.config import ModelSection
 from qlora_train.errors import ModelError
 from qlora_train.loader.gguf import convert_gguf
+from qlora_train.loader.pickled import convert_pickled, is_pickled
 from qlora_train.loader.remote_code import check_trusted_code
 
 logger = logging.getLogger(__name__)
 
 _FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
 _WEIGHTS = ["model*.safetensors"]
+_PICKLED_WEIGHTS = ["pytorch_model*.bin"]
 _CODE = ["*.py"]
 
 
@@ -63,28 +65,31 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
 
     Args:
         model: the config's model section.
-        weights: fetch the weights too, not only the config and the tokenizer.
+        weights: fetch the weights too, not only the config and the tokenizer; those of a local folder are there.
 
     Raises:
         ModelError: the folder, file or repository cannot be had, or is not a model.
     """
     path = Path(model.model_name_or_path).expanduser()
     if path.suffix == ".gguf":
-        folder = convert_gguf(path, _gguf_cache())
+        folder = convert_gguf(path, _cache("gguf"))
         return BaseSource(folder, path.stem, None, _read_config(folder, model.model_name_or_path))
     if path.is_dir():
         source = BaseSource(path, path.resolve().name, None, _read_config(path, model.model_name_or_path))
     else:
         _refuse_missing_path(model.model_name_or_path)
         source = _download(model, weights=weights)
+    if (weights or source.revision is None) and is_pickled(source.folder):
+        where = f"model.model_name_or_path: {model.model_name_or_path}"
+        source = replace(source, folder=convert_pickled(source.folder, _cache("pickled"), where))
     if model.trust_remote_code:
         check_trusted_code(source.folder, source.name, source.revision)
     return source
 
 
-def _gguf_cache() -> Path:
+def _cache(kind: str) -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qlora-train" / "gguf"
+    return Path(root) / "qlora-train" / kind
 
 
 def _read_config(folder: Path, asked: str) -> dict[str, Any]:
@@ -119,10 +124,12 @@ def _download(model: ModelSection, *, weights: bool) -> BaseSource:
     name = model.model_name_or_path
     with hub_errors(f"model.model_name_or_path: {name}"):
         folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
-    if weights and not any(folder.glob("model*.safetensors")):
+        if weights and not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=_PICKLED_WEIGHTS))
+    if weights and not any(folder.glob("model*.safetensors")) and not is_pickled(folder):
         raise ModelError(
-            f"model.model_name_or_path: {name} has no model*.safetensors, or, offline, not in the local cache; pickled "
-            "weights (.bin) are not read; choose a revision with safetensors, or fetch the model with a network first"
+            f"model.model_name_or_path: {name} has no model*.safetensors and no pytorch_model.bin, or, offline, not in the "
+            "local cache; choose a revision with weights, or fetch the model with a network first"
         )
     return BaseSource(folder, name, folder.name, _read_config(folder, name))
 

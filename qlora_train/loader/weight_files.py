@@ -2,7 +2,7 @@
 
 Transformers gives a tensor that it does not find random values, and says so in a warning. A base like that trains, to
 nothing. Here it is an error that names the tensors, and what files can tell is told from their heads, before gigabytes
-are read. Pickled weights are not read at all: unpickling can run code.
+are read. Pickled weights are not read here: `qlora_train.loader.pickled` has converted those that can be.
 """
 
 import json
@@ -86,7 +86,7 @@ def _no_weights(folder: Path, where: str) -> ModelError:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         return ModelError(
-            f"{where}: {pickles[0]} is a pickle, which is not read since unpickling can run code, and there is no "
+            f"{where}: {pickles[0]} is a pickle of another kind than pytorch_model.bin, which is not read, and there is no "
             f"{WEIGHTS}; choose a revision with safetensors, or convert it where you trust it (save_pretrained does)"
         )
     return ModelError(f"{where}: {folder} holds neither {WEIGHTS} nor {INDEX}; fetch the weights")
