@@ -277,8 +277,8 @@ def can_balance(model: Any) -> bool:
 @torch.no_grad()
 def _on_a_few_tokens(model: Any, chunk_tokens: int | None, *, with_balance: bool = False) -> LabelLosses | None:
     """Return the losses of a short text; None for a model that cannot make them in this way."""
-    embeddings = model.get_input_embeddings()
-    tokens = torch.arange(1, 9, device=embeddings.weight.device)[None] % embeddings.num_embeddings
+    device, num_tokens = next(model.parameters()).device, model.config.get_text_config().vocab_size
+    tokens = torch.arange(1, 9, device=device)[None] % num_tokens
     was_training = model.training
     model.eval()
     try:

@@ -194,7 +194,7 @@ def _from_pretrained(
         raise ModelError(
             f"{where} cannot be loaded: {first_line(error).rstrip('.')}; give a causal language model, with its config.json"
         ) from error
-    loaded.config.name_or_path = str(source.folder)
+    loaded.name_or_path = loaded.config.name_or_path = str(source.folder)  # PEFT writes it into adapters
     loaded.generation_config = _generation_config(source.folder)
     check_loaded(loaded, info, where)
     return loaded
