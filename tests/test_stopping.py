@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from qlora_train import pipeline, stopping
-from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.data.workers import in_order
-from qlora_train.trainer import train
+from qlora_train.trainer import fit
 from tests.runs import adapter_bytes, losses, make_config, metrics, train_run
 
 ROOT = Path(__file__).parents[1]
@@ -35,15 +34,15 @@ def ctrl_c_is_heard() -> Iterator[None]:
 def run_with_hook(
     folder: Path, base: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch, *settings: str, name: str
 ) -> RunFolder:
-    """Run a config whose model calls `hook` before every forward pass, with signals handled, until it stops."""
-    config = make_config(folder, base, *settings, name=name)
+    """Run a config whose model calls `hook` before every pass of its steps, with signals handled, until it stops."""
+    config, train_on = make_config(folder, base, *settings, name=name), fit._train_on
 
-    def hooked(adapted: AdaptedModel, *arguments: Any) -> dict[str, Any]:
-        adapted.model.register_forward_pre_hook(hook)
-        return train(adapted, *arguments)
+    def hooked(trainer: Any, *arguments: Any) -> None:
+        trainer.model.register_forward_pre_hook(hook)
+        train_on(trainer, *arguments)
 
     with monkeypatch.context() as patch, stopping.handle_signals():
-        patch.setattr(pipeline, "train", hooked)
+        patch.setattr(fit, "_train_on", hooked)
         with pytest.raises(stopping.Stop) as caught:
             pipeline.run(config)
     assert caught.value.status == {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75}[caught.value.cause]
@@ -69,7 +68,7 @@ def test_step_is_finished_and_saved(
     asked: signal.Signals, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = train_run(tmp_path, pico_llama, *SETTINGS, name="straight")
-    hook = at_call(7, asked, training=True)  # two of the trial, two micro-batches a step: step 3 has begun
+    hook = at_call(5, asked, training=True)  # two micro-batches a step: step 3 has begun
     stopped = run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *SETTINGS, name="stopped")
     assert stopped.steps()[-1] == 3
     assert not stopped.adapter.exists()
@@ -85,7 +84,7 @@ def test_evaluation_is_left_and_made_up_for_before_the_next_step(
     settings = (*SETTINGS, "train.per_device_eval_batch_size=1", "train.load_best_model_at_end=true")
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
     num_eval = straight.facts()["num_eval_rows"]  # one at a time
-    hook = at_call(num_eval * (evaluation - 1) + 3, signal.SIGTERM, training=False)
+    hook = at_call(num_eval * (evaluation - 1) + 2, signal.SIGTERM, training=False)
     stopped = run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *settings, name="stopped")
     assert stopped.steps()[-1] == 2 * evaluation
     assert len([line for line in metrics(stopped) if "eval_loss" in line]) == evaluation - 1
