@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError
 from qlora_train.loader import LoadedModel, load_model, load_tokenizer, resolve_base
+from qlora_train.loader.freed_memory import FreedMemory
 from qlora_train.loader.hardware import choose_compute_dtype
 from qlora_train.loader.source import hub_errors
 from tests.pico import TURN_END, build_pico
@@ -471,3 +473,28 @@ def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ModelError, match=r"one of 2 processes \(WORLD_SIZE\)") as caught:
         select_device()
     one_line(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+def test_a_model_is_never_whole_in_16_bits(model_type: str, pico: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = pico(model_type, num_hidden_layers=12, hidden_size=256, intermediate_size=512, moe_intermediate_size=256)
+    live, most, total = 0, 0, 0
+    count = FreedMemory.count
+
+    def watched(self: FreedMemory, tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal live, most, total
+        size = tensor.nbytes
+        live, total = live + size, total + size
+        most = max(most, live)
+
+        def gone() -> None:
+            nonlocal live
+            live -= size
+
+        weakref.finalize(tensor, gone)
+        return count(self, tensor)
+
+    monkeypatch.setattr(FreedMemory, "count", watched)
+    load_model(ModelSection(model_name_or_path=str(base)), QuantizationSection())
+    assert total > 5e6
+    assert most < total / 10

@@ -7,7 +7,7 @@ are those of bitsandbytes for the matrix of a linear layer (blocks of 64, double
 expert has the very weights it would have as a layer of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,10 @@ class QuantizedStack:
     states: tuple[QuantState, ...]
 
 
-def quantize_stack(weight: Tensor, *, quant_type: str, double_quant: bool) -> QuantizedStack:
-    """Quantise every matrix of a (experts, a, b) stack on its own, one at a time."""
+def quantize_stack(matrices: Iterable[Tensor], *, quant_type: str, double_quant: bool) -> QuantizedStack:
+    """Quantise the matrices (a, b) of a stack of experts, each on its own and one at a time."""
     codes, states = [], []
-    for matrix in weight:
+    for matrix in matrices:
         packed, state = quantize_4bit(
             matrix.contiguous(), blocksize=BLOCK_SIZE, compress_statistics=double_quant, quant_type=quant_type
         )

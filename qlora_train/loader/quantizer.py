@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from qlora_train.kernels.expert_weights import install, quantize_stack
 from qlora_train.kernels.experts import experts_forward, follows_interface
 from qlora_train.loader.experts import expert_modules, expert_parameters, routers
+from qlora_train.loader.freed_memory import FreedMemory
 
 METHOD = "qlora_train_4bit"
 EXPERTS_IMPLEMENTATION = "qlora_train_4bit"
@@ -86,6 +87,7 @@ class _Quantize(ConversionOps):
 
     def __init__(self, quantizer: Quantizer, linears: ConversionOps) -> None:
         self.quantizer, self.linears = quantizer, linears
+        self.memory = FreedMemory()
 
     def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, torch.Tensor]:
         result: dict[str, torch.Tensor] = {}
@@ -99,7 +101,9 @@ class _Quantize(ConversionOps):
     def _stack(self, name: str, value: torch.Tensor) -> torch.Tensor:
         config = self.quantizer.quantization_config
         quantized = quantize_stack(
-            value, quant_type=config.bnb_4bit_quant_type, double_quant=config.bnb_4bit_use_double_quant
+            map(self.memory.count, value),
+            quant_type=config.bnb_4bit_quant_type,
+            double_quant=config.bnb_4bit_use_double_quant,
         )
         self.quantizer.states[name] = quantized.states
         return nn.Parameter(quantized.codes, requires_grad=False)

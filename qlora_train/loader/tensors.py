@@ -7,7 +7,6 @@ stores in 8 or 4 bits appear under the names, and as the values, of the 16-bit w
 knows them as nothing else.
 """
 
-import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,32 +18,11 @@ import torch
 from safetensors import safe_open
 
 from qlora_train.errors import ModelError
+from qlora_train.loader.freed_memory import FreedMemory
 from qlora_train.loader.released import Parts, Release
 from qlora_train.loader.weight_files import weight_files
 
-KEPT_FREE_BYTES = 64 << 20
-"""What may have been read since freed memory was last given back to the system."""
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-
-
-class _FreedMemory:
-    """Gives freed memory back while tensors come and go.
-
-    glibc keeps the space of a freed 16-bit tensor when a smaller 4-bit one lies behind it: after a whole model, that is the
-    size of the model. Other C libraries are left alone.
-    """
-
-    def __init__(self) -> None:
-        self._give_back: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        self._read_bytes = 0
-
-    def count(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Count a tensor that was read, and return it."""
-        self._read_bytes += tensor.nbytes
-        if self._read_bytes > KEPT_FREE_BYTES and self._give_back is not None:
-            self._give_back(0)
-            self._read_bytes = 0
-        return tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +30,7 @@ class Stored:
     """A tensor of a file, read whenever it is sliced."""
 
     part: Any
-    memory: _FreedMemory
+    memory: FreedMemory
 
     def __getitem__(self, whole: EllipsisType) -> torch.Tensor:
         return self.memory.count(self.part[whole])
@@ -108,7 +86,7 @@ def opened_tensors(folder: Path, release: Release | None, dtype: torch.dtype, wh
     """
     with ExitStack() as files:
         slices: dict[str, Any] = {}
-        memory = _FreedMemory()
+        memory = FreedMemory()
         for path in weight_files(folder, where):
             # "pread" and not "mmap": pages of a mapped file stay resident for as long as it is open
             file = files.enter_context(safe_open(str(path), framework="pt", backend="pread"))
