@@ -2,11 +2,16 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig, load_config
+from qlora_train.loader import load_model
 from qlora_train.pipeline import run
 
 ROWS = 24
@@ -56,6 +61,24 @@ def make_config(folder: Path, base: Path, *overrides: str, name: str = "run") ->
 def train_run(folder: Path, base: Path, *overrides: str, name: str = "run", resume: str = "auto") -> RunFolder:
     """Run a config of `make_config` to its end."""
     return run(make_config(folder, base, *overrides, name=name), resume=resume)
+
+
+def stopped_copy(finished: RunFolder, path: Path) -> RunFolder:
+    """Copy a finished run as it would be if it had been stopped before its newest checkpoint."""
+    run_folder = RunFolder(Path(shutil.copytree(finished.path, path)))
+    shutil.rmtree(run_folder.adapter)
+    shutil.rmtree(run_folder.checkpoint(run_folder.steps()[-1]))
+    return run_folder
+
+
+def adapted_model(folder: Path, base: Path, *overrides: str, dtype: str = "float32") -> AdaptedModel:
+    """Return a base in 4 bits with an adapter whose every matrix matters."""
+    config = make_config(folder, base, f"quantization.bnb_4bit_compute_dtype={dtype}", *overrides)
+    found = attach_adapter(load_model(config.model, config.quantization), config.lora, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in trainable_state(found.model).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return found
 
 
 def metrics(run_folder: RunFolder) -> list[dict[str, Any]]:

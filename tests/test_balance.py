@@ -1,7 +1,6 @@
 """The load-balancing loss of a mixture: Switch Transformers' formula, its weight in a step, and when there is one."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from qlora_train.checkpoint import RunFolder
 from qlora_train.errors import ConfigError
 from qlora_train.loss import IGNORED, can_balance, label_losses
 from tests.pico import build_config
-from tests.runs import adapter_bytes, train_run
+from tests.runs import adapter_bytes, stopped_copy, train_run
 
 Pico = Callable[..., Path]
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32", "train.max_steps=4", "train.save_steps=2")
@@ -92,10 +91,7 @@ def test_config_json_turns_it_on_and_zero_turns_it_off(pico: Pico, tmp_path: Pat
 def test_stopped_run_ends_in_the_same_bits_and_logs_the_same(pico: Pico, tmp_path: Path) -> None:
     settings = (*WEIGHED, "train.logging_steps=4")
     straight = train_run(tmp_path, pico("mixtral"), *settings, name="straight")
-    shutil.copytree(straight.path, tmp_path / "stopped")
-    stopped = RunFolder(tmp_path / "stopped")
-    shutil.rmtree(stopped.adapter)
-    shutil.rmtree(stopped.checkpoint(4))
+    stopped_copy(straight, tmp_path / "stopped")
     resumed = train_run(tmp_path, pico("mixtral"), *settings, name="stopped")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
     assert metrics(resumed, "router_aux_loss")[-1] == metrics(straight, "router_aux_loss")[-1]

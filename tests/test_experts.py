@@ -12,13 +12,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from qlora_train.adapter import AdaptedModel, attach_adapter, load_trained, trainable_state
+from qlora_train.adapter import load_trained, trainable_state
 from qlora_train.errors import ConfigError
 from qlora_train.kernels import expert_weights, experts
 from qlora_train.kernels.expert_weights import ExpertWeights, quantize_stack
 from qlora_train.loader import LoadedModel, load_model
 from qlora_train.loader.experts import expert_parameters, routers
-from tests.runs import adapter_bytes, losses, make_config, train_run
+from tests.runs import adapted_model, adapter_bytes, losses, make_config, train_run
 
 Pico = Callable[..., Path]
 EXACT = "quantization.bnb_4bit_compute_dtype=float32"
@@ -30,16 +30,6 @@ IDS = torch.arange(60).reshape(3, 20) * 5 % 300 + 4
 def load(folder: Path, base: Path, *overrides: str) -> LoadedModel:
     config = make_config(folder, base, EXACT, *overrides)
     return load_model(config.model, config.quantization)
-
-
-def adapted(folder: Path, base: Path, *overrides: str) -> AdaptedModel:
-    """Return a mixture in 4 bits with an adapter whose every matrix matters."""
-    config = make_config(folder, base, EXACT, *overrides)
-    found = attach_adapter(load_model(config.model, config.quantization), config.lora, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in trainable_state(found.model).values():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return found
 
 
 def plain_copy(loaded: LoadedModel, base: Path) -> nn.Module:
@@ -93,7 +83,7 @@ def test_base_in_4_bits_is_transformers_model_of_its_weights(model_type: str, pi
 @pytest.mark.parametrize("model_type", KINDS)
 def test_adapter_on_experts_is_pefts_own(model_type: str, pico: Pico, tmp_path: Path) -> None:
     """The saved adapter, loaded by PEFT alone onto plain 16-bit modules, computes the same model."""
-    found = adapted(tmp_path, pico(model_type))
+    found = adapted_model(tmp_path, pico(model_type))
     reference = plain_copy(load(tmp_path, pico(model_type)), pico(model_type))
     found.model.save_pretrained(tmp_path / "adapter")
     stock = PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
@@ -108,7 +98,7 @@ def test_adapter_on_experts_is_pefts_own(model_type: str, pico: Pico, tmp_path: 
     ("model_type", "recompute"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in KINDS[:4])]
 )
 def test_gradients_are_those_of_pefts_own(model_type: str, recompute: bool, pico: Pico, tmp_path: Path) -> None:
-    found = adapted(tmp_path, pico(model_type))
+    found = adapted_model(tmp_path, pico(model_type))
     reference = plain_copy(load(tmp_path, pico(model_type)), pico(model_type))
     found.model.save_pretrained(tmp_path / "adapter")
     stock = PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
@@ -127,7 +117,7 @@ def test_gradients_are_those_of_pefts_own(model_type: str, recompute: bool, pico
 
 
 def test_one_expert_at_a_time_is_dequantised(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = adapted(tmp_path, pico("qwen3_moe"))
+    found = adapted_model(tmp_path, pico("qwen3_moe"))
     whole: list[torch.Size] = []
     monkeypatch.setattr(ExpertWeights, "forward", lambda self, codes: whole.append(self.shape))
     found.model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
@@ -154,25 +144,27 @@ def test_routers_stay_as_they_are(pico: Pico, tmp_path: Path) -> None:
     names = routers(load(tmp_path, pico("qwen2_moe")).model)
     assert sorted({name.rpartition(".")[2] for name in names}) == ["shared_expert_gate"]
     assert all(type(layer) is nn.Linear for layer in names.values())
-    assert not [name for name in trainable_state(adapted(tmp_path, pico("qwen2_moe")).model) if "expert_gate" in name]
+    assert not [
+        name for name in trainable_state(adapted_model(tmp_path, pico("qwen2_moe")).model) if "expert_gate" in name
+    ]
 
 
 def test_layers_whose_names_peft_takes_for_experts_are_said_to_be_left_out(
     pico: Pico, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        adapted(tmp_path, pico("dots1"))
+        adapted_model(tmp_path, pico("dots1"))
     lines = [record.getMessage() for record in caplog.records if "adapter: none on" in record.getMessage()]
     assert [line.split(": ")[1] for line in lines] == [
         f"none on the 2 layers called {name}" for name in ("down_proj", "gate_proj", "up_proj")
     ]
     with pytest.raises(ConfigError, match="target_modules: gate_proj cannot carry an adapter: PEFT takes this name"):
-        adapted(tmp_path, pico("dots1"), "lora.target_modules=[q_proj,gate_proj]")
+        adapted_model(tmp_path, pico("dots1"), "lora.target_modules=[q_proj,gate_proj]")
 
 
 def test_experts_are_chosen_by_name_or_left_alone(pico: Pico, tmp_path: Path) -> None:
     def adapted_stacks(*overrides: str) -> set[str]:
-        config = adapted(tmp_path, pico("mixtral"), *overrides).model.peft_config["default"]
+        config = adapted_model(tmp_path, pico("mixtral"), *overrides).model.peft_config["default"]
         return {name.rpartition(".")[2] for name in config.target_parameters or ()}
 
     assert adapted_stacks() == {"gate_up_proj", "down_proj"}
@@ -186,8 +178,8 @@ def test_experts_are_chosen_by_name_or_left_alone(pico: Pico, tmp_path: Path) ->
 @pytest.mark.parametrize("setting", ["lora.lora_dropout=0.1", "lora.use_dora=true", "lora.init_lora_weights=eva"])
 def test_what_peft_has_not_for_experts_is_refused(setting: str, pico: Pico, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}: .* is not there for the experts"):
-        adapted(tmp_path, pico("mixtral"), setting)
-    adapted(tmp_path, pico("mixtral"), setting, "lora.target_parameters=[]")
+        adapted_model(tmp_path, pico("mixtral"), setting)
+    adapted_model(tmp_path, pico("mixtral"), setting, "lora.target_parameters=[]")
 
 
 def test_run_of_a_mixture_starts_from_an_adapter_of_its_kind(pico: Pico, tmp_path: Path) -> None:

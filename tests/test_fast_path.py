@@ -10,31 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
-from qlora_train.checkpoint import RunFolder
+from qlora_train.adapter import AdaptedModel
 from qlora_train.errors import CheckpointError
 from qlora_train.kernels import fast_path
 from qlora_train.kernels.fast_path import FastPath, install
-from qlora_train.loader import load_model
 from qlora_train.loss import label_losses
 from qlora_train.trainer.cache import fill_cache
-from qlora_train.trainer.comparison import difference, gradients_of
-from tests.runs import adapter_bytes, make_config, train_run
+from qlora_train.trainer.gradients import difference, gradients_of
+from tests.runs import adapted_model, adapter_bytes, stopped_copy, train_run
 
 Pico = Callable[..., Path]
 EXACT = "quantization.bnb_4bit_compute_dtype=float32"
 SETTINGS = (EXACT, "train.max_steps=3", "train.save_steps=1")
 IDS = torch.arange(60).reshape(3, 20) * 5 % 300 + 4
 BATCH: dict[str, Any] = {"input_ids": IDS, "labels": IDS}
-
-
-def adapted(folder: Path, base: Path, *overrides: str) -> AdaptedModel:
-    config = make_config(folder, base, EXACT, *overrides)
-    found = attach_adapter(load_model(config.model, config.quantization), config.lora, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in trainable_state(found.model).values():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return found
 
 
 def put_in(model: AdaptedModel) -> FastPath:
@@ -51,7 +40,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> Any:
 
 
 def test_layers_that_read_the_same_input_are_one_group(pico_llama: Path, tmp_path: Path) -> None:
-    fast = put_in(adapted(tmp_path, pico_llama))
+    fast = put_in(adapted_model(tmp_path, pico_llama))
     layers, pairs = 2, "groups of them that read the same input"
     assert fast.counts == {"adapted linear layers": 7 * layers, pairs: 2 * layers, "RMS norms": 2 * layers + 1}
     assert not fast.left_out
@@ -59,7 +48,7 @@ def test_layers_that_read_the_same_input_are_one_group(pico_llama: Path, tmp_pat
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "gpt2", "mixtral"])
 def test_evaluation_and_a_switched_off_adapter_are_the_models_own(model_type: str, pico: Pico, tmp_path: Path) -> None:
-    model = adapted(tmp_path, pico(model_type))
+    model = adapted_model(tmp_path, pico(model_type))
 
     def logits() -> list[torch.Tensor]:
         found = []
@@ -77,7 +66,7 @@ def test_evaluation_and_a_switched_off_adapter_are_the_models_own(model_type: st
 
 
 def test_adapter_is_stored_as_without_it(pico_llama: Path, tmp_path: Path) -> None:
-    model = adapted(tmp_path, pico_llama)
+    model = adapted_model(tmp_path, pico_llama)
     model.model.save_pretrained(tmp_path / "plain")
     put_in(model)
     model.model.save_pretrained(tmp_path / "fast")
@@ -90,7 +79,7 @@ def test_adapter_is_stored_as_without_it(pico_llama: Path, tmp_path: Path) -> No
     [("lora.use_dora=true", "DoRA"), ("lora.lora_dropout=0.1", "dropout"), ("lora.bias=all", "a forward of its own")],
 )
 def test_what_it_does_not_compute_is_left_to_peft(setting: str, reason: str, pico: Pico, tmp_path: Path) -> None:
-    model = adapted(tmp_path, pico("qwen2"), setting)
+    model = adapted_model(tmp_path, pico("qwen2"), setting)
     wanted = gradients_of(model, BATCH)
     fast = put_in(model)
     assert fast.left_out[reason] > 0
@@ -99,7 +88,7 @@ def test_what_it_does_not_compute_is_left_to_peft(setting: str, reason: str, pic
 
 @pytest.mark.parametrize("settings", [(), ("quantization.load_in_4bit=false",), ("lora.use_rslora=true",)])
 def test_recomputed_layers_have_the_same_gradients(settings: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
-    model = adapted(tmp_path, pico_llama, *settings)
+    model = adapted_model(tmp_path, pico_llama, *settings)
     wanted = gradients_of(model, BATCH)
     put_in(model)
     model.model.enable_input_require_grads()
@@ -108,7 +97,7 @@ def test_recomputed_layers_have_the_same_gradients(settings: tuple[str, ...], pi
 
 
 def test_a_layer_of_a_group_that_reads_something_else_computes_it(pico_llama: Path, tmp_path: Path) -> None:
-    model = adapted(tmp_path, pico_llama)
+    model = adapted_model(tmp_path, pico_llama)
     attention = model.model.get_base_model().model.layers[0].self_attn
     x, other = torch.randn(1, 5, 64, requires_grad=True), torch.randn(1, 5, 64)
     wanted = [attention.q_proj(x), attention.k_proj(other), attention.v_proj(x), attention.v_proj(2 * x)]
@@ -123,7 +112,7 @@ def test_a_layer_of_a_group_that_reads_something_else_computes_it(pico_llama: Pa
 
 
 def test_kept_copies_are_the_same_numbers(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
-    model = adapted(tmp_path, pico_llama)
+    model = adapted_model(tmp_path, pico_llama)
     fast = put_in(model)
     wanted = gradients_of(model, BATCH)
     one = fast.weights[0].copy_bytes
@@ -192,10 +181,7 @@ def test_run_that_goes_on_takes_the_path_that_it_began_with(
     straight = train_run(tmp_path, pico_llama, *SETTINGS, name="straight")
     assert not json.loads(straight.fast_path_file.read_text())["on"]
     monkeypatch.undo()
-    shutil.copytree(straight.path, tmp_path / "stopped")
-    stopped = RunFolder(tmp_path / "stopped")
-    shutil.rmtree(stopped.adapter)
-    shutil.rmtree(stopped.checkpoint(3))
+    stopped_copy(straight, tmp_path / "stopped")
     assert adapter_bytes(train_run(tmp_path, pico_llama, *SETTINGS, name="stopped")) == adapter_bytes(straight)
 
 

@@ -23,7 +23,7 @@ from qlora_train.device import free_memory
 from qlora_train.errors import CheckpointError, first_line
 from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.loss import IGNORED, label_losses
-from qlora_train.trainer.comparison import Difference, difference, gradients_of
+from qlora_train.trainer.gradients import Difference, difference, gradients_of
 from qlora_train.trainer.traces import without_trace
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,6 @@ A merged model is plain Transformers code on plain 16-bit weights: that its logi
 base says that loading, the experts' own arithmetic, the adapter and the merge all compute the same model.
 """
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.adapter import load_trained
 from qlora_train.architectures import ARCHITECTURES, check_packing
-from qlora_train.checkpoint import RunFolder
 from qlora_train.errors import ConfigError
 from qlora_train.export.merge import merge_adapter
 from qlora_train.loader import load_model, resolve_base
@@ -23,7 +21,7 @@ from qlora_train.loader.experts import expert_parameters
 from qlora_train.plan import memory_plan
 from tests.architectures.conftest import LONG, Table
 from tests.pico import build_pico
-from tests.runs import adapter_bytes, losses, make_config, train_run
+from tests.runs import adapter_bytes, losses, make_config, stopped_copy, train_run
 
 SETTINGS = ("quantization.bnb_4bit_compute_dtype=float32", "train.max_steps=5", "train.save_steps=2", "data.eval=0.25")
 SHORT = ("llama", "gemma2", "gpt2", "falcon", "mixtral", "gpt_oss", "deepseek_v3", "jetmoe", "jamba", "qwen3_next")
@@ -81,10 +79,7 @@ def test_stopped_run_of_a_family_ends_in_the_same_bits(
     model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table
 ) -> None:
     straight = train_run(tmp_path, pico(model_type), *SETTINGS, name="straight")
-    shutil.copytree(straight.path, tmp_path / "stopped")
-    stopped = RunFolder(tmp_path / "stopped")
-    shutil.rmtree(stopped.adapter)
-    shutil.rmtree(stopped.checkpoint(5))
+    stopped_copy(straight, tmp_path / "stopped")
     resumed = train_run(tmp_path, pico(model_type), *SETTINGS, name="stopped")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
     table[model_type]["resumed"] = "same bits"

@@ -6,14 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.kernels.fast_path import install
-from qlora_train.loader import load_model
 from qlora_train.loss import label_losses
-from qlora_train.trainer.comparison import difference, gradients_of
+from qlora_train.trainer.gradients import difference, gradients_of
 from tests.architectures.conftest import Table
-from tests.runs import make_config
+from tests.runs import adapted_model
 
 Pico = Callable[..., Path]
 BATCH = {
@@ -26,20 +24,11 @@ BY_HAND = ("llama", "gemma2", "qwen2", "phi3", "glm4", "olmo2", "granite", "cohe
 """Families without experts: no token can go to another one because of rounding."""
 
 
-def adapted(folder: Path, base: Path, dtype: str = "float32") -> AdaptedModel:
-    config = make_config(folder, base, f"quantization.bnb_4bit_compute_dtype={dtype}")
-    found = attach_adapter(load_model(config.model, config.quantization), config.lora, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in trainable_state(found.model).values():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return found
-
-
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_loss_and_gradients_are_those_of_the_plain_path(
     model_type: str, pico: Pico, tmp_path: Path, table: Table
 ) -> None:
-    model = adapted(tmp_path, pico(model_type))
+    model = adapted_model(tmp_path, pico(model_type))
     wanted = gradients_of(model, BATCH)
     fast = install(model.model, lambda: label_losses(model.model, **BATCH))
     found = difference(wanted, gradients_of(model, BATCH))
@@ -58,8 +47,8 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
 def test_in_bfloat16_it_is_no_further_from_float32_than_the_plain_path(
     model_type: str, pico: Pico, tmp_path: Path
 ) -> None:
-    exact = gradients_of(adapted(tmp_path / "exact", pico(model_type)), BATCH)
-    rounded = adapted(tmp_path / "rounded", pico(model_type), "bfloat16")
+    exact = gradients_of(adapted_model(tmp_path / "exact", pico(model_type)), BATCH)
+    rounded = adapted_model(tmp_path / "rounded", pico(model_type), dtype="bfloat16")
     plain = difference(exact, gradients_of(rounded, BATCH))
     install(rounded.model, lambda: label_losses(rounded.model, **BATCH))
     fast = difference(exact, gradients_of(rounded, BATCH))

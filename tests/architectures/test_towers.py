@@ -3,7 +3,6 @@
 The reference is the whole model in plain Transformers: what was merged, and PEFT's own loading of the adapter onto it.
 """
 
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from qlora_train.plan import memory_plan
 from tests.architectures.conftest import LONG, Table
 from tests.pico import FAMILIES
 from tests.pico_towers import WHOLE, build_whole, build_whole_config
-from tests.runs import adapter_bytes, losses, make_config, train_run
+from tests.runs import adapter_bytes, losses, make_config, stopped_copy, train_run
 
 SETTINGS = ("quantization.bnb_4bit_compute_dtype=float32", "train.max_steps=5", "train.save_steps=2", "data.eval=0.25")
 SHORT = ("gemma3", "llama4", "mistral3", "qwen2_vl", "qwen3_5", "qwen3_vl_moe")
@@ -166,10 +165,7 @@ def test_stopped_run_of_a_text_part_ends_in_the_same_bits(
     model_type: str, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
     straight = train_run(tmp_path, whole(model_type), *SETTINGS, name="straight")
-    shutil.copytree(straight.path, tmp_path / "stopped")
-    stopped = RunFolder(tmp_path / "stopped")
-    shutil.rmtree(stopped.adapter)
-    shutil.rmtree(stopped.checkpoint(5))
+    stopped_copy(straight, tmp_path / "stopped")
     assert adapter_bytes(train_run(tmp_path, whole(model_type), *SETTINGS, name="stopped")) == adapter_bytes(straight)
 
 
