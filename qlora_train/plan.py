@@ -4,6 +4,9 @@ The model is built on the meta device, so that every weight is counted as it wil
 The step is a formula. Its terms are what autograd keeps for one decoder layer, what the checkpoints of the others hold,
 and what the loss needs; a test holds it against an allocation-by-allocation count of real steps. A GB is 10**9 bytes.
 
+Counted is the plain path with all logits of a micro-batch at once; a step takes less where the loss is made in pieces
+(`loss.chunk_tokens_of`), and more where dequantised weights are kept.
+
 Attention is taken to keep no scores, as flash and sdpa kernels do; `eager` needs a square of the length on top. Not
 counted either: the CUDA context (0.3 to 0.6 GB), the fragmentation of the allocator, and whatever else uses the device.
 """

@@ -3,7 +3,7 @@
 A peer runs with a Python of its own, in which it is installed: ``--peer NAME=PYTHON``. Peers: trl, unsloth. Ratios are
 medians over the rounds, each against this package in the same round. A peer whose gradient is zero is said to be broken.
 
-Example: ``python scripts/bench.py --peer trl=.venv/bin/python --peer unsloth=/path/to/venv/bin/python --output FILE.json``
+Example: ``python scripts/bench.py --peer trl=.venv/bin/python --peer unsloth=PYTHON --output FILE.json``
 """
 
 import argparse
@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    unknown = [peer for peer in options.peer if peer.partition("=")[0] not in SCRIPTS or "=" not in peer]
+    if unknown:
+        parser.error(f"--peer {unknown[0]}: give NAME=PYTHON; names are trl and unsloth")
     pythons = {"ours": sys.executable, "ours, no kept weights": sys.executable}
     pythons |= dict(peer.split("=", 1) for peer in options.peer)
     settings = {
