@@ -7,11 +7,12 @@ For the layers i of a group, with frozen weights W_i (out_i, in), factors A_i (r
     dA_i = (dy_i s_i B_i)' x          dB_i = s_i dy_i' (x A_i')
 
 x is kept once for the whole group, and the A_i are one product. The low-rank part is added inside the product, where sums
-are float32, instead of being rounded by itself first. Factors stay float32; they are rounded to the compute dtype for the
-products, and their gradients are float32.
+are float32, instead of being rounded by itself first. Factors stay float32; they are rounded to the compute dtype once a
+forward pass, and their gradients are float32.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,72 +21,127 @@ from torch import Tensor
 from qlora_train.kernels.frozen_weight import FrozenWeight
 
 
-def lora_linears(
-    x: Tensor, weights: Sequence[FrozenWeight], a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]
-) -> tuple[Tensor, ...]:
-    """Return the output of every layer of a group, each (..., out_i) in the dtype of x.
+@dataclass(frozen=True, slots=True)
+class LoraLayers:
+    """Adapted layers that read the same input.
 
-    Args:
-        x: (..., in).
-        weights: of the layers, all of one compute dtype.
-        a: (r_i, in) of each.
-        b: (out_i, r_i) of each.
-        scales: of each.
+    Attributes:
+        weights: W_i, all of one compute dtype.
+        a: A_i, (r_i, in).
+        b: B_i, (out_i, r_i).
+        scales: s_i.
     """
-    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, tuple(weights), tuple(scales), *a, *b)
+
+    weights: Sequence[FrozenWeight]
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scales: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """The factors of a group in the compute dtype.
+
+    Attributes:
+        a: all A_i, (sum of r_i, in).
+        b: s_i B_i', (r_i, out_i) each.
+    """
+
+    a: Tensor
+    b: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, layers: LoraLayers) -> "Rounded":
+        """Return the factors of a group, rounded."""
+        dtype = layers.weights[0].dtype
+        a = layers.a[0] if len(layers.a) == 1 else torch.cat(list(layers.a))
+        b = [(factor.T * scale).to(dtype) for factor, scale in zip(layers.b, layers.scales, strict=True)]
+        return cls(a.to(dtype), b)
+
+    def ranks(self) -> list[int]:
+        """Return r_i."""
+        return [len(factor) for factor in self.b]
+
+
+def lora_linears(x: Tensor, layers: LoraLayers) -> tuple[Tensor, ...]:
+    """Return the output of every layer of a group, each (..., out_i) in the dtype of x, which is (..., in)."""
+    outputs: tuple[Tensor, ...] = _LoraLinears.apply(x, layers, *layers.a, *layers.b)
     return outputs
 
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weights: tuple[FrozenWeight, ...], scales: tuple[float, ...], *factors: Tensor
-    ) -> tuple[Tensor, ...]:
-        dtype, (a, b) = weights[0].dtype, _halves(factors)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        low = rows @ torch.cat(list(a)).to(dtype).T
-        outputs = []
-        for weight, factor, scale, part in zip(
-            weights, b, scales, low.split([len(each) for each in a], 1), strict=True
-        ):
-            output = rows.new_empty((*x.shape[:-1], len(factor)))  # not a view: models may change it in place
-            flat = output.view(len(rows), len(factor))
-            if weight.bias is None:
-                torch.mm(rows, weight.read().T, out=flat)
-            else:
-                torch.addmm(weight.bias.to(dtype), rows, weight.read().T, out=flat)
-            flat.addmm_(part, (factor * scale).to(dtype).T)
-            outputs.append(output.to(x.dtype))
-        ctx.save_for_backward(rows, low, *factors)
-        ctx.weights, ctx.scales, ctx.shape, ctx.dtype = weights, scales, x.shape, x.dtype
+    def forward(ctx: Any, x: Tensor, layers: LoraLayers, *_factors: Tensor) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1]).to(layers.weights[0].dtype)
+        rounded = Rounded.of(layers)
+        low = rows @ rounded.a.T
+        outputs = products(rows, low, layers, rounded, x.shape[:-1])
+        ctx.save_for_backward(rows, low, rounded.a, *rounded.b)
+        ctx.layers, ctx.shape, ctx.dtype = layers, x.shape, x.dtype
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        return tuple(output.to(x.dtype) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        rows, low, *factors = ctx.saved_tensors
-        a, b = _halves(factors)
-        dtype, ranks = rows.dtype, [len(each) for each in a]
-        grad_rows: Tensor | None = None
-        grad_low = torch.zeros_like(low) if any(grad is None for grad in grads) else torch.empty_like(low)
-        grad_b: list[Tensor | None] = []
-        parts = zip(ctx.weights, grads, b, ctx.scales, low.split(ranks, 1), grad_low.split(ranks, 1), strict=True)
-        for weight, grad, factor, scale, part, grad_part in parts:
-            if grad is None:
-                grad_b.append(None)
-                continue
-            flat = grad.reshape(len(rows), -1).to(dtype)
-            torch.mm(flat, (factor * scale).to(dtype), out=grad_part)
-            grad_b.append((part.T @ flat).T.to(factor.dtype, memory_format=torch.contiguous_format).mul_(scale))
-            if ctx.needs_input_grad[0]:
-                frozen = weight.read()
-                grad_rows = flat @ frozen if grad_rows is None else grad_rows.addmm_(flat, frozen)
-        grad_a = (grad_low.T @ rows).to(a[0].dtype).split(ranks)
-        if grad_rows is not None:
-            grad_rows = grad_rows.addmm_(grad_low, torch.cat(list(a)).to(dtype)).view(ctx.shape).to(ctx.dtype)
-        return grad_rows, None, None, *grad_a, *grad_b
+        rows, low, a, *b = ctx.saved_tensors
+        found = gradients(rows, low, grads, ctx.layers, Rounded(a, b), wants_rows=ctx.needs_input_grad[0])
+        grad_x = None if found.rows is None else found.rows.view(ctx.shape).to(ctx.dtype)
+        return grad_x, None, *found.a, *found.b
 
 
-def _halves(factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    middle = len(factors) // 2
-    return factors[:middle], factors[middle:]
+def products(rows: Tensor, low: Tensor, layers: LoraLayers, rounded: Rounded, leading: Sequence[int]) -> list[Tensor]:
+    """Return y_i, (*leading, out_i), from x as `rows` (rows, in) and x A' as `low` (rows, sum of r_i).
+
+    They are tensors of their own and no views: models may change them in place.
+    """
+    outputs = []
+    for weight, b, part in zip(layers.weights, rounded.b, low.split(rounded.ranks(), 1), strict=True):
+        output = rows.new_empty(*leading, b.shape[1])
+        flat, frozen = output.view(len(rows), -1), weight.read().T
+        if weight.bias is None:
+            torch.mm(rows, frozen, out=flat)
+        else:
+            torch.addmm(weight.bias.to(rows.dtype), rows, frozen, out=flat)
+        flat.addmm_(part, b)
+        outputs.append(output)
+    return outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """The gradients of a group: of x as rows, None unless it was asked for, and of the factors, in their dtypes."""
+
+    rows: Tensor | None
+    a: Sequence[Tensor]
+    b: Sequence[Tensor | None]
+
+
+def gradients(
+    rows: Tensor,
+    low: Tensor,
+    grads: Sequence[Tensor | None],
+    layers: LoraLayers,
+    rounded: Rounded,
+    *,
+    wants_rows: bool,
+) -> Gradients:
+    """Return the gradients of a group from those of its outputs; None is the gradient of an output that nothing read."""
+    ranks = rounded.ranks()
+    grad_low = torch.zeros_like(low) if any(grad is None for grad in grads) else torch.empty_like(low)
+    grad_rows: Tensor | None = None
+    grad_b: list[Tensor | None] = []
+    each = zip(layers.weights, layers.b, layers.scales, rounded.b, strict=True)
+    parts = zip(low.split(ranks, 1), grad_low.split(ranks, 1), grads, strict=True)
+    for (weight, factor, scale, b), (part, grad_part, grad) in zip(each, parts, strict=True):
+        if grad is None:
+            grad_b.append(None)
+            continue
+        flat = grad.reshape(len(rows), -1).to(rows.dtype)
+        torch.mm(flat, b.T, out=grad_part)
+        grad_b.append((flat.T @ part).to(factor.dtype).mul_(scale))
+        if wants_rows:
+            frozen = weight.read()
+            grad_rows = flat @ frozen if grad_rows is None else grad_rows.addmm_(flat, frozen)
+    if grad_rows is not None:
+        grad_rows.addmm_(grad_low, rounded.a)
+    return Gradients(grad_rows, (grad_low.T @ rows).to(layers.a[0].dtype).split(ranks), grad_b)

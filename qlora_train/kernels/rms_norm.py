@@ -26,6 +26,8 @@ class Variant:
 
 def find_variant(module: nn.Module) -> Variant | None:
     """Return how a module computes RMS normalisation; None where it computes something else, or its weight trains."""
+    if not type(module).__name__.endswith("RMSNorm") or "forward" in vars(module):
+        return None
     weight, eps = getattr(module, "weight", None), eps_of(module)
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.ndim != 1 or eps is None:
         return None

@@ -1,0 +1,122 @@
+"""Functions that an attention module's forward looks up by name, in its file, and operations in their place.
+
+Rotary embedding and eager attention are functions of the file that a module is defined in, under the same names in nearly
+all files of Transformers. A module gets a copy of its own forward for which such a name means an operation of this package;
+the file, and other modules of it, are not changed. An operation takes a function's place where it computes the same from
+what the function was seen to be called with.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_train.kernels.grouped_attention import grouped_attention
+from qlora_train.kernels.rotary import rotate
+
+Function = Callable[..., Any]
+
+TOLERANCE = 1e-5
+"""Of the comparison, in float32."""
+
+
+def _rotary(own: Function) -> Function:
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **keywords: Any) -> Any:
+        if more or keywords:
+            return own(q, k, cos, sin, *more, **keywords)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+def _attention(own: Function) -> Function:
+    def eager_attention_forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **keywords: Any,
+    ) -> Any:
+        if scaling is None or dropout:
+            return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **keywords)
+        return grouped_attention(query, key, value, attention_mask, scaling), None
+
+    return eager_attention_forward
+
+
+OPERATIONS: Mapping[str, Callable[[Function], Function]] = {
+    "apply_rotary_pos_emb": _rotary,
+    "eager_attention_forward": _attention,
+}
+"""By name of the function: what makes an operation for its place, which hands on to it what it does not compute."""
+
+
+@dataclass
+class LookedUp:
+    """The functions of `OPERATIONS` that a module looks up, and what they were called with last."""
+
+    module: Any
+    own: dict[str, Function] = field(default_factory=dict)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "LookedUp | None":
+        """Return what a module looks up; None for nothing."""
+        forward = type(module).forward
+        if not isinstance(forward, FunctionType) or "forward" in vars(module):
+            return None
+        names = OPERATIONS.keys() & set(forward.__code__.co_names) & forward.__globals__.keys()
+        return cls(module, {name: forward.__globals__[name] for name in sorted(names)}) if names else None
+
+    def forward_with(self, functions: Mapping[str, Function]) -> Function:
+        """Return the module's own forward, for which these names are these functions."""
+        own = type(self.module).forward
+        names = {**own.__globals__, **functions}
+        copied = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+        copied.__kwdefaults__ = own.__kwdefaults__
+        return MethodType(copied, self.module)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Note what the functions are called with."""
+
+        def noting(name: str, own: Function) -> Function:
+            def note(*arguments: Any, **keywords: Any) -> Any:
+                self.calls[name] = arguments, keywords
+                return own(*arguments, **keywords)
+
+            return note
+
+        self.module.forward = self.forward_with({name: noting(name, own) for name, own in self.own.items()})
+        try:
+            yield
+        finally:
+            del self.module.forward
+
+    def replaced(self) -> dict[str, Function]:
+        """Return the operations that compute what the functions did."""
+        made = {name: OPERATIONS[name](self.own[name]) for name in self.calls}
+        return {name: made[name] for name in made if _same(self.own[name], made[name], *self.calls[name])}
+
+
+@torch.no_grad()
+def _same(own: Function, other: Function, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    exact = [_exact(each) for each in arguments], {name: _exact(each) for name, each in keywords.items()}
+    try:
+        wanted, found = own(*exact[0], **exact[1]), other(*exact[0], **exact[1])
+    except (TypeError, RuntimeError, ValueError, AttributeError):  # other arguments, or other shapes
+        return False
+    pairs = [(one, two) for one, two in zip(wanted, found, strict=True) if two is not None]
+    return all(one.shape == two.shape and torch.allclose(one, two, TOLERANCE, TOLERANCE) for one, two in pairs)
+
+
+def _exact(argument: Any) -> Any:
+    return argument.float() if isinstance(argument, Tensor) and argument.is_floating_point() else argument

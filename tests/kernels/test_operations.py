@@ -1,0 +1,134 @@
+"""The fast path's operations against the same formulas, differentiated by autograd in float64."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qlora_train.kernels.frozen_weight import FrozenWeight
+from qlora_train.kernels.gated import ACTIVATIONS, gated_linear
+from qlora_train.kernels.grouped_attention import grouped_attention
+from qlora_train.kernels.lora_linear import LoraLayers, lora_linears
+from qlora_train.kernels.rotary import rotate
+
+BATCH, SEQ = 2, 7
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def assert_same(one: Callable[..., Tensor], other: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Compare the outputs of two functions, and the gradients of all inputs under one random gradient of the output."""
+    found: list[list[Tensor]] = []
+    grad: Tensor | None = None
+    for function in (one, other):
+        leaves = [each.detach().clone().requires_grad_() for each in inputs]
+        output = function(*leaves)
+        grad = torch.randn_like(output) if grad is None else grad
+        found.append([output, *torch.autograd.grad(output, leaves, grad)])
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+def layer(features: int, out: int, scale: float, *, bias: bool) -> LoraLayers:
+    linear = nn.Linear(features, out, bias=bias, dtype=torch.float64).requires_grad_(False)
+    return LoraLayers([FrozenWeight(linear)], [numbers(3, features)], [numbers(out, 3)], [scale])
+
+
+def plain(x: Tensor, layers: LoraLayers, a: Tensor, b: Tensor) -> Tensor:
+    weight = layers.weights[0]
+    return functional.linear(x, weight.read(), weight.bias) + layers.scales[0] * (x @ a.T) @ b.T
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_that_read_the_same_input(bias: bool) -> None:
+    one, two = layer(6, 10, 0.5, bias=bias), layer(6, 4, 2.0, bias=bias)
+
+    def wanted(x: Tensor, *factors: Tensor) -> Tensor:
+        return torch.cat([plain(x, one, *factors[::2]), plain(x, two, *factors[1::2])], -1)
+
+    def found(x: Tensor, *factors: Tensor) -> Tensor:
+        layers = LoraLayers([*one.weights, *two.weights], factors[:2], factors[2:], [0.5, 2.0])
+        return torch.cat(lora_linears(x, layers), -1)
+
+    assert_same(wanted, found, numbers(BATCH, SEQ, 6), *one.a, *two.a, *one.b, *two.b)
+
+
+def test_an_output_that_nothing_reads_has_no_gradient() -> None:
+    one, two = layer(6, 10, 0.5, bias=False), layer(6, 4, 2.0, bias=False)
+    factors = [tensor.requires_grad_() for tensor in (*one.a, *two.a, *one.b, *two.b)]
+    layers = LoraLayers([*one.weights, *two.weights], factors[:2], factors[2:], [0.5, 2.0])
+    lora_linears(numbers(BATCH, SEQ, 6), layers)[0].sum().backward()
+    assert factors[1].grad is not None
+    assert not factors[1].grad.any()
+    assert factors[3].grad is None
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("in_one", [False, True])
+def test_gated_layer(activation: str, in_one: bool) -> None:
+    function = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    }[activation]
+    down = layer(6, 10, 0.5, bias=True)
+
+    def parts(made: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = made.chunk(2, -1) if in_one else (made[..., :6] * 1, made[..., 6:] * 1)
+        return gate, up
+
+    def wanted(made: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        gate, up = parts(made)
+        return plain(function(gate) * up, down, a, b)
+
+    def found(made: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        layers = LoraLayers(down.weights, [a], [b], down.scales)
+        return gated_linear(*parts(made), ACTIVATIONS[activation], layers)
+
+    assert_same(wanted, found, numbers(BATCH, SEQ, 12), down.a[0], down.b[0])
+
+
+@pytest.mark.parametrize("one_row_of_angles", [False, True])
+def test_rotary_embedding_turns_pairs_of_features(one_row_of_angles: bool) -> None:
+    features = 8
+    angles = numbers(1 if one_row_of_angles else BATCH, 1, SEQ, features // 2)
+    cos, sin = (torch.cat([part, part], -1) for part in (angles.cos(), angles.sin()))
+
+    def wanted(x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(torch.stack(x.transpose(1, 2).chunk(2, -1), -1)) * torch.polar(
+            torch.ones_like(angles), angles
+        )
+        return torch.cat([turned.real, turned.imag], -1)
+
+    assert_same(wanted, lambda x: rotate(x.transpose(1, 2), cos, sin), numbers(BATCH, SEQ, 4, features))
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_grouped_heads(key_heads: int, masked: bool) -> None:
+    features, value_features = 8, 6
+    mask = torch.zeros(BATCH, 1, SEQ, SEQ, dtype=torch.float64)
+    mask.masked_fill_(torch.ones(SEQ, SEQ, dtype=torch.bool).triu(1), -math.inf)
+    mask[1, :, :, :2].masked_fill_(torch.ones(SEQ, 2, dtype=torch.bool).tril(-2), -1e9)
+
+    def wanted(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = (each.repeat_interleave(4 // key_heads, 1) for each in (key, value))
+        attended = functional.scaled_dot_product_attention(query, keys, values, mask if masked else None, scale=0.3)
+        return attended.transpose(1, 2)
+
+    assert_same(
+        wanted,
+        lambda query, key, value: grouped_attention(query, key, value, mask if masked else None, 0.3),
+        numbers(BATCH, 4, SEQ, features), numbers(BATCH, key_heads, SEQ, features),
+        numbers(BATCH, key_heads, SEQ, value_features),
+    )  # fmt: skip
