@@ -26,7 +26,14 @@ IGNORED = -100
 """Label of a token without loss, as torch's cross-entropy and Transformers have it."""
 
 FLOAT32_BYTES = 64 << 20
-"""Most float32 logits that are made at once, however large batch and vocabulary are."""
+"""Most float32 logits that an evaluation makes at once, however large batch and vocabulary are."""
+
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+"""Most float32 logits that a training step makes at once: what a CPU's allocator gives out without asking the system for
+pages each time, and enough rows for a GPU's matrix products."""
+
+MIN_CHUNK_TOKENS = 64
+"""Fewest labels whose logits are made at once: each chunk reads the whole head."""
 
 CHUNK_TOLERANCE = 0.02
 """Nats a token by which rounding in 16 bits may change a loss whose logits are made in chunks."""
@@ -196,8 +203,8 @@ def _head_alone(model: Any) -> tuple[nn.Module, nn.Module]:
     return head, decoder
 
 
-LossesOfSome = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(hidden states (n, hidden), targets (n,)) -> losses (n,), float32."""
+LogitsOfSome = Callable[[torch.Tensor], torch.Tensor]
+"""Hidden states (n, hidden) -> logits (n, vocabulary)."""
 
 
 def _losses_in_chunks(
@@ -206,18 +213,21 @@ def _losses_in_chunks(
     """Return the loss of each target, float32 (num_labels,), from what the decoder returns, (num_labels, hidden)."""
     head, decoder = _head_alone(model)
 
-    def losses_of(some: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def logits_of(some: torch.Tensor) -> torch.Tensor:
         vars(decoder)["forward"] = lambda *_arguments, **_keywords: _DecoderOutput(last_hidden_state=some[None])
         try:
-            logits = head(use_cache=False).logits[0]
+            logits: torch.Tensor = head(use_cache=False).logits[0]
         finally:
             del vars(decoder)["forward"]
-        return functional.cross_entropy(logits.float(), wanted, reduction="none")
+        return logits
+
+    def losses_of(some: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits_of(some).float(), wanted, reduction="none")
 
     targets = targets.to(hidden_states.device)
     own = [part for part in head.children() if part is not decoder]
     if not any(parameter.requires_grad for part in own for parameter in part.parameters()):
-        losses: torch.Tensor = _FrozenHead.apply(hidden_states, targets, chunk_tokens, losses_of)
+        losses: torch.Tensor = _FrozenHead.apply(hidden_states, targets, chunk_tokens, logits_of)
         return losses
     pieces = zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     return torch.cat([checkpoint(losses_of, some, wanted, use_reentrant=False) for some, wanted in pieces])
@@ -226,25 +236,26 @@ def _losses_in_chunks(
 class _FrozenHead(torch.autograd.Function):
     """Losses under a head that does not train.
 
-    A loss depends on its own hidden state alone, so that its gradient can be made at once, while its logits are there: they
-    are neither kept nor made again.
+    A loss depends on its own hidden state alone, so that its gradient, softmax(logits) minus 1 at the target, can be made at
+    once, in the place of the log-probabilities: logits are neither kept nor made again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: torch.Tensor, targets: torch.Tensor, chunk_tokens: int, losses_of: LossesOfSome
+        ctx: Any, hidden_states: torch.Tensor, targets: torch.Tensor, chunk_tokens: int, logits_of: LogitsOfSome
     ) -> torch.Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         losses, gradients = [], []
         for some, wanted in zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-            if not needs_gradient:
-                losses.append(losses_of(some, wanted))
-                continue
-            with torch.enable_grad():
-                leaf = some.detach().requires_grad_()
-                found = losses_of(leaf, wanted)
-                gradients += torch.autograd.grad(found.sum(), leaf)
-            losses.append(found.detach())
+            leaf, places = some.detach().requires_grad_(needs_gradient), wanted[:, None]
+            with torch.set_grad_enabled(needs_gradient):
+                logits = logits_of(leaf)
+            log_probabilities = functional.log_softmax(logits.detach(), -1, dtype=torch.float32)
+            losses.append(-log_probabilities.gather(1, places)[:, 0])
+            if needs_gradient:
+                grad = log_probabilities.exp_()
+                grad.scatter_add_(1, places, grad.new_full(places.shape, -1))
+                gradients += torch.autograd.grad(logits, leaf, grad.to(logits.dtype))
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
@@ -257,7 +268,10 @@ class _FrozenHead(torch.autograd.Function):
 
 def chunk_tokens_of(model: Any) -> int | None:
     """Return how many labels' logits a training step makes at a time; None for a model that cannot but make all."""
-    return max(1, FLOAT32_BYTES // (4 * model.config.get_text_config().vocab_size)) if can_chunk(model) else None
+    if not can_chunk(model):
+        return None
+    most = CHUNK_BYTES[model.device.type] // (4 * model.config.get_text_config().vocab_size)
+    return max(MIN_CHUNK_TOKENS, most)
 
 
 def can_chunk(model: Any) -> bool:

@@ -20,7 +20,7 @@ from qlora_train.pipeline import prepare, run
 from qlora_train.trainer.boundaries import make_schedule
 from tests.runs import make_config, train_run
 
-NAMED = sorted(set(get_args(OPTIMIZERS)) - {"auto", "adamw_torch_fused"})
+NAMED = sorted(set(get_args(OPTIMIZERS)) - {"auto"})
 
 
 def need_of(config: RunConfig, folder: RunFolder, checkpoint: Path | None = None) -> DiskNeed:

@@ -245,7 +245,7 @@ class TrainSection(Section):
     """The optimisation."""
 
     optim: OPTIMIZERS = "auto"
-    """Optimizer; `auto` is paged_adamw_8bit on a GPU and adamw_torch on a CPU, where nothing is paged."""
+    """Optimizer; `auto` is paged_adamw_8bit on a GPU and adamw_torch_fused on a CPU, where nothing is paged."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
     lr_scheduler_type: SCHEDULES = "cosine"

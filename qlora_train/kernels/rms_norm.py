@@ -1,6 +1,6 @@
 """RMS normalisation with a frozen weight: forward as Transformers computes it, bit for bit, backward in one step.
 
-    r = 1 / sqrt(mean(x^2) + eps)      y = w x r      dx = r (g - x r mean(g x r))  with g = w dy
+    r = 1 / sqrt(mean(x^2) + eps)      y = w x r      dx = r g - x r^3 mean(g x)  with g = w dy
 
 all in float32 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467). Architectures differ in where they round and in
 whether the weight is stored around 0 or around 1; `find_variant` tries a module's own forward to tell.
@@ -72,14 +72,14 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        normal = x.float().mul_(scale) if x.dtype != torch.float32 else x * scale
+        wide = x.float()
         inner = (
             (grad * _applied(weight, ctx.variant)).float()
             if ctx.variant.rounds_first
             else (grad.float() * _applied(weight.float(), ctx.variant))
         )
-        mean = (inner * normal).mean(-1, keepdim=True)
-        return torch.sub(inner, normal.mul_(mean)).mul_(scale).to(x.dtype), None, None, None
+        mean = (inner * wide).mean(-1, keepdim=True)
+        return (inner * scale).addcmul_(wide, mean.mul_(scale.pow(3)), value=-1).to(x.dtype), None, None, None
 
 
 def _applied(weight: Tensor, variant: Variant) -> Tensor:

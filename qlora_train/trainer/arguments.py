@@ -15,7 +15,7 @@ from qlora_train.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-AUTOMATIC_OPTIMIZERS = {True: "paged_adamw_8bit", False: "adamw_torch"}
+AUTOMATIC_OPTIMIZERS = {True: "paged_adamw_8bit", False: "adamw_torch_fused"}
 """What `train.optim: auto` is, by whether there is a GPU."""
 
 

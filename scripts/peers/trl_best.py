@@ -52,7 +52,7 @@ def train(
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=False,
-            optim="adamw_torch",
+            optim="adamw_torch_fused",
             logging_steps=1,
             save_strategy="no",
             report_to=[],
