@@ -236,7 +236,7 @@ def _losses_in_chunks(
 class _FrozenHead(torch.autograd.Function):
     """Losses under a head that does not train.
 
-    A loss depends on its own hidden state alone, so that its gradient, softmax(logits) minus 1 at the target, can be made at
+    A loss depends on its own hidden state alone, so that its gradient (softmax(logits), less 1 at the target) can be made at
     once, in the place of the log-probabilities: logits are neither kept nor made again.
     """
 
