@@ -236,8 +236,8 @@ def _losses_in_chunks(
 class _FrozenHead(torch.autograd.Function):
     """Losses under a head that does not train.
 
-    A loss depends on its own hidden state alone, so that its gradient (softmax(logits), less 1 at the target) can be made at
-    once, in the place of the log-probabilities: logits are neither kept nor made again.
+    A loss depends on its own hidden state alone. So its gradient, softmax(logits) less 1 at the target, is made at once, in
+    the place of the log-probabilities: logits are neither kept nor made again.
     """
 
     @staticmethod
