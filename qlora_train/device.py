@@ -40,6 +40,16 @@ def select_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+UNTOUCHED_SHARE = 0.05
+"""Of a GPU's memory: what the allocator cannot use for its pieces, and what libraries take later."""
+
+
+def spare_bytes(device: torch.device, peak_bytes: int) -> int:
+    """Return what a GPU has left beside the highest use of this process."""
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - peak_bytes - UNTOUCHED_SHARE * total)
+
+
 def free_memory() -> None:
     """Give back the memory of models that nothing refers to any more, those in reference cycles included."""
     gc.collect()

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from qlora_train.config.schema import TrainSection
 
 KEYS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "activation_offloading",
-    "per_device_eval_batch_size",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "recompute",
+    "activation_offloading", "per_device_eval_batch_size",
 )  # fmt: skip
 """Settings that a rung may change."""
 
@@ -47,8 +47,11 @@ def split_micro_batch(train: TrainSection, _able: Able) -> TrainSection | None:
 
 def recompute(train: TrainSection, able: Able) -> TrainSection | None:
     """Keep a layer's input alone, and compute the layer again in the backward pass."""
-    already = train.gradient_checkpointing is True or (train.gradient_checkpointing == "auto" and able.on_gpu)
-    return None if already or not able.recomputes else train.model_copy(update={"gradient_checkpointing": True})
+    asked = train.recompute == "layer" or (train.recompute == "auto" and able.on_gpu)
+    already = train.gradient_checkpointing is True or (train.gradient_checkpointing == "auto" and asked)
+    if already or not able.recomputes:
+        return None
+    return train.model_copy(update={"gradient_checkpointing": True, "recompute": "auto"})
 
 
 def offload(train: TrainSection, able: Able) -> TrainSection | None:

@@ -33,12 +33,14 @@ class FastPath:
         counts: modules by operation.
         left_out: adapted layers that compute as PEFT does, by reason.
         weights: of the adapted layers, in the order of the model.
+        mlps: that compute with their last layer.
         hooks: on the model.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     weights: list[FrozenWeight] = field(default_factory=list)
+    mlps: list[GatedMlp] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     _bound: list[nn.Module] = field(default_factory=list)
 
@@ -108,6 +110,7 @@ def _put_linears(fast: FastPath, model: nn.Module, groups: list[Group], mlps: li
         down = alone.get(mlp.module.down_proj)
         if down is not None:
             fast.counts["gated MLPs"] += 1
+            fast.mlps.append(mlp)
             fast.bind(mlp.module, mlp.forward_with(down))
 
 

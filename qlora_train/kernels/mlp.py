@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora_train.kernels.gated import ACTIVATIONS, Activation, gated_linear
 from qlora_train.kernels.groups import Group
@@ -15,7 +16,7 @@ GATE_AND_UP = (("gate_proj", "up_proj"), ("gate_up_proj",))
 ACTIVATION_NAMES = ("act_fn", "activation_fn")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GatedMlp:
     """An MLP that computes down(f(gate(x)) * up(x)).
 
@@ -23,11 +24,13 @@ class GatedMlp:
         module: it.
         makers: its layers that make gate and up, two or one.
         activation: f.
+        is_recomputed: it keeps its input alone, and computes gate and up again in the backward pass.
     """
 
     module: Any
-    makers: tuple[nn.Module, ...]
+    makers: tuple[Any, ...]
     activation: Activation
+    is_recomputed: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> "GatedMlp | None":
@@ -45,12 +48,24 @@ class GatedMlp:
         """Return its forward, with the layer `down`, which is adapted, computed together with the product before it."""
         own, [layer] = self.module.forward, down.layers
 
+        def compute(x: Tensor) -> Tensor:
+            return gated_linear(*self._gate_and_up(x), self.activation, down.now())
+
         def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
             if arguments or keywords or not down.applies(layer):
                 return own(x, *arguments, **keywords)
-            return gated_linear(*self._gate_and_up(x), self.activation, down.now())
+            return checkpoint(compute, x, use_reentrant=False) if self.is_recomputed else compute(x)
 
         return forward
+
+    def maker_sizes(self) -> list[int]:
+        """Return the numbers of the weights that make gate and up."""
+        return [maker.in_features * maker.out_features for maker in self.makers]
+
+    def down_size(self) -> int:
+        """Return the numbers of the weight after the product."""
+        size: int = self.module.down_proj.in_features * self.module.down_proj.out_features
+        return size
 
     def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         made = [maker(x) for maker in self.makers]

@@ -19,8 +19,14 @@ AUTOMATIC_OPTIMIZERS = {True: "paged_adamw_8bit", False: "adamw_torch_fused"}
 """What `train.optim: auto` is, by whether there is a GPU."""
 
 
-def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder) -> SFTConfig:
+def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, checkpoints_all: bool) -> SFTConfig:
     """Return TRL's arguments for a run; the choices that were left open are made here and logged.
+
+    Args:
+        config: the run's settings.
+        adapted: the model.
+        run: its checkpoints' folder is named there.
+        checkpoints_all: Transformers recomputes all layers.
 
     When to log, evaluate and save is not among them: `boundaries` says so, from the settings of today, where the Trainer
     would go by those that a checkpoint was written with.
@@ -43,11 +49,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder) -> SFTC
         per_device_train_batch_size=train.per_device_train_batch_size,
         per_device_eval_batch_size=train.per_device_eval_batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
-        gradient_checkpointing=choose_checkpointing(
-            train.gradient_checkpointing,
-            on_gpu=on_gpu,
-            supported=adapted.loaded.model.supports_gradient_checkpointing,
-        ),
+        gradient_checkpointing=checkpoints_all,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         neftune_noise_alpha=train.neftune_noise_alpha,
         logging_strategy="no",
@@ -108,24 +110,3 @@ def choose_offloading(setting: bool, *, on_gpu: bool) -> bool:
     if setting and not on_gpu:
         logger.warning("train.activation_offloading: has no effect on a CPU, whose memory is the host's")
     return setting and on_gpu
-
-
-def choose_checkpointing(setting: bool | str, *, on_gpu: bool, supported: bool) -> bool:
-    """Return whether activations are recomputed, logged with the reason when `auto` chose it.
-
-    Raises:
-        ConfigError: asked for where Transformers does not support it.
-    """
-    if setting is True and not supported:
-        raise ConfigError(
-            "train.gradient_checkpointing: true, but Transformers cannot recompute the activations of this architecture; "
-            "set it to false or auto"
-        )
-    if setting != "auto":
-        return bool(setting)
-    reason = "on a GPU" if on_gpu else "memory is no limit on a CPU"
-    chosen = on_gpu and supported
-    logger.info(
-        "gradient checkpointing: %s (%s)", chosen, reason if supported else "this architecture does not support it"
-    )
-    return chosen

@@ -16,6 +16,7 @@ from qlora_train.trainer.fast_path import choose_fast_path
 from qlora_train.trainer.fitting import rung_below, trainer_that_fits
 from qlora_train.trainer.numbers import refuse_non_finite
 from qlora_train.trainer.progress import Progress
+from qlora_train.trainer.recompute import Recomputation
 from qlora_train.trainer.sft import QloraTrainer
 
 logger = logging.getLogger(__name__)
@@ -46,12 +47,15 @@ def train(
 
     def make(fitted: RunConfig) -> QloraTrainer:
         asked_rows = config.train.per_device_train_batch_size
-        return QloraTrainer(adapted, data, fitted, run, [progress], grouped_rows=asked_rows)
+        return QloraTrainer(
+            adapted, data, fitted, run, [progress], grouped_rows=asked_rows, recomputation=recomputation
+        )
 
     with stopping.at_boundaries():
         fast = choose_fast_path(adapted, data, config, run)
         if fast is not None:
             fill_cache(fast.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
+        recomputation = Recomputation(adapted.model, fast.mlps if fast is not None else [])
         trainer = trainer_that_fits(make, config, run)
         try:
             with rung_below(trainer, config, run):

@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from qlora_train.checkpoint import RunFolder, record_fit, with_recorded_fit
 from qlora_train.config import RunConfig
 from qlora_train.config.schema import TrainSection
+from qlora_train.device import spare_bytes
 from qlora_train.errors import TrainingError, first_line, is_out_of_memory
 from qlora_train.ladder import Able, next_rung, overrides, typed
+from qlora_train.trainer.recompute import kept_bytes, plan_levels
 from qlora_train.trainer.sft import QloraTrainer
-from qlora_train.trainer.trial import Trial, try_largest_batches
+from qlora_train.trainer.trial import Trial, compute_largest_batch, try_largest_batches
 
 logger = logging.getLogger(__name__)
 
+SHARES_OF_BUDGET = (1.0, 0.75, 0.5)
+"""Of the memory that is free, what layers are given to keep: less where more turns out not to fit."""
 AUTO_FIT = "train.auto_fit=true"
 NOTHING_SMALLER = (
     "no smaller setting is left; lower data.max_length or lora.r, take a smaller model, or free memory that others use"
@@ -46,8 +50,32 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
         trial = try_largest_batches(trainer)
     if train != recorded:
         _take_or_refuse(config, run, train, first)
+    if trial.peak_bytes is not None and "auto" == train.gradient_checkpointing == train.recompute:
+        trial = keep_more(trainer, trial, spare_bytes(trainer.adapted.loaded.device, trial.peak_bytes))
     logger.info("memory: %s: fits%s", trial.tried, trial.memory)
     return trainer
+
+
+def keep_more(trainer: QloraTrainer, trial: Trial, budget_bytes: float) -> Trial:
+    """Let as many layers as a budget holds keep what they would compute again, and try that; return the last trial.
+
+    Args:
+        trainer: its layers keep their inputs alone.
+        trial: of that, which fits.
+        budget_bytes: what the layers may keep in all beyond that.
+    """
+    layers = trainer.recomputation
+    if not layers.can("layer"):
+        return trial
+    kept = kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer))
+    for share in SHARES_OF_BUDGET:
+        layers.set(plan_levels(kept, layers.work, share * budget_bytes))
+        tried = try_largest_batches(trainer)
+        if tried.failed is None:
+            logger.info("recompute: %s (train.recompute: auto)", layers.described())
+            return tried
+    layers.set("layer")
+    return trial
 
 
 def _take_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: Trial) -> None:

@@ -51,6 +51,7 @@ from qlora_train.trainer.feed import make_feed
 from qlora_train.trainer.isolation import isolate_documents
 from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
 from qlora_train.trainer.offloading import activations_on_host
+from qlora_train.trainer.recompute import Recomputation, choose_recomputation
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class QloraTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
         *,
         grouped_rows: int | None = None,
+        recomputation: Recomputation | None = None,
     ) -> None:
         self.config, self.run, self.examples = config, run, data
         self.adapted = adapted
@@ -110,10 +112,18 @@ class QloraTrainer(SFTTrainer):
         self.balance_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
         self.loss_chunk_tokens = chunk_tokens_of(adapted.model)
         self.numbers = Numbers(config.train)
+        self.recomputation = recomputation or Recomputation(adapted.model, [])
+        level, checkpoints_all = choose_recomputation(
+            config.train,
+            self.recomputation,
+            on_gpu=loaded.device.type == "cuda",
+            supported=loaded.model.supports_gradient_checkpointing,
+        )
+        self.recomputation.set(level)
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
         super().__init__(
             model=adapted.model,
-            args=sft_config(config, adapted, run),
+            args=sft_config(config, adapted, run, checkpoints_all=checkpoints_all),
             train_dataset=STAND_IN,
             eval_dataset=STAND_IN if data.eval else None,
             processing_class=adapted.loaded.tokenizer,

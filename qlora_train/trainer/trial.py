@@ -70,6 +70,15 @@ def try_largest_batches(trainer: QloraTrainer) -> Trial:
     return Trial(tried, peak_bytes=_peak_bytes(loaded.device))
 
 
+def compute_largest_batch(trainer: QloraTrainer) -> None:
+    """Run the largest micro-batch forward, as in training, without a trace."""
+    loaded = trainer.adapted.loaded
+    batch = largest_micro_batch(trainer.examples, trainer.config, loaded.tokenizer.pad_token_id, loaded.device)
+    with without_trace(trainer.model), trainer.compute_loss_context_manager():
+        trainer.model.train()
+        trainer.label_losses(trainer.model, {name: tensor.to(loaded.device) for name, tensor in batch.items()})
+
+
 def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
     """Make gradients of a micro-batch beside the memory that the optimizer's state will take."""
     args, device = trainer.args, trainer.adapted.loaded.device

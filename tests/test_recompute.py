@@ -1,0 +1,172 @@
+"""What layers compute again: the same bits at every level, less memory from level to level, a plan within its budget."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from qlora_train.checkpoint import RunFolder
+from qlora_train.errors import ConfigError
+from qlora_train.kernels.fast_path import install
+from qlora_train.ladder import Able, next_rung
+from qlora_train.loss import label_losses
+from qlora_train.pipeline import prepare
+from qlora_train.trainer.fitting import keep_more
+from qlora_train.trainer.gradients import difference, gradients_of
+from qlora_train.trainer.offloading import but_for_weights
+from qlora_train.trainer.recompute import LEVELS, Level, Recomputation, kept_bytes, plan_levels
+from qlora_train.trainer.sft import QloraTrainer
+from qlora_train.trainer.trial import compute_largest_batch, try_largest_batches
+from tests.runs import adapted_model, adapter_bytes, make_config, train_run
+
+Pico = Callable[..., Path]
+IDS = torch.arange(60).reshape(3, 20) * 5 % 300 + 4
+BATCH: dict[str, Any] = {"input_ids": IDS, "labels": IDS}
+FAMILIES = ("llama", "gemma2", "qwen3", "phi3", "qwen2_moe", "granitemoehybrid", "gpt_neox")
+
+
+def on_the_fast_path(model_type: str, pico: Pico, folder: Path, *settings: str) -> tuple[Any, Recomputation]:
+    adapted = adapted_model(folder, pico(model_type), *settings)
+    fast = install(adapted.model, lambda: label_losses(adapted.model, **BATCH))
+    return adapted, Recomputation(adapted.model, fast.mlps)
+
+
+def bytes_saved(model: Any, run: Callable[[], Any]) -> int:
+    """Return the bytes of everything that autograd keeps at once, weights apart."""
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with but_for_weights(model, saved_tensors_hooks(pack, lambda tensor: tensor)):
+        _graph = run()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_level_has_the_same_bits(model_type: str, dtype: str, pico: Pico, tmp_path: Path) -> None:
+    adapted = adapted_model(tmp_path, pico(model_type), dtype=dtype)
+    fast = install(adapted.model, lambda: label_losses(adapted.model, **BATCH))
+    layers = Recomputation(adapted.model, fast.mlps)
+    wanted = gradients_of(adapted, BATCH)
+    for level in (level for level in LEVELS if layers.can(level)):
+        layers.set(level)
+        found = difference(wanted, gradients_of(adapted, BATCH))
+        assert (found.loss, found.gradient) == (0, 0), level
+    assert layers.can("layer")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_layer_keeps_less_from_level_to_level_and_as_much_as_is_counted(
+    model_type: str, pico: Pico, tmp_path: Path
+) -> None:
+    adapted, layers = on_the_fast_path(model_type, pico, tmp_path)
+
+    def run() -> Any:
+        return label_losses(adapted.model, **BATCH).nats
+
+    adapted.model.train()
+    counted = kept_bytes(adapted.model, layers, run)
+    assert layers.levels == ["none"] * len(layers.layers)
+    saved = {}
+    for level in counted:
+        layers.set(level)
+        saved[level] = bytes_saved(adapted.model, run)
+    for one, other in itertools.pairwise(counted):
+        assert all(more > less for more, less in zip(counted[one], counted[other], strict=True) if layers.can("mlp"))
+        wanted = saved[one] - saved[other]
+        assert sum(counted[one]) - sum(counted[other]) == pytest.approx(wanted, rel=0.05)
+    x = IDS.numel() * 64 * 4
+    assert all(x <= each <= 3 * x for each in counted["layer"])  # the input, and a mask or angles that all layers read
+
+
+def test_the_inside_of_the_mlp_is_what_the_middle_level_leaves_out(pico: Pico, tmp_path: Path) -> None:
+    adapted, layers = on_the_fast_path("llama", pico, tmp_path)
+    adapted.model.train()
+    counted = kept_bytes(adapted.model, layers, lambda: label_losses(adapted.model, **BATCH))
+    gate_and_up = 2 * IDS.numel() * 128 * 4
+    for everything, rest in zip(counted["none"], counted["mlp"], strict=True):
+        assert gate_and_up <= everything - rest <= 1.5 * gate_and_up
+
+
+KEPT: dict[Level, list[int]] = {"none": [100] * 6, "mlp": [40] * 6, "layer": [10] * 6}
+WORK = {"none": 0.0, "mlp": 0.7, "layer": 1.0}
+
+
+@pytest.mark.parametrize("budget", range(0, 601, 45))
+def test_plan_keeps_to_its_budget_and_is_as_good_as_any(budget: int) -> None:
+    def work(levels: tuple[Level, ...]) -> float:
+        return sum(WORK[level] for level in levels)
+
+    def more(levels: tuple[Level, ...]) -> int:
+        return sum(KEPT[level][0] - 10 for level in levels)
+
+    plan = tuple(plan_levels(KEPT, lambda _, level: WORK[level], budget))
+    assert more(plan) <= budget
+    best = min(work(each) for each in itertools.combinations_with_replacement(LEVELS, 6) if more(each) <= budget)
+    assert work(plan) <= best + 0.31  # half a step of one layer
+
+
+def test_plan_without_a_middle_level_and_with_layers_of_many_sizes() -> None:
+    kept: dict[Level, list[int]] = {"none": [30, 20, 90], "layer": [1, 1, 1]}
+    assert plan_levels(kept, lambda _, level: WORK[level], 50) == ["none", "none", "layer"]
+    assert plan_levels(kept, lambda _, level: WORK[level], 28) == ["layer", "none", "layer"]
+
+
+def test_memory_that_is_left_goes_to_layers_and_is_tried(pico: Pico, tmp_path: Path) -> None:
+    config = make_config(tmp_path, pico("llama"), "train.recompute=layer")
+    adapted, layers = on_the_fast_path("llama", pico, tmp_path)
+    folder = RunFolder(Path(config.run.output_dir))
+    _, data = prepare(config, folder)
+    trainer = QloraTrainer(adapted, data, config, folder, [], recomputation=layers)
+    assert layers.levels == ["layer", "layer"]
+    trial = try_largest_batches(trainer)
+    assert keep_more(trainer, trial, 0).failed is None
+    assert layers.levels == ["layer", "layer"]
+    keep_more(trainer, trial, 1e12)
+    assert layers.levels == ["none", "none"]
+    layers.set("layer")
+    kept = kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer))
+    keep_more(trainer, trial, sum(kept["none"]) / 2)
+    assert layers.levels[-1] == "none"
+    assert layers.levels[0] != "none"
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_levels_change_no_bit_of_a_run(pico_llama: Path, tmp_path: Path) -> None:
+    kept = train_run(tmp_path, pico_llama, name="kept")
+    for level in ("mlp", "layer"):
+        again = train_run(tmp_path, pico_llama, f"train.recompute={level}", name=level)
+        assert adapter_bytes(again) == adapter_bytes(kept)
+
+
+def test_what_a_model_cannot_do_is_one_line(pico: Pico, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train\.recompute: layer, but Transformers cannot recompute the activations"
+    ):
+        train_run(tmp_path, pico("jetmoe"), "train.recompute=layer")
+    with pytest.raises(ConfigError, match=r"train\.recompute: mlp, but no MLP of this model computes on the fast path"):
+        train_run(tmp_path, pico("gpt_neox"), "train.recompute=mlp", name="other")
+    with pytest.raises(ConfigError, match="recompute: mlp both say what is computed again; drop one of them"):
+        make_config(tmp_path, pico("llama"), "train.recompute=mlp", "train.gradient_checkpointing=true")
+
+
+def test_the_ladder_takes_what_is_not_recomputed_yet(tmp_path: Path, pico_llama: Path) -> None:
+    able = Able(on_gpu=False, recomputes=True)
+    one_row = ("train.per_device_train_batch_size=1",)
+    train = make_config(tmp_path, pico_llama, *one_row, "train.recompute=mlp").train
+    smaller = next_rung(train, able, "training")
+    assert smaller is not None
+    assert (smaller.gradient_checkpointing, smaller.recompute) == (True, "auto")
+    assert (
+        next_rung(make_config(tmp_path, pico_llama, *one_row, "train.recompute=layer").train, able, "training") is None
+    )
