@@ -135,7 +135,10 @@ def answer_of(name: str, python: str, script: Path, asked: Mapping[str, Any], fo
     question.write_text(json.dumps(asked))
     result.unlink(missing_ok=True)
     command = [python, str(ROOT / "scripts" / script), str(question), str(result)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+    # a peer sees what is installed for it, and this package what is installed for this process
+    paths = [str(ROOT), *(filter(None, [os.environ.get("PYTHONPATH")]) if python == sys.executable else ())]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     with log.open("w") as output:
         ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output, check=False)
     if ended.returncode or not result.exists():

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, help="a file of JSON for what was measured")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     with tempfile.TemporaryDirectory() as nowhere:
         source, data = prepare(config, RunFolder(Path(nowhere)))

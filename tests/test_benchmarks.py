@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +283,59 @@ def test_a_row_fits_under_a_cap_above_its_peak_and_not_below(tmp_path: Path) -> 
     found = [(line["cap_gib"], line["num_tokens"], line["fits"]) for line in lines]
     assert found == [(0.01, 16, False), (8.0, 16, True)]
     assert 1 << 28 < peak < 4 << 30, "python with torch, a pico model and one row"
+
+
+# --- scripts/bench_gpu.sh ---------------------------------------------------------------------------------------------
+
+
+def gpu_benchmark(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    places = {"BUILD": str(folder / "build"), "RESULTS": str(folder / "results"), "PYTHON": sys.executable}
+    environment = {**os.environ, "DRY_RUN": "1", **places}
+    command = ["bash", str(ROOT / "scripts" / "bench_gpu.sh"), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_pieces_of_the_gpu_benchmark_are_listed_and_others_refused(tmp_path: Path) -> None:
+    assert gpu_benchmark(tmp_path, "list").stdout.split() == [
+        "install", "model", "tests", "run", "kernels", "step", "peers", "memory",
+    ]  # fmt: skip
+    assert not list(tmp_path.iterdir()), "a list leaves nothing"
+    unknown = gpu_benchmark(tmp_path, "speed")
+    assert unknown.returncode == 2
+    assert "speed: no such piece; there are: install model" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_dry_run_of_the_gpu_benchmark_does_every_piece_and_ends_with_its_table(tmp_path: Path) -> None:
+    ended = gpu_benchmark(tmp_path, "all")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert "missing" not in table
+    assert "FAIL" not in table
+    for line in ("ok   killed before its end", "ok   went on from a checkpoint", "ok   the loss falls"):
+        assert line in table
+    for path in ("plain", "fast", "fast, kept weights"):
+        assert f"| {path} | " in table
+    assert "| 8 GiB | 32 tokens | none was tried |" in table
+    assert "\nours " in table
+    assert table.count("status 0") == 8
+    kept = {path.name for path in (tmp_path / "results").iterdir()}
+    assert kept >= {"machine.txt", "tests.txt", "run.json", "step.json", "peers-1.json", "memory.jsonl", "pieces.txt"}
+
+
+def test_wheels_of_each_folder_go_into_a_folder_with_a_python_of_its_own(tmp_path: Path) -> None:
+    for name, version in (("ours", "1.0"), ("unsloth", "2.0")):
+        wheels = tmp_path / "wheels" / name
+        wheels.mkdir(parents=True)
+        with zipfile.ZipFile(wheels / f"measured_package-{version}-py3-none-any.whl", "w") as wheel:
+            about = f"measured_package-{version}.dist-info"
+            wheel.writestr("measured_package.py", f"VERSION = {version!r}\n")
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: measured-package\nVersion: {version}\n")
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", "")
+    ended = gpu_benchmark(tmp_path, "kernels", str(tmp_path / "wheels"))
+    assert ended.returncode == 0, ended.stderr
+    for name, version in (("ours", "1.0"), ("unsloth", "2.0")):
+        code = "import measured_package; print(measured_package.VERSION)"
+        python = tmp_path / "build" / "site" / f"{name}.python"
+        assert subprocess.check_output([python, "-c", code], text=True, env={}).strip() == version
