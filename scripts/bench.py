@@ -1,10 +1,14 @@
-"""Training beside other trainers: the same rows and settings, a process each, in turn, several rounds.
+"""Training beside other trainers: the same batches and settings, a process each, in turn, several rounds.
 
 A peer runs with a Python of its own, in which it is installed: ``--peer NAME=PYTHON``. Peers: trl, unsloth, llama-factory,
 axolotl. Ratios are medians over the rounds, each against this package in the same round. A peer whose gradient is zero is
-said to be broken. Before and after each round the machine's own rate of bfloat16 products is measured
-(`scripts/matmul_rate.py`); the share of it that a peer reaches counts what a step must compute (`scripts/model_flops.py`)
-for tokens that are not padding.
+said to be broken.
+
+Tokens a second depend on how many tokens a batch has, and samplers that sort by length differ in which batches come first.
+So this package batches rows by length as its config says, and the others are given the rows of its steps, in that order.
+
+Before and after each round the machine's own rate of bfloat16 products is measured (`scripts/matmul_rate.py`). The share of
+it that a peer reaches counts what its steps must compute (`scripts/model_flops.py`) for tokens that are not padding.
 
 Example: ``python scripts/bench.py --peer trl=.venv/bin/python --peer unsloth=PYTHON --output FILE.json``
 """
@@ -40,6 +44,8 @@ OURS = {"cpu": ("ours", "ours, no kept weights"), "cuda": ("ours",)}
 OVERRIDES = {"ours, no kept weights": ["train.dequantized_cache_gb=0"]}
 OPTIMIZERS = {"cpu": "adamw_torch", "cuda": "adamw_torch_fused"}
 RATES = ("square_flops_per_second", "model_flops_per_second")
+SAME_TOKENS = 0.03
+"""Share by which the tokens of the same rows may differ, by what a trainer's template writes around them."""
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -58,19 +64,24 @@ def main() -> None:
     found: Runs = {name: [] for name in pythons}
     rates: list[list[dict[str, Any]]] = []
     with TemporaryDirectory() as folder:
-        settings["rows"] = str(written_as_pairs(options.rows, Path(folder) / "pairs.jsonl"))
         for number in range(options.rounds):
             rates.append([matmul_rate(shape, settings, Path(folder))])
             for name, python in pythons.items():
-                own = {**settings, "overrides": [*options.set, *OVERRIDES.get(name, [])]}
-                run = measured(name, python, own, Path(folder))
+                own = (
+                    settings
+                    if name in OURS[device]
+                    else settings | in_order(options.rows, found["ours"][0]["lines"], Path(folder))
+                )
+                run = measured(
+                    name, python, own | {"overrides": [*options.set, *OVERRIDES.get(name, [])]}, Path(folder)
+                )
                 found[name].append(run | {"flops": flops_of(run, shape, settings["r"])})
                 print(f"round {number + 1}: {name}: {speed(run):.0f} tokens/s", flush=True)
             rates[-1].append(matmul_rate(shape, settings, Path(folder)))
     lines = table(found, rates)
     print("\n".join(lines))
     file = options.output or results_file(machine())
-    named = ("model", "config", "conversations", "rows")
+    named = ("model", "config", "conversations")
     about = {
         "settings": {key: Path(value).name if key in named else value for key, value in settings.items()},
         "machine": machine(),
@@ -109,13 +120,20 @@ def parsed() -> argparse.Namespace:
     return options
 
 
-def written_as_pairs(rows: Path, file: Path) -> Path:
-    """Write conversations as prompt and completion, for trainers that mask prompts in no other way."""
-    with rows.open() as source, file.open("w") as target:
-        for line in source:
+def in_order(rows: Path, lines: Sequence[int], folder: Path) -> dict[str, str]:
+    """Write these lines of conversations in this order, and also as prompt and completion, and return the files by name.
+
+    Some trainers mask prompts in no other way.
+    """
+    conversations, pairs = folder / "conversations.jsonl", folder / "pairs.jsonl"
+    text = rows.read_text().splitlines()
+    chosen = [text[line - 1] for line in lines]
+    conversations.write_text("".join(f"{line}\n" for line in chosen))
+    with pairs.open("w") as target:
+        for line in chosen:
             *prompt, answer = json.loads(line)["messages"]
             target.write(json.dumps({"prompt": prompt, "completion": [answer]}) + "\n")
-    return file
+    return {"conversations": str(conversations), "pairs": str(pairs)}
 
 
 def measured(name: str, python: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -194,12 +212,13 @@ def machine_lines(found: Runs, rates: Sequence[Sequence[Mapping[str, Any]]]) -> 
         f"{statistics.median(model):.0f} ({min(model):.0f}-{max(model):.0f}) with the model's layers and "
         f"{first['tokens']} rows; bfloat16, {first['threads']} threads"
     ]
-    return lines + [
-        f"{name} computed with {run['threads']} threads"
-        for name, runs in found.items()
-        for run in runs[:1]
-        if run["threads"] != first["threads"]
-    ]
+    for name, runs in found.items():
+        threads, tokens, wanted = runs[0]["threads"], sum(runs[0]["tokens"]), sum(found["ours"][0]["tokens"])
+        if threads != first["threads"]:
+            lines.append(f"{name} computed with {threads} threads")
+        if abs(tokens - wanted) > SAME_TOKENS * wanted:
+            lines.append(f"{name} took {tokens} tokens where ours took {wanted}: other batches, not to be compared")
+    return lines
 
 
 def machine() -> dict[str, Any]:

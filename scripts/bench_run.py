@@ -1,9 +1,9 @@
 """The main job, through the real command: train, be killed without warning, go on, finish; the loss and the memory.
 
 The command is started on a model and rows, killed (SIGKILL) when its first checkpoint is there, and repeated as it was.
-Checked are that it goes on from a checkpoint, that every step is there once, and that the loss falls. Beside the plan, which
-counts memory from config.json alone, stand torch's peak in the trial of the largest batch, as the run logs it, and the
-device's, as the driver counts it. Exit status 1 where a check fails; the numbers are written in any case.
+Checked are that it goes on from a checkpoint, that every step is there once, and that the loss falls. Beside the plan,
+which counts memory from config.json alone, stand torch's peak in the trial of the largest batch, as the run logs it, and
+the device's, as the driver counts it. Exit status 1 where a check fails; the numbers are written in any case.
 
 Example: ``python scripts/bench_run.py build/llama-3.1-8b build/rows.jsonl --output run.json train.learning_rate=1e-3``
 """

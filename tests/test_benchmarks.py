@@ -145,6 +145,26 @@ def test_trainer_with_other_threads_than_the_matmul_is_named() -> None:
     assert lines[-1] == "ours computed with 1 threads"
 
 
+def test_trainer_that_took_other_batches_is_named() -> None:
+    longer = {**run_of(1.0), "tokens": [100, 107]}
+    lines = bench.table(
+        {"ours": [run_of(1.0)], "close": [{**longer, "tokens": [102, 103]}], "far": [longer]}, [[rate_of(1e9)] * 2]
+    )
+    assert lines[-1] == "far took 207 tokens where ours took 200: other batches, not to be compared"
+    assert len(lines) == 1 + 3 + 1 + 1
+
+
+def test_peers_are_given_the_lines_of_our_batches_in_their_order(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(5)]
+    rows.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    files = bench.in_order(rows, [3, 1, 5], tmp_path)
+    chosen = [json.loads(line)["messages"] for line in Path(files["conversations"]).read_text().splitlines()]
+    pairs = [json.loads(line) for line in Path(files["pairs"]).read_text().splitlines()]
+    assert chosen == [turns[2], turns[0], turns[4]]
+    assert [pair["prompt"] + pair["completion"] for pair in pairs] == chosen
+
+
 def test_results_are_named_after_day_and_machine_and_none_is_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

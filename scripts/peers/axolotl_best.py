@@ -1,4 +1,4 @@
-"""Axolotl as a peer of `scripts/bench.py`: bf16, no recomputation, rows by length, prompts masked by the chat template.
+"""Axolotl as a peer of `scripts/bench.py`: bf16, no recomputation, rows in order, prompts masked by the chat template.
 
 On a CPU its LoRA kernels, which are Triton's, are off, and a plugin sets `use_cpu`, for which it has no key; on a GPU its
 own choice of kernels stays.
@@ -69,13 +69,14 @@ def config_of(settings: dict[str, Any], folder: str) -> dict[str, Any]:
                 "roles_to_train": ["assistant"],
             }
         ],
+        "shuffle_merged_datasets": False,
         "dataset_prepared_path": f"{folder}/prepared",
         "chat_template": "tokenizer_default",
         "val_set_size": 0,
         "sequence_len": settings["max_length"],
         "sample_packing": False,
         "pad_to_sequence_len": False,
-        "group_by_length": True,
+        "curriculum_sampling": True,
         "micro_batch_size": settings["batch_size"],
         "gradient_accumulation_steps": 1,
         "learning_rate": settings["learning_rate"],

@@ -1,4 +1,4 @@
-"""LLaMA-Factory as a peer of `scripts/bench.py`: bf16, no recomputation, rows by length, prompts masked by its template.
+"""LLaMA-Factory as a peer of `scripts/bench.py`: bf16, no recomputation, rows in order, prompts masked by its template.
 
 On a CPU it needs an empty module `torchaudio` beside it, whose released builds do not load next to torch's CPU build.
 """
@@ -58,7 +58,7 @@ def main() -> None:
                 "max_steps": settings["steps"],
                 "max_grad_norm": 1.0,
                 "optim": settings["optim"],
-                "train_sampling_strategy": "group_by_length",
+                "disable_shuffling": True,
                 "bf16": True,
                 "use_cpu": not torch.cuda.is_available(),
                 "disable_gradient_checkpointing": True,

@@ -1,4 +1,7 @@
-"""This package as a peer of `scripts/bench.py`: the trainer of a run, with its own choices."""
+"""This package as a peer of `scripts/bench.py`: the trainer of a run, with its own choices, rows by length.
+
+It tells which lines of the rows its steps took, in order: the others are given these.
+"""
 
 import sys
 from pathlib import Path
@@ -50,7 +53,8 @@ def main() -> None:
         trainer: Any = QloraTrainer(adapted, data, config, run, [timing])
         trainer.save = lambda: None
         trainer.train()
-        timing.write(result)
+        lines = [int(data.train[row].where.rpartition(":")[2]) for batch in timing.rows for row in batch]
+        timing.write(result, lines=lines[: settings["steps"] * settings["batch_size"]])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ class Timing(TrainerCallback):
     def __init__(self) -> None:
         self.row_lengths: list[list[int]] = []
         self.labels: list[int] = []
+        self.rows: list[list[int]] = []
         self.ends: list[float] = []
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -36,6 +37,7 @@ class Timing(TrainerCallback):
             batch = collate(rows)
             self.row_lengths.append(row_lengths(batch))
             self.labels.append(int((batch["labels"][:, 1:] != -100).sum()))
+            self.rows += [batch["row"].tolist()] if "row" in batch else []
             return batch
 
         return collate_and_count
@@ -53,8 +55,8 @@ class Timing(TrainerCallback):
             self.losses.append(float(logs["loss"]))
             self.norms.append(float(logs.get("grad_norm", "nan")))
 
-    def write(self, file: Path) -> None:
-        """Write what was measured."""
+    def write(self, file: Path, **others: Any) -> None:
+        """Write what was measured, and whatever else a peer has to tell."""
         seconds = [end - begin for begin, end in pairwise(self.ends)]
         timed = slice(1, len(self.ends))
         content = {
@@ -68,6 +70,7 @@ class Timing(TrainerCallback):
             "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
             "peak_device_gb": torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(),
+            **others,
         }
         file.write_text(json.dumps(content))
 

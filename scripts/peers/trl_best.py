@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as a peer of `scripts/bench.py`, as well as it can be set: bf16, no recomputation, rows by length."""
+"""TRL's SFTTrainer as a peer of `scripts/bench.py`, as well as it can be set: bf16, no recomputation, rows in order."""
 
 import importlib.util
 import sys
@@ -63,7 +63,7 @@ def train(
             save_strategy="no",
             report_to=[],
             assistant_only_loss=False,
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy="sequential",
             max_grad_norm=1.0,
             seed=1,
         )
@@ -73,7 +73,7 @@ def train(
         trainer = trainer_class(
             model=model,
             args=arguments,
-            train_dataset=load_dataset("json", data_files=settings["rows"], split="train"),
+            train_dataset=load_dataset("json", data_files=settings["pairs"], split="train"),
             processing_class=tokenizer,
             peft_config=peft if lora else None,
             callbacks=[timing],
