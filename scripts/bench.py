@@ -49,8 +49,8 @@ SAME_TOKENS = 0.03
 Runs = dict[str, list[dict[str, Any]]]
 
 
-def main() -> None:
-    """Run the rounds, print a table, write the numbers."""
+def main() -> int:
+    """Run the rounds, print a table, write the numbers; a trainer that fails is left out from then on."""
     options = parsed()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pythons = dict.fromkeys(OURS[device], sys.executable) | dict(peer.split("=", 1) for peer in options.peer)
@@ -61,37 +61,54 @@ def main() -> None:
         "llama_factory_template": options.llama_factory_template, "overrides": options.set,
     }  # fmt: skip
     shape = model_shape(json.loads((options.model / "config.json").read_text()))
+    file = options.output or results_file(machine())
+    file.parent.mkdir(parents=True, exist_ok=True)
     found: Runs = {name: [] for name in pythons}
     rates: list[list[dict[str, Any]]] = []
+    failed: dict[str, str] = {}
     with TemporaryDirectory() as folder:
         for number in range(options.rounds):
             rates.append([matmul_rate(shape, settings, Path(folder))])
-            for name, python in pythons.items():
-                own = (
-                    settings
-                    if name in OURS[device]
-                    else settings | in_order(options.rows, found["ours"][0]["lines"], Path(folder))
-                )
-                run = measured(
-                    name, python, own | {"overrides": [*options.set, *OVERRIDES.get(name, [])]}, Path(folder)
-                )
+            for name in [name for name in pythons if name not in failed]:
+                try:
+                    run = measured(name, pythons[name], settings, found, Path(folder))
+                except PeerError as error:
+                    failed[name] = str(error)
+                    print(f"round {number + 1}: {error}", flush=True)
+                    continue
                 found[name].append(run | {"flops": flops_of(run, shape, settings["r"])})
                 print(f"round {number + 1}: {name}: {speed(run):.0f} tokens/s", flush=True)
             rates[-1].append(matmul_rate(shape, settings, Path(folder)))
-    lines = table(found, rates)
+            lines = table(found, rates, failed)
+            write(file, settings, lines, rates, found, failed)  # a round that is whole stays
     print("\n".join(lines))
-    file = options.output or results_file(machine())
+    print(f"results: {file}")
+    return 1 if failed else 0
+
+
+class PeerError(RuntimeError):
+    """A process that did not end well, or wrote no result."""
+
+
+def write(
+    file: Path,
+    settings: Mapping[str, Any],
+    lines: list[str],
+    rates: list[list[dict[str, Any]]],
+    found: Runs,
+    failed: Mapping[str, str],
+) -> None:
+    """Write what was measured so far."""
     named = ("model", "config", "conversations")
     about = {
         "settings": {key: Path(value).name if key in named else value for key, value in settings.items()},
         "machine": machine(),
         "table": lines,
         "matmul_rates": rates,
+        "failed": {name: reason.splitlines()[0] for name, reason in failed.items()},
         "runs": found,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(about, indent=1) + "\n")
-    print(f"results: {file}")
 
 
 def parsed() -> argparse.Namespace:
@@ -136,9 +153,18 @@ def in_order(rows: Path, lines: Sequence[int], folder: Path) -> dict[str, str]:
     return {"conversations": str(conversations), "pairs": str(pairs)}
 
 
-def measured(name: str, python: str, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return what a peer measured of itself."""
-    return answer_of(name, python, Path("peers") / SCRIPTS[name], settings, folder)
+def measured(name: str, python: str, settings: dict[str, Any], found: Runs, folder: Path) -> dict[str, Any]:
+    """Return what a peer measured of itself.
+
+    Raises:
+        PeerError: it did not end well.
+    """
+    own = {**settings, "overrides": [*settings["overrides"], *OVERRIDES.get(name, [])]}
+    if not name.startswith("ours"):
+        if not found["ours"]:
+            raise PeerError(f"{name}: not run: there are no batches to give it")
+        own |= in_order(Path(settings["conversations"]), found["ours"][0]["lines"], folder)
+    return answer_of(name, python, Path("peers") / SCRIPTS[name], own, folder)
 
 
 def matmul_rate(shape: ModelShape, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -148,7 +174,11 @@ def matmul_rate(shape: ModelShape, settings: Mapping[str, Any], folder: Path) ->
 
 
 def answer_of(name: str, python: str, script: Path, asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Run a script of this folder in a process of its own, with a file of settings and one for its result."""
+    """Run a script of this folder in a process of its own, with a file of settings and one for its result.
+
+    Raises:
+        PeerError: it did not end well.
+    """
     question, result, log = (folder / f"{kind}-{name.split(',', maxsplit=1)[0]}" for kind in ("asked", "result", "log"))
     question.write_text(json.dumps(asked))
     result.unlink(missing_ok=True)
@@ -160,7 +190,7 @@ def answer_of(name: str, python: str, script: Path, asked: Mapping[str, Any], fo
     with log.open("w") as output:
         ended = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output, check=False)
     if ended.returncode or not result.exists():
-        raise SystemExit(f"{name}: status {ended.returncode}: {log.read_text()[-2000:]}")
+        raise PeerError(f"{name}: status {ended.returncode}\n{log.read_text()[-2000:]}")
     content: dict[str, Any] = json.loads(result.read_text())
     return content
 
@@ -182,13 +212,19 @@ def share(run: Mapping[str, Any], rates: Sequence[Mapping[str, Any]]) -> float:
     return float(run["flops"] / sum(run["seconds"]) / ceiling)
 
 
-def table(found: Runs, rates: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Return a line a peer, and one on the machine."""
+def table(
+    found: Runs, rates: Sequence[Sequence[Mapping[str, Any]]], failed: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return a line a peer, and one on the machine; `failed` has what those said that did not end well."""
+    found = {name: runs for name, runs in found.items() if runs}
+    failures = [f"FAILED {reason.splitlines()[0]}" for reason in (failed or {}).values()]
+    if "ours" not in found:
+        return failures
     titles = f"{'tokens/s':>10}{'ours is':>12}{'of matmul':>11}{'step s (p10-p90)':>26}{'peak GB':>9}"
     lines = [f"{'':24}{titles}  loss, first to last"]
     for name, runs in found.items():
-        ratios = [speed(ours) / speed(run) for ours, run in zip(found["ours"], runs, strict=True)]
-        shares = [share(run, around) for run, around in zip(runs, rates, strict=True)]
+        ratios = [speed(ours) / speed(run) for ours, run in zip(found["ours"], runs, strict=False)]
+        shares = [share(run, around) for run, around in zip(runs, rates, strict=False)]
         steps = sorted(seconds for run in runs for seconds in run["seconds"])
         tenth = len(steps) // 10
         spread = f"{statistics.median(steps):.2f} ({steps[tenth]:.2f}-{steps[-1 - tenth]:.2f})"
@@ -199,7 +235,7 @@ def table(found: Runs, rates: Sequence[Sequence[Mapping[str, Any]]]) -> list[str
             f"{name:24}{statistics.median(map(speed, runs)):10.0f}{statistics.median(ratios):10.2f} x"
             f"{100 * statistics.median(shares):9.1f} %{spread:>26}{peak:9.2f}  {first:.3f} {last:.3f}{broken}"
         )
-    return [*lines, *machine_lines(found, rates)]
+    return [*lines, *failures, *machine_lines(found, rates)]
 
 
 def machine_lines(found: Runs, rates: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -243,4 +279,4 @@ def results_file(about: Mapping[str, Any]) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is measured on a machine with a GPU, in pieces of less than nine minutes each: each by itself, in any order, again.
+# What is measured on a machine with a GPU, in pieces meant for less than nine minutes: each by itself, in any order, again.
 #
 #   scripts/bench_gpu.sh list                 names of the pieces
 #   scripts/bench_gpu.sh PIECE [WHEELS]       one of them, or all
@@ -33,6 +33,7 @@ else
     MEMORY=(--caps ${CAPS:-8 12 16 24 48 80} --minutes "${MINUTES:-4}" --timeout "${TIMEOUT:-270}")
 fi
 MODEL="$BUILD/$SHAPE" ROWS="$BUILD/rows.jsonl" DONE="$BUILD/results"
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # one, before CUDA is initialised
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 export PYTHONPATH="$SITE/ours:$ROOT"
 if [ -z "${DRY_RUN:-}" ]; then

@@ -145,6 +145,20 @@ def test_trainer_with_other_threads_than_the_matmul_is_named() -> None:
     assert lines[-1] == "ours computed with 1 threads"
 
 
+def test_trainer_that_fails_is_named_and_the_rounds_before_it_count() -> None:
+    found = {"ours": [run_of(1.0)] * 2, "once": [run_of(2.0)], "never": []}
+    failed = {"once": "once: status 1\nTraceback ...", "never": "never: status -9\n"}
+    lines = bench.table(found, [[rate_of(1e9)] * 2] * 2, failed)
+    assert "2.00 x" in lines[2]
+    assert lines[3:5] == ["FAILED once: status 1", "FAILED never: status -9"]
+    assert bench.table({"ours": []}, [], {"ours": "ours: status 1\n"}) == ["FAILED ours: status 1"]
+
+
+def test_process_that_ends_badly_says_how(tmp_path: Path) -> None:
+    with pytest.raises(bench.PeerError, match=r"^other: status 2\n.*No such file"):
+        bench.answer_of("other", sys.executable, Path("no_such_script.py"), {}, tmp_path)
+
+
 def test_trainer_that_took_other_batches_is_named() -> None:
     longer = {**run_of(1.0), "tokens": [100, 107]}
     lines = bench.table(
