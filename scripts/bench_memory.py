@@ -5,9 +5,10 @@ and, on a GPU, kept on the host: data, loading, the trial of the largest batch, 
 that fits and the shortest that does not, the next length is their geometric mean, until they are within `--precision`.
 
 On a GPU the cap is torch's (`set_per_process_memory_fraction`), less what the context takes, so that the process as a whole
-stays below it: a row fits where the run ends well, and does not where the run says that memory ran out. A CPU has no such
-cap, and a process at its limits there ends in ways that say nothing: a row fits where the most memory that was resident,
-imports included, stays below the cap. Anything else that goes wrong ends the search.
+stays below it: a row fits where the run ends well, and does not where the run says that memory ran out, or where the host,
+whose memory holds the activations, kills it. A CPU has no such cap, and a process at its limits there ends in ways that say
+nothing: a row fits where the most memory that was resident, imports included, stays below the cap. Anything else that goes
+wrong ends the search.
 
 Trials are kept in a file, a line each: the same command goes on where it was ended, by `--minutes` or otherwise.
 
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -52,7 +54,7 @@ def main() -> None:
         return
     on_gpu = torch.cuda.is_available()
     begun, known = time.monotonic(), read_trials(options.trials)
-    device_gib = torch.cuda.get_device_properties(0).total_memory / GIB if on_gpu else math.inf
+    device_gib = device_bytes() / GIB if on_gpu else math.inf
     for cap in options.caps:
         if cap > device_gib:
             print(f"{cap:g} GiB: the GPU has {device_gib:.1f} GiB")
@@ -139,6 +141,12 @@ def first_guess(model: Path, cap_gib: float, longest: int) -> int:
     return best
 
 
+def device_bytes() -> int:
+    """Return the memory of the GPU, asked by a process that ends: one that goes on would take some of it."""
+    code = "import torch; print(torch.cuda.mem_get_info()[1])"
+    return int(subprocess.check_output([sys.executable, "-c", code], text=True))
+
+
 # --- a trial ----------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +169,8 @@ def try_in_child(options: argparse.Namespace, num_tokens: int, cap_gib: float) -
         (peak,) = (json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"peak_bytes"'))
         # torch refuses what is beyond a GPU's cap
         return {**result, **peak, "fits": torch.cuda.is_available() or peak["peak_bytes"] <= cap_gib * GIB}
+    if ended.returncode == -signal.SIGKILL:
+        return {**result, "killed": True}
     said = ended.stdout + ended.stderr
     if OUT_OF_MEMORY not in said:
         raise SystemExit(f"{num_tokens} tokens under {cap_gib:g} GiB: status {ended.returncode}: {said[-2000:]}")
@@ -226,7 +236,11 @@ def table(trials: Sequence[Mapping[str, Any]]) -> list[str]:
 def _failed(trial: Mapping[str, Any] | None) -> str:
     if trial is None:
         return "none was tried"
-    return f"{trial['num_tokens']:,}" + (f" (took over {trial['seconds']:.0f} s)" if "timed_out" in trial else "")
+    if "timed_out" in trial:
+        return f"{trial['num_tokens']:,} (took over {trial['seconds']:.0f} s)"
+    return f"{trial['num_tokens']:,}" + (
+        " (killed, as the host does when its memory runs out)" if "killed" in trial else ""
+    )
 
 
 if __name__ == "__main__":
