@@ -1,29 +1,45 @@
 """Time training steps of a config on this machine: the plain path, the fast path, and the fast path with kept weights.
 
-All three take the same batches in turn, in one process; padding does not count as tokens. Ratios are medians over rounds.
+All three take the same batches in turn, in one process, as a run of the config would: packed or padded, recomputing
+activations or not, but one micro-batch a step. Padding does not count as tokens. Ratios are medians over rounds.
 
 Example: ``GOMP_SPINCOUNT=20000 python scripts/bench_step.py configs/demo.yaml``
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
+from transformers import TrainerState
 
-from qlora_train.adapter import attach_adapter, trainable_state
+from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.checkpoint import RunFolder
-from qlora_train.config import load_config
-from qlora_train.data.batches import Collator, RowDataset, epoch_order, padding_multiple
+from qlora_train.config import RunConfig, load_config
+from qlora_train.data import PreparedData
+from qlora_train.data.batches import Batch
 from qlora_train.kernels.fast_path import install
 from qlora_train.loader import load_model
-from qlora_train.loss import label_losses
+from qlora_train.loss import chunk_tokens_of, label_losses
 from qlora_train.pipeline import prepare
+from qlora_train.trainer.feed import make_feed
+from qlora_train.trainer.isolation import isolate_documents
+from qlora_train.trainer.recompute import Recomputation, choose_recomputation
 
 PATHS = ("plain", "fast", "fast, kept weights")
+
+
+@dataclass
+class Start:
+    """A run that has taken no step, as a feed sees it."""
+
+    state: TrainerState = field(default_factory=TrainerState)
 
 
 def main() -> None:
@@ -32,26 +48,29 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rounds", type=int, default=10)
-    options = parser.parse_args()
+    parser.add_argument("--output", type=Path, help="a file of JSON for what was measured")
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     with tempfile.TemporaryDirectory() as nowhere:
         source, data = prepare(config, RunFolder(Path(nowhere)))
     loaded = load_model(config.model, config.quantization, source=source)
-    model = attach_adapter(loaded, config.lora, seed=config.run.seed).model.train()
-    rows, size = RowDataset(data.train), config.train.per_device_train_batch_size
-    collate = Collator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))
-    order = epoch_order(
-        data.train.lengths, seed=1, epoch=0, batch_size=size, group_by_length=config.train.group_by_length
-    )
-    optimizer = torch.optim.AdamW(trainable_state(model).values(), lr=config.train.learning_rate)
+    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
+    model = adapted.model.train()
+    set_up(adapted, data, config)
+    batches = first_batches(adapted, data, config, options.rounds + 1)
+    if len(batches) <= options.rounds:
+        parser.error(f"--rounds {options.rounds}: the data has {len(batches)} batches, and one warms up; ask for fewer")
+    chunk_tokens = chunk_tokens_of(model)
+    optimizer = torch.optim.AdamW(trainable_state(model).values(), lr=config.train.learning_rate, fused=True)
 
     def step(number: int) -> float:
         """Take one step and return its tokens a second."""
-        batch = collate([rows[row] for row in order[number * size : (number + 1) * size]])
-        started, num_tokens = time.perf_counter(), int(batch["attention_mask"].sum())
-        batch = {name: tensor.to(loaded.device) for name, tensor in batch.items() if name != "row"}
+        batch = {name: tensor for name, tensor in batches[number].items() if name != "row"}
+        num_tokens = int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel())
+        started = time.perf_counter()
+        batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
         with torch.autocast(loaded.device.type, loaded.compute_dtype, enabled=loaded.compute_dtype != torch.float32):
-            loss = label_losses(model, **batch).nats.mean()
+            loss = label_losses(model, chunk_tokens, **batch).nats.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable_state(model).values(), 1.0)
         optimizer.step()
@@ -65,6 +84,32 @@ def main() -> None:
     for path in PATHS:
         ratios = [fast / plain for fast, plain in zip(speeds[path], speeds["plain"], strict=True)]
         print(f"{path:20} {statistics.median(speeds[path]):7.0f} tokens/s  {statistics.median(ratios):.2f} x plain")
+    if options.output:
+        about = {"device": str(loaded.device), "threads": torch.get_num_threads(), "tokens_per_second": speeds}
+        options.output.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None:
+    """Let the model attend and recompute as in a run of the config."""
+    if config.data.packing:
+        isolate_documents(adapted, config, data.train)
+    loaded, layers = adapted.loaded, Recomputation(adapted.model, [])
+    level, checkpoints_all = choose_recomputation(
+        config.train,
+        layers,
+        on_gpu=loaded.device.type == "cuda",
+        supported=loaded.model.supports_gradient_checkpointing,
+    )
+    layers.set(level)
+    if checkpoints_all:
+        adapted.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def first_batches(adapted: AdaptedModel, data: PreparedData, config: RunConfig, count: int) -> list[Batch]:
+    """Return the micro-batches that a run of the config begins with."""
+    size, loaded = config.train.per_device_train_batch_size, adapted.loaded
+    feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, grouped_rows=size)
+    return list(islice(feed.loader(Start()), count))
 
 
 def measured(

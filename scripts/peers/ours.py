@@ -1,4 +1,7 @@
-"""This package as a peer of `scripts/bench.py`: the trainer of a run, with its own choices."""
+"""This package as a peer of `scripts/bench.py`: the trainer of a run, with its own choices, rows by length.
+
+It tells which lines of the rows its steps took, in order: the others are given these.
+"""
 
 import sys
 from pathlib import Path
@@ -22,10 +25,10 @@ def main() -> None:
     settings, result = settings_of(sys.argv[1:])
     with TemporaryDirectory() as folder:
         config = load_config(
-            Path("configs/demo.yaml"),
+            Path(settings["config"]),
             [
                 f"model.model_name_or_path={settings['model']}",
-                f"data.train={settings['rows']}",
+                f"data.train={settings['conversations']}",
                 "data.eval=null",
                 f"data.max_length={settings['max_length']}",
                 f"lora.r={settings['r']}",
@@ -33,9 +36,10 @@ def main() -> None:
                 f"train.learning_rate={settings['learning_rate']}",
                 f"train.per_device_train_batch_size={settings['batch_size']}",
                 f"train.max_steps={settings['steps']}",
+                "train.gradient_checkpointing=false",
                 "train.logging_steps=1",
                 f"run.output_dir={folder}",
-                *settings.get("overrides", []),
+                *settings["overrides"],
             ],
         )
         run = RunFolder(Path(folder))
@@ -47,17 +51,10 @@ def main() -> None:
         if fast is not None:
             fill_cache(fast.weights, config.train.dequantized_cache_gb, loaded.device)
         trainer: Any = QloraTrainer(adapted, data, config, run, [timing])
-        make = trainer.get_train_dataloader
-
-        def counted() -> Any:
-            loader = make()
-            loader.collate_fn = timing.counted(loader.collate_fn)
-            return loader
-
-        trainer.get_train_dataloader = counted
         trainer.save = lambda: None
         trainer.train()
-        timing.write(result)
+        lines = [int(data.train[row].where.rpartition(":")[2]) for batch in timing.rows for row in batch]
+        timing.write(result, lines=lines[: settings["steps"] * settings["batch_size"]])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What every peer of `scripts/bench.py` is measured with: steps, tokens that are not padding, memory, gradients, losses."""
+"""What every peer of `scripts/bench.py` is measured with: steps, tokens and labels, memory, gradients, losses."""
 
 import json
 import resource
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,40 @@ from transformers import TrainerCallback
 
 
 class Timing(TrainerCallback):
-    """Times optimizer steps from the end of one to the end of the next; the first of them only warms up."""
+    """Times optimizer steps from the end of one to the end of the next; the first of them only warms up.
+
+    It also looks into every batch of the trainer's own loader: padding counts as no token.
+    """
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []
+        self.row_lengths: list[list[int]] = []
+        self.labels: list[int] = []
+        self.rows: list[list[int]] = []
         self.ends: list[float] = []
         self.losses: list[float] = []
         self.norms: list[float] = []
         self._begun = time.perf_counter()
 
-    def counted(self, collate: Any) -> Any:
-        """Return a collator that counts the tokens of every batch it makes."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        """Put the count between the loader and its collator."""
+        loader = keywords["train_dataloader"]
+        loader = vars(loader).get("base_dataloader", loader)  # what accelerate's own loader reads from
+        loader.collate_fn = self._counted(loader.collate_fn)
 
+    def _counted(self, collate: Any) -> Any:
         def collate_and_count(rows: Any) -> Any:
             batch = collate(rows)
-            self.tokens.append(int(batch["attention_mask"].sum()))
+            self.row_lengths.append(row_lengths(batch))
+            self.labels.append(int((batch["labels"][:, 1:] != -100).sum()))
+            self.rows += [batch["row"].tolist()] if "row" in batch else []
             return batch
 
         return collate_and_count
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         """Note the time."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_keywords: Any) -> None:
@@ -41,19 +55,35 @@ class Timing(TrainerCallback):
             self.losses.append(float(logs["loss"]))
             self.norms.append(float(logs.get("grad_norm", "nan")))
 
-    def write(self, file: Path) -> None:
-        """Write what was measured."""
-        seconds = [end - begin for begin, end in zip(self.ends, self.ends[1:], strict=False)]
+    def write(self, file: Path, **others: Any) -> None:
+        """Write what was measured, and whatever else a peer has to tell."""
+        seconds = [end - begin for begin, end in pairwise(self.ends)]
+        timed = slice(1, len(self.ends))
         content = {
-            "tokens": self.tokens[1 : len(self.ends)],
+            "tokens": [sum(lengths) for lengths in self.row_lengths[timed]],
+            "row_lengths": self.row_lengths[timed],
+            "labels": self.labels[timed],
             "seconds": seconds,
             "first_step_seconds": self.ends[0] - self._begun,
             "losses": self.losses,
             "grad_norms": self.norms,
             "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+            "peak_device_gb": torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(),
+            **others,
         }
         file.write_text(json.dumps(content))
+
+
+def row_lengths(batch: Any) -> list[int]:
+    """Return the tokens of each row of a batch, or of each document where positions begin anew in a packed row."""
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and int(mask.max()) == 1:
+        lengths: list[int] = mask.sum(dim=1).tolist()
+        return lengths
+    positions = batch["position_ids"].flatten()
+    begins = [*(positions == 0).nonzero().flatten().tolist(), positions.numel()]
+    return [end - begin for begin, end in pairwise(begins)]
 
 
 def settings_of(arguments: list[str]) -> tuple[dict[str, Any], Path]:

@@ -1,5 +1,6 @@
-"""TRL's SFTTrainer as a peer of `scripts/bench.py`, as well as it can be set: bf16, no recomputation, rows by length."""
+"""TRL's SFTTrainer as a peer of `scripts/bench.py`, as well as it can be set: bf16, no recomputation, rows in order."""
 
+import importlib.util
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,8 +23,13 @@ def main() -> None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
     model = AutoModelForCausalLM.from_pretrained(
-        settings["model"], quantization_config=quantization, dtype=torch.bfloat16, attn_implementation="sdpa"
+        settings["model"],
+        quantization_config=quantization,
+        dtype=torch.bfloat16,
+        attn_implementation="flash_attention_2" if flash else "sdpa",
+        device_map={"": 0} if torch.cuda.is_available() else None,
     )
     train(model, AutoTokenizer.from_pretrained(settings["model"]), settings, result, SFTTrainer, SFTConfig, lora=True)
 
@@ -52,12 +58,12 @@ def train(
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=False,
-            optim="adamw_torch_fused",
+            optim=settings["optim"],
             logging_steps=1,
             save_strategy="no",
             report_to=[],
             assistant_only_loss=False,
-            train_sampling_strategy="group_by_length",
+            train_sampling_strategy="sequential",
             max_grad_norm=1.0,
             seed=1,
         )
@@ -67,12 +73,11 @@ def train(
         trainer = trainer_class(
             model=model,
             args=arguments,
-            train_dataset=load_dataset("json", data_files=settings["rows"], split="train"),
+            train_dataset=load_dataset("json", data_files=settings["pairs"], split="train"),
             processing_class=tokenizer,
             peft_config=peft if lora else None,
             callbacks=[timing],
         )
-        trainer.data_collator = timing.counted(trainer.data_collator)
         trainer.train()
         timing.write(result)
 

@@ -1,0 +1,142 @@
+"""The main job, through the real command: train, be killed without warning, go on, finish; the loss and the memory.
+
+The command is started on a model and rows, killed (SIGKILL) when its first checkpoint is there, and repeated as it was.
+Checked are that it goes on from a checkpoint, that every step is there once, and that the loss falls. Beside the plan,
+which counts memory from config.json alone, stand torch's peak in the trial of the largest batch, as the run logs it, and
+the device's, as the driver counts it. Exit status 1 where a check fails; the numbers are written in any case.
+
+Example: ``python scripts/bench_run.py build/llama-3.1-8b build/rows.jsonl --output run.json train.learning_rate=1e-3``
+"""
+
+import argparse
+import json
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qlora_train.checkpoint import RunFolder
+from qlora_train.plan import memory_plan
+
+SAVE_STEPS = 4
+POLL_SECONDS = 0.1
+RANK = 16
+
+
+def main() -> int:
+    """Do it and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_intermixed_args()
+    with TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder) / "run")
+        command = command_of(options, Path(folder), run)
+        killed = watched(command, Path(folder) / "killed.log", kill_at=run.checkpoint(SAVE_STEPS))
+        resumed = watched(command, Path(folder) / "resumed.log")
+        metrics = run.metrics_file.read_text() if run.metrics_file.is_file() else ""
+    losses = {line["step"]: line["loss"] for line in map(json.loads, metrics.splitlines()) if "loss" in line}
+    result = {
+        "model": options.model.name,
+        "checks": checks(losses, resumed["log"], options.steps, killed["status"], resumed["status"]),
+        "losses": list(losses.values()),
+        "memory": memory(json.loads((options.model / "config.json").read_text()), resumed),
+        "seconds": [part["seconds"] for part in (killed, resumed)],
+        "log": resumed["log"].splitlines(),
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(table(result)))
+    if resumed["status"]:
+        print(resumed["log"][-2000:])
+    return 0 if all(result["checks"].values()) else 1
+
+
+def command_of(options: argparse.Namespace, folder: Path, run: RunFolder) -> list[str]:
+    """Return the command of a run in `folder`."""
+    config = folder / "run.yaml"
+    config.write_text("data:\n  packing: true\n")
+    settings = {
+        "model.model_name_or_path": options.model.resolve(), "data.train": options.rows.resolve(),
+        "data.max_length": options.max_length, "lora.r": RANK, "train.max_steps": options.steps,
+        "train.save_steps": SAVE_STEPS, "train.logging_steps": 1, "train.gradient_accumulation_steps": 1,
+        "run.output_dir": run.path,
+    }  # fmt: skip
+    words = [f"{key}={value}" for key, value in settings.items()]
+    return [sys.executable, "-m", "qlora_train.cli", str(config), *words, *options.overrides]
+
+
+def watched(command: Sequence[str], log: Path, kill_at: Path | None = None) -> dict[str, Any]:
+    """Run a command, kill it when `kill_at` is there, and return its status, its words, its time and the memory it took."""
+    before, peak, began = device_bytes(), 0, time.monotonic()
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        while process.poll() is None:
+            peak = max(peak, device_bytes())
+            if kill_at is not None and kill_at.is_dir():
+                process.send_signal(signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+    return {
+        "status": process.returncode,
+        "log": log.read_text(),
+        "seconds": time.monotonic() - began,
+        "device_bytes": peak - before if peak else None,
+    }
+
+
+def device_bytes() -> int:
+    """Return the memory of the first GPU that is in use, as the driver counts it; 0 without one."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    query = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return int(answer) << 20 if answer.isdigit() else 0
+
+
+def checks(losses: Mapping[int, float], log: str, num_steps: int, killed: int, resumed: int) -> dict[str, bool]:
+    """Return what must hold, by what it says."""
+    values = list(losses.values())
+    quarter = max(1, len(values) // 4)
+    return {
+        "killed before its end": killed == -signal.SIGKILL,
+        "ended well": resumed == 0,
+        "went on from a checkpoint": re.search(r"training: resumes from \S+", log) is not None,
+        "every step is there once": list(losses) == list(range(1, num_steps + 1)),
+        "the loss falls": len(values) > 1 and statistics.mean(values[-quarter:]) < statistics.mean(values[:quarter]),
+    }
+
+
+def memory(config_json: dict[str, Any], resumed: Mapping[str, Any]) -> dict[str, int | None]:
+    """Return the bytes that the plan counts for the largest batch, those of torch's allocator, and the device's."""
+    config_json.pop("quantization_config", None)
+    batch = re.search(
+        r"memory: training on (\d+) x (\d+) tokens with (\d+) labels: fits(?:, ([\d.]+) GB)?", resumed["log"]
+    )
+    if batch is None:
+        return {"plan_bytes": None, "torch_bytes": None, "device_bytes": None}
+    rows, length, num_labels = (int(batch[place]) for place in (1, 2, 3))
+    plan = memory_plan(config_json, r=RANK, tokens=rows * length, num_labels=num_labels)
+    torch_bytes = int(float(batch[4]) * 1e9) if batch[4] else None
+    return {"plan_bytes": plan.total_bytes, "torch_bytes": torch_bytes, "device_bytes": resumed["device_bytes"]}
+
+
+def table(result: Mapping[str, Any]) -> list[str]:
+    """Return what was found, for people."""
+    lines = [f"{'ok  ' if holds else 'FAIL'} {check}" for check, holds in result["checks"].items()]
+    if result["losses"]:
+        lines.append(f"loss: {result['losses'][0]:.3f} to {result['losses'][-1]:.3f} in {len(result['losses'])} steps")
+    sizes = {name.removesuffix("_bytes"): count for name, count in result["memory"].items() if count is not None}
+    return [*lines, "memory: " + ", ".join(f"{name} {count / 1e9:.3f} GB" for name, count in sizes.items())]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
