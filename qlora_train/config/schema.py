@@ -364,9 +364,9 @@ class ExportSection(Section):
     max_loss_increase: float = Field(0.02, ge=0)
     """Refuse a merge whose loss on held-out rows (training rows where there are none) exceeds the adapter's by more nats a
     token than this."""
-    max_divergence: float = Field(0.05, gt=0)
+    max_divergence: float = Field(0.02, gt=0)
     """Refuse a merge onto what was trained whose predictions are more nats a token (Kullback-Leibler) from the adapter's;
-    onto the original weights of a 4-bit run, where rounding alone may be 0.3, they are only reported."""
+    onto the original weights of a 4-bit run, where rounding alone may be 0.2, they are only reported."""
     max_shard_size: str = Field("5GB", pattern=r"^[1-9]\d*(MB|GB)$")
     """Largest file of the merged model."""
 
