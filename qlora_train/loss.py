@@ -52,19 +52,32 @@ def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _head_sees_only(model: nn.Module, positions: torch.Tensor) -> Iterator[None]:
-    """Let the output head of this model see only the hidden states at `positions` (batch, seq), a boolean mask."""
+def _head_sees_only(model: nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """Let the output head of this model see only the hidden states at `places` among the tokens of all rows, (num_labels,)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
 
     def select(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_states = arguments[0]
-        return (hidden_states[positions.to(hidden_states.device)], *arguments[1:])
+        return (_at(hidden_states, places), *arguments[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _at(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states (batch, seq, hidden) at `places`, (num_labels, hidden)."""
+    return hidden_states.flatten(0, 1).index_select(0, places.to(hidden_states.device))
+
+
+def _label_places(targets: torch.Tensor) -> torch.Tensor:
+    """Return where there is a label, counted over the tokens of all rows, (num_labels,).
+
+    A GPU is waited for here, and nowhere else in a forward pass.
+    """
+    return (targets != IGNORED).flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +119,21 @@ def label_losses(
         with_balance: also return the architecture's own load-balancing loss of a mixture of experts, over all real tokens.
     """
     targets = shifted_labels(labels)
-    positions = targets != IGNORED
+    places = _label_places(targets)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if position_ids is not None:
         inputs["position_ids"] = position_ids
     if with_balance:
         inputs["output_router_logits"] = True
-    of_row = positions.nonzero()[:, 0]
+    wanted = targets.flatten()[places]
     if chunk_tokens is not None:
-        hidden_states, output = _hidden_states(model, positions, inputs)
-        nats = _losses_in_chunks(model, hidden_states, targets[positions], chunk_tokens)
+        hidden_states, output = _hidden_states(model, places, inputs)
+        nats = _losses_in_chunks(model, hidden_states, wanted, chunk_tokens)
     else:
-        with _head_sees_only(model, positions):
+        with _head_sees_only(model, places):
             output = model(**inputs)
-        nats = _negative_log_likelihoods(output.logits, targets[positions].to(output.logits.device))
-    return LabelLosses(nats, of_row, output.aux_loss if with_balance else None)
+        nats = _negative_log_likelihoods(output.logits, wanted.to(output.logits.device))
+    return LabelLosses(nats, places // targets.shape[1], output.aux_loss if with_balance else None)
 
 
 def label_logits(model: nn.Module, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -131,7 +144,7 @@ def label_logits(model: nn.Module, *, input_ids: torch.Tensor, labels: torch.Ten
         input_ids: (batch, seq).
         labels: (batch, seq), IGNORED where a token carries no loss.
     """
-    with _head_sees_only(model, shifted_labels(labels) != IGNORED):
+    with _head_sees_only(model, _label_places(shifted_labels(labels))):
         logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits
 
@@ -170,13 +183,13 @@ def _decoder_name(whole: Any) -> str:
     return next(name for name, part in whole.named_children() if any(embeddings is inner for inner in part.modules()))
 
 
-def _hidden_states(model: nn.Module, positions: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-    """Return what the decoder returns at `positions` (batch, seq), (num_labels, hidden), and what the model does."""
+def _hidden_states(model: nn.Module, places: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """Return what the decoder returns at `places`, (num_labels, hidden), and what the model does."""
     seen: list[torch.Tensor] = []
 
     def take(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
         hidden_states = output.last_hidden_state
-        seen.append(hidden_states[positions.to(hidden_states.device)])
+        seen.append(_at(hidden_states, places))
         output.last_hidden_state = hidden_states[:, :0]  # the head makes no logits
         return output
 

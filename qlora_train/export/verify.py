@@ -3,8 +3,8 @@
 The files are loaded in a fresh process, as any user would load them (`qlora_train.export.check_merged`). The loss on
 held-out rows says whether the merged model is as good. The divergence from the adapter's predictions says whether it is the
 same model: a damaged tensor can leave the loss of a poor model as it was, or lower it. It is limited where nothing but
-rounding to 16 bits lies between the two. On SmolLM2-135M that rounding is 0.001 nats a token and a zeroed matrix 0.015 to 7,
-but the step from 4-bit to original weights is 0.16: a merge onto those is another model by intent, judged by its loss
+rounding to 16 bits lies between the two. On SmolLM2-135M that rounding is 0.001 nats a token and a zeroed matrix 0.015 to
+7, but the step from 4-bit to original weights is 0.16: a merge onto those is another model by intent, judged by its loss
 (benchmarks/results/divergence.txt).
 """
 
