@@ -53,7 +53,7 @@ def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _head_sees_only(model: nn.Module, places: torch.Tensor) -> Iterator[None]:
-    """Let the output head of this model see only the hidden states at `places` among the tokens of all rows, (num_labels,)."""
+    """Let the output head of this model see the hidden states at `places` alone, counted over all rows, (num_labels,)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
 
     def select(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

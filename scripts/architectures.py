@@ -44,8 +44,9 @@ warning says what was found.
 - **packing**: whether `data.packing` keeps documents apart (`tests/test_packed_training.py`), or why it is refused.
 
 Every row merges (`qlora-train merge`); the merged folder has the tensor names of the base. Whether it leaves as GGUF is
-up to llama.cpp's converter, which says so in one line: [export.md](export.md). The fast path takes adapted linear layers
-and RMS norms of every row; layers of GPT-2's kind (`Conv1D`) and experts compute as before.
+up to llama.cpp's converter, which says so in one line: [export.md](export.md). The fast path takes adapted linear layers,
+gated MLPs, RMS norms, rotary embeddings of halves and eager attention, wherever a trial shows that a module computes what
+they do; layers of GPT-2's kind (`Conv1D`) and experts compute as before. `make test-architectures` prints how many of each.
 
 In some mixtures PEFT 0.21 takes the names `gate_proj`, `up_proj` and `down_proj` for experts, which earlier versions of
 Transformers kept as layers of these names. The shared expert and the dense layers of those models carry no adapter; the
