@@ -4,6 +4,7 @@ Triton decides at import whether it interprets, so `test_interpreted.py` starts 
 """
 
 import os
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,19 @@ needs_its_device = (
     if IS_INTERPRETED
     else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 )
+
+
+CLOSE = {
+    torch.float32: {"rtol": 1e-5, "atol": 2e-6},
+    torch.bfloat16: {"rtol": 2.0**-7, "atol": 1e-6},
+    torch.float16: {"rtol": 2.0**-10, "atol": 1e-6},
+}
+"""How far kernels may be from the plain code: sums in another order, which may round one number to its neighbour."""
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    """Have an operation, in its module, run as kernels on the tensors of this process."""
+    monkeypatch.setattr(module, "runs_triton", lambda x: True)
 
 
 def round_like_a_gpu() -> None:
