@@ -11,16 +11,16 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 FOLDER = Path(__file__).parent
-FILES = sorted(FOLDER.glob("test_triton_*.py"))
-assert FILES
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_kernels_compute_what_they_should(file: Path) -> None:
+def test_every_kernel_computes_what_it_should() -> None:
+    files = sorted(str(file) for file in FOLDER.glob("test_triton_*.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *files, "-p", "no:cacheprovider"],
         env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=FOLDER.parents[1], capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout[-1000:]
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout[-1000:]
+    assert int(passed[1]) > 300, "all files have their cases"
     assert "skipped" not in done.stdout, "every case has run"
