@@ -81,3 +81,11 @@ def test_gradients_of_the_layer_are_those_of_autograd_in_float64(name: str, monk
         torch.autograd.grad(found, leaves, grad), torch.autograd.grad(wanted, exact, grad.double()), strict=True
     ):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
+
+
+@NAMES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_are_rounded_where_the_plain_code_rounds(name: str, dtype: torch.dtype) -> None:
+    gate, up, grad = (numbers(4, 1000, seed=seed, dtype=dtype) for seed in range(3))
+    for found, wanted in zip(*both_passes(gate, up, grad, name), strict=True):
+        assert (found == wanted).float().mean() > 0.95

@@ -72,3 +72,13 @@ def test_angles_in_float32_turn_numbers_of_any_dtype() -> None:
     x, angles = numbers(2, 3, 7, 8, dtype=torch.bfloat16), numbers(1, 1, 7, 4, seed=1)
     arguments = (x, *cos_and_sin(angles, torch.float32))
     torch.testing.assert_close(kernels.forward(*arguments), plain.PLAIN.forward(*arguments), **CLOSE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_are_rounded_where_the_plain_code_rounds(dtype: torch.dtype) -> None:
+    from qlora_train.kernels.triton import rotary as kernels
+
+    shapes = (2, 3, 40, 32), (2, 1, 40, 32), (2, 1, 40, 32)
+    x, cos, sin = (numbers(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
+    assert (kernels.forward(x, cos, sin) == plain.PLAIN.forward(x, cos, sin)).float().mean() > 0.98
+    assert (kernels.backward(x, cos, sin) == plain.PLAIN.backward(x, cos, sin)).float().mean() > 0.98
