@@ -4,7 +4,7 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from torch import Tensor
 
-from qlora_train.kernels.gpu import HAS_TRITON
+from qlora_train.kernels.gpu import has_kernels
 
 
 def dequantize(packed: Tensor, quant_state: QuantState, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
@@ -17,7 +17,7 @@ def dequantize(packed: Tensor, quant_state: QuantState, dtype: torch.dtype, *, o
         quant_state: the scales, single or double-quantised.
         out: where to write them and what to return, a tensor of `dtype` with contiguous rows; a new one without it.
     """
-    if packed.is_cuda and HAS_TRITON:
+    if has_kernels(packed):
         return by_triton(packed, quant_state, dtype, out)
     weights: Tensor = dequantize_4bit(packed, quant_state).to(dtype)
     return weights if out is None else out.copy_(weights)
