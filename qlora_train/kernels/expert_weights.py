@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, quantize_4bit
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from qlora_train.kernels.dequantize import dequantize
 
 BLOCK_SIZE = 64
 ABSMAX_BLOCK_SIZE = 256
@@ -85,14 +87,15 @@ class ExpertWeights(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Return the dequantised stack, (experts, a, b), with the change that is set."""
-        stack = torch.stack([self.matrix(codes, index) for index in range(self.shape[0])])
+        stack = torch.empty(self.shape, dtype=self.dtype, device=codes.device)
+        for index, place in enumerate(stack):
+            self.matrix(codes, index, out=place)
         return stack if self.change is None else self.change.add_to(stack)
 
     @torch.no_grad()
-    def matrix(self, codes: Tensor, index: int) -> Tensor:
-        """Return the dequantised weights of one expert, (a, b)."""
-        matrix: Tensor = dequantize_4bit(codes[index].unsqueeze(1), self._state(index))
-        return matrix
+    def matrix(self, codes: Tensor, index: int, *, out: Tensor | None = None) -> Tensor:
+        """Return the dequantised weights of one expert, (a, b), written into `out` where it is given."""
+        return dequantize(codes[index].unsqueeze(1), self._state(index), self.dtype, out=out)
 
     def _state(self, index: int) -> QuantState:
         nested = {}

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
+
+from qlora_train.kernels.dequantize import dequantize
 
 
 class FrozenWeight:
@@ -45,4 +46,4 @@ class FrozenWeight:
         weight: Tensor = self._layer.weight
         if not self.is_quantized:
             return weight.detach()
-        return dequantize_4bit(weight.data, self._layer.weight.quant_state).to(self.dtype)
+        return dequantize(weight.data, self._layer.weight.quant_state, self.dtype)

@@ -8,12 +8,14 @@ against half of what an MLP keeps.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qlora_train.kernels.gpu import runs_triton
 from qlora_train.kernels.lora_linear import LoraLayers, Rounded, gradients, products
 
 
@@ -22,15 +24,17 @@ class Activation:
     """A function of one number.
 
     Attributes:
+        name: of `ACTIVATIONS`.
         forward: f(x).
         backward: (dy, x) -> f'(x) dy.
     """
 
+    name: str
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
 
 
-def _gelu(approximate: str) -> Activation:
+def _gelu(name: str, approximate: str) -> Activation:
     def forward(x: Tensor) -> Tensor:
         return functional.gelu(x, approximate=approximate)
 
@@ -38,14 +42,61 @@ def _gelu(approximate: str) -> Activation:
         found: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
         return found
 
-    return Activation(forward, backward)
+    return Activation(name, forward, backward)
 
 
 ACTIVATIONS: Mapping[str, Activation] = {
-    "silu": Activation(functional.silu, torch.ops.aten.silu_backward),
-    "gelu": _gelu("none"),
-    "gelu_tanh": _gelu("tanh"),
+    each.name: each
+    for each in (
+        Activation("silu", functional.silu, torch.ops.aten.silu_backward),
+        _gelu("gelu", "none"),
+        _gelu("gelu_tanh", "tanh"),
+    )
 }
+
+
+def _product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    return activation.forward(gate).mul_(up)
+
+
+def _product_again(gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    activated = activation.forward(gate)
+
+    def gradients(grad: Tensor) -> tuple[Tensor, Tensor]:
+        grad_up = activated.mul_(grad)
+        return activation.backward(grad.mul_(up), gate), grad_up
+
+    return activated * up, gradients
+
+
+class _Operation(NamedTuple):
+    """f(gate) * up, from (gate, up, f).
+
+    Attributes:
+        product: gives h.
+        again: gives h for the backward pass, and dh -> (dgate, dup), which uses dh up.
+    """
+
+    product: Callable[..., Tensor]
+    again: Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]
+
+
+PLAIN = _Operation(_product, _product_again)
+
+
+def _operation(x: Tensor) -> _Operation:
+    if runs_triton(x):
+        from qlora_train.kernels.triton import gated as kernels
+
+        def product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+            return kernels.forward(gate, up, activation.name)
+
+        def again(gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            gradients = partial(kernels.backward, gate=gate, up=up, activation=activation.name)
+            return product(gate, up, activation), gradients
+
+        return _Operation(product, again)
+    return PLAIN
 
 
 def gated_linear(gate: Tensor, up: Tensor, activation: Activation, layer: LoraLayers) -> Tensor:
@@ -95,18 +146,16 @@ class _GatedLinear(torch.autograd.Function):
         *_factors: Tensor,
     ) -> Tensor:
         ctx.keeper, ctx.activation, ctx.layer = keeper, activation, layer
-        rows = activation.forward(gate).mul_(up).view(-1, gate.shape[-1])
+        rows = _operation(gate).product(gate, up, activation).view(-1, gate.shape[-1])
         [output] = products(rows, rows @ rounded.a.T, layer, rounded, gate.shape[:-1])
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gate, up, a, *b = ctx.keeper.saved_tensors
-        activated, rounded = ctx.activation.forward(gate), Rounded(a, b)
-        rows = (activated * up).view(-1, gate.shape[-1])
+        product, gradients_of = _operation(gate).again(gate, up, ctx.activation)
+        rows, rounded = product.view(-1, gate.shape[-1]), Rounded(a, b)
         found = gradients(rows, rows @ a.T, [grad], ctx.layer, rounded, wants_rows=True)
         assert found.rows is not None
-        grad_product = found.rows.view(gate.shape)
-        grad_up = activated.mul_(grad_product)
-        grad_gate = ctx.activation.backward(grad_product.mul_(up), gate)
+        grad_gate, grad_up = gradients_of(found.rows.view(gate.shape))
         return grad_gate, grad_up, None, None, None, None, *found.a, *found.b

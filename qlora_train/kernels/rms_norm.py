@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_train.kernels.gpu import Operation, runs_triton
+
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 
 
@@ -40,7 +42,7 @@ def find_variant(module: nn.Module) -> Variant | None:
         return None
     for offset, rounds_first in product((0.0, 1.0), (True, False)):
         variant = Variant(offset, rounds_first)
-        if torch.equal(wanted, rms_norm(x, weight, eps, variant)):
+        if torch.equal(wanted, _forward(x, weight, eps, variant)[0]):
             return variant
     return None
 
@@ -57,30 +59,53 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, variant: Variant) -> Tensor:
     return output
 
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, variant: Variant) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, scale)
-        ctx.variant = variant
-        normal = wide * scale
-        if variant.rounds_first:
-            return _applied(weight, variant) * normal.to(x.dtype)
-        return (normal * _applied(weight.float(), variant)).to(x.dtype)
+def _forward(x: Tensor, weight: Tensor, eps: float, variant: Variant) -> tuple[Tensor, Tensor]:
+    """Return y, and r for each row."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normal = wide * scale
+    if variant.rounds_first:
+        return _applied(weight, variant) * normal.to(x.dtype), scale
+    return (normal * _applied(weight.float(), variant)).to(x.dtype), scale
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        wide = x.float()
-        inner = (
-            (grad * _applied(weight, ctx.variant)).float()
-            if ctx.variant.rounds_first
-            else (grad.float() * _applied(weight.float(), ctx.variant))
-        )
-        mean = (inner * wide).mean(-1, keepdim=True)
-        return (inner * scale).addcmul_(wide, mean.mul_(scale.pow(3)), value=-1).to(x.dtype), None, None, None
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, variant: Variant) -> Tensor:
+    """Return dx."""
+    wide = x.float()
+    inner = (
+        (grad * _applied(weight, variant)).float()
+        if variant.rounds_first
+        else (grad.float() * _applied(weight.float(), variant))
+    )
+    mean = (inner * wide).mean(-1, keepdim=True)
+    return (inner * scale).addcmul_(wide, mean.mul_(scale.pow(3)), value=-1).to(x.dtype)
 
 
 def _applied(weight: Tensor, variant: Variant) -> Tensor:
     return weight + variant.offset if variant.offset else weight
+
+
+PLAIN = Operation(_forward, _backward)
+
+
+def _operation(x: Tensor) -> Operation:
+    if runs_triton(x):
+        from qlora_train.kernels.triton import rms_norm as kernels
+
+        return Operation(kernels.forward, kernels.backward)
+    return PLAIN
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, variant: Variant) -> Tensor:
+        y: Tensor
+        y, scale = _operation(x).forward(x, weight, eps, variant)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.variant = variant
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        return _operation(x).backward(grad, x, weight, scale, ctx.variant), None, None, None

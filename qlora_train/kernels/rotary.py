@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_train.kernels.gpu import Operation, runs_triton
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Return x, (batch, heads, seq, features), rotated.
@@ -24,23 +26,43 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
+def _forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    y = torch.mul(x, cos, out=x.new_empty(x.shape))
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return y
+
+
+def _backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = grad.shape[-1] // 2
+    batch, heads, seq, features = grad.shape
+    grad_x = grad.new_empty(batch, seq, heads, features).transpose(1, 2)  # as the projection before it lays it out
+    torch.mul(grad, cos, out=grad_x)
+    grad_x[..., :half].addcmul_(grad[..., half:], sin[..., half:])
+    grad_x[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
+    return grad_x
+
+
+PLAIN = Operation(_forward, _backward)
+
+
+def _operation(x: Tensor) -> Operation:
+    if runs_triton(x):
+        from qlora_train.kernels.triton import rotary as kernels
+
+        return Operation(kernels.forward, kernels.backward)
+    return PLAIN
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        half = x.shape[-1] // 2
-        y = torch.mul(x, cos, out=x.new_empty(x.shape))
-        y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        y[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        y: Tensor = _operation(x).forward(x, cos, sin)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        half = grad.shape[-1] // 2
-        batch, heads, seq, features = grad.shape
-        grad_x = grad.new_empty(batch, seq, heads, features).transpose(1, 2)  # as the projection before it lays it out
-        torch.mul(grad, cos, out=grad_x)
-        grad_x[..., :half].addcmul_(grad[..., half:], sin[..., half:])
-        grad_x[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
-        return grad_x, None, None
+        return _operation(grad).backward(grad, cos, sin), None, None

@@ -1,0 +1,57 @@
+"""Where the Triton kernels are tested: on a GPU, and on the CPU by Triton's interpreter, in a process of its own.
+
+Triton decides at import whether it interprets, so `test_interpreted.py` starts a second pytest for the interpreted cases.
+"""
+
+import os
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process interprets kernels, on CPU tensors, instead of compiling them for a GPU."""
+
+DEVICE = "cpu" if IS_INTERPRETED else "cuda"
+needs_its_device = (
+    []
+    if IS_INTERPRETED
+    else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+
+CLOSE = {
+    torch.float32: {"rtol": 1e-5, "atol": 2e-6},
+    torch.bfloat16: {"rtol": 2.0**-7, "atol": 1e-6},
+    torch.float16: {"rtol": 2.0**-10, "atol": 1e-6},
+}
+"""How far kernels may be from the plain code: sums in another order, which may round one number to its neighbour."""
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    """Have an operation, in its module, run as kernels on the tensors of this process."""
+    monkeypatch.setattr(module, "runs_triton", lambda x: True)
+
+
+def round_like_a_gpu() -> None:
+    """Make the interpreter round float32 to bfloat16 to nearest, ties to even, as Triton compiles it; it cuts off."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_to_nearest(self: Any, source: Any, to: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return cast(self, source, to)
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), to.scalar)
+
+    InterpreterBuilder.cast_impl = cast_to_nearest
+    for name in ("create_si_to_fp", "create_ui_to_fp", "create_fp_ext", "create_fp_trunc"):
+        setattr(InterpreterBuilder, name, cast_to_nearest)
+
+
+if IS_INTERPRETED:
+    round_like_a_gpu()

@@ -1,0 +1,110 @@
+"""What the kernels become for NVIDIA GPUs, compiled on this machine, which needs none: with the launches' own arguments."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton has no package for this platform")
+
+from triton import compile as compile_kernel
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qlora_train.kernels import dequantize as dispatch
+from qlora_train.kernels.rms_norm import Variant
+from qlora_train.kernels.triton import dequantize, gated, rms_norm, rotary
+from tests.kernels.interpreted import IS_INTERPRETED
+
+pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels")
+CAPABILITIES = pytest.mark.parametrize("capability", [75, 90], ids="sm_{}".format)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+
+
+class Compiled:
+    """Stands where a kernel is launched, and compiles it for a GPU instead; `assembly` holds the PTX of each launch."""
+
+    def __init__(self, kernel: Any, capability: int) -> None:
+        self.kernel, self.target = kernel, GPUTarget("cuda", capability, 32)
+        self.assembly: list[str] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(size > 0 for size in grid)
+        return self.launch
+
+    def launch(self, *arguments: Any, **keywords: Any) -> None:
+        given = dict(zip(self.kernel.arg_names, arguments, strict=False))
+        given |= {name: keywords.pop(name) for name in self.kernel.arg_names if name in keywords}
+        signature, constants = {}, {}
+        for parameter in self.kernel.params:
+            value = given[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, Tensor):
+                signature[parameter.name] = POINTERS[value.dtype]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        source = ASTSource(self.kernel, signature, constants)
+        self.assembly.append(compile_kernel(source, target=self.target, options=keywords).asm["ptx"])
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[[ModuleType, str, int], Compiled]:
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+
+    def get(module: ModuleType, name: str, capability: int) -> Compiled:
+        standing_in = Compiled(getattr(module, name), capability)
+        monkeypatch.setattr(module, name, standing_in)
+        return standing_in
+
+    return get
+
+
+@CAPABILITIES
+@DTYPES
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+def test_dequantisation_rounds_every_product_and_sum(
+    double_quant: bool, dtype: torch.dtype, capability: int, compiled: Callable[..., Compiled]
+) -> None:
+    kernel = compiled(dequantize, "_dequantize", capability)
+    packed, state = bnb.quantize_4bit(torch.randn(64, 64), compress_statistics=double_quant, quant_type="nf4")
+    dispatch.by_triton(packed, state, dtype, None)
+    dispatch.by_triton(packed, state, dtype, torch.empty(64, 128, dtype=dtype)[:, :64])
+    assert len(kernel.assembly) == 2
+    for assembly in kernel.assembly:
+        assert "mul.rn.f32" in assembly
+        assert ("add.rn.f32" in assembly) == double_quant
+        assert "fma.rn.f32" not in assembly
+
+
+@CAPABILITIES
+@DTYPES
+def test_every_other_operation_compiles(dtype: torch.dtype, capability: int, compiled: Callable[..., Compiled]) -> None:
+    kernels = [
+        compiled(module, name, capability)
+        for module, name in (
+            (rms_norm, "_forward"), (rms_norm, "_backward"), (gated, "_forward"), (gated, "_backward"),
+            (rotary, "_rotate"),
+        )
+    ]  # fmt: skip
+    x = torch.randn(3, 192).to(dtype)
+    for variant in (Variant(0.0, False), Variant(1.0, True)):
+        _, scale = rms_norm.forward(x, x[0], 1e-6, variant)
+        rms_norm.backward(x, x, x[0], scale, variant)
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        gated.forward(x, x, activation)
+        gated.backward(x, x, x, activation)
+    heads, angles = x.view(1, 3, 2, 96), x[:1].view(1, 1, 2, 96)
+    rotary.forward(heads, angles, angles)
+    rotary.backward(heads, angles, angles)
+    assert [len(kernel.assembly) for kernel in kernels] == [2, 2, 3, 3, 2]
+    for kernel in kernels:
+        for assembly in kernel.assembly:
+            assert f".target sm_{capability}" in assembly
+            assert "st.local" not in assembly, "everything fits into registers"

@@ -1,0 +1,126 @@
+"""The one-pass dequantisation against bitsandbytes on the CPU and against the plain-torch definition: equal bits."""
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+from qlora_train.kernels import dequantize as dispatch
+from qlora_train.kernels import reference
+from tests.kernels.interpreted import DEVICE, needs_its_device
+
+pytestmark = needs_its_device
+SINGLE_OR_DOUBLE = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+WHOLE_BLOCKS = [(64, 64, 64), (3, 4160, 64), (40, 256, 128), (9, 96, 32), (4, 2048, 1024), (300, 128, 64)]
+"""(rows, columns, block size) with whole blocks in a row, the only ones whose even rows bitsandbytes gets right on CPUs."""
+PARTS_OF_BLOCKS = [
+    (1, 1, 64),
+    (5, 7, 64),
+    (7, 33, 32),
+    (3, 50, 64),
+    (40, 80, 64),
+    (13, 96, 128),
+    (2, 8192, 4096),
+    (5, 3, 4096),
+]
+
+
+def stored(
+    rows: int, columns: int, block_size: int, dtype: torch.dtype = torch.float32, *, quant_type: str = "nf4",
+    double_quant: bool = True, storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns)).to(dtype) * 0.02
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=block_size, quant_type=quant_type, compress_statistics=double_quant, quant_storage=storage
+    )
+    return packed, state
+
+
+def found(packed: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    moved = QuantState.from_dict(state.as_dict(packed=True), device=torch.device(DEVICE))
+    return dispatch.by_triton(packed.to(DEVICE), moved, dtype, out).cpu()
+
+
+def by_definition(packed: Tensor, state: QuantState) -> Tensor:
+    absmax = state.absmax
+    if state.nested:
+        absmax = reference.double_dequantize(reference.QuantizedAbsmax(state.absmax, state.state2.absmax, state.offset))
+    return reference.dequantize_4bit(
+        packed.reshape(-1), absmax, tuple(state.shape), state.quant_type, block_size=state.blocksize, dtype=state.dtype
+    )
+
+
+@DTYPES
+@SINGLE_OR_DOUBLE
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(("rows", "columns", "block_size"), WHOLE_BLOCKS)
+def test_weights_are_those_of_bitsandbytes(
+    rows: int, columns: int, block_size: int, quant_type: str, double_quant: bool, dtype: torch.dtype
+) -> None:
+    packed, state = stored(rows, columns, block_size, dtype, quant_type=quant_type, double_quant=double_quant)
+    assert torch.equal(found(packed, state, dtype), bnb.dequantize_4bit(packed, state))
+
+
+@DTYPES
+@SINGLE_OR_DOUBLE
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(("rows", "columns", "block_size"), PARTS_OF_BLOCKS)
+def test_weights_are_those_of_the_definition_where_a_block_ends_in_another_row(
+    rows: int, columns: int, block_size: int, quant_type: str, double_quant: bool, dtype: torch.dtype
+) -> None:
+    packed, state = stored(rows, columns, block_size, dtype, quant_type=quant_type, double_quant=double_quant)
+    assert torch.equal(found(packed, state, dtype), by_definition(packed, state))
+
+
+@SINGLE_OR_DOUBLE
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=str)
+def test_codes_may_be_stored_as_wider_numbers(storage: torch.dtype, double_quant: bool) -> None:
+    packed, state = stored(24, 128, 64, torch.bfloat16, double_quant=double_quant, storage=storage)
+    assert packed.dtype == storage
+    assert torch.equal(found(packed, state, torch.bfloat16), bnb.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("stored_as", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_rounded_to_their_own_dtype_first(stored_as: torch.dtype, wanted: torch.dtype) -> None:
+    packed, state = stored(24, 128, 64, stored_as)
+    assert torch.equal(found(packed, state, wanted), bnb.dequantize_4bit(packed, state).to(wanted))
+
+
+@pytest.mark.parametrize("place", ["rows", "columns", "one of a stack"])
+def test_weights_go_into_a_place_and_leave_what_is_around_it(place: str) -> None:
+    index = {
+        "rows": (0, slice(8, 32), slice(0, 160)),
+        "columns": (1, slice(0, 40), slice(64, 128)),
+        "one of a stack": (2,),
+    }[place]
+    around = torch.full((3, 40, 160), 7.0, device=DEVICE)
+    packed, state = stored(*around[index].shape, 32)
+    found(packed, state, torch.float32, out=around[index])
+    assert torch.equal(around[index].cpu(), bnb.dequantize_4bit(packed, state))
+    around[index] = 7.0
+    assert (around == 7.0).all()
+
+
+def test_a_place_whose_rows_are_not_contiguous_is_refused() -> None:
+    packed, state = stored(24, 64, 64)
+    with pytest.raises(AssertionError, match="a row of the output is contiguous"):
+        found(packed, state, torch.float32, out=torch.zeros(64, 24, device=DEVICE).T)
+
+
+@SINGLE_OR_DOUBLE
+def test_the_operators_say_truly_what_they_read_write_and_return(double_quant: bool) -> None:
+    from qlora_train.kernels.triton import dequantize as kernel
+
+    packed, state = stored(24, 64, 64, double_quant=double_quant)
+    second = state.state2
+    nested = (second.code, second.absmax, state.offset, second.blocksize) if double_quant else (None, None, None, 1)
+    arguments = [packed, state.code, state.absmax, state.blocksize]
+    moved = [each.to(DEVICE) if isinstance(each, Tensor) else each for each in (*arguments, *nested)]
+    checks = ("test_schema", "test_faketensor")
+    shaped = (*moved[:4], [24, 64], torch.float32, torch.bfloat16, *moved[4:])
+    torch.library.opcheck(kernel.dequantize, shaped, test_utils=checks)
+    place = torch.empty(24, 64, device=DEVICE)
+    torch.library.opcheck(kernel.dequantize_into, (place, *moved[:4], torch.float32, *moved[4:]), test_utils=checks)

@@ -1,0 +1,12 @@
+"""Where Triton works, its kernels are found to."""
+
+import torch
+
+from qlora_train.kernels.gpu import works_on
+from tests.kernels.interpreted import DEVICE, needs_its_device
+
+pytestmark = needs_its_device
+
+
+def test_a_kernel_is_tried_and_works() -> None:
+    assert works_on(torch.device(DEVICE))

@@ -1,0 +1,67 @@
+"""Whole models on the fast path with every operation as a kernel: the gradients are those of PEFT and Transformers."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+from qlora_train.kernels import dequantize, expert_weights, frozen_weight, gated, rms_norm, rotary
+from qlora_train.kernels.fast_path import install
+from qlora_train.loss import label_losses
+from qlora_train.trainer.gradients import difference, gradients_of
+from tests.kernels.interpreted import DEVICE, needs_its_device
+from tests.runs import adapted_model
+
+pytestmark = needs_its_device
+IDS = torch.arange(60).reshape(3, 20) * 5 % 300 + 4
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Have every operation run as a kernel, and count how often each is asked for."""
+    counts: Counter[str] = Counter()
+
+    def decide_for(module: ModuleType) -> None:
+        def decide(x: Tensor) -> bool:
+            counts[module.__name__.rpartition(".")[2]] += 1
+            return True
+
+        monkeypatch.setattr(module, "runs_triton", decide)
+
+    def by_triton(packed: Tensor, state: QuantState, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+        counts["dequantize"] += 1
+        return dequantize.by_triton(packed, state, dtype, out)
+
+    for module in (rms_norm, gated, rotary):
+        decide_for(module)
+    for module in (frozen_weight, expert_weights):
+        monkeypatch.setattr(module, "dequantize", by_triton)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("model_type", "operations"),
+    [
+        ("llama", {"dequantize", "rms_norm", "gated", "rotary"}),
+        ("gemma3_text", {"dequantize", "rms_norm", "gated", "rotary"}),
+        ("qwen3", {"dequantize", "rms_norm", "gated", "rotary"}),
+        ("mixtral", {"dequantize", "rms_norm", "rotary"}),
+    ],
+)
+def test_gradients_are_those_of_the_plain_path(
+    model_type: str, operations: set[str], pico: Callable[..., Path], used: Counter[str], tmp_path: Path
+) -> None:
+    batch: dict[str, Any] = {"input_ids": IDS.to(DEVICE), "labels": IDS.to(DEVICE)}
+    model = adapted_model(tmp_path, pico(model_type), "quantization.bnb_4bit_compute_dtype=float32")
+    wanted = gradients_of(model, batch)
+    install(model.model, lambda: label_losses(model.model, **batch))
+    used.clear()
+    found = gradients_of(model, batch)
+    assert set(used) == operations
+    assert difference(wanted, found).gradient < 1e-5

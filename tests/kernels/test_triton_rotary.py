@@ -1,0 +1,84 @@
+"""Rotary position embedding as kernels against the plain torch code, and against complex numbers in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_train.kernels import rotary as plain
+from qlora_train.kernels.rotary import rotate
+from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
+
+pytestmark = needs_its_device
+SHAPES = pytest.mark.parametrize("shape", [(2, 3, 7, 8), (1, 1, 1, 2), (2, 40, 3, 128), (3, 5, 4, 12)], ids=str)
+"""(batch, heads, seq, features)."""
+ONE_ROW = pytest.mark.parametrize("one_row_of_angles", [False, True])
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def cos_and_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos, sin = (torch.cat([part, part], -1).to(dtype) for part in (angles.cos(), angles.sin()))
+    return cos, sin
+
+
+@SHAPES
+@ONE_ROW
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("positions_first", [False, True])
+def test_both_passes_are_those_of_the_plain_code(
+    shape: tuple[int, int, int, int], one_row_of_angles: bool, dtype: torch.dtype, positions_first: bool
+) -> None:
+    from qlora_train.kernels.triton import rotary as kernels
+
+    batch, heads, seq, features = shape
+    x = numbers(*shape, dtype=dtype)
+    if positions_first:
+        x = numbers(batch, seq, heads, features, dtype=dtype).transpose(1, 2)
+    # unlike any rotation's, the halves of these differ, so that no half can stand for the other
+    cos, sin = (numbers(1 if one_row_of_angles else batch, 1, seq, features, seed=seed, dtype=dtype) for seed in (1, 2))
+    for ours, theirs in zip(
+        (kernels.forward, kernels.backward), (plain.PLAIN.forward, plain.PLAIN.backward), strict=True
+    ):
+        found, wanted = ours(x, cos, sin), theirs(x, cos, sin)
+        assert found.stride() == wanted.stride()
+        torch.testing.assert_close(found, wanted, **CLOSE[dtype])
+
+
+@SHAPES
+@ONE_ROW
+def test_pairs_of_features_turn_and_their_gradients_turn_back(
+    shape: tuple[int, int, int, int], one_row_of_angles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_kernels(monkeypatch, plain)
+    batch, _, seq, features = shape
+    angles = numbers(1 if one_row_of_angles else batch, 1, seq, features // 2, seed=1).double()
+    x, grad = numbers(*shape), numbers(*shape, seed=2)
+    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    found = rotate(leaf, *cos_and_sin(angles, torch.float32))
+    turned = torch.view_as_complex(torch.stack(exact.chunk(2, -1), -1)) * torch.polar(torch.ones_like(angles), angles)
+    wanted = torch.cat([turned.real, turned.imag], -1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    found.backward(grad)
+    wanted.backward(grad.double())
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_angles_in_float32_turn_numbers_of_any_dtype() -> None:
+    from qlora_train.kernels.triton import rotary as kernels
+
+    x, angles = numbers(2, 3, 7, 8, dtype=torch.bfloat16), numbers(1, 1, 7, 4, seed=1)
+    arguments = (x, *cos_and_sin(angles, torch.float32))
+    torch.testing.assert_close(kernels.forward(*arguments), plain.PLAIN.forward(*arguments), **CLOSE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_numbers_are_rounded_where_the_plain_code_rounds(dtype: torch.dtype) -> None:
+    from qlora_train.kernels.triton import rotary as kernels
+
+    shapes = (2, 3, 40, 32), (2, 1, 40, 32), (2, 1, 40, 32)
+    x, cos, sin = (numbers(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
+    assert (kernels.forward(x, cos, sin) == plain.PLAIN.forward(x, cos, sin)).float().mean() > 0.98
+    assert (kernels.backward(x, cos, sin) == plain.PLAIN.backward(x, cos, sin)).float().mean() > 0.98
