@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, quantize_4bit
 from safetensors import safe_open
 
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.errors import MergeError, ModelError
+from qlora_train.kernels.dequantize import by_bitsandbytes
 from qlora_train.loader.released import Parts, Release, release_of
 from qlora_train.loader.tensors import stored_plainly
 
@@ -113,7 +114,7 @@ class BaseFile:
             return self._release.dequantize(codes, scales, self._released_dtype)
         if name not in self.stored_4bit:
             return self._stored(name)
-        weight = dequantize_4bit(self._file(name).get_tensor(name), self._quant_state(name))
+        weight = by_bitsandbytes(self._file(name).get_tensor(name), self._quant_state(name))
         return weight.T.contiguous() if name in self._turned else weight
 
     def _stored(self, key: str) -> torch.Tensor:
@@ -212,4 +213,4 @@ class Rounding:
             compress_statistics=self.quantization.bnb_4bit_use_double_quant,
             quant_type=self.quantization.bnb_4bit_quant_type,
         )
-        return dequantize_4bit(codes, state).to("cpu")
+        return by_bitsandbytes(codes, state).to("cpu")

@@ -1,5 +1,7 @@
 """The weights that bitsandbytes stores in 4 bits, dequantised: by one Triton kernel on a GPU, by bitsandbytes elsewhere."""
 
+import copy
+
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, get_4bit_type
 from torch import Tensor
@@ -19,8 +21,22 @@ def dequantize(packed: Tensor, quant_state: QuantState, dtype: torch.dtype, *, o
     """
     if has_kernels(packed):
         return by_triton(packed, quant_state, dtype, out)
-    weights: Tensor = dequantize_4bit(packed, quant_state).to(dtype)
+    weights = by_bitsandbytes(packed, quant_state).to(dtype)
     return weights if out is None else out.copy_(weights)
+
+
+def by_bitsandbytes(packed: Tensor, quant_state: QuantState) -> Tensor:
+    """Return the weights, of the state's shape, in the state's dtype.
+
+    On CPUs bitsandbytes 0.50 takes each row to begin a block of its own, which is wrong where a row is no whole number of
+    blocks: then the weights are dequantised as the one row of numbers that they are stored as.
+    """
+    flat = quant_state
+    if not packed.is_cuda and quant_state.shape[-1] % quant_state.blocksize:
+        flat = copy.copy(quant_state)
+        flat.shape = torch.Size([quant_state.shape.numel()])
+    weights: Tensor = dequantize_4bit(packed, flat)
+    return weights.view(quant_state.shape)
 
 
 def by_triton(packed: Tensor, quant_state: QuantState, dtype: torch.dtype, out: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ from qlora_train.errors import ConfigError, ModelError, first_line
 from qlora_train.loader.census import Census, check_census, make_safe_for_training_after_eval, take_census
 from qlora_train.loader.config_file import read_config
 from qlora_train.loader.hardware import Kernels, choose_attention, choose_compute_dtype
+from qlora_train.loader.odd_rows import compute_odd_rows_rightly
 from qlora_train.loader.quantize import quantize_linears
 from qlora_train.loader.quantizer import QuantizationConfig
 from qlora_train.loader.released import release_of
@@ -92,6 +93,7 @@ def load_model(
     base.config.use_cache = base.config.get_text_config().use_cache = False
     base.requires_grad_(False)
     make_safe_for_training_after_eval(base)
+    compute_odd_rows_rightly(base)
     _set_compute_dtype(base, dtype)
     _fit_vocabulary(base, tokenizer)
     new_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(model.new_tokens)))
