@@ -82,3 +82,29 @@ def test_numbers_are_rounded_where_the_plain_code_rounds(dtype: torch.dtype) -> 
     x, cos, sin = (numbers(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
     assert (kernels.forward(x, cos, sin) == plain.PLAIN.forward(x, cos, sin)).float().mean() > 0.98
     assert (kernels.backward(x, cos, sin) == plain.PLAIN.backward(x, cos, sin)).float().mean() > 0.98
+
+
+def test_heads_may_lie_two_billion_numbers_apart() -> None:
+    from qlora_train.kernels.triton import rotary as kernels
+
+    place = torch.empty(2**31 + 8, dtype=torch.float16, device=DEVICE)  # of which three rows are ever touched
+    x = place.as_strided((1, 3, 1, 8), (0, 2**30, 8, 1))
+    x.copy_(numbers(1, 3, 1, 8, dtype=x.dtype))
+    cos, sin = numbers(1, 1, 1, 8, seed=1, dtype=x.dtype), numbers(1, 1, 1, 8, seed=2, dtype=x.dtype)
+    found, wanted = kernels.forward(x, cos, sin), plain.PLAIN.forward(x.contiguous(), cos, sin)
+    torch.testing.assert_close(found, wanted, **CLOSE[x.dtype])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 1, 7, 4), (2, 1, 7, 16), (1, 1, 3, 8), (3, 1, 7, 8), (2, 3, 7, 8), (7, 1, 8), (3, 1, 2, 7, 8)],
+    ids=str,
+)
+def test_angles_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    from qlora_train.kernels.triton import rotary as kernels
+
+    x, right, other = numbers(2, 3, 7, 8), numbers(2, 1, 7, 8), numbers(*shape)
+    for cos, sin in ((other, right), (right, other)):
+        for compute in (kernels.forward, kernels.backward):
+            with pytest.raises(ValueError, match=r"not \(batch or 1, 1, seq, features\)"):
+                compute(x, cos, sin)

@@ -34,7 +34,7 @@ def _rotate(
 ):
     batch = (tl.program_id(0) // num_positions).to(tl.int64)
     position = (tl.program_id(0) % num_positions).to(tl.int64)
-    head = tl.program_id(1) * NUM_HEADS + tl.arange(0, NUM_HEADS)
+    head = (tl.program_id(1) * NUM_HEADS + tl.arange(0, NUM_HEADS)).to(tl.int64)
     feature = tl.arange(0, HALF)
     is_feature = feature < half
     inside = (head < num_heads)[:, None] & is_feature[None, :]
@@ -77,6 +77,10 @@ def backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, is_backward: bool) -> Tensor:
     batch, heads, seq, features = x.shape
+    for name, angles in (("cos", cos), ("sin", sin)):
+        # a kernel reads on beyond the end of what is too short, where torch refuses it or repeats it
+        if angles.shape not in {(batch, 1, seq, features), (1, 1, seq, features)}:
+            raise ValueError(f"{name} of {tuple(x.shape)} is {tuple(angles.shape)}, not (batch or 1, 1, seq, features)")
     x, cos, sin = (each if each.stride(-1) == 1 else each.contiguous() for each in (x, cos, sin))
     half = triton.next_power_of_2(features // 2)
     num_heads = min(triton.next_power_of_2(heads), max(1, NUM_ELEMENTS // half))
