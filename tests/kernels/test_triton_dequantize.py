@@ -111,6 +111,39 @@ def test_a_place_whose_rows_are_not_contiguous_is_refused() -> None:
 
 
 @SINGLE_OR_DOUBLE
+def test_a_state_with_too_few_scales_is_refused(double_quant: bool) -> None:
+    packed, state = stored(24, 64, 64, double_quant=double_quant)
+    state.absmax = state.absmax[:-1]
+    with pytest.raises(AssertionError, match="every block has its scale"):
+        found(packed, state, torch.float32)
+
+
+def test_a_state_with_too_few_scales_of_scales_is_refused() -> None:
+    packed, state = stored(257, 64, 64)
+    state.state2.absmax = state.state2.absmax[:-1]
+    with pytest.raises(AssertionError, match="every scale has that of its own"):
+        found(packed, state, torch.float32)
+
+
+@SINGLE_OR_DOUBLE
+def test_a_function_that_torch_compiles_keeps_it_whole(double_quant: bool) -> None:
+    packed, state = stored(24, 64, 64, torch.bfloat16, double_quant=double_quant)
+    moved = QuantState.from_dict(state.as_dict(packed=True), device=torch.device(DEVICE))
+    x, around = torch.ones(3, 64, device=DEVICE), torch.zeros(40, 64, device=DEVICE)
+
+    def compute(x: Tensor, packed: Tensor, around: Tensor) -> Tensor:
+        dispatch.by_triton(packed, moved, torch.float32, around[8:32])
+        return x @ dispatch.by_triton(packed, moved, torch.float32, None).T + around.sum()
+
+    weight = bnb.dequantize_4bit(packed, state).float().to(DEVICE)
+    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, packed.to(DEVICE), around), x @ weight.T + weight.sum())
+    assert torch.equal(around[8:32], weight)
+    assert not around[:8].any()
+    assert not around[32:].any()
+
+
+@SINGLE_OR_DOUBLE
 def test_the_operators_say_truly_what_they_read_write_and_return(double_quant: bool) -> None:
     from qlora_train.kernels.triton import dequantize as kernel
 

@@ -90,6 +90,8 @@ def dequantize_into(
     assert is_contiguous or (out.ndim == 2 and out.stride(1) == 1), "a row of the output is contiguous"
     codes = packed.contiguous().view(torch.uint8)
     assert out.numel() <= 2 * codes.numel(), "every weight has its code"
+    assert out.numel() <= block_size * absmax.numel(), "every block has its scale"
+    assert scales is None or absmax.numel() <= nested_block_size * scales.numel(), "every scale has that of its own"
     block_bytes = block_size // 2
     num_blocks = max(1, NUM_BYTES // block_bytes)
     nested = table is not None
