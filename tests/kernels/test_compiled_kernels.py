@@ -1,5 +1,8 @@
 """What the kernels become for NVIDIA GPUs, compiled on this machine, which needs none: with the launches' own arguments."""
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -28,11 +31,17 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 
 class Compiled:
-    """Stands where a kernel is launched, and compiles it for a GPU instead; `assembly` holds the PTX of each launch."""
+    """Stands where a kernel is launched, and compiles it for a GPU instead.
+
+    Attributes:
+        assembly: the PTX of each launch.
+        machine_code: what ptxas makes of it.
+    """
 
     def __init__(self, kernel: Any, capability: int) -> None:
         self.kernel, self.target = kernel, GPUTarget("cuda", capability, 32)
         self.assembly: list[str] = []
+        self.machine_code: list[bytes] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         assert all(size > 0 for size in grid)
@@ -41,17 +50,24 @@ class Compiled:
     def launch(self, *arguments: Any, **keywords: Any) -> None:
         given = dict(zip(self.kernel.arg_names, arguments, strict=False))
         given |= {name: keywords.pop(name) for name in self.kernel.arg_names if name in keywords}
-        signature, constants = {}, {}
-        for parameter in self.kernel.params:
+        signature, constants, aligned = {}, {}, {}
+        for place, parameter in enumerate(self.kernel.params):
             value = given[parameter.name]
-            if parameter.is_constexpr or value is None:
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[parameter.name] = POINTERS[value.dtype]
+                aligned[place,] = value.data_ptr() % 16 == 0
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
             else:
-                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        source = ASTSource(self.kernel, signature, constants)
-        self.assembly.append(compile_kernel(source, target=self.target, options=keywords).asm["ptx"])
+                signature[parameter.name] = "i32" if value < 2**31 else "i64"
+                aligned[place,] = value % 16 == 0
+        attributes = {place: [["tt.divisibility", 16]] for place, is_so in aligned.items() if is_so}
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        made = compile_kernel(source, target=self.target, options=keywords).asm
+        self.assembly.append(made["ptx"])
+        self.machine_code.append(made["cubin"])
 
 
 @pytest.fixture
@@ -107,4 +123,36 @@ def test_every_other_operation_compiles(dtype: torch.dtype, capability: int, com
     for kernel in kernels:
         for assembly in kernel.assembly:
             assert f".target sm_{capability}" in assembly
-            assert "st.local" not in assembly, "everything fits into registers"
+
+
+OF_A_BLOCK = {rms_norm: ("_forward", "_backward"), gated: ("_forward", "_backward"), rotary: ("_rotate",),
+              dequantize: ("_dequantize",)}  # fmt: skip
+
+
+def test_large_models_fit_into_registers_and_move_sixteen_bytes_at_a_time(compiled: Callable[..., Compiled]) -> None:
+    kernels = [compiled(module, name, 90) for module, names in OF_A_BLOCK.items() for name in names]
+    x = torch.randn(2, 16384).bfloat16()  # as wide as the largest dense models
+    variant = Variant(0.0, rounds_first=True)
+    _, scale = rms_norm.forward(x, x[0], 1e-6, variant)
+    rms_norm.backward(x, x, x[0], scale, variant)
+    gated.forward(x, x, "silu")
+    gated.backward(x, x, x, "silu")
+    rotary.forward(x.view(1, 128, 2, 128), x[:1, :256].view(1, 1, 2, 128), x[:1, :256].view(1, 1, 2, 128))
+    dispatch.by_triton(*bnb.quantize_4bit(x, compress_statistics=True, quant_type="nf4"), torch.bfloat16, None)
+    for kernel in kernels:
+        [assembly], [machine_code] = kernel.assembly, kernel.machine_code
+        used = resource_usage(machine_code)
+        assert used["STACK"] == used["LOCAL"] == 0, f"{kernel.kernel.__name__}: {used}"
+        assert "ld.global.v4.b32" in assembly
+        assert "st.global.v4.b32" in assembly
+        assert not re.search(r"(ld|st)\.global(\.v2)?\.b16", assembly), "no number moves by itself"
+
+
+def resource_usage(machine_code: bytes) -> dict[str, int]:
+    """Return what the one kernel of a cubin takes: registers of a thread, bytes of its stack and of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", said)}
