@@ -1,10 +1,17 @@
-"""When operations stay with plain torch and bitsandbytes."""
+"""When operations stay with plain torch and bitsandbytes, and what else than numbers holds for kernels on a GPU."""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
 
+from qlora_train.kernels.dequantize import dequantize
 from qlora_train.kernels.gpu import has_kernels, runs_triton, works_on
 from tests.kernels.interpreted import IS_INTERPRETED
 
@@ -23,3 +30,57 @@ def test_where_triton_fails_it_is_said_once(caplog: pytest.LogCaptureFixture, mo
     assert [works_on(device), works_on(device)] == [False, False]
     [message] = caplog.messages
     assert message.startswith("no Triton kernels on cpu, bitsandbytes and plain torch compute instead: ")
+
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_without_a_c_compiler_triton_is_found_not_to_work(tmp_path: Path) -> None:
+    code = "import torch; from qlora_train.kernels.gpu import works_on; print(works_on(torch.device('cuda', 0)))"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")}
+    environment |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
+    assert "C compiler" in done.stderr
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_a_cuda_graph_repeats_every_kernel_on_other_numbers() -> None:
+    from qlora_train.kernels.rms_norm import Variant
+    from qlora_train.kernels.triton import gated, rms_norm, rotary
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+    packed, state = bnb.quantize_4bit(numbers(64, 128), compress_statistics=True, quant_type="nf4")
+    x, up, grad, weight, cos, sin = numbers(6, 128), numbers(6, 128), numbers(6, 128), *numbers(3, 1, 1, 6, 128)
+    variant = Variant(0.0, rounds_first=True)
+    assert has_kernels(packed)
+
+    def compute() -> list[Tensor]:
+        y, scale = rms_norm.forward(x, weight[0, 0, 0], 1e-6, variant)
+        return [
+            dequantize(packed, state, torch.bfloat16),
+            dequantize(packed, state, torch.bfloat16, out=torch.empty(64, 256, device="cuda", dtype=x.dtype)[:, :128]),
+            *(y, scale, rms_norm.backward(grad, x, weight[0, 0, 0], scale, variant)),
+            *(gated.forward(x, up, "silu"), *gated.backward(grad, x, up, "silu")),
+            *(rotary.forward(x[None, None], cos, sin), rotary.backward(grad[None, None], cos, sin)),
+        ]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        compute()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = compute()
+    for given in (x, up, grad, weight, cos, sin, packed):
+        given.copy_(given.flip(0, -1))
+    packed.copy_(packed.roll(7))
+    graph.replay()
+    for repeated, wanted in zip(found, compute(), strict=True):
+        assert torch.equal(repeated, wanted)
