@@ -110,6 +110,17 @@ def test_a_place_whose_rows_are_not_contiguous_is_refused() -> None:
         found(packed, state, torch.float32, out=torch.zeros(64, 24, device=DEVICE).T)
 
 
+def test_autograd_learns_that_a_place_was_written_to() -> None:
+    packed, state = stored(24, 64, 64)
+    factor, place = torch.ones(24, 64, device=DEVICE, requires_grad=True), torch.ones(24, 64, device=DEVICE)
+    product = factor * place
+    found(packed, state, torch.float32, out=place)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with torch.inference_mode():
+        assert torch.equal(found(packed, state, torch.float32, out=torch.ones_like(place)), place.cpu())
+
+
 @SINGLE_OR_DOUBLE
 def test_a_state_with_too_few_scales_is_refused(double_quant: bool) -> None:
     packed, state = stored(24, 64, 64, double_quant=double_quant)
