@@ -49,7 +49,11 @@ class GatedMlp:
         own, [layer] = self.module.forward, down.layers
 
         def compute(x: Tensor) -> Tensor:
-            return gated_linear(*self._gate_and_up(x), self.activation, down.now())
+            gate, up = self._gate_and_up(x)
+            if not gate.dtype == up.dtype == down.weights[0].dtype:
+                product: Tensor = layer(self.activation.forward(gate) * up)
+                return product
+            return gated_linear(gate, up, self.activation, down.now())
 
         def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
             if arguments or keywords or not down.applies(layer):
