@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_train.kernels.gpu import runs_triton
+from qlora_train.kernels import gpu
 from qlora_train.kernels.lora_linear import LoraLayers, Rounded, gradients, products
 
 
@@ -85,7 +85,7 @@ PLAIN = _Operation(_product, _product_again)
 
 
 def _operation(x: Tensor) -> _Operation:
-    if runs_triton(x):
+    if gpu.runs_triton(x):
         from qlora_train.kernels.triton import gated as kernels
 
         def product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:

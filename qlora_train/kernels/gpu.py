@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -21,6 +22,14 @@ class Operation(NamedTuple):
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+
+
+def operation(x: Tensor, plain: Operation, name: str) -> Operation:
+    """Return the passes of an operation where x is: the plain ones, or those of the kernels' file of this name."""
+    if not runs_triton(x):
+        return plain
+    kernels = import_module(f"qlora_train.kernels.triton.{name}")
+    return Operation(kernels.forward, kernels.backward)
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -47,6 +56,6 @@ def works_on(device: torch.device) -> bool:
             return True
         problem = "a kernel computes wrong numbers"
     except Exception as error:  # of Triton, of the compilers it calls, or of the driver
-        problem = f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     logger.warning("no Triton kernels on %s, bitsandbytes and plain torch compute instead: %s", device, problem)
     return False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_train.kernels.gpu import Operation, runs_triton
+from qlora_train.kernels.gpu import Operation, operation
 
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 
@@ -88,19 +88,11 @@ def _applied(weight: Tensor, variant: Variant) -> Tensor:
 PLAIN = Operation(_forward, _backward)
 
 
-def _operation(x: Tensor) -> Operation:
-    if runs_triton(x):
-        from qlora_train.kernels.triton import rms_norm as kernels
-
-        return Operation(kernels.forward, kernels.backward)
-    return PLAIN
-
-
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, variant: Variant) -> Tensor:
         y: Tensor
-        y, scale = _operation(x).forward(x, weight, eps, variant)
+        y, scale = operation(x, PLAIN, "rms_norm").forward(x, weight, eps, variant)
         ctx.save_for_backward(x, weight, scale)
         ctx.variant = variant
         return y
@@ -108,4 +100,4 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        return _operation(x).backward(grad, x, weight, scale, ctx.variant), None, None, None
+        return operation(x, PLAIN, "rms_norm").backward(grad, x, weight, scale, ctx.variant), None, None, None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_train.kernels.gpu import Operation, runs_triton
+from qlora_train.kernels.gpu import Operation, operation
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -47,22 +47,14 @@ def _backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 PLAIN = Operation(_forward, _backward)
 
 
-def _operation(x: Tensor) -> Operation:
-    if runs_triton(x):
-        from qlora_train.kernels.triton import rotary as kernels
-
-        return Operation(kernels.forward, kernels.backward)
-    return PLAIN
-
-
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        y: Tensor = _operation(x).forward(x, cos, sin)
+        y: Tensor = operation(x, PLAIN, "rotary").forward(x, cos, sin)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _operation(grad).backward(grad, cos, sin), None, None
+        return operation(grad, PLAIN, "rotary").backward(grad, cos, sin), None, None

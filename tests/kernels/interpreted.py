@@ -4,12 +4,13 @@ Triton decides at import whether it interprets, so `test_interpreted.py` starts 
 """
 
 import os
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from qlora_train.kernels import gpu
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process interprets kernels, on CPU tensors, instead of compiling them for a GPU."""
@@ -30,9 +31,9 @@ CLOSE = {
 """How far kernels may be from the plain code: sums in another order, which may round one number to its neighbour."""
 
 
-def use_kernels(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
-    """Have an operation, in its module, run as kernels on the tensors of this process."""
-    monkeypatch.setattr(module, "runs_triton", lambda x: True)
+def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have operations run as kernels on the tensors of this process."""
+    monkeypatch.setattr(gpu, "runs_triton", lambda x: True)
 
 
 def round_like_a_gpu() -> None:

@@ -63,7 +63,7 @@ def test_gate_and_up_may_be_halves_of_one(name: str) -> None:
 
 @NAMES
 def test_gradients_of_the_layer_are_those_of_autograd_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_kernels(monkeypatch, plain)
+    use_kernels(monkeypatch)
     linear = nn.Linear(6, 10, device=DEVICE).requires_grad_(False)
     leaves = [
         each.requires_grad_() for each in (*(numbers(2, 7, 6, seed=s) for s in (0, 1)), numbers(3, 6), numbers(10, 3))

@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,11 +11,11 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
-from qlora_train.kernels import dequantize, expert_weights, frozen_weight, gated, rms_norm, rotary
+from qlora_train.kernels import dequantize, expert_weights, frozen_weight
 from qlora_train.kernels.fast_path import install
 from qlora_train.loss import label_losses
 from qlora_train.trainer.gradients import difference, gradients_of
-from tests.kernels.interpreted import DEVICE, needs_its_device
+from tests.kernels.interpreted import DEVICE, needs_its_device, use_kernels
 from tests.runs import adapted_model
 
 pytestmark = needs_its_device
@@ -24,22 +24,26 @@ IDS = torch.arange(60).reshape(3, 20) * 5 % 300 + 4
 
 @pytest.fixture
 def used(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Have every operation run as a kernel, and count how often each is asked for."""
+    """Have every operation run as a kernel, and count how often each does."""
     counts: Counter[str] = Counter()
+    use_kernels(monkeypatch)
 
-    def decide_for(module: ModuleType) -> None:
-        def decide(x: Tensor) -> bool:
-            counts[module.__name__.rpartition(".")[2]] += 1
-            return True
+    def count(name: str) -> None:
+        kernels = import_module(f"qlora_train.kernels.triton.{name}")
+        forward = kernels.forward
 
-        monkeypatch.setattr(module, "runs_triton", decide)
+        def counted(*arguments: Any) -> Any:
+            counts[name] += 1
+            return forward(*arguments)
+
+        monkeypatch.setattr(kernels, "forward", counted)
 
     def by_triton(packed: Tensor, state: QuantState, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
         counts["dequantize"] += 1
         return dequantize.by_triton(packed, state, dtype, out)
 
-    for module in (rms_norm, gated, rotary):
-        decide_for(module)
+    for name in ("rms_norm", "gated", "rotary"):
+        count(name)
     for module in (frozen_weight, expert_weights):
         monkeypatch.setattr(module, "dequantize", by_triton)
     return counts

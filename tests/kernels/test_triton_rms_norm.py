@@ -38,7 +38,7 @@ def test_both_passes_are_those_of_the_plain_code(shape: tuple[int, ...], variant
 
 @VARIANTS
 def test_gradients_are_those_of_autograd_in_float64(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_kernels(monkeypatch, plain)
+    use_kernels(monkeypatch)
     x, weight, grad = numbers(6, 70), numbers(70, seed=1), numbers(6, 70, seed=2)
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
     found = rms_norm(leaf, weight, EPS, variant)

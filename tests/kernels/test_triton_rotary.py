@@ -51,7 +51,7 @@ def test_both_passes_are_those_of_the_plain_code(
 def test_pairs_of_features_turn_and_their_gradients_turn_back(
     shape: tuple[int, int, int, int], one_row_of_angles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_kernels(monkeypatch, plain)
+    use_kernels(monkeypatch)
     batch, _, seq, features = shape
     angles = numbers(1 if one_row_of_angles else batch, 1, seq, features // 2, seed=1).double()
     x, grad = numbers(*shape), numbers(*shape, seed=2)

@@ -139,19 +139,9 @@ def _make(
     return out
 
 
-def _make_fake(
-    packed: Tensor,
-    codebook: Tensor,
-    absmax: Tensor,
-    block_size: int,
-    shape: list[int],
-    rounded_to: torch.dtype,
-    dtype: torch.dtype,
-    table: Tensor | None,
-    scales: Tensor | None,
-    offset: Tensor | None,
-    nested_block_size: int,
-) -> Tensor:
+def _make_fake(packed: Tensor, *others: Any) -> Tensor:
+    """Return an empty tensor of the shape and dtype that `_make` returns for these arguments."""
+    _codebook, _absmax, _block_size, shape, _rounded_to, dtype, *_nested = others
     return packed.new_empty(shape, dtype=dtype)
 
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_train.kernels.triton.rows import rows_of
+
 NUM_ELEMENTS = 1024
 SQRT_1_2 = tl.constexpr(0.7071067811865476)
 SQRT_2_PI = tl.constexpr(0.7978845608028654)
@@ -98,7 +100,7 @@ def _backward(
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return f(gate) * up, (..., features), where `activation` names f."""
-    gates, ups = _rows(gate), _rows(up)
+    gates, ups = rows_of(gate), rows_of(up)
     product = gate.new_empty(gate.shape)
     with torch.cuda.device_of(gate):
         _forward[_grid(gates)](
@@ -110,7 +112,7 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and of up, (..., features), for that of their product."""
-    grads, gates, ups = _rows(grad), _rows(gate), _rows(up)
+    grads, gates, ups = rows_of(grad), rows_of(gate), rows_of(up)
     grad_gate, grad_up = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     with torch.cuda.device_of(gate):
         _backward[_grid(gates)](
@@ -118,12 +120,6 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[T
             ACTIVATION=activation, NUM_ELEMENTS=NUM_ELEMENTS, enable_fp_fusion=False,
         )  # fmt: skip
     return grad_gate, grad_up
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Return x as (rows, features) with contiguous rows, copied where it does not lie like that."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _grid(rows: Tensor) -> tuple[int, int]:

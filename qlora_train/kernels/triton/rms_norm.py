@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_train.kernels.rms_norm import Variant
+from qlora_train.kernels.triton.rows import rows_of
 
 NUM_ELEMENTS = 2048
 """Numbers that one program works on, where a row has no more of them."""
@@ -88,7 +89,7 @@ def _backward(
 
 def forward(x: Tensor, weight: Tensor, eps: float, variant: Variant) -> tuple[Tensor, Tensor]:
     """Return the normalised x, (..., features), and the scale of each row, (..., 1) float32."""
-    rows = _rows(x)
+    rows = rows_of(x)
     dtype = torch.promote_types(x.dtype, weight.dtype) if variant.rounds_first else x.dtype
     y = x.new_empty(x.shape, dtype=dtype)
     scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -103,7 +104,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, variant: Variant) -> tuple[Te
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, variant: Variant) -> Tensor:
     """Return the gradient of x, (..., features)."""
-    grads, rows = _rows(grad), _rows(x)
+    grads, rows = rows_of(grad), rows_of(x)
     grad_x = x.new_empty(x.shape)
     grid, constants = _division(rows)
     with torch.cuda.device_of(x):
@@ -112,12 +113,6 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, variant: Va
             ROUNDS_FIRST=variant.rounds_first, **constants,
         )  # fmt: skip
     return grad_x
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Return x as (rows, features) with contiguous rows, copied where it does not lie like that."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _division(rows: Tensor) -> tuple[tuple[int], dict[str, int | bool]]:
