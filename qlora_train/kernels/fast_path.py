@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from qlora_train.kernels.frozen_weight import FrozenWeight
 from qlora_train.kernels.groups import Group, InputGroups
-from qlora_train.kernels.looked_up import LookedUp
+from qlora_train.kernels.looked_up import REPLACEMENTS, LookedUp
 from qlora_train.kernels.mlp import GatedMlp
 from qlora_train.kernels.rms_norm import Variant, eps_of, find_variant, rms_norm
 
 Bound = Callable[..., Any]
-
-NAMES = {"apply_rotary_pos_emb": "rotary embeddings", "eager_attention_forward": "attentions"}
 
 
 @dataclass
@@ -124,7 +122,7 @@ def _put_looked_up(fast: FastPath, found: LookedUp) -> None:
         return (changed if torch.is_grad_enabled() else own)(*arguments, **keywords)
 
     for name in functions:
-        fast.counts[NAMES[name]] += 1
+        fast.counts[REPLACEMENTS[name].said] += 1
     fast.bind(found.module, forward)
 
 

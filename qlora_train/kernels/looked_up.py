@@ -52,16 +52,29 @@ def _attention(own: Function) -> Function:
     return eager_attention_forward
 
 
-OPERATIONS: Mapping[str, Callable[[Function], Function]] = {
-    "apply_rotary_pos_emb": _rotary,
-    "eager_attention_forward": _attention,
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What takes a function's place.
+
+    Attributes:
+        said: what several of it are called.
+        make: makes the operation, which hands on to the function what it does not compute.
+    """
+
+    said: str
+    make: Callable[[Function], Function]
+
+
+REPLACEMENTS: Mapping[str, Replacement] = {
+    "apply_rotary_pos_emb": Replacement("rotary embeddings", _rotary),
+    "eager_attention_forward": Replacement("attentions", _attention),
 }
-"""By name of the function: what makes an operation for its place, which hands on to it what it does not compute."""
+"""By name of the function."""
 
 
 @dataclass
 class LookedUp:
-    """The functions of `OPERATIONS` that a module looks up, and what they were called with last."""
+    """The functions of `REPLACEMENTS` that a module looks up, and what they were called with last."""
 
     module: Any
     own: dict[str, Function] = field(default_factory=dict)
@@ -73,7 +86,7 @@ class LookedUp:
         forward = type(module).forward
         if not isinstance(forward, FunctionType) or "forward" in vars(module):
             return None
-        names = OPERATIONS.keys() & set(forward.__code__.co_names) & forward.__globals__.keys()
+        names = REPLACEMENTS.keys() & set(forward.__code__.co_names) & forward.__globals__.keys()
         return cls(module, {name: forward.__globals__[name] for name in sorted(names)}) if names else None
 
     def forward_with(self, functions: Mapping[str, Function]) -> Function:
@@ -103,7 +116,7 @@ class LookedUp:
 
     def replaced(self) -> dict[str, Function]:
         """Return the operations that compute what the functions did."""
-        made = {name: OPERATIONS[name](self.own[name]) for name in self.calls}
+        made = {name: REPLACEMENTS[name].make(self.own[name]) for name in self.calls}
         return {name: made[name] for name in made if _same(self.own[name], made[name], *self.calls[name])}
 
 
@@ -112,10 +125,11 @@ def _same(own: Function, other: Function, arguments: tuple[Any, ...], keywords: 
     exact = [_exact(each) for each in arguments], {name: _exact(each) for name, each in keywords.items()}
     try:
         wanted, found = own(*exact[0], **exact[1]), other(*exact[0], **exact[1])
-    except (TypeError, RuntimeError, ValueError, AttributeError):  # other arguments, or other shapes
+        pairs = [(one, two) for one, two in zip(wanted, found, strict=True) if two is not None]
+        same = [one.shape == two.shape and torch.allclose(one, two, TOLERANCE, TOLERANCE) for one, two in pairs]
+    except (TypeError, RuntimeError, ValueError, AttributeError):  # other arguments, or other results
         return False
-    pairs = [(one, two) for one, two in zip(wanted, found, strict=True) if two is not None]
-    return all(one.shape == two.shape and torch.allclose(one, two, TOLERANCE, TOLERANCE) for one, two in pairs)
+    return bool(same) and all(same)
 
 
 def _exact(argument: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 from qlora_train.kernels.frozen_weight import FrozenWeight
 from qlora_train.kernels.gated import ACTIVATIONS, gated_linear
 from qlora_train.kernels.grouped_attention import grouped_attention
+from qlora_train.kernels.looked_up import LookedUp
 from qlora_train.kernels.lora_linear import LoraLayers, lora_linears
 from qlora_train.kernels.rotary import rotate
 
@@ -132,3 +134,19 @@ def test_attention_of_grouped_heads(key_heads: int, masked: bool) -> None:
         numbers(BATCH, 4, SEQ, features), numbers(BATCH, key_heads, SEQ, features),
         numbers(BATCH, key_heads, SEQ, value_features),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda q, k, cos, sin: q,  # one result
+        lambda q, k, cos, sin: (q, k, cos),  # three
+        lambda q, k, cos, sin: (q[..., :2], k),  # another shape
+        lambda q, k, cos, sin: (q * cos[:, None], k * sin[:, None]),  # other numbers
+        lambda q, k, cos, sin: (None, None),  # none to compare with
+    ],
+    ids=["one result", "three results", "another shape", "other numbers", "nothing"],
+)
+def test_a_function_that_computes_something_else_keeps_its_place(own: Callable[..., Any]) -> None:
+    call = (numbers(1, 4, SEQ, 8), numbers(1, 2, SEQ, 8), numbers(1, SEQ, 8), numbers(1, SEQ, 8)), {}
+    assert not LookedUp(nn.Identity(), {"apply_rotary_pos_emb": own}, {"apply_rotary_pos_emb": call}).replaced()
