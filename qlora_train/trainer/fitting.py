@@ -12,7 +12,7 @@ from qlora_train.errors import TrainingError, first_line, is_out_of_memory
 from qlora_train.ladder import Able, next_rung, overrides, typed
 from qlora_train.trainer.recompute import kept_bytes, plan_levels
 from qlora_train.trainer.sft import QloraTrainer
-from qlora_train.trainer.trial import Trial, compute_largest_batch, try_largest_batches
+from qlora_train.trainer.trial import Trial, attempt, compute_largest_batch, try_largest_batches
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +67,18 @@ def keep_more(trainer: QloraTrainer, trial: Trial, budget_bytes: float) -> Trial
     layers = trainer.recomputation
     if not layers.can("layer"):
         return trial
-    kept = kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer))
+    kept, problem = attempt(lambda: kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer)))
     for share in SHARES_OF_BUDGET:
+        if kept is None:
+            break
         layers.set(plan_levels(kept, layers.work, share * budget_bytes))
         tried = try_largest_batches(trainer)
         if tried.failed is None:
             logger.info("recompute: %s (train.recompute: auto)", layers.described())
             return tried
+        problem = tried.reason
     layers.set("layer")
+    logger.warning("recompute: layer; letting layers keep more was tried and did not fit (%s)", problem)
     return trial
 
 

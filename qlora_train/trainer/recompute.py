@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 Level = Literal["none", "mlp", "layer"]
 LEVELS: tuple[Level, ...] = ("none", "mlp", "layer")
 
-NOT_MEASURED = -1
-"""Place of what a model keeps outside its layers."""
+OUTSIDE = -1
+"""The place that is no layer's."""
 
 
 class Recomputation:
@@ -145,21 +145,23 @@ def kept_bytes(model: nn.Module, recomputation: Recomputation, run: Callable[[],
         run: computes a batch with it, with gradients, and makes none.
     """
     before, found = list(recomputation.levels), {}
-    for level in LEVELS:
-        if recomputation.can(level):
-            recomputation.set(level)
-            with _counting(model, recomputation.layers) as sizes:
-                run()
-            found[level] = [sizes[place] for place in range(len(recomputation.layers))]
-    recomputation.set(before)
+    try:
+        for level in LEVELS:
+            if recomputation.can(level):
+                recomputation.set(level)
+                with _counting(model, recomputation.layers) as sizes:
+                    run()
+                found[level] = [sizes[place] for place in range(len(recomputation.layers))]
+    finally:
+        recomputation.set(before)
     return found
 
 
 @contextmanager
 def _counting(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[Mapping[int, int]]:
     """Count the bytes of the tensors that autograd saves while each layer computes; nothing is kept."""
-    sizes = dict.fromkeys((NOT_MEASURED, *range(len(layers))), 0)
-    now, seen = NOT_MEASURED, dict[int, torch.UntypedStorage]()
+    sizes = dict.fromkeys((OUTSIDE, *range(len(layers))), 0)
+    now, seen = OUTSIDE, dict[int, torch.UntypedStorage]()
 
     def begin(place: int) -> Callable[..., None]:
         def note(*_: Any) -> None:
@@ -171,12 +173,12 @@ def _counting(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[Mapping
 
     def pack(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        if now != NOT_MEASURED and storage.data_ptr() not in seen:
+        if now != OUTSIDE and storage.data_ptr() not in seen:
             seen[storage.data_ptr()] = storage  # held, so that no other tensor of the layer takes its place
             sizes[now] += storage.nbytes()
 
     handles = [layer.register_forward_pre_hook(begin(place)) for place, layer in enumerate(layers)]
-    handles += [layer.register_forward_hook(begin(NOT_MEASURED)) for layer in layers]
+    handles += [layer.register_forward_hook(begin(OUTSIDE)) for layer in layers]
     try:
         with but_for_weights(model, saved_tensors_hooks(pack, lambda _: torch.empty(0))):
             yield sizes

@@ -6,7 +6,7 @@ Afterwards the run is as if nothing had been: no gradient, no step, every random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from qlora_train.loss import IGNORED
 from qlora_train.trainer.largest import largest_eval_batches, largest_micro_batch
 from qlora_train.trainer.sft import QloraTrainer
 from qlora_train.trainer.traces import without_trace
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ def try_largest_batches(trainer: QloraTrainer) -> Trial:
     # as the training loop will do, which leaves a model as it is that is prepared already
     model = trainer.accelerator.prepare_model(trainer.model)
     with without_trace(model):
-        reason = _reason_not_to_fit(lambda: _train(trainer, model, batch))
+        _, reason = attempt(lambda: _train(trainer, model, batch))
         if reason is not None:
             return Trial(tried, "training", reason)
         for rows in largest_eval_batches(data.eval, config.train.per_device_eval_batch_size) if data.eval else ():
             longest = max(len(row.input_ids) for row in rows)
             tried_there = f"evaluating {len(rows)} x {longest} tokens"
-            reason = _reason_not_to_fit(lambda rows=rows: _evaluate(trainer, rows))  # type: ignore[misc]
+            _, reason = attempt(lambda rows=rows: _evaluate(trainer, rows))  # type: ignore[misc]
             if reason is not None:
                 return Trial(tried_there, "evaluation", reason)
             tried = f"{tried}, {tried_there}"
@@ -74,9 +76,9 @@ def compute_largest_batch(trainer: QloraTrainer) -> None:
     """Run the largest micro-batch forward, as in training, without a trace."""
     loaded = trainer.adapted.loaded
     batch = largest_micro_batch(trainer.examples, trainer.config, loaded.tokenizer.pad_token_id, loaded.device)
-    with without_trace(trainer.model), trainer.compute_loss_context_manager():
+    with without_trace(trainer.model):
         trainer.model.train()
-        trainer.label_losses(trainer.model, {name: tensor.to(loaded.device) for name, tensor in batch.items()})
+        _mean_loss(trainer, trainer.model, batch)
 
 
 def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
@@ -93,10 +95,13 @@ def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
             trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     for _ in range(min(2, args.gradient_accumulation_steps)):  # the second beside the gradients of the first
-        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-        with trainer.compute_loss_context_manager():
-            loss = trainer.label_losses(model, inputs).nats.mean()
-        trainer.accelerator.backward(loss)
+        trainer.accelerator.backward(_mean_loss(trainer, model, batch))
+
+
+def _mean_loss(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> torch.Tensor:
+    inputs = {name: tensor.to(trainer.adapted.loaded.device) for name, tensor in batch.items()}
+    with trainer.compute_loss_context_manager():
+        return trainer.label_losses(model, inputs).nats.mean()
 
 
 def _evaluate(trainer: QloraTrainer, rows: list[Any]) -> None:
@@ -104,18 +109,16 @@ def _evaluate(trainer: QloraTrainer, rows: list[Any]) -> None:
     held_out_loss(trainer.model, rows, batch_size=len(rows), pad_token_id=pad_token_id)
 
 
-def _reason_not_to_fit(action: Callable[[], None]) -> str | None:
-    """Do something and return what was said when memory ran out, or None; what it had taken is free again."""
-    reason = None
+def attempt(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """Do something and return its result, or what was said when memory ran out; what it had taken is free again then."""
     try:
-        action()
+        return action(), None
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         reason = first_line(error)
-    if reason is not None:
-        free_memory()  # only here, where nothing refers to the error's frames any more
-    return reason
+    free_memory()  # only here, where nothing refers to the error's frames any more
+    return None, reason
 
 
 def _size(batch: Batch) -> str:
