@@ -26,10 +26,12 @@ class Able:
     Attributes:
         on_gpu: it is on a GPU, beside which there is the host's memory.
         recomputes: its layers can be computed again in the backward pass.
+        recomputes_all: all of them are, from their inputs on.
     """
 
     on_gpu: bool
     recomputes: bool
+    recomputes_all: bool
 
 
 Rung = Callable[[TrainSection, Able], TrainSection | None]
@@ -47,9 +49,7 @@ def split_micro_batch(train: TrainSection, _able: Able) -> TrainSection | None:
 
 def recompute(train: TrainSection, able: Able) -> TrainSection | None:
     """Keep a layer's input alone, and compute the layer again in the backward pass."""
-    asked = train.recompute == "layer" or (train.recompute == "auto" and able.on_gpu)
-    already = train.gradient_checkpointing is True or (train.gradient_checkpointing == "auto" and asked)
-    if already or not able.recomputes:
+    if train.gradient_checkpointing is True or able.recomputes_all or not able.recomputes:
         return None
     return train.model_copy(update={"gradient_checkpointing": True, "recompute": "auto"})
 

@@ -1,13 +1,15 @@
 """The ladder: every rung keeps the rows of a step, each is taken once, the bottom is reached."""
 
+from dataclasses import replace
+
 import pytest
 
 from qlora_train.config.schema import TrainSection
 from qlora_train.ladder import Able, next_rung, overrides, typed
 
-EVERYTHING = Able(on_gpu=True, recomputes=True)
-CPU = Able(on_gpu=False, recomputes=True)
-NOTHING = Able(on_gpu=False, recomputes=False)
+EVERYTHING = Able(on_gpu=True, recomputes=True, recomputes_all=False)
+CPU = Able(on_gpu=False, recomputes=True, recomputes_all=False)
+NOTHING = Able(on_gpu=False, recomputes=False, recomputes_all=False)
 
 
 def settings(rows: int, steps: int, **others: object) -> TrainSection:
@@ -56,9 +58,11 @@ def test_what_cannot_be_done_or_is_done_already_is_left_out() -> None:
     assert ladder(done, EVERYTHING) == []
 
 
-def test_auto_checkpointing_counts_as_on_on_a_gpu_and_as_off_on_a_cpu() -> None:
-    assert {"gradient_checkpointing": True} in ladder(settings(1, 1), CPU)
-    assert {"gradient_checkpointing": True} not in ladder(settings(1, 1), EVERYTHING)
+def test_layers_that_keep_more_than_their_input_are_recomputed_and_no_others() -> None:
+    some = ladder(settings(1, 1, recompute="mlp"), EVERYTHING)
+    assert some[0] == {"gradient_checkpointing": True, "recompute": "auto"}
+    assert ladder(settings(1, 1), EVERYTHING)[0] == {"gradient_checkpointing": True}  # a plan that turned out too large
+    assert ladder(settings(1, 1), replace(EVERYTHING, recomputes_all=True)) == [{"activation_offloading": True}]
 
 
 def test_an_evaluation_that_does_not_fit_changes_evaluation_alone() -> None:

@@ -13,7 +13,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from qlora_train.checkpoint import RunFolder
 from qlora_train.errors import ConfigError
 from qlora_train.kernels.fast_path import install
-from qlora_train.ladder import Able, next_rung
 from qlora_train.loss import label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.trainer.fitting import keep_more
@@ -186,15 +185,3 @@ def test_what_a_model_cannot_do_is_one_line(pico: Pico, tmp_path: Path) -> None:
         train_run(tmp_path, pico("gpt_neox"), "train.recompute=mlp", name="other")
     with pytest.raises(ConfigError, match="recompute: mlp both say what is computed again; drop one of them"):
         make_config(tmp_path, pico("llama"), "train.recompute=mlp", "train.gradient_checkpointing=true")
-
-
-def test_the_ladder_takes_what_is_not_recomputed_yet(tmp_path: Path, pico_llama: Path) -> None:
-    able = Able(on_gpu=False, recomputes=True)
-    one_row = ("train.per_device_train_batch_size=1",)
-    train = make_config(tmp_path, pico_llama, *one_row, "train.recompute=mlp").train
-    smaller = next_rung(train, able, "training")
-    assert smaller is not None
-    assert (smaller.gradient_checkpointing, smaller.recompute) == (True, "auto")
-    assert (
-        next_rung(make_config(tmp_path, pico_llama, *one_row, "train.recompute=layer").train, able, "training") is None
-    )

@@ -125,6 +125,7 @@ def _able(trainer: QloraTrainer) -> Able:
     return Able(
         on_gpu=trainer.adapted.loaded.device.type == "cuda",
         recomputes=trainer.adapted.loaded.model.supports_gradient_checkpointing,
+        recomputes_all=trainer.args.gradient_checkpointing or trainer.recomputation.keeps_inputs_alone,
     )
 
 

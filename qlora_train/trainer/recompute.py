@@ -46,6 +46,11 @@ class Recomputation:
         self._mlps = [[mlp for mlp in mlps if mlp.module in set(layer.modules())] for layer in self.layers]
         self.levels: list[Level] = ["none"] * len(self.layers)
 
+    @property
+    def keeps_inputs_alone(self) -> bool:
+        """Whether every layer is computed again from its input."""
+        return set(self.levels) == {"layer"}
+
     def can(self, level: Level) -> bool:
         """Say whether any layer has a level of its own."""
         return {"none": True, "mlp": any(self._mlps), "layer": bool(self.layers)}[level]
