@@ -367,7 +367,7 @@ def test_wheels_of_each_folder_go_into_a_folder_with_a_python_of_its_own(tmp_pat
             wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: measured-package\nVersion: {version}\n")
             wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
             wheel.writestr(f"{about}/RECORD", "")
-    ended = gpu_benchmark(tmp_path, "kernels", str(tmp_path / "wheels"))
+    ended = gpu_benchmark(tmp_path, "install", str(tmp_path / "wheels"))
     assert ended.returncode == 0, ended.stderr
     for name, version in (("ours", "1.0"), ("unsloth", "2.0")):
         code = "import measured_package; print(measured_package.VERSION)"
