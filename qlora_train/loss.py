@@ -22,15 +22,17 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from qlora_train.kernels.cross_entropy import losses_and_gradient_
+
 IGNORED = -100
 """Label of a token without loss, as torch's cross-entropy and Transformers have it."""
 
 FLOAT32_BYTES = 64 << 20
 """Most float32 logits that an evaluation makes at once, however large batch and vocabulary are."""
 
-CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
-"""Most float32 logits that a training step makes at once: what a CPU's allocator gives out without asking the system for
-pages each time, and enough rows for a GPU's matrix products."""
+CHUNK_BYTES = {"cpu": 60 << 20, "cuda": 512 << 20}
+"""Most logits that a training step makes at once, counted as float32: enough rows for good matrix products, and in 16 bits
+no larger than what a CPU's allocator keeps (`device.LARGEST_ON_HEAP`)."""
 
 MIN_CHUNK_TOKENS = 64
 """Fewest labels whose logits are made at once: each chunk reads the whole head."""
@@ -229,7 +231,7 @@ def _losses_in_chunks(
     def logits_of(some: torch.Tensor) -> torch.Tensor:
         vars(decoder)["forward"] = lambda *_arguments, **_keywords: _DecoderOutput(last_hidden_state=some[None])
         try:
-            logits: torch.Tensor = head(use_cache=False).logits[0]
+            logits: torch.Tensor = head(use_cache=False).logits.flatten(0, 1)
         finally:
             del vars(decoder)["forward"]
         return logits
@@ -249,8 +251,8 @@ def _losses_in_chunks(
 class _FrozenHead(torch.autograd.Function):
     """Losses under a head that does not train.
 
-    A loss depends on its own hidden state alone. So its gradient, softmax(logits) less 1 at the target, is made at once, in
-    the place of the log-probabilities: logits are neither kept nor made again.
+    A loss depends on its own hidden state alone. So its gradient is made at once, in the place of the logits, which are
+    neither kept nor made again.
     """
 
     @staticmethod
@@ -260,15 +262,15 @@ class _FrozenHead(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         losses, gradients = [], []
         for some, wanted in zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-            leaf, places = some.detach().requires_grad_(needs_gradient), wanted[:, None]
+            leaf = some.detach().requires_grad_(needs_gradient)
             with torch.set_grad_enabled(needs_gradient):
                 logits = logits_of(leaf)
-            log_probabilities = functional.log_softmax(logits.detach(), -1, dtype=torch.float32)
-            losses.append(-log_probabilities.gather(1, places)[:, 0])
-            if needs_gradient:
-                grad = log_probabilities.exp_()
-                grad.scatter_add_(1, places, grad.new_full(places.shape, -1))
-                gradients += torch.autograd.grad(logits, leaf, grad.to(logits.dtype))
+            if not needs_gradient:
+                losses.append(_negative_log_likelihoods(logits, wanted))
+                continue
+            gradient = logits.detach()
+            losses.append(losses_and_gradient_(gradient, wanted))
+            gradients += torch.autograd.grad(logits, leaf, gradient)
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
@@ -288,7 +290,10 @@ def chunk_tokens_of(model: Any) -> int | None:
 
 
 def can_chunk(model: Any) -> bool:
-    """Say whether the loss in chunks is the loss on this very model, which is run on a few tokens."""
+    """Say whether the loss in chunks is the loss on this very model, which is run on a few tokens.
+
+    With an adapter on it, gradients are made too: they take the place of the logits, which some operations would need.
+    """
     whole, chunks = _on_a_few_tokens(model, None), _on_a_few_tokens(model, 3)
     if whole is None or chunks is None:
         return False  # an outermost module that is built otherwise
@@ -309,7 +314,8 @@ def _on_a_few_tokens(model: Any, chunk_tokens: int | None, *, with_balance: bool
     was_training = model.training
     model.eval()
     try:
-        return label_losses(model, chunk_tokens, input_ids=tokens, labels=tokens, with_balance=with_balance)
+        with torch.set_grad_enabled(chunk_tokens is not None):
+            return label_losses(model, chunk_tokens, input_ids=tokens, labels=tokens, with_balance=with_balance)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):

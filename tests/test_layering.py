@@ -21,7 +21,7 @@ FOUNDATIONS = {
     "errors": set(), "secrets": set(), "network": set(), "faults": set(), "stopping": set(),
     "config": {"errors", "secrets"}, "architectures": {"errors"}, "durable": {"faults"}, "device": {"errors"},
     "ladder": {"config"}, "footprint": set(),
-    "kernels": set(), "loss": set(),
+    "kernels": set(), "loss": {"kernels"},
 }  # fmt: skip
 """What everything stands on, and all of ours that it may import."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}

@@ -155,6 +155,17 @@ def test_a_model_whose_logits_need_more_than_hidden_states_is_recognised() -> No
     assert not can_chunk(_LogitsOfItsOwn(adapted("llama").get_base_model()))
 
 
+def test_a_head_that_needs_its_logits_for_the_gradient_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradient would take their place: tanh makes its own of what it returned."""
+    model = adapted("llama")
+    head = model.get_output_embeddings()
+    monkeypatch.setattr(head, "forward", lambda hidden: nn.functional.linear(hidden, head.weight).tanh())
+    with torch.no_grad():
+        whole, chunks = (label_losses(model, chunk_tokens, **batch()).nats for chunk_tokens in (None, 5))
+    torch.testing.assert_close(chunks, whole)
+    assert not can_chunk(model)
+
+
 def test_activations_on_the_host_give_the_same_bits() -> None:
     model = adapted("llama")
     wanted, wanted_gradients = losses_and_gradients(model, None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qlora_train.kernels import cross_entropy
 from qlora_train.kernels.frozen_weight import FrozenWeight
 from qlora_train.kernels.gated import ACTIVATIONS, gated_linear
 from qlora_train.kernels.grouped_attention import grouped_attention
@@ -150,3 +151,23 @@ def test_attention_of_grouped_heads(key_heads: int, masked: bool) -> None:
 def test_a_function_that_computes_something_else_keeps_its_place(own: Callable[..., Any]) -> None:
     call = (numbers(1, 4, SEQ, 8), numbers(1, 2, SEQ, 8), numbers(1, SEQ, 8), numbers(1, SEQ, 8)), {}
     assert not LookedUp(nn.Identity(), {"apply_rotary_pos_emb": own}, {"apply_rotary_pos_emb": call}).replaced()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
+def test_cross_entropy_leaves_the_gradient_in_the_place_of_the_logits(
+    dtype: torch.dtype, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vocabulary = 9, 501
+    monkeypatch.setitem(cross_entropy.PIECE_BYTES, "cpu", 4 * vocabulary * rows_at_once)
+    logits = (10 * torch.randn(rows, vocabulary)).to(dtype)
+    targets = torch.randint(vocabulary, (rows,))
+    targets[:2] = torch.tensor([0, vocabulary - 1])
+    exact = logits.double().requires_grad_()
+    wanted = functional.cross_entropy(exact, targets, reduction="none")
+    wanted.sum().backward()
+    found = cross_entropy.losses_and_gradient_(logits, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=max(rounding, 1e-5), atol=max(rounding, 1e-6))
