@@ -45,7 +45,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
 }
 """Families with sliding windows, which shall be shorter than most of DOCUMENTS."""
-LENGTHS = (2, 50, 1, 30, 9, 20)
+LENGTHS = (2, 50, 1, 30, 9, 20, 40, 27)
 
 
 def documents(*, seed: int = 0) -> list[torch.Tensor]:
@@ -159,17 +159,31 @@ def test_a_document_packed_alone_and_two_packs_in_a_batch_change_nothing(pico_ll
     torch.testing.assert_close(together[1], apart[1], rtol=1e-4, atol=1e-5 * float(apart[1].abs().max()))
 
 
-def test_no_mask_is_made_of_a_whole_row(pico: Callable[..., Path], tmp_path: Path) -> None:
-    adapted, config = adapted_pico(pico("gemma3_text", **WINDOWS["gemma3_text"]), tmp_path)
-    isolate_documents(adapted, config, ROWS)
+def documents_in_the_first_layer(adapted: AdaptedModel) -> document_attention.Documents:
     seen = []
     attention = next(module for name, module in adapted.model.named_modules() if name.endswith("self_attn"))
     attention.register_forward_pre_hook(lambda _m, _a, named: seen.append(named["attention_mask"]), with_kwargs=True)
     label_losses(adapted.model, **packed_batch(documents()))
     (found,) = seen
-    assert [end - begin for begin, end in found.spans] == list(LENGTHS)
-    shapes = [None if mask is None else tuple(mask.shape) for mask in found.masks]
-    assert shapes == [(1, 1, length, length) if length > 8 else None for length in LENGTHS]
+    return found
+
+
+def test_no_mask_is_made_of_a_whole_row(pico: Callable[..., Path], tmp_path: Path) -> None:
+    adapted, config = adapted_pico(pico("gemma3_text", **WINDOWS["gemma3_text"]), tmp_path)
+    isolate_documents(adapted, config, ROWS)
+    batches = documents_in_the_first_layer(adapted).batches
+    shapes = [None if batch.mask is None else tuple(batch.mask.shape) for batch in batches]
+    assert shapes == [(1, 1, length, length) if length > 8 else None for length in sorted(LENGTHS, reverse=True)]
+
+
+def test_documents_of_similar_length_are_computed_together(pico_llama: Path, tmp_path: Path) -> None:
+    adapted, config = adapted_pico(pico_llama, tmp_path)
+    isolate_documents(adapted, config, ROWS)
+    found = documents_in_the_first_layer(adapted)
+    sizes = [(batch.num_documents, batch.length) for batch in found.batches]
+    assert sizes == [(2, 50), (2, 30), (1, 20), (1, 9), (1, 2), (1, 1)]
+    assert len(found.places) == sum(documents * length for documents, length in sizes)
+    assert found.places[found.back].tolist() == list(range(sum(LENGTHS)))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
@@ -277,7 +291,7 @@ def test_steps_epochs_and_tokens_are_counted_in_packs(
     assert num_packs >= num_tokens / 128
     full = 100 * num_tokens / (num_packs * 128)
     assert f"packing: {len(data.train)} rows in {num_packs} packs of 128 tokens, {full:.1f} % full" in caplog.text
-    assert "documents attend to themselves alone (each is computed by itself); checked on this model" in caplog.text
+    assert "documents attend to themselves alone (each computed apart); checked on this model" in caplog.text
     trainer.train()
     assert trainer.state.global_step == 2 * -(-num_packs // 2)
     assert trainer.state.num_input_tokens_seen == 2 * num_tokens

@@ -2,14 +2,15 @@
 
 Transformers tells documents apart by positions that restart at 0, and describes who sees whom by a function of two
 places in the row. Its own kernels make a mask of (tokens, tokens) of it and compute every pair. Here the row is cut at
-its documents and each is computed by itself: the cost is the sum of their squared lengths, and a document that is plainly
-causal runs without any mask. A document longer than a sliding window gets a mask of its own length.
+its documents: the cost is the sum of their squared lengths, and a document that is plainly causal runs without any mask.
+Documents of similar length are computed together, padded on the right, where causality hides the padding. A document
+longer than a sliding window is computed by itself, with a mask of its own length.
 
 A row that is not packed (it has padding, or is one document) goes through Transformers' sdpa unchanged. Soft-capped
 scores, which sdpa cannot do, are computed as Transformers' eager attention does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,35 @@ MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """(batch, head, query place, key place), broadcast, -> whether the query sees the key."""
 
 
+SHORTEST_SHARE = 0.75
+"""Of the longest document of a batch: what is shorter goes to the next batch, which bounds the padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentBatch:
+    """Documents that are computed together: how many, the length of the longest, and their mask, None for plain causality.
+
+    A mask is boolean, (1, 1, length, length), and that of a single document.
+    """
+
+    num_documents: int
+    length: int
+    mask: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The documents of a row, in order: where each begins and ends, and its mask, None for a plainly causal one."""
+    """The documents of a row in batches, which lie one behind the other, padding included.
 
-    spans: tuple[tuple[int, int], ...]
-    masks: tuple[torch.Tensor | None, ...]
-    """Boolean, (1, 1, length, length)."""
+    Attributes:
+        batches: the batches.
+        places: the token of the row at each place of the batches, int64; 0 for padding.
+        back: the place of each token of the row in the batches, int64 (seq,).
+    """
+
+    batches: tuple[DocumentBatch, ...]
+    places: torch.Tensor
+    back: torch.Tensor
 
 
 def register() -> None:
@@ -74,15 +97,41 @@ def find_documents(
     places, zero = torch.arange(q_length, device=device), torch.zeros((), dtype=torch.long, device=device)
     sees_previous = mask_function(zero, zero, places[1:], places[:-1])
     begins = [0, *((~sees_previous).nonzero().flatten() + 1).tolist()]
-    spans = tuple(zip(begins, [*begins[1:], q_length], strict=True))
 
-    def mask_of(begin: int, end: int) -> torch.Tensor | None:
-        if local_size is None or end - begin <= local_size:
-            return None
+    def mask_of(begin: int, end: int) -> torch.Tensor:
         own = places[begin:end]
         return mask_function(zero, zero, own[:, None], own[None, :])[None, None]
 
-    return Documents(spans, tuple(mask_of(*span) for span in spans))
+    spans = zip(begins, [*begins[1:], q_length], strict=True)
+    return _in_batches(sorted(spans, key=lambda span: span[0] - span[1]), local_size, mask_of, device)
+
+
+def _in_batches(
+    spans: Sequence[tuple[int, int]],
+    local_size: int | None,
+    mask_of: Callable[[int, int], torch.Tensor],
+    device: torch.device,
+) -> Documents:
+    """Return documents, the longest first, in batches."""
+    batches: list[DocumentBatch] = []
+    found: list[torch.Tensor] = []
+    back = torch.empty(sum(end - begin for begin, end in spans), dtype=torch.long)
+    size, first = 0, 0
+    while first < len(spans):
+        begin, end = spans[first]
+        length = end - begin
+        masked = local_size is not None and length > local_size
+        last = first + 1
+        while not masked and last < len(spans) and spans[last][1] - spans[last][0] >= SHORTEST_SHARE * length:
+            last += 1
+        for own_begin, own_end in spans[first:last]:
+            own = torch.arange(own_begin, own_end)
+            found.append(functional.pad(own, (0, length - len(own))))
+            back[own_begin:own_end] = torch.arange(size, size + len(own))
+            size += length
+        batches.append(DocumentBatch(last - first, length, mask_of(begin, end) if masked else None))
+        first = last
+    return Documents(tuple(batches), torch.cat(found).to(device), back.to(device))
 
 
 def attend(
@@ -109,11 +158,47 @@ def attend(
     compute = AttentionInterface()["sdpa"] if options.get("softcap") is None else soft_capped_attention
     if not isinstance(attention_mask, Documents):
         return compute(module, query, key, value, attention_mask, **options)
-    outputs = [
-        compute(module, query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end], mask, **options)[0]
-        for (begin, end), mask in zip(attention_mask.spans, attention_mask.masks, strict=True)
-    ]
-    return torch.cat(outputs, dim=1), None
+    sizes = [batch.num_documents * batch.length for batch in attention_mask.batches]
+
+    def parts(states: torch.Tensor) -> list[torch.Tensor]:
+        """Return (1, heads, seq, head_dim) as (documents, heads, length, head_dim) of each batch."""
+        rows = _Spread.apply(states[0].transpose(0, 1), attention_mask.places, attention_mask.back)
+        each = zip(rows.split(sizes), attention_mask.batches, strict=True)
+        return [part.unflatten(0, (batch.num_documents, batch.length)).transpose(1, 2) for part, batch in each]
+
+    each = zip(parts(query), parts(key), parts(value), attention_mask.batches, strict=True)
+    outputs = [compute(module, q, k, v, batch.mask, **options)[0].flatten(0, 1) for q, k, v, batch in each]
+    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return _Collect.apply(together, attention_mask.places, attention_mask.back)[None], None
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of a pack -> rows of its batches. No gradient comes from padding, whose results nobody reads."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad.index_select(0, back), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """Rows of the batches of a pack -> rows of the pack."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        ctx.num_rows = len(places)
+        return rows.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, back, grad), None, None
 
 
 def soft_capped_attention(

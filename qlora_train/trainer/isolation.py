@@ -2,7 +2,7 @@
 
 - flash attention takes documents from positions that restart at 0;
 - `eager`, when the config asks for it, gets a mask of (tokens, tokens) from Transformers;
-- otherwise each document is computed by itself (`kernels.document_attention`).
+- otherwise the row is cut at its documents (`kernels.document_attention`).
 """
 
 import inspect
@@ -56,7 +56,7 @@ def _choose_attention(model: Any, config: RunConfig) -> str:
     """Set the attention function for packs and say how documents are kept apart."""
     name = model.config._attn_implementation
     if name == document_attention.NAME:
-        return "each is computed by itself"
+        return "each computed apart"
     if name not in ("sdpa", "eager"):
         return f"{name} takes their positions"
     if config.model.attn_implementation == "eager":
@@ -64,7 +64,7 @@ def _choose_attention(model: Any, config: RunConfig) -> str:
     document_attention.register()
     model.set_attn_implementation(document_attention.NAME)
     if model.config._attn_implementation == document_attention.NAME:
-        return "each is computed by itself"
+        return "each computed apart"
     return f"{name}, with a mask of tokens x tokens"
 
 
