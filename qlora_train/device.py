@@ -1,11 +1,8 @@
 """The one device of this process. Imports torch alone: bitsandbytes and others initialise CUDA when they are imported."""
 
-import ctypes
 import gc
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -58,29 +55,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's `mallopt`: bytes at the end of the heap that are given back, and those of a block that is mapped by itself."""
-LARGEST_ON_HEAP = 32 << 20
-"""The largest that glibc takes for the second; it goes up to it by itself, and to twice that for the first."""
-
-
-@contextmanager
-def keeping_freed_memory(device: torch.device) -> Iterator[None]:
-    """Let a CPU's steps find the memory of the steps before them, and give it back at the end.
-
-    glibc hands more than 64 MB of freed memory back to the system at once, which maps and clears every page of it anew in
-    the next step. Blocks of more than `LARGEST_ON_HEAP` stay what they are. Other C libraries are left alone.
-    """
-    library = ctypes.CDLL(None)
-    if device.type != "cpu" or not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
-        yield
-        return
-    library.mallopt(M_MMAP_THRESHOLD, LARGEST_ON_HEAP)
-    library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        library.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_ON_HEAP)
-        library.malloc_trim(0)

@@ -32,7 +32,7 @@ FLOAT32_BYTES = 64 << 20
 
 CHUNK_BYTES = {"cpu": 60 << 20, "cuda": 512 << 20}
 """Most logits that a training step makes at once, counted as float32: enough rows for good matrix products, and in 16 bits
-no larger than what a CPU's allocator keeps (`device.LARGEST_ON_HEAP`)."""
+no larger than what a CPU's allocator gives out without asking the system (32 MB)."""
 
 MIN_CHUNK_TOKENS = 64
 """Fewest labels whose logits are made at once: each chunk reads the whole head."""

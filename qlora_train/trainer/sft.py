@@ -7,8 +7,7 @@ What is overridden, and why:
 - a non-finite loss or gradient never reaches the weights (see `numbers`);
 - checkpoints are whole or absent, hold no pickle, and continue the run bit for bit;
 - `eval_loss` is total negative log-likelihood over total label tokens;
-- adapters stay float32, where TRL casts those of a quantised model to bfloat16;
-- a CPU's memory is kept from step to step.
+- adapters stay float32, where TRL casts those of a quantised model to bfloat16.
 """
 
 import logging
@@ -41,7 +40,6 @@ from qlora_train.checkpoint import (
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.store import Rows
-from qlora_train.device import keeping_freed_memory
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.ladder import Phase
@@ -135,11 +133,6 @@ class QloraTrainer(SFTTrainer):
         for name, parameter in trainable_state(adapted.model).items():
             parameter.data = exact[name]  # undo TRL's cast to bfloat16, bit for bit
         self.model_accepts_loss_kwargs = True  # so that the labels of the whole accumulated batch are counted
-
-    def train(self, *arguments: Any, **keywords: Any) -> Any:
-        """Take the steps that are left."""
-        with keeping_freed_memory(self.adapted.loaded.device):
-            return super().train(*arguments, **keywords)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer, after forgetting which tensors an earlier one of this process kept in 32 bits.
