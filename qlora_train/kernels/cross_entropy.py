@@ -2,8 +2,8 @@
 
     loss = log(sum(exp z)) - z_target        dz = softmax(z) - 1 at the target
 
-in float32, of logits of any dtype, a few rows at a time, which stay in a core's cache. The gradient takes the place of the
-logits: neither a float32 copy of them nor a second tensor of their size is made.
+in float32, of logits of any dtype, a few rows at a time. The gradient takes the place of the logits: neither a float32 copy
+of them nor a second tensor of their size is made.
 """
 
 import torch
