@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from qlora_train.kernels.cross_entropy import losses_and_gradient_
+from qlora_train.kernels.document_attention import positions_of_row
 
 IGNORED = -100
 """Label of a token without loss, as torch's cross-entropy and Transformers have it."""
@@ -117,7 +118,8 @@ def label_losses(
         labels: (batch, seq), IGNORED where a token carries no loss; so is the first token of each packed document, which
             nothing predicts.
         attention_mask: (batch, seq), 1 for real tokens; None where all are.
-        position_ids: (1, seq), restarting at 0 in each document of a packed row; None for rows that are not packed.
+        position_ids: (1, seq), those in each document of a packed row, as `data.batches.PackCollator` makes them; None for
+            rows that are not packed.
         with_balance: also return the architecture's own load-balancing loss of a mixture of experts, over all real tokens.
     """
     targets = shifted_labels(labels)
@@ -129,10 +131,11 @@ def label_losses(
         inputs["output_router_logits"] = True
     wanted = targets.flatten()[places]
     if chunk_tokens is not None:
-        hidden_states, output = _hidden_states(model, places, inputs)
+        with positions_of_row(position_ids):
+            hidden_states, output = _hidden_states(model, places, inputs)
         nats = _losses_in_chunks(model, hidden_states, wanted, chunk_tokens)
     else:
-        with _head_sees_only(model, places):
+        with positions_of_row(position_ids), _head_sees_only(model, places):
             output = model(**inputs)
         nats = _negative_log_likelihoods(output.logits, wanted.to(output.logits.device))
     return LabelLosses(nats, places // targets.shape[1], output.aux_loss if with_balance else None)

@@ -8,7 +8,8 @@ Tokens a second depend on how many tokens a batch has, and samplers that sort by
 So this package batches rows by length as its config says, and the others are given the rows of its steps, in that order.
 
 Before and after each round the machine's own rate of bfloat16 products is measured (`scripts/matmul_rate.py`). The share of
-it that a peer reaches counts what its steps must compute (`scripts/model_flops.py`) for tokens that are not padding.
+it that a peer reaches counts what its rows must compute, each by itself, without padding (`scripts/model_flops.py`). This
+package computes what rows begin with once where that pays ("rows apart": without): then its share counts more than it did.
 
 Example: ``python scripts/bench.py --peer trl=.venv/bin/python --peer unsloth=PYTHON --output FILE.json``
 """
@@ -34,14 +35,18 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "ours": "ours.py",
     "ours, no kept weights": "ours.py",
+    "ours, rows apart": "ours.py",
     "trl": "trl_best.py",
     "unsloth": "unsloth_best.py",
     "llama-factory": "llama_factory_best.py",
     "axolotl": "axolotl_best.py",
 }
-OURS = {"cpu": ("ours", "ours, no kept weights"), "cuda": ("ours",)}
+OURS = {"cpu": ("ours", "ours, no kept weights", "ours, rows apart"), "cuda": ("ours", "ours, rows apart")}
 """On a GPU no weights are kept unless a config asks for it."""
-OVERRIDES = {"ours, no kept weights": ["train.dequantized_cache_gb=0"]}
+OVERRIDES = {
+    "ours, no kept weights": ["train.dequantized_cache_gb=0"],
+    "ours, rows apart": ["train.share_prefixes=false"],
+}
 OPTIMIZER = "adamw_torch_fused"
 RATES = ("square_flops_per_second", "model_flops_per_second")
 SAME_TOKENS = 0.03

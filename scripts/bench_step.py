@@ -1,7 +1,8 @@
-"""Time training steps of a config on this machine: the plain path, the fast path, and the fast path with kept weights.
+"""Time training steps of a config on this machine: the plain path, the fast path, with kept weights, with shared prefixes.
 
-All three take the same batches in turn, in one process, as a run of the config would: packed or padded, recomputing
-activations or not, but one micro-batch a step. Padding does not count as tokens. Ratios are medians over rounds.
+All take the same rows in turn, in one process, as a run of the config would: packed or padded, recomputing activations or
+not, but one micro-batch a step. Tokens are those of the rows. Ratios are medians over rounds. Prefixes are shared where a
+run would share them.
 
 Example: ``GOMP_SPINCOUNT=20000 python scripts/bench_step.py configs/demo.yaml``
 """
@@ -23,16 +24,18 @@ from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
-from qlora_train.data.batches import Batch
+from qlora_train.data.batches import PackCollator, row_multiple
+from qlora_train.kernels import document_attention
 from qlora_train.kernels.fast_path import install
 from qlora_train.loader import load_model
 from qlora_train.loss import chunk_tokens_of, label_losses
 from qlora_train.pipeline import prepare
-from qlora_train.trainer.feed import make_feed
+from qlora_train.trainer.feed import Feed, RowFeed, make_feed
 from qlora_train.trainer.isolation import isolate_documents
+from qlora_train.trainer.prefixes import choose_prefix_sharing
 from qlora_train.trainer.recompute import Recomputation, choose_recomputation
 
-PATHS = ("plain", "fast", "fast, kept weights")
+PATHS = ("plain", "fast", "fast, kept weights", "and shared prefixes")
 
 
 @dataclass
@@ -57,16 +60,21 @@ def main() -> None:
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
     model = adapted.model.train()
     set_up(adapted, data, config)
-    batches = first_batches(adapted, data, config, options.rounds + 1)
-    if len(batches) <= options.rounds:
-        parser.error(f"--rounds {options.rounds}: the data has {len(batches)} batches, and one warms up; ask for fewer")
+    apart = loaded.model.config._attn_implementation
+    feeds = feeds_of(adapted, data, config)
+    batches = [list(islice(feed.loader(Start()), options.rounds + 1)) for feed in feeds]
+    if len(batches[0]) <= options.rounds:
+        parser.error(
+            f"--rounds {options.rounds}: the data has {len(batches[0])} batches, and one warms up; ask for fewer"
+        )
     chunk_tokens = chunk_tokens_of(model)
     optimizer = torch.optim.AdamW(trainable_state(model).values(), lr=config.train.learning_rate, fused=True)
 
-    def step(number: int) -> float:
+    def step(number: int, *, shares: bool = False) -> float:
         """Take one step and return its tokens a second."""
-        batch = {name: tensor for name, tensor in batches[number].items() if name != "row"}
-        num_tokens = int(batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel())
+        loaded.model.set_attn_implementation(document_attention.NAME if shares else apart)
+        batch = {name: tensor for name, tensor in batches[shares][number].items() if name != "row"}
+        num_tokens = feeds[0].num_tokens(batches[0][number])
         started = time.perf_counter()
         batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
         with torch.autocast(loaded.device.type, loaded.compute_dtype, enabled=loaded.compute_dtype != torch.float32):
@@ -79,9 +87,9 @@ def main() -> None:
             torch.cuda.synchronize()
         return num_tokens / (time.perf_counter() - started)
 
-    speeds = measured(model, step, options.rounds, loaded.device)
+    speeds = measured(model, step, options.rounds, loaded.device, shares=len(batches) > 1)
     print(f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.compute_dtype}, {options.rounds} rounds")
-    for path in PATHS:
+    for path in speeds:
         ratios = [fast / plain for fast, plain in zip(speeds[path], speeds["plain"], strict=True)]
         print(f"{path:20} {statistics.median(speeds[path]):7.0f} tokens/s  {statistics.median(ratios):.2f} x plain")
     if options.output:
@@ -105,19 +113,24 @@ def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None
         adapted.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def first_batches(adapted: AdaptedModel, data: PreparedData, config: RunConfig, count: int) -> list[Batch]:
-    """Return the micro-batches that a run of the config begins with."""
+def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> list[Feed]:
+    """Return the micro-batches of a run of the config, and, where it shares prefixes, the same so."""
     size, loaded = config.train.per_device_train_batch_size, adapted.loaded
     feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, grouped_rows=size)
-    return list(islice(feed.loader(Start()), count))
+    if not isinstance(feed, RowFeed):
+        return [feed]
+    with tempfile.TemporaryDirectory() as nowhere:
+        shares = choose_prefix_sharing(adapted, feed, config, RunFolder(Path(nowhere)), balances=False)
+    collate = PackCollator(loaded.tokenizer.pad_token_id, row_multiple(loaded.device), shares)
+    return [feed, feed.with_collator(collate)] if shares else [feed]
 
 
 def measured(
-    model: torch.nn.Module, step: Callable[[int], float], num_rounds: int, device: torch.device
+    model: torch.nn.Module, step: Callable[..., float], num_rounds: int, device: torch.device, *, shares: bool
 ) -> dict[str, list[float]]:
     """Return the speeds of every path, in rounds of one step each; a round before them warms up."""
     tokens = torch.arange(1, 9, device=device)[None]
-    speeds: dict[str, list[float]] = {path: [] for path in PATHS}
+    speeds: dict[str, list[float]] = {path: [] for path in PATHS[: 3 + shares]}
     for number in range(num_rounds + 1):
         found = [step(number)]
         fast = install(model, lambda: label_losses(model, input_ids=tokens, labels=tokens))
@@ -125,8 +138,10 @@ def measured(
         for weight in fast.weights:
             weight.keep()
         found.append(step(number))
+        if shares:
+            found.append(step(number, shares=True))
         fast.uninstall()
-        for path, speed in zip(PATHS, found, strict=True):
+        for path, speed in zip(speeds, found, strict=True):
             speeds[path] += [speed] if number else []
     return speeds
 

@@ -197,6 +197,8 @@ def test_rows_of_a_batch_are_found_padded_and_packed() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     assert timing.row_lengths({"attention_mask": mask, "position_ids": torch.zeros(2, 4)}) == [3, 2]
     assert timing.row_lengths({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0]])}) == [3, 2, 1]
+    shared = {"position_ids": torch.tensor([[0, 1, 2, 3, 2, 3, 0, 1]]), "row": torch.tensor([5, 1])}
+    assert timing.row_lengths(shared) == [4, 4], "the second begins with two tokens of the first; the rest is padding"
 
 
 # --- scripts/random_model.py ------------------------------------------------------------------------------------------

@@ -56,6 +56,11 @@ class RunFolder:
         return self.path / "fast_path.json"
 
     @property
+    def prefixes_file(self) -> Path:
+        """Whether the run computes what rows begin with once."""
+        return self.path / "prefixes.json"
+
+    @property
     def data_report_file(self) -> Path:
         """What became of every row of the data."""
         return self.path / "data.json"
@@ -204,6 +209,14 @@ class RunFolder:
             CheckpointError: it is not readable.
         """
         return _read_json(self.fast_path_file)
+
+    def prefixes(self) -> dict[str, Any]:
+        """Return prefixes.json, empty when there is none.
+
+        Raises:
+            CheckpointError: it is not readable.
+        """
+        return _read_json(self.prefixes_file)
 
     def read_results(self) -> dict[str, Any]:
         """Return results.json, empty when there is none.

@@ -298,6 +298,9 @@ class TrainSection(Section):
     fast_path: bool = True
     """Train with operations of this package where a comparison on the first rows shows that they compute what PEFT's and
     Transformers' own do."""
+    share_prefixes: bool = True
+    """Compute what several rows of a micro-batch begin with once, where that saves tokens and a comparison shows that it
+    changes nothing: part of the fast path."""
     dequantized_cache_gb: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """Memory for copies of 4-bit weights in the compute dtype, which are then not dequantised in every step; `auto` is up
     to a quarter of a CPU's free memory, and 0 on GPUs."""

@@ -70,26 +70,73 @@ class Collator:
         return _tensors(rows, input_ids=input_ids, attention_mask=present, labels=labels)
 
 
+FEWEST_SHARED = 4
+"""Tokens that two rows begin with before it is worth to name them: most rows begin with the same one or two."""
+
+
 @dataclass(frozen=True, slots=True)
 class PackCollator:
-    """Lays rows end to end as documents of one row, without padding.
+    """Lays rows end to end as documents of one row, the longest first.
 
-    Returns int64 tensors: `input_ids`, `labels` and `position_ids` of shape (1, num_tokens), and `row` of shape
-    (num_documents,). Positions restart at 0 in each document, which is what tells documents apart.
+    Returns int64 tensors: `input_ids`, `labels` and `position_ids` of shape (1, seq), and `row` of shape
+    (num_documents,). Positions jump where a document begins, and begin at 0.
+
+    With `shares`, what documents begin with alike stands in the row once: one whose positions begin at p > 0 has the first
+    p tokens of the last document whose positions begin at 0. Every token that predicts a label of it is its own.
+
+    The row is padded to a multiple of `multiple_of` tokens by further documents without labels.
     """
+
+    pad_token_id: int = 0
+    multiple_of: int = 1
+    shares: bool = False
 
     def __call__(self, rows: Sequence[NumberedExample]) -> Batch:
         """Join `rows`, those of one pack or of several."""
-        examples = [example for _, example in rows]
-        assert not any(example.loss_mask[0] for example in examples), "nothing predicts the first token of a document"
-        return _tensors(
-            rows,
-            input_ids=np.concatenate([example.input_ids for example in examples], dtype=np.int64)[None],
-            labels=np.concatenate([labels_of(example) for example in examples], dtype=np.int64)[None],
-            position_ids=np.concatenate([np.arange(len(example.input_ids)) for example in examples], dtype=np.int64)[
-                None
-            ],
+        placed = [(row, 0) for row in sorted(rows, key=lambda row: -len(row[1].input_ids))]
+        assert not any(example.loss_mask[0] for _, example in rows), "nothing predicts the first token of a document"
+        if self.shares:
+            placed = _by_prefix([row for row, _ in placed])
+        documents = [
+            (example.input_ids[begin:], labels_of(example)[begin:], np.arange(begin, len(example.input_ids)))
+            for (_, example), begin in placed
+        ]
+        missing = -sum(len(tokens) for tokens, _, _ in documents) % self.multiple_of
+        while missing:
+            length = min(missing, len(documents[0][0]))
+            documents.append((np.full(length, self.pad_token_id), np.full(length, IGNORED), np.arange(length)))
+            missing -= length
+        input_ids, labels, position_ids = (
+            np.concatenate(parts, dtype=np.int64)[None] for parts in zip(*documents, strict=True)
         )
+        return _tensors([row for row, _ in placed], input_ids=input_ids, labels=labels, position_ids=position_ids)
+
+
+def _by_prefix(rows: Sequence[NumberedExample]) -> list[tuple[NumberedExample, int]]:
+    """Return rows, the longest first, each with the number of tokens that it has from the last one that has none.
+
+    A row joins the one before it with which it shares most, if that is worth it.
+    """
+    families: list[list[tuple[NumberedExample, int]]] = []
+    for row in rows:
+        shared = [num_shared(row[1], family[0][0][1]) for family in families]
+        most = max(shared, default=0)
+        if most >= FEWEST_SHARED:
+            families[shared.index(most)].append((row, most))
+        else:
+            families.append([(row, 0)])
+    return [member for family in families for member in family]
+
+
+def num_shared(row: Example, other: Example) -> int:
+    """Return how many tokens `row` need not have itself because `other` begins with them.
+
+    At least one token in front of its first label is its own, which predicts that label.
+    """
+    first_label = int(np.argmax(row.loss_mask)) if row.loss_mask.any() else len(row.input_ids)
+    most = max(0, min(first_label - 1, len(other.input_ids)))
+    differs = row.input_ids[:most] != other.input_ids[:most]
+    return int(np.argmax(differs)) if differs.any() else most
 
 
 def labels_of(example: Example) -> npt.NDArray[np.int32]:
@@ -106,10 +153,15 @@ def padding_multiple(device: torch.device) -> int:
     """Return the number of tokens whose multiples batches are padded to on a device.
 
     Tensor cores work on tiles of 8 16-bit numbers: a length that 8 does not divide sends whole matrix products to slower
-    kernels (NVIDIA, Matrix Multiplication Background User's Guide, "Requirements to Use Tensor Cores"). Without tensor
-    cores every padded token is work for nothing.
+    kernels (NVIDIA, Matrix Multiplication Background User's Guide, "Requirements to Use Tensor Cores"). A CPU's products
+    make a kernel for every new length of a batch, which takes time and a megabyte each (oneDNN, Primitive Cache).
     """
-    return 8 if device.type == "cuda" else 1
+    return 8 if device.type == "cuda" else 4
+
+
+def row_multiple(device: torch.device) -> int:
+    """Return the same for a row that many rows are laid into, which has more tokens and as many lengths."""
+    return 8 if device.type == "cuda" else 32
 
 
 class BatchOrder(Protocol):

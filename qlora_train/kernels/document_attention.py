@@ -1,4 +1,4 @@
-"""Attention over documents that are packed into one row: each attends to itself alone, and no mask of the row is made.
+"""Attention over documents that are laid into one row: each attends to itself alone, and no mask of the row is made.
 
 Transformers tells documents apart by positions that restart at 0, and describes who sees whom by a function of two
 places in the row. Its own kernels make a mask of (tokens, tokens) of it and compute every pair. Here the row is cut at
@@ -6,17 +6,26 @@ its documents: the cost is the sum of their squared lengths, and a document that
 Documents of similar length are computed together, padded on the right, where causality hides the padding. A document
 longer than a sliding window is computed by itself, with a mask of its own length.
 
+Documents that begin alike need their beginning once. One whose positions begin at p > 0 goes on where the first p tokens
+of the row's last document that begins at 0 end: it attends to these and to itself, as if it stood behind them. What a
+decoder computes of them is the same in both, and their gradient is the sum over all documents that begin with them.
+
 A row that is not packed (it has padding, or is one document) goes through Transformers' sdpa unchanged. Soft-capped
 scores, which sdpa cannot do, are computed as Transformers' eager attention does.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from qlora_train.kernels.grouped_attention import grouped_attention
 
 NAME = "packed_documents"
 """What a model's attention is called while it trains on packs."""
@@ -29,31 +38,92 @@ SHORTEST_SHARE = 0.75
 """Of the longest document of a batch: what is shorter goes to the next batch, which bounds the padding."""
 
 
+LONGEST_WITH_SCORES = 256
+"""Tokens of a document up to which a CPU computes all scores at once: on short rows the backward pass of its sdpa takes
+several times as long."""
+
+
+LENGTH_MULTIPLE = 8
+"""Batches of documents are padded to multiples of it: a CPU's products make a kernel for every new length."""
+
+
 @dataclass(frozen=True, slots=True)
 class DocumentBatch:
-    """Documents that are computed together: how many, the length of the longest, and their mask, None for plain causality.
+    """Documents that are computed together.
 
-    A mask is boolean, (1, 1, length, length), and that of a single document.
+    Attributes:
+        num_documents: how many.
+        length: tokens of each, padding included.
+        mask: who sees whom in each of them, boolean (1, 1, length, length); None for plain causality.
+        bias: the same as what is added to the scores, (1, 1, length, length), where all scores are made; None otherwise.
     """
 
     num_documents: int
     length: int
     mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Tokens of a row that other documents begin with too.
+
+    Attributes:
+        places: where they are in the batches of those others, int64 (num_places,).
+        tokens: the tokens, int64 (num_tokens,), ascending.
+        token_of: which of `tokens` is at each of `places`, int64 (num_places,).
+    """
+
+    places: torch.Tensor
+    tokens: torch.Tensor
+    token_of: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The documents of a row in batches, which lie one behind the other, padding included.
+    """The documents of a row in batches, which lie one behind the other, padding and what they share with others included.
 
     Attributes:
         batches: the batches.
         places: the token of the row at each place of the batches, int64; 0 for padding.
-        back: the place of each token of the row in the batches, int64 (seq,).
+        back: the place of each token of the row in the batches, int64 (seq,): that in its own document.
+        shared: tokens that further documents begin with; None where each document is by itself.
     """
 
     batches: tuple[DocumentBatch, ...]
     places: torch.Tensor
     back: torch.Tensor
+    shared: Shared | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A document: the row's tokens from `begin` to `end`, behind the first `num_shared` of those from `root` on."""
+
+    root: int
+    num_shared: int
+    begin: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.num_shared + self.end - self.begin
+
+
+_POSITIONS: ContextVar[torch.Tensor | None] = ContextVar("positions", default=None)
+
+
+@contextmanager
+def positions_of_row(position_ids: torch.Tensor | None) -> Iterator[None]:
+    """Let `find_documents` know the positions of the row that a model is given, (1, seq); None for rows that are none.
+
+    Transformers' mask functions are told where documents begin and not at which position.
+    """
+    token = _POSITIONS.set(position_ids)
+    try:
+        yield
+    finally:
+        _POSITIONS.reset(token)
 
 
 def register() -> None:
@@ -96,42 +166,76 @@ def find_documents(
         )
     places, zero = torch.arange(q_length, device=device), torch.zeros((), dtype=torch.long, device=device)
     sees_previous = mask_function(zero, zero, places[1:], places[:-1])
-    begins = [0, *((~sees_previous).nonzero().flatten() + 1).tolist()]
+    spans = _spans(functional.pad(~sees_previous, (1, 0), value=True).nonzero()[:, 0], q_length)
 
-    def mask_of(begin: int, end: int) -> torch.Tensor:
-        own = places[begin:end]
+    longest = max((span for span in spans if not span.num_shared), key=lambda span: span.length)
+
+    def mask_of(length: int) -> torch.Tensor:
+        own = places[longest.begin : longest.begin + length]
         return mask_function(zero, zero, own[:, None], own[None, :])[None, None]
 
-    spans = zip(begins, [*begins[1:], q_length], strict=True)
-    return _in_batches(sorted(spans, key=lambda span: span[0] - span[1]), local_size, mask_of, device)
+    return _in_batches(sorted(spans, key=lambda span: -span.length), local_size, mask_of, device)
+
+
+def _spans(begins: torch.Tensor, seq: int) -> list[_Span]:
+    """Return the documents that begin at these places, (num_documents,), of a row of `seq` tokens."""
+    positions = _POSITIONS.get()
+    first = torch.zeros_like(begins) if positions is None else positions[0, begins]
+    begin_of, num_shared_of = torch.stack([begins, first]).tolist()
+    spans, root = [], 0
+    for begin, num_shared, end in zip(begin_of, num_shared_of, [*begin_of[1:], seq], strict=True):
+        root = root if num_shared else begin
+        spans.append(_Span(root, num_shared, begin, end))
+    return spans
 
 
 def _in_batches(
-    spans: Sequence[tuple[int, int]],
+    spans: Sequence[_Span],
     local_size: int | None,
-    mask_of: Callable[[int, int], torch.Tensor],
+    mask_of: Callable[[int], torch.Tensor],
     device: torch.device,
 ) -> Documents:
     """Return documents, the longest first, in batches."""
     batches: list[DocumentBatch] = []
     found: list[torch.Tensor] = []
-    back = torch.empty(sum(end - begin for begin, end in spans), dtype=torch.long)
+    shared: list[torch.Tensor] = []
+    back = torch.empty(sum(span.end - span.begin for span in spans), dtype=torch.long)
     size, first = 0, 0
     while first < len(spans):
-        begin, end = spans[first]
-        length = end - begin
+        length = spans[first].length
         masked = local_size is not None and length > local_size
+        if not masked:
+            length = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         last = first + 1
-        while not masked and last < len(spans) and spans[last][1] - spans[last][0] >= SHORTEST_SHARE * length:
+        while not masked and last < len(spans) and spans[last].length >= SHORTEST_SHARE * spans[first].length:
             last += 1
-        for own_begin, own_end in spans[first:last]:
-            own = torch.arange(own_begin, own_end)
-            found.append(functional.pad(own, (0, length - len(own))))
-            back[own_begin:own_end] = torch.arange(size, size + len(own))
+        for span in spans[first:last]:
+            before = torch.arange(span.root, span.root + span.num_shared)
+            tokens = torch.cat([before, torch.arange(span.begin, span.end)])
+            found.append(functional.pad(tokens, (0, length - span.length)))
+            shared.append(torch.arange(size, size + span.num_shared))
+            back[span.begin : span.end] = torch.arange(size + span.num_shared, size + span.length)
             size += length
-        batches.append(DocumentBatch(last - first, length, mask_of(begin, end) if masked else None))
+        mask = mask_of(length) if masked else None
+        batches.append(DocumentBatch(last - first, length, mask, _bias(length, mask, device)))
         first = last
-    return Documents(tuple(batches), torch.cat(found).to(device), back.to(device))
+    places, copies = torch.cat(found), torch.cat(shared)
+    return Documents(tuple(batches), places.to(device), back.to(device), _shared(places, copies, device))
+
+
+def _bias(length: int, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    if device.type != "cpu" or length > LONGEST_WITH_SCORES:
+        return None
+    if mask is None:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    return torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+
+
+def _shared(places: torch.Tensor, copies: torch.Tensor, device: torch.device) -> Shared | None:
+    if not len(copies):
+        return None
+    tokens, token_of = places[copies].unique(return_inverse=True)
+    return Shared(copies.to(device), tokens.to(device), token_of.to(device))
 
 
 def attend(
@@ -155,20 +259,28 @@ def attend(
     Returns:
         (batch, seq, heads, head_dim), and None instead of attention weights.
     """
-    compute = AttentionInterface()["sdpa"] if options.get("softcap") is None else soft_capped_attention
+    capped, scaling = options.get("softcap") is not None, options.get("scaling")
+    compute = soft_capped_attention if capped else AttentionInterface()["sdpa"]
     if not isinstance(attention_mask, Documents):
         return compute(module, query, key, value, attention_mask, **options)
+    with_scores = not capped and options.get("position_bias") is None and not options.get("dropout")
     sizes = [batch.num_documents * batch.length for batch in attention_mask.batches]
 
-    def parts(states: torch.Tensor) -> list[torch.Tensor]:
+    def parts(states: torch.Tensor, shared: Shared | None) -> list[torch.Tensor]:
         """Return (1, heads, seq, head_dim) as (documents, heads, length, head_dim) of each batch."""
-        rows = _Spread.apply(states[0].transpose(0, 1), attention_mask.places, attention_mask.back)
+        rows = _Spread.apply(states[0].transpose(0, 1), attention_mask.places, attention_mask.back, shared)
         each = zip(rows.split(sizes), attention_mask.batches, strict=True)
         return [part.unflatten(0, (batch.num_documents, batch.length)).transpose(1, 2) for part, batch in each]
 
-    each = zip(parts(query), parts(key), parts(value), attention_mask.batches, strict=True)
-    outputs = [compute(module, q, k, v, batch.mask, **options)[0].flatten(0, 1) for q, k, v, batch in each]
-    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    shared = attention_mask.shared  # a document's copies ask nothing: their own document has the answers
+    each = zip(parts(query, None), parts(key, shared), parts(value, shared), attention_mask.batches, strict=True)
+    outputs = [
+        grouped_attention(q, k, v, batch.bias, scaling)
+        if with_scores and scaling is not None and batch.bias is not None
+        else compute(module, q, k, v, batch.mask, **options)[0]
+        for q, k, v, batch in each
+    ]
+    together = outputs[0].flatten(0, 1) if len(outputs) == 1 else torch.cat([each.flatten(0, 1) for each in outputs])
     return _Collect.apply(together, attention_mask.places, attention_mask.back)[None], None
 
 
@@ -176,14 +288,23 @@ class _Spread(torch.autograd.Function):
     """Rows of a pack -> rows of its batches. No gradient comes from padding, whose results nobody reads."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, places: torch.Tensor, back: torch.Tensor, shared: Shared | None
+    ) -> torch.Tensor:
         ctx.save_for_backward(back)
+        ctx.shared = shared
         return rows.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (back,) = ctx.saved_tensors
-        return grad.index_select(0, back), None, None
+        shared: Shared | None = ctx.shared
+        found = grad.index_select(0, back)
+        if shared is not None:  # sums of many, in float32
+            total = found.index_select(0, shared.tokens).float()
+            total.index_add_(0, shared.token_of, grad.index_select(0, shared.places).float())
+            found.index_copy_(0, shared.tokens, total.to(found.dtype))
+        return found, None, None, None
 
 
 class _Collect(torch.autograd.Function):

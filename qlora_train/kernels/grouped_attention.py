@@ -25,8 +25,13 @@ def grouped_attention(
         value: (batch, key heads, key seq, value features).
         attention_mask: added to the scores, (batch, 1, seq, key seq); None adds nothing.
         scaling: factor of the scores.
+
+    Under autocast, products are made in its dtype, as sdpa makes them, which is then the output's.
     """
-    output: Tensor = _GroupedAttention.apply(query, key, value, attention_mask, scaling)
+    device, dtype = query.device.type, query.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    output: Tensor = _GroupedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), attention_mask, scaling)
     return output
 
 

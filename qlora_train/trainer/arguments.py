@@ -54,7 +54,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
         neftune_noise_alpha=train.neftune_noise_alpha,
         logging_strategy="no",
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="all" if config.data.packing else "non_padding",  # packs have no padding
+        include_num_input_tokens_seen="non_padding",
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16 and on_gpu,
         use_cpu=not on_gpu,

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
-import torch
-
 from qlora_train import durable
 from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
@@ -23,35 +21,13 @@ from qlora_train.device import free_memory
 from qlora_train.errors import CheckpointError, first_line
 from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.loss import IGNORED, label_losses
-from qlora_train.trainer.gradients import Difference, difference, gradients_of
+from qlora_train.trainer.gradients import BOUNDS, difference, gradients_of
 from qlora_train.trainer.traces import without_trace
 
 logger = logging.getLogger(__name__)
 
 NUM_ROWS, ROW_TOKENS = 4, 128
 """Most rows of the comparison, and the most tokens of each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Largest relative differences: of the loss, of all gradients together, of the gradient of any one tensor."""
-
-    loss: float
-    gradient: float
-    tensor: float
-
-    def hold(self, found: Difference) -> bool:
-        """Say whether a difference is within them; false for what is not a number."""
-        return found.loss <= self.loss and found.gradient <= self.gradient and found.tensor <= self.tensor
-
-
-BOUNDS = {
-    torch.float32: Bounds(1e-5, 1e-4, 1e-2),
-    torch.bfloat16: Bounds(2e-2, 0.15, 0.5),
-    torch.float16: Bounds(5e-3, 0.1, 0.5),
-}
-"""By compute dtype. Rounding alone makes up to 0.07 in bfloat16, where tokens near the border between two experts go to the
-other one, and 0.01 without experts (tests/architectures); a wrong scale or a lost gradient makes 1 or more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ Where a run stands in its data follows from its number of optimizer steps alone,
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count, islice
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from qlora_train.data.batches import (
     Batch,
     BatchOrder,
     Collator,
+    NumberedExample,
     PackCollator,
     RowDataset,
     RowOrder,
@@ -29,6 +31,7 @@ from qlora_train.data.batches import (
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.store import Rows
 from qlora_train.data.stream import RowStream
+from qlora_train.data.types import Example
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,12 @@ class Feed(Protocol):
     def where(self, row: int) -> str:
         """Return the place of a row of the last step, by the number that its batch gives it."""
 
+    def batch_of(self, rows: Sequence[Example]) -> Batch:
+        """Return rows as a micro-batch in which each computes all of its tokens."""
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Return the tokens of a micro-batch's rows, padding not counted."""
+
     def memory(self) -> list[list[int]]:
         """Return what a checkpoint should hold so that a resumed run need not find it out again."""
 
@@ -61,12 +70,12 @@ class Standing(Protocol):
 
 def make_feed(
     rows: Rows | RowStream, config: RunConfig, pad_token_id: int, device: torch.device, *, grouped_rows: int
-) -> Feed:
+) -> "RowFeed | StreamFeed":
     """Return the feed that a config asks for; how full packs are is logged. `grouped_rows` is explained in `RowOrder`."""
     if isinstance(rows, RowStream):
         return StreamFeed(rows, config, Collator(pad_token_id, padding_multiple(device)))
     if config.data.packing:
-        return RowFeed(rows, pack_order(rows.lengths, config), config, PackCollator())
+        return RowFeed(rows, pack_order(rows.lengths, config), config, PackCollator(pad_token_id))
     train = config.train
     order = RowOrder(
         rows.lengths, config.run.seed, train.per_device_train_batch_size, train.group_by_length, grouped_rows
@@ -88,10 +97,23 @@ def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
 
 
 class RowFeed:
-    """Rows that are tokenised already, epoch by epoch."""
+    """Rows that are tokenised already, epoch by epoch.
+
+    Attributes:
+        rows: all of them.
+    """
 
     def __init__(self, rows: Rows, order: BatchOrder, config: RunConfig, collate: Collator | PackCollator) -> None:
-        self._rows, self._order, self._config, self._collate = rows, order, config, collate
+        self.rows, self._order, self._config, self._collate = rows, order, config, collate
+
+    def with_collator(self, collate: Collator | PackCollator) -> "RowFeed":
+        """Return the same micro-batches, laid out in another way."""
+        return RowFeed(self.rows, self._order, self._config, collate)
+
+    def batches(self) -> Iterator[list[NumberedExample]]:
+        """Yield the rows of each micro-batch of the first epoch."""
+        for numbers in self._order.of_epoch(0):
+            yield [(number, self.rows[number]) for number in numbers]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,12 +123,22 @@ class RowFeed:
     def loader(self, state: Standing) -> DataLoader[Any]:
         """Return the micro-batches of the epoch that the trainer is in."""
         batches = EpochBatches(state, self._order, self._config, self.steps_per_epoch)
-        rows: RowDataset = RowDataset(self._rows)
+        rows: RowDataset = RowDataset(self.rows)
         return DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
 
     def where(self, row: int) -> str:
         """Return the place of a row."""
-        return self._rows[row].where
+        return self.rows[row].where
+
+    def batch_of(self, rows: Sequence[Example]) -> Batch:
+        """Return rows as a micro-batch in which nothing is shared."""
+        collate = self._collate
+        apart = replace(collate, shares=False) if isinstance(collate, PackCollator) else collate
+        return apart(list(enumerate(rows)))
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Return the tokens of a micro-batch's rows."""
+        return int(self.rows.lengths[batch["row"].cpu().numpy()].sum())
 
     def memory(self) -> list[list[int]]:
         """Return nothing: the order is known."""
@@ -171,6 +203,14 @@ class StreamFeed(IterableDataset[Batch]):
     def where(self, row: int) -> str:
         """Return the place of a row of the last step."""
         return dict(self._places)[row]
+
+    def batch_of(self, rows: Sequence[Example]) -> Batch:
+        """Return rows as a micro-batch."""
+        return self._collate(list(enumerate(rows)))
+
+    def num_tokens(self, batch: Batch) -> int:
+        """Return the tokens of a micro-batch's rows."""
+        return int(batch["attention_mask"].sum())
 
     def memory(self) -> list[list[int]]:
         """Return what each window that was tokenised so far gave."""

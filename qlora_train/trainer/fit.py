@@ -48,8 +48,9 @@ def train(
     def make(fitted: RunConfig) -> QloraTrainer:
         asked_rows = config.train.per_device_train_batch_size
         return QloraTrainer(
-            adapted, data, fitted, run, [progress], grouped_rows=asked_rows, recomputation=recomputation
-        )
+            adapted, data, fitted, run, [progress], grouped_rows=asked_rows, recomputation=recomputation,
+            on_fast_path=fast is not None,
+        )  # fmt: skip
 
     with stopping.at_boundaries():
         fast = choose_fast_path(adapted, data, config, run)

@@ -6,7 +6,6 @@
 """
 
 import inspect
-import logging
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,8 +19,6 @@ from qlora_train.errors import ConfigError, first_line
 from qlora_train.kernels import document_attention
 from qlora_train.loss import IGNORED, label_losses
 
-logger = logging.getLogger(__name__)
-
 CHECK_TOKENS = 32
 """Tokens of each document of the check."""
 NO_INFLUENCE = 1e-4
@@ -32,8 +29,8 @@ LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0
 """Nats a token between the loss of packed and of separate documents, by the dtype of the products."""
 
 
-def isolate_documents(adapted: AdaptedModel, config: RunConfig, rows: NumberedRows) -> None:
-    """Let a model attend within the documents of a pack alone, and check that it does.
+def isolate_documents(adapted: AdaptedModel, config: RunConfig, rows: NumberedRows) -> str:
+    """Let a model attend within the documents of a pack alone, check that it does, and say how.
 
     Args:
         adapted: the model; its attention function is changed.
@@ -49,7 +46,7 @@ def isolate_documents(adapted: AdaptedModel, config: RunConfig, rows: NumberedRo
     separate = check.separate_losses()
     how = _choose_attention(adapted.loaded.model, config)
     check.compare_with(separate)
-    logger.info("packing: documents attend to themselves alone (%s); checked on this model", how)
+    return how
 
 
 def _choose_attention(model: Any, config: RunConfig) -> str:

@@ -10,11 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.batches import Batch, Collator, PackCollator, padding_multiple
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.store import Rows
 from qlora_train.data.stream import RowStream
@@ -24,19 +22,16 @@ NUM_EPOCHS = 8
 """Epochs whose packs are looked at: rows of equal length change places between them, and their labels with them."""
 
 
-def largest_micro_batch(data: PreparedData, config: RunConfig, pad_token_id: int, device: torch.device) -> Batch:
-    """Return a micro-batch as large as any of the run's.
+def largest_micro_batch(data: PreparedData, config: RunConfig) -> list[Example]:
+    """Return the rows of a micro-batch as large as any of the run's, where each row computes all of its tokens.
 
     Of a stream, whose rows are not known, it is full rows of `data.max_length`, with the largest share of labels that its
     beginning has.
     """
     num_rows = config.train.per_device_train_batch_size
-    if isinstance(data.train, Rows) and config.data.packing:
-        return PackCollator()(list(enumerate(_fullest_packs(data.train, config, num_rows))))
-    rows = (
-        _of_stream(data.train, config, num_rows) if isinstance(data.train, RowStream) else _padded(data.train, num_rows)
-    )
-    return Collator(pad_token_id, padding_multiple(device))(list(enumerate(rows)))
+    if isinstance(data.train, RowStream):
+        return _of_stream(data.train, config, num_rows)
+    return _fullest_packs(data.train, config, num_rows) if config.data.packing else _padded(data.train, num_rows)
 
 
 def largest_eval_batches(rows: Rows, batch_size: int) -> list[list[Example]]:

@@ -2,6 +2,7 @@
 
 What is overridden, and why:
 
+- rows of a micro-batch that begin alike are computed as one row, where that is worth it (see `prefixes`);
 - the loss is the summed negative log-likelihood of all label tokens of the accumulated batch, divided by their count;
 - rows come padded or packed from mapped files, in an order that is a pure function of the seed and the epoch, or streamed;
 - a non-finite loss or gradient never reaches the weights (see `numbers`);
@@ -14,6 +15,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ from qlora_train.checkpoint import (
 )
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.store import Rows
+from qlora_train.data.batches import Batch, PackCollator, row_multiple
+from qlora_train.data.types import Example
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.ladder import Phase
@@ -47,10 +50,11 @@ from qlora_train.loss import LabelLosses, chunk_tokens_of, label_losses
 from qlora_train.trainer.arguments import choose_offloading, sft_config
 from qlora_train.trainer.balance import BALANCE, choose_router_aux_loss_coef
 from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, make_schedule
-from qlora_train.trainer.feed import make_feed
+from qlora_train.trainer.feed import Feed, RowFeed, make_feed
 from qlora_train.trainer.isolation import isolate_documents
 from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
 from qlora_train.trainer.offloading import activations_on_host
+from qlora_train.trainer.prefixes import choose_prefix_sharing
 from qlora_train.trainer.recompute import Recomputation, choose_recomputation
 
 logger = logging.getLogger(__name__)
@@ -89,27 +93,27 @@ class QloraTrainer(SFTTrainer):
         *,
         grouped_rows: int | None = None,
         recomputation: Recomputation | None = None,
+        on_fast_path: bool = True,
     ) -> None:
         self.config, self.run, self.examples = config, run, data
         self.adapted = adapted
         loaded = adapted.loaded
-        self._feed = make_feed(
+        self._feed: Feed = make_feed(
             data.train, config, loaded.tokenizer.pad_token_id, loaded.device,
             grouped_rows=grouped_rows or config.train.per_device_train_batch_size,
         )  # fmt: skip
+        self.balance_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
+        if isinstance(self._feed, RowFeed):
+            self._feed = self._laid_out(self._feed, on_fast_path=on_fast_path)
         offloads = choose_offloading(config.train.activation_offloading, on_gpu=loaded.device.type == "cuda")
         self._activations = activations_on_host if offloads else nullcontext
         self.phase: Phase = "training"
         self._schedule = make_schedule(config, self._feed.steps_per_epoch, has_eval=bool(data.eval))
         patience = config.train.early_stopping_patience
-        if config.data.packing:
-            assert isinstance(data.train, Rows), "a stream is not packed"
-            isolate_documents(adapted, config, data.train)
         self._micro_losses: list[torch.Tensor] = []
         self._micro_rows: list[torch.Tensor] = []
         self._micro_balances: list[torch.Tensor] = []
         self._balances: list[float] = []  # since the last log line
-        self.balance_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
         self.loss_chunk_tokens = chunk_tokens_of(adapted.model)
         self.numbers = Numbers(config.train)
         self.recomputation = recomputation or Recomputation(adapted.model, [])
@@ -143,6 +147,26 @@ class QloraTrainer(SFTTrainer):
         return super().create_optimizer(model)
 
     # --- data and loss -----------------------------------------------------------------------------------------------
+
+    def _laid_out(self, feed: RowFeed, *, on_fast_path: bool) -> RowFeed:
+        """Return the feed with its rows laid out as this model and these rows allow, and let the model attend so."""
+        config, loaded, balances = self.config, self.adapted.loaded, self.balance_weight > 0
+        if config.data.packing:
+            how = isolate_documents(self.adapted, config, feed.rows)
+            logger.info("packing: documents attend to themselves alone (%s); checked on this model", how)
+        shares = on_fast_path and choose_prefix_sharing(self.adapted, feed, config, self.run, balances=balances)
+        if not (shares or config.data.packing):
+            return feed
+        multiple = 1 if balances else row_multiple(loaded.device)  # the load-balancing loss counts padding
+        return feed.with_collator(PackCollator(loaded.tokenizer.pad_token_id, multiple, shares))
+
+    def batch_of(self, rows: Sequence[Example]) -> Batch:
+        """Return rows as a micro-batch of this run in which each computes all of its tokens."""
+        return self._feed.batch_of(rows)
+
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Count the tokens of the rows: neither padding, nor a shared prefix once for all that have it."""
+        self.state.num_input_tokens_seen += self._feed.num_tokens(inputs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the training batches."""

@@ -52,7 +52,7 @@ class Trial:
 def try_largest_batches(trainer: QloraTrainer) -> Trial:
     """Run the largest micro-batch forward and backward, and the largest evaluation batches forward."""
     data, config, loaded = trainer.examples, trainer.config, trainer.adapted.loaded
-    batch = largest_micro_batch(data, config, loaded.tokenizer.pad_token_id, loaded.device)
+    batch = trainer.batch_of(largest_micro_batch(data, config))
     tried = f"training on {_size(batch)}"
     if loaded.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(loaded.device)
@@ -74,8 +74,7 @@ def try_largest_batches(trainer: QloraTrainer) -> Trial:
 
 def compute_largest_batch(trainer: QloraTrainer) -> None:
     """Run the largest micro-batch forward, as in training, without a trace."""
-    loaded = trainer.adapted.loaded
-    batch = largest_micro_batch(trainer.examples, trainer.config, loaded.tokenizer.pad_token_id, loaded.device)
+    batch = trainer.batch_of(largest_micro_batch(trainer.examples, trainer.config))
     with without_trace(trainer.model):
         trainer.model.train()
         _mean_loss(trainer, trainer.model, batch)

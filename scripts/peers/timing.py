@@ -76,14 +76,18 @@ class Timing(TrainerCallback):
 
 
 def row_lengths(batch: Any) -> list[int]:
-    """Return the tokens of each row of a batch, or of each document where positions begin anew in a packed row."""
+    """Return the tokens of each row of a batch, or of each document of a packed row, whose positions jump between them.
+
+    What a document has from another one counts as its own; documents that only pad have no number in `row`.
+    """
     mask = batch.get("attention_mask")
     if mask is not None and mask.ndim == 2 and int(mask.max()) == 1:
         lengths: list[int] = mask.sum(dim=1).tolist()
         return lengths
     positions = batch["position_ids"].flatten()
-    begins = [*(positions == 0).nonzero().flatten().tolist(), positions.numel()]
-    return [end - begin for begin, end in pairwise(begins)]
+    ends = (positions[1:] != positions[:-1] + 1).nonzero().flatten().tolist()
+    lengths = [int(positions[end]) + 1 for end in [*ends, -1]]
+    return lengths[: len(batch["row"])] if "row" in batch else lengths
 
 
 def settings_of(arguments: list[str]) -> tuple[dict[str, Any], Path]:
