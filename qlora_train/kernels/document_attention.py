@@ -18,14 +18,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from qlora_train.kernels.grouped_attention import grouped_attention
+from qlora_train.kernels.document_scores import Layout, Places, Shared, scored_documents
 
 NAME = "packed_documents"
 """What a model's attention is called while it trains on packs."""
@@ -39,8 +39,8 @@ SHORTEST_SHARE = 0.75
 
 
 LONGEST_WITH_SCORES = 256
-"""Tokens of a document up to which a CPU computes all scores at once: on short rows the backward pass of its sdpa takes
-several times as long."""
+"""Tokens of the longest document up to which a CPU makes all scores at once: for short ones the backward pass of its sdpa
+takes several times as long."""
 
 
 LENGTH_MULTIPLE = 8
@@ -55,28 +55,11 @@ class DocumentBatch:
         num_documents: how many.
         length: tokens of each, padding included.
         mask: who sees whom in each of them, boolean (1, 1, length, length); None for plain causality.
-        bias: the same as what is added to the scores, (1, 1, length, length), where all scores are made; None otherwise.
     """
 
     num_documents: int
     length: int
     mask: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """Tokens of a row that other documents begin with too.
-
-    Attributes:
-        places: where they are in the batches of those others, int64 (num_places,).
-        tokens: the tokens, int64 (num_tokens,), ascending.
-        token_of: which of `tokens` is at each of `places`, int64 (num_places,).
-    """
-
-    places: torch.Tensor
-    tokens: torch.Tensor
-    token_of: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +71,14 @@ class Documents:
         places: the token of the row at each place of the batches, int64; 0 for padding.
         back: the place of each token of the row in the batches, int64 (seq,): that in its own document.
         shared: tokens that further documents begin with; None where each document is by itself.
+        layout: of the row, where all scores are made; None where sdpa makes them.
     """
 
     batches: tuple[DocumentBatch, ...]
     places: torch.Tensor
     back: torch.Tensor
     shared: Shared | None
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,17 +202,38 @@ def _in_batches(
             back[span.begin : span.end] = torch.arange(size + span.num_shared, size + span.length)
             size += length
         mask = mask_of(length) if masked else None
-        batches.append(DocumentBatch(last - first, length, mask, _bias(length, mask, device)))
+        batches.append(DocumentBatch(last - first, length, mask))
         first = last
     places, copies = torch.cat(found), torch.cat(shared)
-    return Documents(tuple(batches), places.to(device), back.to(device), _shared(places, copies, device))
+    documents = Documents(tuple(batches), places.to(device), back.to(device), _shared(places, copies, device))
+    if device.type != "cpu" or batches[0].length > LONGEST_WITH_SCORES:
+        return documents
+    return replace(documents, layout=_layout(documents))
 
 
-def _bias(length: int, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    if device.type != "cpu" or length > LONGEST_WITH_SCORES:
-        return None
+def _layout(documents: Documents) -> Layout:
+    sizes = tuple((batch.num_documents, batch.length) for batch in documents.batches)
+    lengths = torch.cat([torch.full((count * length,), length) for count, length in sizes])
+    offsets = torch.cat([torch.arange(length).repeat(count) for count, length in sizes])
+    every = Places(torch.arange(len(offsets)) - offsets, offsets, lengths)
+    is_own = torch.zeros(len(offsets), dtype=torch.bool)
+    is_own[documents.back] = True
+    return Layout(
+        sizes,
+        tuple(_bias(batch) for batch in documents.batches),
+        documents.places,
+        is_own,
+        every.at(documents.back),
+        None if documents.shared is None else every.at(documents.shared.places),
+        documents.shared,
+    )
+
+
+def _bias(batch: DocumentBatch) -> torch.Tensor:
+    """Return what is added to the scores of a batch, (1, 1, length, length)."""
+    mask = batch.mask
     if mask is None:
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        mask = torch.ones(1, 1, batch.length, batch.length, dtype=torch.bool).tril()
     return torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
 
 
@@ -263,7 +269,9 @@ def attend(
     compute = soft_capped_attention if capped else AttentionInterface()["sdpa"]
     if not isinstance(attention_mask, Documents):
         return compute(module, query, key, value, attention_mask, **options)
-    with_scores = not capped and options.get("position_bias") is None and not options.get("dropout")
+    layout, plain = attention_mask.layout, options.get("position_bias") is None and not options.get("dropout")
+    if layout is not None and scaling is not None and plain and not capped:
+        return scored_documents(query, key, value, layout, scaling), None
     sizes = [batch.num_documents * batch.length for batch in attention_mask.batches]
 
     def parts(states: torch.Tensor, shared: Shared | None) -> list[torch.Tensor]:
@@ -274,13 +282,8 @@ def attend(
 
     shared = attention_mask.shared  # a document's copies ask nothing: their own document has the answers
     each = zip(parts(query, None), parts(key, shared), parts(value, shared), attention_mask.batches, strict=True)
-    outputs = [
-        grouped_attention(q, k, v, batch.bias, scaling)
-        if with_scores and scaling is not None and batch.bias is not None
-        else compute(module, q, k, v, batch.mask, **options)[0]
-        for q, k, v, batch in each
-    ]
-    together = outputs[0].flatten(0, 1) if len(outputs) == 1 else torch.cat([each.flatten(0, 1) for each in outputs])
+    outputs = [compute(module, q, k, v, batch.mask, **options)[0].flatten(0, 1) for q, k, v, batch in each]
+    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return _Collect.apply(together, attention_mask.places, attention_mask.back)[None], None
 
 

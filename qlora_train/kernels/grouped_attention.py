@@ -28,11 +28,16 @@ def grouped_attention(
 
     Under autocast, products are made in its dtype, as sdpa makes them, which is then the output's.
     """
+    output: Tensor = _GroupedAttention.apply(*in_one_dtype(query, key, value), attention_mask, scaling)
+    return output
+
+
+def in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return all three in the dtype that products are made in."""
     device, dtype = query.device.type, query.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    output: Tensor = _GroupedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype), attention_mask, scaling)
-    return output
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 class _GroupedAttention(torch.autograd.Function):
@@ -42,26 +47,49 @@ class _GroupedAttention(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, seq, _ = query.shape
         q, k, v = _rows(query, key.shape[1]), _rows(key, key.shape[1]), _rows(value, key.shape[1])
-        scores = q.new_empty(len(q), q.shape[1], k.shape[1])
-        if attention_mask is None:
-            torch.bmm(q, k.mT, out=scores).mul_(scaling)
-        else:
-            scores.view(batch, heads, seq, -1).copy_(attention_mask)
-            scores.baddbmm_(q, k.mT, alpha=scaling)
-        weights = torch.softmax(scores, -1)
+        output, weights = attend_with_scores(q, k, v, attention_mask, scaling, (batch, heads, seq))
         ctx.save_for_backward(q, k, v, weights)
         ctx.scaling, ctx.shapes = scaling, (query.shape, key.shape, value.shape)
-        return (weights @ v).view(batch, heads, seq, -1).transpose(1, 2).contiguous()
+        return output.view(batch, heads, seq, -1).transpose(1, 2).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, weights = ctx.saved_tensors
-        shape_q, shape_k, shape_v = ctx.shapes
-        grad_output = _rows(grad.transpose(1, 2), shape_k[1])
-        grad_v = weights.mT @ grad_output
-        grad_scores = torch._softmax_backward_data(grad_output @ v.mT, weights, -1, weights.dtype).mul_(ctx.scaling)
-        grad_q, grad_k = grad_scores @ k, grad_scores.mT @ q
-        return grad_q.view(shape_q), grad_k.view(shape_k), grad_v.view(shape_v), None, None
+        grad_output = _rows(grad.transpose(1, 2), ctx.shapes[1][1])
+        found = gradients_with_scores(grad_output, q, k, v, weights, ctx.scaling)
+        return *(each.view(shape) for each, shape in zip(found, ctx.shapes, strict=True)), None, None
+
+
+def attend_with_scores(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return the output, (n, rows, value features), and the weights, (n, rows, key seq), n being batch * key heads.
+
+    Args:
+        q: (n, rows, features), rows being heads per key head * seq.
+        k: (n, key seq, features).
+        v: (n, key seq, value features).
+        mask: added to the scores, (batch or 1, 1, seq, key seq); None adds nothing.
+        scaling: factor of the scores.
+        shape: batch, heads, seq.
+    """
+    scores = q.new_empty(len(q), q.shape[1], k.shape[1])
+    if mask is None:
+        torch.bmm(q, k.mT, out=scores).mul_(scaling)
+    else:
+        scores.view(*shape, -1).copy_(mask)
+        scores.baddbmm_(q, k.mT, alpha=scaling)
+    weights = torch.softmax(scores, -1)
+    return torch.bmm(weights, v), weights
+
+
+def gradients_with_scores(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v of `attend_with_scores` from that of its output."""
+    grad_v = torch.bmm(weights.mT, grad)
+    grad_scores = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype).mul_(scaling)
+    return torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q), grad_v
 
 
 def _rows(x: Tensor, key_heads: int) -> Tensor:
