@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from qlora_train.adapter import AdaptedModel, attach_adapter
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
+from qlora_train.data import batches
 from qlora_train.data.batches import FEWEST_SHARED, PackCollator, num_shared
 from qlora_train.data.types import Example
 from qlora_train.errors import CheckpointError
@@ -61,10 +62,10 @@ def batch_of(rows: Sequence[Example], collate: PackCollator) -> dict[str, torch.
     return batch
 
 
-def losses_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def losses_and_gradients(model: Any, rows: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the sorted losses of all labels, and the gradient of their sum, of all that trains."""
     model.zero_grad()
-    found = torch.cat([label_losses(model, **batch).nats for batch in batches])
+    found = torch.cat([label_losses(model, **batch).nats for batch in rows])
     found.sum().backward()
     return found.detach().sort()[0], torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -274,6 +275,30 @@ def test_run_that_began_without_goes_on_without(
     straight.prefixes_file.write_text('{"on": true, "colour": "red"}')
     with pytest.raises(CheckpointError, match=r"prefixes\.json: is not as it was written; restore it, or delete it"):
         train_run(tmp_path, pico_llama, *saved, name="straight")
+
+
+def test_run_that_began_with_and_cannot_go_on_so_is_one_line(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tasks(tmp_path)
+    saved = (*EXACT, "train.save_steps=2")
+    straight = train_run(tmp_path, pico_llama, *saved, name="straight")
+    stopped_copy(straight, tmp_path / "stopped")
+    monkeypatch.setattr(document_attention, "find_documents", lambda **_: None)  # rows see each other
+    with pytest.raises(
+        CheckpointError, match=r"prefixes\.json: this run began with shared prefixes, which fail here \("
+    ):
+        train_run(tmp_path, pico_llama, *saved, name="stopped")
+
+
+def test_rows_of_ragged_length_that_share_nothing_are_not_padded(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
+) -> None:
+    monkeypatch.setattr(batches, "FEWEST_SHARED", 1000)
+    alone = train_run(tmp_path, pico_llama, *EXACT, "train.share_prefixes=false", name="alone")
+    together = train_run(tmp_path, pico_llama, *EXACT, name="together")
+    assert SHARED in messages.text
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
 
 
 def test_model_that_is_not_to_share_attends_as_before(

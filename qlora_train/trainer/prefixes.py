@@ -67,7 +67,7 @@ def choose_prefix_sharing(
         balances: the run has a load-balancing loss, which counts tokens.
 
     Raises:
-        CheckpointError: the verdict of this run cannot be read.
+        CheckpointError: the verdict of this run cannot be read, or the run began with shared prefixes and cannot go on so.
     """
     obstacle = _obstacle(adapted, config, balances)
     if obstacle:
@@ -80,16 +80,22 @@ def choose_prefix_sharing(
     run_id = run.facts().get("run_id", "")
     verdict = _known_verdict(run, run_id)
     before = adapted.loaded.model.config._attn_implementation
-    if verdict is None or verdict.on:
+    if verdict is None:
         problem = _isolate(adapted, config, feed) or _compare(adapted, batches)
-        verdict = verdict or Verdict(run_id, not problem, problem)
+        verdict = Verdict(run_id, not problem, problem)
         run.path.mkdir(parents=True, exist_ok=True)
         durable.write_text(run.prefixes_file, json.dumps(asdict(verdict), indent=2) + "\n")
+    elif verdict.on and (problem := _isolate(adapted, config, feed)):
+        raise CheckpointError(
+            f"{run.prefixes_file}: this run began with shared prefixes, which fail here ({problem}); go on where it began, "
+            "or delete the file to go on without"
+        )
     if not verdict.on:
         adapted.loaded.model.set_attn_implementation(before)
         logger.warning("shared prefixes: OFF, each row computes its own: %s; please report this model", verdict.problem)
         return False
-    logger.info("shared prefixes: computed once in a micro-batch, which saves %.0f %% of its tokens", 100 * saved)
+    logger.info("shared prefixes: computed once in a micro-batch, and nothing padded, which saves %.0f %% of its tokens",
+                100 * saved)  # fmt: skip
     return True
 
 
@@ -154,7 +160,8 @@ def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
 def _compare(adapted: AdaptedModel, batches: Sequence[Sequence[NumberedExample]]) -> str:
     """Compute a few rows in both ways, and return what is wrong; empty where they are the same."""
     collate = PackCollator(shares=True)
-    rows = next(rows for batch in batches if (rows := _beginnings(batch)) and not _is_whole(collate, rows))
+    candidates = [rows for batch in batches if (rows := _beginnings(batch))]
+    rows = next((rows for rows in candidates if not _is_whole(collate, rows)), candidates[0])
     device = adapted.loaded.device
 
     def computed(made: Any) -> Any:
