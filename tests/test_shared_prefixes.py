@@ -182,6 +182,21 @@ def test_documents_longer_than_what_a_cpu_computes_with_all_scores(pico_llama: P
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_computes_the_same(pico_llama: Path, tmp_path: Path) -> None:
+    adapted = adapted_model(tmp_path, pico_llama)
+
+    def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.cuda() for name, tensor in batch.items()}
+
+    wanted = losses_and_gradients(adapted.model.eval(), [on_gpu(each) for each in one_by_one(ROWS)])
+    isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
+    found = losses_and_gradients(adapted.model, [on_gpu(batch_of(ROWS, PackCollator(multiple_of=8, shares=True)))])
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-3, atol=1e-4 * float(wanted[1].abs().max()))
+
+
 def test_a_prefix_that_is_forgotten_is_seen(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above can fail: without positions, rows would go on where nothing is."""
     adapted = adapted_model(tmp_path, pico_llama)

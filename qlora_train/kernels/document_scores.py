@@ -24,9 +24,9 @@ class Shared:
         token_of: which of `tokens` is at each of `places`, int64 (num_places,).
     """
 
-    places: torch.Tensor
-    tokens: torch.Tensor
-    token_of: torch.Tensor
+    places: Tensor
+    tokens: Tensor
+    token_of: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,8 @@ class QloraTrainer(SFTTrainer):
         self._micro_balances: list[torch.Tensor] = []
         self._balances: list[float] = []  # since the last log line
         self.loss_chunk_tokens = chunk_tokens_of(adapted.model)
+        if self.loss_chunk_tokens is None:
+            logger.info("loss: the logits of all labels at once, as this model's head does not run by itself")
         self.numbers = Numbers(config.train)
         self.recomputation = recomputation or Recomputation(adapted.model, [])
         level, checkpoints_all = choose_recomputation(
