@@ -154,7 +154,7 @@ def padding_multiple(device: torch.device) -> int:
 
     Tensor cores work on tiles of 8 16-bit numbers: a length that 8 does not divide sends whole matrix products to slower
     kernels (NVIDIA, Matrix Multiplication Background User's Guide, "Requirements to Use Tensor Cores"). A CPU's products
-    make a kernel for every new length of a batch, which takes time and a megabyte each (oneDNN, Primitive Cache).
+    make a kernel for every new length of a batch, which takes time and memory (oneDNN, Primitive Cache).
     """
     return 8 if device.type == "cuda" else 4
 
