@@ -47,7 +47,7 @@ OURS: dict[str, dict[str, list[str]]] = {
         "ours, no kept weights": ["train.dequantized_cache_gb=0"],
         "ours, rows apart": ["train.share_prefixes=false", "model.attn_implementation=eager"],
     },
-    "cuda": {"ours": [], "ours, rows apart": ["train.share_prefixes=false"]},
+    "cuda": {"ours": []},
 }
 """What this package is measured with, by device. On a GPU no weights are kept unless a config asks for it; eager attention
 is what short rows are quickest with on a CPU."""

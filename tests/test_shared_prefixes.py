@@ -365,7 +365,7 @@ def test_rows_that_have_little_in_common_stay_as_they_are(
 ) -> None:
     monkeypatch.setattr(prefixes, "LEAST_SAVED", 0.4)
     _, trainer = built(make_config(tmp_path, pico_llama))
-    assert "shared prefixes" not in messages.text
+    assert "shared prefixes: each row computes its own (sharing saves " in messages.text
     assert "attention_mask" in next(iter(trainer.get_train_dataloader()))
 
 

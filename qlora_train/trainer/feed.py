@@ -27,6 +27,7 @@ from qlora_train.data.batches import (
     RowDataset,
     RowOrder,
     padding_multiple,
+    row_multiple,
 )
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.store import Rows
@@ -75,7 +76,7 @@ def make_feed(
     if isinstance(rows, RowStream):
         return StreamFeed(rows, config, Collator(pad_token_id, padding_multiple(device)))
     if config.data.packing:
-        return RowFeed(rows, pack_order(rows.lengths, config), config, PackCollator(pad_token_id))
+        return RowFeed(rows, pack_order(rows.lengths, config), config, PackCollator(pad_token_id, row_multiple(device)))
     train = config.train
     order = RowOrder(
         rows.lengths, config.run.seed, train.per_device_train_batch_size, train.group_by_length, grouped_rows
