@@ -124,8 +124,5 @@ def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Verdi
         free_memory()  # only here, where nothing refers to the error's frames any more
         return Verdict(run_id, False, problem)
     if not BOUNDS[adapted.loaded.compute_dtype].hold(found):
-        problem = (
-            f"it computes something else on this model (loss by {found.loss:.2g}, gradients by {found.gradient:.2g}, that "
-            f"of {found.worst} by {found.tensor:.2g} of itself)"
-        )
+        problem = found.said()
     return Verdict(run_id, not problem, problem, **asdict(found))

@@ -43,6 +43,13 @@ class Difference:
     tensor: float
     worst: str
 
+    def said(self) -> str:
+        """Say that it is too large."""
+        return (
+            f"it computes something else on this model (loss by {self.loss:.2g}, gradients by {self.gradient:.2g}, that of "
+            f"{self.worst} by {self.tensor:.2g} of itself)"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:

@@ -176,10 +176,7 @@ def _compare(adapted: AdaptedModel, batches: Sequence[Sequence[NumberedExample]]
         bounds = BOUNDS[adapted.loaded.compute_dtype]
         if replace(bounds, loss=LOSS_SLACK * bounds.loss).hold(found):
             return ""
-        return (
-            f"it computes something else on this model (loss by {found.loss:.2g}, gradients by {found.gradient:.2g}, that "
-            f"of {found.worst} by {found.tensor:.2g} of itself)"
-        )
+        return found.said()
     free_memory()  # only here, where nothing refers to the error's frames any more
     return problem
 
