@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_train.checkpoint import RunFolder
 from qlora_train.errors import ConfigError
+from qlora_train.kernels import tiles
 from qlora_train.kernels.fast_path import install
 from qlora_train.loss import label_losses
 from qlora_train.pipeline import prepare
@@ -49,9 +52,13 @@ def bytes_saved(model: Any, run: Callable[[], Any]) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("tile_rows", [tiles.TILE_ROWS, 7])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_level_has_the_same_bits(model_type: str, dtype: str, pico: Pico, tmp_path: Path) -> None:
+def test_every_level_has_the_same_bits(
+    model_type: str, dtype: str, tile_rows: int, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "TILE_ROWS", tile_rows)
     adapted = adapted_model(tmp_path, pico(model_type), dtype=dtype)
     fast = install(adapted.model, lambda: label_losses(adapted.model, **BATCH))
     layers = Recomputation(adapted.model, fast.mlps)
@@ -61,6 +68,10 @@ def test_every_level_has_the_same_bits(model_type: str, dtype: str, pico: Pico, 
         found = difference(wanted, gradients_of(adapted, BATCH))
         assert (found.loss, found.gradient) == (0, 0), level
     assert layers.can("layer")
+    adapted.model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers.leave_to_transformers()
+    found = difference(wanted, gradients_of(adapted, BATCH))
+    assert (found.loss, found.gradient) == (0, 0)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -95,6 +106,31 @@ def test_the_inside_of_the_mlp_is_what_the_middle_level_leaves_out(pico: Pico, t
     gate_and_up = 2 * IDS.numel() * 128 * 4
     for everything, rest in zip(counted["none"], counted["mlp"], strict=True):
         assert gate_and_up <= everything - rest <= 1.5 * gate_and_up
+
+
+@pytest.mark.parametrize("level", ["mlp", "layer"])
+def test_tiles_are_computed_once_more_and_no_two_at_a_time(
+    level: Level, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "TILE_ROWS", 7)
+    adapted, layers = on_the_fast_path("llama", pico, tmp_path)
+    layers.set(level)
+    alive: list[int] = []
+    references: list[weakref.ref[Any]] = []
+    gate_proj = adapted.model.get_submodule("base_model.model.model.layers.0.mlp.gate_proj")
+    own = gate_proj.forward
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        alive.append(sum(reference() is not None for reference in references))
+        gate: torch.Tensor = own(x)
+        references.append(weakref.ref(gate))
+        return gate
+
+    monkeypatch.setattr(gate_proj, "forward", counted)
+    label_losses(adapted.model.train(), **BATCH).nats.sum().backward()
+    num_tiles = math.ceil(IDS.numel() / 7)
+    assert len(alive) == 2 * num_tiles
+    assert max(alive) <= 1
 
 
 KEPT: dict[Level, list[int]] = {"none": [100] * 6, "mlp": [40] * 6, "layer": [10] * 6}

@@ -283,9 +283,10 @@ class TrainSection(Section):
     says."""
     recompute: Literal["auto", "none", "mlp", "layer"] = "auto"
     """What a layer computes again in the backward pass instead of keeping it: nothing, the inside of its MLP, or everything
-    from its input on. `auto` is on a GPU the least for each layer that fits into its memory, and nothing on a CPU."""
+    from its input on. `auto` is on a GPU the least for each layer that fits into its memory, and nothing on a CPU; with
+    `activation_offloading` everything."""
     activation_offloading: bool = False
-    """Keep what the backward pass needs in the host's memory instead of a GPU's: slower."""
+    """Keep what the backward pass needs in the host's memory instead of a GPU's, copied while the GPU computes."""
     auto_fit: bool = False
     """Where the largest batch does not fit into memory, train with the first that does of: smaller micro-batches with more
     accumulation, gradient_checkpointing, activation_offloading; rows and steps stay the same. False:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_train.kernels import gpu
+from qlora_train.kernels.keep import keep
 from qlora_train.kernels.lora_linear import LoraLayers, Rounded, gradients, products
 
 
@@ -109,28 +110,10 @@ def gated_linear(gate: Tensor, up: Tensor, activation: Activation, layer: LoraLa
         layer: a group of one.
     """
     rounded = Rounded.of(layer)
-    kept_gate, kept_up = _Keep.apply(gate, up, rounded.a, *rounded.b)
-    keeper = kept_gate.grad_fn
+    # kept before the layer's product is made, which a backward pass that computes the layer again does not need
+    (kept_gate, kept_up), keeper = keep([gate, up], [rounded.a, *rounded.b])
     output: Tensor = _GatedLinear.apply(kept_gate, kept_up, keeper, activation, layer, rounded, *layer.a, *layer.b)
     return output
-
-
-class _Keep(torch.autograd.Function):
-    """Keeps what the gated layer's backward pass needs.
-
-    Being a step of its own, it keeps before the layer's product is made: where a layer is computed again in the backward
-    pass, that stops as soon as everything that was kept is there, and the product, which nobody needs, is not made again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(gate, up, *factors)
-        ctx.num_factors = len(factors)
-        return gate.view_as(gate), up.view_as(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad_gate: Tensor, grad_up: Tensor) -> tuple[Any, ...]:
-        return grad_gate, grad_up, *[None] * ctx.num_factors
 
 
 class _GatedLinear(torch.autograd.Function):

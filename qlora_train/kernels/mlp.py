@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qlora_train.kernels.gated import ACTIVATIONS, Activation, gated_linear
 from qlora_train.kernels.groups import Group
+from qlora_train.kernels.tiles import fill_tiles, in_tiles, recomputed_in_tiles
+
+Level = Literal["none", "mlp", "layer"]
+"""What a layer computes again in the backward pass: nothing, the inside of its MLP, or everything from its input on."""
 
 GATE_AND_UP = (("gate_proj", "up_proj"), ("gate_up_proj",))
 """Names of the layers that make gate and up, in Transformers' files."""
@@ -24,13 +27,14 @@ class GatedMlp:
         module: it.
         makers: its layers that make gate and up, two or one.
         activation: f.
-        is_recomputed: it keeps its input alone, and computes gate and up again in the backward pass.
+        level: of the layer it is in. At `mlp` it keeps its input alone, and computes gate and up again in the backward
+            pass; at `layer` it does so for inputs of more than a tile, whose inside then exists a tile at a time.
     """
 
     module: Any
     makers: tuple[Any, ...]
     activation: Activation
-    is_recomputed: bool = False
+    level: Level = "none"
 
     @classmethod
     def of(cls, module: nn.Module) -> "GatedMlp | None":
@@ -58,7 +62,9 @@ class GatedMlp:
         def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
             if arguments or keywords or not down.applies(layer):
                 return own(x, *arguments, **keywords)
-            return checkpoint(compute, x, use_reentrant=False) if self.is_recomputed else compute(x)
+            if self.level == "mlp" or (self.level == "layer" and fill_tiles(x)):
+                return recomputed_in_tiles(compute, x, self._trained())
+            return in_tiles(compute, x)
 
         return forward
 
@@ -70,6 +76,9 @@ class GatedMlp:
         """Return the numbers of the weight after the product."""
         size: int = self.module.down_proj.in_features * self.module.down_proj.out_features
         return size
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def _gate_and_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         made = [maker(x) for maker in self.makers]

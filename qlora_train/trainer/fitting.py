@@ -50,7 +50,8 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
         trial = try_largest_batches(trainer)
     if train != recorded:
         _take_or_refuse(config, run, train, first)
-    if trial.peak_bytes is not None and "auto" == train.gradient_checkpointing == train.recompute:
+    chooses = "auto" == train.gradient_checkpointing == train.recompute and not train.activation_offloading
+    if trial.peak_bytes is not None and chooses:
         trial = keep_more(trainer, trial, spare_bytes(trainer.adapted.loaded.device, trial.peak_bytes))
     logger.info("memory: %s: fits%s", trial.tried, trial.memory)
     return trainer

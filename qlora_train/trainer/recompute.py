@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,12 +21,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_train.config.schema import TrainSection
 from qlora_train.errors import ConfigError
-from qlora_train.kernels.mlp import GatedMlp
+from qlora_train.kernels.mlp import GatedMlp, Level
 from qlora_train.trainer.offloading import but_for_weights
 
 logger = logging.getLogger(__name__)
 
-Level = Literal["none", "mlp", "layer"]
 LEVELS: tuple[Level, ...] = ("none", "mlp", "layer")
 
 OUTSIDE = -1
@@ -43,6 +42,7 @@ class Recomputation:
 
     def __init__(self, model: nn.Module, mlps: Sequence[GatedMlp]) -> None:
         self.layers = _outermost(model)
+        self._every_mlp = mlps
         self._mlps = [[mlp for mlp in mlps if mlp.module in set(layer.modules())] for layer in self.layers]
         self.levels: list[Level] = ["none"] * len(self.layers)
 
@@ -62,7 +62,13 @@ class Recomputation:
             layer.gradient_checkpointing = level == "layer"
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             for mlp in mlps:
-                mlp.is_recomputed = level == "mlp"
+                mlp.level = level
+
+    def leave_to_transformers(self) -> None:
+        """Let Transformers compute every layer again."""
+        self.set("none")
+        for mlp in self._every_mlp:
+            mlp.level = "layer"
 
     def work(self, place: int, level: Level) -> float:
         """Return how much of a layer's linear work a level computes again, as a share of what `layer` does."""

@@ -53,7 +53,7 @@ from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, m
 from qlora_train.trainer.feed import Feed, RowFeed, make_feed
 from qlora_train.trainer.isolation import isolate_documents
 from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
-from qlora_train.trainer.offloading import activations_on_host
+from qlora_train.trainer.offloading import Offloading
 from qlora_train.trainer.prefixes import choose_prefix_sharing
 from qlora_train.trainer.recompute import Recomputation, choose_recomputation
 
@@ -106,7 +106,7 @@ class QloraTrainer(SFTTrainer):
         if isinstance(self._feed, RowFeed):
             self._feed = self._laid_out(self._feed, on_fast_path=on_fast_path)
         offloads = choose_offloading(config.train.activation_offloading, on_gpu=loaded.device.type == "cuda")
-        self._activations = activations_on_host if offloads else nullcontext
+        self._activations = Offloading(loaded.device).forward_pass if offloads else nullcontext
         self.phase: Phase = "training"
         self._schedule = make_schedule(config, self._feed.steps_per_epoch, has_eval=bool(data.eval))
         patience = config.train.early_stopping_patience
@@ -125,7 +125,10 @@ class QloraTrainer(SFTTrainer):
             on_gpu=loaded.device.type == "cuda",
             supported=loaded.model.supports_gradient_checkpointing,
         )
-        self.recomputation.set(level)
+        if checkpoints_all:
+            self.recomputation.leave_to_transformers()
+        else:
+            self.recomputation.set(level)
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
         super().__init__(
             model=adapted.model,
