@@ -45,7 +45,7 @@ OURS: dict[str, dict[str, list[str]]] = {
     "cpu": {
         "ours": [],
         "ours, no kept weights": ["train.dequantized_cache_gb=0"],
-        "ours, rows apart": ["train.share_prefixes=false", "model.attn_implementation=eager"],
+        "ours, rows apart": ["train.padding_free=false", "model.attn_implementation=eager"],
     },
     "cuda": {"ours": []},
 }

@@ -1,8 +1,8 @@
-"""Time training steps of a config on this machine: the plain path, the fast path, with kept weights, with shared prefixes.
+"""Time training steps of a config on this machine: the plain path, the fast path, with kept weights, and padding-free.
 
 All take the same rows in turn, in one process, as a run of the config would: packed or padded, recomputing activations or
-not, but one micro-batch a step. Tokens are those of the rows. Ratios are medians over rounds. Prefixes are shared where a
-run would share them.
+not, with as many micro-batches a step. Tokens are those of the rows. Ratios are medians over rounds. Rows lie end to end
+where a run would lay them so.
 
 Example: ``GOMP_SPINCOUNT=20000 python scripts/bench_step.py configs/demo.yaml``
 """
@@ -24,18 +24,17 @@ from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
-from qlora_train.data.batches import PackCollator, row_multiple
 from qlora_train.kernels import document_attention
 from qlora_train.kernels.fast_path import install
 from qlora_train.loader import load_model
-from qlora_train.loss import chunk_tokens_of, label_losses
+from qlora_train.loss import IGNORED, chunk_tokens_of, label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.trainer.feed import Feed, RowFeed, make_feed
 from qlora_train.trainer.isolation import isolate_documents
-from qlora_train.trainer.prefixes import choose_prefix_sharing
+from qlora_train.trainer.padding_free import choose_padding_free
 from qlora_train.trainer.recompute import Recomputation, choose_recomputation
 
-PATHS = ("plain", "fast", "fast, kept weights", "and shared prefixes")
+PATHS = ("plain", "fast", "fast, kept weights", "and padding-free")
 
 
 @dataclass
@@ -61,25 +60,26 @@ def main() -> None:
     model = adapted.model.train()
     set_up(adapted, data, config)
     apart = loaded.model.config._attn_implementation
-    feeds = feeds_of(adapted, data, config)
-    batches = [list(islice(feed.loader(Start()), options.rounds + 1)) for feed in feeds]
-    if len(batches[0]) <= options.rounds:
-        parser.error(
-            f"--rounds {options.rounds}: the data has {len(batches[0])} batches, and one warms up; ask for fewer"
-        )
     chunk_tokens = chunk_tokens_of(model)
+    feeds = feeds_of(adapted, data, config, in_chunks=chunk_tokens is not None)
+    steps = [list(islice(feed.loader(Start()), options.rounds + 1)) for feed in feeds]
+    if len(steps[0]) <= options.rounds:
+        parser.error(f"--rounds {options.rounds}: an epoch has {len(steps[0])} steps, and one warms up; ask for fewer")
     optimizer = torch.optim.AdamW(trainable_state(model).values(), lr=config.train.learning_rate, fused=True)
 
-    def step(number: int, *, shares: bool = False) -> float:
+    def step(number: int, *, end_to_end: bool = False) -> float:
         """Take one step and return its tokens a second."""
-        loaded.model.set_attn_implementation(document_attention.NAME if shares else apart)
-        batch = {name: tensor for name, tensor in batches[shares][number].items() if name != "row"}
-        num_tokens = feeds[0].num_tokens(batches[0][number])
+        loaded.model.set_attn_implementation(document_attention.NAME if end_to_end else apart)
+        num_tokens = sum(map(feeds[0].num_tokens, steps[0][number]))
+        num_labels = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in steps[end_to_end][number])
         started = time.perf_counter()
-        batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
-        with torch.autocast(loaded.device.type, loaded.compute_dtype, enabled=loaded.compute_dtype != torch.float32):
-            loss = label_losses(model, chunk_tokens, **batch).nats.mean()
-        loss.backward()
+        for each in steps[end_to_end][number]:
+            batch = {name: tensor.to(loaded.device) for name, tensor in each.items() if name != "row"}
+            with torch.autocast(
+                loaded.device.type, loaded.compute_dtype, enabled=loaded.compute_dtype != torch.float32
+            ):
+                loss = label_losses(model, chunk_tokens, **batch).nats.sum() / num_labels
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable_state(model).values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -87,7 +87,7 @@ def main() -> None:
             torch.cuda.synchronize()
         return num_tokens / (time.perf_counter() - started)
 
-    speeds = measured(model, step, options.rounds, loaded.device, shares=len(batches) > 1)
+    speeds = measured(model, step, options.rounds, loaded.device, end_to_end=len(feeds) > 1)
     print(f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.compute_dtype}, {options.rounds} rounds")
     for path in speeds:
         ratios = [fast / plain for fast, plain in zip(speeds[path], speeds["plain"], strict=True)]
@@ -113,24 +113,24 @@ def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None
         adapted.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> list[Feed]:
-    """Return the micro-batches of a run of the config, and, where it shares prefixes, the same so."""
+def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in_chunks: bool) -> list[Feed]:
+    """Return the steps of a run of the config, and, where it lays its rows end to end, the same so."""
     size, loaded = config.train.per_device_train_batch_size, adapted.loaded
     feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, grouped_rows=size)
     if not isinstance(feed, RowFeed):
         return [feed]
     with tempfile.TemporaryDirectory() as nowhere:
-        shares = choose_prefix_sharing(adapted, feed, config, RunFolder(Path(nowhere)), balances=False)
-    collate = PackCollator(loaded.tokenizer.pad_token_id, row_multiple(loaded.device), shares)
-    return [feed, feed.with_collator(collate)] if shares else [feed]
+        run = RunFolder(Path(nowhere))
+        found = choose_padding_free(adapted, feed, config, run, balances=False, in_chunks=in_chunks)
+    return [feed] if found is None else [feed, found]
 
 
 def measured(
-    model: torch.nn.Module, step: Callable[..., float], num_rounds: int, device: torch.device, *, shares: bool
+    model: torch.nn.Module, step: Callable[..., float], num_rounds: int, device: torch.device, *, end_to_end: bool
 ) -> dict[str, list[float]]:
     """Return the speeds of every path, in rounds of one step each; a round before them warms up."""
     tokens = torch.arange(1, 9, device=device)[None]
-    speeds: dict[str, list[float]] = {path: [] for path in PATHS[: 3 + shares]}
+    speeds: dict[str, list[float]] = {path: [] for path in PATHS[: 3 + end_to_end]}
     for number in range(num_rounds + 1):
         found = [step(number)]
         fast = install(model, lambda: label_losses(model, input_ids=tokens, labels=tokens))
@@ -138,8 +138,8 @@ def measured(
         for weight in fast.weights:
             weight.keep()
         found.append(step(number))
-        if shares:
-            found.append(step(number, shares=True))
+        if end_to_end:
+            found.append(step(number, end_to_end=True))
         fast.uninstall()
         for path, speed in zip(speeds, found, strict=True):
             speeds[path] += [speed] if number else []

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from qlora_train.data.batches import (
     IGNORED,
     MEGABATCH_BATCHES,
+    Capacity,
     Collator,
     PackCollator,
     RowDataset,
     RowOrder,
+    StepCollator,
     epoch_order,
     labelled_batches,
     padding_multiple,
 )
+from qlora_train.data.types import Example
 from tests.stores import example, rows_of
 
 EXAMPLES = [example((5, 6, 7), (0, 1, 1)), example(range(1, 10), (0,) * 8 + (1,))]
@@ -33,7 +36,7 @@ def array(lengths: list[int]) -> np.ndarray:
 
 def test_the_data_set_reads_rows_of_a_store_with_their_numbers(tmp_path: Path) -> None:
     dataset = RowDataset(rows_of(tmp_path / "store", EXAMPLES))
-    number, row = dataset[1]
+    [(number, row)] = dataset[[1]]
     assert (len(dataset), number, row.where) == (2, 1, "file.jsonl:2")
     assert row.input_ids.tolist() == list(range(1, 10))
     assert row.loss_mask.tolist() == [False] * 8 + [True]
@@ -57,6 +60,43 @@ def test_rows_are_padded_to_lengths_that_come_again() -> None:
         for device in ("cpu", "cuda")
     }
     assert lengths == {"cpu": 12, "cuda": 16}
+
+
+def of_sizes(*sizes: tuple[int, int]) -> list[tuple[int, Example]]:
+    """Return numbered rows of so many tokens, so many of them labels."""
+    rows = [example(range(1, tokens + 1), (0,) * (tokens - labels) + (1,) * labels) for tokens, labels in sizes]
+    return list(enumerate(rows))
+
+
+def test_a_step_has_the_micro_batches_that_it_is_given() -> None:
+    rows = of_sizes((3, 1), (5, 2), (4, 1))
+    batches = StepCollator(Collator(0))([rows[:2], rows[2:]])
+    assert [batch["row"].tolist() for batch in batches] == [[0, 1], [2]]
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 5), (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("most", "wanted"),
+    [
+        (Capacity(9, 9), [[1, 2], [3, 4, 0]]),
+        (Capacity(9, 3), [[1, 2], [3, 4], [0]]),  # labels of 3 and 4: all that fit
+        (Capacity(19, 9), [[1, 2, 3, 4, 0]]),
+    ],
+)
+def test_micro_batches_are_filled_up_to_the_most_that_they_hold(most: Capacity, wanted: list[list[int]]) -> None:
+    rows = of_sizes((2, 1), (5, 2), (4, 1), (3, 2), (3, 1))
+    micro_batches = [[row] for row in rows]
+    groups = StepCollator(PackCollator(), most).grouped(micro_batches)
+    assert [[number for number, _ in group] for group in groups] == wanted
+    for batch in StepCollator(PackCollator(), most)(micro_batches):
+        assert batch["input_ids"].numel() <= most.num_tokens
+        assert int((batch["labels"] != IGNORED).sum()) <= most.num_labels
+
+
+def test_a_step_that_cannot_be_put_together_in_fewer_micro_batches_stays_as_it_is() -> None:
+    rows = of_sizes((5, 1), (6, 1), (4, 1), (5, 1))
+    micro_batches = [rows[:2], rows[2:]]
+    assert StepCollator(PackCollator(), Capacity(12, 9)).grouped(micro_batches) is micro_batches
 
 
 def test_packed_rows_lie_end_to_end_with_positions_and_labels_of_their_own() -> None:

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -298,9 +299,9 @@ def test_steps_epochs_and_tokens_are_counted_in_packs(
 
 
 def test_a_batch_of_packs_holds_the_rows_that_it_names(pico_llama: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path, pico_llama, *PACKED, "train.share_prefixes=false")
+    config = make_config(tmp_path, pico_llama, *PACKED, "train.padding_free=false")
     adapted, data, folder = build(config)
-    for batch in QloraTrainer(adapted, data, config, folder, []).get_train_dataloader():
+    for batch in chain.from_iterable(QloraTrainer(adapted, data, config, folder, []).get_train_dataloader()):
         rows = batch["row"].tolist()
         tokens = [token for row in rows for token in data.train[row].input_ids.tolist()]
         assert batch["input_ids"][0, : len(tokens)].tolist() == tokens

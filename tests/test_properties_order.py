@@ -45,17 +45,17 @@ def config_of(accumulation: int) -> RunConfig:
 def steps_from(order: BatchOrder, accumulation: int, step: int) -> Iterator[list[list[int]]]:
     """Yield the micro-batches of each optimizer step after `step`, as a training loop that begins there takes them.
 
-    The loop opens the epoch's loader, passes over the batches of the steps that were taken, and takes `accumulation` at a
-    time; the last step of an epoch may have fewer.
+    The loop opens the epoch's loader and passes over the steps that were taken; the last step of an epoch may have fewer
+    micro-batches.
     """
     standing = SimpleNamespace(state=SimpleNamespace(global_step=step))
     feed = RowFeed(NO_ROWS, order, config_of(accumulation), PackCollator())
-    batches = feed.loader(standing).batch_sampler
-    assert feed.steps_per_epoch == math.ceil(len(order) / accumulation)
+    steps = feed.loader(standing).batch_sampler
+    assert steps is not None
+    assert len(steps) == feed.steps_per_epoch == math.ceil(len(order) / accumulation)
     while True:
-        iterator = islice(iter(batches), (standing.state.global_step % feed.steps_per_epoch) * accumulation, None)
-        while group := list(islice(iterator, accumulation)):
-            yield group
+        for micro_batches in islice(iter(steps), standing.state.global_step % feed.steps_per_epoch, None):
+            yield micro_batches
             standing.state.global_step += 1
 
 

@@ -56,9 +56,9 @@ class RunFolder:
         return self.path / "fast_path.json"
 
     @property
-    def prefixes_file(self) -> Path:
-        """Whether the run computes what rows begin with once."""
-        return self.path / "prefixes.json"
+    def padding_free_file(self) -> Path:
+        """Whether the run computes the rows of a step end to end."""
+        return self.path / "padding_free.json"
 
     @property
     def data_report_file(self) -> Path:
@@ -210,13 +210,13 @@ class RunFolder:
         """
         return _read_json(self.fast_path_file)
 
-    def prefixes(self) -> dict[str, Any]:
-        """Return prefixes.json, empty when there is none.
+    def padding_free(self) -> dict[str, Any]:
+        """Return padding_free.json, empty when there is none.
 
         Raises:
             CheckpointError: it is not readable.
         """
-        return _read_json(self.prefixes_file)
+        return _read_json(self.padding_free_file)
 
     def read_results(self) -> dict[str, Any]:
         """Return results.json, empty when there is none.

@@ -273,7 +273,8 @@ class TrainSection(Section):
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps."""
     per_device_train_batch_size: int = Field(1, ge=1)
-    """Rows in a micro-batch, or packs of rows with data.packing."""
+    """Rows in a micro-batch, or packs of rows with data.packing; `padding_free` computes more rows at a time where they are
+    short."""
     per_device_eval_batch_size: int = Field(8, ge=1)
     """Rows in an evaluation batch."""
     gradient_accumulation_steps: int = Field(16, ge=1)
@@ -299,9 +300,10 @@ class TrainSection(Section):
     fast_path: bool = True
     """Train with operations of this package where a comparison on the first rows shows that they compute what PEFT's and
     Transformers' own do."""
-    share_prefixes: bool = True
-    """Compute what several rows of a micro-batch begin with once, where that saves tokens and a comparison shows that it
-    changes nothing: part of the fast path."""
+    padding_free: bool = True
+    """Compute the rows of an optimizer step end to end, as many at a time as the largest micro-batch of
+    `per_device_train_batch_size` rows has tokens, and what several of them begin with once; where that saves anything and a
+    comparison shows that it changes nothing: part of the fast path."""
     dequantized_cache_gb: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """Memory for copies of 4-bit weights in the compute dtype, which are then not dequantised in every step; `auto` is up
     to a quarter of a CPU's free memory, and 0 on GPUs."""

@@ -31,8 +31,8 @@ class NumberedRows(Protocol):
         """Return one row."""
 
 
-class RowDataset(Dataset[NumberedExample]):
-    """The rows of a run as a loader takes them."""
+class RowDataset(Dataset[list[NumberedExample]]):
+    """The rows of a run as a loader takes them: those of a micro-batch at a time."""
 
     def __init__(self, rows: NumberedRows) -> None:
         self._rows = rows
@@ -40,9 +40,9 @@ class RowDataset(Dataset[NumberedExample]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> NumberedExample:
-        """Return one row."""
-        return index, self._rows[index]
+    def __getitem__(self, numbers: Sequence[int]) -> list[NumberedExample]:
+        """Return rows."""
+        return [(number, self._rows[number]) for number in numbers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +137,55 @@ def num_shared(row: Example, other: Example) -> int:
     most = max(0, min(first_label - 1, len(other.input_ids)))
     differs = row.input_ids[:most] != other.input_ids[:most]
     return int(np.argmax(differs)) if differs.any() else most
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The most that a micro-batch holds: tokens, and those of them that are labels."""
+
+    num_tokens: int
+    num_labels: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepCollator:
+    """Makes the micro-batches of an optimizer step of its rows.
+
+    Attributes:
+        collate: makes one.
+        most: lets micro-batches be filled: rows are put together anew, as many as a micro-batch holds. None: they stay in
+            the micro-batches that they come in.
+    """
+
+    collate: Collator | PackCollator
+    most: Capacity | None = None
+
+    def __call__(self, micro_batches: Sequence[Sequence[NumberedExample]]) -> list[Batch]:
+        """Return the micro-batches of a step."""
+        return [self.collate(rows) for rows in self.grouped(micro_batches)]
+
+    def grouped(self, micro_batches: Sequence[Sequence[NumberedExample]]) -> Sequence[Sequence[NumberedExample]]:
+        """Return the rows of a step as they are computed together."""
+        if self.most is None:
+            return micro_batches
+        filled = _filled([row for rows in micro_batches for row in rows], self.most)
+        return filled if len(filled) < len(micro_batches) else micro_batches
+
+
+def _filled(rows: Sequence[NumberedExample], most: Capacity) -> list[list[NumberedExample]]:
+    """Return rows in as few groups as first-fit decreasing finds, none of which holds more than the most."""
+    groups: list[list[NumberedExample]] = []
+    left: list[Capacity] = []
+    for row in sorted(rows, key=lambda row: -len(row[1].input_ids)):
+        num_tokens, num_labels = len(row[1].input_ids), int(np.count_nonzero(row[1].loss_mask))
+        fits = (each.num_tokens >= num_tokens and each.num_labels >= num_labels for each in left)
+        place = next((place for place, fit in enumerate(fits) if fit), len(groups))
+        if place == len(groups):
+            groups.append([])
+            left.append(most)
+        groups[place].append(row)
+        left[place] = Capacity(left[place].num_tokens - num_tokens, left[place].num_labels - num_labels)
+    return groups
 
 
 def labels_of(example: Example) -> npt.NDArray[np.int32]:

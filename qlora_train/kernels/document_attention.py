@@ -3,8 +3,9 @@
 Transformers tells documents apart by positions that restart at 0, and describes who sees whom by a function of two
 places in the row. Its own kernels make a mask of (tokens, tokens) of it and compute every pair. Here the row is cut at
 its documents: the cost is the sum of their squared lengths, and a document that is plainly causal runs without any mask.
-Documents of similar length are computed together, padded on the right, where causality hides the padding. A document
-longer than a sliding window is computed by itself, with a mask of its own length.
+On a GPU one kernel takes documents of any lengths (`document_varlen`). Elsewhere, and where it does not apply, documents of
+similar length are computed together, padded on the right, where causality hides the padding. A document longer than a
+sliding window is computed by itself, with a mask of its own length.
 
 Documents that begin alike need their beginning once. One whose positions begin at p > 0 goes on where the first p tokens
 of the row's last document that begins at 0 end: it attends to these and to itself, as if it stood behind them. What a
@@ -25,7 +26,10 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from qlora_train.kernels.document_scores import Layout, Places, Shared, scored_documents
+from qlora_train.kernels import document_varlen
+from qlora_train.kernels.document_rows import Collect, Shared, Span, Spread, shared_of
+from qlora_train.kernels.document_scores import Layout, Places, scored_documents
+from qlora_train.kernels.document_varlen import Lengths, varlen_documents
 
 NAME = "packed_documents"
 """What a model's attention is called while it trains on packs."""
@@ -72,6 +76,7 @@ class Documents:
         back: the place of each token of the row in the batches, int64 (seq,): that in its own document.
         shared: tokens that further documents begin with; None where each document is by itself.
         layout: of the row, where all scores are made; None where sdpa makes them.
+        lengths: of the row, where a kernel takes documents of any; None where there is none, or a mask is needed.
     """
 
     batches: tuple[DocumentBatch, ...]
@@ -79,20 +84,7 @@ class Documents:
     back: torch.Tensor
     shared: Shared | None
     layout: Layout | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """A document: the row's tokens from `begin` to `end`, behind the first `num_shared` of those from `root` on."""
-
-    root: int
-    num_shared: int
-    begin: int
-    end: int
-
-    @property
-    def length(self) -> int:
-        return self.num_shared + self.end - self.begin
+    lengths: Lengths | None = None
 
 
 _POSITIONS: ContextVar[torch.Tensor | None] = ContextVar("positions", default=None)
@@ -162,7 +154,7 @@ def find_documents(
     return _in_batches(sorted(spans, key=lambda span: -span.length), local_size, mask_of, device)
 
 
-def _spans(begins: torch.Tensor, seq: int) -> list[_Span]:
+def _spans(begins: torch.Tensor, seq: int) -> list[Span]:
     """Return the documents that begin at these places, (num_documents,), of a row of `seq` tokens."""
     positions = _POSITIONS.get()
     first = torch.zeros_like(begins) if positions is None else positions[0, begins]
@@ -170,12 +162,12 @@ def _spans(begins: torch.Tensor, seq: int) -> list[_Span]:
     spans, root = [], 0
     for begin, num_shared, end in zip(begin_of, num_shared_of, [*begin_of[1:], seq], strict=True):
         root = root if num_shared else begin
-        spans.append(_Span(root, num_shared, begin, end))
+        spans.append(Span(root, num_shared, begin, end))
     return spans
 
 
 def _in_batches(
-    spans: Sequence[_Span],
+    spans: Sequence[Span],
     local_size: int | None,
     mask_of: Callable[[int], torch.Tensor],
     device: torch.device,
@@ -205,7 +197,9 @@ def _in_batches(
         batches.append(DocumentBatch(last - first, length, mask))
         first = last
     places, copies = torch.cat(found), torch.cat(shared)
-    documents = Documents(tuple(batches), places.to(device), back.to(device), _shared(places, copies, device))
+    documents = Documents(tuple(batches), places.to(device), back.to(device), shared_of(places, copies, device))
+    if document_varlen.works_on(device) and not any(batch.mask is not None for batch in batches):
+        return replace(documents, lengths=Lengths.of(spans, device))
     if device.type != "cpu" or batches[0].length > LONGEST_WITH_SCORES:
         return documents
     return replace(documents, layout=_layout(documents))
@@ -237,13 +231,6 @@ def _bias(batch: DocumentBatch) -> torch.Tensor:
     return torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
 
 
-def _shared(places: torch.Tensor, copies: torch.Tensor, device: torch.device) -> Shared | None:
-    if not len(copies):
-        return None
-    tokens, token_of = places[copies].unique(return_inverse=True)
-    return Shared(copies.to(device), tokens.to(device), token_of.to(device))
-
-
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -270,13 +257,16 @@ def attend(
     if not isinstance(attention_mask, Documents):
         return compute(module, query, key, value, attention_mask, **options)
     layout, plain = attention_mask.layout, options.get("position_bias") is None and not options.get("dropout")
-    if layout is not None and scaling is not None and plain and not capped:
-        return scored_documents(query, key, value, layout, scaling), None
+    if scaling is not None and plain and not capped:
+        if attention_mask.lengths is not None and document_varlen.takes(query, value):
+            return varlen_documents(query, key, value, attention_mask.lengths, scaling), None
+        if layout is not None:
+            return scored_documents(query, key, value, layout, scaling), None
     sizes = [batch.num_documents * batch.length for batch in attention_mask.batches]
 
     def parts(states: torch.Tensor, shared: Shared | None) -> list[torch.Tensor]:
         """Return (1, heads, seq, head_dim) as (documents, heads, length, head_dim) of each batch."""
-        rows = _Spread.apply(states[0].transpose(0, 1), attention_mask.places, attention_mask.back, shared)
+        rows = Spread.apply(states[0].transpose(0, 1), attention_mask.places, attention_mask.back, shared)
         each = zip(rows.split(sizes), attention_mask.batches, strict=True)
         return [part.unflatten(0, (batch.num_documents, batch.length)).transpose(1, 2) for part, batch in each]
 
@@ -284,45 +274,7 @@ def attend(
     each = zip(parts(query, None), parts(key, shared), parts(value, shared), attention_mask.batches, strict=True)
     outputs = [compute(module, q, k, v, batch.mask, **options)[0].flatten(0, 1) for q, k, v, batch in each]
     together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return _Collect.apply(together, attention_mask.places, attention_mask.back)[None], None
-
-
-class _Spread(torch.autograd.Function):
-    """Rows of a pack -> rows of its batches. No gradient comes from padding, whose results nobody reads."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, places: torch.Tensor, back: torch.Tensor, shared: Shared | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(back)
-        ctx.shared = shared
-        return rows.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (back,) = ctx.saved_tensors
-        shared: Shared | None = ctx.shared
-        found = grad.index_select(0, back)
-        if shared is not None:  # sums of many, in float32
-            total = found.index_select(0, shared.tokens).float()
-            total.index_add_(0, shared.token_of, grad.index_select(0, shared.places).float())
-            found.index_copy_(0, shared.tokens, total.to(found.dtype))
-        return found, None, None, None
-
-
-class _Collect(torch.autograd.Function):
-    """Rows of the batches of a pack -> rows of the pack."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(back)
-        ctx.num_rows = len(places)
-        return rows.index_select(0, back)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, back, grad), None, None
+    return Collect.apply(together, attention_mask.places, attention_mask.back)[None], None
 
 
 def soft_capped_attention(

@@ -11,22 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_train.kernels.document_rows import Shared
 from qlora_train.kernels.grouped_attention import attend_with_scores, gradients_with_scores, in_one_dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """Tokens of a row that other documents begin with too.
-
-    Attributes:
-        places: where they are in the batches of those others, int64 (num_places,).
-        tokens: the tokens, int64 (num_tokens,), ascending.
-        token_of: which of `tokens` is at each of `places`, int64 (num_places,).
-    """
-
-    places: Tensor
-    tokens: Tensor
-    token_of: Tensor
 
 
 @dataclass(frozen=True, slots=True)

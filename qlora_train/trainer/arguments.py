@@ -48,7 +48,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
         max_steps=train.max_steps or -1,
         per_device_train_batch_size=train.per_device_train_batch_size,
         per_device_eval_batch_size=train.per_device_eval_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        gradient_accumulation_steps=1,  # the feed gives the loop all micro-batches of a step at once
         gradient_checkpointing=checkpoints_all,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         neftune_noise_alpha=train.neftune_noise_alpha,

@@ -1,13 +1,14 @@
-"""What the training loop reads: micro-batches of stored rows, padded or packed, or of a stream; the same from any step on.
+"""What the training loop reads: optimizer steps, each as its micro-batches, of stored rows or of a stream.
 
-Where a run stands in its data follows from its number of optimizer steps alone, so that a checkpoint holds no position.
+They are the same from any step on: where a run stands in its data follows from its number of optimizer steps alone, so
+that a checkpoint holds no position.
 """
 
 import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any, Protocol
 
@@ -21,11 +22,13 @@ from qlora_train.config import RunConfig
 from qlora_train.data.batches import (
     Batch,
     BatchOrder,
+    Capacity,
     Collator,
     NumberedExample,
     PackCollator,
     RowDataset,
     RowOrder,
+    StepCollator,
     padding_multiple,
     row_multiple,
 )
@@ -45,7 +48,7 @@ class Feed(Protocol):
         """Optimizer steps of an epoch; None where there is no end."""
 
     def loader(self, state: "Standing") -> DataLoader[Any]:
-        """Return the micro-batches; iteration begins after the steps that the trainer has taken by then."""
+        """Return the micro-batches of each step; iteration begins after the steps that the trainer has taken by then."""
 
     def where(self, row: int) -> str:
         """Return the place of a row of the last step, by the number that its batch gives it."""
@@ -102,30 +105,42 @@ class RowFeed:
 
     Attributes:
         rows: all of them.
+        collate: makes the micro-batches of a step.
     """
 
-    def __init__(self, rows: Rows, order: BatchOrder, config: RunConfig, collate: Collator | PackCollator) -> None:
-        self.rows, self._order, self._config, self._collate = rows, order, config, collate
+    def __init__(
+        self,
+        rows: Rows,
+        order: BatchOrder,
+        config: RunConfig,
+        collate: Collator | PackCollator,
+        most: Capacity | None = None,
+    ) -> None:
+        self.rows, self._order, self._config = rows, order, config
+        self.collate = StepCollator(collate, most)
 
-    def with_collator(self, collate: Collator | PackCollator) -> "RowFeed":
-        """Return the same micro-batches, laid out in another way."""
-        return RowFeed(self.rows, self._order, self._config, collate)
+    def laid_out(self, collate: PackCollator, most: Capacity | None = None) -> "RowFeed":
+        """Return the same steps, laid out in another way; `most` is explained in `StepCollator`."""
+        return RowFeed(self.rows, self._order, self._config, collate, most)
 
-    def batches(self) -> Iterator[list[NumberedExample]]:
-        """Yield the rows of each micro-batch of the first epoch."""
-        for numbers in self._order.of_epoch(0):
-            yield [(number, self.rows[number]) for number in numbers]
+    def steps(self) -> Iterator[list[list[NumberedExample]]]:
+        """Yield the rows of each step of the first epoch, in the micro-batches that the settings ask for."""
+        rows = RowDataset(self.rows)
+        for numbers in self._batches().of_epoch(0):
+            yield [rows[micro_batch] for micro_batch in numbers]
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch, the last of which may have fewer micro-batches."""
-        return math.ceil(len(self._order) / self._config.train.gradient_accumulation_steps)
+        return len(self._batches())
+
+    def _batches(self) -> "StepOrder":
+        return StepOrder(self._order, self._config.train.gradient_accumulation_steps)
 
     def loader(self, state: Standing) -> DataLoader[Any]:
-        """Return the micro-batches of the epoch that the trainer is in."""
-        batches = EpochBatches(state, self._order, self._config, self.steps_per_epoch)
-        rows: RowDataset = RowDataset(self.rows)
-        return DataLoader(rows, batch_sampler=batches, collate_fn=self._collate)
+        """Return the micro-batches of each step of the epoch that the trainer is in."""
+        rows, steps = RowDataset(self.rows), EpochSteps(state, self._batches())
+        return DataLoader(rows, batch_sampler=steps, collate_fn=self.collate)
 
     def where(self, row: int) -> str:
         """Return the place of a row."""
@@ -133,7 +148,7 @@ class RowFeed:
 
     def batch_of(self, rows: Sequence[Example]) -> Batch:
         """Return rows as a micro-batch in which nothing is shared."""
-        collate = self._collate
+        collate = self.collate.collate
         apart = replace(collate, shares=False) if isinstance(collate, PackCollator) else collate
         return apart(list(enumerate(rows)))
 
@@ -149,26 +164,44 @@ class RowFeed:
         """Take nothing."""
 
 
-class EpochBatches:
-    """Batches of row numbers whose order depends on nothing but the seed and the epoch.
+@dataclass(frozen=True, slots=True)
+class StepOrder:
+    """The micro-batches of every epoch, `accumulation` to an optimizer step; the last of an epoch may have fewer."""
+
+    order: BatchOrder
+    accumulation: int
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.accumulation)
+
+    def of_epoch(self, epoch: int) -> Iterator[list[list[int]]]:
+        """Yield the row numbers of each micro-batch of each step."""
+        micro_batches = self.order.of_epoch(epoch)
+        while step := list(islice(micro_batches, self.accumulation)):
+            yield step
+
+
+class EpochSteps:
+    """The steps of the epoch that a trainer is in, whose order depends on nothing but the seed and the epoch.
 
     The epoch is read from the trainer's step count when iteration begins, so that a resumed run needs no sampler state.
     """
 
-    def __init__(self, trainer: Standing, order: BatchOrder, config: RunConfig, steps_per_epoch: int) -> None:
-        self._trainer, self._order, self._steps_per_epoch = trainer, order, steps_per_epoch
-        # the loader of a resumed run reads these two of what it skips batches of
-        self.batch_size, self.drop_last = config.train.per_device_train_batch_size, False
+    batch_size, drop_last = 1, False
+    """The loader of a resumed run reads these two of what it skips steps of."""
+
+    def __init__(self, trainer: Standing, order: StepOrder) -> None:
+        self._trainer, self._order = trainer, order
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._order.of_epoch(self._trainer.state.global_step // self._steps_per_epoch)
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        return self._order.of_epoch(self._trainer.state.global_step // len(self._order))
 
 
-class StreamFeed(IterableDataset[Batch]):
-    """An endless stream of rows in micro-batches, all full.
+class StreamFeed(IterableDataset[list[Batch]]):
+    """An endless stream of rows in steps of micro-batches, all full.
 
     Args:
         stream: the rows.
@@ -188,18 +221,20 @@ class StreamFeed(IterableDataset[Batch]):
         """None: it has no end."""
 
     def loader(self, state: Standing) -> DataLoader[Any]:
-        """Return the micro-batches from the trainer's step on."""
+        """Return the micro-batches of each step from the trainer's on."""
         self._trainer = state
         return DataLoader(self, batch_size=None)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         assert self._trainer is not None
         start = self._trainer.state.global_step * self._rows_a_step
         numbered = zip(count(start), self._stream.rows(start), strict=False)
         while True:
-            rows = list(islice(numbered, self._batch_size))
+            rows = list(islice(numbered, self._rows_a_step))
             self._places.extend((number, example.where) for number, example in rows)
-            yield self._collate(rows)
+            yield [
+                self._collate(rows[begin : begin + self._batch_size]) for begin in range(0, len(rows), self._batch_size)
+            ]
 
     def where(self, row: int) -> str:
         """Return the place of a row of the last step."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
+from qlora_train.data.batches import Capacity
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.store import Rows
 from qlora_train.data.stream import RowStream
@@ -32,6 +33,31 @@ def largest_micro_batch(data: PreparedData, config: RunConfig) -> list[Example]:
     if isinstance(data.train, RowStream):
         return _of_stream(data.train, config, num_rows)
     return _fullest_packs(data.train, config, num_rows) if config.data.packing else _padded(data.train, num_rows)
+
+
+def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool) -> Capacity:
+    """Return the most that a micro-batch holds which is filled with rows: the tokens of the largest that the settings make.
+
+    Args:
+        rows: of the run.
+        config: its settings.
+        in_chunks: the logits of a few labels exist at a time, so that more labels take hardly more memory. Without, the
+            labels are those of the largest micro-batch too.
+    """
+    num_rows = config.train.per_device_train_batch_size
+    largest = _padded(rows, num_rows)
+    num_tokens = sum(len(row.input_ids) for row in largest)
+    if not in_chunks:
+        return Capacity(num_tokens, sum(int(np.count_nonzero(row.loss_mask)) for row in largest))
+    of_a_step = _sum_of_largest(rows.num_labels, num_rows * config.train.gradient_accumulation_steps)
+    return Capacity(num_tokens, min(of_a_step, _most_labels(rows, num_tokens)))
+
+
+def _most_labels(rows: Rows, num_tokens: int) -> int:
+    """Return a bound of the labels that rows of so many tokens in all have: those with the largest share of labels."""
+    order = np.argsort(-rows.num_labels / rows.lengths, kind="stable")
+    tokens, labels = (np.cumsum(sizes[order], dtype=np.int64) for sizes in (rows.lengths, rows.num_labels))
+    return int(labels[min(int(np.searchsorted(tokens, num_tokens)), len(order) - 1)])
 
 
 def largest_eval_batches(rows: Rows, batch_size: int) -> list[list[Example]]:

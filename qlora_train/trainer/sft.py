@@ -2,7 +2,8 @@
 
 What is overridden, and why:
 
-- rows of a micro-batch that begin alike are computed as one row, where that is worth it (see `prefixes`);
+- the loop takes an optimizer step at a time, which has the micro-batches that the feed makes of its rows;
+- rows of a step lie end to end, and what they begin with is computed once, where that is worth it (see `padding_free`);
 - the loss is the summed negative log-likelihood of all label tokens of the accumulated batch, divided by their count;
 - rows come padded or packed from mapped files, in an order that is a pure function of the seed and the epoch, or streamed;
 - a non-finite loss or gradient never reaches the weights (see `numbers`);
@@ -15,7 +16,6 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,7 @@ from qlora_train.checkpoint import (
 )
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.batches import Batch, PackCollator, row_multiple
-from qlora_train.data.types import Example
+from qlora_train.data.batches import Batch, PackCollator
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.ladder import Phase
@@ -52,9 +51,10 @@ from qlora_train.trainer.balance import BALANCE, choose_router_aux_loss_coef
 from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, make_schedule
 from qlora_train.trainer.feed import Feed, RowFeed, make_feed
 from qlora_train.trainer.isolation import isolate_documents
+from qlora_train.trainer.largest import largest_micro_batch, with_labels
 from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
 from qlora_train.trainer.offloading import Offloading
-from qlora_train.trainer.prefixes import choose_prefix_sharing
+from qlora_train.trainer.padding_free import choose_padding_free
 from qlora_train.trainer.recompute import Recomputation, choose_recomputation
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,9 @@ class QloraTrainer(SFTTrainer):
             grouped_rows=grouped_rows or config.train.per_device_train_batch_size,
         )  # fmt: skip
         self.balance_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
+        self.loss_chunk_tokens = chunk_tokens_of(adapted.model)
+        if self.loss_chunk_tokens is None:
+            logger.info("loss: the logits of all labels at once, as this model's head does not run by itself")
         if isinstance(self._feed, RowFeed):
             self._feed = self._laid_out(self._feed, on_fast_path=on_fast_path)
         offloads = choose_offloading(config.train.activation_offloading, on_gpu=loaded.device.type == "cuda")
@@ -114,9 +117,6 @@ class QloraTrainer(SFTTrainer):
         self._micro_rows: list[torch.Tensor] = []
         self._micro_balances: list[torch.Tensor] = []
         self._balances: list[float] = []  # since the last log line
-        self.loss_chunk_tokens = chunk_tokens_of(adapted.model)
-        if self.loss_chunk_tokens is None:
-            logger.info("loss: the logits of all labels at once, as this model's head does not run by itself")
         self.numbers = Numbers(config.train)
         self.recomputation = recomputation or Recomputation(adapted.model, [])
         level, checkpoints_all = choose_recomputation(
@@ -159,23 +159,39 @@ class QloraTrainer(SFTTrainer):
         if config.data.packing:
             how = isolate_documents(self.adapted, config, feed.rows)
             logger.info("packing: documents attend to themselves alone (%s); checked on this model", how)
-        shares = on_fast_path and choose_prefix_sharing(self.adapted, feed, config, self.run, balances=balances)
-        if not (shares or config.data.packing):
-            return feed
-        multiple = 1 if balances else row_multiple(loaded.device)  # the load-balancing loss counts padding
-        return feed.with_collator(PackCollator(loaded.tokenizer.pad_token_id, multiple, shares))
+        if on_fast_path:
+            in_chunks = self.loss_chunk_tokens is not None
+            found = choose_padding_free(self.adapted, feed, config, self.run, balances=balances, in_chunks=in_chunks)
+            if found is not None:
+                return found
+        counts_padding = config.data.packing and balances  # the load-balancing loss does
+        return feed.laid_out(PackCollator(loaded.tokenizer.pad_token_id)) if counts_padding else feed
 
-    def batch_of(self, rows: Sequence[Example]) -> Batch:
-        """Return rows as a micro-batch of this run in which each computes all of its tokens."""
+    def largest_batch(self) -> Batch:
+        """Return a micro-batch as large as any of this run's, in which each row computes all of its tokens."""
+        rows = largest_micro_batch(self.examples, self.config)
+        if isinstance(self._feed, RowFeed) and self._feed.collate.most is not None:
+            rows = with_labels(rows, self._feed.collate.most.num_labels)
         return self._feed.batch_of(rows)
 
-    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+    def _track_num_input_tokens(self, inputs: list[Batch]) -> None:
         """Count the tokens of the rows: neither padding, nor a shared prefix once for all that have it."""
-        self.state.num_input_tokens_seen += self._feed.num_tokens(inputs)
+        self.state.num_input_tokens_seen += sum(map(self._feed.num_tokens, inputs))
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the training batches."""
+        """Return the optimizer steps, each as a list of its micro-batches."""
         return self._feed.loader(self)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: list[Batch], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Make the gradients of an optimizer step, and return its loss, a scalar."""
+        losses = [super(QloraTrainer, self).training_step(model, batch, num_items_in_batch) for batch in inputs]
+        return torch.stack(losses).sum()
+
+    def _get_num_items_in_batch(self, batch_samples: list[list[Batch]], device: torch.device) -> Any:
+        """Return the labels of the optimizer step, over all its micro-batches."""
+        return super()._get_num_items_in_batch([batch for step in batch_samples for batch in step], device)
 
     def compute_loss(
         self,

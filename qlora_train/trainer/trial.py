@@ -20,7 +20,7 @@ from qlora_train.evaluate import held_out_loss
 from qlora_train.footprint import TrainedTensor, optimizer_state_bytes
 from qlora_train.ladder import Phase
 from qlora_train.loss import IGNORED
-from qlora_train.trainer.largest import largest_eval_batches, largest_micro_batch
+from qlora_train.trainer.largest import largest_eval_batches
 from qlora_train.trainer.sft import QloraTrainer
 from qlora_train.trainer.traces import without_trace
 
@@ -52,7 +52,7 @@ class Trial:
 def try_largest_batches(trainer: QloraTrainer) -> Trial:
     """Run the largest micro-batch forward and backward, and the largest evaluation batches forward."""
     data, config, loaded = trainer.examples, trainer.config, trainer.adapted.loaded
-    batch = trainer.batch_of(largest_micro_batch(data, config))
+    batch = trainer.largest_batch()
     tried = f"training on {_size(batch)}"
     if loaded.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(loaded.device)
@@ -74,7 +74,7 @@ def try_largest_batches(trainer: QloraTrainer) -> Trial:
 
 def compute_largest_batch(trainer: QloraTrainer) -> None:
     """Run the largest micro-batch forward, as in training, without a trace."""
-    batch = trainer.batch_of(largest_micro_batch(trainer.examples, trainer.config))
+    batch = trainer.largest_batch()
     with without_trace(trainer.model):
         trainer.model.train()
         _mean_loss(trainer, trainer.model, batch)
@@ -93,7 +93,9 @@ def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
             warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it
             trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    for _ in range(min(2, args.gradient_accumulation_steps)):  # the second beside the gradients of the first
+    for _ in range(
+        min(2, trainer.config.train.gradient_accumulation_steps)
+    ):  # the second beside the gradients of the first
         trainer.accelerator.backward(_mean_loss(trainer, model, batch))
 
 

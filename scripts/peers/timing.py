@@ -34,11 +34,13 @@ class Timing(TrainerCallback):
 
     def _counted(self, collate: Any) -> Any:
         def collate_and_count(rows: Any) -> Any:
-            batch = collate(rows)
-            self.row_lengths.append(row_lengths(batch))
-            self.labels.append(int((batch["labels"][:, 1:] != -100).sum()))
-            self.rows += [batch["row"].tolist()] if "row" in batch else []
-            return batch
+            made = collate(rows)
+            batches = made if isinstance(made, list) else [made]  # ours makes all of a step
+            self.row_lengths.append([length for batch in batches for length in row_lengths(batch)])
+            self.labels.append(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+            if "row" in batches[0]:
+                self.rows.append([row for batch in batches for row in batch["row"].tolist()])
+            return made
 
         return collate_and_count
 

@@ -1,10 +1,11 @@
-"""What rows of a micro-batch begin with is computed once: same losses, same gradients, same bits after a stop."""
+"""Rows of a step end to end, what they begin with once: same losses, same gradients, same bits after a stop."""
 
 import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from qlora_train.adapter import AdaptedModel, attach_adapter
+from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import batches
@@ -24,14 +26,15 @@ from qlora_train.kernels import document_attention
 from qlora_train.loader import load_model
 from qlora_train.loss import IGNORED, label_losses
 from qlora_train.pipeline import prepare
-from qlora_train.trainer import QloraTrainer, prefixes
+from qlora_train.trainer import QloraTrainer, padding_free
 from qlora_train.trainer.isolation import isolate_documents
+from tests.kernels.varlen import put_plain_kernel
 from tests.runs import adapted_model, adapter_bytes, losses, make_config, stopped_copy, train_run
 from tests.stores import example
 from tests.test_packed_training import PACKABLE, WINDOWS
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
-SHARED = "shared prefixes: computed once in a micro-batch"
+ON = "padding-free: ON, computes the "
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -182,6 +185,23 @@ def test_documents_longer_than_what_a_cpu_computes_with_all_scores(pico_llama: P
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gemma2"])
+def test_with_a_kernel_for_any_lengths_they_are_too(
+    model_type: str, pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = put_plain_kernel(monkeypatch)
+    adapted = adapted_model(tmp_path, pico(model_type, **WINDOWS.get(model_type, {})))
+    model = adapted.model.eval()
+    wanted = losses_and_gradients(model, one_by_one(ROWS))
+    isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
+    calls.clear()
+    found = losses_and_gradients(model, [batch_of(ROWS, PackCollator(multiple_of=32, shares=True))])
+    # not for layers with a window shorter than a row, nor for soft-capped scores
+    assert len(calls) == {"llama": 2, "qwen3": 1}.get(model_type, 0)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_computes_the_same(pico_llama: Path, tmp_path: Path) -> None:
@@ -202,7 +222,7 @@ def test_a_prefix_that_is_forgotten_is_seen(pico_llama: Path, tmp_path: Path, mo
     adapted = adapted_model(tmp_path, pico_llama)
     wanted = losses_and_gradients(adapted.model.eval(), one_by_one(ROWS))
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
-    monkeypatch.setattr(document_attention, "_shared", lambda *_: None)
+    monkeypatch.setattr(document_attention, "shared_of", lambda *_: None)
     found = losses_and_gradients(adapted.model, [batch_of(ROWS, PackCollator(shares=True))])
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     assert (found[1] - wanted[1]).norm() > 1e-2 * wanted[1].norm(), "gradients of prefixes"
@@ -221,11 +241,14 @@ def test_recomputed_layers_share_too(pico: Callable[..., Path], tmp_path: Path) 
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def write_tasks(folder: Path, system: str = "add up what the user says, and answer in json with the key sum") -> None:
+TASK = "add up what the user says, and answer in json with the key sum"
+
+
+def write_tasks(folder: Path, system: str = TASK, *, long: Sequence[int] = ()) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "rows.jsonl").open("w") as file:
         for number in range(24):
-            summands = [number % 7 + 1, 3 * number + 2, *[5] * (number % 4)]
+            summands = [number % 7 + 1, 3 * number + 2, *[5] * (number % 4), *[7] * 30 * (number in long)]
             turns = [
                 {"role": "system", "content": system},
                 {"role": "user", "content": " + ".join(map(str, summands))},
@@ -252,10 +275,10 @@ def test_run_shares_and_trains_as_without(packing: str, pico_llama: Path, tmp_pa
     write_tasks(tmp_path)
     rows = (*EXACT, f"data.packing={packing}", "train.max_steps=4")
     shared = train_run(tmp_path, pico_llama, *rows, name="shared")
-    assert SHARED in messages.text
-    assert json.loads(shared.prefixes_file.read_text())["on"]
-    alone = train_run(tmp_path, pico_llama, *rows, "train.share_prefixes=false", name="alone")
-    assert not alone.prefixes_file.exists()
+    assert ON in messages.text
+    assert json.loads(shared.padding_free_file.read_text())["on"]
+    alone = train_run(tmp_path, pico_llama, *rows, "train.padding_free=false", name="alone")
+    assert not alone.padding_free_file.exists()
     assert losses(shared) == pytest.approx(losses(alone), rel=1e-4)
     assert adapter_bytes(shared) != adapter_bytes(alone), "rounding differs where they do not compute the same way"
     counts = [
@@ -265,11 +288,45 @@ def test_run_shares_and_trains_as_without(packing: str, pico_llama: Path, tmp_pa
     assert counts[0] == counts[1], "tokens of rows, however they are computed"
 
 
-def test_run_that_was_stopped_ends_in_the_same_bits(pico_llama: Path, tmp_path: Path) -> None:
-    write_tasks(tmp_path)
-    saved = (*EXACT, "train.save_steps=2")
+A_ROW_AT_A_TIME = ("data.max_length=256", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=6")
+
+
+def test_run_computes_short_rows_of_a_step_together(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+    write_tasks(tmp_path, long=(2, 5, 9, 20))
+    rows = (*EXACT, *A_ROW_AT_A_TIME, "train.max_steps=4")
+    together = train_run(tmp_path, pico_llama, *rows, name="together")
+    assert "padding-free: ON, computes the 5 micro-batches of a step as 3, " in messages.text
+    alone = train_run(tmp_path, pico_llama, *rows, "train.padding_free=false", name="alone")
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    found, wanted = (load_file(run.adapter / "adapter_model.safetensors") for run in (together, alone))
+    adapted, trainer = built(make_config(tmp_path, pico_llama, *rows, name="new"))
+    before = {name.replace(".default", ""): tensor for name, tensor in trainable_state(adapted.model).items()}
+    moved = sum(float((wanted[name] - before[name]).square().sum()) for name in before)
+    apart = sum(float((wanted[name] - found[name]).square().sum()) for name in before)
+    assert apart < 1e-4 * moved
+    steps = list(trainer.get_train_dataloader())
+    assert all(1 <= len(step) < 6 for step in steps)
+    numbers = [number for step in steps for batch in step for number in batch["row"].tolist()]
+    assert sorted(numbers) == list(range(len(numbers)))
+
+
+def test_rows_of_one_length_that_share_nothing_stay_a_row_at_a_time(
+    pico_llama: Path, tmp_path: Path, messages: Any
+) -> None:
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for number in range(24):
+            ids = tokens(30, number)
+            file.write(json.dumps({"input_ids": ids, "labels": [-100] * 15 + ids[15:]}) + "\n")
+    built(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME, "data.eval=null", "train.eval_steps=null"))
+    assert "padding-free: off (it computes the 6 micro-batches of a step as 6, with 0 % fewer tokens)" in messages.text
+
+
+@pytest.mark.parametrize("sizes", [(), A_ROW_AT_A_TIME])
+def test_run_that_was_stopped_ends_in_the_same_bits(sizes: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
+    write_tasks(tmp_path, long=(2, 5, 9, 20) if sizes else ())
+    saved = (*EXACT, *sizes, "train.save_steps=2")
     straight = train_run(tmp_path, pico_llama, *saved, name="straight")
-    assert json.loads(straight.prefixes_file.read_text())["on"]
+    assert json.loads(straight.padding_free_file.read_text())["on"]
     stopped_copy(straight, tmp_path / "stopped")
     resumed = train_run(tmp_path, pico_llama, *saved, name="stopped")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
@@ -279,16 +336,18 @@ def test_run_that_began_without_goes_on_without(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     write_tasks(tmp_path)
-    monkeypatch.setattr(document_attention, "_shared", lambda *_: None)
+    monkeypatch.setattr(document_attention, "shared_of", lambda *_: None)
     saved = (*EXACT, "train.save_steps=2")
     straight = train_run(tmp_path, pico_llama, *saved, name="straight")
-    assert "shared prefixes: OFF, each row computes its own: it computes something else on this model" in messages.text
+    assert "padding-free: OFF, rows are computed apart: it computes something else on this model" in messages.text
     monkeypatch.undo()
     stopped_copy(straight, tmp_path / "stopped")
     assert adapter_bytes(train_run(tmp_path, pico_llama, *saved, name="stopped")) == adapter_bytes(straight)
     shutil.rmtree(straight.adapter)
-    straight.prefixes_file.write_text('{"on": true, "colour": "red"}')
-    with pytest.raises(CheckpointError, match=r"prefixes\.json: is not as it was written; restore it, or delete it"):
+    straight.padding_free_file.write_text('{"on": true, "colour": "red"}')
+    with pytest.raises(
+        CheckpointError, match=r"padding_free\.json: is not as it was written; restore it, or delete it"
+    ):
         train_run(tmp_path, pico_llama, *saved, name="straight")
 
 
@@ -301,7 +360,7 @@ def test_run_that_began_with_and_cannot_go_on_so_is_one_line(
     stopped_copy(straight, tmp_path / "stopped")
     monkeypatch.setattr(document_attention, "find_documents", lambda **_: None)  # rows see each other
     with pytest.raises(
-        CheckpointError, match=r"prefixes\.json: this run began with shared prefixes, which fail here \("
+        CheckpointError, match=r"padding_free\.json: this run began with its rows end to end, which fails here \("
     ):
         train_run(tmp_path, pico_llama, *saved, name="stopped")
 
@@ -310,9 +369,10 @@ def test_rows_of_ragged_length_that_share_nothing_are_not_padded(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     monkeypatch.setattr(batches, "FEWEST_SHARED", 1000)
-    alone = train_run(tmp_path, pico_llama, *EXACT, "train.share_prefixes=false", name="alone")
-    together = train_run(tmp_path, pico_llama, *EXACT, name="together")
-    assert SHARED in messages.text
+    ragged = (*EXACT, "train.per_device_train_batch_size=6")
+    alone = train_run(tmp_path, pico_llama, *ragged, "train.padding_free=false", name="alone")
+    together = train_run(tmp_path, pico_llama, *ragged, name="together")
+    assert ON in messages.text
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
 
 
@@ -322,20 +382,19 @@ def test_model_that_is_not_to_share_attends_as_before(
     write_tasks(tmp_path)
     adapted, trainer = built(make_config(tmp_path, pico_llama, *EXACT, name="sharing"))
     assert adapted.model.config._attn_implementation == document_attention.NAME
-    assert "position_ids" in next(iter(trainer.get_train_dataloader()))
-    monkeypatch.setattr(document_attention, "_shared", lambda *_: None)
+    assert "position_ids" in next(iter(trainer.get_train_dataloader()))[0]
+    monkeypatch.setattr(document_attention, "shared_of", lambda *_: None)
     adapted, trainer = built(make_config(tmp_path, pico_llama, *EXACT, name="wrong"))
     assert adapted.model.config._attn_implementation == "sdpa"
-    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]
 
 
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        ("train.share_prefixes=false", "train.share_prefixes: false"),
+        ("train.padding_free=false", "train.padding_free: false"),
         ("lora.lora_dropout=0.1", "dropout and noise differ from row to row"),
         ("train.neftune_noise_alpha=5", "dropout and noise differ from row to row"),
-        ("train.per_device_train_batch_size=1", "a micro-batch is one row"),
         ("model.attn_implementation=eager", "attention is eager"),
     ],
 )
@@ -344,8 +403,8 @@ def test_what_a_run_does_not_share_for_is_said(
 ) -> None:
     write_tasks(tmp_path)
     adapted, trainer = built(make_config(tmp_path, pico_llama, override))
-    assert f"shared prefixes: each row computes its own ({reason})" in messages.text
-    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))
+    assert f"padding-free: off ({reason})" in messages.text
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]
     assert adapted.model.config._attn_implementation in ("sdpa", "eager")
 
 
@@ -354,8 +413,8 @@ def test_experts_that_are_balanced_count_every_token(pico: Callable[..., Path], 
     _, trainer = built(
         make_config(tmp_path, pico("mixtral"), "train.router_aux_loss_coef=0.1", "data.packing=true", *EXACT)
     )
-    assert "each row computes its own (the load-balancing loss counts them in every row)" in messages.text
-    for batch in trainer.get_train_dataloader():
+    assert "padding-free: off (the load-balancing loss counts every token of every row)" in messages.text
+    for batch in chain.from_iterable(trainer.get_train_dataloader()):
         num_tokens = sum(len(trainer.examples.train[number].input_ids) for number in batch["row"].tolist())
         assert batch["input_ids"].numel() == num_tokens, "nor is anything padded"
 
@@ -363,10 +422,10 @@ def test_experts_that_are_balanced_count_every_token(pico: Callable[..., Path], 
 def test_rows_that_have_little_in_common_stay_as_they_are(
     pico_llama: Path, tmp_path: Path, messages: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefixes, "LEAST_SAVED", 0.4)
+    monkeypatch.setattr(padding_free, "LEAST_SAVED", 0.4)
     _, trainer = built(make_config(tmp_path, pico_llama))
-    assert "shared prefixes: each row computes its own (sharing saves " in messages.text
-    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))
+    assert "padding-free: off (it computes the " in messages.text
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]
 
 
 def test_architecture_whose_rows_would_see_each_other_computes_them_apart(
@@ -374,7 +433,7 @@ def test_architecture_whose_rows_would_see_each_other_computes_them_apart(
 ) -> None:
     write_tasks(tmp_path)
     built(make_config(tmp_path, pico("falcon"), *EXACT))
-    assert "shared prefixes: each row computes its own (rows in one would see each other: " in messages.text
+    assert "padding-free: off (rows in one would see each other: " in messages.text
 
 
 def test_model_that_leaks_although_the_table_does_not_know_is_found(
@@ -388,5 +447,5 @@ def test_model_that_leaks_although_the_table_does_not_know_is_found(
     loaded = replace(loaded, architecture=replace(loaded.architecture, packing_obstacle=""))
     adapted = attach_adapter(loaded, config.lora, seed=1)
     trainer = QloraTrainer(adapted, data, config, folder, [])
-    assert "shared prefixes: OFF" in messages.text
-    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))
+    assert "padding-free: OFF" in messages.text
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]

@@ -1,10 +1,16 @@
-"""Whether a run computes what the rows of a micro-batch begin with once.
+"""Whether the rows of an optimizer step are computed end to end: none is padded, and what they begin with is computed once.
+
+Rows of one length are rare, and a micro-batch must be small enough for the longest of them: the others leave most of its
+memory unused. Laid into one row (`data.batches.PackCollator`), where each attends to itself alone, as many rows are
+computed at a time as the largest micro-batch of the settings has tokens and labels. So a step has fewer micro-batches, and
+weights are read and multiplied out less often, for no more memory.
 
 A chat template puts the same tokens in front of every conversation, and a system prompt or a list of tools is often that of
-the whole data set. A decoder computes the same of them in each row. Laid into one row (`data.batches.PackCollator`), rows
-need such a prefix once: its hidden states, keys and values are read by all, and its gradient is the sum over all. Loss and
-gradients stay what they are, but for rounding, which a comparison on the run's own rows shows before the first step. The
-verdict is kept in the run's folder, so that a run that goes on computes as it began.
+the whole data set. A decoder computes the same of them in each row. In one row they are needed once: their hidden states,
+keys and values are read by all, and their gradient is the sum over all.
+
+Loss and gradients of a step stay what they are, but for rounding, which a comparison on the run's own rows shows before the
+first step. The verdict is kept in the run's folder, so that a run that goes on computes as it began.
 """
 
 import json
@@ -21,7 +27,7 @@ from qlora_train import durable
 from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
-from qlora_train.data.batches import Collator, NumberedExample, PackCollator
+from qlora_train.data.batches import Collator, NumberedExample, PackCollator, row_multiple
 from qlora_train.data.types import Example
 from qlora_train.device import free_memory
 from qlora_train.errors import CheckpointError, ConfigError, first_line
@@ -29,13 +35,14 @@ from qlora_train.kernels import document_attention
 from qlora_train.trainer.feed import RowFeed
 from qlora_train.trainer.gradients import BOUNDS, difference, gradients_of
 from qlora_train.trainer.isolation import isolate_documents
+from qlora_train.trainer.largest import capacity
 
 logger = logging.getLogger(__name__)
 
 NUM_BATCHES = 32
-"""Micro-batches of the first epoch that tell what sharing saves."""
+"""Micro-batches of the first epoch, in whole steps, that tell what is saved."""
 LEAST_SAVED = 0.05
-"""Share of the tokens from which on it is done."""
+"""Share of the tokens, or of the micro-batches, from which on it is done."""
 NUM_ROWS, ROW_TOKENS = 8, 128
 """Most rows of the comparison, and the most tokens of each."""
 LOSS_SLACK = 2.0
@@ -45,75 +52,119 @@ half as many differed by up to 0.01 in bfloat16."""
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a run found: whether it shares prefixes, and why not."""
+    """What a run found: whether its rows are computed end to end, and why not."""
 
     run_id: str
     on: bool
     problem: str = ""
 
 
-def choose_prefix_sharing(
-    adapted: AdaptedModel, feed: RowFeed, config: RunConfig, run: RunFolder, *, balances: bool
-) -> bool:
-    """Say whether the rows of a micro-batch are laid into one row that holds what they begin with once.
+@dataclass(frozen=True, slots=True)
+class Savings:
+    """What the first steps take in two ways.
+
+    Attributes:
+        num_batches: micro-batches, as the settings ask for them and as they are computed.
+        num_tokens: tokens, padding included, in the same two ways.
+        num_steps: that were looked at.
+    """
+
+    num_batches: tuple[int, int]
+    num_tokens: tuple[int, int]
+    num_steps: int
+
+    @classmethod
+    def of(cls, feed: RowFeed, laid_out: RowFeed, num_steps: int) -> "Savings":
+        """Compare the first steps of a feed."""
+        ways = []
+        for each in (feed, laid_out):
+            made = [batch for step in islice(each.steps(), num_steps) for batch in each.collate(step)]
+            ways.append((len(made), sum(batch["input_ids"].numel() for batch in made)))
+        (batches, tokens), (fewer_batches, fewer_tokens) = ways
+        return cls((batches, fewer_batches), (tokens, fewer_tokens), num_steps)
+
+    def is_worth_it(self) -> bool:
+        """Say whether enough is saved."""
+        return any(after <= (1 - LEAST_SAVED) * before for before, after in (self.num_batches, self.num_tokens))
+
+    def __str__(self) -> str:
+        before, after = (f"{number / self.num_steps:.3g}" for number in self.num_batches)
+        change = self.num_tokens[1] / self.num_tokens[0] - 1
+        tokens = f"{100 * abs(change):.0f} % {'more' if change > 0 else 'fewer'} tokens"
+        return f"the {before} micro-batches of a step as {after}, with {tokens}"
+
+
+def choose_padding_free(
+    adapted: AdaptedModel, feed: RowFeed, config: RunConfig, run: RunFolder, *, balances: bool, in_chunks: bool
+) -> RowFeed | None:
+    """Return a run's steps with their rows end to end, or None for a run that computes them as its settings ask for them.
 
     Where they are and the config does not pack, the model's attention is set to that of packs.
 
     Args:
         adapted: the model.
-        feed: the run's micro-batches.
+        feed: the run's steps as the settings ask for them.
         config: the run's settings.
         run: remembers the verdict.
         balances: the run has a load-balancing loss, which counts tokens.
+        in_chunks: its loss makes the logits of a few labels at a time.
 
     Raises:
-        CheckpointError: the verdict of this run cannot be read, or the run began with shared prefixes and cannot go on so.
+        CheckpointError: the verdict of this run cannot be read, or the run began in this way and cannot go on so.
     """
     obstacle = _obstacle(adapted, config, balances)
     if obstacle:
-        logger.info("shared prefixes: each row computes its own (%s)", obstacle)
-        return False
-    batches = list(islice(feed.batches(), NUM_BATCHES))
-    saved = _saved(batches, packs=config.data.packing)
-    if saved < LEAST_SAVED:
-        logger.info("shared prefixes: each row computes its own (sharing saves %.0f %% of the tokens)", 100 * saved)
-        return False
+        logger.info("padding-free: off (%s)", obstacle)
+        return None
+    laid_out = _laid_out(adapted, feed, config, in_chunks)
+    num_steps = min(-(-NUM_BATCHES // config.train.gradient_accumulation_steps), feed.steps_per_epoch)
+    savings = Savings.of(feed, laid_out, num_steps)
+    if not savings.is_worth_it():
+        logger.info("padding-free: off (it computes %s)", savings)
+        return None
     run_id = run.facts().get("run_id", "")
     verdict = _known_verdict(run, run_id)
     before = adapted.loaded.model.config._attn_implementation
     if verdict is None:
-        problem = _isolate(adapted, config, feed) or _compare(adapted, batches)
+        problem = _isolate(adapted, config, feed) or _compare(adapted, laid_out, num_steps)
         verdict = Verdict(run_id, not problem, problem)
         run.path.mkdir(parents=True, exist_ok=True)
-        durable.write_text(run.prefixes_file, json.dumps(asdict(verdict), indent=2) + "\n")
+        durable.write_text(run.padding_free_file, json.dumps(asdict(verdict), indent=2) + "\n")
     elif verdict.on and (problem := _isolate(adapted, config, feed)):
         raise CheckpointError(
-            f"{run.prefixes_file}: this run began with shared prefixes, which fail here ({problem}); go on where it began, "
-            "or delete the file to go on without"
+            f"{run.padding_free_file}: this run began with its rows end to end, which fails here ({problem}); go on where "
+            "it began, or delete the file to go on without"
         )
     if not verdict.on:
         adapted.loaded.model.set_attn_implementation(before)
-        logger.warning("shared prefixes: OFF, each row computes its own: %s; please report this model", verdict.problem)
-        return False
-    logger.info("shared prefixes: computed once in a micro-batch, and nothing padded, which saves %.0f %% of its tokens",
-                100 * saved)  # fmt: skip
-    return True
+        logger.warning("padding-free: OFF, rows are computed apart: %s; please report this model", verdict.problem)
+        return None
+    logger.info("padding-free: ON, computes %s", savings)
+    return laid_out
+
+
+def _laid_out(adapted: AdaptedModel, feed: RowFeed, config: RunConfig, in_chunks: bool) -> RowFeed:
+    loaded = adapted.loaded
+    collate = PackCollator(loaded.tokenizer.pad_token_id, row_multiple(loaded.device), shares=True)
+    if config.data.packing:
+        return feed.laid_out(collate)  # packs are full
+    return feed.laid_out(collate, capacity(feed.rows, config, in_chunks=in_chunks))
 
 
 def _obstacle(adapted: AdaptedModel, config: RunConfig, balances: bool) -> str:
     """Return why a run does not try, empty where it does."""
     model, train = adapted.loaded.model, config.train
-    if not train.share_prefixes:
-        return "train.share_prefixes: false"
+    if not train.padding_free:
+        return "train.padding_free: false"
     if balances:
-        return "the load-balancing loss counts them in every row"
+        return "the load-balancing loss counts every token of every row"
     if train.neftune_noise_alpha or _has_dropout(adapted.model):
         return "dropout and noise differ from row to row"
     if config.data.packing:
         packs = model.config._attn_implementation == document_attention.NAME
         return "" if packs else f"attention is {model.config._attn_implementation}"
-    if train.per_device_train_batch_size == 1:
-        return "a micro-batch is one row"
+    if train.per_device_train_batch_size * train.gradient_accumulation_steps == 1:
+        return "a step is one row"
     if adapted.loaded.architecture.packing_obstacle:
         return f"rows in one would see each other: {adapted.loaded.architecture.packing_obstacle}"
     if config.model.attn_implementation == "eager" or model.config._attn_implementation not in (
@@ -129,20 +180,12 @@ def _has_dropout(model: Any) -> bool:
     return modules or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))
 
 
-def _saved(batches: Sequence[Sequence[NumberedExample]], *, packs: bool) -> float:
-    """Return the share of the tokens of micro-batches, padding included where they are not packs, that sharing saves."""
-    collate = PackCollator(shares=True)
-    lengths = [[len(example.input_ids) for _, example in batch] for batch in batches]
-    whole = sum(sum(each) if packs else len(each) * max(each) for each in lengths)
-    return 1 - sum(collate(batch)["input_ids"].numel() for batch in batches) / whole
-
-
 def _known_verdict(run: RunFolder, run_id: str) -> Verdict | None:
-    content = run.prefixes()
+    content = run.padding_free()
     try:
         verdict = Verdict(**content) if content else None
     except TypeError:
-        raise CheckpointError(f"{run.prefixes_file}: is not as it was written; restore it, or delete it") from None
+        raise CheckpointError(f"{run.padding_free_file}: is not as it was written; restore it, or delete it") from None
     return verdict if verdict is not None and verdict.run_id == run_id else None
 
 
@@ -158,10 +201,11 @@ def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
     return "" if name == document_attention.NAME else f"attention stays {name}"
 
 
-def _compare(adapted: AdaptedModel, batches: Sequence[Sequence[NumberedExample]]) -> str:
+def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int) -> str:
     """Compute a few rows in both ways, and return what is wrong; empty where they are the same."""
     collate = PackCollator(shares=True)
-    candidates = [rows for batch in batches if (rows := _beginnings(batch))]
+    groups = [rows for step in islice(laid_out.steps(), num_steps) for rows in laid_out.collate.grouped(step)]
+    candidates = [rows for group in groups if (rows := _beginnings(group))]
     rows = next((rows for rows in candidates if not _is_whole(collate, rows)), candidates[0])
     device = adapted.loaded.device
 

@@ -1,0 +1,85 @@
+"""Attention of documents of any lengths: torch's kernel needs a GPU; a plain one with its arguments stands in its place.
+
+What is tested is all around it: which queries and keys are whose, what is copied, and where gradients go.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qlora_train.kernels.document_rows import Span
+from qlora_train.kernels.document_varlen import TRIED, Lengths, takes, varlen_documents, works_on
+from tests.kernels.varlen import put_plain_kernel
+
+SCALING = 0.3
+APART = (Span(0, 0, 0, 5), Span(5, 0, 5, 6), Span(6, 0, 6, 19))
+SHARED = (Span(0, 0, 0, 9), Span(0, 4, 9, 12), Span(0, 8, 12, 13), Span(13, 0, 13, 20), Span(13, 6, 20, 31))
+
+
+def leaves_for(spans: Sequence[Span]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    seq = max(span.end for span in spans)
+    shapes = [(1, heads, seq, 8) for heads in (4, 2, 2)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span]) -> Tensor:
+    found = []
+    for span in sorted(spans, key=lambda span: span.begin):
+        tokens = torch.tensor([*range(span.root, span.root + span.num_shared), *range(span.begin, span.end)])
+        q, k, v = (states[:, :, tokens] for states in (query, key, value))
+        whole = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALING, enable_gqa=True)
+        found.append(whole[:, :, span.num_shared :])
+    return torch.cat(found, dim=2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("spans", [APART, SHARED, tuple(reversed(SHARED)), TRIED])
+def test_every_document_attends_to_itself_and_to_what_it_begins_with(
+    spans: tuple[Span, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_plain_kernel(monkeypatch)
+    computed: list[Callable[..., Tensor]] = [
+        lambda *states: varlen_documents(*states, Lengths.of(spans, torch.device("cpu")), SCALING),
+        lambda *states: one_by_one(*states, spans),
+    ]
+    results = []
+    for compute in computed:
+        leaves = leaves_for(spans)
+        output = compute(*leaves)
+        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # shared gradients are summed in float32
+
+
+def test_keys_that_lie_as_they_are_needed_are_not_moved() -> None:
+    cpu = torch.device("cpu")
+    assert Lengths.of(APART, cpu).keys is None
+    keys = Lengths.of(SHARED, cpu).keys
+    assert keys is not None
+    assert keys.tokens.tolist()[9:16] == [0, 1, 2, 3, 9, 10, 11]
+
+
+def test_heads_that_the_kernel_does_not_take() -> None:
+    def heads(size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(1, 2, 3, size, dtype=dtype)
+
+    assert takes(heads(64), heads(64))
+    for query, value in (
+        (heads(64, torch.float32), heads(64, torch.float32)), (heads(60), heads(60)), (heads(512), heads(512)),
+        (heads(64), heads(32)),
+    ):  # fmt: skip
+        assert not takes(query, value)
+
+
+def test_without_a_gpu_it_is_not_used() -> None:
+    assert not works_on(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernel_of_torch_computes_it_on_a_gpu() -> None:
+    assert works_on(torch.device("cuda", 0))

@@ -1,0 +1,47 @@
+"""A plain attention of sequences of any lengths, in the place of torch's kernel, which needs a GPU."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_train.kernels import document_varlen
+
+
+def put_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the plain kernel be found to work, also for the dtypes of tests, and return a list that grows with every call."""
+    calls: list[int] = []
+
+    def counted(*arguments: Any, **keywords: Any) -> Tensor:
+        calls.append(1)
+        return plain_varlen(*arguments, **keywords)
+
+    monkeypatch.setattr(document_varlen, "varlen_attn", counted)
+    monkeypatch.setattr(document_varlen, "works_on", lambda _: True)
+    monkeypatch.setattr(document_varlen, "DTYPES", (torch.float32, torch.float64))
+    return calls
+
+
+def plain_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """Return what `torch.nn.attention.varlen.varlen_attn` says it does for causal attention, (queries, heads, head_dim)."""
+    assert window_size == (-1, 0)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(query), len(key))
+    found = []
+    for q_span, k_span in zip(
+        itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True
+    ):
+        q, k, v = query[slice(*q_span)], key[slice(*k_span)], value[slice(*k_span)]
+        k, v = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        sees = torch.ones(scores.shape[1:], dtype=torch.bool).tril(len(k) - len(q))
+        weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
+        found.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(found)
