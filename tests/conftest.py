@@ -1,4 +1,8 @@
-"""What every test shares: no network, quiet threads, a cache of its own, and pico models built once a session."""
+"""What every test shares: no network, quiet threads, a cache of its own, and pico models built once a process.
+
+`make test` runs tests in several processes (pytest-xdist), each with one thread, which is also what the processes that a
+test starts have.
+"""
 
 import os
 import shutil
@@ -8,6 +12,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qlora-train-tests-")  # 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+NUM_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+os.environ["OMP_NUM_THREADS"] = str(NUM_THREADS)
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +24,7 @@ import torch
 
 from tests.pico import build_pico
 
-torch.set_num_threads(2)
+torch.set_num_threads(NUM_THREADS)
 
 
 def pytest_unconfigure() -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
-from qlora_train.errors import first_line
 from qlora_train.kernels.document_rows import Shared, Span, Spread, shared_of
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ def works_on(device: torch.device) -> bool:
         if all(_is_close(one, other) for one, other in zip(found, wanted, strict=True)):
             return True
     except Exception as error:  # of torch, or of the driver
-        problem = f"{type(error).__name__}: {first_line(error)}"
+        problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     logger.warning("documents of packs are computed in batches: torch's kernel for any lengths fails (%s)", problem)
     return False
 
