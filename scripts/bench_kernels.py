@@ -22,13 +22,14 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
-from qlora_train.kernels import gated, rms_norm, rotary
+from qlora_train.kernels import cross_entropy, gated, rms_norm, rotary
 from qlora_train.kernels.dequantize import by_triton
+from qlora_train.kernels.triton import cross_entropy as cross_entropy_kernels
 from qlora_train.kernels.triton import gated as gated_kernels
 from qlora_train.kernels.triton import rms_norm as rms_norm_kernels
 from qlora_train.kernels.triton import rotary as rotary_kernels
 
-HIDDEN, INTERMEDIATE, KEY_VALUE, HEADS, HEAD_FEATURES = 4096, 14336, 1024, 32, 128
+HIDDEN, INTERMEDIATE, KEY_VALUE, HEADS, HEAD_FEATURES, VOCABULARY = 4096, 14336, 1024, 32, 128, 128256
 LAYERS = {
     "q, o": (HIDDEN, HIDDEN),
     "k, v": (KEY_VALUE, HIDDEN),
@@ -162,6 +163,23 @@ def operations(device: torch.device, tokens: int, smaller: int) -> Iterator[Race
             lambda plain=plain: (plain(heads, cos, sin),),
             2 * heads.nbytes + cos.nbytes + sin.nbytes,
         )
+
+    logits = numbers(tokens // 4, VOCABULARY // smaller)
+    targets = torch.arange(len(logits), device=device)
+    yield Race(
+        "cross-entropy, with gradient",
+        lambda: cross_entropy_of(cross_entropy_kernels.losses_and_gradient_, logits, targets),
+        lambda: cross_entropy_of(cross_entropy.plain_, logits, targets),
+        5 * logits.nbytes,  # with the copy, which the gradient overwrites
+    )
+
+
+def cross_entropy_of(
+    compute: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the losses and the gradient of logits, which stay."""
+    gradient = logits.clone()
+    return compute(gradient, targets), gradient
 
 
 if __name__ == "__main__":

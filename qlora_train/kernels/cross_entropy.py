@@ -2,12 +2,14 @@
 
     loss = log(sum(exp z)) - z_target        dz = softmax(z) - 1 at the target
 
-in float32, of logits of any dtype, a few rows at a time. The gradient takes the place of the logits: neither a float32 copy
-of them nor a second tensor of their size is made.
+in float32, of logits of any dtype. The gradient takes the place of the logits: neither a float32 copy of them nor a second
+tensor of their size is made. A kernel does it on GPUs that have Triton; plain torch does it a few rows at a time.
 """
 
 import torch
 from torch import Tensor
+
+from qlora_train.kernels import gpu
 
 PIECE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 """Most float32 numbers at once: what stays in a core's cache; what keeps a GPU busy."""
@@ -20,6 +22,15 @@ def losses_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (rows, vocabulary), floating point.
         targets: int64 (rows,).
     """
+    if gpu.runs_triton(logits):
+        from qlora_train.kernels.triton import cross_entropy as kernels
+
+        return kernels.losses_and_gradient_(logits, targets)
+    return plain_(logits, targets)
+
+
+def plain_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Do the same in plain torch."""
     losses = []
     num_rows = max(1, PIECE_BYTES["cuda" if logits.is_cuda else "cpu"] // (4 * logits.shape[-1]))
     for some, places in zip(logits.split(num_rows), targets[:, None].split(num_rows), strict=True):

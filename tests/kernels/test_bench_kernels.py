@@ -23,7 +23,7 @@ def test_a_dry_run_computes_every_row_and_finds_both_sides_equal() -> None:
     assert done.returncode == 0, done.stderr
     title, _, _, *rows = done.stdout.splitlines()
     assert title.startswith("dry run, ")
-    assert len(rows) == 10
+    assert len(rows) == 11
     for row in rows:
         *_, ratio, difference = row.split()
         assert re.fullmatch(r"\d+\.\d\d", ratio), row

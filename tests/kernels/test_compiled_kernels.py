@@ -21,13 +21,14 @@ from triton.compiler import ASTSource
 
 from qlora_train.kernels import dequantize as dispatch
 from qlora_train.kernels.rms_norm import Variant
-from qlora_train.kernels.triton import dequantize, gated, rms_norm, rotary
+from qlora_train.kernels.triton import cross_entropy, dequantize, gated, rms_norm, rotary
 from tests.kernels.interpreted import IS_INTERPRETED
 
 pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels")
 CAPABILITIES = pytest.mark.parametrize("capability", [75, 90], ids="sm_{}".format)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
+            torch.int64: "*i64"}  # fmt: skip
 
 
 class Compiled:
@@ -106,7 +107,7 @@ def test_every_other_operation_compiles(dtype: torch.dtype, capability: int, com
         compiled(module, name, capability)
         for module, name in (
             (rms_norm, "_forward"), (rms_norm, "_backward"), (gated, "_forward"), (gated, "_backward"),
-            (rotary, "_rotate"),
+            (rotary, "_rotate"), (cross_entropy, "_losses_and_gradient"),
         )
     ]  # fmt: skip
     x = torch.randn(3, 192).to(dtype)
@@ -119,14 +120,15 @@ def test_every_other_operation_compiles(dtype: torch.dtype, capability: int, com
     heads, angles = x.view(1, 3, 2, 96), x[:1].view(1, 1, 2, 96)
     rotary.forward(heads, angles, angles)
     rotary.backward(heads, angles, angles)
-    assert [len(kernel.assembly) for kernel in kernels] == [2, 2, 3, 3, 2]
+    cross_entropy.losses_and_gradient_(x, torch.arange(3))
+    assert [len(kernel.assembly) for kernel in kernels] == [2, 2, 3, 3, 2, 1]
     for kernel in kernels:
         for assembly in kernel.assembly:
             assert f".target sm_{capability}" in assembly
 
 
 OF_A_BLOCK = {rms_norm: ("_forward", "_backward"), gated: ("_forward", "_backward"), rotary: ("_rotate",),
-              dequantize: ("_dequantize",)}  # fmt: skip
+              dequantize: ("_dequantize",), cross_entropy: ("_losses_and_gradient",)}  # fmt: skip
 
 
 def test_large_models_fit_into_registers_and_move_sixteen_bytes_at_a_time(compiled: Callable[..., Compiled]) -> None:
@@ -139,13 +141,17 @@ def test_large_models_fit_into_registers_and_move_sixteen_bytes_at_a_time(compil
     gated.backward(x, x, x, "silu")
     rotary.forward(x.view(1, 128, 2, 128), x[:1, :256].view(1, 1, 2, 128), x[:1, :256].view(1, 1, 2, 128))
     dispatch.by_triton(*bnb.quantize_4bit(x, compress_statistics=True, quant_type="nf4"), torch.bfloat16, None)
+    cross_entropy.losses_and_gradient_(torch.randn(2, 128256).bfloat16(), torch.arange(2))
     for kernel in kernels:
         [assembly], [machine_code] = kernel.assembly, kernel.machine_code
         used = resource_usage(machine_code)
         assert used["STACK"] == used["LOCAL"] == 0, f"{kernel.kernel.__name__}: {used}"
         assert "ld.global.v4.b32" in assembly
         assert "st.global.v4.b32" in assembly
-        assert not re.search(r"(ld|st)\.global(\.v2)?\.b16", assembly), "no number moves by itself"
+        alone = re.findall(r"(?:ld|st)\.global(?:\.v2)?\.b16", assembly)
+        assert len(alone) == (kernel.kernel.__name__ == "_losses_and_gradient"), (
+            "the logit of a target alone moves by itself"
+        )
 
 
 def resource_usage(machine_code: bytes) -> dict[str, int]:

@@ -53,19 +53,21 @@ def test_without_a_c_compiler_triton_is_found_not_to_work(tmp_path: Path) -> Non
 @needs_a_gpu
 def test_a_cuda_graph_repeats_every_kernel_on_other_numbers() -> None:
     from qlora_train.kernels.rms_norm import Variant
-    from qlora_train.kernels.triton import gated, rms_norm, rotary
+    from qlora_train.kernels.triton import cross_entropy, gated, rms_norm, rotary
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
     packed, state = bnb.quantize_4bit(numbers(64, 128), compress_statistics=True, quant_type="nf4")
     x, up, grad, weight, cos, sin = numbers(6, 128), numbers(6, 128), numbers(6, 128), *numbers(3, 1, 1, 6, 128)
-    variant = Variant(0.0, rounds_first=True)
+    variant, targets = Variant(0.0, rounds_first=True), torch.arange(6, device="cuda")
     assert has_kernels(packed)
 
     def compute() -> list[Tensor]:
         y, scale = rms_norm.forward(x, weight[0, 0, 0], 1e-6, variant)
+        logits = x.clone()
         return [
+            *(cross_entropy.losses_and_gradient_(logits, targets), logits),
             dequantize(packed, state, torch.bfloat16),
             dequantize(packed, state, torch.bfloat16, out=torch.empty(64, 256, device="cuda", dtype=x.dtype)[:, :128]),
             *(y, scale, rms_norm.backward(grad, x, weight[0, 0, 0], scale, variant)),

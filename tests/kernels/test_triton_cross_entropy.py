@@ -1,0 +1,78 @@
+"""Cross-entropy as a kernel against the plain torch code, and against autograd in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qlora_train.kernels import cross_entropy as plain
+from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
+
+pytestmark = needs_its_device
+SHAPES = pytest.mark.parametrize("shape", [(1, 1), (3, 50), (5, 4096), (2, 4097), (4, 12345)], ids=str)
+
+
+def batch(rows: int, vocabulary: int, dtype: torch.dtype, scale: float = 5.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    logits = scale * torch.randn(rows, vocabulary, generator=generator)
+    targets = torch.randint(vocabulary, (rows,), generator=generator)
+    targets[0], targets[-1] = 0, vocabulary - 1
+    return logits.to(DEVICE, dtype), targets.to(DEVICE)
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_losses_and_gradient_are_those_of_the_plain_code(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    from qlora_train.kernels.triton import cross_entropy as kernels
+
+    logits, targets = batch(*shape, dtype)
+    wanted_gradient, gradient = logits.clone(), logits.clone()
+    wanted = plain.plain_(wanted_gradient, targets)
+    found = kernels.losses_and_gradient_(gradient, targets)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, wanted_gradient, rtol=CLOSE[dtype]["rtol"] + 1e-5, atol=CLOSE[dtype]["atol"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_they_are_those_of_autograd_in_float64(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_kernels(monkeypatch)
+    logits, targets = batch(6, 5000, torch.float32, scale)
+    exact = logits.double().requires_grad_()
+    wanted = functional.cross_entropy(exact, targets, reduction="none")
+    wanted.sum().backward()
+    found = plain.losses_and_gradient_(logits, targets)
+    torch.testing.assert_close(found.double(), wanted.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_part_of_the_rows_leaves_the_others_alone() -> None:
+    from qlora_train.kernels.triton import cross_entropy as kernels
+
+    logits, targets = batch(4, 300, torch.bfloat16)
+    whole = logits.clone()
+    kernels.losses_and_gradient_(whole[1:3, :200], targets[1:3] % 200)
+    assert torch.equal(whole[[0, 3]], logits[[0, 3]])
+    assert torch.equal(whole[:, 200:], logits[:, 200:])
+    assert whole[1:3, :200].float().sum(1).abs().max() < 1e-2, "the gradient of a row sums to nothing"
+
+
+def test_a_logit_that_is_no_number_makes_a_loss_that_is_none() -> None:
+    from qlora_train.kernels.triton import cross_entropy as kernels
+
+    logits, targets = batch(3, 300, torch.float32)
+    logits[1, 7] = float("nan")
+    losses = kernels.losses_and_gradient_(logits, targets)
+    assert losses.isnan().tolist() == [False, True, False]
+
+
+def test_words_that_are_ruled_out_have_no_gradient() -> None:
+    from qlora_train.kernels.triton import cross_entropy as kernels
+
+    logits, targets = batch(2, 5000, torch.float32)
+    logits[:, :4500] = float("-inf")  # more than a program reads at a time
+    targets[:] = 4700
+    losses = kernels.losses_and_gradient_(logits, targets)
+    assert losses.isfinite().all()
+    assert (logits[:, :4500] == 0).all()
+    assert (logits[:, 4500:] != 0).all()
