@@ -21,8 +21,9 @@ demo: $(VENV)/.ready
 	$(BIN)/qlora-train configs/demo.yaml
 	$(BIN)/qlora-train eval runs/demo --shots 3 --max-new-tokens 128
 
+# Tests run in a process for each core, four at most; `python -m pytest FILE` runs some of them in one.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Faults on purpose: kills, full disks, damage, signals. FAULTS=long tries the full counts (an hour or more).
 FAULTS ?= short
