@@ -4,13 +4,11 @@ Where the two differ by more than the rounding of the compute dtype, the run sta
 verdict is kept in the run's folder, so that a run that goes on takes the path that it began with.
 """
 
-import json
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from qlora_train import durable
 from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
@@ -18,29 +16,17 @@ from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, padding_multiple
 from qlora_train.data.stream import RowStream
 from qlora_train.device import free_memory
-from qlora_train.errors import CheckpointError, first_line
+from qlora_train.errors import first_line
 from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.loss import IGNORED, label_losses
 from qlora_train.trainer.gradients import BOUNDS, difference, gradients_of
 from qlora_train.trainer.traces import without_trace
+from qlora_train.trainer.verdict import Verdict, keep_verdict, known_verdict
 
 logger = logging.getLogger(__name__)
 
 NUM_ROWS, ROW_TOKENS = 4, 128
 """Most rows of the comparison, and the most tokens of each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the comparison of a run found; the numbers are those of `Difference`, None where the fast path failed."""
-
-    run_id: str
-    on: bool
-    problem: str = ""
-    loss: float | None = None
-    gradient: float | None = None
-    tensor: float | None = None
-    worst: str = ""
 
 
 def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfig, run: RunFolder) -> FastPath | None:
@@ -60,10 +46,10 @@ def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfi
         return None
     batch = _first_tokens(adapted, data, config.train.per_device_train_batch_size)
     run_id = run.facts().get("run_id", "")
-    verdict = _known_verdict(run, run_id)
+    verdict = known_verdict(run.fast_path_file, run.fast_path(), run_id)
     if verdict is None:
         verdict = _compare(adapted, batch, run_id)
-        durable.write_text(run.fast_path_file, json.dumps(asdict(verdict), indent=2) + "\n")
+        keep_verdict(run.fast_path_file, verdict)
         logger.info("fast path: compared with the plain one on %d tokens", batch["input_ids"].numel())
     if not verdict.on:
         logger.warning(
@@ -83,15 +69,6 @@ def _install(adapted: AdaptedModel, batch: dict[str, Any]) -> FastPath:
             label_losses(adapted.model, **batch)
 
     return install(adapted.model, run)
-
-
-def _known_verdict(run: RunFolder, run_id: str) -> Verdict | None:
-    content = run.fast_path()
-    try:
-        verdict = Verdict(**content) if content else None
-    except TypeError:
-        raise CheckpointError(f"{run.fast_path_file}: is not as it was written; restore it, or delete it") from None
-    return verdict if verdict is not None and verdict.run_id == run_id else None
 
 
 def _first_tokens(adapted: AdaptedModel, data: PreparedData, num_rows: int) -> dict[str, Any]:
@@ -123,6 +100,4 @@ def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Verdi
     if problem:
         free_memory()  # only here, where nothing refers to the error's frames any more
         return Verdict(run_id, False, problem)
-    if not BOUNDS[adapted.loaded.compute_dtype].hold(found):
-        problem = found.said()
-    return Verdict(run_id, not problem, problem, **asdict(found))
+    return Verdict.of(run_id, found, BOUNDS[adapted.loaded.compute_dtype])

@@ -13,17 +13,15 @@ Loss and gradients of a step stay what they are, but for rounding, which a compa
 first step. The verdict is kept in the run's folder, so that a run that goes on computes as it began.
 """
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from qlora_train import durable
 from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
@@ -36,6 +34,7 @@ from qlora_train.trainer.feed import RowFeed
 from qlora_train.trainer.gradients import BOUNDS, difference, gradients_of
 from qlora_train.trainer.isolation import isolate_documents
 from qlora_train.trainer.largest import capacity
+from qlora_train.trainer.verdict import Verdict, keep_verdict, known_verdict
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +47,6 @@ NUM_ROWS, ROW_TOKENS = 8, 128
 LOSS_SLACK = 2.0
 """By how much more the mean loss may differ than in the comparison of the fast path, where every token has a label: that of
 half as many differed by up to 0.01 in bfloat16."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a run found: whether its rows are computed end to end, and why not."""
-
-    run_id: str
-    on: bool
-    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +113,12 @@ def choose_padding_free(
         logger.info("padding-free: off (it computes %s)", savings)
         return None
     run_id = run.facts().get("run_id", "")
-    verdict = _known_verdict(run, run_id)
+    verdict = known_verdict(run.padding_free_file, run.padding_free(), run_id)
     before = adapted.loaded.model.config._attn_implementation
     if verdict is None:
-        problem = _isolate(adapted, config, feed) or _compare(adapted, laid_out, num_steps)
-        verdict = Verdict(run_id, not problem, problem)
-        run.path.mkdir(parents=True, exist_ok=True)
-        durable.write_text(run.padding_free_file, json.dumps(asdict(verdict), indent=2) + "\n")
+        problem = _isolate(adapted, config, feed)
+        verdict = Verdict(run_id, False, problem) if problem else _compare(adapted, laid_out, num_steps, run_id)
+        keep_verdict(run.padding_free_file, verdict)
     elif verdict.on and (problem := _isolate(adapted, config, feed)):
         raise CheckpointError(
             f"{run.padding_free_file}: this run began with its rows end to end, which fails here ({problem}); go on where "
@@ -180,15 +169,6 @@ def _has_dropout(model: Any) -> bool:
     return modules or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))
 
 
-def _known_verdict(run: RunFolder, run_id: str) -> Verdict | None:
-    content = run.padding_free()
-    try:
-        verdict = Verdict(**content) if content else None
-    except TypeError:
-        raise CheckpointError(f"{run.padding_free_file}: is not as it was written; restore it, or delete it") from None
-    return verdict if verdict is not None and verdict.run_id == run_id else None
-
-
 def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
     """Let rows in one row attend to themselves alone, and return why they cannot; empty where they do."""
     if config.data.packing:
@@ -201,8 +181,8 @@ def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
     return "" if name == document_attention.NAME else f"attention stays {name}"
 
 
-def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int) -> str:
-    """Compute a few rows in both ways, and return what is wrong; empty where they are the same."""
+def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: str) -> Verdict:
+    """Compute a few rows in both ways."""
     collate = PackCollator(shares=True)
     groups = [rows for step in islice(laid_out.steps(), num_steps) for rows in laid_out.collate.grouped(step)]
     candidates = [rows for group in groups if (rows := _beginnings(group))]
@@ -218,11 +198,9 @@ def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int) -> str:
         problem = f"it fails on this model ({first_line(error)})"
     else:
         bounds = BOUNDS[adapted.loaded.compute_dtype]
-        if replace(bounds, loss=LOSS_SLACK * bounds.loss).hold(found):
-            return ""
-        return found.said()
+        return Verdict.of(run_id, found, replace(bounds, loss=LOSS_SLACK * bounds.loss))
     free_memory()  # only here, where nothing refers to the error's frames any more
-    return problem
+    return Verdict(run_id, False, problem)
 
 
 def _is_whole(collate: PackCollator, rows: Sequence[NumberedExample]) -> bool:
