@@ -295,12 +295,13 @@ def chunk_tokens_of(model: Any) -> int | None:
 def can_chunk(model: Any) -> bool:
     """Say whether the loss in chunks is the loss on this very model, which is run on a few tokens.
 
-    With an adapter on it, gradients are made too: they take the place of the logits, which some operations would need.
+    With an adapter on it, gradients are made too: they take the place of the logits, which some operations would need. Both
+    are computed as in training, since a model on the fast path rounds otherwise there than in evaluation.
     """
-    whole, chunks = _on_a_few_tokens(model, None), _on_a_few_tokens(model, 3)
+    whole, chunks = (_on_a_few_tokens(model, chunk_tokens, with_gradients=True) for chunk_tokens in (None, 3))
     if whole is None or chunks is None:
         return False  # an outermost module that is built otherwise
-    return torch.allclose(whole.nats, chunks.nats, rtol=CHUNK_TOLERANCE, atol=CHUNK_TOLERANCE)
+    return torch.allclose(whole.nats.detach(), chunks.nats.detach(), rtol=CHUNK_TOLERANCE, atol=CHUNK_TOLERANCE)
 
 
 def can_balance(model: Any) -> bool:
@@ -310,14 +311,16 @@ def can_balance(model: Any) -> bool:
 
 
 @torch.no_grad()
-def _on_a_few_tokens(model: Any, chunk_tokens: int | None, *, with_balance: bool = False) -> LabelLosses | None:
+def _on_a_few_tokens(
+    model: Any, chunk_tokens: int | None, *, with_balance: bool = False, with_gradients: bool = False
+) -> LabelLosses | None:
     """Return the losses of a short text; None for a model that cannot make them in this way."""
     device, num_tokens = next(model.parameters()).device, model.config.get_text_config().vocab_size
     tokens = torch.arange(1, 9, device=device)[None] % num_tokens
     was_training = model.training
     model.eval()
     try:
-        with torch.set_grad_enabled(chunk_tokens is not None):
+        with torch.set_grad_enabled(with_gradients):
             return label_losses(model, chunk_tokens, input_ids=tokens, labels=tokens, with_balance=with_balance)
     except torch.OutOfMemoryError:
         raise

@@ -166,6 +166,15 @@ def test_a_head_that_needs_its_logits_for_the_gradient_is_recognised(monkeypatch
     assert not can_chunk(model)
 
 
+def test_a_model_that_rounds_otherwise_with_gradients_can_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do models on the fast path; both ways of the loss are tried with gradients."""
+    model = adapted("llama")
+    mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
+    own = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: own(x) * (2 if torch.is_grad_enabled() else 1))
+    assert can_chunk(model)
+
+
 def test_activations_are_moved_to_the_host_and_weights_are_not() -> None:
     moved: list[torch.Tensor] = []
     hooks = saved_tensors_hooks(lambda tensor: (moved.append(tensor), (tensor,))[1], lambda kept: kept[0])
