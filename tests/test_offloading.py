@@ -4,6 +4,7 @@ On a CPU the copies are made at once; the order of everything else is that of a 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_train.errors import is_out_of_memory
+from qlora_train.errors import TrainingError, is_out_of_memory
 from qlora_train.kernels.fast_path import install
 from qlora_train.loss import label_losses
 from qlora_train.trainer import offloading
@@ -135,6 +136,26 @@ def test_tensors_come_back_with_their_numbers_and_the_order_of_their_memory(shap
         assert found[0].stride() == saved.stride()
 
 
+def test_a_gradient_that_is_made_in_the_forward_pass_takes_its_tensors_back() -> None:
+    """As the loss of a frozen head does, chunk by chunk, behind all layers."""
+    chain, head = Chain(3), nn.Linear(32, 8)
+
+    def run(moving: Offloading | None) -> list[Tensor]:
+        chain.zero_grad()
+        made = []
+        with moving.forward_pass(chain) if moving else nullcontext():
+            y = chain(torch.linspace(-1, 1, 50 * 32).view(50, 32))
+            for some in y.detach().split(10):
+                leaf = some.clone().requires_grad_()
+                made += torch.autograd.grad(head(leaf).exp().sum(), leaf)
+        y.backward(torch.cat(made))
+        return [step.weight.grad.clone() for step in chain.steps]
+
+    wanted = run(None)
+    for found, other in zip(run(Offloading(CPU)), wanted, strict=True):
+        assert torch.equal(found, other)
+
+
 def test_small_tensors_and_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offloading, "SMALLEST_BYTES", 50 * 32 * 4 + 1)
     moving = Offloading(CPU)
@@ -160,7 +181,9 @@ def test_a_tensor_that_is_changed_in_place_is_refused() -> None:
             x.add_(1)
             chain.steps[1](y)
 
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(
+        TrainingError, match=r"train\.activation_offloading: true, but this model changes a tensor in place"
+    ):
         run()
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qlora_train.errors import first_line, is_out_of_memory
+from qlora_train.errors import TrainingError, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -142,17 +142,24 @@ class Offloading:
         host = self._slabs.take(dense.nbytes)
         moved = _Moved(len(self._moved), host, order, dense.shape, dense.dtype, dense, dense._version)
         self._copy(moved, moved.host, _bytes_of(dense).split([len(piece) for piece in moved.host]))
-        if self._moved:
+        if self._moved and not self._moved[-1].came_back:  # as a loss does that makes its gradient in the forward pass
             self._let_go(self._moved[-1])
         self._moved.append(moved)
         return moved
 
     def _let_go(self, moved: _Moved) -> Tensor:
-        """Return a tensor when its last copy is done, and hold it no longer."""
+        """Return a tensor when its last copy is done, and hold it no longer.
+
+        Raises:
+            TrainingError: its numbers were changed meanwhile.
+        """
         here, moved.here = moved.here, None
         assert here is not None, "nobody else lets it go"
         if here._version != moved.version:
-            raise RuntimeError("activation_offloading: a tensor that the backward pass needs was changed in place")
+            raise TrainingError(
+                "train.activation_offloading: true, but this model changes a tensor in place that the backward pass needs; "
+                "set it to false"
+            )
         self._streams.current_stream().wait_event(moved.copied)
         return here
 
