@@ -24,7 +24,7 @@ from qlora_train.data.types import Example
 from qlora_train.errors import CheckpointError
 from qlora_train.kernels import document_attention
 from qlora_train.loader import load_model
-from qlora_train.loss import IGNORED, label_losses
+from qlora_train.loss import IGNORED
 from qlora_train.pipeline import prepare
 from qlora_train.trainer import QloraTrainer, padding_free
 from qlora_train.trainer.isolation import isolate_documents
@@ -32,6 +32,7 @@ from tests.kernels.varlen import put_plain_kernel
 from tests.runs import adapted_model, adapter_bytes, losses, make_config, stopped_copy, train_run
 from tests.stores import example
 from tests.test_packed_training import PACKABLE, WINDOWS
+from tests.test_packed_training import losses_and_gradients as in_order
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
 ON = "padding-free: ON, computes the "
@@ -66,11 +67,9 @@ def batch_of(rows: Sequence[Example], collate: PackCollator) -> dict[str, torch.
 
 
 def losses_and_gradients(model: Any, rows: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sorted losses of all labels, and the gradient of their sum, of all that trains."""
-    model.zero_grad()
-    found = torch.cat([label_losses(model, **batch).nats for batch in rows])
-    found.sum().backward()
-    return found.detach().sort()[0], torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    """Return the losses of all labels, sorted, as rows change places, and the gradient of their sum, of all that trains."""
+    found, gradients = in_order(model, rows)
+    return found.sort()[0], gradients
 
 
 def one_by_one(rows: Sequence[Example]) -> list[dict[str, torch.Tensor]]:
