@@ -271,9 +271,10 @@ class _FrozenHead(torch.autograd.Function):
             if not needs_gradient:
                 losses.append(_negative_log_likelihoods(logits, wanted))
                 continue
+            made = torch.autograd.graph.get_gradient_edge(logits)  # now: of a view that has changed, autograd copies
             gradient = logits.detach()
             losses.append(losses_and_gradient_(gradient, wanted))
-            gradients += torch.autograd.grad(logits, leaf, gradient)
+            gradients += torch.autograd.grad(made, leaf, gradient)
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)

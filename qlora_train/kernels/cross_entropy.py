@@ -34,8 +34,12 @@ def plain_(logits: Tensor, targets: Tensor) -> Tensor:
     losses = []
     num_rows = max(1, PIECE_BYTES["cuda" if logits.is_cuda else "cpu"] // (4 * logits.shape[-1]))
     for some, places in zip(logits.split(num_rows), targets[:, None].split(num_rows), strict=True):
-        log_probabilities = some.float().log_softmax(-1)
-        losses.append(-log_probabilities.gather(1, places)[:, 0])
-        probabilities = log_probabilities.exp_()
+        shifted = some.to(torch.float32, copy=True)
+        shifted.sub_(shifted.amax(-1, keepdim=True))
+        wanted = shifted.gather(1, places)
+        exponentials = shifted.exp_()
+        total = exponentials.sum(-1, keepdim=True)
+        losses.append((total.log() - wanted)[:, 0])
+        probabilities = exponentials.div_(total)
         some.copy_(probabilities.scatter_add_(1, places, probabilities.new_full(places.shape, -1)))
     return torch.cat(losses)

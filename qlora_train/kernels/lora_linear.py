@@ -2,13 +2,13 @@
 
 For the layers i of a group, with frozen weights W_i (out_i, in), factors A_i (r_i, in) and B_i (out_i, r_i) and scales s_i:
 
-    y_i  = x W_i' + bias_i + (x A_i') (s_i B_i)'
-    dx   = sum_i dy_i W_i + (dy_i s_i B_i) A_i
-    dA_i = (dy_i s_i B_i)' x          dB_i = s_i dy_i' (x A_i')
+    y_i  = x W_i' + bias_i + (x (s_i A_i)') B_i'
+    dx   = sum_i dy_i W_i + (dy_i B_i) (s_i A_i)
+    dA_i = s_i (dy_i B_i)' x          dB_i = dy_i' (x (s_i A_i)')
 
-x is kept once for the whole group, and the A_i are one product. The low-rank part is added inside the product, where sums
-are float32, instead of being rounded by itself first. Factors stay float32; they are rounded to the compute dtype once a
-forward pass, and their gradients are float32.
+x is kept once for the whole group, and the A_i are one product. The low-rank part comes first, where rounding it costs as
+little as it is small, and the base product is summed onto it in float32. Factors stay float32; they are rounded to the
+compute dtype once a forward pass, and their gradients are float32.
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ class Rounded:
     """The factors of a group in the compute dtype.
 
     Attributes:
-        a: all A_i, (sum of r_i, in).
-        b: s_i B_i', (r_i, out_i) each.
+        a: all s_i A_i, (sum of r_i, in).
+        b: B_i', (r_i, out_i) each.
     """
 
     a: Tensor
@@ -54,9 +54,8 @@ class Rounded:
     def of(cls, layers: LoraLayers) -> "Rounded":
         """Return the factors of a group, rounded."""
         dtype = layers.weights[0].dtype
-        a = layers.a[0] if len(layers.a) == 1 else torch.cat(list(layers.a))
-        b = [(factor.T * scale).to(dtype) for factor, scale in zip(layers.b, layers.scales, strict=True)]
-        return cls(a.to(dtype), b)
+        a = torch.cat([factor * scale for factor, scale in zip(layers.a, layers.scales, strict=True)])
+        return cls(a.to(dtype), [factor.to(dtype).T for factor in layers.b])
 
     def ranks(self) -> list[int]:
         """Return r_i."""
@@ -97,12 +96,12 @@ def products(rows: Tensor, low: Tensor, layers: LoraLayers, rounded: Rounded, le
     outputs = []
     for weight, b, part in zip(layers.weights, rounded.b, low.split(rounded.ranks(), 1), strict=True):
         output = rows.new_empty(*leading, b.shape[1])
-        flat, frozen = output.view(len(rows), -1), weight.read().T
+        flat = output.view(len(rows), -1)
         if weight.bias is None:
-            torch.mm(rows, frozen, out=flat)
+            torch.mm(part, b, out=flat)
         else:
-            torch.addmm(weight.bias.to(rows.dtype), rows, frozen, out=flat)
-        flat.addmm_(part, b)
+            torch.addmm(weight.bias.to(rows.dtype), part, b, out=flat)
+        flat.addmm_(rows, weight.read().T)
         outputs.append(output)
     return outputs
 
@@ -128,20 +127,20 @@ def gradients(
     """Return the gradients of a group from those of its outputs; None is the gradient of an output that nothing read."""
     ranks = rounded.ranks()
     grad_low = torch.zeros_like(low) if any(grad is None for grad in grads) else torch.empty_like(low)
-    grad_rows: Tensor | None = None
     grad_b: list[Tensor | None] = []
-    each = zip(layers.weights, layers.b, layers.scales, rounded.b, strict=True)
-    parts = zip(low.split(ranks, 1), grad_low.split(ranks, 1), grads, strict=True)
-    for (weight, factor, scale, b), (part, grad_part, grad) in zip(each, parts, strict=True):
+    onto_rows: list[tuple[Tensor, FrozenWeight]] = []
+    each = zip(layers.weights, layers.b, rounded.b, low.split(ranks, 1), grad_low.split(ranks, 1), grads, strict=True)
+    for weight, factor, b, part, grad_part, grad in each:
         if grad is None:
             grad_b.append(None)
             continue
         flat = grad.reshape(len(rows), -1).to(rows.dtype)
         torch.mm(flat, b.T, out=grad_part)
-        grad_b.append((flat.T @ part).to(factor.dtype).mul_(scale))
-        if wants_rows:
-            frozen = weight.read()
-            grad_rows = flat @ frozen if grad_rows is None else grad_rows.addmm_(flat, frozen)
+        grad_b.append((flat.T @ part).to(factor.dtype))
+        onto_rows.append((flat, weight))
+    grad_rows = grad_low @ rounded.a if wants_rows and onto_rows else None
     if grad_rows is not None:
-        grad_rows.addmm_(grad_low, rounded.a)
-    return Gradients(grad_rows, (grad_low.T @ rows).to(layers.a[0].dtype).split(ranks), grad_b)
+        for flat, weight in onto_rows:
+            grad_rows.addmm_(flat, weight.read())
+    grad_a = (grad_low.T @ rows).to(layers.a[0].dtype).split(ranks)
+    return Gradients(grad_rows, [grad.mul_(scale) for grad, scale in zip(grad_a, layers.scales, strict=True)], grad_b)

@@ -61,9 +61,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, variant: Variant) -> Tensor:
 
 def _forward(x: Tensor, weight: Tensor, eps: float, variant: Variant) -> tuple[Tensor, Tensor]:
     """Return y, and r for each row."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    normal = wide * scale
+    wide = x.to(torch.float32, copy=True)
+    scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    normal = wide.mul_(scale)
     if variant.rounds_first:
         return _applied(weight, variant) * normal.to(x.dtype), scale
     return (normal * _applied(weight.float(), variant)).to(x.dtype), scale
@@ -78,7 +78,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, variant: V
         else (grad.float() * _applied(weight.float(), variant))
     )
     mean = (inner * wide).mean(-1, keepdim=True)
-    return (inner * scale).addcmul_(wide, mean.mul_(scale.pow(3)), value=-1).to(x.dtype)
+    return inner.mul_(scale).addcmul_(wide, mean.mul_(scale.pow(3)), value=-1).to(x.dtype)
 
 
 def _applied(weight: Tensor, variant: Variant) -> Tensor:
