@@ -1,8 +1,8 @@
-"""Time training steps of a config on this machine: the plain path, the fast path, with kept weights, and padding-free.
+"""Time training steps of a config on this machine: the plain path, the fast path, with kept weights, padding-free.
 
 All take the same rows in turn, in one process, as a run of the config would: packed or padded, recomputing activations or
 not, with as many micro-batches a step. Tokens are those of the rows. Ratios are medians over rounds. Rows lie end to end
-where a run would lay them so.
+where a run would lay them so; with ``train.fp8=true`` forward products are in float8 too, where the device has them.
 
 Example: ``GOMP_SPINCOUNT=20000 python scripts/bench_step.py configs/demo.yaml``
 """
@@ -12,6 +12,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,6 +27,7 @@ from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
 from qlora_train.kernels import document_attention
 from qlora_train.kernels.fast_path import install
+from qlora_train.kernels.float8 import why_not_on
 from qlora_train.loader import load_model
 from qlora_train.loss import IGNORED, chunk_tokens_of, label_losses
 from qlora_train.pipeline import prepare
@@ -33,8 +35,6 @@ from qlora_train.trainer.feed import Feed, RowFeed, make_feed
 from qlora_train.trainer.isolation import isolate_documents
 from qlora_train.trainer.padding_free import choose_padding_free
 from qlora_train.trainer.recompute import Recomputation, choose_recomputation
-
-PATHS = ("plain", "fast", "fast, kept weights", "and padding-free")
 
 
 @dataclass
@@ -87,7 +87,8 @@ def main() -> None:
             torch.cuda.synchronize()
         return num_tokens / (time.perf_counter() - started)
 
-    speeds = measured(model, step, options.rounds, loaded.device, end_to_end=len(feeds) > 1)
+    in_float8 = config.train.fp8 and not why_not_on(loaded.device)
+    speeds = measured(model, step, options.rounds, loaded.device, in_float8=in_float8, end_to_end=len(feeds) > 1)
     print(f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.compute_dtype}, {options.rounds} rounds")
     for path in speeds:
         ratios = [fast / plain for fast, plain in zip(speeds[path], speeds["plain"], strict=True)]
@@ -126,23 +127,34 @@ def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in
 
 
 def measured(
-    model: torch.nn.Module, step: Callable[..., float], num_rounds: int, device: torch.device, *, end_to_end: bool
+    model: torch.nn.Module,
+    step: Callable[..., float],
+    num_rounds: int,
+    device: torch.device,
+    *,
+    in_float8: bool,
+    end_to_end: bool,
 ) -> dict[str, list[float]]:
     """Return the speeds of every path, in rounds of one step each; a round before them warms up."""
     tokens = torch.arange(1, 9, device=device)[None]
-    speeds: dict[str, list[float]] = {path: [] for path in PATHS[: 3 + end_to_end]}
+    speeds: dict[str, list[float]] = defaultdict(list)
     for number in range(num_rounds + 1):
-        found = [step(number)]
+        found = {"plain": step(number)}
         fast = install(model, lambda: label_losses(model, input_ids=tokens, labels=tokens))
-        found.append(step(number))
+        found["fast"] = step(number)
         for weight in fast.weights:
             weight.keep()
-        found.append(step(number))
+        found["fast, kept weights"] = step(number)
         if end_to_end:
-            found.append(step(number, end_to_end=True))
+            found["and padding-free"] = step(number, end_to_end=True)
+        if in_float8:
+            for weight in fast.weights:
+                weight.multiplies_in_float8 = weight.has_float8
+                weight.keep()
+            found["and in float8"] = step(number, end_to_end=end_to_end)
         fast.uninstall()
-        for path, speed in zip(speeds, found, strict=True):
-            speeds[path] += [speed] if number else []
+        for path, speed in found.items() if number else ():
+            speeds[path].append(speed)
     return speeds
 
 

@@ -44,7 +44,7 @@ def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfi
     if not config.train.fast_path:
         logger.info("fast path: off (train.fast_path: false)")
         return None
-    batch = _first_tokens(adapted, data, config.train.per_device_train_batch_size)
+    batch = first_tokens(adapted, data, config.train.per_device_train_batch_size)
     run_id = run.facts().get("run_id", "")
     verdict = known_verdict(run.fast_path_file, run.fast_path(), run_id)
     if verdict is None:
@@ -71,7 +71,7 @@ def _install(adapted: AdaptedModel, batch: dict[str, Any]) -> FastPath:
     return install(adapted.model, run)
 
 
-def _first_tokens(adapted: AdaptedModel, data: PreparedData, num_rows: int) -> dict[str, Any]:
+def first_tokens(adapted: AdaptedModel, data: PreparedData, num_rows: int) -> dict[str, Any]:
     """Return the beginnings of the first training rows as a padded batch in which every token is a label."""
     rows: Any = data.train.head() if isinstance(data.train, RowStream) else map(data.train.__getitem__, range(num_rows))
     loaded, cut = adapted.loaded, slice(None, ROW_TOKENS)

@@ -14,6 +14,7 @@ from qlora_train.trainer.boundaries import best_step, evaluations
 from qlora_train.trainer.cache import fill_cache
 from qlora_train.trainer.fast_path import choose_fast_path
 from qlora_train.trainer.fitting import rung_below, trainer_that_fits
+from qlora_train.trainer.float8 import use_float8
 from qlora_train.trainer.numbers import refuse_non_finite
 from qlora_train.trainer.progress import Progress
 from qlora_train.trainer.recompute import Recomputation
@@ -39,7 +40,8 @@ def train(
         `Numbers.counts`, `num_tokens`, `num_trainable` of `num_parameters`, and `train_seconds` of this part of the run.
 
     Raises:
-        TrainingError: out of memory, a number that is not finite, or a spike of the loss, that the config does not bear.
+        TrainingError: out of memory, a number that is not finite, or a spike of the loss, that the config does not bear;
+            `train.fp8` where it cannot be had.
         Stop: the process was asked to stop; a checkpoint of the last whole step has been saved.
     """
     progress = Progress(run)
@@ -54,6 +56,8 @@ def train(
 
     with stopping.at_boundaries():
         fast = choose_fast_path(adapted, data, config, run)
+        if config.train.fp8:
+            use_float8(fast, adapted, data, config)
         if fast is not None:
             fill_cache(fast.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
         recomputation = Recomputation(adapted.model, fast.mlps if fast is not None else [])
