@@ -9,11 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from qlora_train.adapter import choose_targets, find_linears
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.config import LoraSection
+from qlora_train.kernels.cross_entropy import PIECE_BYTES
 from qlora_train.loss import IGNORED, can_chunk, label_losses
 from qlora_train.trainer.offloading import but_for_weights
 from tests.pico import FAMILIES, build_config
@@ -83,6 +85,31 @@ def test_a_head_that_is_trained_gets_its_gradient() -> None:
     _, found = losses_and_gradients(model, 5)
     (name,) = [name for name in wanted if "lm_head" in name]
     torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_gradient_of_logits_is_made_where_they_are(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation but the head's product, and the soft-capping there is, makes a tensor of their size."""
+    monkeypatch.setitem(PIECE_BYTES, "cpu", 1)  # a row at a time
+    model = adapted(family)
+    num_labels = int((batch()["labels"][:, 1:] != IGNORED).sum())
+    large: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            result = function(*arguments, **(keywords or {}))
+            is_new = isinstance(result, torch.Tensor) and not any(
+                isinstance(each, torch.Tensor) and each.data_ptr() == result.data_ptr() for each in arguments
+            )
+            if is_new and result.numel() >= num_labels * model.config.vocab_size:
+                large.append(str(function).removeprefix("aten."))
+            return result
+
+    with Watch():
+        label_losses(model, num_labels, **batch())
+    capping = ["div.Tensor", "tanh.default", "mul.Tensor"]
+    backward = ["mul.Tensor", "tanh_backward.default", "div.Tensor"]
+    assert large == ["mm.default", *(capping + backward if family == "gemma2" else [])]
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
