@@ -35,6 +35,10 @@ CHUNK_BYTES = {"cpu": 60 << 20, "cuda": 512 << 20}
 """Most logits that a training step makes at once, counted as float32: enough rows for good matrix products, and in 16 bits
 no larger than what a CPU's allocator gives out without asking the system (32 MB)."""
 
+LABEL_MULTIPLE = {"cpu": 32, "cuda": 1}
+"""Logits under a frozen head are made of a multiple of so many rows, the last ones zeros: a CPU's product of (rows, 49152)
+numbers makes a kernel for every new number of rows, and takes 14 ms for it."""
+
 MIN_CHUNK_TOKENS = 64
 """Fewest labels whose logits are made at once: each chunk reads the whole head."""
 
@@ -263,17 +267,20 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any, hidden_states: torch.Tensor, targets: torch.Tensor, chunk_tokens: int, logits_of: LogitsOfSome
     ) -> torch.Tensor:
         needs_gradient = ctx.needs_input_grad[0]
+        num_chunks = max(1, -(-len(targets) // chunk_tokens))
+        multiple = min(LABEL_MULTIPLE[hidden_states.device.type], chunk_tokens)
         losses, gradients = [], []
-        for some, wanted in zip(hidden_states.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-            leaf = some.detach().requires_grad_(needs_gradient)
-            with torch.set_grad_enabled(needs_gradient):
-                logits = logits_of(leaf)
+        for some, wanted in zip(hidden_states.chunk(num_chunks), targets.chunk(num_chunks), strict=True):
             if not needs_gradient:
-                losses.append(_negative_log_likelihoods(logits, wanted))
+                losses.append(_negative_log_likelihoods(logits_of(some), wanted))
                 continue
+            leaf = some.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = logits_of(functional.pad(leaf, (0, 0, 0, -len(leaf) % multiple)))
             made = torch.autograd.graph.get_gradient_edge(logits)  # now: of a view that has changed, autograd copies
             gradient = logits.detach()
-            losses.append(losses_and_gradient_(gradient, wanted))
+            losses.append(losses_and_gradient_(gradient[: len(wanted)], wanted))
+            gradient[len(wanted) :].zero_()
             gradients += torch.autograd.grad(made, leaf, gradient)
         if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
