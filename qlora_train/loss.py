@@ -269,7 +269,8 @@ class _FrozenHead(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         num_chunks = max(1, -(-len(targets) // chunk_tokens))
         multiple = min(LABEL_MULTIPLE[hidden_states.device.type], chunk_tokens)
-        losses, gradients = [], []
+        losses: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
         for some, wanted in zip(hidden_states.chunk(num_chunks), targets.chunk(num_chunks), strict=True):
             if not needs_gradient:
                 losses.append(_negative_log_likelihoods(logits_of(some), wanted))

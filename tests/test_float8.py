@@ -18,6 +18,9 @@ BFLOAT16 = "quantization.bnb_4bit_compute_dtype=bfloat16"
 SETTINGS = (BFLOAT16, "train.max_steps=3", "train.save_steps=1", "train.fp8=true")
 
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Any:
     logger = logging.getLogger("qlora_train")
@@ -46,13 +49,16 @@ def test_numbers_are_rounded_to_the_nearest_and_rows_have_scales_of_their_own(si
     torch.testing.assert_close((exact / scales.double() - numbers.double()).abs(), nearest, rtol=1e-5, atol=1e-5)
 
 
-def test_a_product_is_that_of_the_rounded_numbers() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])])
+def test_a_product_is_that_of_the_rounded_numbers(device: str) -> None:
+    if device == "cuda" and float8.why_not_on(torch.device(device)):
+        pytest.skip("this GPU has no such products")
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(7, 32, generator=generator) * torch.logspace(-2, 2, 7)[:, None]).bfloat16()
     weight = torch.randn(48, 32, generator=generator).bfloat16()
     (a, a_scales), (b, b_scales) = in_float8(x), in_float8(weight)
     wanted = (a.double() * a_scales.double()) @ (b.double() * b_scales.double()).T
-    found = product(in_float8(x), in_float8(weight))
+    found = product(in_float8(x.to(device)), in_float8(weight.to(device))).cpu()
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=1e-3)
     exact = x.double() @ weight.double().T
