@@ -1,6 +1,7 @@
 """Forward products in float8: the numbers, and runs that ask for them."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,14 @@ def test_a_product_is_that_of_the_rounded_numbers(device: str) -> None:
     assert 0.005 < float((found.double() - exact).norm() / exact.norm()) < float8.TOLERANCE
 
 
-def test_run_says_what_it_changes_and_trains(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
-    run = train_run(tmp_path, pico_llama, *SETTINGS, name="fp8")
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])  # the second has biases
+def test_run_says_what_it_changes_and_trains(
+    model_type: str, pico: Callable[..., Path], tmp_path: Path, messages: Any
+) -> None:
+    base = pico(model_type)
+    run = train_run(tmp_path, base, *SETTINGS, name="fp8")
     assert "fp8: forward products of 14 of 14 adapted layers; loss of the first rows" in messages.text
-    plain = train_run(tmp_path, pico_llama, *SETTINGS[:-1], name="plain")
+    plain = train_run(tmp_path, base, *SETTINGS[:-1], name="plain")
     assert losses(run) == pytest.approx(losses(plain), rel=0.05)
     assert losses(run) != losses(plain)
 
