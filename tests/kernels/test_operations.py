@@ -52,6 +52,17 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def test_a_change_below_the_last_digit_is_not_lost() -> None:
+    linear = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    a, b, x = torch.randn(4, 64), torch.randn(64, 4), torch.randn(2048, 64).bfloat16()
+    change = 2.0**-15 * x.float() @ a.T @ b.T
+    base = x @ linear.weight.T
+    assert float(change.abs().mean()) < 2.0**-9 * float(base.abs().mean())
+    [output] = lora_linears(x, LoraLayers([FrozenWeight(linear)], [a], [b], [2.0**-15]))
+    found = output.float() - x.float() @ linear.weight.float().T
+    assert float((found * change).sum() / (change * change).sum()) == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_layers_that_read_the_same_input(bias: bool) -> None:
     one, two = layer(6, 10, 0.5, bias=bias), layer(6, 4, 2.0, bias=bias)
