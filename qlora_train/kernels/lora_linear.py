@@ -6,10 +6,10 @@ For the layers i of a group, with frozen weights W_i (out_i, in), factors A_i (r
     dx   = sum_i dy_i W_i + (dy_i B_i) (s_i A_i)
     dA_i = s_i (dy_i B_i)' x          dB_i = dy_i' (x (s_i A_i)')
 
-x is kept once for the whole group, and the A_i are one product. The low-rank part comes first, and the base product is summed
-onto it in float32: added to what is rounded already, changes below half of its last digit, as those of the first steps are,
-would be lost. Factors stay float32; they are rounded to the compute dtype once a forward pass, and their gradients are
-float32.
+x is kept once for the whole group, and the A_i are one product. The low-rank part comes first, and the base product is
+summed onto it in float32: added to what is rounded already, changes below half of its last digit, as those of the first
+steps are, would be lost. Factors stay float32; they are rounded to the compute dtype once a forward pass, and their
+gradients are float32.
 """
 
 from collections.abc import Sequence
