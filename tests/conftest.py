@@ -4,6 +4,7 @@
 test starts have.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,13 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def pico_llama(pico: Callable[..., Path]) -> Path:
     """A pico Llama folder, to be read and not changed."""
     return pico("llama")
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the package logs from INFO on, also where a command line of an earlier test has taken its messages over."""
+    logger = logging.getLogger("qlora_train")
+    before, logger.propagate = logger.propagate, True
+    with caplog.at_level(logging.INFO, logger="qlora_train"):
+        yield caplog
+    logger.propagate = before

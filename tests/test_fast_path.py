@@ -1,7 +1,6 @@
 """The fast path: what it leaves alone, when it stays off, and that nothing else of a run notices it."""
 
 import json
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -31,15 +30,6 @@ BATCH: dict[str, Any] = {"input_ids": IDS, "labels": IDS}
 
 def put_in(model: AdaptedModel) -> FastPath:
     return install(model.model, lambda: label_losses(model.model, **BATCH))
-
-
-@pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> Any:
-    logger = logging.getLogger("qlora_train")
-    before, logger.propagate = logger.propagate, True
-    with caplog.at_level(logging.INFO, logger="qlora_train"):
-        yield caplog
-    logger.propagate = before
 
 
 def test_layers_that_read_the_same_input_are_one_group(pico_llama: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Forward products in float8: the numbers, and runs that ask for them."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,6 @@ SETTINGS = (BFLOAT16, "train.max_steps=3", "train.save_steps=1", "train.fp8=true
 
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> Any:
-    logger = logging.getLogger("qlora_train")
-    before, logger.propagate = logger.propagate, True
-    with caplog.at_level(logging.INFO, logger="qlora_train"):
-        yield caplog
-    logger.propagate = before
 
 
 def e4m3_values() -> torch.Tensor:

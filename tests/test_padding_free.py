@@ -1,7 +1,6 @@
 """Rows of a step end to end, what they begin with once: same losses, same gradients, same bits after a stop."""
 
 import json
-import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -261,12 +260,6 @@ def built(config: RunConfig) -> tuple[AdaptedModel, QloraTrainer]:
     source, data = prepare(config, folder)
     adapted = attach_adapter(load_model(config.model, config.quantization, source=source), config.lora, seed=1)
     return adapted, QloraTrainer(adapted, data, config, folder, [])
-
-
-@pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture) -> Any:
-    caplog.set_level(logging.INFO, logger="qlora_train")
-    return caplog
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
