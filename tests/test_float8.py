@@ -68,6 +68,16 @@ def test_run_says_what_it_changes_and_trains(
     assert losses(run) != losses(plain)
 
 
+def test_a_loss_that_changes_much_is_a_warning(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(asked, "MUCH", 0)
+    train_run(tmp_path, pico_llama, *SETTINGS)
+    [line] = [record for record in messages.records if record.getMessage().startswith("fp8: ")]
+    assert line.levelname == "WARNING"
+    assert line.getMessage().endswith("; that is much: compare eval_loss with a run without train.fp8")
+
+
 def test_neither_kept_weights_nor_a_stop_change_a_bit(pico_llama: Path, tmp_path: Path) -> None:
     kept = train_run(tmp_path, pico_llama, *SETTINGS, name="kept")
     none = train_run(tmp_path, pico_llama, *SETTINGS, "train.dequantized_cache_gb=0", name="none")
@@ -84,7 +94,10 @@ def test_where_it_cannot_be_had_a_run_ends_with_one_line(
     with pytest.raises(TrainingError, match=r"^train\.fp8: no adapted layer of this model computes in bfloat16"):
         train_run(tmp_path, pico_llama, *SETTINGS, "quantization.bnb_4bit_compute_dtype=float32", name="float32")
     monkeypatch.setattr(asked, "BOUNDS", Bounds(0, 0, 0))
-    with pytest.raises(TrainingError, match=r"^train\.fp8: it computes something else on this model \(loss by"):
+    with pytest.raises(
+        TrainingError,
+        match=r"^train\.fp8: it computes something else on this model \(loss by .*; allowed: 0, 0 and 0; set it to false$",
+    ):
         train_run(tmp_path, pico_llama, *SETTINGS, name="far")
 
     def fails(*_arguments: Any, **_keywords: Any) -> None:

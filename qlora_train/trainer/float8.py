@@ -33,9 +33,9 @@ def use_float8(fast: FastPath | None, adapted: AdaptedModel, data: PreparedData,
         TrainingError: the model or the device has no such products, or they change too much.
     """
     device = adapted.loaded.device
-    weights = [weight for weight in fast.weights if weight.has_float8] if fast is not None else []
     if fast is None:
         raise TrainingError("train.fp8: this model is not on the fast path, for the reason above; set it to false")
+    weights = [weight for weight in fast.weights if weight.has_float8]
     if not weights:
         raise TrainingError(
             "train.fp8: no adapted layer of this model computes in bfloat16 with sizes that are multiples of 16; set it to "
@@ -53,7 +53,10 @@ def use_float8(fast: FastPath | None, adapted: AdaptedModel, data: PreparedData,
     found = gradients_of(adapted, batch)
     differs = difference(wanted, found)
     if not BOUNDS.hold(differs):
-        raise TrainingError(f"train.fp8: {differs.said()}; set it to false")
+        raise TrainingError(
+            f"train.fp8: {differs.said()}; allowed: {BOUNDS.loss:g}, {BOUNDS.gradient:g} and {BOUNDS.tensor:g}; set it to "
+            "false"
+        )
     logger.log(
         logging.WARNING if differs.loss > MUCH else logging.INFO,
         "fp8: forward products of %d of %d adapted layers; loss of the first rows %.4f instead of %.4f (by %.2g %%), "
