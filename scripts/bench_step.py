@@ -1,4 +1,5 @@
-"""Time training steps of a config on this machine: the plain path, the fast path, with kept weights, padding-free.
+"""Time training steps of a config on this machine: the plain path, the fast path, with kept weights, padding-free, in
+float8.
 
 All take the same rows in turn, in one process, as a run of the config would: packed or padded, recomputing activations or
 not, with as many micro-batches a step. Tokens are those of the rows. Ratios are medians over rounds. Rows lie end to end
@@ -87,7 +88,10 @@ def main() -> None:
             torch.cuda.synchronize()
         return num_tokens / (time.perf_counter() - started)
 
-    in_float8 = config.train.fp8 and not why_not_on(loaded.device)
+    missing = why_not_on(loaded.device) if config.train.fp8 else ""
+    if missing:
+        print(f"no float8 on {loaded.device}: {missing}")
+    in_float8 = config.train.fp8 and not missing
     speeds = measured(model, step, options.rounds, loaded.device, in_float8=in_float8, end_to_end=len(feeds) > 1)
     print(f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.compute_dtype}, {options.rounds} rounds")
     for path in speeds:
