@@ -91,7 +91,7 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def products(rows: Tensor, low: Tensor, layers: LoraLayers, rounded: Rounded, leading: Sequence[int]) -> list[Tensor]:
-    """Return y_i, (*leading, out_i), from x as `rows` (rows, in) and all x (s_i A_i)' as `low`.
+    """Return y_i, (*leading, out_i), from x as `rows` (rows, in) and x (s_i A_i)' as `low`, (rows, sum of r_i).
 
     They are tensors of their own and no views: models may change them in place.
     """
