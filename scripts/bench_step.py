@@ -1,5 +1,4 @@
-"""Time training steps of a config on this machine: the plain path, the fast path, with kept weights, padding-free, in
-float8.
+"""Time training steps of a config on this machine, in each way that a run may take: plain, fast, and so on.
 
 All take the same rows in turn, in one process, as a run of the config would: packed or padded, recomputing activations or
 not, with as many micro-batches a step. Tokens are those of the rows. Ratios are medians over rounds. Rows lie end to end
@@ -88,10 +87,7 @@ def main() -> None:
             torch.cuda.synchronize()
         return num_tokens / (time.perf_counter() - started)
 
-    missing = why_not_on(loaded.device) if config.train.fp8 else ""
-    if missing:
-        print(f"no float8 on {loaded.device}: {missing}")
-    in_float8 = config.train.fp8 and not missing
+    in_float8 = config.train.fp8 and has_float8(loaded.device)
     speeds = measured(model, step, options.rounds, loaded.device, in_float8=in_float8, end_to_end=len(feeds) > 1)
     print(f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.compute_dtype}, {options.rounds} rounds")
     for path in speeds:
@@ -100,6 +96,14 @@ def main() -> None:
     if options.output:
         about = {"device": str(loaded.device), "threads": torch.get_num_threads(), "tokens_per_second": speeds}
         options.output.write_text(json.dumps(about, indent=1) + "\n")
+
+
+def has_float8(device: torch.device) -> bool:
+    """Say whether a device multiplies float8, and, where it does not, print why."""
+    problem = why_not_on(device)
+    if problem:
+        print(f"no float8 on {device}: {problem}")
+    return not problem
 
 
 def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None:
