@@ -13,6 +13,7 @@ import pytest
 
 from qlora_train.config import DataSection
 from qlora_train.data import PreparedData, prepare_data
+from qlora_train.data.report import SystemPrompt
 from qlora_train.errors import ConfigError, DataError
 from tests.pico import build_tokenizer
 
@@ -63,6 +64,20 @@ def test_dropped_rows_are_counted_by_where_they_were_read_and_why(
     assert dropped(prepared, 1) == {"text is empty": 1}
     assert f"2 x text is empty ({train}:2, {train}:4); 1 x text is null, expected a string ({train}:3)" in caplog.text
     assert "data.eval: 2 rows (1 of them repeat an earlier one)" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_system_prompt_that_rows_share_is_found_in_any_format(tmp_path: Path, streaming: bool) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"messages": [system, *chat(f"question {i}", "yes")]} for i in range(19)] + [{"messages": chat("hi", "ho")}]
+    columns = [{"system": "Be brief.", "question": f"q {i}", "answer": "no"} for i in range(20)]
+    plain = [{"text": f"text {i}"} for i in range(20)]
+    named = {"turns": rows, "columns": columns, "plain": plain}
+    files = [{"path": write_jsonl(tmp_path / f"{name}.jsonl", content)} for name, content in named.items()]
+    report = prepare(train=files, streaming=streaming).report
+    assert report.system_prompt == SystemPrompt("Be brief.", 39 / 40)
+    assert report.to_json()["system_prompt"] == {"text": "Be brief.", "share": 39 / 40}
+    assert prepare(train=files[2], streaming=streaming).report.system_prompt is None
 
 
 def test_a_reason_is_one_short_line_whatever_the_row_says(tmp_path: Path) -> None:

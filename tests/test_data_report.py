@@ -17,7 +17,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_train.data.report import DataReport, Lengths, PartReport, SourceReport, check_limits
+from qlora_train.data.report import DataReport, Lengths, PartReport, SourceReport, SystemPrompt, check_limits
 from qlora_train.data.segments import RenderedRow, render_rows
 from qlora_train.data.show import LONGEST_SEGMENT, shown_rows
 from qlora_train.data.store import SourceSummary
@@ -99,6 +99,25 @@ def test_a_report_of_a_stream_says_that_it_is_of_the_beginning() -> None:
     assert first == "data.train: streamed; what follows is its beginning"
     assert second.startswith("data.train: 1 rows")
     assert made.to_json()["is_streamed"] is True
+
+
+def conversations(systems: dict[str, int], *, num_rows: int = 100) -> SourceSummary:
+    return SourceSummary(num_rows=num_rows, num_conversations=sum(systems.values()), systems=systems)
+
+
+def test_a_system_prompt_is_shared_by_nine_conversations_of_ten() -> None:
+    assert SystemPrompt.shared([(conversations({"Be brief.": 9, "": 1}), 100)]) == SystemPrompt("Be brief.", 0.9)
+    assert SystemPrompt.shared([(conversations({"Be brief.": 8, "Be long.": 1, "": 1}), 100)]) is None
+    assert SystemPrompt.shared([(conversations({"": 9, "Be brief.": 1}), 100)]) is None
+    assert SystemPrompt.shared([(conversations({}), 100)]) is None  # plain text
+
+
+def test_system_prompts_count_by_the_rows_that_are_taken_of_each_source() -> None:
+    brief, long = conversations({"Be brief.": 100}), conversations({"Be long.": 100})
+    assert SystemPrompt.shared([(brief, 100), (long, 100)]) is None
+    found = SystemPrompt.shared([(brief, 95), (long, 5)])
+    assert found == SystemPrompt("Be brief.", 0.95)
+    assert found.line() == "system prompt of 95 % of the conversations, used in inference too: 'Be brief.'"
 
 
 def test_the_json_of_a_report_holds_all_its_counts() -> None:

@@ -218,6 +218,15 @@ class RunFolder:
         """
         return _read_json(self.padding_free_file)
 
+    def system_prompt(self) -> str:
+        """Return the system prompt that the training rows share, empty where they share none.
+
+        Raises:
+            CheckpointError: data.json is not readable.
+        """
+        shared = _read_json(self.data_report_file).get("system_prompt")
+        return str(shared["text"]) if shared else ""
+
     def read_results(self) -> dict[str, Any]:
         """Return results.json, empty when there is none.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from qlora_train.config.schema import DataSection, Source
 from qlora_train.data.chat import is_dated
-from qlora_train.data.report import NUM_FIRST_ROWS, DataReport, PartReport, SourceReport, check_limits
+from qlora_train.data.report import NUM_FIRST_ROWS, DataReport, PartReport, SourceReport, SystemPrompt, check_limits
 from qlora_train.data.segments import render_rows
 from qlora_train.data.selection import first_of_equals, is_among, mix, num_repeats, split
 from qlora_train.data.source_store import SourceStore, StoreMaker
@@ -133,6 +133,7 @@ def _streamed(
         max_length=data.max_length, too_long=data.too_long,
         sources=(*beginnings, *_source_reports("data.eval", held_out, rows)), parts=parts, overlap=Tally(),
         first_rows=render_rows(head[:NUM_FIRST_ROWS], tokenizer), is_streamed=True,
+        system_prompt=SystemPrompt.shared((summary, summary.num_rows) for summary in train.summaries()),
     )  # fmt: skip
     return PreparedData(train, rows, report, f"{train.fingerprint} {fingerprint(rows)}")
 
@@ -191,15 +192,23 @@ def _report(
         parts=parts,
         overlap=chosen.overlap,
         first_rows=render_rows(chosen.train[:NUM_FIRST_ROWS], tokenizer),
+        system_prompt=SystemPrompt.shared(
+            zip((each.store.summary for each in train), _num_taken(train, chosen.train), strict=True)
+        ),
     )
 
 
 def _source_reports(key: str, sources: Sequence[SourceStore], rows: Rows) -> list[SourceReport]:
-    num_taken = np.bincount(rows.origins, minlength=len(sources)).tolist()
     return [
         SourceReport.of(key, each.source.path, each.store.summary, num_taken=taken, cached=each.cached)
-        for each, taken in zip(sources, num_taken, strict=False)
+        for each, taken in zip(sources, _num_taken(sources, rows), strict=False)
     ]
+
+
+def _num_taken(sources: Sequence[SourceStore], rows: Rows) -> list[int]:
+    """Return how many of the rows each source gives."""
+    counts: list[int] = np.bincount(rows.origins, minlength=len(sources)).tolist()
+    return counts
 
 
 def fingerprint(*parts: Rows) -> str:

@@ -5,7 +5,9 @@ it, for the log, for the terminal, and as JSON.
 """
 
 import logging
-from collections.abc import Iterator
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Self
@@ -27,6 +29,10 @@ FEW_LABELS = 0.01
 """Share of tokens with loss below which most of the computing teaches nothing."""
 CUTTING = ("truncate", "keep_end", "keep_answer")
 """Values of `data.too_long` under which a row of max_length tokens has probably lost some."""
+LONGEST_SYSTEM = 60
+"""Characters of a system prompt in a line of the log."""
+MIN_SYSTEM_SHARE = 0.9
+"""Share of the conversations from which on their system prompt is the run's: inference uses it too."""
 
 
 def check_limits(key: str, dropped: Tally, num_records: int, max_dropped: float) -> None:
@@ -100,6 +106,37 @@ class SourceReport:
             f"{self.key}: {self.path}: {self.num_records:,} rows of format {self.format}, {self.dropped.total:,} left out"
             f"{made}{taken}{cached}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SystemPrompt:
+    """The system prompt that `share` of the training conversations have."""
+
+    text: str
+    share: float
+
+    @classmethod
+    def shared(cls, sources: Iterable[tuple[SourceSummary, int]]) -> Self | None:
+        """Return the system prompt of at least MIN_SYSTEM_SHARE of the conversations, None where there is none.
+
+        Args:
+            sources: each with the number of its rows that are taken, of which all of its prompts have the same part.
+        """
+        counts: defaultdict[str, float] = defaultdict(float)
+        num_conversations = 0.0
+        for summary, num_taken in sources:
+            weight = num_taken / summary.num_rows if summary.num_rows else 0.0
+            num_conversations += weight * summary.num_conversations
+            for text, count in summary.systems.items():
+                counts[text] += weight * count
+        text = max(counts, key=lambda text: counts[text], default="")
+        is_shared = bool(text) and counts[text] >= MIN_SYSTEM_SHARE * num_conversations
+        return cls(text, counts[text] / num_conversations) if is_shared else None
+
+    def line(self) -> str:
+        """Return it for the log."""
+        shown = textwrap.shorten(self.text, LONGEST_SYSTEM, placeholder="...")
+        return f"system prompt of {100 * self.share:.0f} % of the conversations, used in inference too: {shown!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +249,7 @@ class DataReport:
         parts: by ``data.train`` and, where rows are held out, ``data.eval``.
         overlap: rows of `data.eval` that are trained on too.
         first_rows: the first ones of `data.train`, as text.
+        system_prompt: what the conversations of `data.train` share.
         is_streamed: of `data.train` only the beginning is known.
     """
 
@@ -221,6 +259,7 @@ class DataReport:
     parts: dict[str, PartReport]
     overlap: Tally
     first_rows: tuple[RenderedRow, ...]
+    system_prompt: SystemPrompt | None = None
     is_streamed: bool = False
 
     def findings(self) -> list[Finding]:
@@ -266,7 +305,8 @@ class DataReport:
         sources = [source.line() for source in self.sources]
         parts = [part.line(key, self.max_length) for key, part in self.parts.items()]
         streamed = ["data.train: streamed; what follows is its beginning"] if self.is_streamed else []
-        return [*sources, *streamed, *parts]
+        system = [f"data.train: {self.system_prompt.line()}"] if self.system_prompt else []
+        return [*sources, *streamed, *parts, *system]
 
     def log(self) -> None:
         """Write it to the log: the lines as information, the findings as warnings."""
@@ -284,6 +324,7 @@ class DataReport:
             "sources": [source.to_json() for source in self.sources],
             "parts": {key: {**asdict(part), "label_share": part.label_share} for key, part in self.parts.items()},
             "overlap": to_json(self.overlap),
+            "system_prompt": asdict(self.system_prompt) if self.system_prompt else None,
             "findings": [asdict(finding) for finding in self.findings()],
             "first_rows": [row.to_json() for row in self.first_rows],
         }

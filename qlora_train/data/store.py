@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,6 +41,9 @@ ROW = np.dtype(
     align=True,
 )
 
+MAX_SYSTEMS = 16
+"""System prompts that are counted: enough to find one that most rows share."""
+
 
 def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
     """Return the smallest type that holds every token id."""
@@ -61,6 +65,8 @@ class TokenizedChunk:
     noted: Tally
     unseen: frozenset[str]
     """Renamed columns that no record of the chunk had."""
+    systems: Counter[str]
+    """Conversations by system prompt, the empty one for none."""
 
     def examples(self, files: Sequence[str], dtype: np.dtype[Any]) -> list[Example]:
         """Return the rows, whose tokens are of type `dtype` here; `files` are the names of the source's files."""
@@ -80,6 +86,9 @@ class SourceSummary:
     num_labels: int = 0
     dropped: Tally = field(default_factory=Tally)
     noted: Tally = field(default_factory=Tally)
+    num_conversations: int = 0
+    systems: dict[str, int] = field(default_factory=dict)
+    """Conversations by system prompt, the empty one for none; the MAX_SYSTEMS most frequent."""
     token_type: str = "int32"
     content_sha256: str = ""
     """Of all tokens and masks, in order."""
@@ -92,6 +101,8 @@ class SourceSummary:
         self.num_labels += int(chunk.rows["num_labels"].sum())
         self.dropped.merge(chunk.dropped)
         self.noted.merge(chunk.noted)
+        self.num_conversations += chunk.systems.total()
+        self.systems = dict((chunk.systems + Counter(self.systems)).most_common(MAX_SYSTEMS))
 
     def named(self, files: Sequence[str]) -> Self:
         """Return it with the names that the files have today in the places of rows."""

@@ -6,7 +6,8 @@ A row that cannot be used is counted with its reason and place; a problem of the
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from qlora_train.data.lengths import fit
 from qlora_train.data.readers import Chunk
 from qlora_train.data.store import ROW, TokenizedChunk, token_dtype
 from qlora_train.data.template import Renderer
-from qlora_train.data.types import Example, Record, Row, Tally, UnusableRowError
+from qlora_train.data.types import Example, Message, Record, Row, Tally, UnusableRowError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,11 @@ def content_digest(row: Row) -> bytes:
     if row.untrained or row.tools or row.input_ids:  # what most rows have not would only lengthen them
         said += [sorted(row.untrained), row.tools, row.input_ids, row.loss_mask]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:16]
+
+
+def system_prompt_of(turns: Sequence[Message]) -> str:
+    """Return the system prompt of a conversation, empty where there is none."""
+    return turns[0]["content"] if turns[0]["role"] == "system" else ""
 
 
 def is_held_out(digest: bytes, share: float, seed: int) -> bool:
@@ -100,6 +106,8 @@ class ChunkTokenizer:
             except UnusableRowError as error:
                 collected.dropped.add(error.reason, f"{file_number}{end_of_place(record.where)}")
                 continue
+            if row.messages is not None:
+                collected.systems[system_prompt_of(row.messages)] += 1
             keep = self._kept.wants(number if is_first else self._kept.num_examples, digest)
             for part, example in enumerate(examples):
                 collected.add(record, example, digest, part, keep=keep)
@@ -122,6 +130,7 @@ class Collected:
 
     def __init__(self, file_number: int, dtype: np.dtype[Any]) -> None:
         self.num_records, self.dropped, self.noted = 0, Tally(), Tally()
+        self.systems: Counter[str] = Counter()
         self._file_number, self._dtype = file_number, dtype
         self._examples: list[Example] = []
         self._rows: list[tuple[int, int, int, tuple[int, int], int, int]] = []
@@ -162,6 +171,7 @@ class Collected:
             dropped=self.dropped,
             noted=self.noted,
             unseen=unseen,
+            systems=self.systems,
         )
 
 
