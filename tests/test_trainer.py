@@ -1,24 +1,28 @@
 """What is trained is what the config says: the loss, its normalisation, its order, and no number that is not finite."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from torch.nn import functional
+from transformers import get_scheduler
 
 from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.checkpoint import RunFolder
-from qlora_train.config import RunConfig
+from qlora_train.config import RunConfig, load_config
+from qlora_train.config.schema import SCHEDULES
 from qlora_train.data import PreparedData
-from qlora_train.errors import ConfigError
+from qlora_train.errors import ConfigError, TrainingError
 from qlora_train.loader import load_model
 from qlora_train.loss import label_losses
-from qlora_train.pipeline import prepare
+from qlora_train.pipeline import prepare, run
 from qlora_train.trainer import QloraTrainer, train
-from tests.runs import losses, make_config, metrics, train_run
+from qlora_train.trainer.lr_schedule import make_lr_scheduler
+from tests.runs import losses, make_config, metrics, train_run, write_rows
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
 
@@ -111,6 +115,67 @@ def test_eval_loss_is_total_likelihood_over_total_tokens(pico_llama: Path, tmp_p
                 total -= float(torch.log_softmax(logits[position - 1], 0)[ids[0, position]])
                 count += 1
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_one_step_with_default_settings_moves_every_lora_b_and_logs_its_loss(pico_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "one_step.yaml"
+    file.write_text(
+        f"model: {{model_name_or_path: {pico_llama}}}\n"
+        f"data: {{train: {write_rows(tmp_path / 'rows.jsonl', count=12)}, max_length: 256}}\n"
+        f"run: {{output_dir: {tmp_path / 'run'}}}\n"
+    )
+    folder = run(load_config(file))
+    matrices = load_file(folder.adapter / "adapter_model.safetensors")
+    assert all(matrix.any() for name, matrix in matrices.items() if ".lora_B." in name)
+    [line] = metrics(folder)
+    assert (line["step"], line["learning_rate"]) == (1, 1e-4), "half of the peak: one of one warm-up steps"
+    assert line["loss"] == pytest.approx(folder.read_results()["training"]["train_loss"])
+
+
+def test_run_that_trains_nothing_is_no_finished_run(pico_llama: Path, tmp_path: Path) -> None:
+    too_low = ("train.optim=sgd", "train.learning_rate=1e-60", "train.max_steps=2")
+    with pytest.raises(TrainingError, match=r"^step 2: every lora_B is zero: .* after 2 updates; .* not written"):
+        train_run(tmp_path, pico_llama, *too_low)
+    assert not RunFolder(tmp_path / "run").is_finished()
+
+
+@pytest.mark.parametrize("num_warmup_steps", [0, 1, 3, 10])
+@pytest.mark.parametrize("name", get_args(SCHEDULES))
+def test_warm_up_begins_above_zero_and_ends_in_the_schedule_of_transformers(name: str, num_warmup_steps: int) -> None:
+    def rates(make: Callable[..., Any]) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2e-4)
+        schedule = make(name, optimizer, num_warmup_steps=num_warmup_steps, num_training_steps=10)
+        found = []
+        for _ in range(10):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    found = rates(make_lr_scheduler)
+    assert min(found) > 0
+    rise = 0 if name == "constant" else num_warmup_steps
+    assert found[:rise] == pytest.approx([2e-4 * (step + 1) / (rise + 1) for step in range(rise)])
+    if num_warmup_steps < 10:  # polynomial of Transformers fails without a step after its warm-up
+        assert found[rise:] == rates(get_scheduler)[rise:]
+
+
+def test_last_steps_are_logged_where_they_fill_no_window(pico_llama: Path, tmp_path: Path) -> None:
+    every_step = losses(train_run(tmp_path, pico_llama, "train.max_steps=5", name="every"))
+    run = train_run(tmp_path, pico_llama, "train.max_steps=5", "train.logging_steps=3", name="partial")
+    windows = [sum(every_step[:3]) / 3, sum(every_step[3:]) / 2]
+    assert losses(run) == pytest.approx(windows, rel=1e-5)
+    assert [line["step"] for line in metrics(run) if "loss" in line] == [3, 5]
+
+
+def test_early_stopping_logs_the_loss_of_the_steps_before_it(pico_llama: Path, tmp_path: Path) -> None:
+    run = train_run(
+        tmp_path, pico_llama, "train.max_steps=30", "train.eval_steps=1", "train.early_stopping_patience=1",
+        "train.learning_rate=1", "train.lr_scheduler_type=constant", "train.logging_steps=100",
+    )  # fmt: skip
+    steps = run.read_results()["training"]["steps"]
+    assert steps < 30
+    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, steps + 1))
 
 
 def test_early_stopping_stops_after_evaluations_without_progress(pico_llama: Path, tmp_path: Path) -> None:

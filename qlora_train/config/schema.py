@@ -237,6 +237,8 @@ OPTIMIZERS = Literal[
     "paged_lion_8bit", "lion_8bit", "adafactor", "sgd",
 ]  # fmt: skip
 SCHEDULES = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+MIN_ADAM_EPSILON = 1e-20
+"""Optimizers compute in float32, where the squares of smaller gradients are 0 and epsilon alone divides the update."""
 POLYNOMIAL_END = 1e-7
 """Learning rate that the polynomial schedule of Transformers ends at."""
 
@@ -251,14 +253,14 @@ class TrainSection(Section):
     lr_scheduler_type: SCHEDULES = "cosine"
     """Schedule of the learning rate."""
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises."""
+    """Share of the steps over which the learning rate rises, the first of them already above 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """First-moment decay."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     """Second-moment decay."""
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: float = Field(1e-8, ge=MIN_ADAM_EPSILON)
     """Denominator term of Adam."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the gradient to this norm; 0 does not clip."""
@@ -314,7 +316,7 @@ class TrainSection(Section):
     neftune_noise_alpha: float | None = Field(None, gt=0)
     """NEFTune noise on the embeddings (https://arxiv.org/abs/2310.05914)."""
     logging_steps: int = Field(10, ge=1)
-    """Optimizer steps between two lines of metrics."""
+    """Optimizer steps between two lines of metrics; the last step has one too."""
     eval_steps: int | None = Field(None, ge=1)
     """Optimizer steps between two evaluations; None: at the end of every epoch."""
     save_steps: int | None = Field(None, ge=1)

@@ -34,6 +34,7 @@ class Schedule:
         eval_steps: steps between evaluations; None: at the end of every epoch.
         save_steps: steps between checkpoints; None: at the end of every epoch.
         evaluates: there are held-out rows.
+        patience: evaluations without a lower loss after which the run ends; None: it goes to its last step.
     """
 
     total_steps: int
@@ -42,10 +43,12 @@ class Schedule:
     eval_steps: int | None
     save_steps: int | None
     evaluates: bool
+    patience: int | None
 
     def logs_after(self, step: int) -> bool:
-        """Say whether metrics are logged after this step."""
-        return step % self.logging_steps == 0
+        """Say whether metrics are logged after this step: every `logging_steps`, and where the run ends or may end."""
+        may_end = step == self.total_steps or (self.patience is not None and self.evaluates_after(step))
+        return may_end or step % self.logging_steps == 0
 
     def saves_after(self, step: int) -> bool:
         """Say whether a checkpoint is due after this step."""
@@ -55,9 +58,13 @@ class Schedule:
         """Say whether an evaluation is due after this step."""
         return self.evaluates and step > 0 and (step == self.total_steps or self._ends(self.eval_steps, step))
 
-    def is_over(self, step: int, history: History, patience: int | None) -> bool:
+    def is_over(self, step: int, history: History) -> bool:
         """Say whether a run ends after this step: the last one, or the one at which patience ran out."""
-        return step >= self.total_steps or (patience is not None and steps_since_best(history) >= patience)
+        return step >= self.total_steps or self.patience_is_out(history)
+
+    def patience_is_out(self, history: History) -> bool:
+        """Say whether early stopping ends the run."""
+        return self.patience is not None and steps_since_best(history) >= self.patience
 
     def _ends(self, every: int | None, step: int) -> bool:
         period = every or self.steps_per_epoch
@@ -71,7 +78,10 @@ def make_schedule(config: RunConfig, steps_per_epoch: int | None, *, has_eval: b
     if total is None:
         assert steps_per_epoch is not None, "the config asks for max_steps with a stream"
         total = math.ceil(train.num_train_epochs * steps_per_epoch)
-    return Schedule(total, steps_per_epoch, train.logging_steps, train.eval_steps, train.save_steps, has_eval)
+    return Schedule(
+        total, steps_per_epoch, train.logging_steps, train.eval_steps, train.save_steps, has_eval,
+        train.early_stopping_patience,
+    )  # fmt: skip
 
 
 def evaluations(history: History) -> dict[int, float]:
@@ -96,11 +106,10 @@ class Boundaries(TrainerCallback):
 
     Args:
         schedule: what is due when.
-        patience: evaluations without a lower loss after which the run ends.
     """
 
-    def __init__(self, schedule: Schedule, patience: int | None) -> None:
-        self._schedule, self._patience = schedule, patience
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
         self._step_began, self._longest_step_seconds = 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
@@ -123,8 +132,8 @@ class Boundaries(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         """Stop when patience has run out; decided from the logged history alone."""
-        if self._patience is not None and steps_since_best(state.log_history) >= self._patience:
-            logger.info("early stopping: eval_loss has not fallen for %d evaluations", self._patience)
+        if self._schedule.patience_is_out(state.log_history):
+            logger.info("early stopping: eval_loss has not fallen for %d evaluations", self._schedule.patience)
             control.should_training_stop = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:

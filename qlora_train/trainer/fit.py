@@ -15,7 +15,7 @@ from qlora_train.trainer.cache import fill_cache
 from qlora_train.trainer.fast_path import choose_fast_path
 from qlora_train.trainer.fitting import rung_below, trainer_that_fits
 from qlora_train.trainer.float8 import use_float8
-from qlora_train.trainer.numbers import refuse_non_finite
+from qlora_train.trainer.numbers import refuse_non_finite, refuse_untrained
 from qlora_train.trainer.progress import Progress
 from qlora_train.trainer.recompute import Recomputation
 from qlora_train.trainer.sft import QloraTrainer
@@ -41,7 +41,7 @@ def train(
 
     Raises:
         TrainingError: out of memory, a number that is not finite, or a spike of the loss, that the config does not bear;
-            `train.fp8` where it cannot be had.
+            `train.fp8` where it cannot be had; an adapter that is still zero at the end.
         Stop: the process was asked to stop; a checkpoint of the last whole step has been saved.
     """
     progress = Progress(run)
@@ -75,6 +75,7 @@ def train(
         trainer.load_adapter_of(best)
         logger.info("best model: step %d (eval_loss %.4f)", best, losses[best])
     refuse_non_finite(taken_from, trainable_state(adapted.model), {})
+    refuse_untrained(taken_from, trainable_state(adapted.model), num_updates=trainer.numbers.num_taken)
     return {
         "steps": trainer.state.global_step,
         "taken_from_step": taken_from,

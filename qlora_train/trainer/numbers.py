@@ -198,6 +198,21 @@ def refuse_non_finite(
         )
 
 
+def refuse_untrained(step: int, weights: Mapping[str, nn.Parameter], *, num_updates: int) -> None:
+    """Refuse the adapter of a run that made no update, or whose every lora_B is still zero.
+
+    Raises:
+        TrainingError: names the step and counts the updates.
+    """
+    if num_updates and any(bool(weight.any()) for name, weight in weights.items() if "lora_B" in name):
+        return
+    what = "every lora_B is zero: the adapter changes nothing" if num_updates else "every step was skipped"
+    raise TrainingError(
+        f"step {step}: {what} after {num_updates} updates; the adapter was not written; begin a new run with more steps or "
+        "another train.learning_rate"
+    )
+
+
 class ScheduleFollowsSteps(TrainerCallback):
     """Lets the learning rate be a function of the step count: the loop does not advance it where a loss scaler skipped."""
 

@@ -9,6 +9,7 @@ What is overridden, and why:
 - a non-finite loss or gradient never reaches the weights (see `numbers`);
 - checkpoints are whole or absent, hold no pickle, and continue the run bit for bit;
 - `eval_loss` is total negative log-likelihood over total label tokens;
+- warm-up begins at a rate above 0 (see `lr_schedule`);
 - adapters stay float32, where TRL casts those of a quantised model to bfloat16.
 """
 
@@ -52,6 +53,7 @@ from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, m
 from qlora_train.trainer.feed import Feed, RowFeed, make_feed
 from qlora_train.trainer.isolation import isolate_documents
 from qlora_train.trainer.largest import largest_micro_batch, with_labels
+from qlora_train.trainer.lr_schedule import fast_forward, make_lr_scheduler
 from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
 from qlora_train.trainer.offloading import Offloading
 from qlora_train.trainer.padding_free import choose_padding_free
@@ -68,20 +70,12 @@ RESERVED_SAVES = 3
 """What is kept free before the end of `run.max_minutes`, in times that the slowest checkpoint took."""
 
 
-def go_on_at(schedule: LambdaLR, num_steps: int) -> None:
-    """Put a fresh schedule where it stands after `num_steps` steps: its rates are a pure function of that number."""
-    factors = [factor(num_steps) for factor in schedule.lr_lambdas]
-    rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
-    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": num_steps, "_last_lr": rates})
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
 class QloraTrainer(SFTTrainer):
     """SFTTrainer with our loss, order, checks and checkpoints."""
 
     _tr_loss: torch.Tensor  # sum of the losses since the last log line
     _globalstep_last_logged: int
+    lr_scheduler: LambdaLR | None
 
     def __init__(
         self,
@@ -112,7 +106,6 @@ class QloraTrainer(SFTTrainer):
         self._activations = Offloading(loaded.device).forward_pass if offloads else nullcontext
         self.phase: Phase = "training"
         self._schedule = make_schedule(config, self._feed.steps_per_epoch, has_eval=bool(data.eval))
-        patience = config.train.early_stopping_patience
         self._micro_losses: list[torch.Tensor] = []
         self._micro_rows: list[torch.Tensor] = []
         self._micro_balances: list[torch.Tensor] = []
@@ -136,7 +129,7 @@ class QloraTrainer(SFTTrainer):
             train_dataset=STAND_IN,
             eval_dataset=STAND_IN if data.eval else None,
             processing_class=adapted.loaded.tokenizer,
-            callbacks=[*callbacks, ScheduleFollowsSteps(), Boundaries(self._schedule, patience)],
+            callbacks=[*callbacks, ScheduleFollowsSteps(), Boundaries(self._schedule)],
         )
         self.remove_callback(PrinterCallback)
         for name, parameter in trainable_state(adapted.model).items():
@@ -150,6 +143,18 @@ class QloraTrainer(SFTTrainer):
         """
         GlobalOptimManager.get_instance().initialize()
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """Make the schedule of the learning rate, once."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = make_lr_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer or self.optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+            )
+            self._created_lr_scheduler = True  # `train` makes it anew
+        return self.lr_scheduler
 
     # --- data and loss -----------------------------------------------------------------------------------------------
 
@@ -277,9 +282,7 @@ class QloraTrainer(SFTTrainer):
 
     def is_over(self) -> bool:
         """Whether nothing is left to train."""
-        return self._schedule.is_over(
-            self.state.global_step, self.state.log_history, self.config.train.early_stopping_patience
-        )
+        return self._schedule.is_over(self.state.global_step, self.state.log_history)
 
     def owes_evaluation(self) -> bool:
         """Whether an evaluation was due after the last step and a stop left it out."""
@@ -356,7 +359,8 @@ class QloraTrainer(SFTTrainer):
         with reading(Path(checkpoint)):
             stored = load_tree(Path(checkpoint), "optimizer")
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored["state"]})
-        go_on_at(self.lr_scheduler, self.state.global_step)
+        assert self.lr_scheduler is not None
+        fast_forward(self.lr_scheduler, self.state.global_step)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
