@@ -8,8 +8,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
-# Threads spin briefly before they sleep: 1.5 times the speed of sleeping at once (benchmarks/README.md).
-export GOMP_SPINCOUNT ?= 20000
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 

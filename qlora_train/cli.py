@@ -274,6 +274,9 @@ def prepare_libraries(*, offline: bool = False) -> None:
         network.go_offline()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a wholly local run would call the Hub
 
+    from qlora_train.cpu_threads import choose_wait_policy
+
+    choose_wait_policy()
     from qlora_train.device import select_device
 
     select_device()

@@ -1,0 +1,60 @@
+"""How OpenMP threads wait for work on the CPU: spinning where the CPUs are free, asleep where other programs use them.
+
+A spinning thread takes up work at once. On a busy CPU it takes the time slices that the threads it waits for need.
+libgomp reads its environment once, when torch is loaded, so the choice is made before and holds for the process.
+Measured in benchmarks/README.md.
+"""
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SPIN_COUNT = "20000"
+"""Loops before a waiting thread sleeps: a few of the gaps between operations, some tens of microseconds."""
+MAX_BUSY = 0.15
+"""Share of the CPUs that others may use before threads stop spinning."""
+SAMPLE_SECONDS = 0.2
+_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+_IDLE_COLUMNS = (3, 4)  # idle and iowait of a line of /proc/stat
+_NUM_COLUMNS = 8  # the last two, guests, are in the first two already
+
+
+def choose_wait_policy() -> None:
+    """Set libgomp's environment by what other programs use of the CPUs; what the user has set is left alone."""
+    if not sys.platform.startswith("linux") or "torch" in sys.modules:
+        return
+    chosen = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
+    if chosen:
+        logger.info("cpu threads: %s (environment)", " ".join(chosen))
+        return
+    busy = busy_share(SAMPLE_SECONDS)
+    reason = "use of the CPUs unknown" if busy is None else f"other programs use {busy:.0%} of the CPUs"
+    if busy is None or busy > MAX_BUSY:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        logger.info("cpu threads: sleep while they wait (%s)", reason)
+    else:
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+        logger.info("cpu threads: spin briefly before they sleep (%s)", reason)
+
+
+def busy_share(seconds: float) -> float | None:
+    """Return the share of this process's CPUs that is in use, 0 to 1, while this thread sleeps.
+
+    None where the kernel counts nothing, as some sandboxes do.
+    """
+    before = _cpu_times()
+    time.sleep(seconds)
+    spent = [after - earlier for after, earlier in zip(_cpu_times(), before, strict=True)]
+    return 1 - sum(spent[column] for column in _IDLE_COLUMNS) / sum(spent) if any(spent) else None
+
+
+def _cpu_times() -> list[int]:
+    """Return the clock ticks of this process's CPUs since boot, summed by column of /proc/stat."""
+    names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    lines = map(str.split, Path("/proc/stat").read_text(encoding="ascii").splitlines())
+    ticks = [[int(value) for value in line[1 : _NUM_COLUMNS + 1]] for line in lines if line[0] in names]
+    return [sum(column) for column in zip(*ticks, strict=True)]
