@@ -44,7 +44,7 @@ STOPS = {
     **dict.fromkeys(("lfm2", "lfm2_training", "lfm2_v2", "lfm2_v2_training"), IM),
     **dict.fromkeys(("llama3", "llama3_training", "llama3_1", "llama3_2"), LLAMA),
     **dict.fromkeys(("muse_glimmer", "muse_glimmer_training"), "<|eot|>"),
-    **dict.fromkeys(("phi3", "phi3_5", "phi3_training", "phi3_5_training"), "<|end|>"),
+    **dict.fromkeys(("phi3", "phi3_5", "phi3_training", "phi3_5_training", "drops_system"), "<|end|>"),
     **dict.fromkeys(("qwen2_5", "qwen2_5_training", "qwen2_5_vl", "qwen2_5_vl_training"), IM),
     **dict.fromkeys(("qwen3", "qwen3_training", "qwen3_instruct_2507", "qwen3_instruct_2507_training"), IM),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_training", "qwen3_8", "qwen3_8_training"), IM),
@@ -125,7 +125,7 @@ def rendered(name: str, turns: Sequence[Message], *, add_generation_prompt: bool
 
 
 class RefusedError(Exception):
-    """The oracle cannot say where an answer stands: its prompt or its content is not in the text."""
+    """The oracle cannot say where an answer stands: its prompt or its content is not in the text; or a turn is lost."""
 
 
 @dataclass
@@ -155,6 +155,8 @@ def answer_chars(name: str, turns: Sequence[Message], text: str, answer: int) ->
 
 def oracle(name: str, kind: str, turns: Sequence[Message], answers: Sequence[int]) -> Truth:
     text = rendered(name, turns)
+    if turns[0]["role"] == "system" and turns[0]["content"] and text == rendered(name, turns[1:]):
+        raise RefusedError
     encoded = tokenizer_for(name, kind)(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     spans = [answer_chars(name, turns, text, answer) for answer in answers]
     mask = [

@@ -235,6 +235,74 @@ def test_a_row_that_the_template_refuses_is_unusable_with_the_templates_words() 
         renderer(TOKENIZERS["gemma"]).render(Row("row", turns))
 
 
+USER_AND_ASSISTANT = (
+    "{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}"
+    + EVERY_TURN
+    + "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}" + GENERATION_PROMPT
+)
+DROPS_SYSTEM = {
+    "always": USER_AND_ASSISTANT,
+    "and writes its own": "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}" + USER_AND_ASSISTANT,
+    "beside tools": "{% if tools %}{{ tools | tojson }}{% elif messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] }}{% endif %}" + USER_AND_ASSISTANT,
+}
+
+
+@pytest.mark.parametrize("name", DROPS_SYSTEM)
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "completion", "all"])
+def test_a_row_whose_system_turn_the_template_drops_is_refused_with_the_reason(name: str, loss_on: str) -> None:
+    it = renderer(tokenizer_for("own", DROPS_SYSTEM[name]), loss_on)
+    tools = TOOLS if name == "beside tools" else ()
+    for user in ("Hello", "Answer in French."):  # the second one says what the system turn does
+        row = Row("row", conversation(user, "Bonjour.", system="Answer in French."), tools=tools)
+        with pytest.raises(UnusableRowError) as caught:
+            it.render(row)
+        assert caught.value.reason == (
+            "the chat template leaves out the system turn; set model.chat_template to one that writes it, or move its "
+            "text into the first user turn"
+        )
+    for system in (None, " \n"):
+        assert it.render(Row("row", conversation("Hello", "Bonjour.", system=system), tools=tools)).answer != ""
+
+
+def test_a_system_turn_is_lost_only_where_its_text_is() -> None:
+    jinja = DROPS_SYSTEM["beside tools"]
+    example = renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b", system="In French.")))
+    assert example.answer == "b"
+    switch = "{{ messages[0]['content'].replace('/think', '') }}" + USER_AND_ASSISTANT
+    renderer(tokenizer_for("own", switch)).render(Row("row", conversation("a", "b", system="In French. /think")))
+
+
+def test_a_row_whose_user_turn_the_template_drops_is_refused() -> None:
+    jinja = USER_AND_ASSISTANT.replace("('user', 'assistant')", "('user', 'assistant') and loop.index != 3")
+    with pytest.raises(
+        UnusableRowError, match=r"^the chat template leaves out a user turn; set model.chat_template to"
+    ):
+        renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b", "c", "d")))
+
+
+def test_a_rows_own_template_variables_are_rendered_and_noted_where_they_matter() -> None:
+    thinks = "{% if enable_thinking is not defined or enable_thinking %}{{ '<think>\n' }}{% else %}"
+    thinks += "{{ 'Reply: ' }}{% endif %}"
+    jinja = TEMPLATES["chatml"].replace("assistant\\n' -}}{%- endif", "assistant\\n' -}}" + thinks + "{%- endif")
+    jinja = jinja.replace(
+        "'\\n' + message", "'\\n' -}}{% if message['role'] == 'assistant' %}" + thinks + "{% endif %}{{ message"
+    )
+    note = 'rendered with chat_template_kwargs {"enable_thinking": false}, which inference must pass too'
+    for name, text, notes in (
+        ("own", "Reply: b<|im_end|>", (note,)), ("chatml", "b<|im_end|>", ()),
+    ):  # fmt: skip
+        tokenizer = tokenizer_for(name, jinja if name == "own" else None)
+        row = Row("row", conversation("a", "b"), chat_template_kwargs={"enable_thinking": False})
+        example = renderer(tokenizer).render(row)
+        expected = tokenizer.apply_chat_template(list(row.messages or ()), tokenize=False, enable_thinking=False)
+        assert (tokenizer.decode(example.input_ids), example.notes) == (expected, notes)
+        assert text in expected
+        assert learnt_texts(tokenizer, example) == ["b<|im_end|>"]
+        assert (example.prompt, example.answer) == (None, None), "evaluation would ask without the variables"
+
+
 def plain_tokenizer(*, adds_bos: bool) -> Any:
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -465,7 +533,7 @@ LOST = {
     "leaves out or rewrites what a tool returned": (
         CALLS.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}"), TOOLS,
     ),
-    "leaves out or rewrites a call of an earlier turn": (TEMPLATES["chatml"], ()),
+    "leaves out or rewrites a call": (TEMPLATES["chatml"], ()),
 }  # fmt: skip
 
 
@@ -496,7 +564,7 @@ def test_unknown_words_do_not_end_a_turn() -> None:
     ids=["no place for calls", "no place for arguments", "no place for reasoning"],
 )  # fmt: skip
 def test_a_template_that_drops_calls_arguments_or_reasoning_is_refused(jinja: str) -> None:
-    with pytest.raises(UnusableRowError, match="leaves out or rewrites part of an assistant turn"):
+    with pytest.raises(UnusableRowError, match=r"leaves out or rewrites (a call|part of an assistant turn)"):
         renderer(tokenizer_for("chatml", jinja)).render(Row("row", turns_with_calls()))
 
 

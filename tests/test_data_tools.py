@@ -1,11 +1,15 @@
 """Tools and calls have one shape whatever a row holds, and results answer calls."""
 
+import datetime
 import itertools
 import json
 from typing import Any
 
 import pytest
 
+from qlora_train.data.template import Renderer
+from qlora_train.data.types import UnusableRowError
+from tests.pico import build_tokenizer
 from tests.rows import HELLO, HI, WEATHER, call, calling, read, reason_of, result, turns_of
 
 
@@ -147,3 +151,57 @@ TOOLS = [
 @pytest.mark.parametrize(("tools", "reason"), TOOLS, ids=[reason[:50] for _, reason in TOOLS])
 def test_tools_that_cannot_be_used_give_their_reason(tools: Any, reason: str) -> None:
     assert reason_of({"messages": [HI, HELLO], "tools": tools}) == reason
+
+
+ARGUMENTS = {
+    "as an object": "{{ c['function']['arguments'] | tojson }}",
+    "concatenated": "{{ '' + c['function']['arguments'] }}",
+    "written out": "{{ c['function']['arguments'] }}",
+    "of either kind": "{% if c['function']['arguments'] is string %}{{ c['function']['arguments'] }}{% else %}"
+    "{{ c['function']['arguments'] | tojson }}{% endif %}",
+}
+
+
+def with_calls(arguments: str) -> str:
+    """Return a chat template that writes the arguments of calls in this way."""
+    return (
+        "{{ tools | tojson }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['tool_calls'] %}"
+        "{% for c in m['tool_calls'] %}{{ '<call>' + c['function']['name'] + ' ' }}" + arguments + "{{ '</call>' }}"
+        "{% endfor %}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+def trained(template: str, values: dict[str, Any]) -> list[str]:
+    """Return the trained texts of a row."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    example = Renderer(tokenizer, loss_on="assistant", date=datetime.date(2024, 2, 29)).render(read(values))
+    return tokenizer.decode(example.input_ids[example.loss_mask]).split("<|im_end|>")[:-1]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("as_text", [True, False])
+def test_calls_are_written_as_json_whatever_shape_the_template_reads(
+    arguments: str, content: str | None, as_text: bool
+) -> None:
+    given = {"city": "São Paulo", "days": 2, "hourly": True}
+    calls = calling(*(call(arguments=json.dumps(it) if as_text else it) for it in (given, {})), content=content)
+    values = {"messages": [HI, calls, result("None"), result("hot"), HELLO], "tools": [WEATHER]}
+    written = '<call>weather {"city": "São Paulo", "days": 2, "hourly": true}</call><call>weather {}</call>'
+    assert trained(with_calls(ARGUMENTS[arguments]), values) == [written, "hello"]
+
+
+def test_arguments_that_a_template_can_only_write_as_python_are_refused() -> None:
+    values = {"messages": [HI, calling(call(arguments={"city": "Oslo"})), result(), HELLO], "tools": [WEATHER]}
+    with pytest.raises(UnusableRowError, match=r"^the chat template does not write the arguments of a call as JSON$"):
+        trained(with_calls("{{ c['function']['arguments'] | pprint }}"), values)
+
+
+def test_calls_that_the_template_never_writes_are_refused_as_such() -> None:
+    """Transformers hands null content to a template as a field that is not there, so `content is none` is never true."""
+    template = with_calls(ARGUMENTS["as an object"]).replace("if m['tool_calls']", "if m['content'] is none")
+    calls = calling(call(arguments={"city": "Oslo"}), content=None)
+    with pytest.raises(UnusableRowError, match=r"^the chat template leaves out or rewrites a call"):
+        trained(template, {"messages": [HI, calls, result(), HELLO], "tools": [WEATHER]})

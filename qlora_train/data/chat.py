@@ -23,16 +23,16 @@ CLOCK = "strftime_now"
 DIRECTIVES = tuple("aAbBcCdDeFgGhHIjmMnpRStTuUVwWxXyYzZf") + tuple(f"-{letter}" for letter in "dHIjmMSy")
 """Letters that may follow % in the format of a date: Python's, those that glibc and macOS share, and ``%-d``."""
 
-
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def render_chat(
     tokenizer: Any,
-    turns: Sequence[Message],
+    turns: Sequence[Mapping[str, object]],
     *,
     date: datetime.date,
     tools: Sequence[Mapping[str, Any]] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
     """Return a conversation as the text that the model sees.
@@ -42,6 +42,7 @@ def render_chat(
         turns: at least one.
         date: what a template that asks for the current date is told; its time is midnight.
         tools: JSON schemas of the functions that the assistant may call.
+        chat_template_kwargs: more variables for the template, such as `enable_thinking`.
         add_generation_prompt: end with what stands before an answer.
 
     Raises:
@@ -54,6 +55,7 @@ def render_chat(
             chat_template=dated_template(tokenizer, date, tools),
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
+            **(chat_template_kwargs or {}),
         )
     except PYTHON_ERRORS as error:
         raise _as_template_error(error) from None
@@ -75,7 +77,12 @@ def has_generation_block(tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()
 
 
 def generation_blocks(
-    tokenizer: Any, turns: Sequence[Message], *, date: datetime.date, tools: Sequence[Mapping[str, Any]] = ()
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, object]],
+    *,
+    date: datetime.date,
+    tools: Sequence[Mapping[str, Any]] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[tuple[int, int]]:
     """Return the characters [begin, end) of `render_chat` that stand in ``{% generation %}`` blocks, in order.
 
@@ -90,7 +97,7 @@ def generation_blocks(
             tools=list(tools) or None,
             chat_template=dated_template(tokenizer, date, tools),
             return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
+            **{**tokenizer.special_tokens_map, **(chat_template_kwargs or {})},
         )
     except PYTHON_ERRORS as error:
         raise _as_template_error(error) from None

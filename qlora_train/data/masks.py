@@ -131,7 +131,7 @@ def refuse_lost(text: str, without_tools: str, turns: Sequence[Message], tools: 
         if turn["role"] == "tool" and not _is_said(turn["content"], everything):
             raise UnusableRowError("the chat template leaves out or rewrites what a tool returned")
         if not all(_is_said(leaf, everything) for call in turn.get("tool_calls", []) for leaf in _leaves(call)):
-            raise UnusableRowError("the chat template leaves out or rewrites a call of an earlier turn")
+            raise UnusableRowError("the chat template leaves out or rewrites a call")
 
 
 def squeezed(text: str) -> str:

@@ -9,7 +9,7 @@ and a row that fails is refused with the reason:
   would differ (`skeleton` says how this is known without rendering every prompt);
 - nothing that a row says holds a special token of the tokenizer's, which would end a turn early;
 - the answer's tokens hold what the row says there: a template that strips reasoning from earlier turns loses part of it;
-- functions, calls and what they returned stand in the text: a template for plain chats leaves them out.
+- system and user turns, functions, calls and what they returned stand in the text: some templates leave them out.
 
 A template with ``{% generation %}`` says itself where answers begin, and is believed as far as that is behind the
 prompt. Plain text (`text`, and `prompt_completion` of strings) is no conversation: it gets the beginning token if the
@@ -20,7 +20,7 @@ tokenizer adds one, no template, and the end-of-sequence token, which carries lo
 import datetime
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,7 @@ from qlora_train.data.encoder import Encoder
 from qlora_train.data.masks import AnswerPlace, Rendering, answer_span, refuse_lost
 from qlora_train.data.skeleton import Skeletons, places_by_prompts
 from qlora_train.data.special_tokens import SpecialTokens
+from qlora_train.data.tools import as_json, refuse_misread_arguments, with_text_arguments
 from qlora_train.data.types import Example, MaskArray, Message, Row, UnusableRowError
 from qlora_train.errors import DataError
 
@@ -46,23 +47,32 @@ MOST_TAILS = 1024
 
 @dataclass(frozen=True, slots=True)
 class TokenizerChat:
-    """The chat template of a tokenizer for one date and one list of tools; see `skeleton.Chat`."""
+    """The chat template of a tokenizer for one date, one list of tools and one set of variables; see `skeleton.Chat`."""
 
     tokenizer: Any
     date: datetime.date
     tools: Sequence[Mapping[str, Any]] = ()
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    text_arguments: bool = False
 
     def text(self, turns: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Return a conversation as text."""
         return render_chat(
-            self.tokenizer, turns, date=self.date, tools=self.tools, add_generation_prompt=add_generation_prompt
-        )
+            self.tokenizer, self._shaped(turns), date=self.date, tools=self.tools,
+            chat_template_kwargs=self.chat_template_kwargs, add_generation_prompt=add_generation_prompt,
+        )  # fmt: skip
 
     def blocks(self, turns: Sequence[Message]) -> list[tuple[int, int]] | None:
         """Return the characters in generation blocks; None for a template without them."""
         if not has_generation_block(self.tokenizer, self.tools):
             return None
-        return generation_blocks(self.tokenizer, turns, date=self.date, tools=self.tools)
+        return generation_blocks(
+            self.tokenizer, self._shaped(turns), date=self.date, tools=self.tools,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )  # fmt: skip
+
+    def _shaped(self, turns: Sequence[Message]) -> Sequence[Message]:
+        return with_text_arguments(turns) if self.text_arguments else turns
 
 
 class Renderer:
@@ -146,19 +156,34 @@ class Renderer:
     def _conversation(self, row: Row, turns: tuple[Message, ...]) -> Example:
         self._check_template()
         self.special.refuse_in_turns(turns, row.tools)
+        chat = TokenizerChat(self._tokenizer, self._date, row.tools, row.chat_template_kwargs)
+        try:
+            return self._rendered(row, turns, chat)
+        except UnusableRowError as error:
+            if not any("tool_calls" in turn for turn in turns):
+                raise
+            try:
+                return self._rendered(row, turns, replace(chat, text_arguments=True))
+            except UnusableRowError:
+                raise error from None
+
+    def _rendered(self, row: Row, turns: tuple[Message, ...], chat: TokenizerChat) -> Example:
         learnt, wanted = self._answers(row, turns)
         try:
-            whole, places = self._places(row, turns, wanted)
-            without_tools = TokenizerChat(self._tokenizer, self._date).text(turns) if row.tools else whole.text
+            whole, places = self._places(turns, wanted, chat)
+            without_tools = replace(chat, tools=()).text(turns) if row.tools else whole.text
         except TemplateError as error:
             raise UnusableRowError(f"the chat template refuses the row: {error.message}") from None
-        special = self.special.places_in(whole.input_ids)
-        spans = {i: answer_span(whole, places[i], turns[i], special) for i in wanted}
         if row.tools or any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
             refuse_lost(whole.text, without_tools, turns, row.tools)
+            refuse_misread_arguments(turns, whole.text, text_arguments=chat.text_arguments)
+        special = self.special.places_in(whole.input_ids)
+        spans = {i: answer_span(whole, places[i], turns[i], special) for i in wanted}
         mask = self._mask(len(whole.ids), spans, learnt)
         notes = self._notes(whole, [places[i].prompt_end for i in learnt], special)
-        if row.tools or turns[-1].get("tool_calls"):
+        if row.chat_template_kwargs:
+            notes += _kwargs_note(chat, turns, whole.text)
+        if row.tools or row.chat_template_kwargs or turns[-1].get("tool_calls") or chat.text_arguments:
             return Example(row.where, whole.input_ids, mask, notes=notes)
         return Example(row.where, whole.input_ids, mask, turns[:-1], turns[-1]["content"], notes)
 
@@ -181,13 +206,13 @@ class Renderer:
         return mask
 
     def _places(
-        self, row: Row, turns: Sequence[Message], wanted: Sequence[int]
+        self, turns: Sequence[Message], wanted: Sequence[int], chat: TokenizerChat
     ) -> tuple[Rendering, Mapping[int, AnswerPlace]]:
         """Return the conversation as text and tokens, and where the answers `wanted` stand in it."""
         assert self._skeletons is not None
-        chat = TokenizerChat(self._tokenizer, self._date, row.tools)
         text = chat.text(turns)
-        skeleton, order, is_new = (None, "", False) if row.tools else self._skeletons.find(turns)
+        is_special = bool(chat.tools or chat.chat_template_kwargs)
+        skeleton, order, is_new = (None, "", False) if is_special else self._skeletons.find(turns)
         places = skeleton.places(turns, text) if skeleton else None
         if places is not None and is_new:
             self._encode.check(text)
@@ -199,6 +224,7 @@ class Renderer:
                 self._skeletons.distrust(order)
                 places = None
         if places is None:
+            _refuse_lost_turns(chat, turns)
             places = places_by_prompts(chat, turns, text, wanted)
         return whole, places
 
@@ -269,3 +295,34 @@ class Renderer:
                 "Jinja file"
             )
         self._skeletons = Skeletons(chat, self._tokenizer.get_chat_template())
+
+
+def _kwargs_note(chat: TokenizerChat, turns: Sequence[Message], text: str) -> tuple[str, ...]:
+    """Return a note if the row's own variables change its text."""
+    try:
+        if replace(chat, chat_template_kwargs=None).text(turns) == text:
+            return ()
+    except TemplateError:
+        pass  # the template needs them
+    return (f"rendered with chat_template_kwargs {as_json(chat.chat_template_kwargs)}, which inference must pass too",)
+
+
+def _refuse_lost_turns(chat: TokenizerChat, turns: Sequence[Message]) -> None:
+    """Refuse a row of which the template leaves out a system or user turn: a mark in each must be in the text."""
+    marks = {
+        index: f"\ue000{index}\ue001"
+        for index, turn in enumerate(turns)
+        if turn["role"] in ("system", "user") and turn["content"].strip()
+    }
+    marked: list[Message] = [{**turn, "content": turn["content"] + marks.get(i, "")} for i, turn in enumerate(turns)]
+    text = chat.text(marked)
+    lost = {turns[index]["role"] for index, mark in marks.items() if mark not in text}
+    if "system" in lost:
+        raise UnusableRowError(
+            "the chat template leaves out the system turn; set model.chat_template to one that writes it, or move its text "
+            "into the first user turn"
+        )
+    if lost:
+        raise UnusableRowError(
+            "the chat template leaves out a user turn; set model.chat_template to one that writes it"
+        )

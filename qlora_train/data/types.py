@@ -49,6 +49,8 @@ class Row:
     Attributes:
         untrained: indices of assistant turns that the row itself says not to learn.
         tools: JSON schemas of the functions that the assistant may call.
+        chat_template_kwargs: more variables for the chat template.
+        notes: see `Example.notes`.
         input_ids: a row that came as tokens, (seq,).
         loss_mask: its labels, (seq,).
     """
@@ -60,6 +62,8 @@ class Row:
     loss_from: int = 0
     untrained: frozenset[int] = frozenset()
     tools: tuple[Mapping[str, Any], ...] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     input_ids: tuple[int, ...] | None = None
     loss_mask: tuple[bool, ...] | None = None
 
@@ -111,9 +115,10 @@ class Example:
 
     `input_ids`, int32, and `loss_mask`, bool, have equal length (seq,); a token with a true mask is a label. `prompt` and
     `answer` are for generation: the turns before the last assistant turn and that turn's text; the texts of a plain
-    prompt and its completion; both None for text without a prompt, tokens, conversations with tools, and where nobody
-    will generate. The first token is never a label, since nothing predicts it. `notes` are things to know about the row
-    that do not keep it from being used; rows with the same note are counted together.
+    prompt and its completion; both None for text without a prompt, tokens, conversations with tools or with
+    `chat_template_kwargs`, and where nobody will generate. The first token is never a label, since nothing predicts it.
+    `notes` are things to know about the row that do not keep it from being used; rows with the same note are counted
+    together.
     """
 
     where: str
