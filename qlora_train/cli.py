@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from qlora_train import __version__, network, stopping
-from qlora_train.errors import ConfigError, UserError, explain
+from qlora_train.errors import ConfigError, UserError, did_you_mean, explain
 from qlora_train.secrets import RedactingFormatter, redact
 
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
 
 COMMANDS = ("train", "check", "show", "data", "schema", "merge", "export", "eval", "chat")
+CONFIG_SUFFIXES = (".yaml", ".yml")
 MODELS = ("base", "adapter", "merged")
 SENT = ("adapter", "merged")
 FORMATS = ("gguf", "lora-gguf", "base-gguf", "vllm")
@@ -47,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: Sequence[str]) -> int:
-    options = parse(arguments)
     set_up_logging()
     try:
+        options = parse(arguments)
         status: int = options.command(options)
     except UserError as error:
         for problem in error.problems:
@@ -70,11 +71,31 @@ def command_line(arguments: Sequence[str] | None) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the parsed command line; `command` is the function to call with it."""
+    """Return the parsed command line; `command` is the function to call with it.
+
+    Raises:
+        ConfigError: the first word is neither a command nor a config.
+    """
     words = list(arguments)
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
+        _refuse_no_config(words[0])
         words.insert(0, "train")
-    return build_parser().parse_args(words)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(words)
+    # argparse gives an overrides argument only the words that stand before the first option
+    behind = [word for word in rest if not word.startswith("-")] if "overrides" in options else []
+    if len(behind) < len(rest):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in behind)}")
+    if behind:
+        options.overrides += behind
+    return options
+
+
+def _refuse_no_config(word: str) -> None:
+    if Path(word).suffix in CONFIG_SUFFIXES or "/" in word or Path(word).exists():
+        return  # what is wrong with it as a config is answered when it is read
+    hint = did_you_mean(word, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+    raise ConfigError(f"{word}: neither a command nor a config{hint}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,8 +4,9 @@ A message says what is wrong, where (``file:line: key``), what was found, what i
 invariant of our own is an ``assert`` or an ordinary exception instead, and shows its traceback.
 """
 
+import difflib
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -51,6 +52,38 @@ class MergeError(UserError):
 
 class ExportError(UserError):
     """A file for another program that cannot be written, or that would not be the model that was trained."""
+
+
+MAX_CONTAINING = 3
+"""Names that contain a word and are suggested for it; more of them are no suggestion."""
+
+
+def nearest(word: str, names: Iterable[str]) -> list[str]:
+    """Return the names that `word` may be a slip of, several where they are equally near.
+
+    One other character is a slip, in long words up to 3 behind the same first letter. Where no name is so near, those that
+    contain the word are returned, if they are few.
+    """
+    known, lowered = list(names), word.lower()
+    wrong = {name: _num_wrong(lowered, name.lower()) for name in known}
+    least = min(wrong.values(), default=len(word))
+    close = [name for name, count in wrong.items() if count == least and (count < 2 or name[0].lower() == lowered[0])]
+    if close and least < len(word) and least <= max(1, min(3, len(word) // 5)):
+        return close
+    containing = [name for name in known if len(word) > 3 and lowered in name.lower()]
+    return containing if len(containing) <= MAX_CONTAINING else []
+
+
+def _num_wrong(word: str, name: str) -> int:
+    """Return how many characters of the longer one have no counterpart in the other."""
+    blocks = difflib.SequenceMatcher(None, name, word, autojunk=False).get_matching_blocks()
+    return max(len(word), len(name)) - sum(block.size for block in blocks)
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return `; did you mean a or b?` for the end of a message, or nothing where no name is near."""
+    found = nearest(word, names)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ The harness renders, scores and averages; here are the models, as the run traine
 fetched before a model is loaded. A folder of tasks may hold Python of its own, which the harness runs.
 """
 
-import difflib
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_train.errors import ConfigError, DataError, ModelError, first_line, is_out_of_memory
+from qlora_train.errors import ConfigError, DataError, ModelError, did_you_mean, first_line, is_out_of_memory
 from qlora_train.finished import FinishedRun, models_there
 
 logger = logging.getLogger(__name__)
@@ -106,8 +105,7 @@ def _find(settings: TaskSettings) -> Any:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    hint = did_you_mean(name, known)
     return f"--tasks: {name!r} is no task; allowed: those of lm-eval (lm-eval ls tasks) or of --task-path{hint}"
 
 

@@ -18,7 +18,7 @@ import pytest
 import transformers
 
 from qlora_train import __version__
-from qlora_train.cli import COMMANDS, main
+from qlora_train.cli import COMMANDS, main, parse
 from qlora_train.config.writer import to_yaml
 from qlora_train.errors import CheckpointError
 from tests.runs import adapter_bytes, make_config, train_run, write_rows
@@ -272,6 +272,39 @@ def test_command_line_that_makes_no_sense_is_status_2(arguments: list[str], caps
 def test_word_that_is_neither_command_nor_config_is_one_line(word: str, capsys: Capture) -> None:
     [line] = refused(capsys, word)
     assert word in line
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["tain", str(CONFIG)], "did you mean train?"),
+        (["chekc", str(CONFIG)], "did you mean check?"),
+        (["frobnicate", str(CONFIG)], "the commands are train, check, "),
+    ],
+)
+def test_misspelt_command_is_answered_with_the_one_that_is_meant(words: list[str], hint: str, capsys: Capture) -> None:
+    [line] = refused(capsys, *words)
+    assert line.startswith(f"{words[0]}: neither a command nor a config; {hint}")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data", "x.yaml", "lora.r=4", "--show", "3", "lora.r=8"],
+        ["data", "x.yaml", "--offline", "lora.r=4", "--show=3", "lora.r=8"],
+        ["x.yaml", "--resume", "never", "lora.r=4", "lora.r=8"],
+        ["merge", "runs/x", "--offline", "lora.r=4", "lora.r=8"],
+    ],
+)
+def test_overrides_may_follow_options(words: list[str]) -> None:
+    assert parse(words).overrides == ["lora.r=4", "lora.r=8"]
+
+
+@pytest.mark.parametrize("words", [["eval", "runs/x", "--limit", "1", "lora.r=8"], ["data", "x.yaml", "--shw", "3"]])
+def test_what_no_command_takes_is_still_refused(words: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        parse(words)
+    assert "unrecognized arguments" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", sorted((DATA / "malformed_configs").glob("*.yaml")), ids=lambda path: path.stem)

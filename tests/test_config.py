@@ -18,11 +18,12 @@ from transformers import get_scheduler
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_train.config import RunConfig, load_config
+from qlora_train.config.other_names import OTHER_NAMES, UNSUPPORTED
 from qlora_train.config.rope_scaling import KEYS as KEYS_OF_ROPES
 from qlora_train.config.schema import POLYNOMIAL_END, SCHEDULES
 from qlora_train.config.writer import provenance, to_yaml
 from qlora_train.config.yaml_reader import core_scalar
-from qlora_train.errors import ConfigError
+from qlora_train.errors import ConfigError, nearest
 
 MALFORMED = Path(__file__).parent / "data" / "malformed_configs"
 SMALLEST = "model:\n  model_name_or_path: some/model\ndata:\n  train: rows.jsonl\n"
@@ -90,6 +91,28 @@ def test_a_data_source_is_a_path_a_mapping_or_a_list(write):
         ("some/set", "test", "en"),
     ]
     assert config.data.eval == 0.05
+
+
+def test_a_single_name_is_a_list_of_one(write):
+    names = "run: {report_to: wandb, allow_changed: versions}\nlora: {modules_to_save: lm_head}\n"
+    config = load_config(write(SMALLEST + names))
+    assert (config.run.report_to, config.run.allow_changed) == (("wandb",), ("versions",))
+    assert config.lora.modules_to_save == ("lm_head",)
+    assert load_config(write(SMALLEST + "run: {report_to: none}\n")).run.report_to == ()
+
+
+@pytest.mark.parametrize("style", ["|", ">", ">-", "|+"])
+def test_line_break_that_ends_a_block_is_no_part_of_the_text(style, write):
+    text = SMALLEST.replace("rows.jsonl", f"{style}\n    rows.jsonl\n\n")
+    config = load_config(write(text + f"lora:\n  target_modules: {style}\n    .*\\.q_proj\n"))
+    assert (config.data.train[0].path, config.lora.target_modules) == ("rows.jsonl", ".*\\.q_proj")
+
+
+def test_unusual_space_in_quotes_is_text(write):
+    assert (
+        load_config(write(SMALLEST.replace("rows", "'a\u00a0b'").replace("'.jsonl", ".jsonl'"))).data.train[0].path
+        == "a\u00a0b.jsonl"
+    )
 
 
 def test_a_section_without_keys_has_the_defaults(write):
@@ -165,6 +188,33 @@ def test_section_with_one_letter_changed_is_suggested(section, write):
         assert problem == f"run.yaml:5: {typo}: unknown section; did you mean {section}?"
 
 
+def test_names_of_other_trainers_lead_to_settings_that_there_are():
+    settings = {f"{section}.{key}" for section, key in KEYS}
+    assert set(OTHER_NAMES.values()) <= settings
+    assert not {name for _, name in KEYS} & (OTHER_NAMES.keys() | UNSUPPORTED.keys())
+
+
+@pytest.mark.parametrize(
+    ("word", "names", "expected"),
+    [
+        ("template", ["deduplicate", "eval"], []),
+        ("lora_r", ["lora_dropout", "r"], []),
+        ("gradient_clipping", ["gradient_checkpointing"], []),
+        ("bnb_4bit_quant_storage", ["bnb_4bit_quant_type"], []),
+        ("nope", ["none", "demo"], ["none"]),
+        ("demo", ["data", "chat"], []),
+        ("rank_dropout", ["lora_dropout"], []),
+        ("tain", ["train", "data", "chat"], ["train"]),
+        ("trian", ["train", "data"], ["train"]),
+        ("Batch_size", ["per_device_train_batch_size", "seed"], ["per_device_train_batch_size"]),
+        ("adam", [f"{name}_adam" for name in "abcd"], []),
+        ("", ["a"], []),
+    ],
+)
+def test_suggestion_needs_a_real_likeness(word, names, expected):
+    assert nearest(word, names) == expected
+
+
 def test_key_of_another_section_is_sent_home(write):
     assert problems_of(write(SMALLEST + "run:\n  max_length: 512\n")) == [
         "run.yaml:6: run.max_length: unknown key; max_length belongs in data"
@@ -222,6 +272,7 @@ def test_problems_of_file_and_overrides_come_together_in_order(write):
 def test_missing_file_is_answered_with_the_nearest_one(write):
     write(SMALLEST)
     assert problems_of("runn.yaml") == ["runn.yaml: no such file; did you mean run.yaml?"]
+    assert problems_of("nope.yaml") == ["nope.yaml: no such file"]
     assert problems_of("elsewhere/x.yaml") == ["elsewhere/x.yaml: no such file"]
     assert problems_of("run.yaml/x") == ["run.yaml/x: no such file"]
 
@@ -280,9 +331,9 @@ def test_thousands_of_wrong_keys_are_answered_quickly_and_counted(write):
 
 
 texts = st.text(min_size=1, max_size=20) | st.sampled_from(
-    ["010", "2e-4", "0o7", "off", "null", "~", "1e5", "a: b", "#", "\x85", "a\u2028b\n"]
+    ["010", "2e-4", "0o7", "off", "null", "~", "1e5", "a: b", "#", "\x85", "a\u2028b\n", "a\u00a0b", "\u3000"]
 )
-paths = texts.filter(lambda text: "\0" not in text)
+paths = texts.filter(lambda text: not {"\0", "\n"} & set(text))
 names = st.lists(texts, max_size=3).map(tuple)
 positive = st.floats(min_value=1e-6, max_value=1, exclude_max=True) | st.sampled_from([2e-4, 1e-5])
 sources = st.lists(
@@ -312,7 +363,7 @@ configs = st.fixed_dictionaries(
         "lora": st.fixed_dictionaries(
             {},
             optional={
-                "target_modules": names.filter(bool) | texts.map(re.escape),
+                "target_modules": names.filter(bool) | texts.map(lambda text: rf".*\.{re.escape(text)}"),
                 "lora_alpha": positive,
                 "lora_dropout": positive,
                 "modules_to_save": names,

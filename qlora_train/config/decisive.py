@@ -5,9 +5,10 @@ A run that goes on under other settings is neither the old run nor a new one, so
 is trained, and a checkpoint fits no other.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from qlora_train.errors import did_you_mean
 
 FREE = (
     "run.output_dir", "run.report_to", "run.max_minutes", "run.allow_changed", "export.",
@@ -81,9 +82,8 @@ def why_not_allowed(key: str, settings: Sequence[str]) -> str | None:
     if key in FACTS:
         return None
     allowed = [*FACTS, *(name for name in settings if not is_free(name) and name not in SHAPES)]
-    close = difflib.get_close_matches(key, allowed, n=1)
-    if close:
-        return f"is not known; did you mean {close[0]}?"
+    if hint := did_you_mean(key, allowed):
+        return f"is not known{hint}"
     return f"is not known; allowed: {', '.join(FACTS)}, and settings that decide a run, such as train.learning_rate"
 
 

@@ -11,10 +11,14 @@ def checked_path(value: str | None) -> str | None:
     """Return a path as it is, when a file system could hold it.
 
     Raises:
-        ValueError: it holds a NUL byte, or a name in it is too long.
+        ValueError: it holds a NUL byte or a line break, or a name in it is too long.
     """
     if value is None:
         return None
+    if "\n" in value:
+        raise ValueError(
+            "holds a line break; allowed: a path in one line (several data files are a list: [a.jsonl, b.jsonl])"
+        )
     if "\0" in value:
         raise ValueError("holds a NUL byte, which no path can; allowed: a path without one")
     longest = max((len(name.encode(errors="surrogatepass")) for name in value.split("/")), default=0)

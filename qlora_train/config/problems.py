@@ -1,6 +1,5 @@
 """Pydantic's errors as lines for people: one a YAML node, with its place, what was found and what is allowed."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_train.config.allowed import allowed_values, choices, is_section, key_models, takes_any_text
+from qlora_train.config.other_names import OTHER_NAMES, UNSUPPORTED
 from qlora_train.config.places import Place, Problem
 from qlora_train.config.schema import RunConfig
 from qlora_train.config.yaml_reader import Node, core_scalar
+from qlora_train.errors import nearest
 
 RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 LENGTH_ERRORS = {"too_short", "string_too_short"}
 SHOWN_CHARACTERS = 60
-NEAR_RATIO = 0.6
-SHORTEST_PART = 4
 MAX_ERRORS = 100
 
 
@@ -68,17 +67,11 @@ def path_name(path: Sequence[str | int]) -> str:
 
 
 def nearest_keys(path: Sequence[str | int]) -> list[str]:
-    """Return the valid keys nearest to the last one of `path`, among those valid there."""
+    """Return the valid keys that the last one of `path` may be meant for, among those valid there."""
+    section, _, key = OTHER_NAMES.get(str(path[-1]).lower(), "").partition(".")
+    if path[:-1] == (section,):
+        return [key]
     return nearest(str(path[-1]), [name for model in key_models(path[:-1]) for name in model.model_fields])
-
-
-def nearest(word: str, names: Sequence[str]) -> list[str]:
-    """Return the names most like `word`: several when they are equally near, else those that contain it, or none."""
-    ratios = {name: difflib.SequenceMatcher(None, name, word.lower()).ratio() for name in names}
-    best = max(ratios.values(), default=0.0)
-    if best >= NEAR_RATIO:
-        return [name for name, ratio in ratios.items() if ratio == best]
-    return [name for name in names if word in name] if len(word) >= SHORTEST_PART else []
 
 
 def _locate(details: ErrorDetails, root: Node) -> Located:
@@ -190,6 +183,11 @@ def _unknown_text(path: Sequence[str | int]) -> str:
     homes = [section for section in RunConfig.model_fields if name in key_models((section,))[0].model_fields]
     if homes:
         return f"unknown {what}; {name} belongs in {' or '.join(homes)}"
+    if name.lower() in UNSUPPORTED:
+        return f"unknown {what}; {UNSUPPORTED[name.lower()]}"
+    meant = OTHER_NAMES.get(name.lower())
+    if meant is not None:
+        return f"unknown {what}; did you mean {meant}?"
     close = nearest_keys(path)
     if close:
         return f"unknown {what}; did you mean {' or '.join(close)}?"

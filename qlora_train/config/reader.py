@@ -5,7 +5,6 @@ anyway would only mislead.
 """
 
 import codecs
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from qlora_train.config.places import Place, Problem
 from qlora_train.config.problems import found_value, problems_of
 from qlora_train.config.schema import RunConfig
 from qlora_train.config.yaml_reader import Node, read_yaml
-from qlora_train.errors import ConfigError
+from qlora_train.errors import ConfigError, nearest
 
 MAX_BYTES = 1_000_000
 MAX_LINES = 200
@@ -104,8 +103,9 @@ def _read_bytes(path: Path) -> bytes:
 def _nearest_file(path: Path) -> str:
     folders = [folder for folder in (path.parent, Path("configs"), Path("recipes")) if folder.is_dir()]
     files = {file.name: file for folder in reversed(folders) for file in folder.iterdir() if file.is_file()}
-    close = difflib.get_close_matches(path.name, files, n=1, cutoff=0.6)
-    return f"; did you mean {files[close[0]]}?" if close else ""
+    stems = {file.stem: file for file in files.values()}
+    close = nearest(path.stem, stems)
+    return f"; did you mean {' or '.join(str(stems[stem]) for stem in close)}?" if close else ""
 
 
 def _decode(path: Path, content: bytes) -> str:

@@ -24,6 +24,18 @@ REFUSED_INITS = {
 INITS = {"default": True, "gaussian": "gaussian", "eva": "eva"}
 
 
+def _as_names(value: Any) -> Any:
+    """Take a single name for a list of one; Transformers calls an empty list of trackers `none`."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _as_trackers(value: Any) -> Any:
+    return () if value == "none" else _as_names(value)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+
+
 class Section(BaseModel):
     """A section of the YAML file: frozen, no unknown keys, docstrings under fields are their help text."""
 
@@ -47,7 +59,7 @@ class ModelSection(Section):
     """How positions beyond the model's own are reached (linear, dynamic, yarn, llama3): `{rope_type: yarn, factor: 2}`."""
     chat_template: str | None = None
     """`chatml`, `llama2`, `llama3`, `mistral`, `gemma`, `alpaca`, or a Jinja file; None keeps the tokenizer's own."""
-    new_tokens: tuple[str, ...] = ()
+    new_tokens: Names = ()
     """Tokens to add to the vocabulary; only their embedding rows are trained, next to the adapter."""
 
     @model_validator(mode="after")
@@ -102,7 +114,7 @@ class LoraSection(Section):
     """Which bias vectors of the base are trained too."""
     init_lora_weights: Literal["default", "gaussian", "eva"] = "default"
     """Initialisation; `eva` uses the first training batches (https://arxiv.org/abs/2410.07170), every layer at rank r."""
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: Names = ()
     """Modules trained in full and saved with the adapter, e.g. `[lm_head]`."""
     adapter_path: str | None = None
     """Start from this adapter (a local PEFT folder) instead of a fresh one."""
@@ -125,6 +137,11 @@ class LoraSection(Section):
                 re.compile(value)
             except re.error as error:
                 raise ValueError(f"not a regular expression: {error}") from None
+            if re.fullmatch(r"[\w-]+", value):
+                raise ValueError(
+                    f"{value!r} is a regular expression that matches no layer's full name, such as "
+                    "model.layers.0.self_attn.q_proj; allowed: all-linear, or a list of layer names: [q_proj, v_proj]"
+                )
         if value in ((), ""):
             raise ValueError("names no layer; use all-linear, a list of layer names or a regular expression")
         return value
@@ -181,7 +198,25 @@ def _as_sources(value: Any) -> Any:
     return tuple(_as_source(item) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
+SHARE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*")
+NOTHING = ("none", "no", "off", "false", "nil")
+"""What people write for `null`; quoted or not, YAML reads a text, which could be the name of a data set."""
+
+
 def _as_sources_or_share(value: Any) -> Any:
+    """Refuse texts that name no data, but would be looked for on the Hub.
+
+    Raises:
+        ValueError: a share in quotes or in percent, or a word for nothing.
+    """
+    if isinstance(value, str) and value.strip().lower() in NOTHING:
+        raise ValueError(f"{value!r} names no data; for no evaluation write null, or leave data.eval out")
+    if isinstance(value, str) and (match := SHARE.fullmatch(value)):
+        share = float(match[1]) / (100 if match[2] else 1)
+        example = f"{share:g}" if 0 < share < 1 else "0.05"
+        raise ValueError(
+            f"{value!r} names no data; a share of data.train is a number without quotes, such as {example}"
+        )
     return value if value is None or isinstance(value, int | float) else _as_sources(value)
 
 
@@ -360,12 +395,14 @@ class RunSection(Section):
     """Run folder; None is `runs/<config name>`."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of initialisation, order, dropout and splits."""
-    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
-    """Trackers that receive the metrics besides metrics.jsonl."""
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_as_trackers)
+    ] = ()
+    """Trackers, one or a list, that receive the metrics besides metrics.jsonl."""
     max_minutes: float | None = Field(None, gt=0, le=1e6)
     """Stop with a checkpoint and exit status 75 early enough to be gone this long after the start, as for the wall clock of
     a queue; the same command goes on."""
-    allow_changed: tuple[str, ...] = ()
+    allow_changed: Names = ()
     """What may differ from the run that is continued, by name: settings such as `train.num_train_epochs`, or `versions`,
     `device`, `num_threads`, `data_fingerprint`, `base_identity`."""
 

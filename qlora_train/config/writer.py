@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from qlora_train.config.reader import load_with_places
 from qlora_train.config.schema import RunConfig
-from qlora_train.config.yaml_reader import Node, core_scalar
+from qlora_train.config.yaml_reader import UNUSUAL_SPACE, Node, core_scalar
 
 STRING_TAG = "tag:yaml.org,2002:str"
 QUOTED_TAG = "tag:yaml.org,2002:null"
@@ -33,8 +33,8 @@ class CoreDumper(yaml.SafeDumper):
 
 def _represent_text(dumper: CoreDumper, text: str) -> yaml.ScalarNode:
     """Escape what `splitlines` knows as a line break: inside single quotes YAML would fold it into a space."""
-    one_line = len(f"{text}.".splitlines()) == 1
-    return dumper.represent_scalar(STRING_TAG, text, style=None if one_line else '"')
+    plain = len(f"{text}.".splitlines()) == 1 and not UNUSUAL_SPACE.search(text)
+    return dumper.represent_scalar(STRING_TAG, text, style=None if plain else '"')
 
 
 CoreDumper.add_representer(str, _represent_text)

@@ -6,6 +6,7 @@ anchors, aliases, merge keys, tags, duplicate keys and several documents in a fi
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,12 @@ NUMBERS: tuple[tuple[re.Pattern[str], Callable[[str], int | float]], ...] = (
     (re.compile(r"\.(nan|NaN|NAN)"), lambda _: float("nan")),
 )
 
+UNUSUAL_SPACE = re.compile(r"[^\S \t\r\n]|[\u200b\u2060\ufeff]")
+"""Looks like a space, or like nothing, and is a letter to YAML: pasted from web pages and chats."""
+BLOCK_STYLES = ("|", ">")
+
 SYNTAX_HINTS = {
+    "outside quotes": "use plain spaces, or put the text in quotes",
     r"'\t'": "indent with spaces, not with a tab",
     "but found ':'": "write a name before the colon",
     "expected <block end>": "check the indentation: keys of a section begin in the same column",
@@ -121,8 +127,14 @@ class TreeBuilder:
 
     def _scalar(self, event: yaml.ScalarEvent) -> Scalar:
         text = event.value
+        if event.style in BLOCK_STYLES:
+            return str(text).rstrip("\n")  # which ends the block, and is part of no path, name or expression
         if not event.implicit[0]:
             return str(text)
+        if space := UNUSUAL_SPACE.search(text):
+            name = unicodedata.name(space.group(), "an invisible character").lower()
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(problem=f"U+{ord(space.group()):04X} ({name}) outside quotes", problem_mark=mark)
         if len(text) > MAX_DIGITS and NUMBER_LIKE.fullmatch(text):
             self._problem(_line(event), f"a number of {len(text)} characters; at most {MAX_DIGITS}")
             return None

@@ -5,13 +5,12 @@ be one token of the vocabulary: a model can only learn to stop with a token of i
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from qlora_train.errors import ConfigError
+from qlora_train.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +139,7 @@ def resolve_chat_template(name_or_file: str) -> ChatTemplate:
     path = Path(name_or_file).expanduser()
     if path.is_file():
         return _from_file(path)
-    nearest = difflib.get_close_matches(name_or_file.lower(), CHAT_TEMPLATES, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    hint = did_you_mean(name_or_file, CHAT_TEMPLATES)
     allowed = ", ".join(CHAT_TEMPLATES)
     raise ConfigError(
         f"model.chat_template: {name_or_file!r} is neither a name nor a file; allowed: {allowed} or a Jinja file{hint}"

@@ -4,7 +4,6 @@ A path that names a file (a known suffix, a glob, a leading ``./``, ``../``, ``/
 is never looked for on the Hub, so that a typing error is answered at once with the nearest name.
 """
 
-import difflib
 import glob
 import json
 import logging
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_train.config.schema import Source
-from qlora_train.errors import DataError
+from qlora_train.errors import DataError, nearest
 
 log = logging.getLogger("qlora_train")
 
@@ -238,6 +237,7 @@ def _listed(path: Path, field: str, key: str) -> list[object]:
 def _nearest(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; its folder {path.parent} does not exist either"
-    names = [entry.name for entry in path.parent.iterdir()]
-    nearest = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / nearest[0]}?" if nearest else f"; the folder is {path.parent.resolve()}"
+    by_stem = {entry.name.partition(".")[0]: entry for entry in path.parent.iterdir()}
+    close = nearest(path.name.partition(".")[0], by_stem)
+    found = " or ".join(str(path.parent / by_stem[stem].name) for stem in close)
+    return f"; did you mean {found}?" if found else f"; the folder is {path.parent.resolve()}"

@@ -1,0 +1,26 @@
+"""Settings as other trainers call them, for people who come from there."""
+
+OTHER_NAMES = {
+    **dict.fromkeys(("base_model", "model_id", "model_name"), "model.model_name_or_path"),
+    **dict.fromkeys(("template", "prompt_template"), "model.chat_template"),
+    **dict.fromkeys(("flash_attention", "flash_attn"), "model.attn_implementation"),
+    **dict.fromkeys(("quantization_bit", "load_in_4_bit"), "quantization.load_in_4bit"),
+    **dict.fromkeys(("lora_r", "rank", "lora_rank"), "lora.r"),
+    **dict.fromkeys(("lora_target", "lora_target_modules"), "lora.target_modules"),
+    **dict.fromkeys(("dataset", "datasets", "dataset_name"), "data.train"),
+    **dict.fromkeys(("val_size", "val_set_size"), "data.eval"),
+    **dict.fromkeys(("cutoff_len", "max_seq_len", "max_seq_length", "sequence_len"), "data.max_length"),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "data.loss_on"),
+    **dict.fromkeys(("clip_grad_norm", "gradient_clipping"), "train.max_grad_norm"),
+    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "train.eval_steps"),
+    **dict.fromkeys(("batch_size", "micro_batch_size"), "train.per_device_train_batch_size"),
+    "sample_packing": "data.packing",
+    "lr": "train.learning_rate",
+    "warmup_steps": "train.warmup_ratio",
+    "save_strategy": "train.save_steps",
+    "optimizer": "train.optim",
+    "wandb_project": "run.report_to",
+}
+"""By the name there, `section.key` here."""
+UNSUPPORTED = {"load_in_8bit": "the base is held in 4 bits, or in 16 with quantization.load_in_4bit: false"}
+"""What has no counterpart here, and what there is instead."""
