@@ -4,7 +4,7 @@ All take the same rows in turn, in one process, as a run of the config would: pa
 not, with as many micro-batches a step. Tokens are those of the rows. Ratios are medians over rounds. Rows lie end to end
 where a run would lay them so; with ``train.fp8=true`` forward products are in float8 too, where the device has them.
 
-Example: ``GOMP_SPINCOUNT=20000 python scripts/bench_step.py configs/demo.yaml``
+Example: ``GOMP_SPINCOUNT=20000 python scripts/bench_step.py configs/demo.yaml``, as a run on free CPUs sets it.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,7 +25,7 @@ from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
 from qlora_train.kernels import document_attention
-from qlora_train.kernels.fast_path import install
+from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.kernels.float8 import why_not_on
 from qlora_train.loader import load_model
 from qlora_train.loss import IGNORED, chunk_tokens_of, label_losses
@@ -44,6 +43,59 @@ class Start:
     state: TrainerState = field(default_factory=TrainerState)
 
 
+class Steps:
+    """The first optimizer steps of a run of a config, to be taken in any order and way.
+
+    Attributes:
+        model: in training mode, with its adapter; fused kernels are not installed.
+        end_to_end: whether a run of the config would train padding-free.
+    """
+
+    def __init__(self, config: RunConfig, num_steps: int) -> None:
+        with tempfile.TemporaryDirectory() as nowhere:
+            source, data = prepare(config, RunFolder(Path(nowhere)))
+        self.loaded = load_model(config.model, config.quantization, source=source)
+        adapted = attach_adapter(self.loaded, config.lora, seed=config.run.seed)
+        self.model = adapted.model.train()
+        set_up(adapted, data, config)
+        self._attention = self.loaded.model.config._attn_implementation
+        self._chunk_tokens = chunk_tokens_of(self.model)
+        self._feeds = feeds_of(adapted, data, config, in_chunks=self._chunk_tokens is not None)
+        self._batches = [list(islice(feed.loader(Start()), num_steps)) for feed in self._feeds]
+        self._optimizer = torch.optim.AdamW(
+            trainable_state(self.model).values(), lr=config.train.learning_rate, fused=True
+        )
+        self.end_to_end = len(self._feeds) > 1
+
+    def __len__(self) -> int:
+        return len(self._batches[0])
+
+    def install(self) -> FastPath:
+        """Install the fused kernels."""
+        tokens = torch.arange(1, 9, device=self.loaded.device)[None]
+        return install(self.model, lambda: label_losses(self.model, input_ids=tokens, labels=tokens))
+
+    def take(self, number: int, *, end_to_end: bool = False) -> float:
+        """Take one step and return its tokens per second; padding is not counted."""
+        device, dtype = self.loaded.device, self.loaded.compute_dtype
+        self.loaded.model.set_attn_implementation(document_attention.NAME if end_to_end else self._attention)
+        num_tokens = sum(map(self._feeds[0].num_tokens, self._batches[0][number]))
+        batches = self._batches[end_to_end][number]
+        num_labels = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        started = time.perf_counter()
+        for each in batches:
+            batch = {name: tensor.to(device) for name, tensor in each.items() if name != "row"}
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = label_losses(self.model, self._chunk_tokens, **batch).nats.sum() / num_labels
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable_state(self.model).values(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return num_tokens / (time.perf_counter() - started)
+
+
 def main() -> None:
     """Print tokens a second and ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -53,42 +105,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a file of JSON for what was measured")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
-    with tempfile.TemporaryDirectory() as nowhere:
-        source, data = prepare(config, RunFolder(Path(nowhere)))
-    loaded = load_model(config.model, config.quantization, source=source)
-    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
-    model = adapted.model.train()
-    set_up(adapted, data, config)
-    apart = loaded.model.config._attn_implementation
-    chunk_tokens = chunk_tokens_of(model)
-    feeds = feeds_of(adapted, data, config, in_chunks=chunk_tokens is not None)
-    steps = [list(islice(feed.loader(Start()), options.rounds + 1)) for feed in feeds]
-    if len(steps[0]) <= options.rounds:
-        parser.error(f"--rounds {options.rounds}: an epoch has {len(steps[0])} steps, and one warms up; ask for fewer")
-    optimizer = torch.optim.AdamW(trainable_state(model).values(), lr=config.train.learning_rate, fused=True)
-
-    def step(number: int, *, end_to_end: bool = False) -> float:
-        """Take one step and return its tokens a second."""
-        loaded.model.set_attn_implementation(document_attention.NAME if end_to_end else apart)
-        num_tokens = sum(map(feeds[0].num_tokens, steps[0][number]))
-        num_labels = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in steps[end_to_end][number])
-        started = time.perf_counter()
-        for each in steps[end_to_end][number]:
-            batch = {name: tensor.to(loaded.device) for name, tensor in each.items() if name != "row"}
-            with torch.autocast(
-                loaded.device.type, loaded.compute_dtype, enabled=loaded.compute_dtype != torch.float32
-            ):
-                loss = label_losses(model, chunk_tokens, **batch).nats.sum() / num_labels
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable_state(model).values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if loaded.device.type == "cuda":
-            torch.cuda.synchronize()
-        return num_tokens / (time.perf_counter() - started)
-
-    in_float8 = config.train.fp8 and has_float8(loaded.device)
-    speeds = measured(model, step, options.rounds, loaded.device, in_float8=in_float8, end_to_end=len(feeds) > 1)
+    steps = Steps(config, options.rounds + 1)
+    if len(steps) <= options.rounds:
+        parser.error(f"--rounds {options.rounds}: an epoch has {len(steps)} steps, and one warms up; ask for fewer")
+    loaded = steps.loaded
+    speeds = measured(steps, options.rounds, in_float8=config.train.fp8 and has_float8(loaded.device))
     print(f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.compute_dtype}, {options.rounds} rounds")
     for path in speeds:
         ratios = [fast / plain for fast, plain in zip(speeds[path], speeds["plain"], strict=True)]
@@ -134,32 +155,23 @@ def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in
     return [feed] if found is None else [feed, found]
 
 
-def measured(
-    model: torch.nn.Module,
-    step: Callable[..., float],
-    num_rounds: int,
-    device: torch.device,
-    *,
-    in_float8: bool,
-    end_to_end: bool,
-) -> dict[str, list[float]]:
+def measured(steps: Steps, num_rounds: int, *, in_float8: bool) -> dict[str, list[float]]:
     """Return the speeds of every path, in rounds of one step each; a round before them warms up."""
-    tokens = torch.arange(1, 9, device=device)[None]
     speeds: dict[str, list[float]] = defaultdict(list)
     for number in range(num_rounds + 1):
-        found = {"plain": step(number)}
-        fast = install(model, lambda: label_losses(model, input_ids=tokens, labels=tokens))
-        found["fast"] = step(number)
+        found = {"plain": steps.take(number)}
+        fast = steps.install()
+        found["fast"] = steps.take(number)
         for weight in fast.weights:
             weight.keep()
-        found["fast, kept weights"] = step(number)
-        if end_to_end:
-            found["and padding-free"] = step(number, end_to_end=True)
+        found["fast, kept weights"] = steps.take(number)
+        if steps.end_to_end:
+            found["and padding-free"] = steps.take(number, end_to_end=True)
         if in_float8:
             for weight in fast.weights:
                 weight.multiplies_in_float8 = weight.has_float8
                 weight.keep()
-            found["and in float8"] = step(number, end_to_end=end_to_end)
+            found["and in float8"] = steps.take(number, end_to_end=steps.end_to_end)
         fast.uninstall()
         for path, speed in found.items() if number else ():
             speeds[path].append(speed)
