@@ -139,10 +139,10 @@ def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) 
             if not folder.has_merged():
                 logger.info("%s is not there, or damaged: merging first", folder.merged)
                 _merge(folder, config)
-            return export_merged(folder, converter, quant)
+            return export_merged(folder, config, converter, quant)
         source = _same_base(folder, config, weights=form == "base-gguf")
         write = export_base if form == "base-gguf" else export_adapter
-        return write(folder, source, converter, quant)
+        return write(folder, config, source, converter, quant)
 
 
 def _export_vllm(folder: RunFolder, config: RunConfig) -> Path:

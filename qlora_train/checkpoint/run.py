@@ -218,13 +218,21 @@ class RunFolder:
         """
         return _read_json(self.padding_free_file)
 
+    def data_report(self) -> dict[str, Any]:
+        """Return data.json, empty when there is none.
+
+        Raises:
+            CheckpointError: it is not readable.
+        """
+        return _read_json(self.data_report_file)
+
     def system_prompt(self) -> str:
         """Return the system prompt that the training rows share, empty where they share none.
 
         Raises:
             CheckpointError: data.json is not readable.
         """
-        shared = _read_json(self.data_report_file).get("system_prompt")
+        shared = self.data_report().get("system_prompt")
         return str(shared["text"]) if shared else ""
 
     def read_results(self) -> dict[str, Any]:

@@ -45,8 +45,9 @@ class Converter:
         """
         command = [sys.executable, str(self.folder / script), *arguments]
         done = subprocess.run(
-            command, env=_environment(), capture_output=True, text=True, errors="replace", check=False
-        )
+            command, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            check=False,
+        )  # fmt: skip
         if done.returncode != 0:
             raise ExportError(_problem(what, script, done.stdout + done.stderr, done.returncode))
 

@@ -14,12 +14,16 @@ import gguf
 import numpy as np
 import torch
 
+from qlora_train.architectures import text_part
 from qlora_train.errors import ExportError
 
 TOLERANCES: Mapping[str, float] = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 1 / 127}
 """Largest difference of a value, relative to the largest value of its matrix, by kind of file."""
 NUM_COMPARED = 6
 _TOKENIZER = "tokenizer.ggml."
+_SPECIAL = (gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN)
+_ADDED = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
+"""What a special and another added token may be: the converter takes some for special by their looks."""
 _GUESSED_SCORE = -1000.0
 """What the converter gives every token of a SentencePiece vocabulary whose scores it has not got."""
 
@@ -80,6 +84,51 @@ class GGUFFile:
             return None
         said = self.setting(f"{_TOKENIZER}add_space_prefix")
         return True if said is None else bool(said)
+
+    def check_added_tokens(self, tokenizer: Any) -> None:
+        """Compare the text and the type of every added token that the model has with the tokenizer's.
+
+        Raises:
+            ExportError: they differ, so that a prompt would become other tokens.
+        """
+        texts, types = self.setting(f"{_TOKENIZER}tokens"), self.setting(f"{_TOKENIZER}token_type")
+        for i, token in tokenizer.added_tokens_decoder.items():
+            if i >= len(texts):
+                continue
+            kind = gguf.TokenType(types[i])
+            # llama.cpp looks for user-defined tokens in the text, where spaces are spaces
+            contents = {token.content, token.content.replace("\u2581", " ")}
+            if texts[i] not in contents or kind not in (_SPECIAL if token.special else _ADDED):
+                raise ExportError(
+                    f"{self.path.name}: token {i} is {token.content!r} ({'special' if token.special else 'added'}) in the "
+                    f"tokenizer, and the converter wrote {texts[i]!r} ({kind.name.lower()}), so that prompts would become "
+                    "other tokens; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
+                )
+
+    def check_positions(self, config: Mapping[str, Any]) -> None:
+        """Refuse a file without the RoPE scaling of a config: some of the converter's models do not write it.
+
+        Args:
+            config: content of config.json.
+
+        Raises:
+            ExportError: the model would run with positions that are not scaled.
+        """
+        content = text_part(config)
+        rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+        rope = rope.get("full_attention", rope)
+        kind, key = rope.get("rope_type", rope.get("type")), f"{self.setting('general.architecture')}.rope.scaling"
+        written = {
+            "linear": self.setting(f"{key}.type") == kind and self.setting(f"{key}.factor") == rope.get("factor"),
+            "yarn": self.setting(f"{key}.type") == kind and self.setting(f"{key}.factor") == rope.get("factor"),
+            "llama3": "rope_freqs.weight" in self._tensors,
+        }
+        if not written.get(kind, True):
+            raise ExportError(
+                f"{self.path.name}: the converter does not write the RoPE scaling of this model ({kind}), so that every "
+                "position would be another; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp "
+                "FOLDER"
+            )
 
     def guesses_merges(self) -> bool:
         """Say whether the vocabulary is SentencePiece's without its scores, so that text becomes other tokens."""

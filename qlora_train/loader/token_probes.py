@@ -137,7 +137,12 @@ def _difference(tokenizer: Any, probe: TokenProbe) -> str | None:
             at = max(0, _first_difference(text, probe.text) - 10)
             return f"the chat template writes {_shortened(text[at:])!r} instead of {_shortened(probe.text[at:])!r}"
     actual = encode(tokenizer, probe.text, add_special_tokens=probe.add_special_tokens)
-    if actual == probe.ids:
+    return difference_of(tokenizer, probe, actual)
+
+
+def difference_of(tokenizer: Any, probe: TokenProbe, actual: Sequence[int]) -> str | None:
+    """Compare the tokens that another program makes of a probe's text; return the first difference as a line."""
+    if tuple(actual) == probe.ids:
         return None
     at = _first_difference(actual, probe.ids)
     return (

@@ -81,7 +81,7 @@ def problems(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     for model_type in FAMILIES:
         model, view = pico(model_type, **SIZES.get(model_type, {})), root / model_type
         view.mkdir()
-        link_model(model, view, AutoTokenizer.from_pretrained(model))
+        link_model(model, view, AutoTokenizer.from_pretrained(model), json.loads((model / "config.json").read_text()))
         jobs.append((model, view, root / f"{model_type}.gguf"))
     command = [sys.executable, str(HERE / "gguf_convert.py"), str(find_converter(None).folder)]
     asked = json.dumps([[str(view), str(file)] for _, view, file in jobs])
