@@ -117,7 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
     _takes_offline(command)
     command.set_defaults(command=_train)
 
-    command = commands.add_parser("check", help="check a config alone: no torch, no download")
+    command = commands.add_parser(
+        "check", help="check a config, and what it names on this machine: no torch, no download"
+    )
     _takes_config(command)
     command.set_defaults(command=_check)
 
@@ -312,7 +314,9 @@ def prepare_libraries(*, offline: bool = False) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    _load(options)
+    from qlora_train.preflight import check_machine
+
+    check_machine(_load(options))
     print(f"{options.config}: ok")
     return 0
 

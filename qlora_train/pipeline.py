@@ -41,8 +41,9 @@ from qlora_train.inspect_data import data_of
 from qlora_train.loader import BaseSource, LoadedModel, load_model, resolve_base
 from qlora_train.loader.model import auto_class_of
 from qlora_train.loader.tokenizer import save_tokenizer
+from qlora_train.preflight import check_machine
 from qlora_train.report import EvalSettings, evaluate_run
-from qlora_train.trainer import check_trackers, train
+from qlora_train.trainer import train
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         else:
             if device.type == "cpu" and "num_threads" not in config.run.allow_changed:
                 keep_num_threads(folder)
+            check_machine(config)
             source, data = prepare(config, folder)
             begin(folder, config, facts(config, source, data, device, date_of(folder)))
             data.report.log()
@@ -197,7 +199,6 @@ def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedD
     model = commit_of(config.model, folder)
     described = resolve_base(model, weights=False)
     check_target_modules(detect(described.config), config.lora.target_modules)
-    check_trackers(config.run.report_to)
     if config.export.merge:
         check_mergeable(described.config, config)
     data, _ = data_of(config, described, date=date_of(folder))

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from qlora_train.config.schema import CHAT_TEMPLATE_NAMES
 from qlora_train.data.chat_templates import CHAT_TEMPLATES, resolve_chat_template
 from qlora_train.data.template import REACHES_OVER, TWO_BEGINNINGS, Renderer
 from qlora_train.data.types import Example, Message, Row, UnusableRowError
@@ -193,6 +194,10 @@ def test_a_template_that_drops_reasoning_is_refused_unless_only_the_last_turn_is
     example = renderer(tokenizer, loss_on="last").render(row)
     learnt = tokenizer.decode(example.input_ids[example.loss_mask])
     assert learnt == "<think>y</think>d<|im_end|>"
+
+
+def test_the_names_that_a_config_may_give_are_those_of_the_library() -> None:
+    assert set(CHAT_TEMPLATE_NAMES) == set(CHAT_TEMPLATES)
 
 
 def test_a_generation_prompt_that_training_text_lacks_is_refused() -> None:

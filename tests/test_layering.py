@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "secrets", "network", "faults", "stopping", "config", "ladder", "footprint", "architectures", "durable",
-    "device", "kernels",
+    "errors", "secrets", "network", "faults", "stopping", "config", "preflight", "ladder", "footprint", "architectures",
+    "durable", "device", "kernels",
     "loss", "data", "loader", "inspect_data",
     "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "finished",
     "report", "disk", "pipeline", "chat", "tasks", "cli",
@@ -20,15 +20,15 @@ ORDER = (
 FOUNDATIONS = {
     "errors": set(), "secrets": set(), "network": set(), "faults": set(), "stopping": set(),
     "config": {"errors", "secrets"}, "architectures": {"errors"}, "durable": {"faults"}, "device": {"errors"},
-    "ladder": {"config"}, "footprint": set(),
+    "ladder": {"config"}, "preflight": {"config", "errors", "network"}, "footprint": set(),
     "kernels": set(), "loss": {"kernels"},
 }  # fmt: skip
 """What everything stands on, and all of ours that it may import."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}
 """Libraries that take seconds to load."""
 LIGHT = [
-    "cli", "secrets", "network", "faults", "stopping", "config", "ladder", "footprint", "architectures", "errors",
-    "durable", "scoring", "data",
+    "cli", "secrets", "network", "faults", "stopping", "config", "preflight", "ladder", "footprint", "architectures",
+    "errors", "durable", "scoring", "data",
 ]  # fmt: skip
 """Stages without torch at import, whose messages come in milliseconds."""
 WITH_TENSORS = {"batches.py"}

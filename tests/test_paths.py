@@ -55,7 +55,9 @@ def test_path_that_no_file_system_holds_is_one_line(
 def test_longest_name_that_a_file_system_takes_is_taken(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "run.yaml"
     (tmp_path / ("x" * 255)).mkdir()  # this one does
-    file.write_text(json.dumps({**SMALLEST, "run": {"output_dir": "x" * 255}}), encoding="utf-8")
+    (tmp_path / "rows.jsonl").touch()
+    data = {"train": str(tmp_path / "rows.jsonl")}
+    file.write_text(json.dumps({**SMALLEST, "data": data, "run": {"output_dir": "x" * 255}}), encoding="utf-8")
     assert main(["check", str(file)]) == 0
 
 

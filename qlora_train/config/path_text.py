@@ -1,9 +1,14 @@
-"""What a text must be to name something on a disk, checked before any disk is asked."""
+"""What a text must be to name something on a disk, and whether it names a local file or something on the Hub."""
 
+import glob
 import re
+from pathlib import Path
 
 LONGEST_NAME_BYTES = 255
 """Longest name of a file or folder that file systems take."""
+TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")
+KINDS = (*TEXT_KINDS, "parquet", "arrow")
+COMPRESSIONS = ("gz", "zst")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{2,}")
 
 
@@ -43,3 +48,29 @@ def checked_source(value: str) -> str:
         )
     checked_path(value)
     return value
+
+
+def kind_of(path: Path) -> tuple[str, str] | None:
+    """Return what the suffixes of a data file say, (kind, compression), or None where they are not known."""
+    words = path.name.lower().split(".")[1:]
+    if words and words[-1] in KINDS:
+        return words[-1], ""
+    if len(words) > 1 and words[-1] in COMPRESSIONS and words[-2] in TEXT_KINDS:
+        return words[-2], words[-1]
+    return None
+
+
+def names_a_data_file(text: str) -> bool:
+    """Say whether a data source is local: it exists, or is written as no Hub id is."""
+    path = Path(text).expanduser()
+    return path.exists() or glob.has_magic(text) or kind_of(path) is not None or _is_written_as_path(text)
+
+
+def names_a_base_on_disk(text: str) -> bool:
+    """Say whether `model.model_name_or_path` is local: it exists, or is written as no Hub id is."""
+    path = Path(text).expanduser()
+    return path.exists() or path.suffix == ".gguf" or _is_written_as_path(text)
+
+
+def _is_written_as_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or text.count("/") > 1 or text.endswith("/")

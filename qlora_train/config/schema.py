@@ -44,6 +44,9 @@ class Section(BaseModel):
     )
 
 
+CHAT_TEMPLATE_NAMES = ("chatml", "llama2", "llama3", "mistral", "gemma", "alpaca")
+
+
 class ModelSection(Section):
     """Which base model, and how it is loaded."""
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from qlora_train.errors import ConfigError, did_you_mean
+from qlora_train.errors import ConfigError
+from qlora_train.preflight import unknown_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +140,7 @@ def resolve_chat_template(name_or_file: str) -> ChatTemplate:
     path = Path(name_or_file).expanduser()
     if path.is_file():
         return _from_file(path)
-    hint = did_you_mean(name_or_file, CHAT_TEMPLATES)
-    allowed = ", ".join(CHAT_TEMPLATES)
-    raise ConfigError(
-        f"model.chat_template: {name_or_file!r} is neither a name nor a file; allowed: {allowed} or a Jinja file{hint}"
-    )
+    raise ConfigError(f"model.chat_template: {unknown_template(name_or_file)}")
 
 
 def _from_file(path: Path) -> ChatTemplate:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_train.config.path_text import COMPRESSIONS, TEXT_KINDS, kind_of, names_a_data_file
 from qlora_train.config.schema import Source
-from qlora_train.errors import DataError, nearest
+from qlora_train.errors import DataError
+from qlora_train.preflight import missing_data, no_match
 
 log = logging.getLogger("qlora_train")
 
-TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")
-KINDS = (*TEXT_KINDS, "parquet", "arrow")
-COMPRESSIONS = ("gz", "zst")
 SUFFIX_LIST = f"{', '.join(f'.{kind}' for kind in TEXT_KINDS)} (also .gz or .zst), .parquet, .arrow"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SETTINGS = {"split": "train", "subset": None, "revision": None}
@@ -69,7 +68,7 @@ def find_files(source: Source, key: str) -> list[DataFile]:
     """
     path = Path(source.path).expanduser()
     try:
-        if _names_a_file(source.path, path):
+        if names_a_data_file(source.path):
             return _local_files(source, path, key)
     except OSError as error:
         raise DataError(f"{key}: {source.path} cannot be read: {error.strerror}") from None
@@ -78,26 +77,6 @@ def find_files(source: Source, key: str) -> list[DataFile]:
     from qlora_train.data.hub import hub_files
 
     return hub_files(source, key)
-
-
-def _names_a_file(text: str, path: Path) -> bool:
-    return (
-        path.exists()
-        or glob.has_magic(text)
-        or text.startswith((".", "/", "~"))
-        or _kind_of(path) is not None
-        or text.count("/") > 1
-    )
-
-
-def _kind_of(path: Path) -> tuple[str, str] | None:
-    """Return what the suffixes say, (kind, compression), or None where they are not known."""
-    words = path.name.lower().split(".")[1:]
-    if words and words[-1] in KINDS:
-        return words[-1], ""
-    if len(words) > 1 and words[-1] in COMPRESSIONS and words[-2] in TEXT_KINDS:
-        return words[-2], words[-1]
-    return None
 
 
 def _local_files(source: Source, path: Path, key: str) -> list[DataFile]:
@@ -110,9 +89,9 @@ def _local_files(source: Source, path: Path, key: str) -> list[DataFile]:
         return _files_of_folder(path, key)
     if path.exists():
         raise DataError(f"{key}: {path} is neither a file nor a folder (a pipe or a device); write its rows to a file")
-    if glob.has_magic(source.path):
-        return _files_of_glob(path, key)
-    raise DataError(f"{key}: {source.path} does not exist{_nearest(path)}")
+    if problem := missing_data(source.path):
+        raise DataError(f"{key}: {problem}")
+    return _files_of_glob(path, key)
 
 
 def _refuse_idle_settings(source: Source, settings: Iterable[str], key: str) -> None:
@@ -122,7 +101,7 @@ def _refuse_idle_settings(source: Source, settings: Iterable[str], key: str) -> 
 
 
 def _known(path: Path, key: str) -> DataFile:
-    known = _kind_of(path)
+    known = kind_of(path)
     if known is None:
         found = "".join(path.suffixes[-2:]) if path.suffix[1:].lower() in COMPRESSIONS else path.suffix
         raise DataError(f"{key}: {path} cannot be read: found {found or 'no suffix'}; expected {SUFFIX_LIST}")
@@ -133,7 +112,7 @@ def _known(path: Path, key: str) -> DataFile:
 def _files_of_folder(folder: Path, key: str) -> list[DataFile]:
     entries = sorted(folder.iterdir())
     visible = [entry for entry in entries if not entry.name.startswith(".") and not entry.is_dir()]
-    files = [_known(entry, key) for entry in visible if _kind_of(entry) is not None]
+    files = [_known(entry, key) for entry in visible if kind_of(entry) is not None]
     if not files:
         found = ", ".join(entry.name + "/" * entry.is_dir() for entry in entries[:5]) or "no files"
         raise DataError(f"{key}: folder {folder} holds no data file: found {found}; expected {SUFFIX_LIST}")
@@ -154,7 +133,7 @@ def _files_of_folder(folder: Path, key: str) -> list[DataFile]:
 def _files_of_glob(pattern: Path, key: str) -> list[DataFile]:
     paths = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True)) if not Path(match).is_dir()]  # noqa: PTH207
     if not paths:
-        raise DataError(f"{key}: the pattern {pattern} matches no file; check the folder and the suffix")
+        raise DataError(f"{key}: {no_match(pattern)}")
     files = [_known(path, key) for path in paths]
     _refuse_several_splits(files, f"the pattern {pattern}", key)
     return files
@@ -232,12 +211,3 @@ def _listed(path: Path, field: str, key: str) -> list[object]:
     if not isinstance(listed, list):
         raise DataError(f"{path}: found no list {field}; expected what save_to_disk writes: copy the folder again")
     return listed
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"; its folder {path.parent} does not exist either"
-    by_stem = {entry.name.partition(".")[0]: entry for entry in path.parent.iterdir()}
-    close = nearest(path.name.partition(".")[0], by_stem)
-    found = " or ".join(str(path.parent / by_stem[stem].name) for stem in close)
-    return f"; did you mean {found}?" if found else f"; the folder is {path.parent.resolve()}"

@@ -9,6 +9,7 @@ import torch
 
 from qlora_train.architectures import Architecture
 from qlora_train.errors import ConfigError
+from qlora_train.preflight import FLASH_ATTENTION, missing_attention
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +56,19 @@ def choose_attention(
         kernels: what Transformers has for the architecture.
 
     Raises:
-        ConfigError: sdpa is asked for where it computes something else than the architecture means.
+        ConfigError: sdpa is asked for where it computes something else than the architecture means, or a kernel whose
+            package or GPU is not there.
     """
     if setting == "sdpa" and architecture.attention_reason:
         raise ConfigError(
             f"model.attn_implementation: sdpa is wrong for {architecture.model_type}: {architecture.attention_reason}; "
             f"use auto or {architecture.attention}"
+        )
+    if problem := missing_attention(setting):
+        raise ConfigError(problem)
+    if setting in FLASH_ATTENTION and device.type == "cpu":
+        raise ConfigError(
+            f"model.attn_implementation: {setting} needs a GPU, and this process has none; use auto or sdpa"
         )
     if setting != "auto":
         name, reason = str(setting), "set in the config"

@@ -20,6 +20,7 @@ from qlora_train.errors import ModelError
 from qlora_train.loader.gguf import convert_gguf
 from qlora_train.loader.pickled import convert_pickled, is_pickled
 from qlora_train.loader.remote_code import check_trusted_code
+from qlora_train.preflight import missing_base
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
     if path.is_dir():
         source = BaseSource(path, path.resolve().name, None, _read_config(path, model.model_name_or_path))
     else:
-        _refuse_missing_path(model.model_name_or_path)
+        if problem := missing_base(model.model_name_or_path):
+            raise ModelError(f"model.model_name_or_path: {problem}")
         source = _download(model, weights=weights)
     if (weights or source.revision is None) and is_pickled(source.folder):
         where = f"model.model_name_or_path: {model.model_name_or_path}"
@@ -105,16 +107,6 @@ def _read_config(folder: Path, asked: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"model.model_name_or_path: {asked}: config.json holds no mapping")
     return content
-
-
-def _refuse_missing_path(name: str) -> None:
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
-    if looks_local or Path(name).exists():
-        found = "is a file" if Path(name).is_file() else "does not exist"
-        raise ModelError(
-            f"model.model_name_or_path: {name} {found}; give a folder with config.json and safetensors, a .gguf file, "
-            "or a Hub id such as meta-llama/Llama-2-7b-hf"
-        )
 
 
 def _download(model: ModelSection, *, weights: bool) -> BaseSource:

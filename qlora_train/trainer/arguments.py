@@ -1,17 +1,13 @@
 """The config's train section as TRL's arguments; what they do not decide (data, loss, saving) is switched off there."""
 
-import importlib.util
 import logging
-from collections.abc import Sequence
 
 import torch
 from trl import SFTConfig
 
-from qlora_train import network
 from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
-from qlora_train.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -70,28 +66,6 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
         eval_strategy="no",
         save_strategy="no",
     )
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that are not installed, or would leave this machine offline, before anything is loaded.
-
-    Raises:
-        ConfigError: one line a tracker.
-    """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            [f"run.report_to: {name} is not installed; run: pip install {name}, or drop it" for name in missing]
-        )
-    remote = {name: variable for name in names if (variable := network.remote_tracker(name))}
-    if network.is_offline() and remote:
-        raise ConfigError(
-            [
-                f"run.report_to: {name} would be told over the network ({variable}), and offline nothing is; unset "
-                f"{variable}, or drop {name}"
-                for name, variable in remote.items()
-            ]
-        )
 
 
 def choose_optimizer(setting: str, *, on_gpu: bool) -> str:
