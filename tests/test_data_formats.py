@@ -110,8 +110,8 @@ def test_an_unknown_renaming_is_refused_with_the_allowed_names() -> None:
     with pytest.raises(ConfigError) as caught:
         check_renames("question_answer", {"prompt": "q"})
     assert str(caught.value) == (
-        "data.columns: 'prompt' is not a column of the format question_answer; allowed: question, answer, context, system "
-        "(the format's name comes first, then the file's)"
+        "data.columns: 'prompt' is not a column of the format question_answer; allowed: question, answer, context, tools, "
+        "system, chat_template_kwargs (the format's name comes first, then the file's)"
     )
     with pytest.raises(
         ConfigError, match=r"^data.train.columns: 'x' is not .* auto; allowed: messages, tools, system, "
@@ -175,6 +175,178 @@ def test_prompt_and_completion_lists_are_one_conversation_with_loss_on_the_compl
     assert (list(row.messages or ()), row.loss_from, row.tools) == (turns, 3, (WEATHER,))
 
 
+def test_a_system_column_stands_before_a_prompt_of_turns_and_leaves_the_completion_as_it_is() -> None:
+    row = read({"prompt": chat("a", "b", "c"), "completion": [HELLO], "system": "In French."})
+    expected = [{"role": "system", "content": "In French."}, *chat("a", "b", "c"), HELLO]
+    assert (list(row.messages or ()), row.loss_from) == (expected, 4)
+
+
+@pytest.mark.parametrize("column", ["tools", "system", "chat_template_kwargs"])
+def test_what_only_a_chat_template_can_say_is_refused_beside_plain_text_and_read_as_its_message_advises(
+    column: str,
+) -> None:
+    said: dict[str, Any] = {
+        "tools": [WEATHER],
+        "system": "In French.",
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    values = {"prompt": "hi", "completion": "hello", column: said[column]}
+    assert reason_of(values) == (
+        f"{column} beside a prompt that is a string, to which no chat template is applied; data.columns: {{question: "
+        "prompt, answer: completion} makes turns of it"
+    )
+    row = read(values, {"question": "prompt", "answer": "completion"})
+    assert [turn["content"] for turn in row.messages or ()][-2:] == ["hi", "hello"]
+    assert (list(row.tools), row.chat_template_kwargs, (row.messages or ())[0]["content"]) == (
+        [WEATHER] if column == "tools" else [], said[column] if column == "chat_template_kwargs" else {},
+        "In French." if column == "system" else "hi",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [{"enable_thinking": False, "unused": None}, '{"enable_thinking": false}'])
+@pytest.mark.parametrize("name", ["messages", "conversations", "alpaca", "question_answer"])
+def test_variables_of_the_chat_template_are_read_with_every_conversation(name: str, value: Any) -> None:
+    assert read(ROWS[name] | {"chat_template_kwargs": value}).chat_template_kwargs == {"enable_thinking": False}
+    assert read(ROWS[name] | {"chat_template_kwargs": None}) == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations", "prompt_completion", "alpaca", "question_answer"])
+def test_an_answer_that_is_not_wanted_is_refused_and_one_that_is_noted(name: str) -> None:
+    for column in ("label", "kto_tag"):
+        for value in (False, "false", "False"):
+            assert reason_of(ROWS[name] | {column: value}) == (
+                f"{column} is false: training would teach an answer that is not wanted; there is no preference training: "
+                "keep rows whose label is true only"
+            )
+        for value in (True, "True"):
+            assert read(ROWS[name] | {column: value}).notes == (
+                f"{column} is true, and the row is trained as any other (there is no preference training)",
+            )
+
+
+@pytest.mark.parametrize("column", ["image", "images", "video", "videos", "audio"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_about_what_is_not_seen_is_refused(name: str, column: str) -> None:
+    for value in ("a.png", ["a.png"], [{"bytes": b"x", "path": None}]):
+        assert reason_of(ROWS[name] | {column: value}) == (
+            f"the column {column} holds what a text model does not see; leave the row out, or the column where no answer "
+            "depends on it"
+        )
+    for nothing in (None, "", []):
+        assert read(ROWS[name] | {column: nothing}) == EXPECTED[name]
+
+
+OF_TURNS = {
+    "system_prompt": "data.columns: {system: system_prompt} makes it the system turn",
+    "functions": "data.columns: {tools: functions} gives it to the chat template",
+    "rejected": "preference pairs have no training of their own here",
+    "documents": "answers may depend on it",
+    "rationale": "reasoning is read in a turn, as reasoning_content",
+    "weight": "rows of a source weigh the same",
+}
+
+
+@pytest.mark.parametrize("column", OF_TURNS)
+def test_a_column_that_may_matter_is_noted_where_a_row_fills_it(column: str) -> None:
+    row = read(ROWS["messages"] | {column: "x", "id": "7", "source": "y"})
+    assert row.notes == (f"the column {column} is not used: {OF_TURNS[column]}",)
+    assert read(ROWS["text"] | {column: "x"}).notes == (f"the column {column} is not used",)
+    assert read(ROWS["messages"] | {column: ""}).notes == ()
+    assert read({"messages": [HI, HELLO], "answers": [1]} | {column: ""}, {"system": column}).notes == ()
+
+
+PREFERENCE = (
+    "; these are preference pairs, which no training here uses; to train on the chosen answers and nothing else, "
+)
+TURNS = "reads them as a user and an assistant turn"
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "Dolly": (
+        {"instruction": "What?", "context": "It is so.", "response": "So.", "category": "qa"},
+        {"output": "response", "input": "context"},
+    ),
+    "query and response": ({"query": "What?", "response": "So."}, {"question": "query", "answer": "response"}),
+    "ms-swift": (
+        {"query": "What?", "response": "So.", "history": [["Which?", "This."]], "system": "Be brief."},
+        {"instruction": "query", "output": "response"},
+    ),
+    "input and output": ({"input": "What?", "output": "So."}, {"question": "input", "answer": "output"}),
+    "OpenOrca": (
+        {"id": "1", "system_prompt": "Be brief.", "question": "What?", "response": "So."},
+        {"answer": "response", "system": "system_prompt"},
+    ),
+    "problem and solution": ({"problem": "What?", "solution": "So."}, {"question": "problem", "answer": "solution"}),
+    "prompt and response": ({"prompt": "What?", "response": "So."}, {"question": "prompt", "answer": "response"}),
+}
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "strings": (
+        {"prompt": "What?", "chosen": "So.", "rejected": "No."},
+        {"question": "prompt", "answer": "chosen"},
+    ),
+    "Orca": (
+        {"system": "Be brief.", "question": "What?", "chosen": "So.", "rejected": "No."},
+        {"answer": "chosen"},
+    ),
+    "dialogues as text": ({"chosen": "Human: a\n\nAssistant: So.", "rejected": "No."}, {"text": "chosen"}),
+    "conversations": ({"chosen": chat("What?", "So."), "rejected": chat("What?", "No.")}, {"messages": "chosen"}),
+    "conversations and their prompt": (
+        {"prompt": "What?", "chosen": chat("What?", "So."), "rejected": chat("What?", "No."), "score_chosen": 9.0},
+        {"messages": "chosen"},
+    ),
+    "turns behind a prompt": (
+        {"prompt": chat("What?"), "chosen": chat("What?", "So.")[1:], "rejected": chat("What?", "No.")[1:]},
+        {"completion": "chosen"},
+    ),
+    "ShareGPT": (
+        {"chosen": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "So."}], "rejected": []},
+        {"conversations": "chosen"},
+    ),
+}
+
+
+def text_of(row: Row) -> str:
+    turns = "\n".join(turn["content"] for turn in row.messages or ())
+    return f"{turns}{row.prompt or ''}{row.text or ''}"
+
+
+def shown(columns: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{column}: {name}" for column, name in columns.items()) + "}"
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *PAIRS])
+def test_known_shapes_are_answered_with_renames_that_read_all_of_them(name: str) -> None:
+    values, columns = (SHAPES | PAIRS)[name]
+    with pytest.raises(DataError) as caught:
+        read(values)
+    advice = f"set data.columns: {shown(columns)}" if name in PAIRS else f"; data.columns: {shown(columns)} {TURNS}"
+    assert str(caught.value).endswith((PREFERENCE if name in PAIRS else "") + advice)
+    row = read(values, columns)
+    texts = ["It is so.", "Be brief.", "This.", "What?", "So."]
+    said = [text for text in texts if text in json.dumps(values)]
+    assert all(text in text_of(row) for text in said)
+    assert "No." not in text_of(row)
+    noted = [note.split(" is not used")[0] for note in row.notes]
+    assert noted == (["the column rejected"] if name in PAIRS and values["rejected"] else [])
+
+
+def test_the_shape_of_gsm8k_is_read_as_it_is() -> None:
+    assert turns_of({"question": "What?", "answer": "1 + 1 = 2\n#### 2"}) == chat("What?", "1 + 1 = 2\n#### 2")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"context": "a", "title": "b"}, {"input": "a"}, {"inputs": "a", "labels": "b"}, {"message": "a"},
+        {"question": "a", "context": "b", "answers": {"text": ["c"]}}, {"prompt": "a"}, {"Prompts": "a", "answer": "b"},
+        {"instruction": "a", "question": "b", "response": "c"}, {"question": "a", "response": "b", "output": "c"},
+    ],
+)  # fmt: skip
+def test_no_rename_is_advised_that_would_lose_half_of_a_row_or_read_another_thing(values: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=r"; rename with data.columns, e.g. \{prompt: request, completion: reply\}$"):
+        read(values)
+    with pytest.raises(DataError, match=r"is missing; found [a-zA-Z, ]+$"):
+        RowReader("text", {}).read(Record("a.jsonl:1", values))
+
+
 ALPACA: list[tuple[dict[str, Any], list[str]]] = [
     ({"instruction": "add", "input": "1 2", "output": "3"}, ["add\n\n1 2", "3"]),
     ({"instruction": "greet", "input": "", "output": "hi"}, ["greet", "hi"]),
@@ -210,7 +382,16 @@ OTHERS = [
     ({"prompt": [HI, HELLO], "completion": [HI]}, "the conversation ends with a user turn, expected an assistant turn"),
     (
         {"prompt": "a", "completion": "b", "tools": [WEATHER]},
-        "tools stand beside a prompt that is a string, where no chat template can print them",
+        "tools beside a prompt that is a string, to which no chat template is applied; data.columns: {question: prompt, "
+        "answer: completion} makes turns of it",
+    ),
+    (
+        {"messages": [HI, HELLO], "chat_template_kwargs": [1]},
+        "chat_template_kwargs is a list, expected an object",
+    ),
+    (
+        {"messages": [HI, HELLO], "chat_template_kwargs": {"tokenize": True, "enable_thinking": False}},
+        "chat_template_kwargs sets tokenize, expected variables of the chat template only",
     ),
     ({"instruction": None, "output": "a"}, "instruction is null, expected a string"),
     ({"instruction": "a", "output": ""}, "empty assistant turn"),

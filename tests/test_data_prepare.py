@@ -80,6 +80,31 @@ def test_the_system_prompt_that_rows_share_is_found_in_any_format(tmp_path: Path
     assert prepare(train=files[2], streaming=streaming).report.system_prompt is None
 
 
+def test_columns_that_may_matter_are_warned_of_with_their_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": chat("hi"), "completion": chat("", f"hello {i}")[1:], "label": True, "id": i} for i in range(7)]
+    rows[3]["context"] = "It was Tuesday."
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    for is_cached in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "qlora_train"):
+            prepared = prepare(train=file, cache_dir=str(tmp_path / "cache"))
+        assert cached(prepared) == [is_cached]
+        places = ", ".join(f"{file}:{line}" for line in range(1, 6))
+        assert [record.getMessage() for record in caplog.records] == [
+            "data.train: 7 rows: label is true, and the row is trained as any other (there is no preference training) "
+            f"({places} and 2 more)",
+            f"data.train: 1 rows: the column context is not used: answers may depend on it ({file}:4)",
+        ]
+
+
+def test_rows_with_other_template_variables_are_other_rows(tmp_path: Path) -> None:
+    rows = [{"messages": chat("hi", "hello"), "chat_template_kwargs": {"enable_thinking": on}} for on in (True, False)]
+    file = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0]])
+    assert len(prepare(train=file, deduplicate=True).train) == 2
+
+
 def test_a_reason_is_one_short_line_whatever_the_row_says(tmp_path: Path) -> None:
     turns = [{"role": "hu\nman" + "x" * 5000, "content": "hi"}]
     rows = [{"messages": turns}, *({"messages": [{"role": f"r{i}", "content": "hi"}]} for i in range(30))]

@@ -3,29 +3,31 @@
 ======================  ==============================================================================================
 format                  columns (those in brackets may be missing)
 ======================  ==============================================================================================
-`messages`              messages, a list of {role, content, ...} (tools, system)
-`conversations`         conversations, a list of {from, value} or {role, content} (tools, system)
-`prompt_completion`     prompt and completion: two strings, joined as they are, or two lists of messages (tools)
-`alpaca`                instruction, output: one user and one assistant turn (input, system, history)
-`question_answer`       question, answer: one user and one assistant turn (context, system)
+`messages`              messages, a list of {role, content, ...} (*)
+`conversations`         conversations, a list of {from, value} or {role, content} (*)
+`prompt_completion`     prompt and completion: two strings, joined as they are, or two lists of messages (*)
+`alpaca`                instruction, output: one user and one assistant turn (input, history, *)
+`question_answer`       question, answer: one user and one assistant turn (context, *)
 `text`                  text
 `tokens`                input_ids (labels, attention_mask, position_ids, loss_mask, completion_mask, assistant_masks)
 ======================  ==============================================================================================
 
-`input` follows the instruction, `context` stands before the question, each with a blank line between. `system` is the
-first turn. `history` is a list of [question, answer], earlier turns that are learnt as all are. The columns decide which
-format it is; where they fit several the file is refused, because a guess would train on the wrong half.
+(*) is tools, system, chat_template_kwargs: functions, the first turn, and variables for the chat template. `input` follows
+the instruction, `context` stands before the question, each with a blank line between. `history` is a list of [question,
+answer], earlier turns that are trained too. The columns decide which format it is; where they fit several the file
+is refused, because a guess would train on the wrong half.
 
 A missing column is an error at once: every row has it. A value that cannot be used makes its row unusable, with a
 reason that does not quote the row, so that equal reasons can be counted.
 """
 
-import difflib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora_train.data.column_hints import misspelled, rename_hint
+from qlora_train.data.other_columns import check_other_columns, other_columns
 from qlora_train.data.readers.table import listed
 from qlora_train.data.rows import (
     from_alpaca,
@@ -73,12 +75,13 @@ class Format:
         return any(columns.get(column) in record.values for column in self.columns)
 
 
+OF_CONVERSATIONS = ("tools", "system", "chat_template_kwargs")
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("tools", "system"), from_messages),
-    "conversations": Format(("conversations",), ("tools", "system"), from_conversations),
-    "prompt_completion": Format(("prompt", "completion"), ("tools",), from_prompt_completion),
-    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), from_alpaca),
-    "question_answer": Format(("question", "answer"), ("context", "system"), from_question_answer),
+    "messages": Format(("messages",), OF_CONVERSATIONS, from_messages),
+    "conversations": Format(("conversations",), OF_CONVERSATIONS, from_conversations),
+    "prompt_completion": Format(("prompt", "completion"), OF_CONVERSATIONS, from_prompt_completion),
+    "alpaca": Format(("instruction", "output"), ("input", "history", *OF_CONVERSATIONS), from_alpaca),
+    "question_answer": Format(("question", "answer"), ("context", *OF_CONVERSATIONS), from_question_answer),
     "text": Format(("text",), (), from_text),
     "tokens": Format(("input_ids",), ("labels", "attention_mask", "position_ids", *MASKS), read_token_row),
 }
@@ -99,6 +102,8 @@ class RowReader:
         self.name = name
         self._format = FORMATS[name]
         self._columns = tuple(self._format.files_columns(columns).items())
+        self._others = other_columns(self._format.files_columns(columns).values())
+        self._has_answers = self._format.required not in (("text",), ("input_ids",))
         self.unseen = {column: columns[column] for column in self._format.columns if column in columns}
 
     def read(self, record: Record) -> Row:
@@ -115,12 +120,16 @@ class RowReader:
         for column in self._format.required:
             if column not in values:
                 raise self._missing(record, column)
-        return self._format.to_row(record.where, values)
+        notes = check_other_columns(found, self._others, has_answers=self._has_answers)
+        row = self._format.to_row(record.where, values)
+        return replace(row, notes=notes) if notes else row
 
     def _missing(self, record: Record, column: str) -> DataError:
         in_file = dict(self._columns).get(column, column)
-        nearest = difflib.get_close_matches(in_file, record.values, n=1)
-        hint = f"; did you mean data.columns: {{{column}: {listed(nearest)}}}?" if nearest else ""
+        in_files = {file: column for column, file in self._columns}
+        seen = {in_files.get(name, name): value for name, value in record.values.items()}
+        nearest = misspelled(seen, self._format.required).get(column)
+        hint = f"; did you mean data.columns: {{{column}: {listed([nearest])}}}?" if nearest else ""
         return DataError(
             f"{record.where}: the column {in_file} of the format {self.name} is missing; found "
             f"{listed(list(record.values)) or 'none'}{hint}"
@@ -188,17 +197,11 @@ def _recognised(record: Record, columns: Mapping[str, str]) -> str:
         raise DataError(
             f"{record.where}: the columns {found} fit {' and '.join(fitting)}; set data.format to the one that is meant"
         )
-    needs = ", or ".join(" + ".join(it.required) for it in FORMATS.values())
-    raise DataError(f"{record.where}: found the columns {found}; expected {needs}{_rename_hint(record)}")
-
-
-def _rename_hint(record: Record) -> str:
-    wanted = [column for it in FORMATS.values() for column in it.required]
-    for column in record.values:
-        nearest = difflib.get_close_matches(column.lower(), wanted, n=1)
-        if nearest and nearest[0] not in record.values:
-            return f"; rename with data.columns: {{{nearest[0]}: {listed([column])}}}"
-    return "; rename with data.columns, e.g. {prompt: request, completion: reply}"
+    required = [it.required for it in FORMATS.values()]
+    needs = ", or ".join(" + ".join(columns) for columns in required)
+    raise DataError(
+        f"{record.where}: found the columns {found}; expected {needs}{rename_hint(record.values, required)}"
+    )
 
 
 def _log_recognised(record: Record, name: str, columns: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from qlora_train.data.conversation import check_turns, read_turns
 from qlora_train.data.readers import kind_of
 from qlora_train.data.sharegpt import as_openai
-from qlora_train.data.tools import read_tools
+from qlora_train.data.tools import read_chat_template_kwargs, read_tools
 from qlora_train.data.types import Message, Row, UnusableRowError
 from qlora_train.data.values import NOTHING, read_said, read_string
 
@@ -43,8 +43,12 @@ def from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
     text = read_string(completion, "completion")
     if not text.strip():
         raise UnusableRowError("completion is empty")
-    if values.get("tools") not in NOTHING:
-        raise UnusableRowError("tools stand beside a prompt that is a string, where no chat template can print them")
+    for column in ("tools", "system", "chat_template_kwargs"):
+        if values.get(column) not in NOTHING:
+            raise UnusableRowError(
+                f"{column} beside a prompt that is a string, to which no chat template is applied; data.columns: "
+                "{question: prompt, answer: completion} makes turns of it"
+            )
     return Row(where, text=text, prompt=read_string(prompt, "prompt"))
 
 
@@ -85,8 +89,16 @@ def _conversation(
             raise UnusableRowError("the column system and the first turn are two different system prompts")
         turns.insert(0, {"role": "system", "content": system})
         untrained = [index + 1 for index in untrained]
+        loss_from += loss_from > 0
     check_turns(turns)
-    return Row(where, messages=tuple(turns), loss_from=loss_from, untrained=frozenset(untrained), tools=tools)
+    return Row(
+        where,
+        messages=tuple(turns),
+        loss_from=loss_from,
+        untrained=frozenset(untrained),
+        tools=tools,
+        chat_template_kwargs=read_chat_template_kwargs(values.get("chat_template_kwargs")),
+    )
 
 
 def _joined(first: str | None, second: str | None) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ def content_digest(row: Row) -> bytes:
     said: list[object] = [row.messages, row.prompt, row.text, row.loss_from]
     if row.untrained or row.tools or row.input_ids:  # what most rows have not would only lengthen them
         said += [sorted(row.untrained), row.tools, row.input_ids, row.loss_mask]
+    if row.chat_template_kwargs:
+        said.append(row.chat_template_kwargs)
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:16]
 
 
@@ -115,6 +117,8 @@ class ChunkTokenizer:
 
     def _examples_of(self, row: Row) -> list[Example]:
         example = self._renderer.render(row)
+        if row.notes:
+            example = replace(example, notes=(*row.notes, *example.notes))
         if example.input_ids.max() >= self._vocabulary_size:
             raise UnusableRowError(f"a token id beyond the model's vocabulary ({self._vocabulary_size} tokens)")
         return fit(example, max_length=self._data.max_length, too_long=self._data.too_long, bos=self._bos)

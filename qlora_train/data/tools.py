@@ -16,6 +16,12 @@ from qlora_train.data.values import NOTHING, read_json, read_string
 CALL_FIELDS = ("id", "type", "function", "index")
 """Fields of a call; `index` is its place in the list, which the list says already."""
 FUNCTION_FIELDS = ("name", "arguments")
+OWN_VARIABLES = frozenset((
+    "messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+))  # fmt: skip
+"""Arguments of `apply_chat_template` that are not the row's to set."""
 
 
 def with_text_arguments(turns: Sequence[Message]) -> list[Message]:
@@ -59,6 +65,21 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(tools, list):
         raise UnusableRowError(f"tools is {kind_of(tools)}, expected a list of functions")
     return tuple(_read_tool(tool) for tool in tools)
+
+
+def read_chat_template_kwargs(value: Any) -> dict[str, Any]:
+    """Return the column `chat_template_kwargs`, an object or a string with its JSON; {} for nothing.
+
+    Raises:
+        UnusableRowError: it is something else, or sets what the program sets.
+    """
+    kwargs = read_json(value, "chat_template_kwargs") if value not in NOTHING else {}
+    if not isinstance(kwargs, dict):
+        raise UnusableRowError(f"chat_template_kwargs is {kind_of(kwargs)}, expected an object")
+    own = OWN_VARIABLES.intersection(kwargs)
+    if own:
+        raise UnusableRowError(f"chat_template_kwargs sets {min(own)}, expected variables of the chat template only")
+    return kwargs
 
 
 def _read_tool(tool: Any) -> dict[str, Any]:
