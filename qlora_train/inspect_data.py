@@ -11,6 +11,7 @@ from qlora_train.data.segments import render_rows
 from qlora_train.data.stream import RowStream
 from qlora_train.loader import BaseSource, load_tokenizer, resolve_base
 from qlora_train.loader.model import model_config
+from qlora_train.loader.tokenizer import num_embeddings
 
 
 def inspect(config: RunConfig, *, num_shown: int) -> PreparedData:
@@ -45,9 +46,7 @@ def data_of(config: RunConfig, described: BaseSource, *, date: datetime.date) ->
     check_max_length(described.config, architecture, config.data.max_length, config.model.rope_scaling)
     if config.data.packing:
         check_packing(architecture)
-    num_embeddings = int(model_config(described, config.model).get_text_config().vocab_size)
     tokenizer = load_tokenizer(described, config.model)
-    # the loader grows the embedding when the tokenizer has more tokens
-    vocabulary_size = max(num_embeddings, len(tokenizer))
+    vocabulary_size = num_embeddings(tokenizer, model_config(described, config.model), config.model)
     data = prepare_data(config.data, tokenizer, config.run.seed, date=date, vocabulary_size=vocabulary_size)
     return data, tokenizer

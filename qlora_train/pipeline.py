@@ -40,7 +40,7 @@ from qlora_train.finished import commit_of, date_of
 from qlora_train.inspect_data import data_of
 from qlora_train.loader import BaseSource, LoadedModel, load_model, resolve_base
 from qlora_train.loader.model import auto_class_of
-from qlora_train.loader.tokenizer import save_tokenizer
+from qlora_train.loader.tokenizer import check_can_be_saved, save_tokenizer
 from qlora_train.preflight import check_machine
 from qlora_train.report import EvalSettings, evaluate_run
 from qlora_train.trainer import train
@@ -201,7 +201,9 @@ def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedD
     check_target_modules(detect(described.config), config.lora.target_modules)
     if config.export.merge:
         check_mergeable(described.config, config)
-    data, _ = data_of(config, described, date=date_of(folder))
+    data, tokenizer = data_of(config, described, date=date_of(folder))
+    if config.export.merge:
+        check_can_be_saved(tokenizer, described.folder, trust_remote_code=config.model.trust_remote_code)
     return (described if described.revision is None else resolve_base(model)), data
 
 
@@ -265,7 +267,7 @@ def write_adapter(
     with durable.staged_folder(folder.adapter, about) as staging:
         # "auto" guesses offline that resized embeddings were not modified; new rows are saved by their own tensors
         adapted.model.save_pretrained(str(staging), save_embedding_layers=False)
-        save_tokenizer(adapted.loaded.tokenizer, staging)
+        save_tokenizer(adapted.loaded.tokenizer, staging, trust_remote_code=config.model.trust_remote_code)
         clean_adapter_config(staging, source.name, source.revision)
         write_card(
             staging,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 PAD, TURN_START, TURN_END, TEXT_END = "<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 CHATML = (
@@ -208,5 +208,13 @@ def build_pico(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    save_pico_tokenizer(folder)
     return folder
+
+
+def save_pico_tokenizer(folder: Path) -> None:
+    """Save the tokenizer beside a config, as the class that Transformers insists on for some model types (Qwen 2)."""
+    build_tokenizer().save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if type(tokenizer) is not PreTrainedTokenizerFast:
+        tokenizer.save_pretrained(folder)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
-from tests.pico import COMMON, FAMILIES, STD, build_tokenizer
+from tests.pico import COMMON, FAMILIES, STD, save_pico_tokenizer
 
 _TEXT: dict[str, Any] = {**COMMON, "head_dim": 16}
 _SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
@@ -106,6 +106,6 @@ def build_whole(folder: Path, model_type: str) -> Path:
         torch.manual_seed(0)
         model = AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    save_pico_tokenizer(folder)
     (folder / "preprocessor_config.json").write_text('{"do_resize": true}\n', encoding="utf-8")
     return folder

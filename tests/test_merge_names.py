@@ -24,7 +24,7 @@ from tests.merging import (
     tensor_shapes,
     with_tensors,
 )
-from tests.pico import COMMON, STD, build_tokenizer
+from tests.pico import COMMON, STD, save_pico_tokenizer
 
 GPT2 = {"n_inner": 128, "n_positions": 256}
 
@@ -80,7 +80,7 @@ def build_several_towers(folder: Path, model_type: str, text: dict[str, Any], vi
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=STD)
     model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    save_pico_tokenizer(folder)
     return folder
 
 

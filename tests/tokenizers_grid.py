@@ -25,7 +25,8 @@ TEXTS = (
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _CL100K.replace("{1,3}", "")
 
@@ -66,8 +67,11 @@ SPLIT_RULES: dict[str, Callable[[], Tokenizer]] = {
     "digits": lambda: _byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(True), _split(_GPT2)])),
     "prepend": lambda: _sentencepiece(_spaces(normalizers.Prepend("\u2581"))),
     "first": lambda: _sentencepiece(None, pre_tokenizers.Metaspace("\u2581", prepend_scheme="first", split=False)),
+    "always": lambda: _sentencepiece(None, pre_tokenizers.Metaspace("\u2581", prepend_scheme="always", split=False)),
     "never": lambda: _sentencepiece(_spaces()),
-    "gemma": lambda: _sentencepiece(normalizers.Replace(" ", "\u2581"), pre_tokenizers.Split(" ", "merged_with_previous")),
+    "gemma": lambda: _sentencepiece(
+        normalizers.Replace(" ", "\u2581"), pre_tokenizers.Split(" ", "merged_with_previous")
+    ),
 }
 """What the file does with a text, by the tokenizer that is known for it."""
 PAIRS: tuple[tuple[str, str], ...] = (

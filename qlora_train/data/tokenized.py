@@ -20,6 +20,7 @@ from qlora_train.data.readers import Chunk
 from qlora_train.data.store import ROW, TokenizedChunk, token_dtype
 from qlora_train.data.template import Renderer
 from qlora_train.data.types import Example, Message, Record, Row, Tally, UnusableRowError
+from qlora_train.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class ChunkTokenizer:
     ) -> None:
         self._renderer = Renderer(tokenizer, loss_on=data.loss_on, date=date)
         self._data, self._format, self._columns, self._kept = data, format_name, columns, kept
-        self._vocabulary_size, self._bos = vocabulary_size, tokenizer.bos_token_id
+        self._vocabulary_size, self._tokenizer, self._bos = vocabulary_size, tokenizer, tokenizer.bos_token_id
 
     def __call__(self, numbered: tuple[int, bool, Chunk]) -> TokenizedChunk:
         """Tokenise a chunk of the file with this number; the flag says whether it is the file's first.
@@ -119,9 +120,21 @@ class ChunkTokenizer:
         example = self._renderer.render(row)
         if row.notes:
             example = replace(example, notes=(*row.notes, *example.notes))
-        if example.input_ids.max() >= self._vocabulary_size:
-            raise UnusableRowError(f"a token id beyond the model's vocabulary ({self._vocabulary_size} tokens)")
+        self._check_ids(row, example)
         return fit(example, max_length=self._data.max_length, too_long=self._data.too_long, bos=self._bos)
+
+    def _check_ids(self, row: Row, example: Example) -> None:
+        beyond = sorted(set(example.input_ids[example.input_ids >= self._vocabulary_size].tolist()))
+        if not beyond:
+            return
+        if row.input_ids is not None:
+            raise UnusableRowError(f"a token id beyond the model's vocabulary ({self._vocabulary_size} tokens)")
+        tokens = self._tokenizer.convert_ids_to_tokens(beyond)
+        raise DataError(
+            f"{row.where}: tokens of the tokenizer that the model's embedding has no rows for ({self._vocabulary_size} "
+            f"rows): {', '.join(f'{token!r} ({i})' for token, i in zip(tokens, beyond, strict=True))}; learn them with "
+            f"model.new_tokens: {tokens!r}, or give the base that this tokenizer belongs to"
+        )
 
 
 class Collected:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from qlora_train.errors import MergeError, first_line
+from qlora_train.errors import MergeError, ModelError, first_line
 from qlora_train.evaluate import answer_ends
+from qlora_train.loader.tokenizer_files import READ_ERRORS, as_file_says, check_reloads
 
 GENERATION_CONFIG = "generation_config.json"
 SENTENCEPIECE = "tokenizer.model"
+NAMED_TEMPLATES = "additional_chat_templates"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", SENTENCEPIECE, "spiece.model", "chat_template.jinja", "chat_template.json",
@@ -58,28 +60,22 @@ def write_companions(
     for file in (base_folder / name for name in _PROCESSOR_FILES):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
-    tokenizer = None
-    if _copy_tokenizer(base_folder, adapter_folder, folder):
-        tokenizer = _load_tokenizer(folder, config, trust_remote_code)
+    tokenizer = _copy_tokenizer(base_folder, adapter_folder, folder, config, trust_remote_code)
     generation = _generation_settings(adapter_folder, base_folder)
     special = _special_ids(tokenizer, text, generation)
     for key, value in special.items():
         setattr(text, key, value)
         setattr(config, key, value)
     config.save_pretrained(folder)
+    if tokenizer is not None:
+        try:
+            check_reloads(tokenizer, folder, trust_remote_code=trust_remote_code)
+        except ModelError as error:
+            raise MergeError(
+                f"from the merged folder {error}; use the adapter, or another version of Transformers"
+            ) from None
     content = json.dumps({**generation, **special}, indent=2, sort_keys=True)
     (folder / GENERATION_CONFIG).write_text(content + "\n", encoding="utf-8")
-
-
-def _load_tokenizer(folder: Path, config: Any, trust_remote_code: bool) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, config=config, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise MergeError(
-            f"the tokenizer of the adapter cannot be read: {first_line(error)}; restore its folder, or train again"
-        ) from error
 
 
 def _special_ids(tokenizer: Any, text_config: Any, generation: dict[str, Any]) -> dict[str, int | list[int]]:
@@ -103,18 +99,30 @@ def _special_ids(tokenizer: Any, text_config: Any, generation: dict[str, Any]) -
     return special
 
 
-def _copy_tokenizer(base_folder: Path, adapter_folder: Path, folder: Path) -> bool:
-    """Copy the tokenizer as a whole from one side; say whether there is one.
+def _copy_tokenizer(base_folder: Path, adapter_folder: Path, folder: Path, config: Any, trust_remote_code: bool) -> Any:
+    """Copy the tokenizer as a whole from one side, and return it as that side's files say; None without one.
 
     A fast tokenizer saves no copy of SentencePiece's file, without whose scores other programs split text differently.
     """
     source = adapter_folder if (adapter_folder / "tokenizer_config.json").is_file() else base_folder
     files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if files and not (source / SENTENCEPIECE).is_file() and (base_folder / SENTENCEPIECE).is_file():
+    if not files:
+        return None
+    if not (source / SENTENCEPIECE).is_file() and (base_folder / SENTENCEPIECE).is_file():
         files.append(base_folder / SENTENCEPIECE)
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    return bool(files)
+    if (source / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(source / NAMED_TEMPLATES, folder / NAMED_TEMPLATES)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        return as_file_says(tokenizer, source, str(source))
+    except READ_ERRORS as error:
+        raise MergeError(
+            f"the tokenizer of the adapter cannot be read: {first_line(error)}; restore its folder, or train again"
+        ) from error
 
 
 def _generation_settings(adapter_folder: Path, base_folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def modelfile(tokenizer: Any, *, model: str, adapter: str | None, adds_bos: bool
 
 
 def _template(tokenizer: Any, adds_bos: bool) -> list[str]:
-    jinja = str(tokenizer.chat_template or "")
+    jinja = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     today = datetime.date.today()
     try:
         joints, differences = find_joints(

@@ -4,7 +4,7 @@ Nothing is upcast: norms, embeddings and the output head stay in the compute dty
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class LoadedModel:
     compute_dtype: torch.dtype
     device: torch.device
     new_token_ids: tuple[int, ...]
-    """Ids of `model.new_tokens`: the rows of the embedding that are trained next to the adapter."""
+    """Rows of the embedding that are trained next to the adapter: those of `model.new_tokens`, and all added ones."""
     left_out: tuple[Tower, ...] = ()
     """Parts of a multimodal checkpoint that are not in `model`."""
 
@@ -95,8 +95,7 @@ def load_model(
     make_safe_for_training_after_eval(base)
     compute_odd_rows_rightly(base)
     _set_compute_dtype(base, dtype)
-    _fit_vocabulary(base, tokenizer)
-    new_token_ids = tuple(tokenizer.convert_tokens_to_ids(list(model.new_tokens)))
+    new_token_ids = _add_new_tokens(base, tokenizer, model.new_tokens) if model.new_tokens else ()
     census = take_census(base, output_heads(base))
     if not architecture.known:
         _report_unknown(base, architecture, census)
@@ -260,8 +259,14 @@ def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.compute_type_is_set = True
 
 
-def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Grow the embedding, and the head with it, when the tokenizer has more tokens than there are rows."""
+def _add_new_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str]
+) -> tuple[int, ...]:
+    """Grow embedding and head to the tokenizer's length; return the rows to train: the new tokens' and all added ones.
+
+    A tokenizer can have tokens of its own beyond the embedding. Their rows are trained too, since only trained rows are
+    in the adapter's file.
+    """
     num_rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > num_rows:
         with torch.random.fork_rng():
@@ -269,3 +274,4 @@ def _fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
             model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
         model.requires_grad_(False)
         logger.info("vocabulary: %d rows added, drawn around the others' mean", len(tokenizer) - num_rows)
+    return tuple(dict.fromkeys([*tokenizer.convert_tokens_to_ids(list(new_tokens)), *range(num_rows, len(tokenizer))]))

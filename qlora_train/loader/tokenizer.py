@@ -4,6 +4,9 @@ Needed before the model: the data is rendered, masked and checked first.
 """
 
 import logging
+import shutil
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_train.architectures import Architecture, default_chat_template, detect, max_positions
 from qlora_train.config import ModelSection
 from qlora_train.data.chat_templates import resolve_chat_template
-from qlora_train.errors import ModelError, first_line
+from qlora_train.errors import ConfigError, ModelError, first_line
 from qlora_train.loader.config_file import read_config
 from qlora_train.loader.remote_code import untrusted_code
 from qlora_train.loader.source import BaseSource
+from qlora_train.loader.tokenizer_files import as_file_says, check_reloads
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +34,8 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
         ModelError: no tokenizer, vocabulary or end-of-sequence token, or a chat template whose turn ends are not tokens.
         ConfigError: `model.chat_template` names nothing.
     """
-    read_config(source, trust_remote_code=model.trust_remote_code)  # AutoTokenizer would meet what is wrong with it
+    where = f"model.model_name_or_path: {source.name}"
+    config = read_config(source, trust_remote_code=model.trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=model.trust_remote_code, local_files_only=True
@@ -39,14 +44,14 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
         if "trust_remote_code" in str(error):
             raise untrusted_code(f"model.model_name_or_path: the tokenizer of {source.name}") from None
         raise ModelError(
-            f"model.model_name_or_path: {source.name} has no usable tokenizer: {type(error).__name__}: "
+            f"{where} has no usable tokenizer: {type(error).__name__}: "
             f"{first_line(error).rstrip('.')}; fetch tokenizer.json and tokenizer_config.json again"
         ) from None
     if tokenizer.vocab_size == 0:
         raise ModelError(
-            f"model.model_name_or_path: {source.name}: the tokenizer has no vocabulary beside its {len(tokenizer)} added "
-            "tokens; fetch tokenizer.json again"
+            f"{where}: the tokenizer has no vocabulary beside its {len(tokenizer)} added tokens; fetch tokenizer.json again"
         )
+    tokenizer = as_file_says(tokenizer, source.folder, where)
     if model.new_tokens:
         num_added = tokenizer.add_tokens(list(model.new_tokens))
         logger.info("tokenizer: %d of %d new tokens added", num_added, len(model.new_tokens))
@@ -55,7 +60,7 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
         _set_chat_template(tokenizer, model.chat_template)
     _repair_eos(tokenizer, source)
     _repair_chat_template(tokenizer, architecture)
-    _repair_pad(tokenizer)
+    _repair_pad(tokenizer, num_embeddings(tokenizer, config, model))
     _repair_length(tokenizer, source.config, architecture)
     return tokenizer
 
@@ -81,6 +86,11 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) ->
 
 def _repair_chat_template(tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> None:
     """Give a base model's tokenizer the turns of its family; its eos token stays, since rows may be plain text."""
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise ModelError(
+            f"model.model_name_or_path: the tokenizer has chat templates named {', '.join(tokenizer.chat_template)}, none "
+            "default; set model.chat_template"
+        )
     if tokenizer.chat_template is not None:
         return
     name = default_chat_template(architecture, tokenizer.get_vocab())
@@ -108,14 +118,28 @@ def _repair_eos(tokenizer: PreTrainedTokenizerBase, source: BaseSource) -> None:
     logger.info("tokenizer: eos token was missing, %r taken from config.json", tokenizer.eos_token)
 
 
-def _repair_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.pad_token_id is not None:
+def num_embeddings(tokenizer: PreTrainedTokenizerBase, config: Any, model: ModelSection) -> int:
+    """Return the rows of the trained model's embedding, which grows for `model.new_tokens` alone.
+
+    Args:
+        tokenizer: the result of `load_tokenizer`.
+        config: Transformers config of the base.
+        model: the config's model section.
+    """
+    num_rows = int(config.get_text_config().vocab_size)
+    return max(num_rows, len(tokenizer)) if model.new_tokens else num_rows
+
+
+def _repair_pad(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
+    pad, pad_id = tokenizer.pad_token, tokenizer.pad_token_id
+    if pad_id is not None and pad_id < num_rows:
         return
     vocabulary = tokenizer.get_vocab()
-    candidates = (token for token in _PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token)
-    tokenizer.pad_token = next(candidates, tokenizer.eos_token)
+    candidates = (token for token in _PAD_CANDIDATES if vocabulary.get(token, num_rows) < num_rows)
+    tokenizer.pad_token = next((token for token in candidates if token != tokenizer.eos_token), tokenizer.eos_token)
+    reason = "was missing" if pad_id is None else f"{pad!r} ({pad_id}) is beyond the embedding ({num_rows} rows)"
     logger.info(
-        "tokenizer: pad token was missing, %r is used (labels come from masks, not from it)", tokenizer.pad_token
+        "tokenizer: pad token %s, %r is used (labels come from masks, not from it)", reason, tokenizer.pad_token
     )
 
 
@@ -126,6 +150,31 @@ def _repair_length(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], a
         logger.info("tokenizer: model_max_length was unlimited, %d taken from config.json", positions)
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer with its chat template beside a model or an adapter."""
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Write the tokenizer with its chat templates beside a model or an adapter.
+
+    Raises:
+        ModelError: AutoTokenizer reloads it to other tokens.
+    """
     tokenizer.save_pretrained(folder)
+    check_reloads(tokenizer, folder, trust_remote_code=trust_remote_code)
+
+
+def check_can_be_saved(tokenizer: PreTrainedTokenizerBase, base_folder: Path, *, trust_remote_code: bool) -> None:
+    """Refuse, before anything is trained, a tokenizer that no merged folder could hold.
+
+    Raises:
+        ConfigError: AutoTokenizer reads it from a folder with this config.json as another one.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copyfile(base_folder / "config.json", folder / "config.json")
+        for code in base_folder.glob("*.py"):
+            shutil.copyfile(code, folder / code.name)
+        try:
+            save_tokenizer(tokenizer, folder, trust_remote_code=trust_remote_code)
+        except ModelError as error:
+            raise ConfigError(
+                f"export.merge: from a merged folder {error}; Transformers {version('transformers')} builds the tokenizer "
+                "of this model type by its class; set export.merge: false and use the adapter"
+            ) from None

@@ -7,7 +7,7 @@ and split rule are the class's own. Where these differ, the base was trained on 
 
 import json
 import logging
-import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qlora_train.errors import ModelError, first_line
-from qlora_train.loader.token_probes import TokenProbe, differences, hard_texts
+from qlora_train.loader.token_probes import TokenProbe, differences, encode, hard_texts
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +23,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 FILE_CLASS = "PreTrainedTokenizerFast"
 """The class that takes tokenizer.json as it is, by the name that Transformers 4 and 5 know."""
-_BPE_SETTINGS = (
-    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
-    "ignore_merges",
-)  # fmt: skip
+_BPE_SETTINGS = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError)
 """What Transformers raises for tokenizer files that it cannot read."""
 
@@ -46,26 +43,37 @@ def as_file_says(tokenizer: PreTrainedTokenizerBase, folder: Path, where: str) -
     if not tokenizer.is_fast or not path.is_file() or not type(tokenizer).__module__.startswith("transformers."):
         return tokenizer  # nothing to compare with, or the checkpoint's own code
     file = Tokenizer.from_file(str(path))
-    if _follows(tokenizer, file) and len(tokenizer) == file.get_vocab_size():
+    follows = _follows(tokenizer, file)
+    if follows and len(tokenizer) == file.get_vocab_size() and _have_equal_ids(tokenizer, file):
         return tokenizer
     exact = PreTrainedTokenizerFast.from_pretrained(
         folder, local_files_only=True, padding_side=tokenizer.padding_side,
         model_input_names=tokenizer.model_input_names,
     )  # fmt: skip
-    changed = [probe for text in hard_texts(exact) if (probe := TokenProbe.of(exact, text)).ids != _ids(file, text)]
-    declared = exact.get_vocab().keys() - file.get_vocab().keys()
-    wrong = [probe for probe in changed if not any(token in probe.text for token in declared)]
-    if wrong:
-        raise ModelError(
-            f"{where}: Transformers does not load {TOKENIZER} as it is: {wrong[0].text!r} is {list(_ids(file, wrong[0].text))} "
-            f"in the file and {list(wrong[0].ids)} as loaded; install another version of transformers"
-        )
-    others = differences(tokenizer, [TokenProbe.of(exact, text) for text in hard_texts(exact)], limit=1)
-    if not others and _follows(tokenizer, file) and len(tokenizer) == len(exact):
+    texts = hard_texts(exact)
+    _check_exact(exact, file, texts, where)
+    others = differences(tokenizer, [TokenProbe.of(exact, text) for text in texts], limit=1)
+    if not others and follows and len(tokenizer) == len(exact):
         return tokenizer
-    reason = f"{type(tokenizer).__name__} gives {others[0]}" if others else f"{type(tokenizer).__name__} changes it"
-    logger.info("tokenizer: %s as it is (%s)", TOKENIZER, reason)
+    reason = f"gives {others[0]}" if others else "changes it"
+    logger.info("tokenizer: %s as it is (%s %s)", TOKENIZER, type(tokenizer).__name__, reason)
     return exact
+
+
+def _check_exact(exact: PreTrainedTokenizerBase, file: Tokenizer, texts: list[str], where: str) -> None:
+    """Refuse a tokenizer that differs from its file, but for tokens that tokenizer_config.json adds."""
+    added = exact.get_vocab().keys() - file.get_vocab().keys()
+    for text in texts:
+        expected, actual = _ids(file, text), encode(exact, text)
+        if actual != expected and not any(token in text for token in added):
+            raise ModelError(
+                f"{where}: Transformers {version('transformers')} changes {TOKENIZER}: {text!r} becomes {list(actual)}, in "
+                f"the file {list(expected)}; install another version"
+            )
+
+
+def _have_equal_ids(tokenizer: PreTrainedTokenizerBase, file: Tokenizer) -> bool:
+    return all(encode(tokenizer, text) == _ids(file, text) for text in hard_texts(tokenizer))
 
 
 def _ids(file: Tokenizer, text: str) -> tuple[int, ...]:
@@ -81,7 +89,9 @@ def _follows(tokenizer: PreTrainedTokenizerBase, file: Tokenizer) -> bool:
         _state(backend.normalizer) == _state(file.normalizer)
         and _state(backend.pre_tokenizer) == _state(file.pre_tokenizer)
         and type(backend.model) is type(file.model)
-        and all(getattr(backend.model, name, None) == getattr(file.model, name, None) for name in _BPE_SETTINGS)
+        and all(
+            (getattr(backend.model, k, None) or None) == (getattr(file.model, k, None) or None) for k in _BPE_SETTINGS
+        )
     )
 
 
@@ -89,47 +99,33 @@ def _state(part: Any) -> bytes | None:
     return None if part is None else part.__getstate__()
 
 
-def save_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False
-) -> None:
-    """Write a tokenizer with its chat templates beside a model or an adapter; AutoTokenizer reloads it to the same tokens.
-
-    Raises:
-        ModelError: no files of this tokenizer reload to the same tokens.
-    """
-    tokenizer.save_pretrained(folder)
-    if type(tokenizer) is PreTrainedTokenizerFast:
-        _name_file_class(tokenizer, folder)  # Transformers 4 does not know the class by its new name
-    check_reloads(tokenizer, folder, trust_remote_code=trust_remote_code)
-
-
 def check_reloads(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Make tokenizer files reload to the tokens of `tokenizer`, by naming the class that takes tokenizer.json as it is.
+    """Compare a tokenizer with its files as AutoTokenizer reloads them.
+
+    Where they differ, the files are changed to name the class that takes tokenizer.json as it is.
 
     Raises:
-        ModelError: they do not.
+        ModelError: they differ even then.
     """
-    probes = [TokenProbe.of(tokenizer, text, add_special_tokens=flag) for flag in (False, True) for text in hard_texts(tokenizer)]
-    if not (found := _lost(tokenizer, folder, probes, trust_remote_code)):
-        return
-    if type(tokenizer).__module__.startswith("transformers."):
+    texts = hard_texts(tokenizer)
+    probes = [TokenProbe.of(tokenizer, text, add_special_tokens=special) for special in (False, True) for text in texts]
+    found = _difference(tokenizer, folder, probes, trust_remote_code)
+    if found is not None and type(tokenizer).__module__.startswith("transformers."):
         _name_file_class(tokenizer, folder)
-        if not (found := _lost(tokenizer, folder, probes, trust_remote_code)):
-            return
-    raise ModelError(
-        f"{folder.name}: the tokenizer as written reloads with AutoTokenizer to other tokens than the run's: {found}; "
-    )
+        found = _difference(tokenizer, folder, probes, trust_remote_code)
+    if found is not None:
+        raise ModelError(f"AutoTokenizer reloads the run's tokenizer as another one: {found}")
 
 
-def _lost(
+def _difference(
     tokenizer: PreTrainedTokenizerBase, folder: Path, probes: list[TokenProbe], trust_remote_code: bool
 ) -> str | None:
-    """Return the first difference between a tokenizer and its files; None where they are equal."""
+    """Return the first difference between a tokenizer and its files."""
     try:
         again = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except READ_ERRORS as error:
         return f"{type(error).__name__}: {first_line(error)}"
-    for name in ("special_tokens_map", "chat_template", "model_input_names"):
+    for name in ("bos_token", "eos_token", "pad_token", "chat_template", "model_input_names"):
         expected, actual = getattr(tokenizer, name), getattr(again, name)
         if actual != expected:
             return f"{name} is {actual!r} instead of {expected!r}"
@@ -140,5 +136,6 @@ def _name_file_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path = folder / TOKENIZER_CONFIG
     content = json.loads(path.read_text(encoding="utf-8"))
     content["tokenizer_class"] = FILE_CLASS
+    # of the class that is no longer named
     content["model_input_names"], content["padding_side"] = tokenizer.model_input_names, tokenizer.padding_side
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
