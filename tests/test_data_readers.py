@@ -481,6 +481,25 @@ def test_columns_of_json_text_are_decoded_wherever_they_lie(tmp_path: Path) -> N
     assert values_of(tmp_path / "a.parquet") == rows
 
 
+def test_arrows_maps_are_objects_and_a_key_twice_is_refused(tmp_path: Path) -> None:
+    kind = pyarrow.list_(pyarrow.struct({"name": pyarrow.string(), "arguments": pyarrow.map_("string", "string")}))
+    calls = [{"name": "weather", "arguments": {"city": "Oslo", "days": "2"}}, {"name": "now", "arguments": {}}]
+    twice = [{"name": "weather", "arguments": [("city", "Oslo"), ("city", "Ulm")]}]
+    for name in ("a.parquet", "a.arrow"):
+        for rows, problem in (([calls, None], None), ([calls, twice], "duplicate")):
+            table = pyarrow.table({"calls": pyarrow.array(rows, kind)})
+            if name == "a.parquet":
+                pyarrow.parquet.write_table(table, tmp_path / name)
+            else:
+                with pyarrow.ipc.new_file(tmp_path / name, table.schema) as out:
+                    out.write_table(table)
+            if problem is None:
+                assert values_of(tmp_path / name) == [{"calls": calls}, {"calls": None}]
+            else:
+                with pytest.raises(DataError, match=rf"the column calls cannot be read: .*{problem}"):
+                    values_of(tmp_path / name)
+
+
 def test_columns_of_a_dictionary_are_read_from_any_batch(tmp_path: Path) -> None:
     words = [f"word {number % 5}" for number in range(30)]
     column = pyarrow.array(words).dictionary_encode()

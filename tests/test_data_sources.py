@@ -59,6 +59,8 @@ def write_repository(folder: Path, **splits: list[list[dict[str, Any]]]) -> None
         *((f"a.{kind}", kind, "") for kind in ("jsonl", "json", "csv", "tsv", "txt", "parquet", "arrow")),
         ("A.v2.JSONL", "jsonl", ""),
         ("a.jsonl.gz", "jsonl", "gz"),
+        ("a.ndjson", "jsonl", ""),
+        ("a.ndjson.zst", "jsonl", "zst"),
         ("a.csv.zst", "csv", "zst"),
     ],
 )

@@ -691,6 +691,8 @@ def test_a_chat_template_is_found_by_name_or_file(tmp_path: Path) -> None:
     assert resolve_chat_template("llama3").end_of_turn == "<|eot_id|>"
     (tmp_path / "own.jinja").write_text("{{ messages }}")
     assert resolve_chat_template(str(tmp_path / "own.jinja")).jinja == "{{ messages }}"
+    (tmp_path / "own.jinja").write_text("{{ messages }}", encoding="utf-8-sig")
+    assert resolve_chat_template(str(tmp_path / "own.jinja")).jinja == "{{ messages }}", "a mark would begin every row"
     with pytest.raises(ConfigError, match=r"model.chat_template: 'chat-ml' is neither .* did you mean chatml\?"):
         resolve_chat_template("chat-ml")
 

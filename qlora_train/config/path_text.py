@@ -9,6 +9,7 @@ LONGEST_NAME_BYTES = 255
 TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")
 KINDS = (*TEXT_KINDS, "parquet", "arrow")
 COMPRESSIONS = ("gz", "zst")
+ALIASES = {"ndjson": "jsonl"}
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{2,}")
 
 
@@ -52,7 +53,7 @@ def checked_source(value: str) -> str:
 
 def kind_of(path: Path) -> tuple[str, str] | None:
     """Return what the suffixes of a data file say, (kind, compression), or None where they are not known."""
-    words = path.name.lower().split(".")[1:]
+    words = [ALIASES.get(word, word) for word in path.name.lower().split(".")[1:]]
     if words and words[-1] in KINDS:
         return words[-1], ""
     if len(words) > 1 and words[-1] in COMPRESSIONS and words[-2] in TEXT_KINDS:

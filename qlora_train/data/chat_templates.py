@@ -145,7 +145,7 @@ def resolve_chat_template(name_or_file: str) -> ChatTemplate:
 
 def _from_file(path: Path) -> ChatTemplate:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a mark would stand before every row
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"model.chat_template: {path} cannot be read as UTF-8 text: {error}") from None
     if not text.strip():

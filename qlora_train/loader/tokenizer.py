@@ -16,6 +16,7 @@ from qlora_train.architectures import Architecture, default_chat_template, detec
 from qlora_train.config import ModelSection
 from qlora_train.data.chat_templates import resolve_chat_template
 from qlora_train.errors import ConfigError, ModelError, first_line
+from qlora_train.loader.chat_template_files import complete_chat_template
 from qlora_train.loader.config_file import read_config
 from qlora_train.loader.remote_code import untrusted_code
 from qlora_train.loader.source import BaseSource
@@ -58,6 +59,8 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
     architecture = detect(source.config)
     if model.chat_template is not None:
         _set_chat_template(tokenizer, model.chat_template)
+    else:
+        complete_chat_template(tokenizer, source.folder)
     _repair_eos(tokenizer, source)
     _repair_chat_template(tokenizer, architecture)
     _repair_pad(tokenizer, num_embeddings(tokenizer, config, model))

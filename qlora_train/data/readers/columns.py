@@ -56,10 +56,10 @@ def _rows_of(batch: Any, where: str) -> list[dict[str, Any]]:
     columns: dict[str, list[Any]] = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
         try:
-            values = column.to_pylist()
+            values = column.to_pylist(maps_as_pydicts="strict")
             decode = _json_decoder(field.type)
             columns[field.name] = values if decode is None else [decode(value) for value in values]
-        except (ValueError, OverflowError) as error:  # a time that Python cannot hold; text that is no JSON
+        except (ValueError, OverflowError, KeyError) as error:  # a time too large for Python, broken JSON, a key twice
             raise DataError(
                 f"{where} or one of the {batch.num_rows - 1} rows after it: the column {field.name} cannot be read: "
                 f"{first_line(error)}; leave the column out, or write it as text"
