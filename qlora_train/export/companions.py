@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 
 from qlora_train.errors import MergeError, ModelError, first_line
 from qlora_train.evaluate import answer_ends
+from qlora_train.export.merged_config import write_config
+from qlora_train.loader.tokenizer_config import use_old_names
 from qlora_train.loader.tokenizer_files import READ_ERRORS, as_file_says, check_reloads
 
 GENERATION_CONFIG = "generation_config.json"
@@ -61,12 +63,13 @@ def write_companions(
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     tokenizer = _copy_tokenizer(base_folder, adapter_folder, folder, config, trust_remote_code)
+    use_old_names(folder)
     generation = _generation_settings(adapter_folder, base_folder)
     special = _special_ids(tokenizer, text, generation)
     for key, value in special.items():
         setattr(text, key, value)
         setattr(config, key, value)
-    config.save_pretrained(folder)
+    write_config(folder, base_folder, config)
     if tokenizer is not None:
         try:
             check_reloads(tokenizer, folder, trust_remote_code=trust_remote_code)

@@ -94,6 +94,7 @@ def merge_adapter(
     config = copy.deepcopy(model_config) or AutoConfig.from_pretrained(base_folder, trust_remote_code=trust_remote_code)
     config.__dict__.pop("quantization_config", None)
     skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
+    config.architectures = [type(skeleton.model).__name__]  # a base may name a classifier
     adapter = AdapterFile(adapter_folder, skeleton)
     marker = _marker(base_folder, adapter, merge_base)
     with BaseFile(base_folder, load_dtype or dtype) as base:

@@ -22,7 +22,7 @@ from qlora_train.architectures import text_part
 from qlora_train.errors import ExportError
 from qlora_train.evaluate import answer_ends
 from qlora_train.export.companions import SENTENCEPIECE
-from qlora_train.export.old_names import with_old_names
+from qlora_train.export.old_names import for_converter
 
 CONFIG = "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -62,7 +62,7 @@ def link_model(model: Path, view: Path, tokenizer: Any, config: Mapping[str, Any
     for path in model.iterdir():
         if path.suffix != ".py":
             (view / path.name).symlink_to(path.resolve())
-    _write(view / CONFIG, with_old_names({key: value for key, value in config.items() if key != "auto_map"}))
+    _write(view / CONFIG, for_converter({key: value for key, value in config.items() if key != "auto_map"}))
     if not (model / TOKENIZER_CONFIG).is_file():
         return
     settings = _read(model / TOKENIZER_CONFIG)

@@ -20,6 +20,7 @@ from qlora_train.loader.chat_template_files import complete_chat_template
 from qlora_train.loader.config_file import read_config
 from qlora_train.loader.remote_code import untrusted_code
 from qlora_train.loader.source import BaseSource
+from qlora_train.loader.tokenizer_config import use_old_names
 from qlora_train.loader.tokenizer_files import as_file_says, check_reloads
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_re
         ModelError: AutoTokenizer reloads it to other tokens.
     """
     tokenizer.save_pretrained(folder)
+    use_old_names(folder)
     check_reloads(tokenizer, folder, trust_remote_code=trust_remote_code)
 
 
