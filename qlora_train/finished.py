@@ -12,11 +12,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from qlora_train.adapter import load_trained
 from qlora_train.checkpoint import RunFolder, check_same_facts, finished_run
 from qlora_train.config import ModelSection, RunConfig, load_config
-from qlora_train.config.schema import COMMIT
+from qlora_train.config.schema import CHAT_TEMPLATE_NAMES, COMMIT
 from qlora_train.device import free_memory, select_device
 from qlora_train.errors import CheckpointError, first_line
 from qlora_train.export.merged import load_merged
@@ -66,8 +67,7 @@ def open_finished(path: Path) -> FinishedRun:
         ModelError: its base cannot be had.
     """
     folder = finished_run(path)
-    config = load_config(folder.config_file)
-    config = config.model_copy(update={"model": commit_of(config.model, folder)})
+    config = finished_config(load_config(folder.config_file), folder)
     source = resolve_base(config.model)
     check_same_facts(folder, {"base_identity": source.identity()})
     return FinishedRun(folder, config, source, date_of(folder))
@@ -103,6 +103,14 @@ def merged_model(folder: RunFolder, *, trust_remote_code: bool) -> tuple[Any, An
         raise CheckpointError(
             f"{folder.merged}: cannot be loaded: {first_line(error)}; delete it and merge again"
         ) from error
+
+
+def finished_config(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """Return the settings with which a finished run is used: its base's commit, and its own copy of a template file."""
+    model = commit_of(config.model, folder)
+    if model.chat_template not in (None, *CHAT_TEMPLATE_NAMES):
+        model = model.model_copy(update={"chat_template": str(folder.adapter / CHAT_TEMPLATE_FILE)})
+    return config.model_copy(update={"model": model})
 
 
 def date_of(folder: RunFolder) -> datetime.date:

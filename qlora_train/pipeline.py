@@ -26,6 +26,7 @@ from qlora_train.checkpoint import (
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, epoch_order, labelled_batches, padding_multiple
+from qlora_train.data.run_rows import RunRows, keep_rows, kept_rows
 from qlora_train.data.store import Rows
 from qlora_train.device import free_memory, select_device
 from qlora_train.disk import check_room, disk_need
@@ -36,7 +37,7 @@ from qlora_train.export.merge import check_mergeable
 from qlora_train.export.push import Upload, plan_upload
 from qlora_train.export.run import library_versions, merge_run
 from qlora_train.export.vllm import export_vllm
-from qlora_train.finished import commit_of, date_of
+from qlora_train.finished import commit_of, date_of, finished_config
 from qlora_train.inspect_data import data_of
 from qlora_train.loader import BaseSource, LoadedModel, load_model, resolve_base
 from qlora_train.loader.model import auto_class_of
@@ -47,8 +48,6 @@ from qlora_train.trainer import train
 
 logger = logging.getLogger(__name__)
 
-FACTS_OF_RESULTS = ("base_identity", "data_fingerprint")
-"""Facts that a merge or an evaluation shares with the training; device and versions may differ."""
 NUM_INITIAL_BATCHES = 64
 """Batches that a data-driven initialisation sees; it goes through them until it has converged."""
 
@@ -79,6 +78,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
             begin(folder, config, facts(config, source, data, device, date_of(folder)))
             data.report.log()
             durable.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
+            keep_rows(folder.rows, data)
             train_adapter(folder, config, source, data, checkpoint)
         if config.export.merge and folder.has_merged():
             logger.info("%s is there already; delete it to merge again", folder.merged)
@@ -113,7 +113,7 @@ def merge(folder: RunFolder, config: RunConfig) -> None:
 
 def _merge(folder: RunFolder, config: RunConfig) -> None:
     free_memory()
-    merge_run(folder, config, *prepare_again(config, folder))
+    merge_run(folder, finished_config(config, folder), *prepare_again(config, folder))
 
 
 def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) -> Path:
@@ -182,8 +182,9 @@ def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
     """Measure base, adapter and merged model of a finished run on its held-out rows."""
     config = load_config(folder.config_file)
     with held(folder):
-        source, data = prepare_again(config, folder)
-        return evaluate_run(folder, config, source, data, replace(settings, date=date_of(folder)))
+        config = finished_config(config, folder)
+        source, rows = prepare_again(config, folder)
+        return evaluate_run(folder, config, source, rows, replace(settings, date=date_of(folder)))
 
 
 def keep_num_threads(folder: RunFolder) -> None:
@@ -207,16 +208,13 @@ def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedD
     return (described if described.revision is None else resolve_base(model)), data
 
 
-def prepare_again(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:
-    """Make base and data of a finished run ready, and refuse others than it was trained on.
+def prepare_again(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, RunRows]:
+    """Make the base of a finished run ready, and the rows that it is measured on.
 
     Raises:
-        CheckpointError: the base or the data has changed since.
+        CheckpointError: the base has changed since, or the rows are damaged.
     """
-    source, data = prepare(config, folder)
-    found = facts(config, source, data, select_device(), date_of(folder))
-    check_same_facts(folder, {key: found[key] for key in FACTS_OF_RESULTS})
-    return source, data
+    return _same_base(folder, config, weights=True), kept_rows(folder.rows)
 
 
 def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:

@@ -14,8 +14,8 @@ from qlora_train import durable
 from qlora_train.adapter import load_trained
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
-from qlora_train.data import Example, PreparedData
-from qlora_train.data.types import Prompt
+from qlora_train.data.run_rows import RunRows
+from qlora_train.data.types import Example, Prompt
 from qlora_train.device import free_memory
 from qlora_train.errors import DataError
 from qlora_train.evaluate import compare_row_by_row, few_shot_prompt, generate_answers, held_out_loss, score_answers
@@ -43,7 +43,7 @@ class EvalSettings:
 
 
 def evaluate_run(
-    folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData, settings: EvalSettings
+    folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, settings: EvalSettings
 ) -> dict[str, Any]:
     """Measure base, adapter and merged model (where there is one); print a table and record it in results.json.
 
@@ -88,7 +88,7 @@ def _models(
     folder: RunFolder,
     config: RunConfig,
     source: BaseSource,
-    data: PreparedData,
+    data: RunRows,
     rows: Sequence[Example],
     settings: EvalSettings,
 ) -> Iterator[tuple[str, list[Prompt], Any, Any]]:

@@ -1,5 +1,6 @@
 """A config is read as it looks, checked as a whole, and answered line by line when it is wrong."""
 
+import glob
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from transformers import get_scheduler
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_train.config import RunConfig, load_config
+from qlora_train.config.absolute import with_absolute_paths
 from qlora_train.config.other_names import OTHER_NAMES, UNSUPPORTED
 from qlora_train.config.rope_scaling import KEYS as KEYS_OF_ROPES
 from qlora_train.config.schema import POLYNOMIAL_END, SCHEDULES
@@ -395,6 +397,41 @@ def test_resolved_config_reads_back_as_an_equal_one(values, tmp_path):
 def test_resolved_config_holds_every_value_and_other_yaml_readers_agree(write):
     config = load_config(write(SMALLEST + "run:\n  output_dir: 2e-4x\n"))
     assert yaml.safe_load(to_yaml(config)) == json.loads(config.model_dump_json())
+
+
+def test_absolute_paths_lead_to_the_same_files_from_anywhere(tmp_path, monkeypatch):
+    here = tmp_path / "a[1]"
+    (here / "base").mkdir(parents=True)
+    for name in ("rows.jsonl", "more.jsonl", "mine.jinja"):
+        (here / name).touch()
+    monkeypatch.chdir(here)
+    config = RunConfig.model_validate(
+        {
+            "model": {"model_name_or_path": "base", "chat_template": "mine.jinja"},
+            "data": {"train": ["rows.jsonl", "*.jsonl", "owner/name"], "eval": 0.05, "cache_dir": "cache"},
+            "lora": {"adapter_path": "../adapter"},
+            "run": {"output_dir": "runs/x"},
+        }
+    )
+    found = with_absolute_paths(config)
+    monkeypatch.chdir("/")
+    assert Path(found.model.model_name_or_path) == here / "base"
+    assert Path(found.model.chat_template) == here / "mine.jinja"
+    assert Path(found.lora.adapter_path) == here / "../adapter"
+    rows, pattern, hub = (source.path for source in found.data.train)
+    assert (Path(rows), hub) == (here / "rows.jsonl", "owner/name")
+    matches = {Path(name) for name in glob.glob(pattern)}  # noqa: PTH207
+    assert matches == {here / "rows.jsonl", here / "more.jsonl"}
+    assert (Path(found.data.cache_dir), found.data.eval) == (here / "cache", 0.05)
+    assert found.run.output_dir == "runs/x"
+    assert with_absolute_paths(found) == found
+
+
+def test_absolute_paths_leave_what_is_on_the_hub():
+    config = RunConfig.model_validate(
+        {"model": {"model_name_or_path": "some/model", "chat_template": "chatml"}, "data": {"train": "some/set"}}
+    )
+    assert with_absolute_paths(config) == config
 
 
 def test_provenance_names_the_line_the_override_or_the_default(write):

@@ -9,6 +9,7 @@ from typing import Any
 from qlora_train import durable
 from qlora_train.checkpoint.run import RunFolder
 from qlora_train.config import RunConfig, load_config
+from qlora_train.config.absolute import with_absolute_paths
 from qlora_train.config.decisive import SHAPES, effect_of, flat_settings, is_free
 from qlora_train.config.writer import to_yaml
 from qlora_train.errors import CheckpointError
@@ -25,7 +26,8 @@ class Change:
 
 def changed_settings(run: RunFolder, config: RunConfig) -> list[Change]:
     """Return the settings that decide a run and differ from those that it was begun with."""
-    before, now = (flat_settings(item.model_dump(mode="json")) for item in (load_config(run.config_file), config))
+    items = load_config(run.config_file), with_absolute_paths(config)
+    before, now = (flat_settings(item.model_dump(mode="json")) for item in items)
     return [change for change in _differences(before, now) if not is_free(change.key)]
 
 
@@ -73,7 +75,7 @@ def begin(run: RunFolder, config: RunConfig, facts: Mapping[str, Any]) -> None:
         entries = [{"after_step": step, **asdict(change)} for change in changes]
         # first the list of changes: from then on the old adapter no longer counts as the result
         _write(run, {**recorded, **facts, "changes": [*recorded["changes"], *entries]})
-        durable.write_text(run.config_file, to_yaml(config))
+        durable.write_text(run.config_file, to_yaml(with_absolute_paths(config)))
 
 
 def _write(run: RunFolder, facts: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from qlora_train.checkpoint.fingerprint import check_same_settings
 from qlora_train.checkpoint.paths import refuse_links
 from qlora_train.checkpoint.run import RunFolder
 from qlora_train.config import RunConfig
+from qlora_train.config.absolute import with_absolute_paths
 from qlora_train.config.writer import to_yaml
 from qlora_train.errors import CheckpointError
 
@@ -114,7 +115,7 @@ def _claim(run: RunFolder, config: RunConfig) -> None:
     """Take an empty folder, or that of a run that stopped on a mistake which the user has mended in the config since."""
     run.facts_file.unlink(missing_ok=True)
     run.forget_results()
-    durable.write_text(run.config_file, to_yaml(config))
+    durable.write_text(run.config_file, to_yaml(with_absolute_paths(config)))
 
 
 def _named_checkpoint(run: RunFolder, folder: Path) -> Path:

@@ -6,6 +6,7 @@
              run.json                what the config does not say: data fingerprint, base revision, versions
              fit.json                what it trains with instead, where the largest batch did not fit into memory
              data.json               what became of every row of the data
+             rows/                    the rows that it is measured on, as tokens and texts
              metrics.jsonl           a line per logged step and evaluation
              checkpoints/step-N/     whole states to resume from
              adapter/                the result, in PEFT's format; there only when training has finished
@@ -64,6 +65,11 @@ class RunFolder:
     def data_report_file(self) -> Path:
         """What became of every row of the data."""
         return self.path / "data.json"
+
+    @property
+    def rows(self) -> Path:
+        """What is kept of the data: the rows that the run is measured on."""
+        return self.path / "rows"
 
     @property
     def metrics_file(self) -> Path:

@@ -5,7 +5,6 @@ It needs the tokenizer only, so that bad data stops a run before any weights are
 
 import datetime
 import hashlib
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 from qlora_train.config.schema import DataSection, Source
 from qlora_train.data.chat import is_dated
 from qlora_train.data.report import NUM_FIRST_ROWS, DataReport, PartReport, SourceReport, SystemPrompt, check_limits
+from qlora_train.data.run_rows import RunRows
 from qlora_train.data.segments import render_rows
 from qlora_train.data.selection import first_of_equals, is_among, mix, num_repeats, split
 from qlora_train.data.source_store import SourceStore, StoreMaker
@@ -23,7 +23,7 @@ from qlora_train.data.store import Rows
 from qlora_train.data.stream import RowStream
 from qlora_train.data.tallies import merged, tally_of
 from qlora_train.data.tokenized import TextsKept
-from qlora_train.data.types import Example, Tally
+from qlora_train.data.types import Tally
 from qlora_train.data.workers import num_cores
 from qlora_train.errors import DataError
 
@@ -31,27 +31,15 @@ log = logging.getLogger("qlora_train")
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedData:
+class PreparedData(RunRows):
     """Everything the trainer and the evaluation need.
 
     `report` says what became of every row. `fingerprint` is a sha256 that changes when any token or mask does, or which
     rows are taken, or their order.
     """
 
-    train: Rows | RowStream
-    eval: Rows
     report: DataReport
     fingerprint: str
-
-    @property
-    def num_train_rows(self) -> int | None:
-        """Training rows of an epoch; None for a stream, which has no epochs."""
-        return None if isinstance(self.train, RowStream) else len(self.train)
-
-    def solved(self, count: int) -> list[Example]:
-        """Return the first training rows whose answer was kept as text, at most `count`."""
-        rows = self.train.head() if isinstance(self.train, RowStream) else self.train
-        return list(itertools.islice((row for row in rows if row.answer is not None), count))
 
 
 def prepare_data(
@@ -93,7 +81,7 @@ def prepare_data(
         data, Rows.every([each.store for each in train]), Rows.every([each.store for each in held_out]), seed
     )
     report = _report(data, chosen, train, held_out, tokenizer)
-    return PreparedData(chosen.train, chosen.eval, report, fingerprint(chosen.train, chosen.eval))
+    return PreparedData(chosen.train, chosen.eval, len(chosen.train), report, fingerprint(chosen.train, chosen.eval))
 
 
 def _read(
@@ -135,7 +123,7 @@ def _streamed(
         first_rows=render_rows(head[:NUM_FIRST_ROWS], tokenizer), is_streamed=True,
         system_prompt=SystemPrompt.shared((summary, summary.num_rows) for summary in train.summaries()),
     )  # fmt: skip
-    return PreparedData(train, rows, report, f"{train.fingerprint} {fingerprint(rows)}")
+    return PreparedData(train, rows, None, report, f"{train.fingerprint} {fingerprint(rows)}")
 
 
 @dataclass(frozen=True, slots=True)

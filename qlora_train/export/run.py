@@ -11,8 +11,7 @@ from qlora_train.adapter import load_trained
 from qlora_train.adapter.settings import read_settings
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
-from qlora_train.data import PreparedData
-from qlora_train.data.stream import RowStream
+from qlora_train.data.run_rows import RunRows
 from qlora_train.data.types import Example
 from qlora_train.device import free_memory, select_device
 from qlora_train.evaluate import held_out_loss
@@ -34,7 +33,7 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData) -> MergeChoice:
+def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows) -> MergeChoice:
     """Merge a finished run's adapter into `folder.merged` and record what was measured.
 
     Args:
@@ -99,14 +98,14 @@ def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource) -> Merg
     )
 
 
-def _reference(folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData) -> Reference:
+def _reference(folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows) -> Reference:
     """Measure the adapter on its 4-bit base; nothing refers to the model afterwards."""
     loaded = load_model(config.model, config.quantization, source=source)
     adapted = load_trained(loaded, folder.adapter)
     rows: Sequence[Example] = data.eval
     if not rows:
         logger.info("merge: checked on training rows, for none were held out (data.eval)")
-        rows = compared_rows(data.train.head() if isinstance(data.train, RowStream) else data.train)
+        rows = compared_rows(data.first_rows())
     loss = held_out_loss(
         adapted,
         rows,
