@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -305,6 +305,8 @@ def prepare_libraries(*, offline: bool = False) -> None:
     select_device()
     import transformers
 
+    with redirect_stdout(io.StringIO()):  # at import it prints there how W&B runs, whether or not it is used
+        from transformers.integrations import integration_utils  # noqa: F401
     network.limit_waiting()
     for library in ("bitsandbytes", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

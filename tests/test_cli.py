@@ -283,6 +283,19 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+SILENT_IMPORTS = """
+from qlora_train.cli import prepare_libraries
+prepare_libraries(offline=True)
+import qlora_train.pipeline
+"""
+
+
+@pytest.mark.parametrize("code", [SILENT_IMPORTS, "import qlora_train, bitsandbytes"], ids=["command", "library"])
+def test_libraries_say_nothing_when_they_are_imported(code: str) -> None:
+    done = python("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # --- what the user can fix --------------------------------------------------------------------------------------------
 
 
