@@ -10,15 +10,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "secrets", "network", "faults", "stopping", "config", "preflight", "ladder", "footprint", "architectures",
-    "durable", "device", "kernels",
+    "errors", "secrets", "network", "faults", "stopping", "cpu_threads", "config", "preflight", "ladder", "footprint",
+    "architectures", "durable", "device", "kernels",
     "loss", "data", "loader", "inspect_data",
     "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "finished",
     "report", "disk", "pipeline", "chat", "tasks", "cli",
 )  # fmt: skip
 """Stages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
-    "errors": set(), "secrets": set(), "network": set(), "faults": set(), "stopping": set(),
+    "errors": set(), "secrets": set(), "network": set(), "faults": set(), "stopping": set(), "cpu_threads": set(),
     "config": {"errors", "secrets"}, "architectures": {"errors"}, "durable": {"faults"}, "device": {"errors"},
     "ladder": {"config"}, "preflight": {"config", "errors", "network"}, "footprint": set(),
     "kernels": set(), "loss": {"kernels"},
