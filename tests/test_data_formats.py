@@ -328,6 +328,14 @@ def test_known_shapes_are_answered_with_renames_that_read_all_of_them(name: str)
     assert noted == (["the column rejected"] if name in PAIRS and values["rejected"] else [])
 
 
+def test_a_conversation_whose_answer_stands_in_a_preference_pair_is_refused_as_such() -> None:
+    said = [{"from": "gpt", "value": value} for value in ("So.", "No.")]
+    values = {"conversations": [{"from": "human", "value": "What?"}], "chosen": said[0], "rejected": said[1]}
+    assert reason_of(values).startswith(
+        "chosen is the answer of a preference pair, which no training here uses; append"
+    )
+
+
 def test_the_shape_of_gsm8k_is_read_as_it_is() -> None:
     assert turns_of({"question": "What?", "answer": "1 + 1 = 2\n#### 2"}) == chat("What?", "1 + 1 = 2\n#### 2")
 

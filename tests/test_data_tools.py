@@ -184,13 +184,15 @@ def trained(template: str, values: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize("as_text", [True, False])
 def test_calls_are_written_as_json_whatever_shape_the_template_reads(
-    arguments: str, content: str | None, as_text: bool
+    arguments: str, content: str | None, as_text: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = {"city": "São Paulo", "days": 2, "hourly": True}
     calls = calling(*(call(arguments=json.dumps(it) if as_text else it) for it in (given, {})), content=content)
     values = {"messages": [HI, calls, result("None"), result("hot"), HELLO], "tools": [WEATHER]}
     written = '<call>weather {"city": "São Paulo", "days": 2, "hourly": true}</call><call>weather {}</call>'
-    assert trained(with_calls(ARGUMENTS[arguments]), values) == [written, "hello"]
+    with caplog.at_level("INFO", logger="qlora_train"):
+        assert trained(with_calls(ARGUMENTS[arguments]), values) == [written, "hello"]
+    assert ("arguments of calls as JSON text" in caplog.text) == (arguments in ("concatenated", "written out"))
 
 
 def test_arguments_that_a_template_can_only_write_as_python_are_refused() -> None:

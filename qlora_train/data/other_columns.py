@@ -61,6 +61,11 @@ def check_other_columns(values: Mapping[str, Any], names: Collection[str], *, ha
                 f"{name} is false: training would teach an answer that is not wanted; there is no preference training: "
                 "keep rows whose label is true only"
             )
+        if name == "chosen" and isinstance(values[name], dict):
+            raise UnusableRowError(
+                "chosen is the answer of a preference pair, which no training here uses; append it to the conversation to "
+                "train on it and on nothing else"
+            )
     return tuple(_note(name, values[name], has_answers=has_answers) for name in filled)
 
 

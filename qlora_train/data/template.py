@@ -18,6 +18,7 @@ tokenizer adds one, no template, and the end-of-sequence token, which carries lo
 """
 
 import datetime
+import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.tools import as_json, refuse_misread_arguments, with_text_arguments
 from qlora_train.data.types import Example, MaskArray, Message, Row, UnusableRowError
 from qlora_train.errors import DataError
+
+log = logging.getLogger("qlora_train")
 
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
 REACHES_OVER = "a token reaches over the border of prompt and answer"
@@ -105,6 +108,7 @@ class Renderer:
         self._encode = Encoder(tokenizer)
         self._tails: dict[str, list[int]] = {}
         self._skeletons: Skeletons | None = None
+        self._has_text_arguments = False
 
     def render(self, row: Row) -> Example:
         """Return the row as tokens and mask, each of shape (seq,).
@@ -163,9 +167,13 @@ class Renderer:
             if not any("tool_calls" in turn for turn in turns):
                 raise
             try:
-                return self._rendered(row, turns, replace(chat, text_arguments=True))
+                example = self._rendered(row, turns, replace(chat, text_arguments=True))
             except UnusableRowError:
                 raise error from None
+            if not self._has_text_arguments:
+                self._has_text_arguments = True
+                log.info("chat template: gets the arguments of calls as JSON text (with objects: %s)", error.reason)
+            return example
 
     def _rendered(self, row: Row, turns: tuple[Message, ...], chat: TokenizerChat) -> Example:
         learnt, wanted = self._answers(row, turns)
