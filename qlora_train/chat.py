@@ -23,7 +23,7 @@ from qlora_train.architectures import detect, max_positions
 from qlora_train.data.chat import encode_chat
 from qlora_train.data.types import Message
 from qlora_train.errors import first_line
-from qlora_train.evaluate import decoding, stop_token_ids
+from qlora_train.evaluate import decoding, stop_token_ids, tokens_beyond_embedding
 from qlora_train.finished import FinishedRun
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,9 @@ class Chat:
             ids = encode_chat(self.tokenizer, [*system, *asked], date=self.run.date, add_generation_prompt=True)
         except TemplateError as error:
             logger.warning("the chat template refuses this conversation: %s; try /system or /reset", first_line(error))
+            return
+        if beyond := tokens_beyond_embedding(self.model, self.tokenizer, ids):
+            logger.warning("the model's embedding has no rows for %s; write the question without", beyond)
             return
         room = self._positions() - len(ids)
         if room < 1:

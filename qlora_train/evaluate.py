@@ -130,9 +130,12 @@ def generate_answers(
 
     Raises:
         ModelError: the tokenizer has no chat template.
-        DataError: a prompt is empty.
+        DataError: a prompt is empty, or has a token that the model lacks.
     """
     encoded = _encode_prompts(tokenizer, prompts, date or datetime.date.today())
+    for number, ids in enumerate(encoded):
+        if beyond := tokens_beyond_embedding(model, tokenizer, ids):
+            raise DataError(f"prompt {number} has tokens that the model's embedding has no rows for: {beyond}")
     stops = stop_token_ids(model, tokenizer)
     greedy = decoding(model, tokenizer, max_new_tokens=max_new_tokens)
     answers = [""] * len(prompts)
@@ -172,6 +175,13 @@ def _encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], date: datetime.da
         else:
             encoded.append(encode_chat(tokenizer, prompt, date=date, add_generation_prompt=True))
     return encoded
+
+
+def tokens_beyond_embedding(model: Any, tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the tokens among `ids` that a model's embedding has no rows for, as text with their ids."""
+    num_rows = model.get_input_embeddings().num_embeddings
+    beyond = sorted({i for i in ids if i >= num_rows})
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in beyond)
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -257,4 +267,5 @@ def _input_device(model: Any) -> torch.device:
 __all__ = [
     "AnswerScores", "ExampleLoss", "HeldOutLoss", "RowComparison", "answer_ends", "compare_row_by_row", "decoding",
     "few_shot_prompt", "generate_answers", "held_out_loss", "label_log_probabilities", "score_answers", "stop_token_ids",
+    "tokens_beyond_embedding",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import errors as hub
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import ModelSection, QuantizationSection
@@ -22,6 +23,7 @@ from qlora_train.loader import LoadedModel, load_model, load_tokenizer, resolve_
 from qlora_train.loader.freed_memory import FreedMemory
 from qlora_train.loader.hardware import choose_compute_dtype
 from qlora_train.loader.source import hub_errors
+from qlora_train.loader.token_probes import encode, hard_texts
 from tests.pico import TURN_END, build_pico
 from tests.test_gguf import write_gguf
 
@@ -342,6 +344,9 @@ def test_complete_tokenizer_is_left_alone(pico_llama: Path, caplog: pytest.LogCa
     assert [record.getMessage() for record in caplog.records if "tokenizer" in record.getMessage()] == []
     original = AutoTokenizer.from_pretrained(pico_llama)
     assert tokenizer.get_vocab() == original.get_vocab()
+    file = Tokenizer.from_file(str(pico_llama / "tokenizer.json"))
+    for text in hard_texts(tokenizer):
+        assert list(encode(tokenizer, text)) == file.encode(text, add_special_tokens=False).ids
     assert (tokenizer.eos_token, tokenizer.pad_token) == (original.eos_token, original.pad_token)
     assert tokenizer.chat_template == original.chat_template
 

@@ -186,6 +186,17 @@ def test_what_is_no_part_of_a_model_is_not_sent(own: RunFolder, name: str) -> No
         plan_upload(own.adapter, REPO, private=True)
 
 
+def test_named_chat_templates_are_sent_and_nothing_else_of_a_folder(own: RunFolder) -> None:
+    templates = own.adapter / "additional_chat_templates"
+    templates.mkdir()
+    rewrite(own.adapter, "additional_chat_templates/tool_use.jinja", "{{ messages }}")
+    sent = [name for name, _ in plan_upload(own.adapter, REPO, private=True).files]
+    assert "additional_chat_templates/tool_use.jinja" in sent
+    rewrite(own.adapter, "additional_chat_templates/config.json", "{}")
+    with pytest.raises(ExportError, match=r"config\.json: no part of a model"):
+        plan_upload(own.adapter, REPO, private=True)
+
+
 @pytest.mark.parametrize(
     "path", ["/home/someone/models/llama", "~/models", "C:\\models\\llama", "file:///data/rows.jsonl"]
 )

@@ -10,11 +10,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_train.chat import Chat, ChatSettings
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import ModelSection, load_config
 from qlora_train.errors import ConfigError, DataError, ModelError
+from qlora_train.evaluate import generate_answers
 from qlora_train.export.companions import write_companions
 from qlora_train.export.merge import merge_adapter
+from qlora_train.export.vllm import export_vllm
 from qlora_train.finished import merged_model, open_finished
 from qlora_train.loader import load_tokenizer, resolve_base
 from qlora_train.loader.token_probes import TokenProbe, differences, encode, hard_texts
@@ -149,6 +152,12 @@ def test_pad_beyond_the_embedding_passes_training_merging_and_evaluating(
     assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>")
     assert model.get_input_embeddings().num_embeddings == 320
     assert encode(tokenizer, "[PAD]") == (320,)
+    with pytest.raises(DataError, match=r"no rows for: '\[PAD\]' \(320\)"):
+        generate_answers(model, tokenizer, ["a [PAD]"], max_new_tokens=1, batch_size=1)
+    talk = Chat(model, tokenizer, ChatSettings(), open_finished(run.path), lambda text: None)
+    talk.hear("a [PAD]")
+    assert "the model's embedding has no rows for '[PAD]' (320); write the question without" in messages.text
+    assert talk.turns == []
 
 
 def test_rows_with_tokens_beyond_the_embedding_are_refused_by_name(longer: Path, tmp_path: Path) -> None:
@@ -199,6 +208,9 @@ def test_rows_with_tools_keep_their_own_template_from_the_base_to_the_merged_mod
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.apply_chat_template(turns, tools=tools, tokenize=False) == expected
         assert tokenizer.apply_chat_template(turns, tokenize=False) == own.apply_chat_template(turns, tokenize=False)
+    vllm = tmp_path / "vllm"
+    export_vllm(run, load_config(run.config_file), resolve_base(ModelSection(model_name_or_path=str(base))), vllm)
+    assert AutoTokenizer.from_pretrained(vllm).chat_template == tokenizer_of(base).chat_template
     trained = [tokenizer_of(base).decode(ids) for ids in rows_of_run(run)]
     assert {text.startswith("<tool>") for text in trained} == {True, False}
 

@@ -19,6 +19,7 @@ from typing import Any
 from qlora_train import network
 from qlora_train.durable import MANIFEST, damage
 from qlora_train.errors import ExportError, first_line
+from qlora_train.export.companions import NAMED_TEMPLATES
 from qlora_train.secrets import complaint
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,9 @@ def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
         raise ExportError(f"--push {repo}: is no repository; give owner/name, for example my-name/my-model")
     if problem := damage(folder):
         raise ExportError(f"{folder}: {problem}; it is not sent as it is: train or merge again")
-    paths = sorted(path for path in folder.rglob("*") if path.name != MANIFEST)
-    strange = [path.name for path in paths if path.is_dir() or not _is_of_a_model(path.name)]
+    templates = folder / NAMED_TEMPLATES
+    paths = sorted(path for path in folder.rglob("*") if path.name != MANIFEST and path != templates)
+    strange = [path.name for path in paths if path.is_dir() or not _is_of_a_model(path, templates)]
     if strange:
         raise ExportError(
             f"{folder}: {', '.join(strange[:3])}: no part of a model that is known here; take it out of the folder, then "
@@ -90,7 +92,7 @@ def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
     problems = [problem for path in paths if _matches(path.name, TEXTS) for problem in _private_things(path)]
     if problems:
         raise ExportError(problems)
-    files = tuple((path.name, path.stat().st_size) for path in paths)
+    files = tuple((path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths)
     return Upload(folder, repo, private, files, (folder / CARD).read_text(encoding="utf-8"))
 
 
@@ -123,8 +125,8 @@ def push(upload: Upload) -> str:
     return str(done.commit_url)
 
 
-def _is_of_a_model(name: str) -> bool:
-    return _matches(name, (WEIGHTS, *VOCABULARIES, *TEXTS))
+def _is_of_a_model(path: Path, templates: Path) -> bool:
+    return _matches(path.name, ("*.jinja",) if path.parent == templates else (WEIGHTS, *VOCABULARIES, *TEXTS))
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -105,7 +105,9 @@ def export_vllm(folder: RunFolder, config: RunConfig, source: BaseSource, output
     serve = partial(_command, config, source.revision, kept["r"], folder.path.resolve().name)
     with durable.staged_folder(output, {"format": "vllm"}) as staging:
         for path in folder.adapter.iterdir():
-            if path.name not in (durable.MANIFEST, ADAPTER_CONFIG):
+            if path.is_dir():
+                shutil.copytree(path, staging / path.name)
+            elif path.name not in (durable.MANIFEST, ADAPTER_CONFIG):
                 shutil.copy2(path, staging / path.name)
         durable.write_text(staging / ADAPTER_CONFIG, json.dumps(kept, indent=2, sort_keys=True) + "\n")
         card = staging / "README.md"
