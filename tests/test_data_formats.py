@@ -167,6 +167,7 @@ def test_every_bundled_row_is_usable_and_says_something_of_its_own(file: str, na
     rows = [read(json.loads(line)) for line in lines]
     assert recognise(Record("", json.loads(lines[0])), "auto", {}) == name
     assert len(rows) == len({repr(row) for row in rows}) >= 20
+    assert not any(row.notes for row in rows)
 
 
 def test_prompt_and_completion_lists_are_one_conversation_with_loss_on_the_completion() -> None:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_train.config.path_text import COMPRESSIONS, TEXT_KINDS, kind_of, names_a_data_file
+from qlora_train.config.path_text import ALIASES, COMPRESSIONS, TEXT_KINDS, kind_of, names_a_data_file
 from qlora_train.config.schema import Source
 from qlora_train.errors import DataError
 from qlora_train.preflight import missing_data, no_match
 
 log = logging.getLogger("qlora_train")
 
-SUFFIX_LIST = f"{', '.join(f'.{kind}' for kind in TEXT_KINDS)} (also .gz or .zst), .parquet, .arrow"
+SUFFIX_LIST = f"{', '.join(f'.{kind}' for kind in (*TEXT_KINDS, *ALIASES))} (also .gz or .zst), .parquet, .arrow"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SETTINGS = {"split": "train", "subset": None, "revision": None}
 """Settings of a source that mean nothing for a plain file, and their defaults."""
