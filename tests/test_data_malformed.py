@@ -111,8 +111,8 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, line: Line) -> N
 
 def test_an_empty_folder_and_a_pattern_without_a_match_are_refused(tmp_path: Path, line: Line) -> None:
     assert line(str(tmp_path)) == (
-        f"data.train: folder {tmp_path} holds no data file: found no files; expected .jsonl, .json, .csv, .tsv, .txt, .ndjson "
-        "(also .gz or .zst), .parquet, .arrow"
+        f"data.train: folder {tmp_path} holds no data file: found no files; expected .jsonl, .json, .csv, .tsv, .txt, "
+        ".ndjson (also .gz or .zst), .parquet, .arrow"
     )
     assert line(f"{tmp_path}/*.jsonl") == (
         f"data.train: the pattern {tmp_path}/*.jsonl matches no file; check the folder and the suffix"
