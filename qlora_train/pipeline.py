@@ -203,8 +203,9 @@ def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedD
     if config.export.merge:
         check_mergeable(described.config, config)
     data, tokenizer = data_of(config, described, date=date_of(folder))
-    if config.export.merge:
-        check_can_be_saved(tokenizer, described.folder, trust_remote_code=config.model.trust_remote_code)
+    check_can_be_saved(
+        tokenizer, described.folder, merged=config.export.merge, trust_remote_code=config.model.trust_remote_code
+    )
     return (described if described.revision is None else resolve_base(model)), data
 
 

@@ -107,9 +107,9 @@ def test_run_file_adapter_and_merged_have_the_same_tokens_or_the_merge_is_refuse
             assert differences(AutoTokenizer.from_pretrained(folder / "adapter"), probes) == []
             if model_type == "qwen2" and rule != "qwen2":  # of which Transformers knows no other tokenizer
                 with pytest.raises(ConfigError, match="from a merged folder AutoTokenizer reloads the run's"):
-                    check_can_be_saved(tokenizer, base, trust_remote_code=False)
+                    check_can_be_saved(tokenizer, base, merged=True, trust_remote_code=False)
                 continue
-            check_can_be_saved(tokenizer, base, trust_remote_code=False)
+            check_can_be_saved(tokenizer, base, merged=True, trust_remote_code=False)
             merged = write_merged(base, folder / "adapter", folder / "merged")
             assert differences(AutoTokenizer.from_pretrained(merged), probes) == []
 
@@ -125,6 +125,18 @@ def test_legacy_that_saving_drops_still_decides_the_saved_tokens(tmp_path: Path)
     for folder in (tmp_path / "adapter", merged):
         again = AutoTokenizer.from_pretrained(folder)
         assert again.convert_ids_to_tokens(encode(again, "<s>[INST] x")) == ["<s>", "\u2581[INST]", "\u2581x"]
+
+
+def test_added_token_that_the_class_would_find_elsewhere_is_found_as_the_file_says(tmp_path: Path) -> None:
+    base = base_of(tmp_path, "gpt2", "llama", "GPT2Tokenizer", added=tuple(f"<|{i}|>" for i in range(100)))
+    content = json.loads((base / "tokenizer.json").read_text())
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    number = next(token for token in content["added_tokens"] if token["content"] == "<|50|>")
+    number["rstrip"] = True
+    del settings["added_tokens_decoder"]
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert [encode(tokenizer_of(base), "<|50|> x")] == ids_of_file(base, ["<|50|> x"])
 
 
 # --- tokens beyond the embedding ------------------------------------------------------------------------------------------
@@ -234,3 +246,12 @@ def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"chat templates named tool_use, none default; set model\.chat_template"):
         tokenizer_of(base)
     assert tokenizer_of(base, chat_template="chatml").chat_template.count("im_start") > 0
+
+
+def test_template_of_a_processor_reaches_adapter_and_merged(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "gpt2", "llama", "GPT2Tokenizer", template=None)
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": TOOLS_TEMPLATE}))
+    save_tokenizer(tokenizer_of(base), tmp_path / "adapter")
+    merged = write_merged(base, tmp_path / "adapter", tmp_path / "merged")
+    for folder in (tmp_path / "adapter", merged):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == TOOLS_TEMPLATE

@@ -165,21 +165,31 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_re
     check_reloads(tokenizer, folder, trust_remote_code=trust_remote_code)
 
 
-def check_can_be_saved(tokenizer: PreTrainedTokenizerBase, base_folder: Path, *, trust_remote_code: bool) -> None:
-    """Refuse, before anything is trained, a tokenizer that no merged folder could hold.
+def check_can_be_saved(
+    tokenizer: PreTrainedTokenizerBase, base_folder: Path, *, merged: bool, trust_remote_code: bool
+) -> None:
+    """Refuse, before anything is trained, a tokenizer that would reload as another one.
+
+    Args:
+        tokenizer: the run's.
+        base_folder: of the base.
+        merged: whether a merged folder will be written, where AutoTokenizer goes by config.json too.
+        trust_remote_code: run Python code shipped with the tokenizer.
 
     Raises:
-        ConfigError: AutoTokenizer reads it from a folder with this config.json as another one.
+        ConfigError: AutoTokenizer reads other tokens.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copyfile(base_folder / "config.json", folder / "config.json")
-        for code in base_folder.glob("*.py"):
-            shutil.copyfile(code, folder / code.name)
+        for file in [*base_folder.glob("*.py"), *([base_folder / "config.json"] if merged else [])]:
+            shutil.copyfile(file, folder / file.name)
         try:
             save_tokenizer(tokenizer, folder, trust_remote_code=trust_remote_code)
         except ModelError as error:
+            where = (
+                "export.merge: from a merged folder" if merged else "model.model_name_or_path: from an adapter's folder"
+            )
+            remedy = "set export.merge: false and use the adapter" if merged else "give another tokenizer"
             raise ConfigError(
-                f"export.merge: from a merged folder {error}; Transformers {version('transformers')} builds the tokenizer "
-                "of this model type by its class; set export.merge: false and use the adapter"
+                f"{where} {error}; Transformers {version('transformers')} builds the tokenizer by its class; {remedy}"
             ) from None

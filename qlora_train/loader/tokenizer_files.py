@@ -83,7 +83,7 @@ def _ids(file: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def _follows(tokenizer: PreTrainedTokenizerBase, file: Tokenizer) -> bool:
-    """Say whether a tokenizer has the normalizer, split rule and model settings of a file."""
+    """Say whether a tokenizer has the normalizer, split rule, model settings and added tokens of a file."""
     backend = tokenizer.backend_tokenizer
     return (
         _state(backend.normalizer) == _state(file.normalizer)
@@ -92,7 +92,14 @@ def _follows(tokenizer: PreTrainedTokenizerBase, file: Tokenizer) -> bool:
         and all(
             (getattr(backend.model, k, None) or None) == (getattr(file.model, k, None) or None) for k in _BPE_SETTINGS
         )
+        and _added(file).items() <= _added(backend).items()
     )
+
+
+def _added(file: Tokenizer) -> dict[int, tuple[object, ...]]:
+    """Return what decides where each added token is found in a text."""
+    tokens = file.get_added_tokens_decoder().items()
+    return {i: (t.content, t.lstrip, t.rstrip, t.single_word, t.normalized) for i, t in tokens}
 
 
 def _state(part: Any) -> bytes | None:
