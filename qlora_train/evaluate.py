@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from qlora_train import stopping
 from qlora_train.data.batches import Collator
-from qlora_train.data.chat import encode_chat
+from qlora_train.data.chat import PYTHON_ERRORS, encode_chat
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.types import Example, Prompt
 from qlora_train.errors import DataError, ModelError
@@ -205,7 +205,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": mark}]
     try:
         tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
-    except TemplateError:
+    except (TemplateError, *PYTHON_ERRORS):
         return None
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((token for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if token in special), None)
