@@ -25,7 +25,8 @@ from tests.runs import adapter_bytes, losses, make_config, metrics, train_run
 EVERY_STEP = ("train.save_steps=1",)
 VARIANTS = {
     "adamw_torch": (
-        "train.optim=adamw_torch", "lora.lora_dropout=0.1", "train.eval_steps=2", "data.eval=0.25", "train.warmup_ratio=0.7",
+        "train.optim=adamw_torch", "lora.lora_dropout=0.1", "train.eval_steps=2", "data.eval=0.25",
+        "train.warmup_ratio=0.7",
     ),
     "paged_adamw_8bit": ("train.optim=paged_adamw_8bit", "lora.r=64", "train.neftune_noise_alpha=5"),
     "epochs, grouped": ("train.group_by_length=true", "train.logging_steps=3", "train.gradient_checkpointing=true"),
