@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.cli import main
 from qlora_train.config.writer import to_yaml
+from qlora_train.errors import MergeError
+from qlora_train.export.base_file import BaseFile
 from tests.pico import build_pico
 from tests.runs import make_config, train_run
 from tests.test_cli import libraries_stay_as_they_were
@@ -226,6 +228,21 @@ def test_16_bit_loading_refuses_the_same(name: str, pico_llama: Path, tmp_path: 
     assert re.search(message, line), line
 
 
+def test_two_sets_of_weights_are_refused_by_training_and_merging(
+    sharded: Path, pico: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    base = Path(shutil.copytree(sharded, tmp_path / "base"))
+    run = train_run(tmp_path / "before", base, "train.max_steps=1")
+    shutil.copyfile(pico("llama", seed=1) / WEIGHTS, base / WEIGHTS)
+    expected = rf"two sets of weights, {WEIGHTS} and the 5 files of {INDEX}, .*; move one of them out of the folder$"
+    line = refused(base, tmp_path / "run", capsys)
+    assert re.search(expected, line), line
+    with pytest.raises(MergeError, match=expected):
+        BaseFile(base)
+    assert main(["merge", str(run.path)]) == 2
+    assert not run.merged.exists()
+
+
 # --- what is odd and no harm ------------------------------------------------------------------------------------------
 
 
@@ -237,6 +254,13 @@ def test_whole_base_without_a_generation_config_trains(
     damage(base)
     assert train(base, tmp_path / "run") == 0
     assert "have no place in the model" not in capsys.readouterr().err
+
+
+def test_an_index_of_one_file_is_one_set_of_weights(pico_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
+    names = dict.fromkeys(load_file(base / WEIGHTS), WEIGHTS)
+    (base / INDEX).write_text(json.dumps({"weight_map": names}))
+    assert train(base, tmp_path / "run") == 0
 
 
 def test_whole_shards_train_like_one_file(sharded: Path, tmp_path: Path) -> None:

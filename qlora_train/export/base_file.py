@@ -21,10 +21,10 @@ from qlora_train.errors import MergeError, ModelError
 from qlora_train.kernels.dequantize import by_bitsandbytes
 from qlora_train.loader.released import Parts, Release, release_of
 from qlora_train.loader.tensors import stored_plainly
+from qlora_train.loader.weight_files import INDEX, weight_files
 
 BLOCK_SIZE = 64
 """Weights that share one scale: bitsandbytes' block size for 4-bit linear layers."""
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _STATE = ".quant_state.bitsandbytes__"
 _STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _FOREIGN = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", "_blocks")
@@ -142,19 +142,19 @@ class BaseFile:
 
 
 def _files_by_tensor(folder: Path) -> dict[str, str]:
-    if (folder / _INDEX).is_file():
-        index: dict[str, str] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        missing = sorted({file for file in index.values() if not (folder / file).is_file()})
-        if missing:
-            raise MergeError(f"{folder}: {missing[0]} is named in {_INDEX} but not there; download the base again")
-        return index
-    if not (folder / _SINGLE).is_file():
-        raise MergeError(
-            f"{folder}: neither {_SINGLE} nor {_INDEX}; the merge reads safetensors: load the base with transformers "
-            "and save_pretrained it to a new folder"
-        )
-    with safe_open(str(folder / _SINGLE), "pt", device="cpu") as file:
-        return dict.fromkeys(file.keys(), _SINGLE)
+    try:
+        files = weight_files(folder, str(folder))
+    except ModelError as error:
+        raise MergeError(str(error)) from None
+    missing = sorted(path.name for path in files if not path.is_file())
+    if missing:
+        raise MergeError(f"{folder}: {missing[0]} is named in {INDEX} but not there; download the base again")
+    return {tensor: path.name for path, tensors in files.items() for tensor in tensors or _tensor_names(path)}
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with safe_open(str(path), "pt", device="cpu") as file:
+        return list(file.keys())
 
 
 def _release(folder: Path, dtypes: dict[str, str]) -> tuple[Release | None, dict[str, Parts]]:
@@ -178,7 +178,7 @@ def _headers(folder: Path, where: dict[str, str]) -> dict[str, tuple[tuple[int, 
     missing = sorted(set(where) - set(headers))
     if missing:
         raise MergeError(
-            f"{folder}: {missing[0]} is named in {_INDEX} but not in {where[missing[0]]}; download the base again"
+            f"{folder}: {missing[0]} is named in {INDEX} but not in {where[missing[0]]}; download the base again"
         )
     return headers
 

@@ -61,13 +61,26 @@ def check_weight_files(folder: Path, config: Mapping[str, Any], where: str) -> N
 def weight_files(folder: Path, where: str) -> dict[Path, set[str]]:
     """Return the weight files, each with the tensors that the index says it holds.
 
+    Training, merging and export all read these and no others.
+
     Raises:
-        ModelError: there are none, or an index that cannot be read.
+        ModelError: there are none, there are two sets, or the index cannot be read.
     """
-    if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: set()}
+    has_single = (folder / WEIGHTS).is_file()
     if not (folder / INDEX).is_file():
-        raise _no_weights(folder, where)
+        if not has_single:
+            raise _no_weights(folder, where)
+        return {folder / WEIGHTS: set()}
+    files = _indexed_files(folder, where)
+    if has_single and files.keys() != {folder / WEIGHTS}:
+        raise ModelError(
+            f"{where}: {folder} holds two sets of weights, {WEIGHTS} and the {len(files)} files of {INDEX}, and which one "
+            "belongs to the model is unknown; move one of them out of the folder"
+        )
+    return files
+
+
+def _indexed_files(folder: Path, where: str) -> dict[Path, set[str]]:
     try:
         shard_of = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files: dict[Path, set[str]] = {}
