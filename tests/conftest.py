@@ -10,6 +10,8 @@ import shutil
 import tempfile
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qlora-train-tests-")  # not the user's
+# one folder a process: Python keeps the package that is first imported from it
+os.environ["HF_MODULES_CACHE"] = f"{os.environ['XDG_CACHE_HOME']}/modules"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -161,6 +161,10 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "config of no causal language model": (
         edited("config.json", model_type="t5"), "cannot be loaded: .*T5Config.*; give a causal language model",
     ),
+    "a pad token beyond the vocabulary": (
+        edited("config.json", pad_token_id=320),
+        r"config\.json: pad_token_id: 320 is beyond the 320 tokens of vocab_size, .*; set it to null$",
+    ),
     "hidden size of another model": (
         edited("config.json", hidden_size=96),
         rf"21 tensors have another shape .*: lm_head\.weight is \(320, 64\) in the file and \(320, 96\) .*; {ONE_MODEL}",
@@ -287,6 +291,11 @@ def test_tokenizer_with_more_tokens_than_rows_grows_the_embedding(tmp_path: Path
     assert re.search(r"vocabulary: \d+ rows added, drawn around the others' mean", capsys.readouterr().err)
 
 
+def test_a_regular_expression_that_matches_the_head_warns(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert train(pico_llama, tmp_path / "run", "lora.target_modules='.*(q_proj|lm_head)'") == 0
+    assert "matches the output head lm_head too, which carries no adapter" in capsys.readouterr().err
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -298,3 +307,9 @@ def test_adapter_of_another_base_or_other_shapes_is_one_line(pico_llama: Path, t
     renamed = Path(shutil.copytree(pico_llama, tmp_path / "again" / "wide"))
     line = refused(renamed, tmp_path / "shapes", capsys, f"lora.adapter_path={adapter}")
     assert re.search(r"does not fit the base model: \d+ tensors differ, e\.g\. \S+lora_B\S* has shape \(96, 8\)", line)
+
+
+def test_an_adapter_given_as_base_names_the_setting_for_it(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    adapter = train_run(tmp_path / "first", pico_llama, "train.max_steps=1").adapter
+    line = refused(adapter, tmp_path / "other", capsys)
+    assert re.search(r"holds an adapter and no model; .* this folder as lora\.adapter_path$", line), line

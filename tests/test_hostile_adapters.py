@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_train import durable
@@ -153,6 +153,15 @@ def test_adapter_that_peft_itself_wrote_is_taken(pico_llama: Path, tmp_path: Pat
     PeftModel(base, settings).save_pretrained(str(tmp_path / "adapter"))
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(pico_llama), "a local path, as PEFT writes it"
+    warm_start(tmp_path / "adapter", pico_llama)
+
+
+def test_adapter_without_a_task_type_as_peft_writes_it_is_taken(pico_llama: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(pico_llama)
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules=linears)).save_pretrained(tmp_path / "adapter")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["auto_mapping"]["base_model_class"] == "LlamaForCausalLM"
     warm_start(tmp_path / "adapter", pico_llama)
 
 

@@ -203,6 +203,17 @@ def test_settings_that_contradict_the_checkpoint_are_refused(
     one_line(caught.value)
 
 
+def test_stored_settings_that_are_not_named_are_the_defaults_of_transformers(
+    stored_in_4bit: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(stored_in_4bit, tmp_path / "unnamed")
+    content = json.loads((folder / "config.json").read_text())
+    del content["quantization_config"]["bnb_4bit_quant_type"]
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="bnb_4bit_quant_type: nf4, but unnamed is stored with fp4; set it to fp4"):
+        load(folder)
+
+
 def test_other_quantisation_is_refused(pico_llama: Path, tmp_path: Path) -> None:
     folder = copy_of(pico_llama, tmp_path / "gptq")
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})

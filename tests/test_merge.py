@@ -267,17 +267,18 @@ class OwnForCausalLM(LlamaForCausalLM):
 }
 
 
-def test_a_model_with_code_of_its_own_is_merged_with_that_code(
-    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    base = tmp_path / "own"
-    shutil.copytree(pico_llama, base)
+def with_own_classes(base: Path) -> Path:
+    """Put code beside a pico Llama that its config names, and return the folder."""
     for name, code in REMOTE_CODE.items():
         (base / name).write_text(code)
     values = json.loads((base / "config.json").read_text())
     classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     (base / "config.json").write_text(json.dumps({**values, "model_type": "own_llama", "auto_map": classes}))
+    return base
+
+
+def test_a_model_with_code_of_its_own_is_merged_with_that_code(pico_llama: Path, tmp_path: Path) -> None:
+    base = with_own_classes(Path(shutil.copytree(pico_llama, tmp_path / "own")))
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     merged_logits(pico_llama, adapter, tmp_path / "of_llama")
     run = MergeRun(base, adapter, NF4, torch.float32, trust_remote_code=True)

@@ -11,12 +11,14 @@ import pytest
 
 from qlora_train import durable
 from qlora_train.cli import main
+from qlora_train.config import ModelSection
 from qlora_train.config.writer import to_yaml
 from tests.runs import make_config, train_run
 from tests.test_gguf import write_gguf
+from tests.test_merge import with_own_classes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TRUSTED = ("model.trust_remote_code=true", f"model.revision={COMMIT}")
+TRUSTED = ("model.trust_remote_code=true",)
 OWN = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel", "AutoTokenizer": ["own.Own", "own.Own"]}
 OTHER = {key: f"owner/other--{value}" for key, value in OWN.items() if isinstance(value, str)}
 Capture = pytest.CaptureFixture[str]
@@ -27,7 +29,6 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file that appears when the code beside the model runs; whoever is asked whether it may run says yes."""
     asked: list[Any] = []
     monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     yield tmp_path / "fired"
     assert asked == [], "the config answers, not the person at the terminal"
 
@@ -117,16 +118,28 @@ def test_trusted_code_of_another_repository_is_refused(
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper(), COMMIT + "0"])
-@pytest.mark.parametrize("kind", ["hub", "folder", "gguf"])
-def test_trust_needs_a_whole_commit_for_every_kind_of_model(
-    kind: str, revision: str | None, pico_llama: Path, tmp_path: Path, capsys: Capture
+def test_trust_needs_a_whole_commit_for_a_model_of_the_hub(
+    revision: str | None, tmp_path: Path, capsys: Capture
 ) -> None:
-    name = {"hub": "owner/name", "folder": str(pico_llama), "gguf": "./model.gguf"}[kind]
-    settings = [f"model.model_name_or_path={name}", "data.train=rows.jsonl", "model.trust_remote_code=true"]
+    settings = ["model.model_name_or_path=owner/name", "data.train=rows.jsonl", "model.trust_remote_code=true"]
     (tmp_path / "run.yaml").write_text("run:\n")
     override = [] if revision is None else [f"model.revision='{revision}'"]
     assert main(["check", str(tmp_path / "run.yaml"), *settings, *override]) == 2
     assert "set revision to a 40-digit commit hash" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["./model", "~/models/model", "/models/model", "model.gguf"])
+def test_trust_needs_no_commit_for_local_files(name: str) -> None:
+    assert ModelSection(model_name_or_path=name, trust_remote_code=True).revision is None
+
+
+def test_a_local_model_with_code_of_its_own_is_trained_merged_and_checked(pico_llama: Path, tmp_path: Path) -> None:
+    base = with_own_classes(Path(shutil.copytree(pico_llama, tmp_path / "base")))
+    run = train_run(tmp_path, base, "train.max_steps=1", "export.merge=true", "export.merge_base=original", *TRUSTED)
+    checks = json.loads((run.path / "results.json").read_text())["merge"]
+    assert checks["kept"] == "original"
+    content = json.loads((run.merged / "config.json").read_text())
+    assert (content["model_type"], content["architectures"]) == ("own_llama", ["OwnForCausalLM"])
 
 
 def test_code_that_came_into_a_merged_model_never_runs(

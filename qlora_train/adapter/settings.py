@@ -32,6 +32,7 @@ IDLE = {
 """Settings whose value says nothing about trained weights without another setting, which is refused, or which speaks of
 modules that the trained model has not (`exclude_modules`, the towers of a multimodal one); PEFT is handed none of them."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TRANSFORMERS_MODULE = re.compile(r"transformers(\.\w+)*")
 HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=500)]], Field(max_length=20_000)]
@@ -139,6 +140,7 @@ def read_settings(folder: Path, base: BaseSource, where: str = "") -> AdapterSet
         raise ConfigError(
             f"{place}: {key}: {first['msg']}{found}; only plain LoRA adapters of a causal language model are read"
         ) from None
+    content = {key: value for key, value in content.items() if key != "auto_mapping" or not _is_plain_mapping(value)}
     for key, value in content.items():
         if key not in known and key not in IDLE and not _is_off(value):
             raise ConfigError(
@@ -199,6 +201,16 @@ def _check_base(named: str, base: BaseSource, place: str) -> None:
 
 def _last_part(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower().removesuffix(".gguf")
+
+
+def _is_plain_mapping(value: Any) -> bool:
+    """Say whether this is what PEFT writes of a base's class for an adapter without a task type; it is not used."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"base_model_class", "parent_library"}
+        and all(isinstance(part, str) for part in value.values())
+        and TRANSFORMERS_MODULE.fullmatch(value["parent_library"]) is not None
+    )
 
 
 def _is_off(value: Any) -> bool:

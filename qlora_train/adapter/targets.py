@@ -52,6 +52,12 @@ def choose_targets(
                 f"lora.target_modules: {asked!r} matches no linear layer; a full name is, for example, "
                 f"{next(iter(linears))!r}, and the layers are {', '.join(short_names)}"
             )
+        for name, module in model.named_modules():
+            if module in output_heads(model) and re.fullmatch(asked, name):
+                logger.warning(
+                    "lora.target_modules: %r matches the output head %s too, which carries no adapter; train it with "
+                    "lora.modules_to_save", asked, name,
+                )  # fmt: skip
         chosen = matched  # PEFT would apply the expression to the head, norms and blocks too
     else:
         unknown = [name for name in asked if not any(_ends_with(full, name) for full in linears)]

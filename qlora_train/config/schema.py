@@ -5,6 +5,7 @@ and its help text. The sections are frozen and refuse unknown keys. No torch her
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -55,7 +56,7 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit on the Hub; None is the default branch."""
     trust_remote_code: bool = False
-    """Run Python code shipped with the checkpoint. Needs `revision` to be a 40-digit commit."""
+    """Run Python code shipped with the checkpoint. A Hub model needs `revision` to be a 40-digit commit."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
     """Attention kernel; `auto` takes the best that is installed and says which."""
     rope_scaling: dict[str, str | int | float] | None = None
@@ -67,7 +68,9 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> Self:
-        if self.trust_remote_code and not COMMIT.fullmatch(self.revision or ""):
+        name = self.model_name_or_path
+        local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or Path(name).is_dir()
+        if self.trust_remote_code and not local and not COMMIT.fullmatch(self.revision or ""):
             raise ValueError("trust_remote_code: true runs code from the Hub; set revision to a 40-digit commit hash")
         return self
 

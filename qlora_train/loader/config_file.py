@@ -24,7 +24,7 @@ def read_config(source: BaseSource, *, trust_remote_code: bool) -> Any:
     where = f"model.model_name_or_path: {source.name}"
     detect(source.config)  # says which types there are, where Transformers guesses from the folder's name
     try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise untrusted_code(where) from error
@@ -33,6 +33,14 @@ def read_config(source: BaseSource, *, trust_remote_code: bool) -> Any:
             raise ModelError(f"{where}: config.json: model_type: {_unknown(kind, source.config)}") from error
         reason = " ".join(str(error).split())
         raise ModelError(f"{where}: config.json cannot be read: {reason.rstrip('.')}; fetch it again") from error
+    text = config.get_text_config()
+    pad, num_tokens = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(num_tokens, int) and pad >= num_tokens:
+        raise ModelError(
+            f"{where}: config.json: pad_token_id: {pad} is beyond the {num_tokens} tokens of vocab_size, and no model "
+            "can be built with it; set it to null"
+        )
+    return config
 
 
 def _unknown(kind: str, config: dict[str, Any]) -> str:

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _TRAINED_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 """What the weights were trained with and no scaling changes."""
+_BNB_DEFAULTS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+"""What Transformers takes for settings that a stored quantization_config does not have."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,11 @@ def _check_stored_quantization(stored: dict[str, Any], source: BaseSource, quant
             f"quantization.load_in_4bit: false, but {source.name} is stored in 4 bits; set it to true, or give the "
             "original 16-bit model"
         )
+    stored = {**_BNB_DEFAULTS, **stored}
     wrong = [
         f"quantization.{key}: {asked}, but {source.name} is stored with {stored[key]}; set it to {stored[key]}"
-        for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-        if key in stored and stored[key] != (asked := getattr(quantization, key))
+        for key in _BNB_DEFAULTS
+        if stored[key] != (asked := getattr(quantization, key))
     ]
     if wrong:
         raise ConfigError(wrong)

@@ -36,15 +36,15 @@ def check_trusted_code(folder: Path, name: str, revision: str | None) -> None:
             "model.revision does not pin; copy that code into a local folder with the model, or use another model"
         )
     files = ", ".join(sorted(file.name for file in folder.glob("*.py"))) or "none"
-    pinned = f"at {revision}" if revision else "as it lies on this machine (model.revision says nothing about it)"
+    pinned = f"at {revision}" if revision else "as it lies on this machine"
     logger.warning("model.trust_remote_code: runs the Python code of %s %s: %s", name, pinned, files)
 
 
 def untrusted_code(where: str) -> ModelError:
     """Return the error for a base that needs code of its own which the config does not trust; `where` names the base."""
     return ModelError(
-        f"{where} runs Python code of its own (auto_map); if you trust it, set model.trust_remote_code: true and "
-        "model.revision to the 40-digit commit that you have read"
+        f"{where} runs Python code of its own (auto_map); if you trust it, set model.trust_remote_code: true and, "
+        "for a model of the Hub, model.revision to the 40-digit commit that you have read"
     )
 
 

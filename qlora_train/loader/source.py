@@ -98,6 +98,11 @@ def _read_config(folder: Path, asked: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model.model_name_or_path: {asked}: the folder holds an adapter and no model; give the model that it was "
+                "trained on, and this folder as lora.adapter_path"
+            ) from None
         raise ModelError(
             f"model.model_name_or_path: {asked}: the folder holds no config.json; give a folder written by "
             "save_pretrained, a .gguf file or a Hub id"
