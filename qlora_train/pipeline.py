@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_train import durable, stopping
-from qlora_train.adapter import AdaptedModel, attach_adapter
+from qlora_train.adapter import AdaptedModel, attach_adapter, load_trained
 from qlora_train.architectures import check_target_modules, detect
 from qlora_train.checkpoint import (
     RunFolder,
@@ -31,7 +31,8 @@ from qlora_train.data.store import Rows
 from qlora_train.device import free_memory, select_device
 from qlora_train.disk import check_room, disk_need
 from qlora_train.errors import ExportError
-from qlora_train.export.card import clean_adapter_config, write_card
+from qlora_train.export.card import adapter_loading, clean_adapter_config, write_card
+from qlora_train.export.check_adapter import AdapterReference, check_adapter, measure_adapter
 from qlora_train.export.converter import check_quant, find_converter
 from qlora_train.export.merge import check_mergeable
 from qlora_train.export.push import Upload, plan_upload
@@ -40,7 +41,6 @@ from qlora_train.export.vllm import export_vllm
 from qlora_train.finished import commit_of, date_of, finished_config
 from qlora_train.inspect_data import data_of
 from qlora_train.loader import BaseSource, LoadedModel, load_model, resolve_base
-from qlora_train.loader.model import auto_class_of
 from qlora_train.loader.tokenizer import check_can_be_saved, save_tokenizer
 from qlora_train.preflight import check_machine
 from qlora_train.report import EvalSettings, evaluate_run
@@ -68,6 +68,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
     """
     device = select_device()
     with stopping.clock(config.run.max_minutes), open_run(config, resume=resume) as (folder, checkpoint):
+        reference = None
         if folder.is_finished() and not changed_settings(folder, config):
             logger.info("%s: training has finished already; delete the folder to train again", folder.path)
         else:
@@ -79,7 +80,11 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
             data.report.log()
             durable.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
             keep_rows(folder.rows, data)
-            train_adapter(folder, config, source, data, checkpoint)
+            reference = train_adapter(folder, config, source, data, checkpoint)
+        if not folder.read_results().get("adapter_check", {}).get("passed"):
+            reference = reference or measure_again(folder, config)
+            free_memory()
+            check_adapter(folder, config, reference)
         if config.export.merge and folder.has_merged():
             logger.info("%s is there already; delete it to merge again", folder.merged)
         elif config.export.merge:
@@ -89,8 +94,8 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
 
 def train_adapter(
     folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData, checkpoint: Path | None
-) -> None:
-    """Load the base, train an adapter on it and write the adapter; the model is gone from memory afterwards."""
+) -> AdapterReference:
+    """Load the base, train an adapter on it, write and measure it; the model is gone from memory afterwards."""
     loaded = load_model(config.model, config.quantization, source=source)
     # a checkpoint replaces the initial weights, so that a resumed run need not compute them
     batches = [] if checkpoint else initial_batches(config, data, loaded)
@@ -102,6 +107,15 @@ def train_adapter(
     logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
     result = train(adapted, data, config, folder, checkpoint)
     write_adapter(folder, adapted, config, data, result)
+    return measure_adapter(folder, config, data, adapted.model, adapted.loaded, date_of(folder))
+
+
+def measure_again(folder: RunFolder, config: RunConfig) -> AdapterReference:
+    """Measure the adapter of a run that ended before its adapter was checked."""
+    source, data = prepare_again(config, folder)
+    config = finished_config(config, folder)
+    loaded = load_model(config.model, config.quantization, source=source)
+    return measure_adapter(folder, config, data, load_trained(loaded, folder.adapter), loaded, date_of(folder))
 
 
 def merge(folder: RunFolder, config: RunConfig) -> None:
@@ -113,7 +127,7 @@ def merge(folder: RunFolder, config: RunConfig) -> None:
 
 def _merge(folder: RunFolder, config: RunConfig) -> None:
     free_memory()
-    merge_run(folder, finished_config(config, folder), *prepare_again(config, folder))
+    merge_run(folder, finished_config(config, folder), *prepare_again(config, folder), date_of(folder))
 
 
 def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) -> Path:
@@ -277,7 +291,7 @@ def write_adapter(
             num_train_rows=data.num_train_rows,
             library_versions=library_versions(),
             kind="adapter",
-            auto_class=auto_class_of(source, config.model),
+            loading=adapter_loading(adapted.loaded, config, folder.system_prompt()),
         )
         folder.add_results(training=result)
     logger.info("adapter: %s (from step %d)", folder.adapter, result["taken_from_step"])

@@ -24,8 +24,10 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_train.export import fresh_check
 from tests.pico import build_pico
 
+fresh_check.PRELOAD.append("tests.faults.child")  # the tests of faults start their processes by the same server
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

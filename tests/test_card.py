@@ -1,20 +1,15 @@
 """Model cards: filled, valid front matter, and nothing of this machine in them."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config.schema import RunConfig
 from qlora_train.errors import MergeError
 from qlora_train.export.card import clean_adapter_config, is_hub_id, public_name, write_card
-from tests.merging import save_adapter
-from tests.pico import VOCAB_SIZE
 
 HUB = "meta-llama/Llama-2-7b-hf"
 
@@ -35,6 +30,7 @@ def card(folder: Path, settings: RunConfig, **changes: Any) -> tuple[dict[str, A
         "num_train_rows": 1272,
         "library_versions": {"torch": "2.13.0", "peft": "0.21.2"},
         "kind": "adapter",
+        "loading": "## Loading\n\nThe lines of the caller.",
     }
     write_card(folder, **{**options, **changes})
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -50,53 +46,12 @@ def test_an_adapters_card_names_base_data_results_and_settings(tmp_path: Path) -
     assert front["datasets"] == ["org/addresses"]
     for part in ("| held-out loss | 0.1945 |", "| torch | 2.13.0 |", "1272 training rows", "rank 8", "learning_rate"):
         assert part in text
-    assert f'from_pretrained("{HUB}", revision="abc123"' in text
-    assert "PeftModel.from_pretrained(base" in text
+    assert "The lines of the caller." in text
 
 
-def test_a_merged_models_card_loads_without_peft(tmp_path: Path) -> None:
-    front, text = card(tmp_path, config(), kind="merged")
+def test_a_merged_models_card_is_of_transformers(tmp_path: Path) -> None:
+    front, _ = card(tmp_path, config(), kind="merged")
     assert (front["library_name"], front["base_model_relation"]) == ("transformers", "finetune")
-    assert "PeftModel" not in text
-
-
-def loaded_by_its_card(text: str, this: Path, base: Path | None = None) -> Any:
-    """Run the card's own code, with the places filled in that it leaves to its reader."""
-    code = text.split("```python\n")[1].split("```", maxsplit=1)[0]
-    for name in ("ADAPTER", "MODEL"):
-        code = code.replace(f"PATH-OR-ID-OF-THIS-{name}", str(this))
-    if base is not None:
-        code = code.replace(f'"{base.name}"', f'"{base}"')
-    names: dict[str, Any] = {}
-    exec(code, names)
-    return names["model"].eval()
-
-
-@pytest.mark.parametrize("new_tokens", [(), ("<a>", "<b>")])
-def test_the_code_in_the_card_loads_the_trained_model(
-    pico_llama: Path, tmp_path: Path, new_tokens: tuple[str, ...]
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(pico_llama)
-    tokenizer.add_tokens(list(new_tokens))
-    model = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.bfloat16)
-    rows = tokenizer.convert_tokens_to_ids(list(new_tokens))
-    settings: dict[str, Any] = {}
-    if new_tokens:
-        model.resize_token_embeddings(len(tokenizer))
-        settings["trainable_token_indices"] = {"embed_tokens": rows, "lm_head": rows}
-    adapter = save_adapter(model, tmp_path / "adapter", **settings)
-    tokenizer.save_pretrained(adapter)
-    trained = config(model={"model_name_or_path": str(pico_llama), "new_tokens": new_tokens})
-    _, text = card(adapter, trained)
-    assert ("resize_token_embeddings" in text) == bool(new_tokens)
-    ids = torch.tensor([[5, 9, 11, *rows, 7]])
-    with torch.no_grad():
-        found = loaded_by_its_card(text, adapter, pico_llama)(input_ids=ids).logits
-        expected = model.eval()(input_ids=ids).logits
-    assert torch.equal(found, expected)
-    merged = Path(shutil.copytree(pico_llama, tmp_path / "merged"))
-    _, text = card(merged, trained, kind="merged")
-    assert loaded_by_its_card(text, merged).config.vocab_size == VOCAB_SIZE
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])

@@ -14,13 +14,14 @@ from qlora_train.durable import MANIFEST, damage
 from qlora_train.export import run as run_module
 from qlora_train.export.run import merge_run
 from qlora_train.export.verify import MergeChoice, MergeRun
+from qlora_train.finished import date_of
 from qlora_train.pipeline import prepare_again
 from tests.runs import train_run
 
 
 def merge(run: RunFolder) -> MergeChoice:
     config = load_config(run.config_file)
-    return merge_run(run, config, *prepare_again(config, run))
+    return merge_run(run, config, *prepare_again(config, run), date_of(run))
 
 
 def test_a_merged_run_is_whole_with_its_card_and_its_numbers(

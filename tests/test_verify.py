@@ -23,7 +23,7 @@ from qlora_train.data.types import Example
 from qlora_train.durable import MANIFEST, damage
 from qlora_train.errors import MergeError
 from qlora_train.evaluate import held_out_loss, label_log_probabilities
-from qlora_train.export import check_merged
+from qlora_train.export import fresh_check
 from qlora_train.export.merge import MARKER
 from qlora_train.export.merged import fits, load_merged, place_for
 from qlora_train.export.predictions import Predictions, Reference, agreement, compared_rows, load_reference
@@ -197,7 +197,7 @@ def test_files_that_cannot_be_loaded_are_one_line(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_merges(monkeypatch, lambda folder: (folder / "model.safetensors").write_bytes(b"torn"))
-    with pytest.raises(MergeError, match="the merged model fails in a process of its own") as caught:
+    with pytest.raises(MergeError, match="loaded as its card says, it fails in a process of its own") as caught:
         choose(tuned, tmp_path / "merged")
     assert "\n" not in str(caught.value)
 
@@ -206,7 +206,7 @@ def test_files_that_cannot_be_loaded_are_one_line(
 def test_a_check_that_dies_is_one_line(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: int | None, said: str
 ) -> None:
-    monkeypatch.setattr(check_merged, "_run", partial(die, end))
+    monkeypatch.setattr(fresh_check, "_run", partial(die, end))
     with pytest.raises(MergeError, match=said) as caught:
         choose(tuned, tmp_path / "merged")
     assert "\n" not in str(caught.value)
@@ -219,15 +219,15 @@ def die(number: int | None, *_: Any) -> None:
 
 
 def test_a_stop_ends_the_check_too(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_merged, "_run", wait_for_ever)
-    monkeypatch.setattr(check_merged, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(fresh_check, "_run", wait_for_ever)
+    monkeypatch.setattr(fresh_check, "POLL_SECONDS", 0.01)
     stop = stopping.Stop("SIGTERM", 143)
 
     def asked() -> None:
         if any(process.is_alive() for process in multiprocessing.active_children()):
             raise stop
 
-    monkeypatch.setattr(check_merged.stopping, "check", asked)
+    monkeypatch.setattr(fresh_check.stopping, "check", asked)
     with pytest.raises(stopping.Stop):
         choose(tuned, tmp_path / "merged")
     assert multiprocessing.active_children() == []
@@ -244,7 +244,7 @@ def test_divergence_is_a_lower_bound_of_that_over_the_whole_vocabulary_and_near_
     model, other = (AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32).eval() for _ in range(2))
     other.model.layers[0].mlp.down_proj.weight.data *= 0.8
     Reference(rows, True, 0.0, Predictions.of(model, rows)).save(tmp_path / "file")
-    again, predictions = load_reference(tmp_path / "file")
+    again, predictions, _ = load_reference(tmp_path / "file")
     assert [row.input_ids.tolist() for row in again] == [row.input_ids.tolist() for row in rows]
     p, q = (torch.cat(list(label_log_probabilities(m, rows))).double() for m in (model, other))
     exact = float((p.exp() * (p - q)).sum(-1).mean())

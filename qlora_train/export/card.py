@@ -6,16 +6,20 @@ its Hub id, or by its folder's last name when it has none.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import yaml
+from transformers import AutoTokenizer, GenerationConfig
 
 from qlora_train.config.schema import RunConfig
 from qlora_train.durable import write_text
 from qlora_train.errors import MergeError
+from qlora_train.evaluate import stop_token_ids
 from qlora_train.export.adapter_file import ADAPTER_CONFIG
+from qlora_train.export.loading_code import adapter_code, needs_package, usage_code
+from qlora_train.loader import LoadedModel
 
 Kind = Literal["adapter", "merged"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -47,7 +51,7 @@ def write_card(
     num_train_rows: int | None,
     library_versions: Mapping[str, str],
     kind: Kind,
-    auto_class: str = "AutoModelForCausalLM",
+    loading: str,
     merge: str = "",
 ) -> None:
     """Write README.md: Hub metadata, what it was trained on, how, the measured results, how to load it.
@@ -57,13 +61,13 @@ def write_card(
         metrics: results by name, e.g. `{"held-out loss": 0.19}`.
         library_versions: by name, e.g. `{"torch": "2.13.0"}`.
         kind: an adapter, or merged weights.
-        auto_class: the class of Transformers that loads the base.
+        loading: the section about loading, of `adapter_loading` or `merged_loading`.
         merge: the section about a merge, empty where there is none.
     """
     sections = [
         _front_matter(base, config, kind),
         _summary(folder, base, revision, config, kind),
-        _loading(base, revision, config, kind, auto_class),
+        loading,
         _data(config, num_train_rows),
         "## Results\n\n"
         + _table("Metric", "Value", {k: f"{v:.4g}" for k, v in metrics.items()}, "Nothing was measured."),
@@ -142,31 +146,52 @@ def _title(folder: Path, base: str) -> str:
     return f"{_last_part(base)}: {name}"
 
 
-def _loading(base: str, revision: str | None, config: RunConfig, kind: Kind, auto_class: str) -> str:
-    this = f'"PATH-OR-ID-OF-THIS-{"ADAPTER" if kind == "adapter" else "MODEL"}"'
-    lines = [
-        f"from transformers import {auto_class}, AutoTokenizer",
-        "",
-        f"tokenizer = AutoTokenizer.from_pretrained({this})",
-    ]
-    note = ""
-    if kind == "merged":
-        lines.append(f'model = {auto_class}.from_pretrained({this}, dtype="auto")')
-    else:
-        at = f', revision="{revision}"' if revision else ""
-        load = f'base = {auto_class}.from_pretrained("{public_name(base)}"{at}, dtype="auto")'
-        lines = ["from peft import PeftModel", *lines, load]
-        if config.model.new_tokens:
-            lines += [
-                "if len(tokenizer) > base.get_input_embeddings().num_embeddings:",
-                "    base.resize_token_embeddings(len(tokenizer))",
-            ]
-            note += "\n\nThe adapter was trained with new tokens: the base's vocabulary is resized before it is loaded."
-        lines.append(f"model = PeftModel.from_pretrained(base, {this})")
-        if not is_hub_id(base):
-            note += "\n\nThe base was a local folder: give its path on your machine."
-    code = "\n".join(lines)
-    return f"## Loading\n\n```python\n{code}\n```{note}"
+def adapter_loading(loaded: LoadedModel, config: RunConfig, system: str) -> str:
+    """Return the section about loading an adapter.
+
+    Args:
+        loaded: the base as the run loaded it.
+        config: the run's settings.
+        system: the system prompt that the training rows share, empty where they share none.
+    """
+    base = public_name(loaded.source.name)
+    notes = []
+    if config.quantization.load_in_4bit:
+        notes.append(
+            f"The adapter was trained on the base in 4 bits ({config.quantization.bnb_4bit_quant_type.upper()}), and these "
+            "lines load it so. The base in 16 bits under this adapter is another model, and a worse one. For 16 bits, use "
+            "the merged model: `qlora-train merge RUN-FOLDER` writes it and compares it with the adapter."
+        )
+    if reason := needs_package(loaded, config):
+        notes.append(f"The lines need the package `qlora-train`: {reason}.")
+    if config.model.rope_scaling is not None:
+        notes.append("The adapter was trained with RoPE scaling, which the base's own config does not have.")
+    if config.model.new_tokens:
+        notes.append("The adapter was trained with new tokens: the base's vocabulary is resized before it is loaded.")
+    if not is_hub_id(loaded.source.name):
+        notes.append("The base was a local folder or file: give its path on your machine.")
+    code = adapter_code(loaded, config, base)
+    ends = stop_token_ids(loaded.model, loaded.tokenizer)
+    usage = usage_code(loaded.tokenizer, loaded.model.generation_config, system=system, ends=ends)
+    return _loading_section(code, usage, notes)
+
+
+def merged_loading(folder: Path, code: str, system: str, *, trust_remote_code: bool) -> str:
+    """Return the section about loading the merged model in `folder` by the lines of `merged_code`."""
+    generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    return _loading_section(code, usage_code(tokenizer, generation, system=system), [])
+
+
+def _loading_section(code: str, usage: str, notes: Sequence[str]) -> str:
+    parts = ["## Loading", _block(code), *notes]
+    if usage:
+        parts += ["A question, as the model was asked in training, and its greedy answer:", _block(usage)]
+    return "\n\n".join(parts)
+
+
+def _block(code: str) -> str:
+    return f"```python\n{code}\n```"
 
 
 def _data(config: RunConfig, num_train_rows: int | None) -> str:

@@ -7,7 +7,10 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 
+from qlora_train.architectures import detect
 from qlora_train.device import free_memory
+from qlora_train.export.loading_code import needed_attention
+from qlora_train.loader.dynamic_rope import forget_longest_row
 from qlora_train.loader.towers import text_model
 
 logger = logging.getLogger(__name__)
@@ -17,15 +20,17 @@ Placement = dict[str, torch.device] | Literal["auto"]
 
 def load_merged(folder: Path, device: torch.device | str, *, trust_remote_code: bool = False) -> Any:
     """Load a merged folder from disk in the dtype it was written in, placed by `place_for`."""
-    return load_placed(folder, place_for(folder, device), trust_remote_code=trust_remote_code)
-
-
-def load_placed(folder: Path, placement: Placement, *, trust_remote_code: bool = False) -> Any:
-    """Load a merged folder from disk in the dtype it was written in, placed as `place_for` said."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    return text_model(config).model_class.from_pretrained(
-        folder, dtype="auto", local_files_only=True, device_map=placement, trust_remote_code=trust_remote_code
+    model = text_model(config).model_class.from_pretrained(
+        folder,
+        dtype="auto",
+        local_files_only=True,
+        device_map=place_for(folder, device),
+        trust_remote_code=trust_remote_code,
+        attn_implementation=needed_attention(detect(config.to_dict())),
     )
+    forget_longest_row(model)
+    return model
 
 
 def place_for(folder: Path, device: torch.device | str) -> Placement:

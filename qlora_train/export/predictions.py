@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_train.data.types import Example
 from qlora_train.evaluate import label_log_probabilities
+from qlora_train.loader.token_probes import TokenProbe, load_probes, save_probes
 
 NUM_COMPARED = 2048
 """Label tokens at which predictions are compared."""
@@ -44,24 +45,34 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near a model is to another: divergence in nats a token, share of labels with the same first choice."""
+    """How near a model is to another.
+
+    Attributes:
+        divergence: Kullback-Leibler, in nats a token.
+        same_choice: share of labels with the same first choice.
+        num_tokens: labels that were compared.
+        max_difference: the largest one of log-probabilities that were kept.
+    """
 
     divergence: float
     same_choice: float
     num_tokens: int
+    max_difference: float
 
 
 def agreement(model: Any, rows: Sequence[Example], wanted: Predictions) -> Agreement:
     """Compare a model with predictions on the same rows; what is not a number in it is not a number in the result."""
-    divergence, num_same, at = 0.0, 0, 0
+    divergence, num_same, at, differences = 0.0, 0, 0, [0.0]
     for found in label_log_probabilities(model, rows):
         part = slice(at, at + len(found))
         tokens, expected = wanted.tokens[part].long(), wanted.log_probabilities[part].double()
-        divergence += float(_divergences(expected, found.cpu().gather(-1, tokens).double()).sum())
+        actual = found.cpu().gather(-1, tokens).double()
+        divergence += float(_divergences(expected, actual).sum())
+        differences.append(float((actual - expected).abs().max()))
         num_same += int((found.argmax(-1).cpu() == tokens[:, 0]).sum())
         at += len(found)
     assert at == len(wanted.tokens), "the predictions belong to other rows"
-    return Agreement(divergence / at, num_same / at, at)
+    return Agreement(divergence / at, num_same / at, at, max(differences))
 
 
 def _divergences(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
@@ -93,22 +104,24 @@ def compared_rows(rows: Iterable[Example], num_labels: int = NUM_COMPARED) -> li
 
 @dataclass(frozen=True)
 class Reference:
-    """What the adapter on its base does, for a merge to be held to.
+    """What the adapter on its base does, for what is saved of it to be held to.
 
     Attributes:
         rows: on which the loss is measured; predictions are compared on their `compared_rows`.
         held_out: whether they were held out, or trained on where no row was.
         loss: nats a label token.
         predictions: at the labels of the compared rows.
+        probes: texts with the tokens that the run makes of them.
     """
 
     rows: Sequence[Example]
     held_out: bool
     loss: float
     predictions: Predictions
+    probes: Sequence[TokenProbe] = ()
 
     def save(self, file: Path) -> None:
-        """Write what another process needs: tokens and labels of the rows, and the predictions."""
+        """Write what another process needs: tokens and labels of the rows, the predictions, and beside it the probes."""
         ids = [np.asarray(row.input_ids, dtype=np.int32) for row in self.rows]
         masks = [np.asarray(row.loss_mask, dtype=np.bool_) for row in self.rows]
         tensors = {
@@ -119,10 +132,11 @@ class Reference:
             "log_probabilities": self.predictions.log_probabilities,
         }
         save_file(tensors, file)
+        save_probes(file.with_suffix(".json"), self.probes)
 
 
-def load_reference(file: Path) -> tuple[list[Example], Predictions]:
-    """Return the rows and predictions that `Reference.save` wrote."""
+def load_reference(file: Path) -> tuple[list[Example], Predictions, list[TokenProbe]]:
+    """Return the rows, predictions and probes that `Reference.save` wrote."""
     tensors = load_file(file)
     lengths = tensors["lengths"].tolist()
     ids, masks = (tensors[name].split(lengths) for name in ("ids", "labels"))
@@ -130,4 +144,5 @@ def load_reference(file: Path) -> tuple[list[Example], Predictions]:
         Example(f"row {number}", row.numpy(), mask.numpy())
         for number, (row, mask) in enumerate(zip(ids, masks, strict=True))
     ]
-    return rows, Predictions(tensors["tokens"], tensors["log_probabilities"])
+    predictions = Predictions(tensors["tokens"], tensors["log_probabilities"])
+    return rows, predictions, load_probes(file.with_suffix(".json"))

@@ -1,5 +1,6 @@
 """Merge a finished run: measure the adapter, merge from files, measure the result, keep it only when it is as good."""
 
+import datetime
 import logging
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -9,19 +10,22 @@ import torch
 
 from qlora_train.adapter import load_trained
 from qlora_train.adapter.settings import read_settings
+from qlora_train.architectures import detect
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data.run_rows import RunRows
 from qlora_train.data.types import Example
 from qlora_train.device import free_memory, select_device
 from qlora_train.evaluate import held_out_loss
-from qlora_train.export.card import write_card
+from qlora_train.export.card import merged_loading, write_card
 from qlora_train.export.comparison import Comparison
+from qlora_train.export.loading_code import needed_attention
 from qlora_train.export.predictions import Predictions, Reference, compared_rows
 from qlora_train.export.verify import MergeChoice, MergeRun, choose_merge_base
 from qlora_train.loader import BaseSource, load_model
 from qlora_train.loader.hardware import choose_compute_dtype
 from qlora_train.loader.model import auto_class_of, model_config
+from qlora_train.loader.token_probes import run_probes
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +37,9 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows) -> MergeChoice:
+def merge_run(
+    folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, date: datetime.date
+) -> MergeChoice:
     """Merge a finished run's adapter into `folder.merged` and record what was measured.
 
     Args:
@@ -41,6 +47,7 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Ru
         config: its settings.
         source: its base model, with weights.
         data: its rows; the held-out ones are measured.
+        date: that the run renders dated chat templates for.
 
     Raises:
         ConfigError: the adapter is not a plain LoRA adapter of this base.
@@ -49,8 +56,9 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Ru
     read_settings(folder.adapter, source)
     step = folder.read_results().get("training", {}).get("taken_from_step", "unknown (results.json is gone)")
     logger.info("merge: adapter of step %s onto %s", step, config.export.merge_base)
-    reference = _reference(folder, config, source, data)
+    reference = _reference(folder, config, source, data, date)
     free_memory()
+    merge = _merge_run(folder, config, source)
 
     def write_merged_card(staging: Path, choice: MergeChoice) -> None:
         write_card(
@@ -62,12 +70,14 @@ def merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, data: Ru
             num_train_rows=data.num_train_rows,
             library_versions=library_versions(),
             kind="merged",
-            auto_class=auto_class_of(source, config.model),
+            loading=merged_loading(
+                staging, merge.loading_code(), folder.system_prompt(), trust_remote_code=config.model.trust_remote_code
+            ),
             merge=Comparison(reference, choice).section(),
         )
 
     choice = choose_merge_base(
-        _merge_run(folder, config, source),
+        merge,
         folder.merged,
         reference=reference,
         export=config.export,
@@ -95,10 +105,14 @@ def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource) -> Merg
         model_config=model_config(source, config.model),
         device=str(device),
         trust_remote_code=config.model.trust_remote_code,
+        auto_class=auto_class_of(source, config.model),
+        attention=needed_attention(detect(source.config)),
     )
 
 
-def _reference(folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows) -> Reference:
+def _reference(
+    folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, date: datetime.date
+) -> Reference:
     """Measure the adapter on its 4-bit base; nothing refers to the model afterwards."""
     loaded = load_model(config.model, config.quantization, source=source)
     adapted = load_trained(loaded, folder.adapter)
@@ -112,7 +126,8 @@ def _reference(folder: RunFolder, config: RunConfig, source: BaseSource, data: R
         batch_size=config.train.per_device_eval_batch_size,
         pad_token_id=loaded.tokenizer.pad_token_id,
     ).loss
-    return Reference(rows, bool(data.eval), loss, Predictions.of(adapted, compared_rows(rows)))
+    probes = run_probes(loaded.tokenizer, rows, date=date)
+    return Reference(rows, bool(data.eval), loss, Predictions.of(adapted, compared_rows(rows)), probes)
 
 
 def _training_metrics(folder: RunFolder) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Prove a merge by measuring it: what the written files do, beside what the adapter does on its base.
 
-The files are loaded in a fresh process, as any user would load them (`qlora_train.export.check_merged`). The loss on
+The files are loaded in a fresh process, as any user would load them (`qlora_train.export.fresh_check`). The loss on
 held-out rows says whether the merged model is as good. The divergence from the adapter's predictions says whether it is the
 same model: a damaged tensor can leave the loss of a poor model as it was, or lower it. It is limited where nothing but
 rounding to 16 bits lies between the two. On SmolLM2-135M that rounding is 0.001 nats a token and a zeroed matrix 0.015 to
@@ -20,7 +20,8 @@ import torch
 from qlora_train.config.schema import ExportSection, QuantizationSection
 from qlora_train.durable import STAGING, remove_folder, staged_folder
 from qlora_train.errors import MergeError
-from qlora_train.export.check_merged import Check, check_in_fresh_process
+from qlora_train.export.fresh_check import Check, check_in_fresh_process
+from qlora_train.export.loading_code import THIS_MODEL, merged_code
 from qlora_train.export.merge import MergeBase, MergeReport, is_stored_in_4bit, merge_adapter, refuse_places
 from qlora_train.export.predictions import Reference
 
@@ -31,7 +32,7 @@ INSTEAD = "try the other export.merge_base, use the adapter unmerged, or raise t
 
 @dataclass(frozen=True)
 class MergeRun:
-    """What every candidate merge of a run shares; the fields are those of `merge_adapter`."""
+    """What every candidate merge of a run shares; the fields are those of `merge_adapter` and `merged_code`."""
 
     base_folder: Path
     adapter_folder: Path
@@ -42,6 +43,14 @@ class MergeRun:
     model_config: Any = None
     device: str = "cpu"
     trust_remote_code: bool = False
+    auto_class: str = "AutoModelForCausalLM"
+    attention: str | None = None
+
+    def loading_code(self, this: str = THIS_MODEL) -> str:
+        """Return the lines of the card that load what was merged."""
+        return merged_code(
+            self.auto_class, attention=self.attention, trust_remote_code=self.trust_remote_code, this=this
+        )
 
     def merge(self, output: Path, merge_base: MergeBase) -> MergeReport:
         """Merge onto one kind of base."""
@@ -110,12 +119,13 @@ def choose_merge_base(
             remove_folder(folder)
             reports[kind] = run.merge(folder, kind)
             checks[kind] = check_in_fresh_process(
-                folder,
+                output,
+                run.loading_code(str(folder)),
                 asked / "reference.safetensors",
-                device=run.device,
                 batch_size=batch_size,
-                trust_remote_code=run.trust_remote_code,
+                error=MergeError,
             )
+            _refuse_other_tokens(output, checks[kind])
         best = min(kinds, key=lambda kind: (math.isnan(checks[kind].loss), checks[kind].loss))
         _refuse_worse(output, checks[best], reference, export)
         if best == "dequantized" or not run.quantization.load_in_4bit:
@@ -161,6 +171,14 @@ def candidate_bases(
     if not measured:
         return ("dequantized",), "no held-out rows to compare bases on; it is what was trained"
     return ("dequantized", "original"), ""
+
+
+def _refuse_other_tokens(where: Path, check: Check) -> None:
+    if check.token_differences:
+        raise MergeError(
+            f"{where}: the tokenizer of the merged model makes other tokens than the run trained on: "
+            f"{check.token_differences[0]}; the merged model is not kept, use the adapter"
+        )
 
 
 def _refuse_worse(where: Path, check: Check, reference: Reference, export: ExportSection) -> None:

@@ -27,6 +27,7 @@ from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError, first_line
 from qlora_train.loader.census import Census, check_census, make_safe_for_training_after_eval, take_census
 from qlora_train.loader.config_file import read_config
+from qlora_train.loader.dynamic_rope import forget_longest_row
 from qlora_train.loader.hardware import Kernels, choose_attention, choose_compute_dtype
 from qlora_train.loader.odd_rows import compute_odd_rows_rightly
 from qlora_train.loader.quantize import quantize_linears
@@ -96,6 +97,7 @@ def load_model(
     base.requires_grad_(False)
     make_safe_for_training_after_eval(base)
     compute_odd_rows_rightly(base)
+    forget_longest_row(base)
     _set_compute_dtype(base, dtype)
     new_token_ids = _add_new_tokens(base, tokenizer, model.new_tokens) if model.new_tokens else ()
     census = take_census(base, output_heads(base))
@@ -249,8 +251,10 @@ def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], na
         raise ConfigError(f"model.rope_scaling: {name} scales positions differently by layer; train within {positions}")
     fixed = {key: own[key] for key in _TRAINED_ROPE_KEYS if key in own}
     content["rope_parameters"] = {"original_max_position_embeddings": positions, **fixed, **scaling}
-    content["max_position_embeddings"] = int(positions * float(scaling["factor"]))
-    logger.info("positions: %d -> %d (model.rope_scaling)", positions, content["max_position_embeddings"])
+    reached = int(positions * float(scaling["factor"]))
+    if scaling["rope_type"] != "dynamic":  # which begins to scale beyond max_position_embeddings
+        content["max_position_embeddings"] = reached
+    logger.info("positions: %d -> %d (model.rope_scaling)", positions, reached)
     return type(config).from_dict(whole)
 
 

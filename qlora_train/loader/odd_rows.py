@@ -18,12 +18,17 @@ from qlora_train.kernels.dequantize import dequantize
 def compute_odd_rows_rightly(model: nn.Module) -> None:
     """Give such layers of a model a forward of their own."""
     for module in model.modules():
-        if isinstance(module, Linear4bit) and _is_odd(module):
+        if _is_odd(module) and module.weight.device.type == "cpu":
             module.forward = MethodType(_forward, module)
 
 
+def has_odd_rows(model: nn.Module) -> bool:
+    """Say whether a model has such layers, on whatever device."""
+    return any(_is_odd(module) for module in model.modules())
+
+
 def _is_odd(module: Any) -> bool:
-    return module.weight.device.type == "cpu" and module.in_features % module.weight.quant_state.blocksize != 0
+    return isinstance(module, Linear4bit) and module.in_features % module.weight.quant_state.blocksize != 0
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:

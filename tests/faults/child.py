@@ -15,7 +15,7 @@ import torch
 
 import qlora_train.pipeline  # noqa: F401  imported for its children
 from qlora_train import cli, faults
-from qlora_train.export import check_merged
+from qlora_train.export import fresh_check
 from tests.faults import stock
 
 gc.collect()
@@ -59,7 +59,7 @@ def _begin(log: Path, environment: dict[str, str]) -> None:
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background would ignore it
     torch.set_num_threads(1)
-    check_merged.START = "fork"  # with one thread it may; a server of its own would import everything for every child
+    fresh_check.START = "fork"  # with one thread it may; a server of its own would import everything for every child
 
 
 def _end(status: int) -> None:
