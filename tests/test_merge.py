@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config.schema import QuantizationSection
@@ -23,6 +23,7 @@ from tests.merging import (
     IDS,
     NF4,
     Pico,
+    change_adapter,
     dequantized_reference,
     logits,
     merged_logits,
@@ -286,6 +287,31 @@ def test_a_model_with_code_of_its_own_is_merged_with_that_code(pico_llama: Path,
     model = load_merged(tmp_path / "of_own", "cpu", trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     torch.testing.assert_close(logits(model.eval()), logits(plain(tmp_path / "of_llama")), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("stored", ["float16", "float32", "bfloat16"])
+def test_a_merge_has_the_number_formats_of_the_base(pico: Pico, tmp_path: Path, stored: str) -> None:
+    base = Path(shutil.copytree(pico("llama", dtype=stored), tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = save_adapter(plain(base), tmp_path / "adapter")
+    for merge_base in ("original", "dequantized"):
+        output = tmp_path / merge_base
+        MergeRun(base, adapter, NF4, None, load_dtype=torch.float32).merge(output, merge_base)
+        written = load_file(output / "model.safetensors")
+        assert {name: tensor.dtype for name, tensor in written.items()} == {n: t.dtype for n, t in tensors.items()}
+        assert json.loads((output / "config.json").read_text())["dtype"] == stored
+    got = logits(plain(tmp_path / "original"))
+    torch.testing.assert_close(got, peft_merged_logits(base, adapter), atol=0.1, rtol=0)
+
+
+def test_a_change_beyond_the_range_of_the_base_is_refused(pico: Pico, tmp_path: Path) -> None:
+    base = pico("llama", dtype="float16")
+    adapter = save_adapter(plain(base), tmp_path / "adapter")
+    change_adapter(adapter, lambda tensors: [tensor.mul_(1e4) for tensor in tensors.values()])
+    with pytest.raises(MergeError, match=r"the merged weight is beyond the range of torch\.float16"):
+        MergeRun(base, adapter, NF4, None).merge(tmp_path / "merged", "original")
 
 
 def test_weights_are_rounded_once(pico_llama: Path, tmp_path: Path) -> None:

@@ -419,7 +419,7 @@ class ExportSection(Section):
     """What is made of a finished run."""
 
     merge: bool = False
-    """Merge the adapter into 16-bit weights after training (a 70B merge writes 140 GB)."""
+    """Merge the adapter into the base's unquantised weights after training (a 70B merge writes 140 GB)."""
     merge_base: Literal["auto", "original", "dequantized"] = "auto"
     """Merge onto the original weights or the dequantised 4-bit ones; `auto` measures both and keeps the better."""
     max_loss_increase: float = Field(0.02, ge=0)

@@ -39,7 +39,7 @@ def write_companions(
     *,
     tied: bool,
     num_embeddings: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     trust_remote_code: bool,
 ) -> None:
     """Complete `folder`, which holds the merged weights, to a model folder.
@@ -50,11 +50,11 @@ def write_companions(
         config: Transformers config of the model; changed to what the weights are.
         tied: whether embedding and head are one matrix.
         num_embeddings: rows of the embedding.
-        dtype: of the weights.
+        dtype: of the weights; None where they are as the base's config says.
         trust_remote_code: run the tokenizer's own code.
     """
     text = config.get_text_config()
-    config.dtype, config._name_or_path = dtype, ""
+    config.dtype, config._name_or_path = dtype or config.dtype, ""
     text.tie_word_embeddings = config.tie_word_embeddings = tied
     text.vocab_size = num_embeddings
     for code in base_folder.glob("*.py"):

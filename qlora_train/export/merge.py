@@ -65,7 +65,7 @@ def merge_adapter(
     *,
     merge_base: MergeBase,
     quantization: QuantizationSection,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     max_shard_size: str = "5GB",
     load_dtype: torch.dtype | None = None,
     model_config: Any = None,
@@ -80,8 +80,8 @@ def merge_adapter(
         output: a new folder, or a previous merge, which is replaced once the new one is whole.
         merge_base: `dequantized` rounds linear layers and experts through 4 bits first, as the run held them.
         quantization: how the run held them.
-        dtype: of the written floating-point tensors.
-        load_dtype: dtype that the run quantised from (its compute dtype); None is `dtype`.
+        dtype: of the written floating-point tensors; None keeps the base's own, tensor by tensor.
+        load_dtype: dtype that the run quantised from (its compute dtype); None is `dtype`, or else bfloat16.
         model_config: Transformers config of the trained model where it differs from the base's (RoPE scaling).
         device: where weights are rounded through 4 bits.
         trust_remote_code: run Python code shipped with the base.
@@ -97,12 +97,13 @@ def merge_adapter(
     config.architectures = [type(skeleton.model).__name__]  # a base may name a classifier
     adapter = AdapterFile(adapter_folder, skeleton)
     marker = _marker(base_folder, adapter, merge_base)
-    with BaseFile(base_folder, load_dtype or dtype) as base:
+    load_dtype = load_dtype or dtype or torch.bfloat16
+    with BaseFile(base_folder, load_dtype) as base:
         names = Names(skeleton.model)
         units = _units(base, skeleton, names)
         held_in_4bit = _held_in_4bit(base, skeleton, units, merge_base, quantization)
         turned = frozenset(f"{name}.weight" for name in skeleton.conv1d)
-        rounding = Rounding(held_in_4bit - base.stored_4bit, turned, quantization, load_dtype or dtype, device)
+        rounding = Rounding(held_in_4bit - base.stored_4bit, turned, quantization, load_dtype, device)
         plan = plan_merge(base, adapter, skeleton, names, units, rounding.names, dtype)
         _report_mismatch(plan, skeleton)
         with staged_folder(output) as staging:
@@ -196,7 +197,12 @@ def _made(base: BaseFile, adapter: AdapterFile, planned: PlannedUnit, rounding: 
     tensors = planned.unit.store(parameters)
     del parameters
     for output in planned.outputs:
-        yield tensors.pop(output.name)
+        tensor = tensors.pop(output.name)
+        if planned.updates and tensor.is_floating_point() and not tensor.isfinite().all():
+            raise MergeError(
+                f"{output.name}: the merged weight is beyond the range of {dtype}; use the adapter unmerged"
+            )
+        yield tensor
 
 
 def _held_in_4bit(

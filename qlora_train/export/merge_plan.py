@@ -91,7 +91,7 @@ def plan_merge(
     names: Names,
     units: tuple[Unit, ...],
     rounded: frozenset[str],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> MergePlan:
     """Match every change of the adapter with what makes its parameter.
 
@@ -99,7 +99,7 @@ def plan_merge(
         names: the rules for names in the base.
         units: what the base consists of.
         rounded: the parameters that go through 4 bits first.
-        dtype: of the floating-point parameters to write.
+        dtype: of the floating-point parameters to write; None keeps the base's own.
 
     Raises:
         MergeError: a change without its tensor, shapes that disagree, token rows that nobody trained.
@@ -124,7 +124,7 @@ def plan_merge(
         for parameter in unit.parameters
     }
     _refuse_unequal_vocabularies(shapes, embedding, head)
-    in_float32 = skeleton.kept_in_float32(dtype)
+    in_float32 = skeleton.kept_in_float32(dtype) if dtype else frozenset()
     planned = [_planned(base, adapter, unit, shapes, rounded, in_float32, dtype) for unit in units]
     for made in (item for item in planned if item.is_made):
         refuse_irreversible(made.unit, names, {name: base.shape(name) for name in made.unit.sources})
@@ -143,7 +143,7 @@ def _planned(
     shapes: Mapping[str, tuple[int, ...]],
     rounded: frozenset[str],
     in_float32: frozenset[str],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> PlannedUnit:
     updates = {name: adapter.updates[name] for name in unit.parameters if name in adapter.updates}
     written = torch.float32 if in_float32.intersection(unit.parameters) else dtype
@@ -152,7 +152,7 @@ def _planned(
         stored = base.dtype(source)
         shape = base.shape(source) if unit.conversion or not unit.parameters else shapes[unit.parameters[0]]
         keeps = not unit.parameters or not stored.is_floating_point
-        outputs.append(OutputTensor(name, shape, stored if keeps else written))
+        outputs.append(OutputTensor(name, shape, stored if keeps or written is None else written))
     return PlannedUnit(unit, updates, bool(updates) or not rounded.isdisjoint(unit.parameters), tuple(outputs))
 
 

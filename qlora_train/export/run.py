@@ -95,11 +95,12 @@ def merge_run(
 def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource) -> MergeRun:
     device = select_device()
     compute_dtype = choose_compute_dtype(config.quantization.bnb_4bit_compute_dtype, device)
+    dtype = torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
     return MergeRun(
         base_folder=source.folder,
         adapter_folder=folder.adapter,
         quantization=config.quantization,
-        dtype=torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype,
+        dtype=dtype if source.config.get("quantization_config") else None,
         max_shard_size=config.export.max_shard_size,
         load_dtype=compute_dtype,
         model_config=model_config(source, config.model),

@@ -37,7 +37,7 @@ class MergeRun:
     base_folder: Path
     adapter_folder: Path
     quantization: QuantizationSection
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     max_shard_size: str = "5GB"
     load_dtype: torch.dtype | None = None
     model_config: Any = None
