@@ -179,7 +179,7 @@ def _encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], date: datetime.da
 
 def tokens_beyond_embedding(model: Any, tokenizer: Any, ids: Sequence[int]) -> str:
     """Return the tokens among `ids` that a model's embedding has no rows for, as text with their ids."""
-    num_rows = model.get_input_embeddings().num_embeddings
+    num_rows = model.get_input_embeddings().weight.shape[0]
     beyond = sorted({i for i in ids if i >= num_rows})
     return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in beyond)
 
