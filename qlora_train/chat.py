@@ -40,11 +40,12 @@ Ctrl-C stops an answer."""
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """Which model answers, and how."""
+    """Which model answers, and how; `system` is None for the system prompt of the training rows."""
 
     merged: bool = False
     max_new_tokens: int = 512
     temperature: float = 0.0
+    system: str | None = None
 
 
 def chat(run: FinishedRun, settings: ChatSettings) -> None:
@@ -55,7 +56,7 @@ def chat(run: FinishedRun, settings: ChatSettings) -> None:
         BrokenPipeError: nobody reads the answers any more.
     """
     [(name, model, tokenizer)] = run.models(["merged" if settings.merged else "adapter"])
-    talk = Chat(model, tokenizer, settings, run, _write)
+    talk = Chat(model, tokenizer, settings, run, _write, system=_system_prompt(run, settings))
     how = f"drawn at temperature {settings.temperature:g}" if settings.temperature else "greedy (--temperature 0)"
     ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(stop_token_ids(model, tokenizer))))
     logger.info("chat: %s model of %s; answers are %s, of at most %d tokens, and end with %s; /help lists the commands",
@@ -235,6 +236,15 @@ class _Shown(BaseStreamer):
         same = os.path.commonprefix([self._written, text])  # noqa: RUF071 - of characters
         self.write(text[len(same) :])
         self._written = text
+
+
+def _system_prompt(run: FinishedRun, settings: ChatSettings) -> str:
+    if settings.system is not None:
+        return settings.system
+    shared = run.folder.system_prompt()
+    if shared:
+        logger.info("chat: system prompt: %s (the training rows'; another: --system TEXT, none: --system '')", shared)
+    return shared
 
 
 def _write(text: str) -> None:

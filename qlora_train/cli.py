@@ -191,6 +191,11 @@ def _add_chat(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
     command.add_argument("--merged", action="store_true", help="the merged model, not the adapter on its 4-bit base")
     command.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system prompt, empty for none (what at least 90 %% of the training rows share)",
+    )
+    command.add_argument(
         "--max-new-tokens", type=_positive, default=512, help="longest generated answer in tokens (512)"
     )
     command.add_argument(
@@ -474,7 +479,8 @@ def _chat(options: argparse.Namespace) -> int:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     with _any_text():
-        chat(open_finished(options.run), ChatSettings(options.merged, options.max_new_tokens, options.temperature))
+        settings = ChatSettings(options.merged, options.max_new_tokens, options.temperature, options.system)
+        chat(open_finished(options.run), settings)
     return 0
 
 

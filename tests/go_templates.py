@@ -1,4 +1,7 @@
-"""The part of Go's text/template that our Modelfiles use, interpreted here after its documentation, for comparison."""
+"""Modelfiles as Ollama reads them, and the part of Go's text/template that ours use, for comparison.
+
+Both are interpreted here: the one after Ollama's parser, the other after its documentation.
+"""
 
 import json
 import re
@@ -12,6 +15,40 @@ WORD = re.compile(STRING + r"|:=|[()=]|[^\s()=\"]+")
 
 class GoTemplateError(Exception):
     """What executing a template in Go would return as an error."""
+
+
+def read_modelfile(text: str) -> dict[str, list[str]]:
+    """Return the arguments of each instruction.
+
+    A value goes on beyond the end of a line while its quotes are open; characters that are not printable are dropped.
+    """
+    found: dict[str, list[str]] = {}
+    lines = iter(text.split("\n"))
+    for line in lines:
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, value = line.partition(" ")
+        while (read := _unquoted(value.strip())) is None:
+            value += "\n" + next(lines)
+        printable = "".join(letter for letter in read if letter.isprintable() or letter in "\t\r\n")
+        found.setdefault(name, []).append(printable)
+    return found
+
+
+def _unquoted(value: str) -> str | None:
+    for quotes in ('"""', '"'):
+        if value.startswith(quotes):
+            closed = len(value) >= 2 * len(quotes) and value.endswith(quotes)
+            return value[len(quotes) : -len(quotes)] if closed else None
+    return value
+
+
+def answer_prompt(modelfile: str, messages: list[Any]) -> str:
+    """Return the prompt that Ollama makes of a chat: its system prompt first, unless the chat brings one."""
+    read = read_modelfile(modelfile)
+    system = [{"role": "system", "content": text} for text in read.get("SYSTEM", [])]
+    [template] = read["TEMPLATE"]
+    return render(template, messages if messages[0]["role"] == "system" else [*system, *messages])
 
 
 def render(template: str, messages: list[Any]) -> str:
@@ -117,4 +154,4 @@ def _operand(word: str, dot: Any, variables: dict[str, str]) -> Any:
         return dot[word.removeprefix(".")]
     if word.startswith("$"):
         return variables[word]
-    return json.loads(word)
+    return json.loads(re.sub(r"\\U0000(?=[0-9a-f]{4})", r"\\u", word))

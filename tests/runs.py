@@ -17,8 +17,8 @@ from qlora_train.pipeline import run
 ROWS = 24
 
 
-def write_rows(path: Path, *, count: int = ROWS, seed: int = 0) -> Path:
-    """Write small sums of ragged length as chat rows."""
+def write_rows(path: Path, *, count: int = ROWS, seed: int = 0, system: str = "") -> Path:
+    """Write small sums of ragged length as chat rows, each with the system prompt where there is one."""
     generator = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
@@ -27,7 +27,8 @@ def write_rows(path: Path, *, count: int = ROWS, seed: int = 0) -> Path:
                 {"role": "user", "content": " + ".join(map(str, numbers))},
                 {"role": "assistant", "content": json.dumps({"sum": str(sum(numbers))})},
             ]
-            file.write(json.dumps({"messages": turns}) + "\n")
+            told = [{"role": "system", "content": system}] if system else []
+            file.write(json.dumps({"messages": told + turns}) + "\n")
     return path
 
 

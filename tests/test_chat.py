@@ -22,11 +22,12 @@ from qlora_train.data.types import Message
 from qlora_train.evaluate import generate_answers
 from qlora_train.finished import FinishedRun, open_finished
 from tests.pico import build_pico
-from tests.runs import train_run
+from tests.runs import train_run, write_rows
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 LENGTH = 12
+SYSTEM: Message = {"role": "system", "content": "Add up the numbers."}
 CHAT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test that runs in the background would ignore it
@@ -37,9 +38,13 @@ sys.exit(main(["chat", *sys.argv[1:]]))
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A finished and merged run on a base with many positions, whose adapter changes what it says."""
+    """A finished and merged run on a base with many positions, whose adapter changes what it says.
+
+    Its rows share a system prompt.
+    """
     folder = tmp_path_factory.mktemp("chat")
     base = build_pico(folder / "base", max_position_embeddings=4096)
+    write_rows(folder / "rows.jsonl", system=SYSTEM["content"])
     return train_run(folder, base, "train.max_steps=2", "export.merge=true", "export.max_loss_increase=1")
 
 
@@ -106,21 +111,24 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
 
 
 def test_piped_conversation_is_answered_like_the_evaluation(run_folder: RunFolder, run: FinishedRun) -> None:
-    first = expected(run, "adapter", [user("1 + 2")])
-    second = expected(run, "adapter", [user("1 + 2"), assistant(first), user("3 + 4")])
+    first = expected(run, "adapter", [SYSTEM, user("1 + 2")])
+    second = expected(run, "adapter", [SYSTEM, user("1 + 2"), assistant(first), user("3 + 4")])
     done = piped(run_folder, "1 + 2\n\n3 + 4\n/quit\n5 + 6\n", "--max-new-tokens", str(LENGTH))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{first}\n{second}\n"
     assert "answers are greedy (--temperature 0), of at most 12 tokens, and end with '<|im_end|>'" in done.stderr
+    assert "system prompt: Add up the numbers. (the training rows'; another: --system TEXT" in done.stderr
     assert done.stderr.count(f"the answer was stopped after {LENGTH} tokens (--max-new-tokens)") == 2
+    assert first != expected(run, "adapter", [user("1 + 2")])
 
 
 def test_merged_model_answers_and_has_no_adapter_to_switch(run_folder: RunFolder, run: FinishedRun) -> None:
     lines = "1 + 2\n/adapter off\n"
-    done = piped(run_folder, lines, "--merged", "--max-new-tokens", str(LENGTH), "--temperature", "0")
+    done = piped(run_folder, lines, "--merged", "--max-new-tokens", str(LENGTH), "--temperature", "0", "--system", "")
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected(run, "merged", [user("1 + 2")]) + "\n"
     assert "/adapter: this is the merged model" in done.stderr
+    assert "system prompt" not in done.stderr
 
 
 def test_ctrl_c_stops_answers_and_not_the_chat(run_folder: RunFolder) -> None:
@@ -180,21 +188,23 @@ def test_on_a_terminal_there_is_a_prompt_and_ctrl_c_at_it_gives_up_the_line(
     os.close(keyboard)
     assert process.returncode == 0, err.decode()
     assert b"/quit or the end of input leaves" in err
-    assert expected(run, "adapter", [user("1 + 2")], 4) in screen
+    assert expected(run, "adapter", [SYSTEM, user("1 + 2")], 4) in screen
 
 
 def test_line_that_continues_is_one_question_and_bytes_that_are_no_text_are_replaced(
     run_folder: RunFolder, run: FinishedRun
 ) -> None:
     done = subprocess.run(
-        command(run_folder, "--max-new-tokens", "4"),
+        command(run_folder, "--max-new-tokens", "4", "--system", "the quick brown fox"),
         input=b"1 + \\\n2 \xff",
         env=ENVIRONMENT,
         capture_output=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode() == expected(run, "adapter", [user("1 + \n2 \N{REPLACEMENT CHARACTER}")], 4) + "\n"
+    told: Message = {"role": "system", "content": "the quick brown fox"}
+    asked = [told, user("1 + \n2 \N{REPLACEMENT CHARACTER}")]
+    assert done.stdout.decode() == expected(run, "adapter", asked, 4) + "\n"
 
 
 def test_reader_that_goes_away_ends_the_chat_quietly(run_folder: RunFolder) -> None:

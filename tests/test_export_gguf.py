@@ -23,10 +23,10 @@ from qlora_train.export.skeleton import skeleton_of
 from qlora_train.loader import resolve_base
 from qlora_train.loader.model import model_config
 from qlora_train.pipeline import export
-from tests.go_templates import render
+from tests.go_templates import answer_prompt, read_modelfile
 from tests.merging import plain, save_adapter
 from tests.pico import CHATML, CORPUS, TURN_END, TURN_START, build_pico
-from tests.runs import train_run
+from tests.runs import train_run, write_rows
 
 gguf = pytest.importorskip("gguf")
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -40,6 +40,7 @@ BYTES = range(3, 259)
 """Tokens of single bytes, behind the special ones of SentencePiece."""
 NO_BYTES = {str(token): -100 for token in BYTES}
 TURNS = [{"role": "user", "content": "What is the capital of France?"}]
+SYSTEM = {"role": "system", "content": 'Add up the numbers.\n\nSay it as JSON: {"sum": "3"}'}
 
 
 def sentencepiece_pico(folder: Path, model_type: str = "llama", *, turns: str = "behind", **settings: Any) -> Path:
@@ -98,8 +99,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("export")
+    write_rows(folder / "rows.jsonl", system=SYSTEM["content"])
     return train_run(
-        tmp_path_factory.mktemp("export"),
+        folder,
         base,
         "export.merge=true",
         "export.merge_base=original",
@@ -146,9 +149,9 @@ class Llama:
         return self._server.handle_completions(what)
 
 
-def prompt_of(folder: Path) -> tuple[str, list[int]]:
+def prompt_of(folder: Path, *before: dict[str, str]) -> tuple[str, list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template([*before, *TURNS], tokenize=False, add_generation_prompt=True)
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -440,17 +443,26 @@ def test_file_carries_the_name_of_the_run_and_no_path(run: RunFolder) -> None:
 def test_modelfile_of_an_adapter_names_the_base_beside_it(run: RunFolder) -> None:
     base = written(run, "base-gguf", "f16")
     folder = written(run, "lora-gguf", "f16").parent
-    lines = (folder / "Modelfile").read_text().splitlines()
-    assert (folder / lines[0].removeprefix("FROM ")).resolve() == base.resolve()
-    assert lines[1] == "ADAPTER ./sums-lora-f16.gguf"
+    text = (folder / "Modelfile").read_text()
+    read = read_modelfile(text)
+    assert [(folder / path).resolve() for path in read["FROM"]] == [base.resolve()]
+    assert read["ADAPTER"] == ["./sums-lora-f16.gguf"]
+    assert "<s>" + answer_prompt(text, TURNS) == prompt_of(run.adapter, SYSTEM)[0]
 
 
-def test_modelfile_renders_the_prompt_of_the_tokenizer(run: RunFolder) -> None:
-    text = (written(run, "gguf", "f16").parent / "Modelfile").read_text()
-    assert text.startswith("FROM ./sums-f16.gguf\n")
-    assert text.endswith(f'PARAMETER stop "{TURN_END}"\n')
-    template = text.partition('TEMPLATE """')[2].partition('"""')[0]
-    assert "<s>" + render(template, TURNS) == prompt_of(run.merged)[0]
+def test_modelfile_asks_as_in_training_and_llama_cpp_answers_as_transformers(run: RunFolder) -> None:
+    file = written(run, "gguf", "f32")
+    text = (file.parent / "Modelfile").read_text()
+    read = read_modelfile(text)
+    assert (read["FROM"], read["SYSTEM"], read["PARAMETER"]) == (
+        ["./sums-f32.gguf"], [SYSTEM["content"]], [f'stop "{TURN_END}"'],
+    )  # fmt: skip
+    expected, ids = prompt_of(run.merged, SYSTEM)
+    prompt = answer_prompt(text, TURNS)
+    assert "<s>" + prompt == expected
+    other = {"role": "system", "content": "Be brief."}
+    assert "<s>" + answer_prompt(text, [other, *TURNS]) == prompt_of(run.merged, other)[0]
+    assert [token for token, _ in Llama(file).complete(prompt)] == greedy(plain(run.merged), ids)
 
 
 def test_command_merges_first_and_says_what_was_checked(

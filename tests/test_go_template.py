@@ -10,8 +10,8 @@ from qlora_train.data.chat import render_chat
 from qlora_train.data.chat_templates import CHAT_TEMPLATES
 from qlora_train.export.go_template import NotOfThisFormError, find_joints
 from qlora_train.export.modelfile import modelfile
-from tests.go_templates import GoTemplateError, render
-from tests.pico import build_tokenizer
+from tests.go_templates import GoTemplateError, answer_prompt, read_modelfile, render
+from tests.pico import CHATML, build_tokenizer
 
 WITH_DEFAULT_SYSTEM = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -130,3 +130,29 @@ def test_modelfile_names_files_and_ends() -> None:
     lines = modelfile(tokenizer, model="./base-f16.gguf", adapter="./run-lora-f16.gguf", adds_bos=False).splitlines()
     assert lines[:2] == ["FROM ./base-f16.gguf", "ADAPTER ./run-lora-f16.gguf"]
     assert lines[-1] == 'PARAMETER stop "<|im_end|>"'
+
+
+@pytest.mark.parametrize(
+    "system", ["Be brief.", "  two\n\n# lines\t\n", 'say "hi"', 'a """b""" c', "\n", "Ü 🚀 {{ .Role }}"]
+)
+@pytest.mark.parametrize("name", ["chatml", "default system"])
+def test_system_prompt_of_the_rows_stands_before_every_chat(name: str, system: str) -> None:
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    text = modelfile(tokenizer, model="m.gguf", adapter=None, adds_bos=False, system=system)
+    turns = conversation("uau")
+    assert answer_prompt(text, turns) == expected(tokenizer, [{"role": "system", "content": system}, *turns])
+    own = conversation("su")
+    assert answer_prompt(text, own) == expected(tokenizer, own)
+
+
+@pytest.mark.parametrize("system", ['"""\nx', 'a """ \nb', "a\u200db", "a\xa0b"])
+def test_system_prompt_that_a_modelfile_cannot_hold_is_told(system: str, messages: pytest.LogCaptureFixture) -> None:
+    text = modelfile(tokenizer_with(CHATML), model="m.gguf", adapter=None, adds_bos=False, system=system)
+    assert "SYSTEM" not in read_modelfile(text)
+    assert "no SYSTEM: the system prompt of the training rows holds what a Modelfile cannot" in messages.text
+
+
+def test_template_keeps_characters_that_a_modelfile_drops() -> None:
+    tokenizer = tokenizer_with(CHATML.replace("'<|im_start|>'", "'<|im_start|>\u200d\xa0'"))
+    text = modelfile(tokenizer, model="m.gguf", adapter=None, adds_bos=False)
+    assert answer_prompt(text, conversation("uau")) == expected(tokenizer, conversation("uau"))

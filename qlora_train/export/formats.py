@@ -64,7 +64,9 @@ def export_merged(folder: RunFolder, config: RunConfig, converter: Converter, qu
         path = staging / f"{name}-{quant}.gguf"
         tokenizer = _tokenizer(folder.merged, config)
         file, check = write_model(folder.merged, tokenizer, path, name, converter, quant, texts=_texts(folder))
-        text = modelfile(tokenizer, model=f"./{path.name}", adapter=None, adds_bos=file.adds_bos())
+        text = modelfile(
+            tokenizer, model=f"./{path.name}", adapter=None, adds_bos=file.adds_bos(), system=folder.system_prompt()
+        )
         (staging / MODELFILE).write_text(text, encoding="utf-8")
     logger.info("%s: %s", final / path.name, check.line())
     logger.info("Ollama: ollama create %s -f %s", name, final / MODELFILE)
@@ -129,7 +131,10 @@ def export_adapter(folder: RunFolder, config: RunConfig, source: BaseSource, con
         check = GGUFFile(path).check([_lora_source(key, tensor) for key, tensor in tensors.items()], quant)
         base = f"../{base_file.parent.name}/{base_file.name}"
         tokenizer, base_tokenizer = _tokenizer(folder.adapter, config), _tokenizer(source.folder, config)
-        text = modelfile(tokenizer, model=base, adapter=f"./{path.name}", adds_bos=adds_bos(base_tokenizer))
+        text = modelfile(
+            tokenizer, model=base, adapter=f"./{path.name}", adds_bos=adds_bos(base_tokenizer),
+            system=folder.system_prompt(),
+        )  # fmt: skip
         (staging / MODELFILE).write_text(text, encoding="utf-8")
     logger.info("%s: %s", final / path.name, check.line())
     if config.model.rope_scaling:

@@ -162,5 +162,10 @@ def _cases(previous: str, texts: Iterable[tuple[str, str]]) -> Iterator[tuple[st
 
 
 def _written(text: str) -> str:
-    """Return text as a constant of Go: nothing in it is trimmed, or taken for a template."""
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+    """Return text as a constant of Go: nothing in it is trimmed, or taken for a template.
+
+    Ollama drops characters that are not printable when it reads a Modelfile, so they are escaped.
+    """
+    quoted = json.dumps(text, ensure_ascii=False)
+    constant = "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)
+    return f"{{{{ {constant} }}}}" if text else ""
