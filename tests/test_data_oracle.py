@@ -9,6 +9,7 @@ Templates of real models are those of the installed `trl`; the others were writt
 
 import copy
 import datetime
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,8 +66,6 @@ REFUSED = {
     "glm4moe": "ends an assistant turn without a special token",
     "idefics3": "leaves out or rewrites part of an assistant turn",
     "llava_next": "has no attribute",
-    "nemotron_3_nano": "renders the prompt of an answer differently",
-    "nemotron_3_super": "renders the prompt of an answer differently",
     "smolvlm": "leaves out or rewrites part of an assistant turn",
 }
 """Templates that no row can be trained with, and why: a prompt that training would not have, no token to stop with, or
@@ -77,6 +76,7 @@ LAST_ONLY = {
     "qwen3_6": (IM, "renders the prompt of an answer differently"),
 }
 """Templates that write earlier answers otherwise than a model gives them, so that only the last one can be learnt."""
+OPENED = re.compile(r"<think>\s*(</think>\s*)?$")
 SPECIAL = re.compile(r"<\|[A-Za-z_]+\|>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|<end_of_utterance>")
 BLOCK = re.compile(r"(\{%[-+]?)\s*(end)?generation\s*([-+]?%\})")
 
@@ -102,19 +102,26 @@ def tokenizer_for(name: str, kind: str) -> Any:
     return tokenizer
 
 
-@cache
-def jinja_for(name: str) -> Any:
+def environment() -> ImmutableSandboxedEnvironment:
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+    environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals |= {"raise_exception": refuse, "strftime_now": DATE.strftime}
-    # an `if` in the place of a block leaves the white space around it as it is
-    return environment.from_string(
-        BLOCK.sub(lambda tag: f"{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}", source(name))
-    )
+    return environment
+
+
+def without_blocks(template: str) -> str:
+    """Return a template with an `if` in the place of a generation block: white space around it stays as it is."""
+    return BLOCK.sub(lambda tag: f"{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}", template)
+
+
+@cache
+def jinja_for(name: str) -> Any:
+    return environment().from_string(without_blocks(source(name)))
 
 
 def rendered(name: str, turns: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
@@ -146,11 +153,47 @@ def answer_chars(name: str, turns: Sequence[Message], text: str, answer: int) ->
     end = second.find("\ue010")
     if not text.startswith(prompt) or end < 0 or second.replace("\ue010", "") != text:
         raise RefusedError
-    if "".join(content.split()) not in "".join(text[len(prompt) : end].split()):
+    opened = OPENED.search(prompt)
+    written = (opened[0] if opened else "") + text[len(prompt) : end]
+    said = written if "think>" in content else text[len(prompt) : end]
+    reasoning = turns[answer].get("reasoning_content", "")
+    if any("".join(part.split()) not in "".join(said.split()) for part in (content, reasoning)):
+        raise RefusedError
+    if has_more_thoughts(content, written):
         raise RefusedError
     stop = text.index(STOPS[name], end)
     assert text[end:stop].strip() == ""
     return len(prompt), stop + len(STOPS[name])
+
+
+def has_more_thoughts(content: str, written: str) -> bool:
+    """Say whether a template wrote thoughts, which may be empty, around an answer that says some in its content."""
+    num_closed, num_opened = content.count("</think>"), content.count("<think>")
+    return num_closed + num_opened > 0 and (
+        written.count("</think>") > num_closed or written.count("<think>") > max(num_opened, num_closed)
+    )
+
+
+@cache
+def reads_reasoning(name: str) -> bool:
+    probe = {"role": "assistant", "content": "a", "reasoning_content": "xyz"}
+    return "xyz" in rendered(name, [{"role": "user", "content": "a"}, probe])  # type: ignore[list-item]
+
+
+def with_reasoning(name: str, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Return a row as it is read for a template that writes reasoning."""
+    if not reads_reasoning(name):
+        return turns
+    return tuple(split(turn) if turn["role"] == "assistant" else turn for turn in turns)
+
+
+def split(turn: Message) -> Message:
+    before, _, behind = turn["content"].partition("</think>")
+    blank, tag, reasoning = before.partition("<think>")
+    if not tag or blank.strip() or "</think>" not in turn["content"]:
+        return turn
+    moved: Message = {**turn, "content": behind.lstrip("\n")}
+    return {**moved, "reasoning_content": reasoning.strip("\n")} if reasoning.strip() else moved
 
 
 def oracle(name: str, kind: str, turns: Sequence[Message], answers: Sequence[int]) -> Truth:
@@ -190,18 +233,19 @@ def renderer_for(name: str, kind: str) -> Renderer:
 
 def check(name: str, kind: str, turns: tuple[Message, ...]) -> None:
     """Compare one row with the oracle; it is refused where, and only where, the oracle sees no place for an answer."""
-    answers = answers_of(turns)
+    answers, row = answers_of(turns), Row("row", turns)
+    turns = with_reasoning(name, turns)
     try:
         truth = oracle(name, kind, turns, answers)
     except (RefusedError, TemplateError):
         with pytest.raises(UnusableRowError, match=r"chat template|special token"):
-            renderer_for(name, kind).render(Row("row", turns))
+            renderer_for(name, kind).render(row)
         return
     if holds_special(name, kind, turns):
         with pytest.raises(UnusableRowError, match="holds the special token"):
-            renderer_for(name, kind).render(Row("row", turns))
+            renderer_for(name, kind).render(row)
         return
-    example = renderer_for(name, kind).render(Row("row", turns))
+    example = renderer_for(name, kind).render(row)
     assert example.input_ids.tolist() == truth.ids
     assert example.loss_mask.tolist() == truth.mask
     assert len(truth.ends) >= len(answers)

@@ -201,9 +201,17 @@ def test_arguments_that_a_template_can_only_write_as_python_are_refused() -> Non
         trained(with_calls("{{ c['function']['arguments'] | pprint }}"), values)
 
 
+def test_calls_are_written_by_a_template_that_asks_for_null() -> None:
+    """`apply_chat_template` drops null fields, and the template would write no call."""
+    template = with_calls(ARGUMENTS["as an object"])
+    turns = [HI, calling(call(arguments={"city": "Oslo"}), content=None), result(), HELLO]
+    expected = trained(template, {"messages": turns, "tools": [WEATHER]})
+    asking = template.replace("if m['tool_calls']", "if m['content'] is none")
+    assert trained(asking, {"messages": turns, "tools": [WEATHER]}) == expected
+
+
 def test_calls_that_the_template_never_writes_are_refused_as_such() -> None:
-    """Transformers hands null content to a template as a field that is not there, so `content is none` is never true."""
-    template = with_calls(ARGUMENTS["as an object"]).replace("if m['tool_calls']", "if m['content'] is none")
-    calls = calling(call(arguments={"city": "Oslo"}), content=None)
+    template = with_calls(ARGUMENTS["as an object"]).replace("if m['tool_calls']", "if m['calls']")
+    turns = [HI, calling(call(arguments={"city": "Oslo"}), content=None), result(), HELLO]
     with pytest.raises(UnusableRowError, match=r"^the chat template leaves out or rewrites a call"):
-        trained(template, {"messages": [HI, calls, result(), HELLO], "tools": [WEATHER]})
+        trained(template, {"messages": turns, "tools": [WEATHER]})

@@ -23,12 +23,13 @@ CLOCK = "strftime_now"
 DIRECTIVES = tuple("aAbBcCdDeFgGhHIjmMnpRStTuUVwWxXyYzZf") + tuple(f"-{letter}" for letter in "dHIjmMSy")
 """Letters that may follow % in the format of a date: Python's, those that glibc and macOS share, and ``%-d``."""
 
+ASKS_FOR_NULL = re.compile(r"content['\"\]]*\s+(?:is|==)\s+none", re.IGNORECASE)
 GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def render_chat(
     tokenizer: Any,
-    turns: Sequence[Mapping[str, object]],
+    turns: Sequence[Mapping[str, Any]],
     *,
     date: datetime.date,
     tools: Sequence[Mapping[str, Any]] = (),
@@ -49,17 +50,29 @@ def render_chat(
         jinja2.exceptions.TemplateError: the template refuses the conversation.
     """
     try:
-        text: str = tokenizer.apply_chat_template(
-            list(turns),
-            tools=list(tools) or None,
-            chat_template=dated_template(tokenizer, date, tools),
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
+        template = dated_template(tokenizer, date, tools)
+        read = as_template_reads(turns, template)
+        options = {
+            "tools": list(tools) or None,
+            "chat_template": template,
+            "add_generation_prompt": add_generation_prompt,
             **(chat_template_kwargs or {}),
-        )
+        }
+        if any(turn["content"] is None for turn in read):  # apply_chat_template drops fields that hold null
+            text, _ = _render(tokenizer, read, **options)
+        else:
+            text = tokenizer.apply_chat_template(read, tokenize=False, **options)
     except PYTHON_ERRORS as error:
         raise _as_template_error(error) from None
     return text
+
+
+def _render(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text and the characters of its generation blocks, if `return_assistant_tokens_mask` asks for them."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, blocks = render_jinja_template(conversations=[turns], **{**tokenizer.special_tokens_map, **options})
+    return texts[0], [(begin, end) for begin, end in blocks[0]] if blocks else []
 
 
 def encode_chat(
@@ -78,7 +91,7 @@ def has_generation_block(tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()
 
 def generation_blocks(
     tokenizer: Any,
-    turns: Sequence[Mapping[str, object]],
+    turns: Sequence[Mapping[str, Any]],
     *,
     date: datetime.date,
     tools: Sequence[Mapping[str, Any]] = (),
@@ -89,19 +102,26 @@ def generation_blocks(
     Raises:
         jinja2.exceptions.TemplateError: the template refuses the conversation.
     """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     try:
-        _, blocks = render_jinja_template(
-            conversations=[list(turns)],
-            tools=list(tools) or None,
-            chat_template=dated_template(tokenizer, date, tools),
-            return_assistant_tokens_mask=True,
-            **{**tokenizer.special_tokens_map, **(chat_template_kwargs or {})},
-        )
+        template = dated_template(tokenizer, date, tools)
+        read, functions = as_template_reads(turns, template), list(tools) or None
+        _, blocks = _render(
+            tokenizer, read, tools=functions, chat_template=template, return_assistant_tokens_mask=True,
+            **(chat_template_kwargs or {}),
+        )  # fmt: skip
     except PYTHON_ERRORS as error:
         raise _as_template_error(error) from None
-    return [(begin, end) for begin, end in blocks[0]]
+    return blocks
+
+
+def as_template_reads(turns: Sequence[Mapping[str, Any]], template: str) -> list[dict[str, Any]]:
+    """Return turns with null for no content beside calls, as OpenAI's messages have it, where the template asks for null.
+
+    Some templates write calls only there, and others fail on null.
+    """
+    if not ASKS_FOR_NULL.search(template):
+        return [dict(turn) for turn in turns]
+    return [{**turn, "content": None} if "tool_calls" in turn and not turn["content"] else dict(turn) for turn in turns]
 
 
 PYTHON_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError)

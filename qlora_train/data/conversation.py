@@ -126,8 +126,8 @@ def _read_rich_turn(turn: dict[str, Any]) -> tuple[Message, bool]:
     if lost is not None:
         raise UnusableRowError(f"a turn with role {role} has the field {lost}, which training would lose; remove it")
     calls = _calls_of(said)
-    content = turn.get("content")
-    message: Message = {"role": role, "content": "" if calls and content is None else _read_content(content, role)}
+    content = "" if calls and turn.get("content") is None else _read_content(turn.get("content"), role)
+    message: Message = {"role": role, "content": "" if calls and not content.strip() else content}
     if calls:
         message["tool_calls"] = calls
     reasoning = {read_string(said[name], name) for name in REASONING if name in said}

@@ -1,8 +1,9 @@
 """Where the answers of a rendered conversation begin and end: characters -> tokens."""
 
 import json
+import re
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,20 @@ REWRITTEN = (
     "the chat template leaves out or rewrites part of an assistant turn (reasoning of earlier turns?); "
     "data.loss_on: last looks at the last turn only"
 )
+LOST_CALL = "the chat template leaves out or rewrites a call"
 NO_END = (
     "the chat template ends an assistant turn without a special token (or with another one than when it comes last), so "
     "no end can be learnt"
 )
+
+TWO_THOUGHTS = (
+    "the chat template writes thoughts of its own around an assistant turn whose content has <think> or </think> in it; "
+    "write them as reasoning_content"
+)
+THOUGHT_TAGS = ("<think>", "</think>")
+OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+MOST_OPENED = 40
+"""Characters at the end of a prompt in which thoughts are opened or closed."""
 
 
 class Rendering:
@@ -51,17 +62,19 @@ class AnswerPlace:
     Attributes:
         prompt_end: where the text that inference sends ends, the generation prompt included.
         begin: where learning begins: there, or later where the template's ``{% generation %}`` block does.
-        content_end: where the turn's content ends; None where the template rewrites it.
+        said_end: where the turn's content ends; the name of its last call where it has calls.
         end: where all that the template writes for the turn ends.
     """
 
     prompt_end: int
     begin: int
-    content_end: int | None
+    said_end: int
     end: int
 
 
-def answer_span(whole: Rendering, place: AnswerPlace, turn: Message, special_places: Sequence[int]) -> tuple[int, int]:
+def answer_span(
+    whole: Rendering, place: AnswerPlace, turn: Message, special_places: Sequence[int], eos: int
+) -> tuple[int, int]:
     """Return the first token of an answer and its last: the special token that ends the turn.
 
     Special tokens that follow each other without anything between them end the turn together.
@@ -71,45 +84,67 @@ def answer_span(whole: Rendering, place: AnswerPlace, turn: Message, special_pla
         place: of the answer.
         turn: what the row says there.
         special_places: indices of all special tokens of `whole`, in order.
+        eos: the end-of-sequence token.
 
     Raises:
         UnusableRowError: no special token ends the turn, or the template left out part of what the row says.
     """
     start = whole.first_token_after(place.begin)
-    first, behind = (bisect_left(special_places, token) for token in (start, whole.first_token_after(place.end)))
-    inside = special_places[first:behind]
-    if place.content_end is None:
-        # the end is where two texts differ, which may be within a special token: that one does not belong to the turn
-        borders = [whole.chars_of(token)[0] for token in special_places[behind : behind + 1]]
-        last = _last_special(whole, place.begin, min([place.end, *borders]), inside, turn)
-    else:
-        last = bisect_left(inside, whole.first_token_after(place.content_end))
-    if last >= len(inside):
-        raise UnusableRowError(NO_END)
-    while last + 1 < len(inside) and inside[last + 1] == inside[last] + 1:
-        last += 1
-    return start, inside[last]
-
-
-def _last_special(whole: Rendering, begin: int, end: int, inside: Sequence[int], turn: Message) -> int:
-    """Return which of the special tokens `inside` an answer stands behind everything that the row says there."""
-    content = squeezed(turn["content"])
-    behind = whole.text[whole.chars_of(inside[-1])[1] : end] if inside else ""
-    if not inside or (content and content in squeezed(behind)):
-        return len(inside)
-    places = [whole.chars_of(token) for token in inside]
-    begins = [begin, *(end for _, end in places)]
-    gaps = [squeezed(whole.text[at:end]) for at, (end, _) in zip(begins, places, strict=False)]
-    everything = squeezed(whole.text[begin : places[-1][1]])
-    reasoning = squeezed(turn.get("reasoning_content", ""))
-    holding = [index for index, gap in enumerate(gaps) if content in gap]
-    calls = turn.get("tool_calls", [])
-    is_said = any(reasoning in gap for gap in gaps) and all(
-        _is_said(leaf, everything) for call in calls for leaf in _leaves(call)
+    first, behind = (
+        bisect_left(special_places, whole.first_token_after(position)) for position in (place.said_end, place.end)
     )
-    if not holding or not is_said:
+    num_leading = next((i for i, token in enumerate(special_places) if token != i), len(special_places))
+    openers = {whole.ids[token] for token in special_places[:num_leading]} - {eos}
+    ends = _before_next_turn(whole, place, special_places[first:behind], openers)
+    if not ends:
+        raise UnusableRowError(NO_END)
+    last = len(ends) - 1 if turn.get("tool_calls") else 0  # special tokens may stand around calls
+    while last + 1 < len(ends) and ends[last + 1] == ends[last] + 1:
+        last += 1
+    _refuse_unsaid(whole.text, place, whole.chars_of(ends[last])[0], turn)
+    return start, ends[last]
+
+
+def _before_next_turn(
+    whole: Rendering, place: AnswerPlace, ends: Sequence[int], openers: Container[int]
+) -> Sequence[int]:
+    """Return the special tokens behind an answer up to the header of the next turn.
+
+    Some templates write that header even where no turn follows. It begins as the conversation does (`openers`), or is
+    the end of the answer's own prompt once more.
+    """
+    for index, token in enumerate(ends[1:], start=1):
+        rest = whole.text[whole.chars_of(token)[0] :]
+        if whole.ids[token] in openers or whole.text.endswith(rest, 0, place.prompt_end):
+            return ends[:index]
+    return ends
+
+
+def _refuse_unsaid(text: str, place: AnswerPlace, end: int, turn: Message) -> None:
+    """Check that the text of an answer has what the row says there, and thoughts once.
+
+    A prompt may open the thoughts with which the answer begins.
+    """
+    opened = OPENED.search(text, max(0, place.prompt_end - MOST_OPENED), place.prompt_end)
+    written = text[opened.start() if opened else place.prompt_end : end]
+    content = turn["content"]
+    is_with_tags = any(tag in content for tag in THOUGHT_TAGS)
+    if is_with_tags and _has_more_thoughts(written, content, num_before=int("reasoning_content" in turn)):
+        raise UnusableRowError(TWO_THOUGHTS)
+    learnt = squeezed(written if is_with_tags and place.begin == place.prompt_end else text[place.begin : end])
+    leaves = (leaf for call in turn.get("tool_calls", []) for leaf in _leaves(call))
+    parts = (content, turn.get("reasoning_content", ""))
+    if not (all(squeezed(part) in learnt for part in parts) and all(_is_said(leaf, learnt) for leaf in leaves)):
         raise UnusableRowError(REWRITTEN)
-    return len(inside) - 1 if calls else holding[-1]
+
+
+def _has_more_thoughts(written: str, content: str, num_before: int) -> bool:
+    opened, closed = THOUGHT_TAGS
+    num_closed = content.count(closed)
+    return (
+        written.count(closed) > num_closed + num_before
+        or written.count(opened) > max(content.count(opened), num_closed) + num_before
+    )
 
 
 def refuse_lost(text: str, without_tools: str, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
@@ -131,7 +166,7 @@ def refuse_lost(text: str, without_tools: str, turns: Sequence[Message], tools: 
         if turn["role"] == "tool" and not _is_said(turn["content"], everything):
             raise UnusableRowError("the chat template leaves out or rewrites what a tool returned")
         if not all(_is_said(leaf, everything) for call in turn.get("tool_calls", []) for leaf in _leaves(call)):
-            raise UnusableRowError("the chat template leaves out or rewrites a call")
+            raise UnusableRowError(LOST_CALL)
 
 
 def squeezed(text: str) -> str:

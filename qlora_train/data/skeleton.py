@@ -15,20 +15,23 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
 
 from qlora_train.data.chat import GENERATION_BLOCK
-from qlora_train.data.masks import REWRITTEN, AnswerPlace, squeezed
+from qlora_train.data.masks import LOST_CALL, MOST_OPENED, REWRITTEN, THOUGHT_TAGS, AnswerPlace
 from qlora_train.data.types import Message, UnusableRowError
 
+UNSTABLE = "the chat template writes an answer otherwise depending on its last words, so that its end cannot be found"
 MOST_KEPT = 2048
 """Skeletons, and prompts of skeletons, that are kept before all are forgotten."""
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 MARK = re.compile("\ue000\\d+\ue001")
+END_MARK = re.compile("endOfAnswer\\d+X")
+"""Stands behind an answer's content, or the name of its last call. ASCII: templates escape other characters in JSON."""
 END_OF_BLOCK = re.compile(r"\{%[-+]?\s*endgeneration\s*[-+]?%\}")
 STRING_TESTS = frozenset(
     "startswith endswith split rsplit partition rpartition find rfind index count replace".split()  # noqa: SIM905
@@ -77,36 +80,72 @@ def places_by_prompts(
         jinja2.exceptions.TemplateError: the template refuses the turns before an answer.
     """
     blocks = chat.blocks(turns)
+    marked = [_with_end_mark(turn, i) if i in answers else turn for i, turn in enumerate(turns)]
+    marked_text = chat.text(marked)
+    if END_MARK.sub("", marked_text) != text:
+        raise UnusableRowError(UNSTABLE)
     places = {}
     for answer in answers:
         prompt = chat.text(turns[:answer], add_generation_prompt=True)
         if not text.startswith(prompt):
-            raise UnusableRowError(
-                "the chat template renders the prompt of an answer differently with the answer behind it (it drops or "
-                "rewrites earlier turns)"
-            )
-        begin = _learnt_from(blocks, len(prompt))
-        places[answer] = AnswerPlace(len(prompt), begin, None, _end_of_turn(chat, turns, text, answer, begin))
+            raise UnusableRowError(_why_prompt_differs(chat, turns[:answer], text, prompt))
+        before, mark, _ = marked_text.partition(_end_mark(answer))
+        if not mark:
+            raise UnusableRowError(LOST_CALL if "tool_calls" in turns[answer] else REWRITTEN)
+        said_end = len(END_MARK.sub("", before))
+        end = said_end + _own_length(chat, marked, answer, text[said_end:])
+        places[answer] = AnswerPlace(len(prompt), _learnt_from(blocks, len(prompt)), said_end, end)
     return places
 
 
-def _end_of_turn(chat: Chat, turns: Sequence[Message], text: str, answer: int, begin: int) -> int:
-    """Return where the template's text for an answer ends: that is also written when the answer comes last."""
-    if answer + 1 == len(turns):
-        return len(text)
-    as_last = chat.text(turns[: answer + 1])
-    end = _common(as_last, text)
-    content = turns[answer]["content"].strip()
-    at = as_last.rfind(content, 0, -1)  # a template writes something behind it; at the very end an accident stands
-    if not content or 0 <= at <= end - len(content):
-        return end
-    # the last turn is written differently, e.g. with empty thoughts before the content
-    position = text.find(as_last[at:], begin, len(as_last)) if at >= 0 else -1
-    if position >= 0:
-        return position + len(as_last) - at
-    if squeezed(content) not in squeezed(text[begin:end]):
+def _why_prompt_differs(chat: Chat, before: Sequence[Message], text: str, prompt: str) -> str:
+    reason = "it drops or rewrites earlier turns"
+    if text.startswith(chat.text(before)):
+        reason = "the answer does not begin as the generation prompt ends"
+        if "think" in prompt[-MOST_OPENED:]:
+            reason += ": thoughts are opened or closed there, and not so in this answer"
+    return f"the chat template renders the prompt of an answer differently with the answer behind it ({reason})"
+
+
+def _end_mark(answer: int) -> str:
+    return f"endOfAnswer{answer}X"
+
+
+def _with_end_mark(turn: Message, answer: int) -> Message:
+    """Return an answer with a mark behind its content; behind the name of its last call where it has calls.
+
+    What a template writes only where a turn comes last, such as empty thoughts, stands before either.
+    """
+    mark = _end_mark(answer)
+    calls = turn.get("tool_calls")
+    if not calls:
+        said = turn["content"].rstrip()
+        return {**turn, "content": said + mark + turn["content"][len(said) :]}
+    function = {**calls[-1]["function"], "name": calls[-1]["function"]["name"] + mark}
+    return {**turn, "tool_calls": [*calls[:-1], {**calls[-1], "function": function}]}
+
+
+def _own_length(chat: Chat, marked: Sequence[Message], answer: int, behind: str) -> int:
+    """Return how much of the text `behind` an answer's mark is also written in the other position, last or not."""
+    mark = _end_mark(answer)
+    if answer + 1 < len(marked):
+        other = chat.text(marked[: answer + 1])
+    elif "tool_calls" in marked[answer]:
+        try:
+            other = chat.text([*marked, *map(_result_of, marked[answer]["tool_calls"])])
+        except TemplateError:
+            return len(behind)
+    else:
+        return len(behind)
+    _, found, other_behind = other.partition(mark)
+    if not found:
         raise UnusableRowError(REWRITTEN)
-    return end
+    return _common(END_MARK.sub("", other_behind), behind)
+
+
+def _result_of(call: Mapping[str, Any]) -> Message:
+    result: Message = {"role": "tool", "content": "0", "name": call["function"]["name"]}
+    return {**result, "tool_call_id": call["id"]} if "id" in call else result
 
 
 def _learnt_from(blocks: Sequence[tuple[int, int]] | None, prompt_end: int) -> int:
@@ -179,7 +218,7 @@ class Skeletons:
         self._rendered: dict[tuple[str, bool], str] = {}
         words = tested_words(template)
         self._is_usable = words is not None
-        self._words = re.compile("|".join(map(re.escape, sorted(words)))) if words else None
+        self._words = re.compile("|".join(map(re.escape, sorted({*(words or ()), *THOUGHT_TAGS}))))
 
     def find(self, turns: Sequence[Message]) -> tuple[Skeleton | None, str, bool]:
         """Return the skeleton for a conversation, the name of its order of roles, and whether it was never compared.
@@ -205,9 +244,7 @@ class Skeletons:
         self._made[order] = None
 
     def _is_tested(self, turns: Sequence[Message]) -> bool:
-        return (
-            self._words is not None and self._words.search("\0".join([turn["content"] for turn in turns])) is not None
-        )
+        return self._words.search("\0".join([turn["content"] for turn in turns])) is not None
 
     def _make(self, order: str) -> Skeleton | None:
         try:

@@ -31,6 +31,7 @@ from qlora_train.data.chat import generation_blocks, has_generation_block, rende
 from qlora_train.data.chat_templates import CHAT_TEMPLATES
 from qlora_train.data.encoder import Encoder
 from qlora_train.data.masks import AnswerPlace, Rendering, answer_span, refuse_lost
+from qlora_train.data.reasoning import with_reasoning
 from qlora_train.data.skeleton import Skeletons, places_by_prompts
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.tools import as_json, refuse_misread_arguments, with_text_arguments
@@ -40,6 +41,9 @@ from qlora_train.errors import DataError
 log = logging.getLogger("qlora_train")
 
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "one"}, {"role": "assistant", "content": "two"})
+PROBE_WITH_REASONING: tuple[Message, ...] = (PROBE[0], {**PROBE[1], "reasoning_content": "three"})
+INLINE_REASONING = "<think>...</think> at the start of an answer is read as its reasoning_content"
+"""Note: the chat template has its own way to write reasoning, and would write empty thoughts before these."""
 REACHES_OVER = "a token reaches over the border of prompt and answer"
 """Note: the tokens of the prompt are not those of inference there; a token of both counts as the answer's."""
 TWO_BEGINNINGS = "the row begins with the tokenizer's beginning token twice"
@@ -107,6 +111,7 @@ class Renderer:
         self._tokenizer, self._loss_on, self._date = tokenizer, loss_on, date
         self._encode = Encoder(tokenizer)
         self._tails: dict[str, list[int]] = {}
+        self._is_reasoning: dict[str, bool] = {}
         self._skeletons: Skeletons | None = None
         self._has_text_arguments = False
 
@@ -157,8 +162,9 @@ class Renderer:
             ids = ids[1:]
         return self.special.beginning_for(ids) + ids
 
-    def _conversation(self, row: Row, turns: tuple[Message, ...]) -> Example:
+    def _conversation(self, row: Row, messages: tuple[Message, ...]) -> Example:
         self._check_template()
+        turns = tuple(map(with_reasoning, messages)) if self._reads_reasoning(row.tools) else messages
         self.special.refuse_in_turns(turns, row.tools)
         chat = TokenizerChat(self._tokenizer, self._date, row.tools, row.chat_template_kwargs)
         try:
@@ -186,14 +192,33 @@ class Renderer:
             refuse_lost(whole.text, without_tools, turns, row.tools)
             refuse_misread_arguments(turns, whole.text, text_arguments=chat.text_arguments)
         special = self.special.places_in(whole.input_ids)
-        spans = {i: answer_span(whole, places[i], turns[i], special) for i in wanted}
+        spans = {i: self._span(whole, places[i], turns[i], special) for i in wanted}
         mask = self._mask(len(whole.ids), spans, learnt)
         notes = self._notes(whole, [places[i].prompt_end for i in learnt], special)
         if row.chat_template_kwargs:
             notes += _kwargs_note(chat, turns, whole.text)
+        assert row.messages is not None
+        if turns != row.messages:
+            notes = (*notes, INLINE_REASONING)
         if row.tools or row.chat_template_kwargs or turns[-1].get("tool_calls") or chat.text_arguments:
             return Example(row.where, whole.input_ids, mask, notes=notes)
-        return Example(row.where, whole.input_ids, mask, turns[:-1], turns[-1]["content"], notes)
+        return Example(row.where, whole.input_ids, mask, turns[:-1], row.messages[-1]["content"], notes)
+
+    def _span(
+        self, whole: Rendering, place: AnswerPlace, turn: Message, special_places: Sequence[int]
+    ) -> tuple[int, int]:
+        return answer_span(whole, place, turn, special_places, self.special.eos)
+
+    def _reads_reasoning(self, tools: Sequence[Mapping[str, Any]]) -> bool:
+        """Say whether the chat template has a place for the reasoning of an answer."""
+        template = self._tokenizer.get_chat_template(tools=list(tools) or None)
+        if template not in self._is_reasoning:
+            try:
+                text = TokenizerChat(self._tokenizer, self._date, tools).text(PROBE_WITH_REASONING)
+            except TemplateError:
+                text = ""
+            self._is_reasoning[template] = PROBE_WITH_REASONING[1]["reasoning_content"] in text
+        return self._is_reasoning[template]
 
     def _answers(self, row: Row, turns: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Return the assistant turns to learn, and all whose places are needed."""
@@ -247,7 +272,7 @@ class Renderer:
             others = places_by_prompts(chat, turns, whole.text, chosen)
             return all(
                 (others[i].prompt_end, others[i].begin) == (places[i].prompt_end, places[i].begin)
-                and answer_span(whole, others[i], turns[i], special) == answer_span(whole, places[i], turns[i], special)
+                and self._span(whole, others[i], turns[i], special) == self._span(whole, places[i], turns[i], special)
                 for i in chosen
             )
         except (TemplateError, UnusableRowError):
@@ -277,7 +302,7 @@ class Renderer:
         return ids
 
     def _check_template(self) -> None:
-        """Render a short conversation, once: what fails there would fail for every row."""
+        """Render a short conversation, once: what fails there, with and without reasoning, would fail for every row."""
         if self._skeletons is not None:
             return
         names = ", ".join(CHAT_TEMPLATES)
@@ -288,21 +313,28 @@ class Renderer:
             )
         chat = TokenizerChat(self._tokenizer, self._date)
         try:
-            text = chat.text(PROBE)
-            whole = Rendering(text, self._encode(text))
-            place = places_by_prompts(chat, PROBE, text, [1])[1]
-            answer_span(whole, place, PROBE[1], self.special.places_in(whole.input_ids))
+            ids = self._probed(chat, PROBE)
         except (TemplateError, UnusableRowError) as error:
-            raise DataError(
-                f"the tokenizer's chat template cannot be trained with: a user and an assistant turn failed: {error}; "
-                f"set model.chat_template to {names} or a corrected Jinja file"
-            ) from None
-        if self.special.begins_twice(whole.ids):
+            try:
+                ids = self._probed(chat, PROBE_WITH_REASONING)
+            except (TemplateError, UnusableRowError):
+                raise DataError(
+                    "the tokenizer's chat template cannot be trained with: a user and an assistant turn failed: "
+                    f"{error}; set model.chat_template to {names} or a corrected Jinja file"
+                ) from None
+        if self.special.begins_twice(ids):
             raise DataError(
                 "the tokenizer's chat template writes the beginning token twice; set model.chat_template to a corrected "
                 "Jinja file"
             )
         self._skeletons = Skeletons(chat, self._tokenizer.get_chat_template())
+
+    def _probed(self, chat: TokenizerChat, turns: Sequence[Message]) -> list[int]:
+        text = chat.text(turns)
+        whole = Rendering(text, self._encode(text))
+        place = places_by_prompts(chat, turns, text, [1])[1]
+        self._span(whole, place, turns[1], self.special.places_in(whole.input_ids))
+        return whole.ids
 
 
 def _kwargs_note(chat: TokenizerChat, turns: Sequence[Message], text: str) -> tuple[str, ...]:
