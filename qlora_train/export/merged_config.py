@@ -4,7 +4,6 @@ Transformers would write all of it by its newest names for settings, and older r
 they do not find. The base's file keeps its names, and one that has new names alone gets the old ones too.
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +50,12 @@ def write_config(folder: Path, base_folder: Path, config: Any) -> None:
 
 def _parsed(content: Mapping[str, Any], config: Any) -> Any:
     """Return the Transformers config that a config.json is read as."""
-    return type(config).from_dict(copy.deepcopy(dict(content)))
+    return type(config).from_dict(json.loads(json.dumps(content), object_hook=_with_float))
+
+
+def _with_float(value: dict[str, Any]) -> Any:
+    """Read infinity as Transformers writes it: JSON has no such number."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _as_read(config: Any) -> dict[str, Any]:
