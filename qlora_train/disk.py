@@ -21,6 +21,7 @@ from qlora_train.config import RunConfig
 from qlora_train.config.schema import TrainSection
 from qlora_train.data import PreparedData
 from qlora_train.errors import TrainingError
+from qlora_train.export.check_adapter import MAX_REFERENCE_BYTES
 from qlora_train.export.merge import is_stored_in_4bit
 from qlora_train.export.verify import candidate_bases
 from qlora_train.footprint import TrainedTensor, optimizer_state_bytes
@@ -44,7 +45,7 @@ class DiskNeed:
     Attributes:
         num_checkpoints: most that are there at once, the one being written included, without those that are there now.
         checkpoint_bytes: of one.
-        adapter_bytes: the finished adapter with its tokenizer.
+        adapter_bytes: the finished adapter with its tokenizer, and what it is compared with.
         num_merges: merged models that are there at once.
         merged_bytes: of one.
     """
@@ -118,7 +119,7 @@ def disk_need(
     return DiskNeed(
         num_checkpoints=num_more_checkpoints(kept, num_saves(config, data.num_train_rows, steps, done), num_here),
         checkpoint_bytes=checkpoint_bytes(tensors, _optimizer(adapted, config.train), _num_logged(config.train, steps)),
-        adapter_bytes=adapter_bytes(tensors) + tokenizer_bytes,
+        adapter_bytes=adapter_bytes(tensors) + tokenizer_bytes + MAX_REFERENCE_BYTES,
         num_merges=_num_merges(adapted, config, data) if config.export.merge else 0,
         merged_bytes=merged_numel(adapted) * COMPUTE_BYTES + tokenizer_bytes,
     )

@@ -79,7 +79,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
             begin(folder, config, facts(config, source, data, device, date_of(folder)))
             data.report.log()
             durable.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
-            keep_rows(folder.rows, data)
+            keep_rows(folder.rows, data, data.fingerprint)
             reference = train_adapter(folder, config, source, data, checkpoint)
         if not folder.read_results().get("adapter_check", {}).get("passed"):
             reference = reference or measure_again(folder, config)

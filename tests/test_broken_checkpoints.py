@@ -285,10 +285,10 @@ def test_integer_buffers_are_no_odd_weights(pico_llama: Path, tmp_path: Path) ->
     assert train(base, tmp_path / "run") == 0
 
 
-def test_tokenizer_with_more_tokens_than_rows_grows_the_embedding(tmp_path: Path, capsys: Capture) -> None:
+def test_rows_with_tokens_that_the_embedding_lacks_are_refused(tmp_path: Path, capsys: Capture) -> None:
     base = build_pico(tmp_path / "base", vocab_size=300)
-    assert train(base, tmp_path / "run") == 0
-    assert re.search(r"vocabulary: \d+ rows added, drawn around the others' mean", capsys.readouterr().err)
+    assert train(base, tmp_path / "run") == 2
+    assert "model.new_tokens" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_regular_expression_that_matches_the_head_warns(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:

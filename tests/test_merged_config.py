@@ -36,7 +36,7 @@ LONG = {"type": "longrope", "short_factor": [1.5] * 8, "long_factor": [3.0] * 8}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 OLD_NAMES: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 500_000.0, "rope_scaling": LLAMA3},
-    "mistral": {"rope_theta": 1_000_000.0, "rope_scaling": None},
+    "mistral": {"rope_theta": 1_000_000.0},
     "qwen2": {"rope_theta": 1_000_000.0, "rope_scaling": YARN},
     "qwen3_moe": {"rope_theta": 1_000_000.0, "num_experts": 4},
     "granite": {"rope_theta": 300_000.0},

@@ -29,7 +29,7 @@ def test_kept_rows_are_the_held_out_ones_and_the_first_to_train_on(share, pico_l
     files = f"data.train=[{tmp_path}/rows.jsonl, {tmp_path}/more.jsonl]"
     config = make_config(tmp_path, pico_llama, files, f"data.eval={share}", "train.eval_steps=null")
     data, _ = data_of(config, resolve_base(config.model), date=None)
-    keep_rows(tmp_path / "rows", data)
+    keep_rows(tmp_path / "rows", data, data.fingerprint)
     kept = kept_rows(tmp_path / "rows")
     assert kept.num_train_rows == data.num_train_rows
     assert len(kept.eval) == len(data.eval)

@@ -45,10 +45,19 @@ class RunRows:
         return self.train.head() if isinstance(self.train, RowStream) else self.train
 
 
-def keep_rows(folder: Path, rows: RunRows) -> None:
-    """Write what is kept of a run's rows."""
+def keep_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:
+    """Write what is kept of a run's rows; a resumed run, which may have a full disk, has them already.
+
+    Args:
+        folder: is made.
+        rows: of the run.
+        fingerprint: of the data.
+    """
+    about = {"num_train_rows": rows.num_train_rows, "data_fingerprint": fingerprint}
+    if durable.about(folder) == about and durable.damage(folder) is None:
+        return
     dtype = np.dtype(np.int32)
-    with durable.staged_folder(folder, {"num_train_rows": rows.num_train_rows}) as staging:
+    with durable.staged_folder(folder, about) as staging:
         for part, examples in zip(PARTS, (_first(rows.first_rows()), rows.eval), strict=True):
             store = staging / part
             store.mkdir()

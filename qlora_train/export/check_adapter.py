@@ -26,7 +26,7 @@ from qlora_train.errors import ExportError
 from qlora_train.evaluate import held_out_loss
 from qlora_train.export.fresh_check import Check, check_in_fresh_process
 from qlora_train.export.loading_code import adapter_code
-from qlora_train.export.predictions import Predictions, Reference, compared_rows
+from qlora_train.export.predictions import NUM_LIKELIEST, Predictions, Reference, compared_rows
 from qlora_train.loader import LoadedModel
 from qlora_train.loader.token_probes import NUM_ROWS, run_probes
 
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 NUM_COMPARED_ROWS, MAX_TOKENS = 4, 128
 """Rows on which predictions are compared, and how much of each: the check is to cost seconds."""
+MAX_REFERENCE_BYTES = NUM_COMPARED_ROWS * MAX_TOKENS * NUM_LIKELIEST * 8 + 1024 * 1024
+"""Of its predictions (an id and a float32 each) and its texts on the disk."""
 FLOAT32_LIMIT = 1e-5
 """Nats per token that float32 allows; logits that differ by 2e-3 are 2e-6 apart."""
 

@@ -52,4 +52,5 @@ def _old_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, A
     old = {key: rope[key] for key in _NOT_SCALING if rope.get(key) is not None}
     if str(config.get("model_type")).startswith("gpt_neox"):
         old |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
-    return {**old, "rope_scaling": None if scaling == {"rope_type": "default"} else scaling}
+    # null would be read as an old name that overrules the new ones
+    return old if scaling == {"rope_type": "default"} else {**old, "rope_scaling": scaling}
