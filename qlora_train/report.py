@@ -3,7 +3,7 @@
 import datetime
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from qlora_train.loader import BaseSource, load_model
 logger = logging.getLogger(__name__)
 
 
+MODELS = ("base", "adapter", "merged")
 ROW_BY_ROW = "rows answered exactly"
 """Title of the comparison of adapter and merged model."""
 
@@ -33,7 +34,7 @@ ROW_BY_ROW = "rows answered exactly"
 class EvalSettings:
     """Which models are measured, how answers are generated and how many examples the base model is shown."""
 
-    models: tuple[str, ...] = ("base", "adapter", "merged")
+    models: tuple[str, ...] = MODELS
     num_shots: int = 3
     max_new_tokens: int = 256
     batch_size: int = 32
@@ -47,7 +48,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure base, adapter and merged model (where there is one); print a table and record it in results.json.
 
-    Answers go to `answers.jsonl` in the run folder, a line a held-out row.
+    Answers go to `answers.jsonl` in the run folder, a line a held-out row. What was measured before of the other models of
+    this adapter stays there, and in the table.
 
     Returns:
         By model name: `loss`, `perplexity`, and for rows with an answer `exact_match`, `valid_json`, `field_f1`.
@@ -118,6 +120,11 @@ def _record(
     answers: dict[str, list[str]],
 ) -> dict[str, Any]:
     expected = [example.answer or "" for example in rows]
+    before = folder.read_results().get("evaluation", {})
+    answers = {**_answers_before(folder, rows, expected, before), **answers}
+    measured = {name: {**before.get(name, {}), **result} for name, result in results.items()}
+    kept = {name: before[name] for name in MODELS if name in before}
+    results = {name: {**kept, **measured}[name] for name in MODELS if name in kept or name in measured}
     scores = {name: score_answers(expected, given) for name, given in answers.items()}
     for name, score in scores.items():
         results[name] |= {
@@ -139,10 +146,22 @@ def _record(
     ]
     if answers:
         durable.write_text(folder.answers_file, "\n".join(lines) + "\n")
-    before = folder.read_results().get("evaluation", {})
-    folder.add_results(evaluation={**before, "num_rows": num_rows, **results})
+    folder.add_results(evaluation={"num_rows": num_rows, **results})
     _print(results, num_rows)
     return results
+
+
+def _answers_before(
+    folder: RunFolder, rows: Sequence[Example], expected: Sequence[str], evaluation: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """Return the answers of models that were measured before on the same rows, by model."""
+    if not evaluation or not folder.answers_file.is_file():
+        return {}
+    lines = [json.loads(line) for line in folder.answers_file.read_text(encoding="utf-8").splitlines()]
+    wanted = [(example.where, answer) for example, answer in zip(rows, expected, strict=True)]
+    if [(line["where"], line["expected"]) for line in lines] != wanted:
+        return {}
+    return {name: [line[name] for line in lines] for name in MODELS if name in evaluation and name in lines[0]}
 
 
 def _print(results: dict[str, Any], num_rows: int) -> None:

@@ -447,6 +447,17 @@ def test_config_trains_merges_and_is_evaluated_with_status_0(pico_llama: Path, t
     assert main(["eval", str(tmp_path / "run"), "--loss-only"]) == 0
     table = capsys.readouterr().out
     assert all(re.search(rf"\b{model}\b", table) for model in ("base", "adapter", "merged"))
+    before = json.loads((tmp_path / "run" / "results.json").read_text())["evaluation"]
+    assert main(["eval", str(tmp_path / "run"), "--models", "adapter", "--max-new-tokens", "4"]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--models", "merged", "--max-new-tokens", "4"]) == 0
+    table = capsys.readouterr().out
+    assert all(re.search(rf"\b{model}\b", table) for model in ("base", "adapter", "merged"))
+    answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert all({"adapter", "merged"} <= line.keys() for line in answers), "the adapter's answers stay"
+    after = json.loads((tmp_path / "run" / "results.json").read_text())["evaluation"]
+    assert after["base"] == before["base"]
+    assert after["adapter"]["loss"] == before["adapter"]["loss"]
+    assert "exact_match" in after["adapter"]
 
 
 def test_output_goes_beside_the_name_of_the_config_when_none_is_given(
