@@ -45,9 +45,10 @@ class DiskNeed:
     Attributes:
         num_checkpoints: most that are there at once, the one being written included, without those that are there now.
         checkpoint_bytes: of one.
-        adapter_bytes: the finished adapter with its tokenizer, and what it is compared with.
+        adapter_bytes: the finished adapter with its tokenizer.
         num_merges: merged models that are there at once.
         merged_bytes: of one.
+        reference_bytes: what the finished adapter is compared with, deleted afterwards.
     """
 
     num_checkpoints: int
@@ -55,6 +56,7 @@ class DiskNeed:
     adapter_bytes: int
     num_merges: int = 0
     merged_bytes: int = 0
+    reference_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -66,6 +68,7 @@ class DiskNeed:
         parts = [
             (_counted(self.num_checkpoints, "checkpoint"), self.num_checkpoints * self.checkpoint_bytes),
             ("adapter", self.adapter_bytes),
+            ("adapter check", self.reference_bytes),
             ("merged model" if self.num_merges == 1 else _counted(self.num_merges, "merged model"),
              self.num_merges * self.merged_bytes),
         ]  # fmt: skip
@@ -119,7 +122,8 @@ def disk_need(
     return DiskNeed(
         num_checkpoints=num_more_checkpoints(kept, num_saves(config, data.num_train_rows, steps, done), num_here),
         checkpoint_bytes=checkpoint_bytes(tensors, _optimizer(adapted, config.train), _num_logged(config.train, steps)),
-        adapter_bytes=adapter_bytes(tensors) + tokenizer_bytes + MAX_REFERENCE_BYTES,
+        adapter_bytes=adapter_bytes(tensors) + tokenizer_bytes,
+        reference_bytes=MAX_REFERENCE_BYTES,
         num_merges=_num_merges(adapted, config, data) if config.export.merge else 0,
         merged_bytes=merged_numel(adapted) * COMPUTE_BYTES + tokenizer_bytes,
     )
