@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from jinja2.exceptions import TemplateError
 
-from qlora_train.data.template import Renderer
+from qlora_train.data.template import INLINE_REASONING, Renderer
 from qlora_train.data.types import UnusableRowError
 from qlora_train.errors import DataError
 from tests.chat_shapes import SHAPES, Shape
@@ -357,3 +357,88 @@ def test_an_answer_ends_at_its_end_of_turn_where_the_next_header_always_follows(
     name = "llama3 with the next header always"
     example = renderer_for(name).render(read({"messages": [user(), answer()]}))
     assert learnt_texts(tokenizer_for(name), example) == ["It is cold.<|eot_id|>"]
+
+
+def learnt(jinja: str, turns: list[dict[str, Any]], loss_on: Any = "assistant") -> list[str]:
+    tokenizer = copy.deepcopy(tokenizer_for("chatml"))
+    tokenizer.chat_template = jinja
+    return learnt_texts(tokenizer, Renderer(tokenizer, loss_on=loss_on, date=DATE).render(read({"messages": turns})))
+
+
+def one_call(name: str = "weather", **arguments: Any) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+LAST_TURN_THINKS = SHAPES["chatml"].jinja.replace(
+    "{{ m.content }}",
+    "{% if loop.last or m.reasoning_content %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content }}",
+    1,
+)
+COLD_LABEL = f"<think>\n\n</think>\n\nIt is cold.{IM}"
+
+
+@pytest.mark.parametrize("content", [None, "", " \n"])
+def test_calls_without_text_are_learnt_where_the_last_turn_is_written_differently(content: Any) -> None:
+    oslo, both = "\n" + one_call(city="Oslo"), "\n" + one_call(city="Oslo") + "\n" + one_call(city="Bergen", days=2)
+    turns = [user(), answer(content, tool_calls=[OSLO]), COLD, answer()]
+    assert learnt(LAST_TURN_THINKS, turns) == [oslo + IM, COLD_LABEL]
+    assert learnt(LAST_TURN_THINKS, turns, "last") == [COLD_LABEL]
+    parallel = [user(), answer(content, tool_calls=[OSLO, BERGEN]), COLD, WET, answer()]
+    assert learnt(LAST_TURN_THINKS, parallel) == [both + IM, COLD_LABEL]
+    steps = [*turns[:3], answer(content, tool_calls=[BERGEN]), WET, answer()]
+    assert learnt(LAST_TURN_THINKS, steps) == [oslo + IM, "\n" + one_call(city="Bergen", days=2) + IM, COLD_LABEL]
+    asked_again = [*turns, user("Why?"), answer()]
+    assert learnt(LAST_TURN_THINKS, asked_again) == [oslo + IM, "It is cold." + IM, COLD_LABEL]
+    assert learnt(LAST_TURN_THINKS, turns[:2]) == ["<think>\n\n</think>\n\n" + oslo + IM]
+
+
+@pytest.mark.parametrize("name", ["qwen3.5 thinking", "thoughts that are not looked for in the content", "nemotron"])
+def test_thoughts_that_the_prompt_opens_are_learnt_once(name: str) -> None:
+    behind = "\n</think>\n" if name == "nemotron" else "\n</think>\n\n"
+    expected = [f"So cold there.{behind}It is cold.{IM}"]
+    for case in ("reasoning", "inline thoughts"):
+        assert learnt(SHAPES[name].jinja, CASES[case]) == expected
+
+
+def test_reasoning_in_the_content_is_noted_and_stays_there_for_templates_without_a_place_for_it() -> None:
+    row = read({"messages": CASES["inline thoughts"]})
+    assert renderer_for("nemotron").render(row).notes == (INLINE_REASONING,)
+    assert renderer_for("chatml").render(row).notes == ()
+    assert learnt(SHAPES["chatml"].jinja, CASES["inline thoughts"]) == [f"{THINK}It is cold.{IM}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<think>a</think>", "has <think>...</think> and nothing behind it"),
+        ("a</think>b", "writes thoughts of its own around an assistant turn whose content has <think> or </think>"),
+        ("<think>a", "writes thoughts of its own around an assistant turn whose content has <think> or </think>"),
+    ],
+)
+def test_thoughts_that_would_be_written_twice_or_answer_nothing_are_refused(text: str, reason: str) -> None:
+    with pytest.raises(UnusableRowError, match=re.escape(reason)):
+        learnt(SHAPES["thoughts that are not looked for in the content"].jinja, [user(), answer(text)])
+    with pytest.raises(UnusableRowError, match="reasoning both in a field of its own and as <think>"):
+        learnt(SHAPES["nemotron"].jinja, [user(), answer("<think>a</think>b", reasoning_content="c")])
+
+
+def test_a_template_is_refused_by_the_row_where_only_answers_without_reasoning_fail() -> None:
+    for name in ("nemotron", *(name for name in TEMPLATES if name.startswith("nemotron_3"))):
+        reason = outcome(name, "two answers")
+        assert reason == "(the answer does not begin as the generation prompt ends"
+        assert (outcome(name, "reasoning"), outcome(name, "inline thoughts")) == ("equal", "equal")
+
+
+@pytest.mark.parametrize("case", ["tools", "two answers", "call at the end"])
+@pytest.mark.parametrize("name", ["llama3 with the next header always", "phi3 with the next header always"])
+def test_no_loss_falls_on_a_header_behind_the_end_of_the_turn(name: str, case: str) -> None:
+    """A header may follow without anything between, or begin otherwise than the conversation does."""
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    jinja = SHAPES[name].jinja if "llama3" in name else (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}" + calls + "<|end|>{% endfor %}<|assistant|>"
+    )  # fmt: skip
+    tokenizer = copy.deepcopy(tokenizer_for(name))
+    tokenizer.chat_template = jinja
+    example = Renderer(tokenizer, loss_on="assistant", date=DATE).render(read({"messages": CASES[case]}))
+    said = [turn["content"] or json.dumps(OSLO["function"]) for turn in CASES[case] if turn["role"] == "assistant"]
+    assert learnt_texts(tokenizer, example) == [text + str(SHAPES[name].stop) for text in said]
