@@ -77,6 +77,9 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
             check_machine(config)
             source, data = prepare(config, folder)
             begin(folder, config, facts(config, source, data, device, date_of(folder)))
+            if doomed := folder.results_there():
+                names = ", ".join(path.name for path in doomed)
+                logger.warning("%s: training further will replace the adapter and delete %s", folder.path, names)
             data.report.log()
             durable.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
             keep_rows(folder.rows, data, data.fingerprint)

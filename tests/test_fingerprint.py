@@ -171,14 +171,23 @@ def test_an_accepted_change_is_recorded_and_is_what_the_run_is_compared_with_fro
         train_run(tmp_path, pico_llama, *EVERY_STEP)
 
 
-def test_a_finished_run_whose_change_was_accepted_is_not_finished_any_more(pico_llama: Path, tmp_path: Path) -> None:
+def test_a_finished_run_whose_change_was_accepted_is_not_finished_any_more(
+    pico_llama: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
     """As after a kill between the acceptance and the first new step: the old adapter is not taken for the result."""
     run = train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=2")
     facts = run.facts()
     assert run.is_finished()
+    run.merged.mkdir()
     longer = make_config(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=3", "run.allow_changed=[train.max_steps]")
     begin(run, longer, {name: facts[name] for name in FACTS})
     assert not run.is_finished()
     train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=3")
     assert run.is_finished()
-    assert run.read_results()["training"]["steps"] == 3
+    training = run.read_results()["training"]
+    assert training["steps"] == 3
+    span = training["since_last_start"]
+    assert span["num_steps"] == 1
+    assert 0 < span["num_tokens"] < training["num_tokens"], "tokens and seconds are those of the same steps"
+    assert "training further will replace the adapter and delete merged, results.json" in messages.text
+    assert not run.merged.exists()

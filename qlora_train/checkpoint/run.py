@@ -156,12 +156,17 @@ class RunFolder:
             logger.warning("%s: no checkpoint is whole; the run begins again at step 0", self.checkpoints)
         return None
 
+    def results_there(self) -> list[Path]:
+        """Return what was made of the adapter: its merge, exports, evaluations and answers, as far as they are there."""
+        return [path for path in (self.merged, self.exports, self.results_file, self.answers_file) if path.exists()]
+
     def forget_results(self) -> None:
-        """Delete what was made of an adapter that is replaced by another: its merge, exports and evaluations."""
-        durable.remove_folder(self.merged)
-        durable.remove_folder(self.exports)
-        self.results_file.unlink(missing_ok=True)
-        self.answers_file.unlink(missing_ok=True)
+        """Delete what was made of an adapter that is replaced by another."""
+        for path in self.results_there():
+            if path.is_dir():
+                durable.remove_folder(path)
+            else:
+                path.unlink()
 
     def forget_after(self, checkpoint: Path) -> None:
         """Delete the checkpoints after one that is resumed from: they are damaged, or of a course that is given up.

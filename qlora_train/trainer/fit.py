@@ -1,7 +1,6 @@
 """Train an adapter from where it stands to the end of its run, or to where it is asked to stop."""
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ def train(
 
     Returns:
         What happened: `steps`, `taken_from_step` (the best one if the config asks for it), `train_loss`, `eval_loss`,
-        `Numbers.counts`, `num_tokens`, `num_trainable` of `num_parameters`, and `train_seconds` of this part of the run.
+        `Numbers.counts`, `num_tokens`, `num_trainable` of `num_parameters`, and `since_last_start`: steps, tokens and
+        seconds of training since this process began or resumed the run.
 
     Raises:
         TrainingError: out of memory, a number that is not finite, or a spike of the loss, that the config does not bear;
@@ -45,7 +45,6 @@ def train(
         Stop: the process was asked to stop; a checkpoint of the last whole step has been saved.
     """
     progress = Progress(run)
-    started = time.perf_counter()
 
     def make(fitted: RunConfig) -> QloraTrainer:
         asked_rows = config.train.per_device_train_batch_size
@@ -67,6 +66,7 @@ def train(
                 _train_on(trainer, progress, resume_from)
         finally:
             progress.stop()
+    since_last_start = progress.since_last_start(trainer.state)
     losses = evaluations(trainer.state.log_history)
     taken_from: int = trainer.state.global_step
     best = best_step(trainer.state.log_history)
@@ -85,7 +85,7 @@ def train(
         "num_tokens": int(trainer.state.num_input_tokens_seen),
         "num_trainable": adapted.num_trainable,
         "num_parameters": adapted.num_total,
-        "train_seconds": time.perf_counter() - started,
+        "since_last_start": since_last_start,
     }
 
 

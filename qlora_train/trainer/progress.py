@@ -38,11 +38,13 @@ class Progress(TrainerCallback):
     def __init__(self, run: RunFolder) -> None:
         self._run = run
         self._bar: Bar | None = None
+        self._has_begun = False
         self._start_seconds, self._start_step, self._start_tokens = time.perf_counter(), 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         """Write the metrics of the steps that a resumed run has behind it, and start the live line."""
         self.rewrite_metrics(state.log_history)
+        self._has_begun = True
         self._start_seconds = time.perf_counter()
         self._start_step, self._start_tokens = state.global_step, int(state.num_input_tokens_seen)
         console = Console(stderr=True)
@@ -73,6 +75,16 @@ class Progress(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def since_last_start(self, state: Any) -> dict[str, float]:
+        """Return the steps, tokens and seconds of training since the process began, or resumed, the run."""
+        if not self._has_begun:
+            return {"num_steps": 0, "num_tokens": 0, "train_seconds": 0.0}
+        return {
+            "num_steps": state.global_step - self._start_step,
+            "num_tokens": int(state.num_input_tokens_seen) - self._start_tokens,
+            "train_seconds": time.perf_counter() - self._start_seconds,
+        }
 
     def _speed(self, state: Any) -> float:
         """Return tokens a second, padding not counted, since this part of the run began."""
