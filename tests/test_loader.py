@@ -13,6 +13,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import errors as hub
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +28,7 @@ from qlora_train.loader.token_probes import encode, hard_texts
 from tests.pico import TURN_END, build_pico
 from tests.test_gguf import write_gguf
 
+STORED = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 Pico = Callable[..., Path]
 CPU = torch.device("cpu")
 http = importlib.import_module(hub.HTTPError.__module__.partition(".")[0])
@@ -185,6 +187,19 @@ def test_quantised_checkpoint_loads_as_it_was_stored(stored_in_4bit: Path, pico_
     ids = torch.arange(4, 30)[None]
     with torch.no_grad():
         assert torch.equal(again.model(input_ids=ids).logits, first.model(input_ids=ids).logits)
+
+
+def test_experts_stored_in_4_bits_one_by_one_are_refused_with_the_reason(pico: Pico, tmp_path: Path) -> None:
+    folder = copy_of(pico("qwen3_moe"), tmp_path / "apart")
+    edit_json(
+        folder / "config.json", quantization_config={**STORED, "quant_method": "bitsandbytes", "load_in_4bit": True}
+    )
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if ".experts." in name]:
+        weights[f"{name}.quant_state.bitsandbytes__nf4"] = torch.zeros(8, dtype=torch.uint8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"experts of this mixture in 4 bits one by one.*original 16-bit model"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ def _plain_lines(loaded: LoadedModel, config: RunConfig, base: str, this: str) -
     changes = list(_config_changes(loaded, config))
     quantization = {} if _is_stored_in_4bit(loaded) else _quantization(loaded, config)
     has_4bit_layers = config.quantization.load_in_4bit
-    exact_on_cpus = has_4bit_layers and loaded.compute_dtype == torch.float32
+    # DoRA dequantises the weights, which bitsandbytes' bfloat16 path on CPUs repacks in place
+    exact_on_cpus = has_4bit_layers and (loaded.compute_dtype == torch.float32 or config.lora.use_dora)
     names = [auto_class, "AutoTokenizer", *["AutoConfig"] * bool(changes), *["BitsAndBytesConfig"] * bool(quantization)]
 
     yield "import torch"
@@ -152,7 +153,7 @@ def _plain_lines(loaded: LoadedModel, config: RunConfig, base: str, this: str) -
     yield f"base = {_call(f'{auto_class}.from_pretrained', [_quoted(base)], settings)}"
     if exact_on_cpus:
         yield "for module in base.modules():"
-        yield "    if isinstance(module, Linear4bit):  # on a CPU it may compute in bfloat16, whatever the dtype"
+        yield "    if isinstance(module, Linear4bit):  # on a CPU it may repack its weights to compute in bfloat16"
         yield "        module.support_avx512bf16_for_cpu = False"
     if config.model.new_tokens:
         yield "if len(tokenizer) > base.get_input_embeddings().num_embeddings:"

@@ -4,7 +4,8 @@ Nothing is upcast: norms, embeddings and the output head stay in the compute dty
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ _TRAINED_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "m
 """What the weights were trained with and no scaling changes."""
 _BNB_DEFAULTS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
 """What Transformers takes for settings that a stored quantization_config does not have."""
+_EXPERT_IN_4BIT = re.compile(r"\.experts\.\d+\..*\.quant_state\.bitsandbytes__")
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,15 @@ def _check_stored_quantization(stored: dict[str, Any], source: BaseSource, quant
     logger.info("quantization: taken from the checkpoint, which is stored in 4-bit %s", stored["bnb_4bit_quant_type"])
 
 
+def _refuse_experts_apart(names: Iterable[str], where: str) -> None:
+    expert = next((name for name in names if _EXPERT_IN_4BIT.search(name)), None)
+    if expert is not None:
+        raise ModelError(
+            f"{where}: {expert}: bitsandbytes stored the experts of this mixture in 4 bits one by one, and Transformers "
+            "joins them into one tensor, which packed weights do not allow; give the original 16-bit model"
+        )
+
+
 def _from_pretrained(
     source: BaseSource,
     model: ModelSection,
@@ -185,6 +196,7 @@ def _from_pretrained(
         with torch.device("meta"):  # for its class, and the config that this class takes
             skeleton = text.build(config, trust_remote_code=model.trust_remote_code)
         with opened_tensors(source.folder, release, dtype, where) as tensors:
+            _refuse_experts_apart(tensors, where)
             loaded, info = type(skeleton).from_pretrained(
                 None,
                 config=skeleton.config,
