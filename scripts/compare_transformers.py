@@ -143,7 +143,7 @@ def report(bases: list[dict[str, Any]], merged: dict[str, Any], problems: dict[s
 
 
 def compared(ours: Any, theirs: Any, what: str) -> str:
-    """Return a verdict on what the two versions made of a folder."""
+    """Return how what the two versions made of a folder compares."""
     for found in (ours, theirs):
         if isinstance(found, str):
             return f"DIFFERENT {what}: {found[:140]}"

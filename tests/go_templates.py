@@ -20,7 +20,7 @@ class GoTemplateError(Exception):
 def read_modelfile(text: str) -> dict[str, list[str]]:
     """Return the arguments of each instruction.
 
-    A value goes on beyond the end of a line while its quotes are open; characters that are not printable are dropped.
+    A value continues on the next line while its quotes are open; characters that are not printable are dropped.
     """
     found: dict[str, list[str]] = {}
     lines = iter(text.split("\n"))

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""What is learnt, for every kind of row on the chat templates of TRL and of well-known models: right, or truly refused.
+"""What is trained, for every kind of row on the chat templates of TRL and of well-known models: right, or truly refused.
 
 The oracle renders with a Jinja environment of its own: an answer is what the text has behind its prompt, up to the first
 stop text of the template. A row may be refused only for a reason that the oracle finds true.
@@ -153,8 +153,8 @@ class Oracle:
             prompt = self.text(turns[:index], add_generation_prompt=True)
             behind = text[len(prompt) :] if text.startswith(prompt) else ""
             stop = self.call_stop if "tool_calls" in turns[index] else self.stop
-            learnt = behind[: behind.index(stop) + len(stop)] if stop and stop in behind else ""
-            found.append((prompt, behind, learnt))
+            trained = behind[: behind.index(stop) + len(stop)] if stop and stop in behind else ""
+            found.append((prompt, behind, trained))
         return found
 
 
@@ -195,7 +195,7 @@ def is_lost(oracle: Oracle, turns: Sequence[Any]) -> bool:
     """Say whether the text behind some prompt, or with thoughts that the prompt opens, lacks what an answer says."""
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     found = oracle.answers(turns)
-    texts = [learnt or behind for _, behind, learnt in found]
+    texts = [trained or behind for _, behind, trained in found]
     opened = ["<think>" * prompt.rstrip().endswith("<think>") for prompt, _, _ in found]
     return any(
         part not in squeezed(begin + text)
@@ -292,9 +292,9 @@ def outcome(name: str, case: str) -> str:
     assert example.input_ids.tolist() == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     assert not is_lost(oracle, form), ("lost", form, text)
     assert all(turn["content"] in text for turn in form if turn["role"] != "assistant")
-    expected = [learnt for _, _, learnt in oracle.answers(form)]
+    expected = [trained for _, _, trained in oracle.answers(form)]
     if BLOCK.search(shape(name).jinja):  # which may leave out a header that the prompt lacks
-        expected = [learnt.removeprefix("<|turn>model\n") for learnt in expected]
+        expected = [trained.removeprefix("<|turn>model\n") for trained in expected]
     assert learnt_texts(tokenizer, example) == expected
     assert not DOUBLE.search(text)
     return "equal"
@@ -359,7 +359,7 @@ def test_an_answer_ends_at_its_end_of_turn_where_the_next_header_always_follows(
     assert learnt_texts(tokenizer_for(name), example) == ["It is cold.<|eot_id|>"]
 
 
-def learnt(jinja: str, turns: list[dict[str, Any]], loss_on: Any = "assistant") -> list[str]:
+def trained(jinja: str, turns: list[dict[str, Any]], loss_on: Any = "assistant") -> list[str]:
     tokenizer = copy.deepcopy(tokenizer_for("chatml"))
     tokenizer.chat_template = jinja
     return learnt_texts(tokenizer, Renderer(tokenizer, loss_on=loss_on, date=DATE).render(read({"messages": turns})))
@@ -381,15 +381,15 @@ COLD_LABEL = f"<think>\n\n</think>\n\nIt is cold.{IM}"
 def test_calls_without_text_are_learnt_where_the_last_turn_is_written_differently(content: Any) -> None:
     oslo, both = "\n" + one_call(city="Oslo"), "\n" + one_call(city="Oslo") + "\n" + one_call(city="Bergen", days=2)
     turns = [user(), answer(content, tool_calls=[OSLO]), COLD, answer()]
-    assert learnt(LAST_TURN_THINKS, turns) == [oslo + IM, COLD_LABEL]
-    assert learnt(LAST_TURN_THINKS, turns, "last") == [COLD_LABEL]
+    assert trained(LAST_TURN_THINKS, turns) == [oslo + IM, COLD_LABEL]
+    assert trained(LAST_TURN_THINKS, turns, "last") == [COLD_LABEL]
     parallel = [user(), answer(content, tool_calls=[OSLO, BERGEN]), COLD, WET, answer()]
-    assert learnt(LAST_TURN_THINKS, parallel) == [both + IM, COLD_LABEL]
+    assert trained(LAST_TURN_THINKS, parallel) == [both + IM, COLD_LABEL]
     steps = [*turns[:3], answer(content, tool_calls=[BERGEN]), WET, answer()]
-    assert learnt(LAST_TURN_THINKS, steps) == [oslo + IM, "\n" + one_call(city="Bergen", days=2) + IM, COLD_LABEL]
+    assert trained(LAST_TURN_THINKS, steps) == [oslo + IM, "\n" + one_call(city="Bergen", days=2) + IM, COLD_LABEL]
     asked_again = [*turns, user("Why?"), answer()]
-    assert learnt(LAST_TURN_THINKS, asked_again) == [oslo + IM, "It is cold." + IM, COLD_LABEL]
-    assert learnt(LAST_TURN_THINKS, turns[:2]) == ["<think>\n\n</think>\n\n" + oslo + IM]
+    assert trained(LAST_TURN_THINKS, asked_again) == [oslo + IM, "It is cold." + IM, COLD_LABEL]
+    assert trained(LAST_TURN_THINKS, turns[:2]) == ["<think>\n\n</think>\n\n" + oslo + IM]
 
 
 @pytest.mark.parametrize("name", ["qwen3.5 thinking", "thoughts that are not looked for in the content", "nemotron"])
@@ -397,14 +397,14 @@ def test_thoughts_that_the_prompt_opens_are_learnt_once(name: str) -> None:
     behind = "\n</think>\n" if name == "nemotron" else "\n</think>\n\n"
     expected = [f"So cold there.{behind}It is cold.{IM}"]
     for case in ("reasoning", "inline thoughts"):
-        assert learnt(SHAPES[name].jinja, CASES[case]) == expected
+        assert trained(SHAPES[name].jinja, CASES[case]) == expected
 
 
 def test_reasoning_in_the_content_is_noted_and_stays_there_for_templates_without_a_place_for_it() -> None:
     row = read({"messages": CASES["inline thoughts"]})
     assert renderer_for("nemotron").render(row).notes == (INLINE_REASONING,)
     assert renderer_for("chatml").render(row).notes == ()
-    assert learnt(SHAPES["chatml"].jinja, CASES["inline thoughts"]) == [f"{THINK}It is cold.{IM}"]
+    assert trained(SHAPES["chatml"].jinja, CASES["inline thoughts"]) == [f"{THINK}It is cold.{IM}"]
 
 
 @pytest.mark.parametrize(
@@ -417,9 +417,9 @@ def test_reasoning_in_the_content_is_noted_and_stays_there_for_templates_without
 )
 def test_thoughts_that_would_be_written_twice_or_answer_nothing_are_refused(text: str, reason: str) -> None:
     with pytest.raises(UnusableRowError, match=re.escape(reason)):
-        learnt(SHAPES["thoughts that are not looked for in the content"].jinja, [user(), answer(text)])
+        trained(SHAPES["thoughts that are not looked for in the content"].jinja, [user(), answer(text)])
     with pytest.raises(UnusableRowError, match="reasoning both in a field of its own and as <think>"):
-        learnt(SHAPES["nemotron"].jinja, [user(), answer("<think>a</think>b", reasoning_content="c")])
+        trained(SHAPES["nemotron"].jinja, [user(), answer("<think>a</think>b", reasoning_content="c")])
 
 
 def test_a_template_is_refused_by_the_row_where_only_answers_without_reasoning_fail() -> None:
@@ -432,7 +432,7 @@ def test_a_template_is_refused_by_the_row_where_only_answers_without_reasoning_f
 @pytest.mark.parametrize("case", ["tools", "two answers", "call at the end"])
 @pytest.mark.parametrize("name", ["llama3 with the next header always", "phi3 with the next header always"])
 def test_no_loss_falls_on_a_header_behind_the_end_of_the_turn(name: str, case: str) -> None:
-    """A header may follow without anything between, or begin otherwise than the conversation does."""
+    """A header may follow without anything between, or have another beginning than the conversation."""
     calls = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
     jinja = SHAPES[name].jinja if "llama3" in name else (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}" + calls + "<|end|>{% endfor %}<|assistant|>"

@@ -254,6 +254,23 @@ class RunFolder:
         """
         return _read_json(self.results_file)
 
+    def forget_merged_results(self) -> None:
+        """Delete what was measured of a merged model that is replaced: losses, scores, tasks and answers."""
+        results = self.read_results()
+        unmerged = ("num_rows", "base", "adapter")
+        parts = {
+            "evaluation": {key: value for key, value in results.get("evaluation", {}).items() if key in unmerged},
+            "tasks": {
+                task: {name: scores for name, scores in found.items() if name != "merged"}
+                for task, found in results.get("tasks", {}).items()
+            },
+        }
+        self.add_results(**{key: part for key, part in parts.items() if key in results})
+        if self.answers_file.is_file():
+            answers = map(json.loads, self.answers_file.read_text(encoding="utf-8").splitlines())
+            kept = [json.dumps({key: value for key, value in line.items() if key != "merged"}) for line in answers]
+            durable.write_text(self.answers_file, "\n".join(kept) + "\n")
+
     def add_results(self, **results: Any) -> None:
         """Add entries to results.json."""
         durable.write_text(self.results_file, json.dumps({**self.read_results(), **results}, indent=2) + "\n")

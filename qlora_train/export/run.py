@@ -85,6 +85,7 @@ def merge_run(
         finish=write_merged_card,
     )
     comparison = Comparison(reference, choice)
+    folder.forget_merged_results()
     folder.add_results(merge=comparison.results())
     for line in comparison.lines():
         logger.info("%s", line)
