@@ -106,7 +106,7 @@ piece() { # NAME: does it; the names of its files of results are in FILES afterw
         ;;
     step)
         FILES=(step.json)
-        printf 'data:\n  packing: true\ntrain:\n  fp8: true\n' >"$BUILD/step.yaml"
+        printf 'data:\n  packing: true\n' >"$BUILD/step.yaml"
         make_model && "$PYTHON" scripts/bench_step.py "$BUILD/step.yaml" --rounds "$STEP_ROUNDS" --output "$DONE/step.json" \
             model.model_name_or_path="$MODEL" data.train="$ROWS" data.max_length="$LENGTH" train.gradient_checkpointing=false
         ;;

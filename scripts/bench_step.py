@@ -2,7 +2,7 @@
 
 All take the same rows in turn, in one process, as a run of the config would: packed or padded, recomputing activations or
 not, with as many micro-batches a step. Tokens are those of the rows. Ratios are medians over rounds. Rows lie end to end
-where a run would lay them so; with ``train.fp8=true`` forward products are in float8 too, where the device has them.
+where a run would lay them so.
 
 Example: ``GOMP_SPINCOUNT=20000 python scripts/bench_step.py configs/demo.yaml``, as a run on free CPUs sets it.
 """
@@ -26,7 +26,6 @@ from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
 from qlora_train.kernels import document_attention
 from qlora_train.kernels.fast_path import FastPath, install
-from qlora_train.kernels.float8 import why_not_on
 from qlora_train.loader import load_model
 from qlora_train.loss import IGNORED, chunk_tokens_of, label_losses
 from qlora_train.pipeline import prepare
@@ -109,7 +108,7 @@ def main() -> None:
     if len(steps) <= options.rounds:
         parser.error(f"--rounds {options.rounds}: an epoch has {len(steps)} steps, and one warms up; ask for fewer")
     loaded = steps.loaded
-    speeds = measured(steps, options.rounds, in_float8=config.train.fp8 and has_float8(loaded.device))
+    speeds = measured(steps, options.rounds)
     print(f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.compute_dtype}, {options.rounds} rounds")
     for path in speeds:
         ratios = [fast / plain for fast, plain in zip(speeds[path], speeds["plain"], strict=True)]
@@ -117,14 +116,6 @@ def main() -> None:
     if options.output:
         about = {"device": str(loaded.device), "threads": torch.get_num_threads(), "tokens_per_second": speeds}
         options.output.write_text(json.dumps(about, indent=1) + "\n")
-
-
-def has_float8(device: torch.device) -> bool:
-    """Say whether a device multiplies float8, and, where it does not, print why."""
-    problem = why_not_on(device)
-    if problem:
-        print(f"no float8 on {device}: {problem}")
-    return not problem
 
 
 def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None:
@@ -155,7 +146,7 @@ def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in
     return [feed] if found is None else [feed, found]
 
 
-def measured(steps: Steps, num_rounds: int, *, in_float8: bool) -> dict[str, list[float]]:
+def measured(steps: Steps, num_rounds: int) -> dict[str, list[float]]:
     """Return the speeds of every path, in rounds of one step each; a round before them warms up."""
     speeds: dict[str, list[float]] = defaultdict(list)
     for number in range(num_rounds + 1):
@@ -167,11 +158,6 @@ def measured(steps: Steps, num_rounds: int, *, in_float8: bool) -> dict[str, lis
         found["fast, kept weights"] = steps.take(number)
         if steps.end_to_end:
             found["and padding-free"] = steps.take(number, end_to_end=True)
-        if in_float8:
-            for weight in fast.weights:
-                weight.multiplies_in_float8 = weight.has_float8
-                weight.keep()
-            found["and in float8"] = steps.take(number, end_to_end=steps.end_to_end)
         fast.uninstall()
         for path, speed in found.items() if number else ():
             speeds[path].append(speed)

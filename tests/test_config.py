@@ -250,6 +250,7 @@ def test_override_repairs_what_the_file_has_wrong(write):
     ("override", "problem"),
     [
         ("data.trian=a.jsonl", "unknown key; did you mean train?"),
+        ("train.fp8=true", f"unknown key; {UNSUPPORTED['fp8']}"),
         ("trian.max_steps=3", "trian: unknown section; did you mean train?"),
         ("lora.r=2.5", "the wrong type (found 2.5); allowed: a whole number >= 1 and <= 4096"),
         ("lora.r=", "the wrong type (found null); allowed: a whole number >= 1 and <= 4096"),

@@ -22,5 +22,8 @@ OTHER_NAMES = {
     "wandb_project": "run.report_to",
 }
 """By the name there, `section.key` here."""
-UNSUPPORTED = {"load_in_8bit": "the base is held in 4 bits, or in 16 with quantization.load_in_4bit: false"}
+UNSUPPORTED = {
+    "load_in_8bit": "the base is held in 4 bits, or in 16 with quantization.load_in_4bit: false",
+    "fp8": "training in float8 is not supported; remove it: quantization.bnb_4bit_compute_dtype sets the compute dtype",
+}
 """What has no counterpart here, and what there is instead."""

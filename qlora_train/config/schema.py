@@ -347,10 +347,6 @@ class TrainSection(Section):
     """Compute the rows of an optimizer step end to end, as many at a time as the largest micro-batch of
     `per_device_train_batch_size` rows has tokens, and what several of them begin with once; where that saves anything and a
     comparison shows that it changes nothing: part of the fast path."""
-    fp8: bool = False
-    """Multiply with the frozen base in float8 in forward passes (e4m3, a scale for each row), for GPUs that do so faster
-    than in bfloat16; backward passes keep bfloat16. What that does to the loss of the first rows is said before the first
-    step."""
     dequantized_cache_gb: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """Memory for copies of 4-bit weights in the compute dtype, which are then not dequantised in every step; `auto` is up
     to a quarter of a CPU's free memory, and 0 on GPUs."""
@@ -376,12 +372,6 @@ class TrainSection(Section):
                 f"gradient_checkpointing: {str(self.gradient_checkpointing).lower()} and recompute: {self.recompute} both "
                 "say what is computed again; drop one of them"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _float8_is_on_the_fast_path(self) -> Self:
-        if self.fp8 and not self.fast_path:
-            raise ValueError("fp8: true needs fast_path: true; set one of them otherwise")
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_train.kernels.float8 import in_float8, product
 from qlora_train.kernels.frozen_weight import FrozenWeight
 
 
@@ -95,16 +94,10 @@ def products(rows: Tensor, low: Tensor, layers: LoraLayers, rounded: Rounded, le
 
     They are tensors of their own and no views: models may change them in place.
     """
-    rows_in_float8 = in_float8(rows) if any(weight.multiplies_in_float8 for weight in layers.weights) else None
     outputs = []
     for weight, b, part in zip(layers.weights, rounded.b, low.split(rounded.ranks(), 1), strict=True):
-        if weight.multiplies_in_float8:
-            assert rows_in_float8 is not None
-            output = product(rows_in_float8, weight.read_in_float8()).addmm_(part, b)
-            output = output if weight.bias is None else output.add_(weight.bias)
-        else:
-            output = part @ b if weight.bias is None else torch.addmm(weight.bias.to(rows.dtype), part, b)
-            output.addmm_(rows, weight.read().T)
+        output = part @ b if weight.bias is None else torch.addmm(weight.bias.to(rows.dtype), part, b)
+        output.addmm_(rows, weight.read().T)
         outputs.append(output.resize_(*leading, b.shape[1]))
     return outputs
 

@@ -13,7 +13,6 @@ from qlora_train.trainer.boundaries import best_step, evaluations
 from qlora_train.trainer.cache import fill_cache
 from qlora_train.trainer.fast_path import choose_fast_path
 from qlora_train.trainer.fitting import rung_below, trainer_that_fits
-from qlora_train.trainer.float8 import use_float8
 from qlora_train.trainer.numbers import refuse_non_finite, refuse_untrained
 from qlora_train.trainer.progress import Progress
 from qlora_train.trainer.recompute import Recomputation
@@ -41,7 +40,7 @@ def train(
 
     Raises:
         TrainingError: out of memory, a number that is not finite, or a spike of the loss, that the config does not bear;
-            `train.fp8` where it cannot be had; an adapter that is still zero at the end.
+            an adapter that is still zero at the end.
         Stop: the process was asked to stop; a checkpoint of the last whole step has been saved.
     """
     progress = Progress(run)
@@ -55,8 +54,6 @@ def train(
 
     with stopping.at_boundaries():
         fast = choose_fast_path(adapted, data, config, run)
-        if config.train.fp8:
-            use_float8(fast, adapted, data, config)
         if fast is not None:
             fill_cache(fast.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
         recomputation = Recomputation(adapted.model, fast.mlps if fast is not None else [])
