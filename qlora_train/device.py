@@ -3,12 +3,16 @@
 import gc
 import logging
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 def select_device() -> torch.device:
@@ -55,3 +59,15 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def attempt(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """Return the result of `action`, or None and the error message if memory ran out; its memory is then free again."""
+    try:
+        return action(), None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    free_memory()  # only here, where nothing refers to the error's frames any more
+    return None, reason

@@ -15,18 +15,17 @@ from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, padding_multiple
 from qlora_train.data.stream import RowStream
-from qlora_train.device import free_memory
-from qlora_train.errors import first_line
+from qlora_train.errors import first_line, is_out_of_memory
 from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.loss import IGNORED, label_losses
-from qlora_train.trainer.gradients import BOUNDS, difference, gradients_of
+from qlora_train.trainer.gradients import BOUNDS, FAILURES, difference, full_checkpointing, gradients_of, within_memory
 from qlora_train.trainer.traces import without_trace
 from qlora_train.trainer.verdict import Verdict, keep_verdict, known_verdict
 
 logger = logging.getLogger(__name__)
 
-NUM_ROWS, ROW_TOKENS = 4, 128
-"""Most rows of the comparison, and the most tokens of each."""
+SIZES = ((4, 128), (2, 128), (1, 128), (1, 32))
+"""Most rows of the parity check and most tokens of each; the next size where memory runs out."""
 
 
 def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfig, run: RunFolder) -> FastPath | None:
@@ -40,24 +39,29 @@ def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfi
 
     Raises:
         CheckpointError: the verdict of this run cannot be read.
+        TrainingError: out of memory on a few tokens.
     """
     if not config.train.fast_path:
         logger.info("fast path: off (train.fast_path: false)")
         return None
-    batch = first_tokens(adapted, data, config.train.per_device_train_batch_size)
     run_id = run.facts().get("run_id", "")
-    verdict = known_verdict(run.fast_path_file, run.fast_path(), run_id)
-    if verdict is None:
-        verdict = _compare(adapted, batch, run_id)
+    known = known_verdict(run.fast_path_file, run.fast_path(), run_id)
+
+    def chosen(num_rows: int, num_tokens: int) -> tuple[Verdict, FastPath | None]:
+        rows = min(num_rows, config.train.per_device_train_batch_size)
+        batch = first_tokens(adapted, data, rows, num_tokens)
+        verdict = known or _compare(adapted, batch, run_id)
+        return verdict, _install(adapted, batch) if verdict.on else None
+
+    verdict, fast = within_memory("fast path", SIZES, chosen)
+    if known is None:
         keep_verdict(run.fast_path_file, verdict)
-        logger.info("fast path: compared with the plain one on %d tokens", batch["input_ids"].numel())
-    if not verdict.on:
+    if fast is None:
         logger.warning(
             "fast path: OFF, training computes as PEFT and Transformers do, and slower: %s; please report this model",
             verdict.problem,
         )
         return None
-    fast = _install(adapted, batch)
     logger.info("fast path: %s; differs from the plain one by %.1g of the loss and %.1g of the gradients",
                 fast.described(), verdict.loss, verdict.gradient)  # fmt: skip
     return fast
@@ -71,13 +75,15 @@ def _install(adapted: AdaptedModel, batch: dict[str, Any]) -> FastPath:
     return install(adapted.model, run)
 
 
-def first_tokens(adapted: AdaptedModel, data: PreparedData, num_rows: int) -> dict[str, Any]:
+def first_tokens(
+    adapted: AdaptedModel, data: PreparedData, num_rows: int, num_tokens: int = SIZES[0][1]
+) -> dict[str, Any]:
     """Return the beginnings of the first training rows as a padded batch in which every token is a label."""
     rows: Any = data.train.head() if isinstance(data.train, RowStream) else map(data.train.__getitem__, range(num_rows))
-    loaded, cut = adapted.loaded, slice(None, ROW_TOKENS)
+    loaded, cut = adapted.loaded, slice(None, num_tokens)
     taken = [
         replace(row, input_ids=row.input_ids[cut], loss_mask=row.loss_mask[cut])
-        for row in islice(rows, min(NUM_ROWS, num_rows, data.num_train_rows or NUM_ROWS))
+        for row in islice(rows, min(num_rows, data.num_train_rows or num_rows))
     ]
     batch = Collator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))(list(enumerate(taken)))
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
@@ -85,19 +91,18 @@ def first_tokens(adapted: AdaptedModel, data: PreparedData, num_rows: int) -> di
 
 
 def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Verdict:
-    """Compute the batch on both paths; the model is left plain."""
+    """Compute the batch on both paths, every layer recomputed; the model is left plain."""
     fast: FastPath | None = None
-    problem = ""
     try:
-        wanted = gradients_of(adapted, batch)
-        fast = _install(adapted, batch)
-        found = difference(wanted, gradients_of(adapted, batch))
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:  # out of memory included
-        problem = f"it fails on this model ({first_line(error)})"
+        with full_checkpointing(adapted.loaded.model):
+            wanted = gradients_of(adapted, batch)
+            fast = _install(adapted, batch)
+            found = difference(wanted, gradients_of(adapted, batch))
+    except FAILURES as error:
+        if is_out_of_memory(error):  # says nothing about the model
+            raise
+        return Verdict(run_id, False, f"it fails on this model ({first_line(error)})")
     finally:
         if fast is not None:
             fast.uninstall()
-    if problem:
-        free_memory()  # only here, where nothing refers to the error's frames any more
-        return Verdict(run_id, False, problem)
     return Verdict.of(run_id, found, BOUNDS[adapted.loaded.compute_dtype])

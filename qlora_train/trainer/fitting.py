@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from qlora_train.checkpoint import RunFolder, record_fit, with_recorded_fit
 from qlora_train.config import RunConfig
 from qlora_train.config.schema import TrainSection
-from qlora_train.device import spare_bytes
+from qlora_train.device import attempt, spare_bytes
 from qlora_train.errors import TrainingError, first_line, is_out_of_memory
 from qlora_train.ladder import Able, next_rung, overrides, typed
 from qlora_train.trainer.recompute import kept_bytes, plan_levels
 from qlora_train.trainer.sft import QloraTrainer
-from qlora_train.trainer.trial import Trial, attempt, compute_largest_batch, try_largest_batches
+from qlora_train.trainer.trial import Trial, compute_largest_batch, try_largest_batches
 
 logger = logging.getLogger(__name__)
 

@@ -1,27 +1,39 @@
 """Two ways of computing one model, compared: the loss and every gradient, on a few hundred tokens of its own data."""
 
+import logging
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qlora_train.adapter import AdaptedModel, trainable_state
+from qlora_train.device import attempt
+from qlora_train.errors import TrainingError
 from qlora_train.loss import label_losses
 from qlora_train.trainer.traces import without_trace
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 NEGLIGIBLE = 1e-3
 """Share of the gradients' norm below which a tensor's is not judged by itself."""
 SMALL = 1 / 16
 """Size of the numbers that stand in for zeros, against those of a fresh layer."""
 
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What computing a model in another way raises where it does not work."""
+
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """What a model computed: the loss, and the gradient of everything that trains, by name."""
+    """What a model computed: the loss, and the gradient of everything that trains, by name, in host memory."""
 
     loss: float
     by_name: Mapping[str, Tensor]
@@ -89,7 +101,7 @@ def gradients_of(adapted: AdaptedModel, batch: Mapping[str, Any]) -> Gradients:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = label_losses(model, **batch).nats.mean()
         loss.backward()
-        found = {name: parameter.grad for name, parameter in trained.items() if parameter.grad is not None}
+        found = {name: parameter.grad.cpu() for name, parameter in trained.items() if parameter.grad is not None}
     return Gradients(float(loss.detach()), found)
 
 
@@ -122,3 +134,49 @@ def difference(wanted: Gradients, found: Gradients) -> Difference:
     relative = {name: errors[name] / norm for name, norm in norms.items() if not norm <= NEGLIGIBLE * whole}
     worst = max(relative, key=lambda name: (math.isnan(relative[name]), relative[name]))
     return Difference(loss, math.hypot(*errors.values()) / whole, relative[worst], worst)
+
+
+@contextmanager
+def full_checkpointing(model: Any) -> Iterator[None]:
+    """Recompute every layer in the backward pass, where the architecture supports it; afterwards as before.
+
+    A parity check then fits wherever training does, and does not grow with the number of layers.
+    """
+    modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [module.gradient_checkpointing for module in modules]
+    if model.supports_gradient_checkpointing:
+        enable_checkpointing(model)
+    try:
+        yield
+    finally:
+        for module, enabled in zip(modules, before, strict=True):
+            module.gradient_checkpointing = enabled
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Let Transformers recompute every layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def within_memory(what: str, sizes: Sequence[tuple[int, int]], compare: Callable[[int, int], Result]) -> Result:
+    """Return the result of a parity check on the first size that fits into memory.
+
+    Args:
+        what: is checked, for people.
+        sizes: rows and tokens per row, the largest first.
+        compare: computes both ways on that many rows and tokens per row.
+
+    Raises:
+        TrainingError: the smallest size does not fit.
+    """
+    for num_rows, num_tokens in sizes:
+        found, reason = attempt(partial(compare, num_rows, num_tokens))
+        if reason is None:
+            return found  # type: ignore[return-value]
+        logger.warning("%s: parity check on %d x %d tokens: out of memory", what, num_rows, num_tokens)
+    raise TrainingError(
+        f"{what}: out of memory in the parity check on {num_rows} x {num_tokens} tokens ({reason}); free memory that "
+        "others use, lower lora.r, or take a smaller model"
+    )

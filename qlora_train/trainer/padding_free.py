@@ -27,11 +27,18 @@ from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data.batches import Collator, NumberedExample, PackCollator, row_multiple
 from qlora_train.data.types import Example
-from qlora_train.device import free_memory
 from qlora_train.errors import CheckpointError, ConfigError, first_line
 from qlora_train.kernels import document_attention
 from qlora_train.trainer.feed import RowFeed
-from qlora_train.trainer.gradients import BOUNDS, difference, gradients_of
+from qlora_train.trainer.gradients import (
+    BOUNDS,
+    FAILURES,
+    Difference,
+    difference,
+    full_checkpointing,
+    gradients_of,
+    within_memory,
+)
 from qlora_train.trainer.isolation import isolate_documents
 from qlora_train.trainer.largest import capacity
 from qlora_train.trainer.verdict import Verdict, keep_verdict, known_verdict
@@ -42,8 +49,8 @@ NUM_BATCHES = 32
 """Micro-batches of the first epoch, in whole steps, that tell what is saved."""
 LEAST_SAVED = 0.05
 """Share of the tokens, or of the micro-batches, from which on it is done."""
-NUM_ROWS, ROW_TOKENS = 8, 128
-"""Most rows of the comparison, and the most tokens of each."""
+SIZES = ((8, 128), (4, 128), (2, 128), (2, 32))
+"""Most rows of the parity check and most tokens of each; the next size where memory runs out."""
 LOSS_SLACK = 2.0
 """By how much more the mean loss may differ than in the comparison of the fast path, where every token has a label: that of
 half as many differed by up to 0.01 in bfloat16."""
@@ -182,36 +189,37 @@ def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
 
 
 def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: str) -> Verdict:
-    """Compute a few rows in both ways."""
-    collate = PackCollator(shares=True)
+    """Compute a few rows in both ways, every layer recomputed."""
     groups = [rows for step in islice(laid_out.steps(), num_steps) for rows in laid_out.collate.grouped(step)]
-    candidates = [rows for group in groups if (rows := _beginnings(group))]
-    rows = next((rows for rows in candidates if not _is_whole(collate, rows)), candidates[0])
     device = adapted.loaded.device
 
     def computed(made: Any) -> Any:
         return gradients_of(adapted, {name: tensor.to(device) for name, tensor in made.items() if name != "row"})
 
+    def compared(num_rows: int, num_tokens: int) -> Difference:
+        collate = PackCollator(shares=True)
+        candidates = [rows for group in groups if (rows := _beginnings(group[:num_rows], num_tokens))]
+        rows = next((rows for rows in candidates if not _is_whole(collate, rows)), candidates[0])
+        with full_checkpointing(adapted.loaded.model):
+            return difference(computed(Collator(0)(rows)), computed(collate(rows)))
+
     try:
-        found = difference(computed(Collator(0)(rows)), computed(collate(rows)))
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:  # out of memory included
-        problem = f"it fails on this model ({first_line(error)})"
-    else:
-        bounds = BOUNDS[adapted.loaded.compute_dtype]
-        return Verdict.of(run_id, found, replace(bounds, loss=LOSS_SLACK * bounds.loss))
-    free_memory()  # only here, where nothing refers to the error's frames any more
-    return Verdict(run_id, False, problem)
+        found = within_memory("padding-free", SIZES, compared)
+    except FAILURES as error:
+        return Verdict(run_id, False, f"it fails on this model ({first_line(error)})")
+    bounds = BOUNDS[adapted.loaded.compute_dtype]
+    return Verdict.of(run_id, found, replace(bounds, loss=LOSS_SLACK * bounds.loss))
 
 
 def _is_whole(collate: PackCollator, rows: Sequence[NumberedExample]) -> bool:
     return collate(rows)["input_ids"].numel() == sum(len(example.input_ids) for _, example in rows)
 
 
-def _beginnings(batch: Sequence[NumberedExample]) -> list[NumberedExample]:
-    """Return the first tokens of the first rows, the last half of them labels."""
+def _beginnings(batch: Sequence[NumberedExample], num_tokens: int) -> list[NumberedExample]:
+    """Return the first tokens of the rows, the last half of them labels."""
 
     def cut(row: Example) -> Example:
-        tokens = row.input_ids[:ROW_TOKENS]
+        tokens = row.input_ids[:num_tokens]
         return replace(row, input_ids=tokens, loss_mask=np.arange(len(tokens)) >= max(1, len(tokens) // 2))
 
-    return [(number, cut(row)) for number, row in batch[:NUM_ROWS] if len(row.input_ids) > 1]
+    return [(number, cut(row)) for number, row in batch if len(row.input_ids) > 1]

@@ -3,10 +3,8 @@
 Afterwards the run is as if nothing had been: no gradient, no step, every random generator and every buffer as before.
 """
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +12,15 @@ from torch import nn
 
 from qlora_train.adapter import trainable_state
 from qlora_train.data.batches import Batch
-from qlora_train.device import free_memory
-from qlora_train.errors import first_line, is_out_of_memory
+from qlora_train.device import attempt
 from qlora_train.evaluate import held_out_loss
 from qlora_train.footprint import TrainedTensor, optimizer_state_bytes
 from qlora_train.ladder import Phase
 from qlora_train.loss import IGNORED
+from qlora_train.trainer.gradients import enable_checkpointing
 from qlora_train.trainer.largest import largest_eval_batches
 from qlora_train.trainer.sft import QloraTrainer
 from qlora_train.trainer.traces import without_trace
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,7 @@ def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
     state_bytes = 0 if paged else sum(optimizer_state_bytes(optim, tensor) for tensor in tensors)
     _state = torch.empty(state_bytes, dtype=torch.uint8, device=device)
     if args.gradient_checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it
-            trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(trainer.model)
     model.train()
     for _ in range(
         min(2, trainer.config.train.gradient_accumulation_steps)
@@ -108,18 +102,6 @@ def _mean_loss(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> torch.T
 def _evaluate(trainer: QloraTrainer, rows: list[Any]) -> None:
     pad_token_id = trainer.adapted.loaded.tokenizer.pad_token_id
     held_out_loss(trainer.model, rows, batch_size=len(rows), pad_token_id=pad_token_id)
-
-
-def attempt(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """Do something and return its result, or what was said when memory ran out; what it had taken is free again then."""
-    try:
-        return action(), None
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-    free_memory()  # only here, where nothing refers to the error's frames any more
-    return None, reason
 
 
 def _size(batch: Batch) -> str:
