@@ -15,11 +15,12 @@ from bitsandbytes.nn import Linear4bit
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError
+from qlora_train.kernels import grouped_sdpa
 from qlora_train.loader import LoadedModel, load_model, load_tokenizer, resolve_base
 from qlora_train.loader.freed_memory import FreedMemory
 from qlora_train.loader.hardware import choose_compute_dtype
@@ -123,6 +124,23 @@ def test_compute_dtype_is_logged_with_its_reason(caplog: pytest.LogCaptureFixtur
     assert "compute dtype: float16 (set in the config)" in caplog.text
     reason = "this CPU has AVX512" if fast else "slower than float32"
     assert reason in caplog.text
+
+
+def test_loaded_models_attend_with_repeated_keys_where_a_gpu_needs_it(pico_llama: Path) -> None:
+    assert load(pico_llama).model.config._attn_implementation == "sdpa"
+    assert AttentionInterface()["sdpa"] is grouped_sdpa.attend
+
+
+def test_bfloat16_that_a_gpu_emulates_is_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    with caplog.at_level("WARNING", logger="qlora_train"):
+        assert choose_compute_dtype("auto", torch.device("cuda")) == torch.float16
+        assert not caplog.messages
+        assert choose_compute_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
+    assert "Tesla T4 emulates bfloat16" in caplog.text
 
 
 def test_16_bit_loading_leaves_the_checkpoint_as_it_is(pico_llama: Path) -> None:

@@ -29,8 +29,13 @@ def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
     """Return the dtype of the matrix products; `auto` takes what the hardware multiplies fast without a loss scaler."""
     if setting != "auto":
         dtype, reason = getattr(torch, setting), "set in the config"
+        if setting == "bfloat16" and device.type == "cuda" and not _multiplies_bfloat16():
+            logger.warning(
+                "compute dtype: %s emulates bfloat16, slowly and without fused attention; use auto or float16",
+                torch.cuda.get_device_name(device),
+            )
     elif device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = _multiplies_bfloat16()
         dtype = torch.bfloat16 if fast else torch.float16
         name = torch.cuda.get_device_name(device)
         reason = f"{name} multiplies bfloat16" if fast else f"{name} has no bfloat16 units"
@@ -41,6 +46,10 @@ def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
     assert isinstance(dtype, torch.dtype)
     logger.info("compute dtype: %s (%s)", str(dtype).removeprefix("torch."), reason)
     return dtype
+
+
+def _multiplies_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def choose_attention(

@@ -26,6 +26,7 @@ from qlora_train.architectures import Architecture, detect, text_part
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError, first_line
+from qlora_train.kernels import grouped_sdpa
 from qlora_train.loader.census import Census, check_census, make_safe_for_training_after_eval, take_census
 from qlora_train.loader.config_file import read_config
 from qlora_train.loader.dynamic_rope import forget_longest_row
@@ -187,6 +188,7 @@ def _from_pretrained(
     check_weight_files(source.folder, source.config, where)
     config = model_config(source, model)
     attention = choose_attention(model.attn_implementation, architecture, device, dtype, kernels_of(config))
+    grouped_sdpa.register()
     text = text_model(config)
     text.report(config.model_type)
     if release is not None:
