@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "secrets", "network", "faults", "stopping", "cpu_threads", "config", "preflight", "ladder", "footprint",
+    "errors", "secrets", "network", "faults", "stopping", "cpu_threads", "host_memory", "config", "preflight", "ladder",
+    "footprint",
     "architectures", "durable", "device", "kernels",
     "loss", "data", "loader", "inspect_data",
     "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "finished",
@@ -19,6 +20,7 @@ ORDER = (
 """Stages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
     "errors": set(), "secrets": set(), "network": set(), "faults": set(), "stopping": set(), "cpu_threads": set(),
+    "host_memory": set(),
     "config": {"errors", "secrets"}, "architectures": {"errors"}, "durable": {"faults"}, "device": {"errors"},
     "ladder": {"config"}, "preflight": {"config", "errors", "network"}, "footprint": set(),
     "kernels": set(), "loss": {"kernels"},

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import get_max_memory
 from transformers import AutoConfig
 
 from qlora_train.architectures import detect
 from qlora_train.device import free_memory
 from qlora_train.export.loading_code import needed_attention
+from qlora_train.host_memory import available_bytes
 from qlora_train.loader.dynamic_rope import forget_longest_row
 from qlora_train.loader.towers import text_model
 
@@ -21,11 +23,14 @@ Placement = dict[str, torch.device] | Literal["auto"]
 def load_merged(folder: Path, device: torch.device | str, *, trust_remote_code: bool = False) -> Any:
     """Load a merged folder from disk in the dtype it was written in, placed by `place_for`."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    placement = place_for(folder, device)
     model = text_model(config).model_class.from_pretrained(
         folder,
         dtype="auto",
         local_files_only=True,
-        device_map=place_for(folder, device),
+        device_map=placement,
+        # accelerate does not know the limits of containers
+        max_memory={**get_max_memory(), "cpu": available_bytes()} if placement == "auto" else None,
         trust_remote_code=trust_remote_code,
         attn_implementation=needed_attention(detect(config.to_dict())),
     )

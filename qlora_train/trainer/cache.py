@@ -4,9 +4,9 @@ import logging
 from collections.abc import Sequence
 from typing import Literal
 
-import psutil
 import torch
 
+from qlora_train.host_memory import available_bytes
 from qlora_train.kernels.frozen_weight import FrozenWeight
 
 logger = logging.getLogger(__name__)
@@ -38,4 +38,4 @@ def fill_cache(weights: Sequence[FrozenWeight], budget_gb: Literal["auto"] | flo
 def _budget_bytes(budget_gb: Literal["auto"] | float, device: torch.device) -> float:
     if budget_gb != "auto":
         return budget_gb * 1e9
-    return SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available if device.type == "cpu" else 0.0
+    return SHARE_OF_FREE_MEMORY * available_bytes() if device.type == "cpu" else 0.0

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_train.errors import TrainingError, first_line, is_out_of_memory
+from qlora_train.host_memory import available_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Slabs:
         return pieces
 
     def _slab(self) -> Tensor:
-        available = psutil.virtual_memory().available
+        available = available_bytes()
         if available < SLAB_BYTES + HOST_RESERVE_BYTES:
             taken = len(self._slabs) * SLAB_BYTES
             raise MemoryError(f"the host has {available / 1e9:.1f} GB left, beside {taken / 1e9:.1f} GB of activations")

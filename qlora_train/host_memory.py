@@ -1,0 +1,44 @@
+"""Memory of the host that this process can still take: of the machine, or of a container's cgroup, which holds less."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""By controller in /proc/self/cgroup (version 2 names none): limit, use, and the page cache in memory.stat that the kernel
+drops before it refuses memory."""
+
+
+def available_bytes() -> int:
+    """Return the bytes that can be allocated without swapping, within the limits of every enclosing cgroup."""
+    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """Yield what each limit of the cgroups v1 and v2 of this process leaves."""
+    for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines() if MEMBERSHIP.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        version = "memory" if "memory" in controllers.split(",") else controllers
+        if version not in _FILES:
+            continue
+        # inside a container the path is the host's: its limit is then at the root that the container sees
+        group = CGROUPS / version / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if (folder / _FILES[version][0]).is_file():
+                yield _left_in(folder, *_FILES[version])
+            if folder == CGROUPS / version:
+                break
+
+
+def _left_in(folder: Path, limit: str, use: str, cache: str) -> int:
+    allowed = (folder / limit).read_text(encoding="ascii").strip()
+    if allowed == "max":
+        return psutil.virtual_memory().total
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    return max(0, int(allowed) - int((folder / use).read_text(encoding="ascii")) + int(stat[cache]))
