@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from qlora_train import stopping
 from qlora_train.architectures import detect, max_positions
 from qlora_train.data.chat import encode_chat
 from qlora_train.data.types import Message
+from qlora_train.device import attempt
 from qlora_train.errors import first_line
 from qlora_train.evaluate import decoding, stop_token_ids, tokens_beyond_embedding
 from qlora_train.finished import FinishedRun
@@ -158,7 +160,12 @@ class Chat:
             logger.warning("the conversation has %d tokens, the model %d positions; /reset begins a new one",
                            len(ids), self._positions())  # fmt: skip
             return
-        answer = self._answer(ids, min(room, self.settings.max_new_tokens))
+        max_new_tokens = min(room, self.settings.max_new_tokens)
+        answer, reason = attempt(partial(self._answer, ids, max_new_tokens))
+        if answer is None:
+            logger.warning("out of memory: %d tokens and %d new ones do not fit (%s); /reset begins a new conversation, "
+                           "--max-new-tokens shortens answers", len(ids), max_new_tokens, reason)  # fmt: skip
+            return
         self.turns = [*asked, {"role": "assistant", "content": answer}]
 
     def _positions(self) -> int:

@@ -172,7 +172,9 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = commands.add_parser("eval", help="base, adapter and merged model on the held-out rows, or on --tasks")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
     command.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="which to measure (all)")
-    command.add_argument("--batch-size", type=_positive, default=32, help="rows computed at a time (32)")
+    command.add_argument(
+        "--batch-size", type=_positive, default=32, help="most rows at a time; halved where memory runs out (32)"
+    )
     _takes_offline(command)
     rows = command.add_argument_group("on the held-out rows")
     rows.add_argument("--shots", type=_count, help="solved examples shown to the base model (3)")

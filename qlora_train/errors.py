@@ -124,6 +124,6 @@ def explain(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return (
             f"out of memory: {first_line(error)}; halve train.per_device_train_batch_size and double "
-            "train.gradient_accumulation_steps, lower train.per_device_eval_batch_size or data.max_length, then repeat"
+            "train.gradient_accumulation_steps, or lower data.max_length, then repeat"
         )
     return None

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -22,12 +23,15 @@ from qlora_train.data.batches import Collator
 from qlora_train.data.chat import PYTHON_ERRORS, encode_chat
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.types import Example, Prompt
+from qlora_train.device import attempt
 from qlora_train.errors import DataError, ModelError
 from qlora_train.loss import FLOAT32_BYTES, label_logits, label_losses
+from qlora_train.row_batches import batches_by_length, compute_in_batches, too_long
 from qlora_train.scoring import AnswerScores, RowComparison, compare_row_by_row, few_shot_prompt, score_answers
 
 MAX_LOGITS = 1 << 28
 """Most logits of one batch of several rows; 1 GiB where something turns a model's outputs into float32."""
+ONE_ROW_ADVICE = "lower data.max_length, or free memory that others use"
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,12 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
     """Return the loss of a causal language model on examples; its training mode is restored.
 
     A label at position 0 has nothing before it that could predict it, and is not counted; training does not count it
-    either. A batch has fewer than `batch_size` rows where its labels' logits would be more than MAX_LOGITS.
+    either. A batch has fewer than `batch_size` rows where its labels' logits would be more than MAX_LOGITS, or where memory
+    runs out.
 
     Raises:
         DataError: there is no example, or none with a label.
+        ModelError: one row does not fit into memory.
         Stop: the process was asked to stop.
     """
     sizes = [(len(example.input_ids), int(np.count_nonzero(example.loss_mask[1:]))) for example in examples]
@@ -81,15 +87,19 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
     collate = Collator(pad_token_id)
     device = _input_device(model)
     max_labels = MAX_LOGITS // model.config.get_text_config().vocab_size
+
+    def compute(batch: Sequence[int]) -> None:
+        stopping.check()
+        tensors = collate([(index, examples[index]) for index in batch])
+        inputs: dict[str, Any] = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+        losses = label_losses(model, **inputs)
+        nll.index_add_(0, tensors["row"][losses.of_row.cpu()], losses.nats.double().cpu())
+
     with _evaluating(model):
-        for batch in _batches(lengths, batch_size, num_labels, max_labels):
-            stopping.check()
-            tensors = collate([(index, examples[index]) for index in batch])
-            inputs: dict[str, Any] = {
-                name: tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels")
-            }
-            losses = label_losses(model, **inputs)
-            nll.index_add_(0, tensors["row"][losses.of_row.cpu()], losses.nats.double().cpu())
+        compute_in_batches(
+            batches_by_length(lengths, batch_size, num_labels, max_labels), compute, lengths,
+            setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
+        )  # fmt: skip
     return HeldOutLoss.of([ExampleLoss(*row) for row in zip(nll.tolist(), num_labels, strict=True)])
 
 
@@ -101,6 +111,7 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
         Log-probabilities of all tokens at some of the labels, float32 (some, vocabulary), in the order of the labels.
 
     Raises:
+        ModelError: one row does not fit into memory.
         Stop: the process was asked to stop.
     """
     collate, device = Collator(0), _input_device(model)
@@ -108,7 +119,10 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
         for example in examples:
             stopping.check()
             tensors = collate([(0, example)])
-            logits = label_logits(model, input_ids=tensors["input_ids"].to(device), labels=tensors["labels"].to(device))
+            inputs = {name: tensors[name].to(device) for name in ("input_ids", "labels")}
+            logits, reason = attempt(partial(label_logits, model, **inputs))
+            if logits is None:
+                raise too_long(len(example.input_ids), reason, ONE_ROW_ADVICE)
             for some in logits.split(max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))):
                 yield torch.log_softmax(some.float(), dim=-1)
 
@@ -124,12 +138,13 @@ def generate_answers(
 ) -> list[str]:
     """Return the model's greedy answer to each prompt, without special tokens; deterministic.
 
-    Turns are rendered with the chat template, plain text begins as in training. Prompts of like length are padded
-    together, on the left. An answer ends at any end token of the model, the tokenizer or the template. Sampling and
-    penalties of the checkpoint do not apply. A template that writes the date is told `date`, today where it is None.
+    Turns are rendered with the chat template, plain text begins as in training. Prompts of similar length are padded
+    together, on the left, at most `batch_size` of them, and fewer where memory runs out. An answer ends at any end token of
+    the model, the tokenizer or the template. Sampling and penalties of the checkpoint do not apply. A template that writes
+    the date is told `date`, today where it is None.
 
     Raises:
-        ModelError: the tokenizer has no chat template.
+        ModelError: the tokenizer has no chat template, or one prompt does not fit into memory.
         DataError: a prompt is empty, or has a token that the model lacks.
     """
     encoded = _encode_prompts(tokenizer, prompts, date or datetime.date.today())
@@ -139,11 +154,18 @@ def generate_answers(
     stops = stop_token_ids(model, tokenizer)
     greedy = decoding(model, tokenizer, max_new_tokens=max_new_tokens)
     answers = [""] * len(prompts)
+    lengths = [len(ids) + max_new_tokens for ids in encoded]
+
+    def answer(batch: Sequence[int]) -> None:
+        for index, new in zip(batch, _generate(model, [encoded[i] for i in batch], greedy), strict=True):
+            end = next((at for at, token in enumerate(new) if token in stops), len(new))
+            answers[index] = tokenizer.decode(new[:end], skip_special_tokens=True)
+
     with _evaluating(model), torch.no_grad():
-        for batch in _batches([len(ids) for ids in encoded], batch_size):
-            for index, new in zip(batch, _generate(model, [encoded[i] for i in batch], greedy), strict=True):
-                end = next((at for at, token in enumerate(new) if token in stops), len(new))
-                answers[index] = tokenizer.decode(new[:end], skip_special_tokens=True)
+        compute_in_batches(
+            batches_by_length(lengths, batch_size), answer, lengths,
+            setting="--batch-size", advice="lower --max-new-tokens, or shorten the prompt",
+        )  # fmt: skip
     return answers
 
 
@@ -223,27 +245,6 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], config: GenerationCo
     output = model.generate(input_ids=ids.to(device), attention_mask=present.to(device), generation_config=config)
     new: list[list[int]] = output[:, length:].tolist()
     return new
-
-
-def _batches(
-    lengths: Sequence[int], batch_size: int, num_labels: Sequence[int] = (), max_labels: int = 0
-) -> Iterator[list[int]]:
-    """Yield positions in batches of like length, longest first, so that a batch too large for memory fails at once.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: most rows of a batch.
-        num_labels: labels of each row; when given, a batch of several rows has at most `max_labels` in all.
-    """
-    labels = num_labels or [0] * len(lengths)
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if len(batch) == batch_size or (batch and sum(labels[i] for i in (*batch, index)) > max_labels):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 @contextmanager

@@ -6,17 +6,15 @@ and a run has the same number of steps.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from qlora_train.config.schema import TrainSection
 
 KEYS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "recompute",
-    "activation_offloading", "per_device_eval_batch_size",
+    "activation_offloading",
 )  # fmt: skip
 """Settings that a rung may change."""
-
-Phase = Literal["training", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -61,28 +59,18 @@ def offload(train: TrainSection, able: Able) -> TrainSection | None:
     return train.model_copy(update={"activation_offloading": True})
 
 
-def split_eval_batch(train: TrainSection, _able: Able) -> TrainSection | None:
-    """Halve the evaluation batch."""
-    rows = train.per_device_eval_batch_size
-    return None if rows == 1 else train.model_copy(update={"per_device_eval_batch_size": rows // 2})
-
-
-RUNGS: Mapping[Phase, tuple[Rung, ...]] = {
-    "training": (split_micro_batch, recompute, offload),
-    "evaluation": (split_eval_batch,),
-}
+RUNGS: tuple[Rung, ...] = (split_micro_batch, recompute, offload)
 """From the one that costs least to the one that costs most."""
 
 
-def next_rung(train: TrainSection, able: Able, failed: Phase) -> TrainSection | None:
+def next_rung(train: TrainSection, able: Able) -> TrainSection | None:
     """Return the settings one rung further down, or None at the bottom.
 
     Args:
         train: settings that do not fit.
         able: what can be done.
-        failed: what did not fit.
     """
-    rungs = (rung(train, able) for rung in RUNGS[failed])
+    rungs = (rung(train, able) for rung in RUNGS)
     return next((settings for settings in rungs if settings is not None), None)
 
 

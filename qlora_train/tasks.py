@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qlora_train.device import attempt
 from qlora_train.errors import ConfigError, DataError, ModelError, did_you_mean, first_line, is_out_of_memory
 from qlora_train.finished import FinishedRun, models_there
 
@@ -117,12 +119,26 @@ def _unusable(names: str, error: Exception) -> DataError:
 
 
 def _measure(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings) -> dict[str, Scores]:
-    """Return the scores of a model by task."""
+    """Return the scores of a model by task; where memory runs out, from the start with half the batch."""
+    batch_size = settings.batch_size
+    while True:  # the harness begins with the longest rows, so that little is computed twice
+        measured, reason = attempt(partial(_simple_evaluate, model, tokenizer, manager, settings, batch_size))
+        if measured is not None:
+            return {task: _scores(task, measured, chat_template=settings.chat_template) for task in measured["results"]}
+        if batch_size == 1:
+            raise ModelError(
+                f"--tasks: out of memory at --batch-size 1 ({reason}); drop the tasks with the longest prompts"
+            )
+        batch_size //= 2
+        logger.warning("memory: retries with --batch-size %d (%s)", batch_size, reason)
+
+
+def _simple_evaluate(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings, batch_size: int) -> Any:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _untouched_weights(model):
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=settings.batch_size)
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     try:
         measured = simple_evaluate(
             harness,
@@ -134,10 +150,10 @@ def _measure(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings) -
         )
     except Exception as error:
         if is_out_of_memory(error):
-            raise ModelError(f"--tasks: out of memory: {first_line(error)}; lower --batch-size") from error
+            raise
         raise _unusable(", ".join(settings.names), error) from error
     assert measured is not None, "only the first of several processes has results, and there is one"
-    return {task: _scores(task, measured, chat_template=settings.chat_template) for task in measured["results"]}
+    return measured
 
 
 @contextmanager

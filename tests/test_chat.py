@@ -286,6 +286,22 @@ def test_conversation_that_fills_the_positions_is_not_answered(
     assert talk("1 + 2") == expected(run, "adapter", [user("1 + 2")])
 
 
+def test_conversation_that_memory_has_no_room_for_costs_the_question_alone(
+    run: FinishedRun, model: Any, said: pytest.LogCaptureFixture
+) -> None:
+    def allocate(*_arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    talk = Talk(run, model)
+    with model[1].get_base_model().register_forward_pre_hook(allocate):
+        assert talk("1 + 2") == ""
+    assert re.search(
+        r"out of memory: \d+ tokens and 12 new ones do not fit \(CUDA .*/reset begins .*--max-new", said.text
+    )
+    assert talk.chat.turns == []
+    assert talk("1 + 2") == expected(run, "adapter", [user("1 + 2")])
+
+
 def test_template_that_refuses_a_system_message_costs_the_question_alone(
     run: FinishedRun, model: Any, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

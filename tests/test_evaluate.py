@@ -2,8 +2,10 @@
 
 import datetime
 import json
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ from qlora_train.evaluate import (
     few_shot_prompt,
     generate_answers,
     held_out_loss,
+    label_log_probabilities,
     score_answers,
     stop_token_ids,
 )
+from qlora_train.row_batches import batches_by_length, compute_in_batches
 from tests.pico import CHATML, VOCAB_SIZE
 
 Pico = Callable[..., Path]
@@ -47,6 +51,12 @@ def ragged_examples() -> list[Example]:
             mask = (True,) + (False,) * (length - 1)
         examples.append(Example(f"row {number}", ids, mask, None, None))
     return examples
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("qlora_train"), "propagate", True)
+    return caplog
 
 
 @torch.no_grad()
@@ -154,6 +164,81 @@ def test_logits_are_made_for_labels_alone_and_bounded_in_a_batch(
     assert len(seen) >= len(of_rows) / batch_size
     assert (len(seen) == 1) == (max_labels > sum(of_rows) and batch_size >= len(of_rows))
     assert result.nll == pytest.approx(expected.nll, rel=1e-6)
+
+
+@contextmanager
+def memory_for(model: Any, max_rows: int, min_length: int = 0) -> Iterator[list[int]]:
+    """Run out of memory above so many rows of at least this length; yields the rows of each forward pass that fits."""
+    seen: list[int] = []
+
+    def allocate(_module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        rows, length = keywords["input_ids"].shape if "input_ids" in keywords else arguments[0].shape
+        if rows > max_rows and length >= min_length:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+        seen.append(rows)
+
+    handle = model.register_forward_pre_hook(allocate, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 3])
+def test_held_out_loss_halves_batches_that_do_not_fit(
+    pico_llama: Path, max_rows: int, said: pytest.LogCaptureFixture
+) -> None:
+    model = load(pico_llama)
+    expected = held_out_loss(model, ragged_examples(), batch_size=7, pad_token_id=0)
+    with memory_for(model, max_rows) as seen:
+        result = held_out_loss(model, ragged_examples(), batch_size=7, pad_token_id=0)
+    assert max(seen) <= max_rows
+    assert sum(seen) == len(result.per_example)
+    assert [row.nll for row in result.per_example] == pytest.approx([row.nll for row in expected.per_example], rel=1e-5)
+    assert said.messages[0].startswith(
+        "memory: 7 x 40 tokens do not fit, retries with 3 rows (CUDA out of memory. Tried"
+    )
+    assert said.messages[0].endswith("lower train.per_device_eval_batch_size)")
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 4])
+def test_answers_stay_the_same_where_memory_runs_out(
+    pico_llama: Path, max_rows: int, said: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = load(pico_llama), AutoTokenizer.from_pretrained(pico_llama)
+    expected = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=5)
+    with memory_for(model, max_rows):
+        found = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=5)
+    assert found == expected
+    assert said.messages
+    assert all("lower --batch-size" in message for message in said.messages)
+
+
+def test_short_rows_keep_to_the_tokens_that_fitted() -> None:
+    lengths, seen = [64, 64, 64, 64, 16, 16, 16, 16, 16, 16], []
+
+    def compute(rows: list[int]) -> None:
+        if len(rows) * max(lengths[row] for row in rows) > 128:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        seen.append(rows)
+
+    compute_in_batches(batches_by_length(lengths, 4), compute, lengths, setting="--batch-size", advice="")
+    assert seen == [[0, 1], [2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_one_row_that_does_not_fit_is_an_error_with_its_length(pico_llama: Path) -> None:
+    model, tokenizer = load(pico_llama), AutoTokenizer.from_pretrained(pico_llama)
+    with memory_for(model, 0):
+        with pytest.raises(
+            ModelError, match=r"one row of \d+ tokens does not fit .*--batch-size is down to 1; lower --max"
+        ):
+            generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, batch_size=5)
+        with pytest.raises(
+            ModelError, match=r"one row of 40 tokens .*eval_batch_size is down to 1; lower data.max_length"
+        ):
+            held_out_loss(model, ragged_examples(), batch_size=4, pad_token_id=0)
+        with pytest.raises(ModelError, match=r"one row of 9 tokens does not fit .*; lower data.max_length"):
+            next(label_log_probabilities(model, ragged_examples()))
 
 
 def test_the_training_mode_of_every_module_is_restored(pico_llama: Path) -> None:

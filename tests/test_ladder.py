@@ -21,7 +21,7 @@ def settings(rows: int, steps: int, **others: object) -> TrainSection:
 def ladder(train: TrainSection, able: Able) -> list[dict[str, object]]:
     """Return what each rung changes, from the top to the bottom."""
     changes = []
-    while (smaller := next_rung(train, able, "training")) is not None:
+    while (smaller := next_rung(train, able)) is not None:
         changes.append(overrides(train, smaller))
         train = smaller
     return changes
@@ -36,7 +36,7 @@ def test_a_micro_batch_is_divided_until_it_is_one_row_and_a_step_keeps_its_rows(
     rows: int, sizes: list[int], steps: int
 ) -> None:
     train, found = settings(rows, steps), []
-    while (smaller := next_rung(train, NOTHING, "training")) is not None:
+    while (smaller := next_rung(train, NOTHING)) is not None:
         train = smaller
         found.append(train.per_device_train_batch_size)
         assert train.per_device_train_batch_size * train.gradient_accumulation_steps == rows * steps
@@ -63,14 +63,6 @@ def test_layers_that_keep_more_than_their_input_are_recomputed_and_no_others() -
     assert some[0] == {"gradient_checkpointing": True, "recompute": "auto"}
     assert ladder(settings(1, 1), EVERYTHING)[0] == {"gradient_checkpointing": True}  # a plan that turned out too large
     assert ladder(settings(1, 1), replace(EVERYTHING, recomputes_all=True)) == [{"activation_offloading": True}]
-
-
-def test_an_evaluation_that_does_not_fit_changes_evaluation_alone() -> None:
-    train, found = settings(4, 1, per_device_eval_batch_size=5), []
-    while (smaller := next_rung(train, EVERYTHING, "evaluation")) is not None:
-        found.append(overrides(train, smaller))
-        train = smaller
-    assert found == [{"per_device_eval_batch_size": 2}, {"per_device_eval_batch_size": 1}]
 
 
 def test_changes_are_shown_as_they_are_typed() -> None:

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors", "secrets", "network", "faults", "stopping", "cpu_threads", "host_memory", "config", "preflight", "ladder",
     "footprint",
-    "architectures", "durable", "device", "kernels",
+    "architectures", "durable", "device", "row_batches", "kernels",
     "loss", "data", "loader", "inspect_data",
     "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "finished",
     "report", "disk", "pipeline", "chat", "tasks", "cli",

@@ -29,7 +29,7 @@ from qlora_train.loss import IGNORED
 from qlora_train.trainer import fit
 from qlora_train.trainer.largest import largest_micro_batch
 from qlora_train.trainer.sft import QloraTrainer
-from qlora_train.trainer.trial import try_largest_batches
+from qlora_train.trainer.trial import try_largest_batch
 from tests.limited import WITHOUT_LIMIT, run_limited
 from tests.runs import adapter_bytes, losses, make_config, train_run, write_rows
 
@@ -99,7 +99,7 @@ def test_nothing_is_left_of_the_trial(pico: Callable[..., Path], tmp_path: Path)
     model(input_ids=torch.ones(1, 40, dtype=torch.long))  # the trial's rows are longer still
     assert rotary.max_seq_len_cached == 40
     before = state()
-    assert try_largest_batches(trainer).failed is None
+    assert try_largest_batch(trainer).problem is None
     for old, new in zip(before, state(), strict=True):
         assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
 
@@ -305,7 +305,7 @@ def test_memory_that_runs_out_in_mid_run_is_met_by_the_next_rung_when_the_comman
     ended = run_limited(typed, tmp_path / "log", moment="_train_on", spare_bytes=SPARE["a row"])
     assert ended.status == 2, ended.log
     line = ended.log.splitlines()[-1]
-    assert line.startswith("step 1: out of memory in training (")
+    assert line.startswith("step 1: out of memory (")
     assert "repeat the command: the run goes on with train.per_device_train_batch_size=1" in line
     ended = run_limited(typed, tmp_path / "log", moment="_train_on", spare_bytes=SPARE["a row"])
     assert ended.status == 0, ended.log

@@ -23,7 +23,7 @@ from qlora_train.trainer.gradients import difference, gradients_of
 from qlora_train.trainer.offloading import but_for_weights
 from qlora_train.trainer.recompute import LEVELS, Level, Recomputation, kept_bytes, plan_levels
 from qlora_train.trainer.sft import QloraTrainer
-from qlora_train.trainer.trial import compute_largest_batch, try_largest_batches
+from qlora_train.trainer.trial import compute_largest_batch, try_largest_batch
 from tests.runs import adapted_model, adapter_bytes, make_config, train_run
 
 Pico = Callable[..., Path]
@@ -164,8 +164,8 @@ def test_memory_that_is_left_goes_to_layers_and_is_tried(pico: Pico, tmp_path: P
     _, data = prepare(config, folder)
     trainer = QloraTrainer(adapted, data, config, folder, [], recomputation=layers)
     assert layers.levels == ["layer", "layer"]
-    trial = try_largest_batches(trainer)
-    assert keep_more(trainer, trial, 0).failed is None
+    trial = try_largest_batch(trainer)
+    assert keep_more(trainer, trial, 0).problem is None
     assert layers.levels == ["layer", "layer"]
     keep_more(trainer, trial, 1e12)
     assert layers.levels == ["none", "none"]
@@ -185,7 +185,7 @@ def test_layers_that_cannot_keep_more_after_all_keep_their_input_and_say_so(
     adapted, layers = on_the_fast_path("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
     trainer = QloraTrainer(adapted, prepare(config, folder)[1], config, folder, [], recomputation=layers)
-    trial = try_largest_batches(trainer)
+    trial = try_largest_batch(trainer)
     where, name = (trainer, "label_losses") if moment == "counting" else (trainer.accelerator, "backward")
     own = getattr(where, name)
 

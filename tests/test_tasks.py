@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,9 @@ import pytest
 import torch
 
 from qlora_train.cli import main
-from qlora_train.errors import ConfigError, DataError
+from qlora_train.errors import ConfigError, DataError, ModelError
 from qlora_train.finished import FinishedRun, open_finished
-from qlora_train.tasks import TaskSettings, check_harness, measure_tasks
+from qlora_train.tasks import TaskSettings, _measure, check_harness, measure_tasks
 from tests.runs import train_run
 
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
@@ -109,6 +111,41 @@ def test_choices_and_generated_answers_are_scored_as_computed_by_hand(
     assert found["answers"]["base"] != found["answers"]["adapter"]
     table = capsys.readouterr().out
     assert re.search(r"answers\W+exact_match\W+0\.\d{4} ± 0\.\d{4}\W+0\.5000 ± 0\.1291\W+0\.\d{4}", table)
+
+
+class Harness(types.ModuleType):
+    """Stands in for the modules of lm-eval: what it measures does not fit above `fits` rows."""
+
+    def __init__(self, fits: int) -> None:
+        super().__init__("lm_eval")
+        self.fits, self.tried = fits, []  # type: ignore[var-annotated]
+
+    def HFLM(self, *, batch_size: int, **_settings: Any) -> int:  # noqa: N802 - as it is called there
+        return batch_size
+
+    def simple_evaluate(self, batch_size: int, **_settings: Any) -> dict[str, Any]:
+        self.tried.append(batch_size)
+        if batch_size > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return {"results": {}}
+
+
+@pytest.mark.parametrize(("fits", "tried"), [(8, [32, 16, 8]), (0, [32, 16, 8, 4, 2, 1])])
+def test_tasks_that_do_not_fit_are_measured_with_half_the_batch(
+    fits: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(fits)
+    for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, harness)
+    settings = TaskSettings(("mine",), batch_size=32)
+    if fits:
+        assert _measure(torch.nn.Linear(1, 1), None, None, settings) == {}
+    else:
+        with pytest.raises(
+            ModelError, match=r"at --batch-size 1 \(CUDA out of memory.*drop the tasks with the longest"
+        ):
+            _measure(torch.nn.Linear(1, 1), None, None, settings)
+    assert harness.tried == tried
 
 
 @needs_harness

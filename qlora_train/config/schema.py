@@ -319,7 +319,7 @@ class TrainSection(Section):
     """Rows in a micro-batch, or packs of rows with data.packing; `padding_free` computes more rows at a time where they are
     short."""
     per_device_eval_batch_size: int = Field(8, ge=1)
-    """Rows in an evaluation batch."""
+    """Most rows in an evaluation batch; fewer where memory runs out."""
     gradient_accumulation_steps: int = Field(16, ge=1)
     """Micro-batches in an optimizer step; the loss is normalised over all of them together."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"

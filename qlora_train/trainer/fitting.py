@@ -12,7 +12,7 @@ from qlora_train.errors import TrainingError, first_line, is_out_of_memory
 from qlora_train.ladder import Able, next_rung, overrides, typed
 from qlora_train.trainer.recompute import kept_bytes, plan_levels
 from qlora_train.trainer.sft import QloraTrainer
-from qlora_train.trainer.trial import Trial, compute_largest_batch, try_largest_batches
+from qlora_train.trainer.trial import Trial, compute_largest_batch, try_largest_batch
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ NOTHING_SMALLER = (
 
 
 def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConfig, run: RunFolder) -> QloraTrainer:
-    """Return a trainer whose largest batches have been tried and fit.
+    """Return a trainer whose largest micro-batch has been tried and fits.
 
     Args:
         make: makes a trainer; its training settings may be those of a rung.
@@ -39,15 +39,15 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
     if recorded != config.train:
         logger.warning("memory: goes on with %s (%s)", typed(overrides(config.train, recorded)), run.fit_file)
     trainer = make(_with(config, train))
-    first = trial = try_largest_batches(trainer)
-    while trial.failed is not None:
-        smaller = next_rung(train, _able(trainer), trial.failed)
+    first = trial = try_largest_batch(trainer)
+    while trial.problem is not None:
+        smaller = next_rung(train, _able(trainer))
         if smaller is None:
-            raise TrainingError(f"out of memory: {trial.tried} does not fit ({trial.reason}); {NOTHING_SMALLER}")
+            raise TrainingError(f"out of memory: {trial.tried} does not fit ({trial.problem}); {NOTHING_SMALLER}")
         logger.warning("memory: %s does not fit; tries %s", trial.tried, typed(overrides(train, smaller)))
         train = smaller
         trainer = make(_with(config, train))
-        trial = try_largest_batches(trainer)
+        trial = try_largest_batch(trainer)
     if train != recorded:
         _take_or_refuse(config, run, train, first)
     chooses = "auto" == train.gradient_checkpointing == train.recompute and not train.activation_offloading
@@ -73,11 +73,11 @@ def keep_more(trainer: QloraTrainer, trial: Trial, budget_bytes: float) -> Trial
         if kept is None:
             break
         layers.set(plan_levels(kept, layers.work, share * budget_bytes))
-        tried = try_largest_batches(trainer)
-        if tried.failed is None:
+        tried = try_largest_batch(trainer)
+        if tried.problem is None:
             logger.info("recompute: %s (train.recompute: auto)", layers.described())
             return tried
-        problem = tried.reason
+        problem = tried.problem
     layers.set("layer")
     logger.warning("recompute: layer; letting layers keep more was tried and did not fit (%s)", problem)
     return trial
@@ -85,13 +85,13 @@ def keep_more(trainer: QloraTrainer, trial: Trial, budget_bytes: float) -> Trial
 
 def _take_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: Trial) -> None:
     changes = typed(overrides(config.train, fitted))
-    record_fit(run, config.train, fitted, f"{first.tried} did not fit: {first.reason}")
+    record_fit(run, config.train, fitted, f"{first.tried} did not fit: {first.problem}")
     if config.train.auto_fit:
         logger.warning("memory: %s did not fit; the run trains with %s", first.tried, changes)
         return
     ways = f"{AUTO_FIT}, which takes these" if run.has_begun() else f"these settings, or {AUTO_FIT}, which takes them"
     raise TrainingError(
-        f"out of memory: {first.tried} does not fit ({first.reason}); what fits was tried: {changes}; repeat the command "
+        f"out of memory: {first.tried} does not fit ({first.problem}); what fits was tried: {changes}; repeat the command "
         f"with {ways}"
     )
 
@@ -111,9 +111,9 @@ def rung_below(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iter
         reason = first_line(error)
     else:
         return
-    smaller = next_rung(trainer.config.train, _able(trainer), trainer.phase)
+    smaller = next_rung(trainer.config.train, _able(trainer))
     step = trainer.state.global_step + 1
-    where = f"step {step}: out of memory in {trainer.phase} ({reason}); the last checkpoint is whole"
+    where = f"step {step}: out of memory ({reason}); the last checkpoint is whole"
     if smaller is None:
         raise TrainingError(f"{where}; {NOTHING_SMALLER}")
     changes = typed(overrides(config.train, smaller))

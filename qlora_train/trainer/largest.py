@@ -60,13 +60,6 @@ def _most_labels(rows: Rows, num_tokens: int) -> int:
     return int(labels[min(int(np.searchsorted(tokens, num_tokens)), len(order) - 1)])
 
 
-def largest_eval_batches(rows: Rows, batch_size: int) -> list[list[Example]]:
-    """Return the evaluation rows that have most tokens together, and those that have most labels, once if they are one."""
-    orders = (np.argsort(-sizes, kind="stable")[:batch_size] for sizes in (rows.lengths, rows.num_labels))
-    batches = {frozenset(order.tolist()): None for order in orders}
-    return [[rows[index] for index in sorted(batch)] for batch in batches]
-
-
 def _padded(rows: Rows, num_rows: int) -> list[Example]:
     """Return the longest row as often as a micro-batch has rows, with the labels of the rows that have most."""
     num_rows = min(num_rows, len(rows))

@@ -45,7 +45,6 @@ from qlora_train.data import PreparedData
 from qlora_train.data.batches import Batch, PackCollator
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
-from qlora_train.ladder import Phase
 from qlora_train.loss import LabelLosses, chunk_tokens_of, label_losses
 from qlora_train.trainer.arguments import choose_offloading, sft_config
 from qlora_train.trainer.balance import BALANCE, choose_router_aux_loss_coef
@@ -104,7 +103,6 @@ class QloraTrainer(SFTTrainer):
             self._feed = self._laid_out(self._feed, on_fast_path=on_fast_path)
         offloads = choose_offloading(config.train.activation_offloading, on_gpu=loaded.device.type == "cuda")
         self._activations = Offloading(loaded.device).forward_pass if offloads else nullcontext
-        self.phase: Phase = "training"
         self._schedule = make_schedule(config, self._feed.steps_per_epoch, has_eval=bool(data.eval))
         self._micro_losses: list[torch.Tensor] = []
         self._micro_rows: list[torch.Tensor] = []
@@ -260,14 +258,12 @@ class QloraTrainer(SFTTrainer):
     def evaluate(self, *_arguments: Any, **_keywords: Any) -> dict[str, float]:
         """Return and log `eval_loss`, nats per label token over the whole evaluation set."""
         started = time.perf_counter()
-        self.phase = "evaluation"
         result = held_out_loss(
             self.model,
             self.examples.eval,
             batch_size=self.config.train.per_device_eval_batch_size,
             pad_token_id=self.adapted.loaded.tokenizer.pad_token_id,
         )
-        self.phase = "training"
         if not math.isfinite(result.loss):
             raise TrainingError(
                 f"step {self.state.global_step}: eval_loss is {result.loss}; lower train.learning_rate, or use bfloat16 "

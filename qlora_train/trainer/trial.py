@@ -1,10 +1,9 @@
-"""The largest batches of a run, tried before its first step and without a trace: what does not fit shows at once.
+"""The largest micro-batch of a run, tried before its first step and without a trace: what does not fit shows at once.
 
 Afterwards the run is as if nothing had been: no gradient, no step, every random generator and every buffer as before.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +12,9 @@ from torch import nn
 from qlora_train.adapter import trainable_state
 from qlora_train.data.batches import Batch
 from qlora_train.device import attempt
-from qlora_train.evaluate import held_out_loss
 from qlora_train.footprint import TrainedTensor, optimizer_state_bytes
-from qlora_train.ladder import Phase
 from qlora_train.loss import IGNORED
 from qlora_train.trainer.gradients import enable_checkpointing
-from qlora_train.trainer.largest import largest_eval_batches
 from qlora_train.trainer.sft import QloraTrainer
 from qlora_train.trainer.traces import without_trace
 
@@ -28,15 +24,13 @@ class Trial:
     """What was tried and whether it fits.
 
     Attributes:
-        tried: the largest batches, for people.
-        failed: what did not fit, or None.
-        reason: what was said of it.
+        tried: the largest batch, for people.
+        problem: the message of the out-of-memory error; None where it fits.
         peak_bytes: highest use of a GPU's memory; None without one.
     """
 
     tried: str
-    failed: Phase | None = None
-    reason: str = ""
+    problem: str | None = None
     peak_bytes: int | None = None
 
     @property
@@ -45,27 +39,16 @@ class Trial:
         return "" if self.peak_bytes is None else f", {self.peak_bytes / 1e9:.1f} GB at most"
 
 
-def try_largest_batches(trainer: QloraTrainer) -> Trial:
-    """Run the largest micro-batch forward and backward, and the largest evaluation batches forward."""
-    data, config, loaded = trainer.examples, trainer.config, trainer.adapted.loaded
-    batch = trainer.largest_batch()
-    tried = f"training on {_size(batch)}"
-    if loaded.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(loaded.device)
+def try_largest_batch(trainer: QloraTrainer) -> Trial:
+    """Run the largest micro-batch forward and backward. Evaluation adapts its batches to memory by itself."""
+    device, batch = trainer.adapted.loaded.device, trainer.largest_batch()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     # as the training loop will do, which leaves a model as it is that is prepared already
     model = trainer.accelerator.prepare_model(trainer.model)
     with without_trace(model):
-        _, reason = attempt(lambda: _train(trainer, model, batch))
-        if reason is not None:
-            return Trial(tried, "training", reason)
-        for rows in largest_eval_batches(data.eval, config.train.per_device_eval_batch_size) if data.eval else ():
-            longest = max(len(row.input_ids) for row in rows)
-            tried_there = f"evaluating {len(rows)} x {longest} tokens"
-            _, reason = attempt(lambda rows=rows: _evaluate(trainer, rows))  # type: ignore[misc]
-            if reason is not None:
-                return Trial(tried_there, "evaluation", reason)
-            tried = f"{tried}, {tried_there}"
-    return Trial(tried, peak_bytes=_peak_bytes(loaded.device))
+        _, problem = attempt(lambda: _train(trainer, model, batch))
+    return Trial(f"training on {_size(batch)}", problem, _peak_bytes(device))
 
 
 def compute_largest_batch(trainer: QloraTrainer) -> None:
@@ -97,11 +80,6 @@ def _mean_loss(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> torch.T
     inputs = {name: tensor.to(trainer.adapted.loaded.device) for name, tensor in batch.items()}
     with trainer.compute_loss_context_manager():
         return trainer.label_losses(model, inputs).nats.mean()
-
-
-def _evaluate(trainer: QloraTrainer, rows: list[Any]) -> None:
-    pad_token_id = trainer.adapted.loaded.tokenizer.pad_token_id
-    held_out_loss(trainer.model, rows, batch_size=len(rows), pad_token_id=pad_token_id)
 
 
 def _size(batch: Batch) -> str:
