@@ -24,8 +24,10 @@ from qlora_train.kernels import grouped_sdpa
 from qlora_train.loader import LoadedModel, load_model, load_tokenizer, resolve_base
 from qlora_train.loader.freed_memory import FreedMemory
 from qlora_train.loader.hardware import choose_compute_dtype
+from qlora_train.loader.model import _add_new_tokens
 from qlora_train.loader.source import hub_errors
 from qlora_train.loader.token_probes import encode, hard_texts
+from tests.live_bytes import LiveBytes
 from tests.pico import TURN_END, build_pico
 from tests.test_gguf import write_gguf
 
@@ -461,6 +463,19 @@ def test_new_vocabulary_rows_are_the_same_in_every_load(pico_llama: Path) -> Non
         rows, again = (getattr(loaded.model, embedding)().weight for loaded in (first, second))
         assert torch.equal(rows, again)
         assert rows.dtype == first.compute_dtype
+        mean = rows[:-2].double().mean(0).to(rows.dtype)
+        torch.testing.assert_close(rows[-2:], mean.expand(2, -1), atol=1e-7, rtol=0.01)
+
+
+def test_growing_the_embedding_copies_it_once_and_never_in_float32(pico: Pico) -> None:
+    source = pico("llama", num_hidden_layers=1, vocab_size=40_000, hidden_size=128, num_attention_heads=2)
+    loaded = load(source, bnb_4bit_compute_dtype="bfloat16")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    tokenizer.add_tokens([f"<{number}>" for number in range(40_001 - len(tokenizer))])
+    old_bytes = model.get_input_embeddings().weight.nbytes
+    with LiveBytes() as live:
+        assert _add_new_tokens(model, tokenizer, ["<0>"])[-1] == 40_000
+    assert live.peak < 3 * old_bytes + (1 << 20)  # one old and two new ones
 
 
 # --- positions --------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class ModelSection(Section):
     chat_template: str | None = None
     """`chatml`, `llama2`, `llama3`, `mistral`, `gemma`, `alpaca`, or a Jinja file; None keeps the tokenizer's own."""
     new_tokens: Names = ()
-    """Tokens to add to the vocabulary; only their embedding rows are trained, next to the adapter."""
+    """Tokens to add to the vocabulary: their rows begin as the mean of all others, and are trained next to the adapter."""
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> Self:

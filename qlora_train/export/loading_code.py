@@ -157,7 +157,7 @@ def _plain_lines(loaded: LoadedModel, config: RunConfig, base: str, this: str) -
         yield "        module.support_avx512bf16_for_cpu = False"
     if config.model.new_tokens:
         yield "if len(tokenizer) > base.get_input_embeddings().num_embeddings:"
-        yield "    base.resize_token_embeddings(len(tokenizer))"
+        yield "    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)"
     yield f"model = PeftModel.from_pretrained(base, {_quoted(this)})"
 
 
