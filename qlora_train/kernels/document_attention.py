@@ -3,9 +3,9 @@
 Transformers tells documents apart by positions that restart at 0, and describes who sees whom by a function of two
 places in the row. Its own kernels make a mask of (tokens, tokens) of it and compute every pair. Here the row is cut at
 its documents: the cost is the sum of their squared lengths, and a document that is plainly causal runs without any mask.
-On a GPU one kernel takes documents of any lengths (`document_varlen`). Elsewhere, and where it does not apply, documents of
-similar length are computed together, padded on the right, where causality hides the padding. A document longer than a
-sliding window is computed by itself, with a mask of its own length.
+On a GPU one kernel takes documents of any lengths (`document_varlen`), sliding windows included. Elsewhere, and where it
+does not apply, documents of similar length are computed together, padded on the right, where causality hides the padding. A
+document longer than a sliding window is then computed by itself, with a mask of its own length.
 
 Documents that begin alike need their beginning once. One whose positions begin at p > 0 goes on where the first p tokens
 of the row's last document that begins at 0 end: it attends to these and to itself, as if it stood behind them. What a
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from qlora_train.kernels import document_varlen
 from qlora_train.kernels.document_rows import Collect, Shared, Span, Spread, shared_of
 from qlora_train.kernels.document_scores import Layout, Places, scored_documents
-from qlora_train.kernels.document_varlen import Lengths, varlen_documents
+from qlora_train.kernels.document_varlen import CAUSAL, Lengths, Window, varlen_documents
 
 NAME = "packed_documents"
 """What a model's attention is called while it trains on packs."""
@@ -58,12 +59,17 @@ class DocumentBatch:
     Attributes:
         num_documents: how many.
         length: tokens of each, padding included.
-        mask: who sees whom in each of them, boolean (1, 1, length, length); None for plain causality.
+        make_mask: of a document longer than a sliding window; None for plain causality.
     """
 
     num_documents: int
     length: int
-    mask: torch.Tensor | None = None
+    make_mask: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Who sees whom in each document, boolean (1, 1, length, length); None for plain causality."""
+        return None if self.make_mask is None else self.make_mask()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,7 @@ class Documents:
         back: the place of each token of the row in the batches, int64 (seq,): that in its own document.
         shared: tokens that further documents begin with; None where each document is by itself.
         layout: of the row, where all scores are made; None where sdpa makes them.
-        lengths: of the row, where a kernel takes documents of any; None where there is none, or a mask is needed.
+        lengths: of the row, where a kernel takes documents of any; None where there is none.
     """
 
     batches: tuple[DocumentBatch, ...]
@@ -147,11 +153,28 @@ def find_documents(
 
     longest = max((span for span in spans if not span.num_shared), key=lambda span: span.length)
 
+    @cache
     def mask_of(length: int) -> torch.Tensor:
         own = places[longest.begin : longest.begin + length]
         return mask_function(zero, zero, own[:, None], own[None, :])[None, None]
 
-    return _in_batches(sorted(spans, key=lambda span: -span.length), local_size, mask_of, device)
+    documents = _in_batches(sorted(spans, key=lambda span: -span.length), local_size, mask_of, device)
+    window: Window | None = CAUSAL
+    if local_size is not None and documents.batches[0].make_mask is not None:
+        own = places[longest.begin : longest.end]
+        window = (local_size - 1, 0) if _sees_window(mask_function, own, local_size) else None
+    if window is not None and document_varlen.works_on(device, windowed=window != CAUSAL):
+        return replace(documents, lengths=Lengths.of(spans, device, window))
+    if device.type != "cpu" or documents.batches[0].length > LONGEST_WITH_SCORES:
+        return documents
+    return replace(documents, layout=_layout(documents))
+
+
+def _sees_window(mask_function: MaskFunction, own: torch.Tensor, size: int) -> bool:
+    """Say whether queries at the positions `own`, (length,), see themselves and the `size` - 1 tokens before them."""
+    zero, later = torch.zeros_like(own[0]), own[size:]
+    first, before = (mask_function(zero, zero, later, later - distance) for distance in (size - 1, size))
+    return bool((first & ~before).all())
 
 
 def _spans(begins: torch.Tensor, seq: int) -> list[Span]:
@@ -193,16 +216,10 @@ def _in_batches(
             shared.append(torch.arange(size, size + span.num_shared))
             back[span.begin : span.end] = torch.arange(size + span.num_shared, size + span.length)
             size += length
-        mask = mask_of(length) if masked else None
-        batches.append(DocumentBatch(last - first, length, mask))
+        batches.append(DocumentBatch(last - first, length, partial(mask_of, length) if masked else None))
         first = last
     places, copies = torch.cat(found), torch.cat(shared)
-    documents = Documents(tuple(batches), places.to(device), back.to(device), shared_of(places, copies, device))
-    if document_varlen.works_on(device) and not any(batch.mask is not None for batch in batches):
-        return replace(documents, lengths=Lengths.of(spans, device))
-    if device.type != "cpu" or batches[0].length > LONGEST_WITH_SCORES:
-        return documents
-    return replace(documents, layout=_layout(documents))
+    return Documents(tuple(batches), places.to(device), back.to(device), shared_of(places, copies, device))
 
 
 def _layout(documents: Documents) -> Layout:

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
-CAUSAL = (-1, 0)
+Window = tuple[int, int]
+CAUSAL: Window = (-1, 0)
 TOLERANCE = 2e-2
 """Largest difference from attention in float32 in the trial, as a share of the largest number."""
 
@@ -39,6 +40,7 @@ class Lengths:
         most_queries: of a document.
         most_keys: of a document.
         keys: which tokens the keys are of, and what they are copies of; None where they are the row's as they lie.
+        window: how many keys before and behind its own a query sees, as the kernel takes it; -1 is all of them.
     """
 
     query_begins: Tensor
@@ -46,9 +48,10 @@ class Lengths:
     most_queries: int
     most_keys: int
     keys: "Keys | None"
+    window: Window = CAUSAL
 
     @classmethod
-    def of(cls, spans: Sequence[Span], device: torch.device) -> "Lengths":
+    def of(cls, spans: Sequence[Span], device: torch.device, window: Window = CAUSAL) -> "Lengths":
         """Return those of the documents of a row, in any order, which together are all of it."""
         spans = sorted(spans, key=lambda span: span.begin)
         num_queries, num_keys = [span.end - span.begin for span in spans], [span.length for span in spans]
@@ -57,7 +60,7 @@ class Lengths:
             return torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device)
 
         keys = Keys.of(spans, device) if num_queries != num_keys else None
-        return cls(begins(num_queries), begins(num_keys), max(num_queries), max(num_keys), keys)
+        return cls(begins(num_queries), begins(num_keys), max(num_queries), max(num_keys), keys, window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,33 +115,38 @@ def varlen_documents(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths
         k, v = lengths.keys(k), lengths.keys(v)
     found = varlen_attn(
         q, k, v, lengths.query_begins, lengths.key_begins, lengths.most_queries, lengths.most_keys,
-        scale=scaling, window_size=CAUSAL, enable_gqa=q.shape[1] != k.shape[1],
+        scale=scaling, window_size=lengths.window, enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
     assert isinstance(found, Tensor), "nothing else was asked for"
     return found[None]
 
 
 @cache
-def works_on(device: torch.device) -> bool:
-    """Try the kernel on a device, once, and say so where it does not work."""
+def works_on(device: torch.device, *, windowed: bool = False) -> bool:
+    """Try the kernel on a device, with or without a sliding window, once, and log a warning where it does not work."""
     if device.type != "cuda":
         return False
+    window = TRIED_WINDOW if windowed else CAUSAL
     try:
-        found, wanted = _tried(device, apart=False), _tried(device, apart=True)
+        found, wanted = _tried(device, window, apart=False), _tried(device, window, apart=True)
         problem = "it computes something else"
         if all(_is_close(one, other) for one, other in zip(found, wanted, strict=True)):
             return True
     except Exception as error:  # of torch, or of the driver
         problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    logger.warning("documents of packs are computed in batches: torch's kernel for any lengths fails (%s)", problem)
+    logger.warning(
+        "documents of packs%s are computed in batches: torch's kernel for any lengths fails (%s)",
+        " in a sliding window" if windowed else "", problem,
+    )  # fmt: skip
     return False
 
 
 TRIED = (Span(0, 0, 0, 70), Span(0, 33, 70, 90), Span(90, 0, 90, 91), Span(91, 0, 91, 256), Span(91, 129, 256, 300))
 """Documents of every kind: alone and with a beginning of another one, shorter and longer than a tile of the kernel."""
+TRIED_WINDOW: Window = (80, 0)
 
 
-def _tried(device: torch.device, *, apart: bool) -> list[Tensor]:
+def _tried(device: torch.device, window: Window, *, apart: bool) -> list[Tensor]:
     """Return the attention of documents and the gradients of queries, keys and values, by the kernel or one by one."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.float32 if apart else DTYPES[0]
@@ -147,18 +155,20 @@ def _tried(device: torch.device, *, apart: bool) -> list[Tensor]:
         for heads in (4, 2, 2)
     ]
     if apart:
-        found = torch.cat([_one(leaves, span) for span in TRIED], dim=1)
+        found = torch.cat([_one(leaves, span, window) for span in TRIED], dim=1)
     else:
-        found = varlen_documents(query, key, value, Lengths.of(TRIED, device), 0.125)
+        found = varlen_documents(query, key, value, Lengths.of(TRIED, device, window), 0.125)
     found.backward(torch.randn(found.shape, generator=generator).to(device, dtype))
     return [found.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-def _one(leaves: Sequence[Tensor], span: Span) -> Tensor:
+def _one(leaves: Sequence[Tensor], span: Span, window: Window) -> Tensor:
     before, own = torch.arange(span.root, span.root + span.num_shared), torch.arange(span.begin, span.end)
     tokens = torch.cat([before, own]).to(leaves[0].device)
     q, k, v = (leaf.index_select(2, tokens) for leaf in leaves)
-    whole = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125, enable_gqa=True)
+    sees = torch.ones(len(tokens), len(tokens), dtype=torch.bool, device=q.device).tril()
+    sees = sees if window == CAUSAL else sees.triu(-window[0])
+    whole = functional.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=0.125, enable_gqa=True)
     return whole[:, :, span.num_shared :].transpose(1, 2)
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qlora_train.kernels.document_attention import Documents, find_documents
 from qlora_train.kernels.document_rows import Span
-from qlora_train.kernels.document_varlen import TRIED, Lengths, takes, varlen_documents, works_on
+from qlora_train.kernels.document_varlen import CAUSAL, TRIED, Lengths, Window, takes, varlen_documents, works_on
 from tests.kernels.varlen import put_plain_kernel
 
 SCALING = 0.3
@@ -26,24 +27,27 @@ def leaves_for(spans: Sequence[Span]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
-def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span]) -> Tensor:
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], window: Window) -> Tensor:
     found = []
     for span in sorted(spans, key=lambda span: span.begin):
         tokens = torch.tensor([*range(span.root, span.root + span.num_shared), *range(span.begin, span.end)])
         q, k, v = (states[:, :, tokens] for states in (query, key, value))
-        whole = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALING, enable_gqa=True)
+        sees = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+        sees = sees if window == CAUSAL else sees.triu(-window[0])
+        whole = functional.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=SCALING, enable_gqa=True)
         found.append(whole[:, :, span.num_shared :])
     return torch.cat(found, dim=2).transpose(1, 2)
 
 
+@pytest.mark.parametrize("window", [CAUSAL, (4, 0)])
 @pytest.mark.parametrize("spans", [APART, SHARED, tuple(reversed(SHARED)), TRIED])
 def test_every_document_attends_to_itself_and_to_what_it_begins_with(
-    spans: tuple[Span, ...], monkeypatch: pytest.MonkeyPatch
+    spans: tuple[Span, ...], window: Window, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_plain_kernel(monkeypatch)
     computed: list[Callable[..., Tensor]] = [
-        lambda *states: varlen_documents(*states, Lengths.of(spans, torch.device("cpu")), SCALING),
-        lambda *states: one_by_one(*states, spans),
+        lambda *states: varlen_documents(*states, Lengths.of(spans, torch.device("cpu"), window), SCALING),
+        lambda *states: one_by_one(*states, spans, window),
     ]
     results = []
     for compute in computed:
@@ -61,6 +65,22 @@ def test_keys_that_lie_as_they_are_needed_are_not_moved() -> None:
     keys = Lengths.of(SHARED, cpu).keys
     assert keys is not None
     assert keys.tokens.tolist()[9:16] == [0, 1, 2, 3, 9, 10, 11]
+
+
+@pytest.mark.parametrize("distance", [4, 5])
+def test_only_a_mask_that_is_the_window_is_computed_as_one(distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_plain_kernel(monkeypatch)
+
+    def mask_function(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < distance) & (query // 8 == key // 8)  # documents of 8 tokens
+
+    found = find_documents(
+        batch_size=1, q_length=16, kv_length=16, mask_function=mask_function, local_size=4, allow_is_causal_skip=False,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert isinstance(found, Documents)
+    assert (found.lengths is not None) == (distance == 4)
+    assert found.lengths is None or found.lengths.window == (3, 0)
 
 
 def test_heads_that_the_kernel_does_not_take() -> None:
@@ -83,3 +103,4 @@ def test_without_a_gpu_it_is_not_used() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_kernel_of_torch_computes_it_on_a_gpu() -> None:
     assert works_on(torch.device("cuda", 0))
+    assert works_on(torch.device("cuda", 0), windowed=True)

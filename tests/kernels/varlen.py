@@ -19,7 +19,7 @@ def put_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return plain_varlen(*arguments, **keywords)
 
     monkeypatch.setattr(document_varlen, "varlen_attn", counted)
-    monkeypatch.setattr(document_varlen, "works_on", lambda _: True)
+    monkeypatch.setattr(document_varlen, "works_on", lambda *_, **__: True)
     monkeypatch.setattr(document_varlen, "DTYPES", (torch.float32, torch.float64))
     return calls
 
@@ -29,7 +29,9 @@ def plain_varlen(
     scale: float, window_size: tuple[int, int], enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
     """Return what `torch.nn.attention.varlen.varlen_attn` says it does for causal attention, (queries, heads, head_dim)."""
-    assert window_size == (-1, 0)
+    left, right = window_size
+    assert left >= -1
+    assert right == 0
     assert enable_gqa == (query.shape[1] != key.shape[1])
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
@@ -41,7 +43,9 @@ def plain_varlen(
         q, k, v = query[slice(*q_span)], key[slice(*k_span)], value[slice(*k_span)]
         k, v = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        sees = torch.ones(scores.shape[1:], dtype=torch.bool).tril(len(k) - len(q))
+        last = torch.arange(len(q))[:, None] + len(k) - len(q)  # queries are the last of the keys
+        back = last - torch.arange(len(k))
+        sees = (back >= 0) & (back <= (len(k) if left < 0 else left))
         weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
         found.append(torch.einsum("hqk,khd->qhd", weights, v))
     return torch.cat(found)
