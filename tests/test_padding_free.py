@@ -18,7 +18,7 @@ from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.data import batches
-from qlora_train.data.batches import FEWEST_SHARED, PackCollator, num_shared
+from qlora_train.data.batches import FEWEST_SHARED, PackCollator, num_shared, row_multiple
 from qlora_train.data.types import Example
 from qlora_train.errors import CheckpointError
 from qlora_train.kernels import document_attention
@@ -384,8 +384,7 @@ def test_model_that_is_not_to_share_attends_as_before(
     ("override", "reason"),
     [
         ("train.padding_free=false", "train.padding_free: false"),
-        ("lora.lora_dropout=0.1", "dropout and noise differ from row to row"),
-        ("train.neftune_noise_alpha=5", "dropout and noise differ from row to row"),
+        ("train.neftune_noise_alpha=5", "NEFTune or the model's own dropout"),
         ("model.attn_implementation=eager", "attention is eager"),
     ],
 )
@@ -397,6 +396,23 @@ def test_what_a_run_does_not_share_for_is_said(
     assert f"padding-free: off ({reason})" in messages.text
     assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]
     assert adapted.model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_dropout_is_padding_free_and_shares_no_prefix(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+    write_tasks(tmp_path, long=(0, 9))
+    _, trainer = built(make_config(tmp_path, pico_llama, "lora.lora_dropout=0.1", "data.max_length=256"))
+    assert ON in messages.text
+    for batch in chain.from_iterable(trainer.get_train_dataloader()):
+        num_tokens = sum(len(trainer.examples.train[number].input_ids) for number in batch["row"].tolist())
+        assert num_tokens <= batch["input_ids"].numel() < num_tokens + row_multiple(torch.device("cpu"))
+
+
+def test_dropout_of_the_model_itself_computes_rows_apart(
+    pico: Callable[..., Path], tmp_path: Path, messages: Any
+) -> None:
+    write_tasks(tmp_path)
+    built(make_config(tmp_path, pico("llama", attention_dropout=0.1)))
+    assert "padding-free: off (NEFTune or the model's own dropout)" in messages.text
 
 
 def test_experts_that_are_balanced_count_every_token(pico: Callable[..., Path], tmp_path: Path, messages: Any) -> None:

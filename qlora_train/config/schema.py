@@ -107,7 +107,7 @@ class LoraSection(Section):
     lora_alpha: float = Field(32, gt=0)
     """Scale: updates are multiplied by lora_alpha / r (or / sqrt(r) with use_rslora)."""
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input, against overfitting; layers that read the same input share a mask."""
     target_modules: Literal["all-linear"] | tuple[str, ...] | str = "all-linear"
     """`all-linear` (every linear but the head), a list of layer names, or one regular expression on full names."""
     target_parameters: Literal["auto"] | tuple[str, ...] = "auto"

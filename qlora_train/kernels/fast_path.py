@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_train.kernels.dropout import lora_dropout_off
 from qlora_train.kernels.frozen_weight import FrozenWeight
 from qlora_train.kernels.groups import Group, InputGroups
 from qlora_train.kernels.looked_up import REPLACEMENTS, LookedUp
@@ -80,7 +81,8 @@ def install(model: nn.Module, run: Callable[[], Any]) -> FastPath:
         run()
     fast = FastPath(left_out=by_input.left_out)
     norms = [(module, variant) for module in model.modules() if (variant := find_variant(module)) is not None]
-    mlps = [mlp for module in model.modules() if (mlp := GatedMlp.of(module)) is not None]
+    with lora_dropout_off(by_input.layers):
+        mlps = [mlp for module in model.modules() if (mlp := GatedMlp.of(module)) is not None]
     _put_linears(fast, model, by_input.groups(), mlps)
     for module, variant in norms:
         fast.counts["RMS norms"] += 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_train.kernels import gpu
+from qlora_train.kernels.dropout import masked, masked_
 from qlora_train.kernels.keep import keep
 from qlora_train.kernels.lora_linear import LoraLayers, Rounded, gradients, products
 
@@ -109,10 +110,12 @@ def gated_linear(gate: Tensor, up: Tensor, activation: Activation, layer: LoraLa
         activation: f.
         layer: a group of one.
     """
-    rounded = Rounded.of(layer)
+    rounded, mask = Rounded.of(layer), layer.draw_mask(gate.view(-1, gate.shape[-1]))
     # kept before the layer's product is made, which a backward pass that computes the layer again does not need
-    (kept_gate, kept_up), keeper = keep([gate, up], [rounded.a, *rounded.b])
-    output: Tensor = _GatedLinear.apply(kept_gate, kept_up, keeper, activation, layer, rounded, *layer.a, *layer.b)
+    (kept_gate, kept_up), keeper = keep([gate, up], [mask, rounded.a, *rounded.b])
+    output: Tensor = _GatedLinear.apply(
+        kept_gate, kept_up, keeper, activation, layer, rounded, mask, *layer.a, *layer.b
+    )
     return output
 
 
@@ -126,19 +129,20 @@ class _GatedLinear(torch.autograd.Function):
         activation: Activation,
         layer: LoraLayers,
         rounded: Rounded,
+        mask: Tensor | None,
         *_factors: Tensor,
     ) -> Tensor:
         ctx.keeper, ctx.activation, ctx.layer = keeper, activation, layer
         rows = _operation(gate).product(gate, up, activation).view(-1, gate.shape[-1])
-        [output] = products(rows, rows @ rounded.a.T, layer, rounded, gate.shape[:-1])
+        [output] = products(rows, masked(rows, mask) @ rounded.a.T, layer, rounded, gate.shape[:-1])
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gate, up, a, *b = ctx.keeper.saved_tensors
+        gate, up, mask, a, *b = ctx.keeper.saved_tensors
         product, gradients_of = _operation(gate).again(gate, up, ctx.activation)
-        rows, rounded = product.view(-1, gate.shape[-1]), Rounded(a, b)
-        found = gradients(rows, rows @ a.T, [grad], ctx.layer, rounded, wants_rows=True)
+        read, rounded = masked_(product.view(-1, gate.shape[-1]), mask), Rounded(a, b)
+        found = gradients(read, mask, read @ a.T, [grad], ctx.layer, rounded, wants_rows=True)
         assert found.rows is not None
         grad_gate, grad_up = gradients_of(found.rows.view(gate.shape))
-        return grad_gate, grad_up, None, None, None, None, *found.a, *found.b
+        return grad_gate, grad_up, None, None, None, None, None, *found.a, *found.b

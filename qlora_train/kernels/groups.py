@@ -10,6 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from qlora_train.kernels.dropout import MAX_RATE, rate_of
 from qlora_train.kernels.frozen_weight import FrozenWeight
 from qlora_train.kernels.lora_linear import LoraLayers, lora_linears
 
@@ -48,11 +49,13 @@ class Group:
         """Return the layers with their active adapters."""
         names = [layer.active_adapters[0] for layer in self.layers]
         each = list(zip(self.layers, names, strict=True))
+        [rate] = {rate_of(layer, name) for layer, name in each}
         return LoraLayers(
             self.weights,
             [layer.lora_A[name].weight for layer, name in each],
             [layer.lora_B[name].weight for layer, name in each],
-            [layer.scaling[name] for layer, name in each],
+            [layer.scaling[name] / (1 - rate) for layer, name in each],
+            rate,
         )
 
     def _output(self, place: int, x: Tensor) -> Tensor:
@@ -74,7 +77,7 @@ class InputGroups:
 
     def __init__(self, model: nn.Module) -> None:
         self.left_out: Counter[str] = Counter()
-        self._layers: list[Any] = []
+        self.layers: list[Any] = []
         self._calls: list[tuple[Any, Tensor]] = []
         for module in model.modules():
             if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
@@ -82,14 +85,14 @@ class InputGroups:
                 if reason:
                     self.left_out[reason] += 1
                 else:
-                    self._layers.append(module)
+                    self.layers.append(module)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Note what the layers are called with."""
         handles = [
             layer.register_forward_pre_hook(lambda module, inputs: self._calls.append((module, inputs[0])))
-            for layer in self._layers
+            for layer in self.layers
         ]
         try:
             yield
@@ -110,7 +113,7 @@ class InputGroups:
             else:
                 groups.append([layer])
             previous = x
-        groups += [[layer] for layer in self._layers if times[layer] != 1]
+        groups += [[layer] for layer in self.layers if times[layer] != 1]
         return [Group(layers) for layers in groups]
 
 
@@ -131,8 +134,8 @@ def _reason_against(layer: Any) -> str:
         return "not one active adapter"
     if layer.lora_variant.get(name) is not None:
         return "DoRA"
-    if not isinstance(layer.lora_dropout[name], nn.Identity):
-        return "dropout"
+    if getattr(layer.lora_dropout[name], "p", 0) > MAX_RATE:
+        return f"dropout above {MAX_RATE}"
     if layer.lora_bias[name]:
         return "an adapter with a bias"
     return ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def keep(passed: Sequence[Tensor], others: Sequence[Tensor] = ()) -> tuple[tuple[Tensor, ...], Any]:
+def keep(passed: Sequence[Tensor], others: Sequence[Tensor | None] = ()) -> tuple[tuple[Tensor, ...], Any]:
     """Keep tensors of which one at least has a gradient.
 
     Args:
@@ -27,7 +27,7 @@ def keep(passed: Sequence[Tensor], others: Sequence[Tensor] = ()) -> tuple[tuple
 
 class _Keep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, num_passed: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, num_passed: int, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.num_others = len(tensors) - num_passed
         return tuple(tensor.view_as(tensor) for tensor in tensors[:num_passed])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora_train.adapter import AdaptedModel, trainable_state
 from qlora_train.device import attempt
 from qlora_train.errors import TrainingError
+from qlora_train.kernels.dropout import lora_dropout_off
 from qlora_train.loss import label_losses
 from qlora_train.trainer.traces import without_trace
 
@@ -88,6 +89,8 @@ other one, and 0.01 without experts (tests/architectures); a wrong scale or a lo
 def gradients_of(adapted: AdaptedModel, batch: Mapping[str, Any]) -> Gradients:
     """Return the mean loss of a batch and its gradients, in training mode and with the same random numbers every time.
 
+    LoRA dropout is off: fused kernels and PEFT draw different masks, padded and padding-free rows too.
+
     Args:
         adapted: the model, which is as it was afterwards. Tensors of it that are zero are other numbers meanwhile: a fresh
             adapter lets no gradient through.
@@ -95,7 +98,7 @@ def gradients_of(adapted: AdaptedModel, batch: Mapping[str, Any]) -> Gradients:
     """
     model, dtype, device = adapted.model, adapted.loaded.compute_dtype, adapted.loaded.device
     trained = trainable_state(model)
-    with without_trace(model), _nothing_is_zero(trained):
+    with without_trace(model), lora_dropout_off(model.modules()), _nothing_is_zero(trained):
         torch.manual_seed(0)
         model.train()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -29,6 +29,7 @@ from qlora_train.data.batches import Collator, NumberedExample, PackCollator, ro
 from qlora_train.data.types import Example
 from qlora_train.errors import CheckpointError, ConfigError, first_line
 from qlora_train.kernels import document_attention
+from qlora_train.kernels.dropout import lora_dropout_off
 from qlora_train.trainer.feed import RowFeed
 from qlora_train.trainer.gradients import (
     BOUNDS,
@@ -141,7 +142,9 @@ def choose_padding_free(
 
 def _laid_out(adapted: AdaptedModel, feed: RowFeed, config: RunConfig, in_chunks: bool) -> RowFeed:
     loaded = adapted.loaded
-    collate = PackCollator(loaded.tokenizer.pad_token_id, row_multiple(loaded.device), shares=True)
+    # dropout of a shared prefix would be the same for all rows that have it
+    shares = config.lora.lora_dropout == 0
+    collate = PackCollator(loaded.tokenizer.pad_token_id, row_multiple(loaded.device), shares)
     if config.data.packing:
         return feed.laid_out(collate)  # packs are full
     return feed.laid_out(collate, capacity(feed.rows, config, in_chunks=in_chunks))
@@ -155,7 +158,7 @@ def _obstacle(adapted: AdaptedModel, config: RunConfig, balances: bool) -> str:
     if balances:
         return "the load-balancing loss counts every token of every row"
     if train.neftune_noise_alpha or _has_dropout(adapted.model):
-        return "dropout and noise differ from row to row"
+        return "NEFTune or the model's own dropout"
     if config.data.packing:
         packs = model.config._attn_implementation == document_attention.NAME
         return "" if packs else f"attention is {model.config._attn_implementation}"
@@ -172,7 +175,8 @@ def _obstacle(adapted: AdaptedModel, config: RunConfig, balances: bool) -> str:
 
 
 def _has_dropout(model: Any) -> bool:
-    modules = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
+    with lora_dropout_off(model.modules()):
+        modules = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
     return modules or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))
 
 
@@ -190,6 +194,8 @@ def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
 
 def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: str) -> Verdict:
     """Compute a few rows in both ways, every layer recomputed."""
+    assert isinstance(laid_out.collate.collate, PackCollator)
+    collate = PackCollator(shares=laid_out.collate.collate.shares)
     groups = [rows for step in islice(laid_out.steps(), num_steps) for rows in laid_out.collate.grouped(step)]
     device = adapted.loaded.device
 
@@ -197,7 +203,6 @@ def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: s
         return gradients_of(adapted, {name: tensor.to(device) for name, tensor in made.items() if name != "row"})
 
     def compared(num_rows: int, num_tokens: int) -> Difference:
-        collate = PackCollator(shares=True)
         candidates = [rows for group in groups if (rows := _beginnings(group[:num_rows], num_tokens))]
         rows = next((rows for rows in candidates if not _is_whole(collate, rows)), candidates[0])
         with full_checkpointing(adapted.loaded.model):
