@@ -130,18 +130,22 @@ def test_no_batch_of_a_run_is_larger_than_the_one_tried(
     rows.write_text(rows.read_text() + json.dumps({"messages": long_question}) + "\n")  # most tokens, fewest labels
     config = make_config(tmp_path, pico_llama, "data.eval=null", "train.eval_steps=null", *settings)
     trainer, _ = trainer_of(config)
-    tried = trainer.largest_batch()
+    tried, *others = trainer.largest_batches()
+    assert all(other["input_ids"].numel() == tried["input_ids"].numel() for other in others)
+    num_documents = max(len(batch["row"]) for batch in (tried, *others))
     steps = trainer._feed.steps_per_epoch
     assert steps is not None
-    tokens, labels = [], []
+    tokens, labels, documents = [], [], []
     for epoch in range(3):
         trainer.state.global_step = epoch * steps
         for batch in chain.from_iterable(trainer.get_train_dataloader()):
             tokens.append(batch["input_ids"].numel())
             labels.append(int((batch["labels"] != IGNORED).sum()))
+            documents.append(len(batch["row"]))
     num_tried = int((tried["labels"] != IGNORED).sum())
     assert tried["input_ids"].numel() >= max(tokens)
     assert num_tried >= max(labels)
+    assert num_documents >= max(documents)
     if "train.padding_free=false" in settings:
         assert num_tried <= 1.25 * max(labels)
         assert tried["input_ids"].numel() <= 1.1 * max(tokens)  # and is no larger than it need be

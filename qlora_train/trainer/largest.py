@@ -2,6 +2,9 @@
 
 Memory grows with the tokens of a micro-batch, padding included, and with those of them that carry loss. The rows with most
 tokens need not be those with most labels: the batch that is made here has the most of both.
+
+The backward pass of the varlen kernel allocates 128 float32 rows of queries per document besides (FlashAttention-2's
+`dq_accum`): a flattened batch of as many tokens in the most documents is made too.
 """
 
 import math
@@ -51,6 +54,28 @@ def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool) -> Capacity:
         return Capacity(num_tokens, sum(int(np.count_nonzero(row.loss_mask)) for row in largest))
     of_a_step = _sum_of_largest(rows.num_labels, num_rows * config.train.gradient_accumulation_steps)
     return Capacity(num_tokens, min(of_a_step, _most_labels(rows, num_tokens)))
+
+
+def most_documents(rows: Rows, config: RunConfig, most: Capacity | None) -> int:
+    """Return the most documents that a flattened micro-batch has; `most` is what it is filled to, None: it is not."""
+    num_rows = config.train.per_device_train_batch_size
+    if config.data.packing:
+        packs = PackOrder(rows.lengths, max_length=config.data.max_length, seed=config.run.seed, batch_size=num_rows)
+        return _sum_of_largest(np.diff(packs.packs(0)[1]), num_rows)
+    if most is None:
+        return num_rows
+    shortest = np.sort(rows.lengths)[: num_rows * config.train.gradient_accumulation_steps]
+    return int(np.searchsorted(np.cumsum(shortest, dtype=np.int64), most.num_tokens, side="right"))
+
+
+def as_documents(rows: Sequence[Example], num_documents: int) -> list[Example]:
+    """Return the tokens of rows cut into so many documents of one length, with as many labels in all."""
+    ids = np.concatenate([row.input_ids for row in rows])
+    documents = [
+        replace(rows[0], input_ids=part, loss_mask=np.zeros(len(part), np.bool_))
+        for part in np.array_split(ids, num_documents)
+    ]
+    return with_labels(documents, sum(int(np.count_nonzero(row.loss_mask)) for row in rows))
 
 
 def _most_labels(rows: Rows, num_tokens: int) -> int:

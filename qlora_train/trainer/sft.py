@@ -51,7 +51,7 @@ from qlora_train.trainer.balance import BALANCE, choose_router_aux_loss_coef
 from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, make_schedule
 from qlora_train.trainer.feed import Feed, RowFeed, make_feed
 from qlora_train.trainer.isolation import isolate_documents
-from qlora_train.trainer.largest import largest_micro_batch, with_labels
+from qlora_train.trainer.largest import as_documents, largest_micro_batch, most_documents, with_labels
 from qlora_train.trainer.lr_schedule import fast_forward, make_lr_scheduler
 from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
 from qlora_train.trainer.offloading import Offloading
@@ -170,12 +170,21 @@ class QloraTrainer(SFTTrainer):
         counts_padding = config.data.packing and balances  # the load-balancing loss does
         return feed.laid_out(PackCollator(loaded.tokenizer.pad_token_id)) if counts_padding else feed
 
-    def largest_batch(self) -> Batch:
-        """Return a micro-batch as large as any of this run's, in which each row computes all of its tokens."""
+    def largest_batches(self) -> list[Batch]:
+        """Return micro-batches as large as any of this run's: of most tokens and labels, and of these in most documents.
+
+        The second is left out where a batch has no more documents than rows. Each row computes all of its tokens.
+        """
         rows = largest_micro_batch(self.examples, self.config)
-        if isinstance(self._feed, RowFeed) and self._feed.collate.most is not None:
-            rows = with_labels(rows, self._feed.collate.most.num_labels)
-        return self._feed.batch_of(rows)
+        feed = self._feed
+        if not isinstance(feed, RowFeed) or not isinstance(feed.collate.collate, PackCollator):
+            return [feed.batch_of(rows)]
+        most = feed.collate.most
+        if most is not None:
+            rows = with_labels(rows, most.num_labels)
+        num_documents = most_documents(feed.rows, self.config, most)
+        batches = [rows] if num_documents <= len(rows) else [rows, as_documents(rows, num_documents)]
+        return [feed.batch_of(batch) for batch in batches]
 
     def _track_num_input_tokens(self, inputs: list[Batch]) -> None:
         """Count the tokens of the rows: neither padding, nor a shared prefix once for all that have it."""

@@ -1,8 +1,9 @@
-"""The largest micro-batch of a run, tried before its first step and without a trace: what does not fit shows at once.
+"""The largest micro-batches of a run, tried before its first step and without a trace: what does not fit shows at once.
 
 Afterwards the run is as if nothing had been: no gradient, no step, every random generator and every buffer as before.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 
 from qlora_train.adapter import trainable_state
 from qlora_train.data.batches import Batch
-from qlora_train.device import attempt
+from qlora_train.device import attempt, free_memory
 from qlora_train.footprint import TrainedTensor, optimizer_state_bytes
 from qlora_train.loss import IGNORED
 from qlora_train.trainer.gradients import enable_checkpointing
@@ -26,7 +27,7 @@ class Trial:
     Attributes:
         tried: the largest batch, for people.
         problem: the message of the out-of-memory error; None where it fits.
-        peak_bytes: highest use of a GPU's memory; None without one.
+        peak_bytes: most of a GPU's memory that torch reserved, fragmentation included; None without one.
     """
 
     tried: str
@@ -40,27 +41,28 @@ class Trial:
 
 
 def try_largest_batch(trainer: QloraTrainer) -> Trial:
-    """Run the largest micro-batch forward and backward. Evaluation adapts its batches to memory by itself."""
-    device, batch = trainer.adapted.loaded.device, trainer.largest_batch()
+    """Run the largest micro-batches forward and backward. Evaluation adapts its batches to memory by itself."""
+    device, batches = trainer.adapted.loaded.device, trainer.largest_batches()
     if device.type == "cuda":
+        free_memory()  # what start-up reserved and no longer uses
         torch.cuda.reset_peak_memory_stats(device)
     # as the training loop will do, which leaves a model as it is that is prepared already
     model = trainer.accelerator.prepare_model(trainer.model)
     with without_trace(model):
-        _, problem = attempt(lambda: _train(trainer, model, batch))
-    return Trial(f"training on {_size(batch)}", problem, _peak_bytes(device))
+        _, problem = attempt(lambda: _train(trainer, model, batches))
+    return Trial(f"training on {_size(batches[0])}", problem, _peak_bytes(device))
 
 
 def compute_largest_batch(trainer: QloraTrainer) -> None:
     """Run the largest micro-batch forward, as in training, without a trace."""
-    batch = trainer.largest_batch()
+    batch, *_ = trainer.largest_batches()
     with without_trace(trainer.model):
         trainer.model.train()
         _mean_loss(trainer, trainer.model, batch)
 
 
-def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
-    """Make gradients of a micro-batch beside the memory that the optimizer's state will take."""
+def _train(trainer: QloraTrainer, model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Make gradients of each micro-batch beside the memory that the optimizer's state will take."""
     args, device = trainer.args, trainer.adapted.loaded.device
     tensors = [TrainedTensor(tuple(parameter.shape)) for parameter in trainable_state(model).values()]
     optim = str(trainer.args.optim.value)
@@ -70,10 +72,11 @@ def _train(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> None:
     if args.gradient_checkpointing:
         enable_checkpointing(trainer.model)
     model.train()
-    for _ in range(
-        min(2, trainer.config.train.gradient_accumulation_steps)
-    ):  # the second beside the gradients of the first
-        trainer.accelerator.backward(_mean_loss(trainer, model, batch))
+    for batch in batches:
+        # the second time beside the gradients of the first
+        for _ in range(min(2, trainer.config.train.gradient_accumulation_steps)):
+            trainer.accelerator.backward(_mean_loss(trainer, model, batch))
+        model.zero_grad(set_to_none=True)
 
 
 def _mean_loss(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -89,4 +92,4 @@ def _size(batch: Batch) -> str:
 
 
 def _peak_bytes(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
