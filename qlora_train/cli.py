@@ -142,6 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "overrides", nargs="*", metavar="export.key=value", help="export settings changed for this time"
     )
+    command.add_argument(
+        "--device", choices=["cpu"], help="merge and check in host memory (GPU; weights beyond its memory are streamed)"
+    )
     _takes_offline(command)
     command.set_defaults(command=_merge)
 
@@ -388,7 +391,7 @@ def _merge(options: argparse.Namespace) -> int:
     from qlora_train.pipeline import merge
 
     folder = finished_run(options.run)
-    merge(folder, load_config(folder.config_file, options.overrides))
+    merge(folder, load_config(folder.config_file, options.overrides), device=options.device)
     return 0
 
 

@@ -121,16 +121,19 @@ def measure_again(folder: RunFolder, config: RunConfig) -> AdapterReference:
     return measure_adapter(folder, config, data, load_trained(loaded, folder.adapter), loaded, date_of(folder))
 
 
-def merge(folder: RunFolder, config: RunConfig) -> None:
-    """Merge a finished run; `config` may differ from the run's in its export section."""
+def merge(folder: RunFolder, config: RunConfig, *, device: str | None = None) -> None:
+    """Merge a finished run; `config` may differ from the run's in its export section. `device` is `merge_run`'s."""
     check_same_settings(folder, config)
     with held(folder):
-        _merge(folder, config)
+        _merge(folder, config, device)
 
 
-def _merge(folder: RunFolder, config: RunConfig) -> None:
+def _merge(folder: RunFolder, config: RunConfig, device: str | None = None) -> None:
     free_memory()
-    merge_run(folder, finished_config(config, folder), *prepare_again(config, folder), date_of(folder))
+    merge_run(
+        folder, finished_config(config, folder), *prepare_again(config, folder), date_of(folder),
+        device or str(select_device()),
+    )  # fmt: skip
 
 
 def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) -> Path:

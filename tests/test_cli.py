@@ -458,7 +458,7 @@ def test_config_trains_merges_and_is_evaluated_with_status_0(pico_llama: Path, t
     assert after["base"] == before["base"]
     assert after["adapter"]["loss"] == before["adapter"]["loss"]
     assert "exact_match" in after["adapter"]
-    assert main(["merge", str(tmp_path / "run")]) == 0
+    assert main(["merge", str(tmp_path / "run"), "--device", "cpu"]) == 0
     again = json.loads((tmp_path / "run" / "results.json").read_text())["evaluation"]
     assert again == {key: after[key] for key in ("num_rows", "base", "adapter")}, "of another merged model"
     answers = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]

@@ -21,7 +21,7 @@ from tests.runs import train_run
 
 def merge(run: RunFolder) -> MergeChoice:
     config = load_config(run.config_file)
-    return merge_run(run, config, *prepare_again(config, run), date_of(run))
+    return merge_run(run, config, *prepare_again(config, run), date_of(run), "cpu")
 
 
 def test_a_merged_run_is_whole_with_its_card_and_its_numbers(

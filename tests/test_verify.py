@@ -1,6 +1,7 @@
 """A merge is measured from its files, and the better base is kept."""
 
 import json
+import logging
 import multiprocessing
 import os
 import time
@@ -22,10 +23,11 @@ from qlora_train.config.schema import ExportSection
 from qlora_train.data.types import Example
 from qlora_train.durable import MANIFEST, damage
 from qlora_train.errors import MergeError
-from qlora_train.evaluate import held_out_loss, label_log_probabilities
-from qlora_train.export import fresh_check
+from qlora_train.evaluate import ExampleLoss, HeldOutLoss, held_out_loss, label_log_probabilities
+from qlora_train.export import check_time, fresh_check, merged, verify
+from qlora_train.export.check_time import bounded_reference
 from qlora_train.export.merge import MARKER
-from qlora_train.export.merged import fits, load_merged, place_for
+from qlora_train.export.merged import load_merged, place_for, streamed_bytes
 from qlora_train.export.predictions import Predictions, Reference, agreement, compared_rows, load_reference
 from qlora_train.export.verify import Finish, MergeChoice, MergeRun, choose_merge_base
 from tests.merging import IDS, NF4, quantized, save_adapter
@@ -48,9 +50,14 @@ def tuned(pico_llama: Path, tmp_path: Path) -> Tuned:
     """An adapter on the 4-bit base, and what it does there."""
     adapter = save_adapter(quantized(pico_llama), tmp_path / "adapter", std=0.02)
     model = PeftModel.from_pretrained(quantized(pico_llama), adapter)
-    loss = held_out_loss(model, examples(), batch_size=2, pad_token_id=0).loss
-    reference = Reference(examples(), True, loss, Predictions.of(model, compared_rows(examples())))
+    losses = held_out_loss(model, examples(), batch_size=2, pad_token_id=0)
+    reference = Reference(examples(), True, losses, Predictions.of(model, compared_rows(examples())))
     return Tuned(MergeRun(pico_llama, adapter, NF4, torch.bfloat16), reference)
+
+
+def with_loss(reference: Reference, loss: float) -> Reference:
+    rows = [ExampleLoss(loss * row.num_tokens, row.num_tokens) for row in reference.losses.per_example]
+    return replace(reference, losses=HeldOutLoss.of(rows))
 
 
 def choose(tuned: Tuned, output: Path, finish: Finish | None = None, **export: Any) -> MergeChoice:
@@ -102,12 +109,81 @@ def test_a_folder_of_something_else_is_not_replaced(tuned: Tuned, tmp_path: Path
     assert (tmp_path / "merged" / "thesis.tex").exists()
 
 
-def test_weights_that_crowd_the_device_are_spread_to_host_memory(tmp_path: Path) -> None:
-    gib = 2**30
-    assert fits(13 * gib, 24 * gib)
-    assert not fits(23 * gib, 24 * gib), "the activations need room too"
-    assert not fits(140 * gib, 80 * gib)
+@pytest.mark.parametrize(("weights_gb", "streamed_gb"), [(13, 0), (23, 1.4), (140, 118.4)])
+def test_weights_that_crowd_the_device_are_spread_to_host_memory(
+    weights_gb: int, streamed_gb: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The activations need room too."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (24e9, 24e9))
+    monkeypatch.setattr(merged, "weights_bytes", lambda _folder: int(weights_gb * 1e9))
+    assert streamed_bytes(tmp_path, "cuda:0") == pytest.approx(streamed_gb * 1e9)
+    assert place_for(tmp_path, "cuda:0") == ("auto" if streamed_gb else {"": torch.device("cuda:0")})
     assert place_for(tmp_path, "cpu") == {"": torch.device("cpu")}
+
+
+@pytest.mark.parametrize(
+    ("device", "weights_gb", "checked", "message"),
+    [
+        ("cuda:0", 14, 3, None),
+        (
+            "cuda:0",
+            1072,
+            3,
+            "checks 3 of 3 rows, at most about 10 min (1000.0 GB of weights cross PCIe per pass; --device",
+        ),
+        (
+            "cuda:0",
+            3072,
+            2,
+            "checks 2 of 3 rows, at most about 20 min (3000.0 GB of weights cross PCIe per pass; --device",
+        ),
+        ("cpu", 14, 3, None),
+        ("cpu", 10_000, 2, "checks 2 of 3 rows, at most about 23 min (on the CPU)"),
+    ],
+)
+def test_a_check_over_pcie_or_on_the_cpu_is_bounded_and_announced(
+    device: str, weights_gb: int, checked: int, message: str | None, tuned: Tuned, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (80e9, 80e9))
+    for module in (merged, check_time):
+        monkeypatch.setattr(module, "weights_bytes", lambda _folder: int(weights_gb * 1e9))
+    monkeypatch.setattr(check_time, "MIN_ROWS", 2)
+    monkeypatch.setattr(logging.getLogger("qlora_train"), "propagate", True)
+    caplog.set_level("INFO", logger="qlora_train")
+    bounded = bounded_reference(tuned.reference, tmp_path, device)
+    assert len(bounded.rows) == checked
+    assert (message in caplog.text) if message else not caplog.messages
+
+
+def test_a_merge_in_host_memory_is_checked_there(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever GPU the fresh process sees."""
+    seen: list[str] = []
+
+    def check(where: Path, code: str, reference: Path, **_settings: Any) -> None:
+        seen.append(code)
+        raise MergeError("not loaded")
+
+    monkeypatch.setattr(verify, "check_in_fresh_process", check)
+    with pytest.raises(MergeError, match="not loaded"):
+        choose(tuned, tmp_path / "merged", merge_base="original")
+    assert 'device_map="cpu"' in seen[0]
+
+
+def test_a_bounded_check_measures_the_same_rows_of_adapter_and_merge(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_time, "MAX_CHECK_SECONDS", 0.0)
+    monkeypatch.setattr(check_time, "MIN_ROWS", 2)
+    choice = choose(tuned, tmp_path / "merged", merge_base="dequantized")
+    rows = tuned.reference.rows[: check_time.MIN_ROWS]
+    assert list(choice.reference.rows) == list(rows)
+    assert len(rows) < len(tuned.reference.rows)
+    assert choice.checks["dequantized"].agreement.num_tokens == 9 * len(rows)
+    of_adapter = tuned.reference.losses.per_example[: len(rows)]
+    assert choice.reference.loss == HeldOutLoss.of(of_adapter).loss
+    again = held_out_loss(load_merged(tmp_path / "merged", "cpu"), rows, batch_size=2, pad_token_id=0)
+    assert choice.losses["dequantized"] == pytest.approx(again.loss, abs=1e-6)
 
 
 def test_a_merge_larger_than_the_gpu_is_measured_all_the_same(
@@ -137,7 +213,7 @@ def test_a_model_with_parts_elsewhere_has_the_same_loss(pico_llama: Path, tmp_pa
 
 
 def test_a_merge_that_costs_too_much_is_refused_with_both_numbers(tuned: Tuned, tmp_path: Path) -> None:
-    tuned.reference = replace(tuned.reference, loss=0.1)
+    tuned.reference = with_loss(tuned.reference, 0.1)
     with pytest.raises(MergeError, match=r"after merging and 0\.1000 with the adapter.*allows 0\.02"):
         choose(tuned, tmp_path / "merged", max_loss_increase=0.02)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
@@ -151,7 +227,7 @@ def test_without_held_out_rows_what_was_trained_is_taken_and_checked_all_the_sam
     choice = choose(tuned, tmp_path / "merged")
     assert (choice.report.merge_base, list(choice.losses)) == ("dequantized", ["dequantized"])
     assert "no held-out rows" in caplog.text
-    tuned.reference = replace(tuned.reference, loss=0.1)
+    tuned.reference = with_loss(tuned.reference, 0.1)
     with pytest.raises(MergeError, match="training loss"):
         choose(tuned, tmp_path / "merged")
 
@@ -243,7 +319,7 @@ def test_divergence_is_a_lower_bound_of_that_over_the_whole_vocabulary_and_near_
     rows = compared_rows(examples())
     model, other = (AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32).eval() for _ in range(2))
     other.model.layers[0].mlp.down_proj.weight.data *= 0.8
-    Reference(rows, True, 0.0, Predictions.of(model, rows)).save(tmp_path / "file")
+    Reference(rows, True, HeldOutLoss.of([]), Predictions.of(model, rows)).save(tmp_path / "file")
     again, predictions, _ = load_reference(tmp_path / "file")
     assert [row.input_ids.tolist() for row in again] == [row.input_ids.tolist() for row in rows]
     p, q = (torch.cat(list(label_log_probabilities(m, rows))).double() for m in (model, other))

@@ -73,13 +73,13 @@ def measure_adapter(
     rows = _first_rows(data)
     probes = run_probes(loaded.tokenizer, rows, date=date)
     short = sorted((_beginning(row) for row in rows[:NUM_COMPARED_ROWS]), key=lambda row: len(row.input_ids))
-    loss = held_out_loss(
+    losses = held_out_loss(
         model,
         short,
         batch_size=config.train.per_device_eval_batch_size,
         pad_token_id=loaded.tokenizer.pad_token_id,
-    ).loss
-    reference = Reference(short, bool(data.eval), loss, Predictions.of(model, compared_rows(short)), probes)
+    )
+    reference = Reference(short, bool(data.eval), losses, Predictions.of(model, compared_rows(short)), probes)
     folder = run.path / f".adapter-check{STAGING}"
     shutil.rmtree(folder, ignore_errors=True)  # a run that was killed may have left it
     folder.mkdir()

@@ -12,8 +12,12 @@ from qlora_train.export.verify import MergeChoice
 class Comparison:
     """The adapter on its base beside every merge of it that was made."""
 
-    reference: Reference
     choice: MergeChoice
+
+    @property
+    def reference(self) -> Reference:
+        """The adapter, on the rows that were compared."""
+        return self.choice.reference
 
     @property
     def rows(self) -> str:

@@ -40,7 +40,9 @@ def adapter_code(loaded: LoadedModel, config: RunConfig, base: str, this: str = 
     return "\n".join(write(loaded, config, base, this))
 
 
-def merged_code(auto_class: str, *, attention: str | None, trust_remote_code: bool, this: str = THIS_MODEL) -> str:
+def merged_code(
+    auto_class: str, *, attention: str | None, trust_remote_code: bool, this: str = THIS_MODEL, device_map: str = "auto"
+) -> str:
     """Return the lines that load a merged folder as `model`, with its `tokenizer`.
 
     Args:
@@ -48,9 +50,10 @@ def merged_code(auto_class: str, *, attention: str | None, trust_remote_code: bo
         attention: attention implementation that the architecture needs, None where the default is right.
         trust_remote_code: run Python code shipped with the model.
         this: path that the lines name for the folder.
+        device_map: where it is loaded.
     """
     trusted = {"trust_remote_code": "True"} if trust_remote_code else {}
-    settings = {**trusted, **_attention(attention), "dtype": '"auto"', "device_map": '"auto"'}
+    settings = {**trusted, **_attention(attention), "dtype": '"auto"', "device_map": _quoted(device_map)}
     return "\n".join(
         [
             f"from transformers import {auto_class}, AutoTokenizer",

@@ -17,6 +17,10 @@ from qlora_train.loader.towers import text_model
 
 logger = logging.getLogger(__name__)
 
+GPU_SHARE = 0.9
+"""Of a GPU's free memory for weights; the rest is for the activations of an evaluation."""
+PCIE_BYTES_PER_SECOND = 10e9
+"""Assumed, from pageable host memory over PCIe 4.0 x16."""
 Placement = dict[str, torch.device] | Literal["auto"]
 
 
@@ -43,21 +47,25 @@ def place_for(folder: Path, device: torch.device | str) -> Placement:
 
     A model that was trained in 4 bits need not fit on the same device in 16.
     """
-    device = torch.device(device)
-    if device.type != "cuda":
-        return {"": device}
-    free_memory()
-    weights_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    if fits(weights_bytes, free_bytes):
-        return {"": device}
+    num_bytes = streamed_bytes(folder, device)
+    if not num_bytes:
+        return {"": torch.device(device)}
     logger.warning(
-        "%s: %.1f GB of weights do not fit in the %.1f GB free on %s; the rest stays in host memory, which is slow",
-        folder.name, weights_bytes / 1e9, free_bytes / 1e9, device,
+        "%s: %.1f of %.1f GB do not fit on %s and cross PCIe in every forward pass, about %.1f s (one per new token)",
+        folder.name, num_bytes / 1e9, weights_bytes(folder) / 1e9, device, num_bytes / PCIE_BYTES_PER_SECOND,
     )  # fmt: skip
     return "auto"
 
 
-def fits(weights_bytes: int, free_bytes: int) -> bool:
-    """Say whether weights leave enough of the free memory for the activations of an evaluation."""
-    return weights_bytes <= 0.9 * free_bytes
+def streamed_bytes(folder: Path, device: torch.device | str) -> int:
+    """Return the bytes of weights that a GPU does not hold, and that move to it in every forward pass."""
+    if torch.device(device).type != "cuda":
+        return 0
+    free_memory()
+    free_bytes, _ = torch.cuda.mem_get_info(torch.device(device))
+    return max(0, weights_bytes(folder) - int(GPU_SHARE * free_bytes))
+
+
+def weights_bytes(folder: Path) -> int:
+    """Return the bytes of a model folder's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

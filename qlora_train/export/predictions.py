@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_train.data.types import Example
-from qlora_train.evaluate import label_log_probabilities
+from qlora_train.evaluate import HeldOutLoss, label_log_probabilities
 from qlora_train.loader.token_probes import TokenProbe, load_probes, save_probes
 
 NUM_COMPARED = 2048
@@ -109,16 +109,30 @@ class Reference:
     Attributes:
         rows: on which the loss is measured; predictions are compared on their `compared_rows`.
         held_out: whether they were held out, or trained on where no row was.
-        loss: nats a label token.
+        losses: on the rows.
         predictions: at the labels of the compared rows.
         probes: texts with the tokens that the run makes of them.
     """
 
     rows: Sequence[Example]
     held_out: bool
-    loss: float
+    losses: HeldOutLoss
     predictions: Predictions
     probes: Sequence[TokenProbe] = ()
+
+    @property
+    def loss(self) -> float:
+        """Nats per label token."""
+        return self.losses.loss
+
+    def first(self, num_rows: int) -> "Reference":
+        """Return the reference on the first rows that have a label."""
+        chosen = [at for at, row in enumerate(self.losses.per_example) if row.num_tokens][:num_rows]
+        rows = [self.rows[at] for at in chosen]
+        num_labels = sum(int(np.count_nonzero(row.loss_mask)) for row in compared_rows(rows))
+        predictions = Predictions(self.predictions.tokens[:num_labels], self.predictions.log_probabilities[:num_labels])
+        losses = HeldOutLoss.of([self.losses.per_example[at] for at in chosen])
+        return replace(self, rows=rows, losses=losses, predictions=predictions)
 
     def save(self, file: Path) -> None:
         """Write what another process needs: tokens and labels of the rows, the predictions, and beside it the probes."""

@@ -38,7 +38,7 @@ def library_versions() -> dict[str, str]:
 
 
 def merge_run(
-    folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, date: datetime.date
+    folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, date: datetime.date, device: str
 ) -> MergeChoice:
     """Merge a finished run's adapter into `folder.merged` and record what was measured.
 
@@ -48,6 +48,7 @@ def merge_run(
         source: its base model, with weights.
         data: its rows; the held-out ones are measured.
         date: that the run renders dated chat templates for.
+        device: on which to merge and to check the merged model; the adapter is measured where it was trained.
 
     Raises:
         ConfigError: the adapter is not a plain LoRA adapter of this base.
@@ -58,7 +59,7 @@ def merge_run(
     logger.info("merge: adapter of step %s onto %s", step, config.export.merge_base)
     reference = _reference(folder, config, source, data, date)
     free_memory()
-    merge = _merge_run(folder, config, source)
+    merge = _merge_run(folder, config, source, device)
 
     def write_merged_card(staging: Path, choice: MergeChoice) -> None:
         write_card(
@@ -73,7 +74,7 @@ def merge_run(
             loading=merged_loading(
                 staging, merge.loading_code(), folder.system_prompt(), trust_remote_code=config.model.trust_remote_code
             ),
-            merge=Comparison(reference, choice).section(),
+            merge=Comparison(choice).section(),
         )
 
     choice = choose_merge_base(
@@ -84,7 +85,7 @@ def merge_run(
         batch_size=config.train.per_device_eval_batch_size,
         finish=write_merged_card,
     )
-    comparison = Comparison(reference, choice)
+    comparison = Comparison(choice)
     folder.forget_merged_results()
     folder.add_results(merge=comparison.results())
     for line in comparison.lines():
@@ -93,9 +94,8 @@ def merge_run(
     return choice
 
 
-def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource) -> MergeRun:
-    device = select_device()
-    compute_dtype = choose_compute_dtype(config.quantization.bnb_4bit_compute_dtype, device)
+def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, device: str) -> MergeRun:
+    compute_dtype = choose_compute_dtype(config.quantization.bnb_4bit_compute_dtype, select_device())
     dtype = torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
     return MergeRun(
         base_folder=source.folder,
@@ -105,7 +105,7 @@ def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource) -> Merg
         max_shard_size=config.export.max_shard_size,
         load_dtype=compute_dtype,
         model_config=model_config(source, config.model),
-        device=str(device),
+        device=device,
         trust_remote_code=config.model.trust_remote_code,
         auto_class=auto_class_of(source, config.model),
         attention=needed_attention(detect(source.config)),
@@ -122,14 +122,14 @@ def _reference(
     if not rows:
         logger.info("merge: checked on training rows, for none were held out (data.eval)")
         rows = compared_rows(data.first_rows())
-    loss = held_out_loss(
+    losses = held_out_loss(
         adapted,
         rows,
         batch_size=config.train.per_device_eval_batch_size,
         pad_token_id=loaded.tokenizer.pad_token_id,
-    ).loss
+    )
     probes = run_probes(loaded.tokenizer, rows, date=date)
-    return Reference(rows, bool(data.eval), loss, Predictions.of(adapted, compared_rows(rows)), probes)
+    return Reference(rows, bool(data.eval), losses, Predictions.of(adapted, compared_rows(rows)), probes)
 
 
 def _training_metrics(folder: RunFolder) -> dict[str, float]:

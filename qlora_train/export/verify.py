@@ -20,6 +20,7 @@ import torch
 from qlora_train.config.schema import ExportSection, QuantizationSection
 from qlora_train.durable import STAGING, remove_folder, staged_folder
 from qlora_train.errors import MergeError
+from qlora_train.export.check_time import bounded_reference
 from qlora_train.export.fresh_check import Check, check_in_fresh_process
 from qlora_train.export.loading_code import THIS_MODEL, merged_code
 from qlora_train.export.merge import MergeBase, MergeReport, is_stored_in_4bit, merge_adapter, refuse_places
@@ -46,11 +47,12 @@ class MergeRun:
     auto_class: str = "AutoModelForCausalLM"
     attention: str | None = None
 
-    def loading_code(self, this: str = THIS_MODEL) -> str:
+    def loading_code(self, this: str = THIS_MODEL, device_map: str = "auto") -> str:
         """Return the lines of the card that load what was merged."""
         return merged_code(
-            self.auto_class, attention=self.attention, trust_remote_code=self.trust_remote_code, this=this
-        )
+            self.auto_class, attention=self.attention, trust_remote_code=self.trust_remote_code, this=this,
+            device_map=device_map,
+        )  # fmt: skip
 
     def merge(self, output: Path, merge_base: MergeBase) -> MergeReport:
         """Merge onto one kind of base."""
@@ -71,8 +73,9 @@ class MergeRun:
 
 @dataclass(frozen=True)
 class MergeChoice:
-    """The kept merge, and what was measured of every candidate, by base kind."""
+    """The kept merge, and what was measured of every candidate, by base kind, beside the adapter on the same rows."""
 
+    reference: Reference
     report: MergeReport
     checks: dict[MergeBase, Check]
 
@@ -96,7 +99,7 @@ def choose_merge_base(
     run.
 
     Args:
-        reference: what the adapter does; where its rows were not held out, `auto` takes what was trained.
+        reference: what the adapter does, on all rows; where they were not held out, `auto` takes what was trained.
         export: the base to merge onto, and the limits.
         batch_size: rows computed at a time.
         finish: is called with the staging folder of the kept merge.
@@ -114,13 +117,15 @@ def choose_merge_base(
     try:
         remove_folder(asked)  # a merge that was killed may have left it
         asked.mkdir()
-        reference.save(asked / "reference.safetensors")
         for kind, folder in folders.items():
             remove_folder(folder)
             reports[kind] = run.merge(folder, kind)
+            if not checks:  # every candidate is as large, and is measured on the same rows
+                reference = bounded_reference(reference, folder, run.device)
+                reference.save(asked / "reference.safetensors")
             checks[kind] = check_in_fresh_process(
                 output,
-                run.loading_code(str(folder)),
+                run.loading_code(str(folder), "cpu" if run.device == "cpu" else "auto"),
                 asked / "reference.safetensors",
                 batch_size=batch_size,
                 error=MergeError,
@@ -130,7 +135,7 @@ def choose_merge_base(
         _refuse_worse(output, checks[best], reference, export)
         if best == "dequantized" or not run.quantization.load_in_4bit:
             _refuse_other(output, checks[best], export)
-        choice = MergeChoice(reports[best], checks)
+        choice = MergeChoice(reference, reports[best], checks)
         _move(folders[best], output, lambda staging: finish(staging, choice))
     finally:
         for folder in (*folders.values(), asked):

@@ -217,7 +217,7 @@ def test_no_text_part_of_the_table_sees_the_future(model_type: str, whole: Calla
 def test_run_on_a_text_part_is_merged_and_measured_as_any_other(whole: Callable[[str], Path], tmp_path: Path) -> None:
     run = train_run(tmp_path, whole("llava"), *SETTINGS, "export.max_loss_increase=10")
     config = load_config(run.config_file)
-    choice = merge_run(run, config, *prepare_again(config, run), date_of(run))
+    choice = merge_run(run, config, *prepare_again(config, run), date_of(run), "cpu")
     assert set(choice.losses) == {"original", "dequantized"}
     assert AutoConfig.from_pretrained(run.merged).architectures == ["LlavaForConditionalGeneration"]
     for folder in (run.adapter, run.merged):
