@@ -3,6 +3,8 @@
 import gc
 import logging
 import os
+import platform
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,6 +26,7 @@ def select_device() -> torch.device:
     Raises:
         ModelError: the process is one of several that a launcher started, or CUDA was initialised with several GPUs.
     """
+    expand_segments()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ModelError(
             f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), which would all train the same rows; "
@@ -44,14 +47,35 @@ def select_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-UNTOUCHED_SHARE = 0.05
-"""Of a GPU's memory: what the allocator cannot use for its pieces, and what libraries take later."""
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The name that torch 2.10 and newer read, and the deprecated one."""
+EXPANDABLE = "expandable_segments:True"
+
+
+def expand_segments() -> None:
+    """Let CUDA's allocator extend its segments, so that batches of many lengths do not fragment memory.
+
+    Keeps what the user set. Has no effect once CUDA is initialised. Windows does not support it, and WSL may fail with it
+    (pytorch/pytorch#192330).
+    """
+    supported = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if supported and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = EXPANDABLE
+
+
+UNTOUCHED_SHARE, FRAGMENTED_SHARE = 0.05, 0.15
+"""Share of a GPU's memory that plans leave to libraries and to fragmentation, with and without expandable segments."""
 
 
 def spare_bytes(device: torch.device, peak_bytes: int) -> int:
-    """Return what a GPU has left beside the highest use of this process."""
+    """Return what a plan may add to `peak_bytes`, the most that this process reserves on a GPU; negative if too little.
+
+    Other processes' memory is not counted as free.
+    """
     free, total = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - peak_bytes - UNTOUCHED_SHARE * total)
+    expands = any(EXPANDABLE in os.environ.get(name, "") for name in ALLOCATOR_VARIABLES)
+    share = UNTOUCHED_SHARE if expands else FRAGMENTED_SHARE
+    return int(free + torch.cuda.memory_reserved(device) - peak_bytes - share * total)
 
 
 def free_memory() -> None:

@@ -121,6 +121,8 @@ def explain(error: BaseException) -> str | None:
     for full in _DISK_FULL:  # safetensors has an error class of its own
         if full in str(error):
             return f"writing: {full}; nothing that was whole is lost; make room, then repeat the command"
+    if "CUDA driver error: operation not supported" in str(error):  # as on some virtual GPUs
+        return f"GPU: {first_line(error)}; repeat with PYTORCH_ALLOC_CONF=expandable_segments:False in the environment"
     if is_out_of_memory(error):
         return (
             f"out of memory: {first_line(error)}; halve train.per_device_train_batch_size and double "

@@ -18,6 +18,7 @@ from qlora_train.kernels import tiles
 from qlora_train.kernels.fast_path import install
 from qlora_train.loss import label_losses
 from qlora_train.pipeline import prepare
+from qlora_train.trainer import trial
 from qlora_train.trainer.fitting import keep_more
 from qlora_train.trainer.gradients import difference, gradients_of
 from qlora_train.trainer.offloading import but_for_weights
@@ -200,6 +201,34 @@ def test_layers_that_cannot_keep_more_after_all_keep_their_input_and_say_so(
         assert keep_more(trainer, trial, 1e12) is trial
     assert layers.levels == ["layer", "layer"]
     assert "recompute: layer; letting layers keep more was tried and did not fit (CUDA out of memory)" in caplog.text
+
+
+def test_layers_keep_no_more_than_leaves_room_for_fragmentation(
+    pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
+) -> None:
+    """What fits without the margin is given up: later batches have other lengths, and memory between them is lost."""
+    config = make_config(tmp_path, pico("llama"), "train.recompute=layer")
+    adapted, layers = on_the_fast_path("llama", pico, tmp_path)
+    folder = RunFolder(Path(config.run.output_dir))
+    trainer = QloraTrainer(adapted, prepare(config, folder)[1], config, folder, [], recomputation=layers)
+    total = 8_000_000_000
+
+    def reserved(_device: Any) -> int:
+        return {0: 4, 1: 7, 2: 8}[layers.levels.count("none")] * total // 8
+
+    monkeypatch.setattr(trial, "_peak_bytes", reserved)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (total, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    kept = kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer))
+    one_layer_at_half = 1.1 * sum(kept["none"])
+    keep_more(trainer, try_largest_batch(trainer), one_layer_at_half)
+    assert layers.levels.count("none") == 1
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    layers.set("layer")
+    keep_more(trainer, try_largest_batch(trainer), one_layer_at_half)
+    assert layers.levels == ["layer", "layer"]
+    assert "0.2 GB too little are left for fragmentation" in messages.text
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

@@ -74,13 +74,19 @@ def keep_more(trainer: QloraTrainer, trial: Trial, budget_bytes: float) -> Trial
             break
         layers.set(plan_levels(kept, layers.work, share * budget_bytes))
         tried = try_largest_batch(trainer)
-        if tried.problem is None:
+        problem = tried.problem or _too_little_left(trainer, tried)
+        if problem is None:
             logger.info("recompute: %s (train.recompute: auto)", layers.described())
             return tried
-        problem = tried.problem
     layers.set("layer")
     logger.warning("recompute: layer; letting layers keep more was tried and did not fit (%s)", problem)
     return trial
+
+
+def _too_little_left(trainer: QloraTrainer, tried: Trial) -> str | None:
+    """Return why what fits once may not fit at every step; None where it will."""
+    spare = 0 if tried.peak_bytes is None else spare_bytes(trainer.adapted.loaded.device, tried.peak_bytes)
+    return None if spare >= 0 else f"{-spare / 1e9:.1f} GB too little are left for fragmentation"
 
 
 def _take_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: Trial) -> None:
