@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 TEMPLATE_TOKENS = 64
 """At most what turns are wrapped in."""
 SHORTEST = 16
+SIGMA = 0.9
 
 
 def main() -> None:
@@ -24,17 +25,27 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--median", type=float, default=700)
-    parser.add_argument("--sigma", type=float, default=0.9)
+    parser.add_argument("--sigma", type=float, default=SIGMA)
     parser.add_argument("--longest", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    draw = random.Random(options.seed)
+    write_rows(
+        options.output, num_rows=options.rows, median=options.median, longest=options.longest, sigma=options.sigma,
+        seed=options.seed,
+    )  # fmt: skip
+
+
+def write_rows(
+    output: Path, *, num_rows: int, median: float, longest: int, sigma: float = SIGMA, seed: int = 0
+) -> None:
+    """Write conversations; lengths are in tokens."""
+    draw = random.Random(seed)
     text = "".join(path.read_text(encoding="ascii", errors="ignore") for path in sorted((ROOT / "docs").glob("*.md")))
-    with options.output.open("w") as file:
-        for _ in range(options.rows):
-            length = round(draw.lognormvariate(math.log(options.median), options.sigma))
-            length = min(max(length, SHORTEST), options.longest - TEMPLATE_TOKENS)
+    with output.open("w", encoding="utf-8") as file:
+        for _ in range(num_rows):
+            length = round(draw.lognormvariate(math.log(median), sigma))
+            length = min(max(length, SHORTEST), longest - TEMPLATE_TOKENS)
             prompt, answer = (_slice(text, length // 2, draw) for _ in range(2))
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": turns}) + "\n")

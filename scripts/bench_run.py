@@ -11,13 +11,14 @@ Example: ``python scripts/bench_run.py build/llama-3.1-8b build/rows.jsonl --out
 import argparse
 import json
 import re
+import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,22 +44,21 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         run = RunFolder(Path(folder) / "run")
         command = command_of(options, Path(folder), run)
-        killed = watched(command, Path(folder) / "killed.log", kill_at=run.checkpoint(SAVE_STEPS))
-        resumed = watched(command, Path(folder) / "resumed.log")
+        killed = watched(command, Path(folder) / "log", stop=signal.SIGKILL, when=run.checkpoint(SAVE_STEPS).is_dir)
+        resumed = watched(command, Path(folder) / "log")
         metrics = run.metrics_file.read_text() if run.metrics_file.is_file() else ""
     losses = {line["step"]: line["loss"] for line in map(json.loads, metrics.splitlines()) if "loss" in line}
+    counted = memory(json.loads((options.model / "config.json").read_text()), resumed)
     result = {
         "model": options.model.name,
-        "checks": checks(losses, resumed["log"], options.steps, killed["status"], resumed["status"]),
+        "checks": checks(losses, resumed["log"], options.steps, killed["status"], resumed["status"])
+        | {"the peak is measured": counted["plan_bytes"] is not None},
         "losses": list(losses.values()),
-        "memory": memory(json.loads((options.model / "config.json").read_text()), resumed),
+        "memory": counted,
         "seconds": [part["seconds"] for part in (killed, resumed)],
-        "log": resumed["log"].splitlines(),
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(table(result)))
-    if resumed["status"]:
-        print(resumed["log"][-2000:])
     return 0 if all(result["checks"].values()) else 1
 
 
@@ -77,15 +77,29 @@ def command_of(options: argparse.Namespace, folder: Path, run: RunFolder) -> lis
     return [sys.executable, "-m", "qlora_train.cli", str(config), *words, *options.overrides]
 
 
-def watched(command: Sequence[str], log: Path, kill_at: Path | None = None) -> dict[str, Any]:
-    """Run a command, kill it when `kill_at` is there, and return its status, its words, its time and the memory it took."""
+def watched(
+    command: Sequence[str], log: Path, *, stop: signal.Signals | None = None, when: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Run a command and return its status, output, time and the GPU memory that it took.
+
+    Args:
+        command: its output is printed when it ends.
+        log: file for the output.
+        stop: signal to send, once, when `when` first holds.
+        when: polled while the command runs.
+    """
     before, peak, began = device_bytes(), 0, time.monotonic()
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
-        while process.poll() is None:
-            peak = max(peak, device_bytes())
-            if kill_at is not None and kill_at.is_dir():
-                process.send_signal(signal.SIGKILL)
-            time.sleep(POLL_SECONDS)
+        try:
+            while process.poll() is None:
+                peak = max(peak, device_bytes())
+                if stop is not None and when():
+                    process.send_signal(stop)
+                    stop = None
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:  # a time limit: what there is counts
+            process.kill()
+        print(f"$ {shlex.join(command)}\n{log.read_text()}status {process.wait()}", flush=True)
     return {
         "status": process.returncode,
         "log": log.read_text(),

@@ -69,6 +69,10 @@ class Steps:
     def __len__(self) -> int:
         return len(self._batches[0])
 
+    def batches(self, number: int) -> list[dict[str, torch.Tensor]]:
+        """Return the micro-batches of a step as the config asks for them."""
+        return self._batches[0][number]
+
     def install(self) -> FastPath:
         """Install the fused kernels."""
         tokens = torch.arange(1, 9, device=self.loaded.device)[None]

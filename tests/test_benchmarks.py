@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))  # scripts import
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "peers"))
 
 import bench
+import bench_levels
 import bench_memory
+import gpu_wheels
 import matmul_rate
 import random_model
 import timing
@@ -321,57 +324,148 @@ def test_a_row_fits_under_a_cap_above_its_peak_and_not_below(tmp_path: Path) -> 
     assert 1 << 28 < peak < 4 << 30, "python with torch, a pico model and one row"
 
 
-# --- scripts/bench_gpu.sh ---------------------------------------------------------------------------------------------
+# --- scripts/prove_gpu.sh ---------------------------------------------------------------------------------------------
 
 
-def gpu_benchmark(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def prove_gpu(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     places = {"BUILD": str(folder / "build"), "RESULTS": str(folder / "results"), "PYTHON": sys.executable}
-    environment = {**os.environ, "DRY_RUN": "1", **places}
-    command = ["bash", str(ROOT / "scripts" / "bench_gpu.sh"), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = ["bash", str(ROOT / "scripts" / "prove_gpu.sh"), *words]
+    settings = {"WHEELS": str(folder / "wheels"), "DRY_RUN": "1", **places, **environment}
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
 
 
-def test_pieces_of_the_gpu_benchmark_are_listed_and_others_refused(tmp_path: Path) -> None:
-    assert gpu_benchmark(tmp_path, "list").stdout.split() == [
-        "install", "model", "tests", "run", "kernels", "step", "peers", "memory",
-    ]  # fmt: skip
+@pytest.mark.parametrize(("words", "seconds", "num_parts"), [((), 590, 8), (("again",), 200, 4)])
+def test_limits_of_the_gpu_parts_are_within_one_call(
+    tmp_path: Path, words: tuple[str, ...], seconds: int, num_parts: int
+) -> None:
+    groups = [line.split() for line in prove_gpu(tmp_path, "list", *words).stdout.splitlines()]
+    limits = [[int(part.partition("=")[2]) for part in group] for group in groups]  # a group runs side by side
+    assert sum(map(max, limits)) <= seconds
+    assert sum(map(len, limits)) == num_parts
     assert not list(tmp_path.iterdir()), "a list leaves nothing"
-    unknown = gpu_benchmark(tmp_path, "speed")
-    assert unknown.returncode == 2
-    assert "speed: no such piece; there are: install model" in unknown.stderr
+
+
+def test_unknown_word_prints_the_usage(tmp_path: Path) -> None:
+    ended = prove_gpu(tmp_path, "speed")
+    assert ended.returncode == 2
+    assert "  scripts/prove_gpu.sh again " in ended.stdout
+
+
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+*"-m pytest"*) echo begins; sleep 30 ;;
+*prove_command*) trap '' INT; echo deaf; sleep 30; sleep 30 ;;
+*bench_run*) echo broken; exit 3 ;;
+*bench_levels*) while [ "$1" != --output ]; do shift; done; printf '{\n"levels": 1}\n' >"$2" ;;
+*) echo done ;;
+esac
+"""
+
+
+def test_gpu_parts_that_fail_or_overrun_do_not_stop_the_others(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+    began = time.monotonic()
+    ended = prove_gpu(tmp_path, PYTHON=str(python), LIMITS="tests=7 command=7")
+    assert time.monotonic() - began < 60
+    assert ended.returncode == 1
+    summary = (tmp_path / "results" / "summary.txt").read_text()
+    found = dict(line[3:].partition(",")[0].split(": ") for line in summary.splitlines() if line.startswith("## "))
+    assert found == {
+        "install": "ok", "model": "ok", "tests": "TIMED OUT", "command": "TIMED OUT", "main": "FAILED", "levels": "ok",
+        "trl": "ok", "kernels": "ok",
+    }  # fmt: skip
+    assert "## main: FAILED, status 3, " in summary
+    log = (tmp_path / "results" / "log.txt").read_text().splitlines()
+    assert {"tests| begins", "command| deaf", "main| broken", "kernels| done"} <= set(log)
+    results = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in results] == [{"part": "levels", "result": {"levels": 1}}]
+
+
+CHEAP_PARTS = ("install", "model", "main", "levels")
+PARTS = (*CHEAP_PARTS, "tests", "command", "trl", "kernels")
 
 
 @pytest.mark.slow
-def test_dry_run_of_the_gpu_benchmark_does_every_piece_and_ends_with_its_table(tmp_path: Path) -> None:
-    ended = gpu_benchmark(tmp_path, "all")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    table = (tmp_path / "results" / "table.md").read_text()
-    assert "missing" not in table
-    assert "FAIL" not in table
-    for line in ("ok   killed before its end", "ok   went on from a checkpoint", "ok   the loss falls"):
-        assert line in table
-    for path in ("plain", "fast", "fast, kept weights"):
-        assert f"| {path} | " in table
-    assert "| 8 GiB | 32 tokens | none was tried |" in table
-    assert "\nours " in table
-    assert table.count("status 0") == 8
-    kept = {path.name for path in (tmp_path / "results").iterdir()}
-    assert kept >= {"machine.txt", "tests.txt", "run.json", "step.json", "peers-1.json", "memory.jsonl", "pieces.txt"}
+def test_dry_run_of_the_gpu_parts_passes(tmp_path: Path) -> None:
+    """QLORA_PROVE=long runs every part, for minutes."""
+    parts = PARTS if os.environ.get("QLORA_PROVE") == "long" else CHEAP_PARTS
+    write_wheel(tmp_path / "wheels", "measured_package", {"measured_package.py": "VERSION = 1\n"})
+    limits = " ".join(f"{name}=500" for name in parts)  # other programs may use the CPUs
+    ended = prove_gpu(tmp_path, PARTS=" ".join(parts), LIMITS=limits)
+    log = (tmp_path / "results" / "log.txt").read_text()
+    assert ended.returncode == 0, ended.stdout + log[-5000:]
+    assert (tmp_path / "build" / "site" / "measured_package.py").is_file()
+    summary = (tmp_path / "results" / "summary.txt").read_text()
+    assert summary.count(": ok, ") == len(parts)
+    assert "FAIL" not in summary
+    for check in ("killed before its end", "went on from a checkpoint", "the loss falls"):
+        assert f"ok   {check}" in summary
+    results = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
+    found = {line["part"]: line["result"] for line in map(json.loads, results)}
+    assert found.keys() == {"main", "levels", "trl"} & set(parts)
+    assert found["levels"]["levels"].keys() == {"layer", "mlp", "none", bench_levels.FLOOR}
+    assert len(list((tmp_path / "results").iterdir())) == 3
 
 
-def test_wheels_of_each_folder_go_into_a_folder_with_a_python_of_its_own(tmp_path: Path) -> None:
-    for name, version in (("ours", "1.0"), ("unsloth", "2.0")):
-        wheels = tmp_path / "wheels" / name
-        wheels.mkdir(parents=True)
-        with zipfile.ZipFile(wheels / f"measured_package-{version}-py3-none-any.whl", "w") as wheel:
-            about = f"measured_package-{version}.dist-info"
-            wheel.writestr("measured_package.py", f"VERSION = {version!r}\n")
-            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: measured-package\nVersion: {version}\n")
-            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{about}/RECORD", "")
-    ended = gpu_benchmark(tmp_path, "install", str(tmp_path / "wheels"))
-    assert ended.returncode == 0, ended.stderr
-    for name, version in (("ours", "1.0"), ("unsloth", "2.0")):
-        code = "import measured_package; print(measured_package.VERSION)"
-        python = tmp_path / "build" / "site" / f"{name}.python"
-        assert subprocess.check_output([python, "-c", code], text=True, env={}).strip() == version
+# --- scripts/bench_levels.py, scripts/gpu_wheels.py -------------------------------------------------------------------
+
+
+def test_level_that_runs_out_of_memory_is_a_line_of_the_table() -> None:
+    levels = {
+        "layer": {"tokens_per_second": [50.0, 60.0], "peak_bytes": 10**9},
+        "none": {"failed": "CUDA out of memory"},
+        bench_levels.FLOOR: {"tokens_per_second": [100.0, 100.0], "peak_bytes": 2 * 10**9},
+    }
+    result = {"levels": levels, "flops": [0, 6e9, 6e9], "num_tokens": [7, 100, 100], "matmul": [rate_of(10e9)]}
+    _, layer, none, floor, matmul = bench_levels.table(result)
+    # 12 GFLOP in 2 + 100 / 60 seconds, of 10 GFLOP/s
+    assert "55    0.55 x     32.7 %" in layer
+    assert layer.endswith("1.00")
+    assert none.endswith("CUDA out of memory")
+    assert "1.00 x     60.0 %" in floor
+    assert matmul.startswith("matmul: 0.01 TFLOP/s")
+
+
+def write_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel, about = folder / f"{name}-1.0-py3-none-any.whl", f"{name}-1.0.dist-info"
+    files = files | {
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path, content in files.items():
+            archive.writestr(path, content)
+        archive.writestr(f"{about}/RECORD", "".join(f"{path},,\n" for path in files) + f"{about}/RECORD,,\n")
+    return wheel
+
+
+def test_stripped_wheel_installs_with_the_libraries_of_one_cuda_version(tmp_path: Path) -> None:
+    backends = ("cpu", "cuda124", "cuda130", "rocm71")
+    libraries = {f"bitsandbytes/libbitsandbytes_{backend}.so": backend for backend in backends}
+    wheel = write_wheel(tmp_path, "bitsandbytes", libraries | {"bitsandbytes/__init__.py": ""})
+    gpu_wheels.strip_libraries(wheel, keep=("cpu", "cuda130"))
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        tmp_path / "site",
+    ]
+    subprocess.run([*install, wheel], check=True)
+    installed = {path.name for path in (tmp_path / "site" / "bitsandbytes").iterdir() if path.is_file()}
+    assert installed == {"__init__.py", "libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"}
+    with pytest.raises(SystemExit, match="no library for cuda140"):
+        gpu_wheels.strip_libraries(wheel, keep=("cpu", "cuda140"))
+
+
+def test_packages_for_the_gpu_machine_are_pinned_by_the_lock_file() -> None:
+    requirements = gpu_wheels.pinned((ROOT / "requirements.lock").read_text())
+    assert len(requirements) == len(gpu_wheels.PACKAGES)
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", requirement) for requirement in requirements)
