@@ -43,6 +43,8 @@ OPTIMIZER_TABLES_BYTES = 2 * 256 * 4
 HIDDEN_BYTES_PER_TOKEN = 26
 """Kept for each number of a layer's hidden state besides the linears' inputs and outputs: two norms in float32 with
 their results, the rotated query and key, the attention's output, the residual stream."""
+DROPOUT_MASK_BYTES = 1
+"""Kept for each number that an adapter reads, where LoRA dropout is on (`kernels.dropout`)."""
 EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 LOSS_BYTES_PER_LOGIT = 12
 """A logit in bfloat16, its log-probability in float32, the gradients of both."""
@@ -138,6 +140,7 @@ def memory_plan(
     num_labels: int | None = None,
     double_quant: bool = True,
     accumulates: bool = False,
+    dropout: bool = False,
 ) -> MemoryPlan:
     """Count the memory of a run: 4-bit base, LoRA on every linear but the head, checkpointing, 8-bit optimizer.
 
@@ -148,6 +151,7 @@ def memory_plan(
         num_labels: tokens of it that carry loss; None is all of them.
         double_quant: the block scales are quantised too.
         accumulates: more than one micro-batch a step.
+        dropout: LoRA dropout is on.
 
     Raises:
         ModelError: Transformers has no causal language model of this model_type.
@@ -157,6 +161,9 @@ def memory_plan(
     quantized = sum(weight.numel for weight in weights)
     adapted = [weight for weight in weights if weight.carries_adapter]
     adapters = [r * size * weight.count for weight in adapted for size in (weight.in_features, weight.out_features)]
+    read = [tokens * weight.in_features * weight.per_token for weight in adapted] if dropout else [0]
+    dropped_bytes = COMPUTE_BYTES * max(read)  # of one adapter's input, beside which its mask stays
+    mask_bytes = DROPOUT_MASK_BYTES * math.ceil(sum(read) / config.num_hidden_layers)
     num_other = sum(parameter.numel() for parameter in model.parameters()) - quantized
     return MemoryPlan(
         quantized_weights_bytes=sum(weight.count * math.ceil(weight.matrix_numel / 2) for weight in weights),
@@ -166,8 +173,10 @@ def memory_plan(
         optimizer_bytes=optimizer_bytes(adapters),
         gradients_bytes=sum(adapters) * ADAPTER_BYTES,
         checkpoints_bytes=config.num_hidden_layers * tokens * config.hidden_size * COMPUTE_BYTES,
-        forward_layer_bytes=max(COMPUTE_BYTES * (w.matrix_numel + 2 * tokens * w.width) for w in weights),
-        layer_bytes=_layer_bytes(weights, config, tokens),
+        forward_layer_bytes=max(COMPUTE_BYTES * (w.matrix_numel + 2 * tokens * w.width) for w in weights)
+        + dropped_bytes
+        + DROPOUT_MASK_BYTES * max(read),
+        layer_bytes=_layer_bytes(weights, config, tokens) + dropped_bytes + mask_bytes,
         loss_bytes=LOSS_BYTES_PER_LOGIT * (tokens if num_labels is None else num_labels) * config.vocab_size,
         autocast_bytes=sum(adapters) * COMPUTE_BYTES,
         accumulates=accumulates,

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from qlora_train.adapter import AdaptedModel
 from qlora_train.kernels import tiles
+from qlora_train.kernels.dropout import lora_dropout_off
 from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.kernels.lora_linear import LoraLayers
 from qlora_train.loss import label_losses
+from qlora_train.plan import memory_plan
 from qlora_train.trainer import gradients
 from qlora_train.trainer.gradients import difference, gradients_of
-from qlora_train.trainer.recompute import LEVELS, Recomputation
+from qlora_train.trainer.recompute import LEVELS, Recomputation, kept_bytes
 from tests.runs import adapted_model, adapter_bytes, losses, stopped_copy, train_run
 
 Pico = Callable[..., Path]
@@ -127,6 +129,22 @@ def test_parity_check_of_a_run_is_without_dropout(pico_llama: Path, tmp_path: Pa
     assert fast.mlps
     rates = {m.lora_dropout["default"].p for m in model.model.modules() if isinstance(m, LoraLayer)}
     assert rates == {RATE}
+
+
+def test_memory_plan_counts_the_masks(pico_llama: Path, tmp_path: Path) -> None:
+    model = adapted_model(tmp_path, pico_llama, DROPOUT)
+    layers = Recomputation(model.model, put_in(model).mlps)
+    model.model.train()
+    kept = kept_bytes(model.model, layers, lambda: label_losses(model.model, **BATCH))["none"]
+    with lora_dropout_off(model.model.modules()):
+        without = kept_bytes(model.model, layers, lambda: label_losses(model.model, **BATCH))["none"]
+    mask_bytes = kept[0] - without[0]
+    hidden, inner = 64, 128
+    assert mask_bytes == IDS.numel() * (3 * hidden + inner)  # read by q, k and v; o; gate and up; down
+    config_json = model.loaded.model.config.to_dict()
+    on, off = (memory_plan(config_json, r=8, tokens=IDS.numel(), dropout=dropout) for dropout in (True, False))
+    assert mask_bytes <= on.layer_bytes - off.layer_bytes <= 3 * mask_bytes
+    assert on.forward_layer_bytes - off.forward_layer_bytes == 3 * IDS.numel() * inner
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp"])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from qlora_train.kernels.dropout import draw_mask, masked, masked_
@@ -142,3 +143,39 @@ def test_one_byte_per_number_is_saved() -> None:
         lora_linears(x, layers)
     masks = [tensor for tensor in saved if tensor.dtype == torch.uint8]
     assert [mask.untyped_storage().nbytes() for mask in masks] == [x.numel()]
+
+
+def test_masks_are_where_the_rows_are() -> None:
+    """Traced with fake CUDA tensors: an operation on two devices raises."""
+    with FakeTensorMode():
+        x = torch.empty(20, 64, device="cuda", requires_grad=True)
+        linear = nn.Linear(64, 32, device="cuda").requires_grad_(False)
+        a, b = (torch.empty(shape, device="cuda", requires_grad=True) for shape in ((4, 64), (32, 4)))
+        layers = LoraLayers([FrozenWeight(linear)], [a], [b], [1.0], RATE)
+        recomputed_in_tiles(lambda x: lora_linears(x, layers)[0], x, [a, b]).sum().backward()
+        assert a.grad is not None
+        assert a.grad.is_cuda
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_masks_of_a_gpu_come_from_its_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_train.kernels.tiles.TILE_ROWS", 300)
+    gpu = torch.device("cuda", 0)
+    state = torch.cuda.get_rng_state(gpu)
+    mask = draw_mask(2000, 512, RATE, gpu)
+    assert mask is not None
+    assert float(mask.float().mean()) == pytest.approx(1 - RATE, abs=3e-3)
+    torch.cuda.set_rng_state(state, gpu)
+    assert torch.equal(mask, draw_mask(2000, 512, RATE, gpu))
+    linear = nn.Linear(512, 64, device=gpu).requires_grad_(False)
+    a, b = (torch.randn(shape, device=gpu, requires_grad=True) for shape in ((8, 512), (64, 8)))
+    layers, x = LoraLayers([FrozenWeight(linear)], [a], [b], [1.0], RATE), torch.randn(1000, 512, device=gpu)
+    found = []
+    for way in (in_tiles, lambda function, x: recomputed_in_tiles(function, x, [a, b])):
+        torch.cuda.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        y = way(lambda x: lora_linears(x, layers)[0], leaf)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, a, b])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
