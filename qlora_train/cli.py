@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from qlora_train import __version__, network, stopping
 from qlora_train.errors import ConfigError, UserError, did_you_mean, explain
+from qlora_train.launcher import leave_launcher
 from qlora_train.secrets import RedactingFormatter, redact
 
 if TYPE_CHECKING:
@@ -303,6 +304,7 @@ def prepare_libraries(*, offline: bool = False) -> None:
     """
     import warnings
 
+    leave_launcher()
     if offline or network.is_offline():
         network.go_offline()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a wholly local run would call the Hub
@@ -310,9 +312,9 @@ def prepare_libraries(*, offline: bool = False) -> None:
     from qlora_train.cpu_threads import choose_wait_policy
 
     choose_wait_policy()
-    from qlora_train.device import select_device
+    from qlora_train.device import prepare_cuda
 
-    select_device()
+    prepare_cuda()
     import transformers
 
     with redirect_stdout(io.StringIO()):  # at import it prints there how W&B runs, whether or not it is used

@@ -1,50 +1,92 @@
-"""The one device of this process. Imports torch alone: bitsandbytes and others initialise CUDA when they are imported."""
+"""The one device of this process. Imports torch alone: importing bitsandbytes and others initialises CUDA."""
 
 import gc
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import TypeVar
 
 import torch
 
 from qlora_train.errors import ModelError, first_line, is_out_of_memory
+from qlora_train.launcher import leave_launcher
+from qlora_train.nvidia import GET_TORCH, HIDDEN, ON_CPU, driver_version, gpu_problem
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 
-def select_device() -> torch.device:
-    """Return the one device of this process, and say so when several GPUs are visible.
+def prepare_cuda() -> None:
+    """Let CUDA see the first visible GPU alone, and expand segments; has no effect once CUDA is initialised.
 
-    The first call comes before any other library is imported: once CUDA is initialised, which of several GPUs a process
-    sees cannot be changed any more.
-
-    Raises:
-        ModelError: the process is one of several that a launcher started, or CUDA was initialised with several GPUs.
+    GPUs are not counted: without NVML that initialises CUDA.
     """
     expand_segments()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+
+
+def select_device() -> torch.device:
+    """Return the first visible GPU, or the CPU where there is none, and log it.
+
+    Raises:
+        ModelError: the process is one of several, or the machine has a GPU that cannot be used.
+    """
+    leave_launcher()
+    expand_segments()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        _log_once(_describe_gpu(device))
+        return device
+    if problem := gpu_problem():
+        raise ModelError(problem)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
+    reason = "CUDA_VISIBLE_DEVICES hides all GPUs" if hidden else "no CUDA GPU found"
+    _log_once(f"CPU, {torch.get_num_threads()} threads ({reason})")
+    return torch.device("cpu")
+
+
+@cache
+def _log_once(device: str) -> None:
+    logger.info("device: %s", device)
+
+
+def _describe_gpu(device: torch.device) -> str:
+    """Return name, memory, architecture and driver of a GPU.
+
+    Raises:
+        ModelError: CUDA cannot be initialised, or this torch has no kernels for the GPU.
+    """
+    try:
+        gpu = torch.cuda.get_device_properties(device)
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        raise ModelError(f"GPU: CUDA fails: {first_line(error).rstrip('.')}; see nvidia-smi, {ON_CPU}") from error
+    capability = 10 * gpu.major + gpu.minor
+    if torch.version.cuda and capability < (oldest := _oldest_capability()):
         raise ModelError(
-            f"started as one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), which would all train the same rows; "
-            "start one process, without a launcher"
+            f"GPU: {gpu.name} has compute capability {gpu.major}.{gpu.minor}, and torch {torch.__version__} has kernels "
+            f"from {oldest / 10} on; install torch for an older CUDA ({GET_TORCH}), {ON_CPU}"
         )
-    num_gpus = torch.cuda.device_count()  # asks the driver's management library: initialises nothing
-    if num_gpus > 1:
-        if torch.cuda.is_initialized():
-            raise ModelError(
-                f"{num_gpus} GPUs are visible and CUDA is in use already; set CUDA_VISIBLE_DEVICES to one of them first"
-            )
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
-        logger.warning(
-            "device: GPU %s of the %d that are visible (one process trains on one GPU; choose another with "
-            "CUDA_VISIBLE_DEVICES)", visible[0], num_gpus,
-        )  # fmt: skip
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    architecture = f"sm_{capability}" if torch.version.cuda else gpu.gcnArchName
+    parts = [gpu.name, f"{gpu.total_memory / 2**30:.1f} GiB", architecture]
+    if version := driver_version():
+        parts.append(f"driver {version}")
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        parts.append(f"CUDA_VISIBLE_DEVICES={visible}")
+    return ", ".join(parts)
+
+
+def _oldest_capability() -> int:
+    """Return the oldest compute capability that torch and bitsandbytes have kernels for, times ten.
+
+    Both are built per CUDA version: 7.5 with CUDA 13.
+    """
+    names = torch.cuda.get_arch_list()  # such as sm_75, sm_90a, compute_120
+    return min(int(re.sub(r"\D", "", name)) for name in names)
 
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

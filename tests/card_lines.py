@@ -25,7 +25,7 @@ IDS = torch.randint(4, 300, (2, 90), generator=torch.Generator().manual_seed(5))
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function of a module returns in a process that has computed nothing before."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(fresh_check.start_method())
     context.set_forkserver_preload(fresh_check.PRELOAD)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()

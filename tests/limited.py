@@ -7,6 +7,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from qlora_train.export import fresh_check
 from qlora_train.trainer import fit
 from tests.faults import child
 from tests.faults.runs import Child, Ended
@@ -31,7 +32,7 @@ def run(arguments: list[str], log: Path, told: Connection, moment: str, spare_by
 
 def run_limited(arguments: list[str], log: Path, *, moment: str, spare_bytes: int) -> Ended:
     """Run the command line in a child process and return how it ended."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(fresh_check.start_method())
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=run, args=(arguments, log, theirs, moment, spare_bytes))

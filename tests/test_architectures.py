@@ -23,7 +23,7 @@ from qlora_train.architectures import (
 from qlora_train.errors import ConfigError, ModelError
 from qlora_train.loader.experts import expert_parameters, routers
 from qlora_train.loader.hardware import choose_attention
-from qlora_train.loader.model import kernels_of
+from qlora_train.loader.model import supports_sdpa
 from tests.pico import FAMILIES, build_config
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_default_positions_are_those_of_the_config_class(model_type: str) -> Non
 def test_default_attention_is_the_one_that_transformers_takes_without_flash(model_type: str) -> None:
     row = ARCHITECTURES[model_type]
     if not row.attention_reason:  # where there is a reason, releases of Transformers differ
-        chosen = choose_attention("auto", row, CPU, torch.float32, kernels_of(build_config(model_type)))
+        chosen = choose_attention("auto", row, CPU, torch.float32, has_sdpa=supports_sdpa(build_config(model_type)))
         assert on_meta(model_type).config._attn_implementation == chosen
     assert bool(row.attention_reason) == (row.attention != "sdpa")
 

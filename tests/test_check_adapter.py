@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import pre_tokenizers
 
 from qlora_train import pipeline
@@ -117,9 +116,3 @@ def test_model_is_loaded_by_the_code_and_no_other(pico_llama: Path, tmp_path: Pa
     )
     assert not model.training
     assert tokenizer.chat_template
-
-
-def test_processes_are_not_forked_where_cuda_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fresh_check.start_method() == fresh_check.START
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert fresh_check.start_method() == "spawn"

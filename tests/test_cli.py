@@ -517,20 +517,6 @@ def test_interrupted_training_is_status_130_and_the_same_command_goes_on(
     assert adapter_bytes(straight) == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_device_is_chosen_before_a_library_can_initialise_cuda() -> None:
-    """Once CUDA is in use, which of several GPUs a process sees cannot be changed; bitsandbytes uses it when imported."""
-    code = """
-import sys, torch
-from qlora_train import cli, device
-seen = []
-libraries = ("bitsandbytes", "transformers", "trl")
-device.select_device = lambda: seen.append([name for name in libraries if name in sys.modules])
-cli.prepare_libraries()
-sys.exit(seen != [[]])
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_resume_of_a_finished_run_by_name_is_refused_and_deletes_nothing(pico_llama: Path, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico_llama, "train.max_steps=2", "train.save_steps=1")
     with pytest.raises(CheckpointError, match="the run has finished"):

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "errors", "secrets", "network", "faults", "stopping", "cpu_threads", "host_memory", "config", "preflight", "ladder",
     "footprint",
-    "architectures", "durable", "device", "row_batches", "kernels",
+    "architectures", "durable", "launcher", "nvidia", "device", "row_batches", "kernels",
     "loss", "data", "loader", "inspect_data",
     "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "finished",
     "report", "disk", "pipeline", "chat", "tasks", "cli",
@@ -21,7 +21,8 @@ ORDER = (
 FOUNDATIONS = {
     "errors": set(), "secrets": set(), "network": set(), "faults": set(), "stopping": set(), "cpu_threads": set(),
     "host_memory": set(),
-    "config": {"errors", "secrets"}, "architectures": {"errors"}, "durable": {"faults"}, "device": {"errors"},
+    "config": {"errors", "secrets"}, "architectures": {"errors"}, "durable": {"faults"},
+    "device": {"errors", "launcher", "nvidia"}, "launcher": {"errors"}, "nvidia": set(),
     "ladder": {"config"}, "preflight": {"config", "errors", "network"}, "footprint": set(),
     "kernels": set(), "loss": {"kernels"},
 }  # fmt: skip

@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import ModelSection, QuantizationSection
-from qlora_train.device import select_device
 from qlora_train.errors import ConfigError, ModelError
 from qlora_train.kernels import grouped_sdpa
 from qlora_train.loader import LoadedModel, load_model, load_tokenizer, resolve_base
@@ -511,32 +510,6 @@ def test_rope_scaling_of_the_user_keeps_nothing_of_the_checkpoints_own(pico: Pic
 def test_rope_scaling_where_layers_differ_is_refused(pico: Pico) -> None:
     with pytest.raises(ConfigError, match="scales positions differently by layer"):
         load(pico("gemma3_text"), model={"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
-
-
-# --- devices ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("visible", "taken"), [("5,6,7", "5"), (None, "0")])
-def test_one_of_several_gpus_is_taken_and_said(
-    visible: str | None, taken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Only the choice: what `torch.cuda` reports is given, nothing is run on a device."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with caplog.at_level("WARNING", logger="qlora_train"):
-        assert select_device() == torch.device("cuda", 0)
-    assert f"device: GPU {taken} of the 3 that are visible" in caplog.text
-
-
-def test_one_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ModelError, match=r"one of 2 processes \(WORLD_SIZE\)") as caught:
-        select_device()
-    one_line(caught.value)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])

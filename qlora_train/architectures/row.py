@@ -12,7 +12,7 @@ class Architecture:
         linear_names: last name of each linear layer but the head, for an early check of `lora.target_modules`.
         default_positions: positions of a config.json that names none: the config class's default.
         chat_template: turns of a base model whose vocabulary has no token for them.
-        attention: kernel to take when flash-attn is not installed.
+        attention: the kernel that `model.attn_implementation: auto` takes.
         attention_reason: why `attention` is not sdpa; empty where it is. sdpa is refused where this is set.
         unlimited_key: a true value under this key of config.json means that positions do not end.
         linear_classes: subclasses of nn.Linear that compute the plain product; the library quantises none of them, so the

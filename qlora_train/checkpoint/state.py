@@ -107,14 +107,14 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of every random generator a step may draw from: Python, NumPy, torch on CPU and each GPU."""
+    """Return the state of every random generator a step may draw from: Python, NumPy, torch on the CPU and the GPU."""
     state: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = state
     return {
         "python": random.getstate(),
         "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": (position, has_gauss, cached)},
         "torch": torch.random.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -125,7 +125,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(("MT19937", keys, *state["numpy"]["rest"]))
     torch.random.set_rng_state(state["torch"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def load_parameters(parameters: dict[str, torch.nn.Parameter], stored: dict[str, torch.Tensor], where: str) -> None:

@@ -58,7 +58,7 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Run Python code shipped with the checkpoint. A Hub model needs `revision` to be a 40-digit commit."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention kernel; `auto` takes the best that is installed and says which."""
+    """Attention kernel; `auto` is sdpa, or eager where sdpa is wrong or missing. FlashAttention needs its own package."""
     rope_scaling: dict[str, str | int | float] | None = None
     """How positions beyond the model's own are reached (linear, dynamic, yarn, llama3): `{rope_type: yarn, factor: 2}`."""
     chat_template: str | None = None

@@ -74,8 +74,7 @@ def check_in_fresh_process(
         Stop: this process was asked to stop; the other one is gone then.
     """
     context: Any = multiprocessing.get_context(start_method())
-    if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(PRELOAD)  # has no effect on spawn
     ours, theirs = context.Pipe(duplex=False)
     how = (code, reference, batch_size, torch.get_num_threads())
     process = context.Process(target=_run, args=(theirs, *how), name="check of a saved model")

@@ -1,28 +1,20 @@
 """What the machine decides: the compute dtype and the attention kernel, each with its reason."""
 
+import importlib
 import importlib.util
 import logging
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from qlora_train.architectures import Architecture
-from qlora_train.errors import ConfigError
+from qlora_train.errors import ConfigError, first_line
 from qlora_train.preflight import FLASH_ATTENTION, missing_attention
 
 logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """Which attention kernels Transformers has for an architecture, beside plain matrix products."""
-
-    sdpa: bool = True
-    flash: bool = True
 
 
 def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
@@ -53,58 +45,60 @@ def _multiplies_bfloat16() -> bool:
 
 
 def choose_attention(
-    setting: Attention, architecture: Architecture, device: torch.device, dtype: torch.dtype, kernels: Kernels
+    setting: Attention, architecture: Architecture, device: torch.device, dtype: torch.dtype, *, has_sdpa: bool
 ) -> str:
-    """Return the attention implementation to load the model with.
+    """Return the attention implementation to load the model with; `auto` never takes FlashAttention's package.
+
+    sdpa has FlashAttention's kernel, and with it rows train padding-free.
 
     Args:
         setting: the config's `model.attn_implementation`.
         architecture: what it needs where the usual choice would be wrong.
         device: where the model will run.
         dtype: of its products.
-        kernels: what Transformers has for the architecture.
+        has_sdpa: Transformers has sdpa for the architecture.
 
     Raises:
         ConfigError: sdpa is asked for where it computes something else than the architecture means, or a kernel whose
-            package or GPU is not there.
+            package, GPU or dtype is not there.
     """
     if setting == "sdpa" and architecture.attention_reason:
         raise ConfigError(
             f"model.attn_implementation: sdpa is wrong for {architecture.model_type}: {architecture.attention_reason}; "
             f"use auto or {architecture.attention}"
         )
-    if problem := missing_attention(setting):
+    if setting in FLASH_ATTENTION and (problem := missing_attention(setting) or _flash_problem(setting, device, dtype)):
         raise ConfigError(problem)
-    if setting in FLASH_ATTENTION and device.type == "cpu":
-        raise ConfigError(
-            f"model.attn_implementation: {setting} needs a GPU, and this process has none; use auto or sdpa"
-        )
     if setting != "auto":
         name, reason = str(setting), "set in the config"
-    elif (obstacle := _no_flash_attention(architecture, device, dtype, kernels)) is None:
-        name, reason = "flash_attention_2", "flash-attn is installed"
     elif architecture.attention_reason:
         name, reason = architecture.attention, architecture.attention_reason
-    elif kernels.sdpa:
-        name, reason = "sdpa", obstacle
+    elif has_sdpa:
+        name, reason = "sdpa", "PyTorch's fused kernels"
     else:
         name, reason = "eager", "Transformers has nothing faster for this architecture"
     logger.info("attention: %s (%s)", name, reason)
     return name
 
 
-def _no_flash_attention(
-    architecture: Architecture, device: torch.device, dtype: torch.dtype, kernels: Kernels
-) -> str | None:
-    """Return why flash-attn is not for this model here, or None when it is."""
-    if device.type != "cuda":
-        return "on a CPU"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash-attn is not installed"
+def _flash_problem(setting: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a FlashAttention package that is installed cannot be used, or None."""
+    module, package = FLASH_ATTENTION[setting]
+    where, instead = f"model.attn_implementation: {setting}", "use auto or sdpa"
+    if device.type == "cpu":
+        return f"{where} needs a GPU, and this process has none; {instead}"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"flash-attn needs a newer GPU than {torch.cuda.get_device_name(device)}"
+        return (
+            f"{where} needs compute capability 8.0, which {torch.cuda.get_device_name(device)} does not have; {instead}"
+        )
     if dtype == torch.float32:
-        return "flash-attn has no float32"
-    if not kernels.flash:
-        return "Transformers has no flash-attn for this architecture"
-    return None if architecture.known else "the architecture is not in the table"
+        return f"{where} has no float32; {instead}, or set quantization.bnb_4bit_compute_dtype: bfloat16"
+    try:
+        if importlib.util.find_spec(module):  # otherwise the package `kernels` fetches it
+            importlib.import_module(module)
+    except Exception as error:
+        return (
+            f"{where}: {package} is installed and cannot be imported: {first_line(error)}; install a build for torch "
+            f"{torch.__version__}, or {instead}"
+        )
+    return None

@@ -30,7 +30,7 @@ from qlora_train.kernels import grouped_sdpa
 from qlora_train.loader.census import Census, check_census, make_safe_for_training_after_eval, take_census
 from qlora_train.loader.config_file import read_config
 from qlora_train.loader.dynamic_rope import forget_longest_row
-from qlora_train.loader.hardware import Kernels, choose_attention, choose_compute_dtype
+from qlora_train.loader.hardware import choose_attention, choose_compute_dtype
 from qlora_train.loader.odd_rows import compute_odd_rows_rightly
 from qlora_train.loader.quantize import quantize_linears
 from qlora_train.loader.quantizer import QuantizationConfig
@@ -189,7 +189,7 @@ def _from_pretrained(
     release = release_of(source.config, where)
     check_weight_files(source.folder, source.config, where)
     config = model_config(source, model)
-    attention = choose_attention(model.attn_implementation, architecture, device, dtype, kernels_of(config))
+    attention = choose_attention(model.attn_implementation, architecture, device, dtype, has_sdpa=supports_sdpa(config))
     grouped_sdpa.register()
     text = text_model(config)
     text.report(config.model_type)
@@ -230,13 +230,11 @@ def _generation_config(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_pretrained(folder, "config.json", local_files_only=True, _from_model_config=True)
 
 
-def kernels_of(config: Any) -> Kernels:
-    """Return the attention kernels of a config's architecture; all where its code is the checkpoint's own."""
+def supports_sdpa(config: Any) -> bool:
+    """Return whether Transformers has sdpa for a config's architecture; assumed where its code is the checkpoint's own."""
     named = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     model_class = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), named)
-    if model_class is None:
-        return Kernels()
-    return Kernels(sdpa=model_class._supports_sdpa, flash=model_class._supports_flash_attn)
+    return model_class is None or bool(model_class._supports_sdpa)
 
 
 def auto_class_of(source: BaseSource, model: ModelSection) -> str:

@@ -29,7 +29,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
     """
     train, on_gpu = config.train, adapted.loaded.device.type == "cuda"
     dtype = adapted.loaded.compute_dtype
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(run.checkpoints),
         optim=choose_optimizer(train.optim, on_gpu=on_gpu),
         learning_rate=train.learning_rate,
@@ -66,6 +66,8 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
         eval_strategy="no",
         save_strategy="no",
     )
+    arguments._n_gpu = int(on_gpu)  # with several visible GPUs the Trainer would use DataParallel, which TRL refuses
+    return arguments
 
 
 def choose_optimizer(setting: str, *, on_gpu: bool) -> str:
