@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft.tuners.lora import LoraLayer
-from torch import nn
 
 from qlora_train.adapter import AdaptedModel, trainable_state
 from qlora_train.checkpoint import RunFolder
@@ -26,7 +25,7 @@ from qlora_train.export.merge import is_stored_in_4bit
 from qlora_train.export.verify import candidate_bases
 from qlora_train.footprint import TrainedTensor, optimizer_state_bytes
 from qlora_train.plan import ADAPTER_BYTES, COMPUTE_BYTES
-from qlora_train.trainer.arguments import AUTOMATIC_OPTIMIZERS
+from qlora_train.trainer.optimizer import trained_tensors
 
 NAMES_BYTES_PER_TENSOR = 1024
 """Of a trained tensor and its optimizer state: names, shapes and positions in JSON and in the heads of safetensors."""
@@ -109,7 +108,7 @@ def disk_need(
     Args:
         run: its folder; whole checkpoints in it will be rotated out.
         adapted: the model with its adapter, whose tensors are counted.
-        config: the run's settings.
+        config: the run's settings, with the name of its optimizer.
         data: its rows.
         checkpoint: what it goes on from, or None.
     """
@@ -121,7 +120,7 @@ def disk_need(
     kept = config.train.save_total_limit + config.train.load_best_model_at_end
     return DiskNeed(
         num_checkpoints=num_more_checkpoints(kept, num_saves(config, data.num_train_rows, steps, done), num_here),
-        checkpoint_bytes=checkpoint_bytes(tensors, _optimizer(adapted, config.train), _num_logged(config.train, steps)),
+        checkpoint_bytes=checkpoint_bytes(tensors, config.train.optim, _num_logged(config.train, steps)),
         adapter_bytes=adapter_bytes(tensors) + tokenizer_bytes,
         reference_bytes=MAX_REFERENCE_BYTES,
         num_merges=_num_merges(adapted, config, data) if config.export.merge else 0,
@@ -182,13 +181,6 @@ def _num_merges(adapted: AdaptedModel, config: RunConfig, data: PreparedData) ->
 # --- how large --------------------------------------------------------------------------------------------------------
 
 
-def trained_tensors(adapted: AdaptedModel) -> list[TrainedTensor]:
-    """Return what trains, in the model's order."""
-    embeddings = {id(module.weight) for module in adapted.model.modules() if isinstance(module, nn.Embedding)}
-    trained = trainable_state(adapted.model).values()
-    return [TrainedTensor(tuple(parameter.shape), id(parameter) in embeddings) for parameter in trained]
-
-
 def checkpoint_bytes(tensors: Iterable[TrainedTensor], optimizer: str, num_logged: int) -> int:
     """Return the bytes of a checkpoint: the adapter, what the optimizer keeps, the history and small files."""
     of_tensors = sum(
@@ -213,10 +205,6 @@ def merged_numel(adapted: AdaptedModel) -> int:
     head = adapted.model.get_output_embeddings()
     parted = head.weight.numel() if isinstance(head, LoraLayer) else 0
     return adapted.num_total - low_rank + parted
-
-
-def _optimizer(adapted: AdaptedModel, train: TrainSection) -> str:
-    return AUTOMATIC_OPTIMIZERS[adapted.loaded.device.type == "cuda"] if train.optim == "auto" else train.optim
 
 
 # --- for people -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """How large the state of an optimizer is, counted from what trains: in memory, and in the file of a checkpoint."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 NUM_MOMENTS = {
@@ -27,6 +28,17 @@ class TrainedTensor:
     def numel(self) -> int:
         """How many numbers it has."""
         return math.prod(self.shape)
+
+
+SMALL_STATE_SHARE = 0.02
+"""Of a GPU's memory: up to here AdamW's float32 state stays there."""
+
+
+def automatic_optimizer(tensors: Iterable[TrainedTensor], gpu_bytes: int | None) -> str:
+    """Return what `train.optim: auto` is for these tensors on a GPU of so much memory; None is a CPU."""
+    state_bytes = sum(optimizer_state_bytes("adamw_torch_fused", tensor) for tensor in tensors)
+    small = gpu_bytes is None or state_bytes <= SMALL_STATE_SHARE * gpu_bytes
+    return "adamw_torch_fused" if small else "paged_adamw_8bit"
 
 
 def optimizer_state_bytes(optimizer: str, tensor: TrainedTensor) -> int:

@@ -45,6 +45,7 @@ from qlora_train.loader.tokenizer import check_can_be_saved, save_tokenizer
 from qlora_train.preflight import check_machine
 from qlora_train.report import EvalSettings, evaluate_run
 from qlora_train.trainer import train
+from qlora_train.trainer.optimizer import choose_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +106,12 @@ def train_adapter(
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, batches=batches)
     if checkpoint:
         folder.forget_after(checkpoint)
-    need = disk_need(folder, adapted, config, data, checkpoint)
+    optim = choose_optimizer(config.train.optim, adapted, checkpoint)
+    settled = config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})})
+    need = disk_need(folder, adapted, settled, data, checkpoint)
     check_room(folder, need, shutil.disk_usage(folder.path).free)
     logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
-    result = train(adapted, data, config, folder, checkpoint)
+    result = train(adapted, data, settled, folder, checkpoint)
     write_adapter(folder, adapted, config, data, result)
     return measure_adapter(folder, config, data, adapted.model, adapted.loaded, date_of(folder))
 

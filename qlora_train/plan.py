@@ -25,6 +25,7 @@ from qlora_train.adapter.targets import is_target
 from qlora_train.architectures import Architecture, detect
 from qlora_train.config import LoraSection
 from qlora_train.errors import ModelError
+from qlora_train.footprint import TrainedTensor, automatic_optimizer
 from qlora_train.kernels.reference import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
 from qlora_train.loader.experts import expert_parameters, routers
 from qlora_train.loader.towers import text_model
@@ -59,7 +60,8 @@ class MemoryPlan:
         quantization_state_bytes: block scales, their scales, and code tables.
         other_weights_bytes: embeddings, output head, norms and biases, in 16 bits.
         adapter_bytes: LoRA in float32.
-        optimizer_bytes: two 8-bit moments with block scales.
+        optimizer: what `train.optim: auto` is.
+        optimizer_bytes: two moments, in float32, or in 8 bits with block scales.
         gradients_bytes: of the adapter, in float32.
         checkpoints_bytes: hidden states kept by gradient checkpointing.
         forward_layer_bytes: highest use while one decoder layer is computed and keeps nothing but its input.
@@ -73,6 +75,7 @@ class MemoryPlan:
     quantization_state_bytes: int
     other_weights_bytes: int
     adapter_bytes: int
+    optimizer: str
     optimizer_bytes: int
     gradients_bytes: int
     checkpoints_bytes: int
@@ -141,8 +144,9 @@ def memory_plan(
     double_quant: bool = True,
     accumulates: bool = False,
     dropout: bool = False,
+    gpu_bytes: int = 0,
 ) -> MemoryPlan:
-    """Count the memory of a run: 4-bit base, LoRA on every linear but the head, checkpointing, 8-bit optimizer.
+    """Count the memory of a run: 4-bit base, LoRA on every linear but the head, checkpointing, `train.optim: auto`.
 
     Args:
         config_json: the content of config.json.
@@ -152,6 +156,7 @@ def memory_plan(
         double_quant: the block scales are quantised too.
         accumulates: more than one micro-batch a step.
         dropout: LoRA dropout is on.
+        gpu_bytes: memory of the GPU, which decides the optimizer; 0 takes the one with the smaller state.
 
     Raises:
         ModelError: Transformers has no causal language model of this model_type.
@@ -164,13 +169,15 @@ def memory_plan(
     read = [tokens * weight.in_features * weight.per_token for weight in adapted] if dropout else [0]
     dropped_bytes = COMPUTE_BYTES * max(read)  # of one adapter's input, beside which its mask stays
     mask_bytes = DROPOUT_MASK_BYTES * math.ceil(sum(read) / config.num_hidden_layers)
+    optimizer = automatic_optimizer([TrainedTensor((numel,)) for numel in adapters], gpu_bytes)
     num_other = sum(parameter.numel() for parameter in model.parameters()) - quantized
     return MemoryPlan(
         quantized_weights_bytes=sum(weight.count * math.ceil(weight.matrix_numel / 2) for weight in weights),
         quantization_state_bytes=sum(_state_bytes(weight, double_quant) for weight in weights),
         other_weights_bytes=num_other * COMPUTE_BYTES,
         adapter_bytes=sum(adapters) * ADAPTER_BYTES,
-        optimizer_bytes=optimizer_bytes(adapters),
+        optimizer=optimizer,
+        optimizer_bytes=optimizer_bytes(adapters) if optimizer == "paged_adamw_8bit" else 8 * sum(adapters),
         gradients_bytes=sum(adapters) * ADAPTER_BYTES,
         checkpoints_bytes=config.num_hidden_layers * tokens * config.hidden_size * COMPUTE_BYTES,
         forward_layer_bytes=max(COMPUTE_BYTES * (w.matrix_numel + 2 * tokens * w.width) for w in weights)

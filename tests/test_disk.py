@@ -18,6 +18,7 @@ from qlora_train.errors import TrainingError
 from qlora_train.loader import load_model
 from qlora_train.pipeline import prepare, run
 from qlora_train.trainer.boundaries import make_schedule
+from qlora_train.trainer.optimizer import choose_optimizer
 from tests.runs import make_config, train_run
 
 NAMED = sorted(set(get_args(OPTIMIZERS)) - {"auto"})
@@ -27,7 +28,10 @@ def need_of(config: RunConfig, folder: RunFolder, checkpoint: Path | None = None
     """Return what is counted before the first step of a run."""
     source, data = prepare(config, folder)
     loaded = load_model(config.model, config.quantization, source=source)
-    return disk_need(folder, attach_adapter(loaded, config.lora, seed=config.run.seed), config, data, checkpoint)
+    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
+    optim = choose_optimizer(config.train.optim, adapted)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})})
+    return disk_need(folder, adapted, config, data, checkpoint)
 
 
 def sizes_of(folder: Path) -> tuple[int, int]:

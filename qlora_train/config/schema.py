@@ -288,7 +288,8 @@ class TrainSection(Section):
     """The optimisation."""
 
     optim: OPTIMIZERS = "auto"
-    """Optimizer; `auto` is paged_adamw_8bit on a GPU and adamw_torch_fused on a CPU, where nothing is paged."""
+    """Optimizer; `auto` is adamw_torch_fused where its state is at most 2 % of the GPU's memory and on a CPU, else
+    paged_adamw_8bit. A run keeps its own when it resumes."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
     lr_scheduler_type: SCHEDULES = "cosine"

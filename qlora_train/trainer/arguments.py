@@ -8,11 +8,9 @@ from trl import SFTConfig
 from qlora_train.adapter import AdaptedModel
 from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
+from qlora_train.trainer.optimizer import choose_optimizer
 
 logger = logging.getLogger(__name__)
-
-AUTOMATIC_OPTIMIZERS = {True: "paged_adamw_8bit", False: "adamw_torch_fused"}
-"""What `train.optim: auto` is, by whether there is a GPU."""
 
 
 def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, checkpoints_all: bool) -> SFTConfig:
@@ -31,7 +29,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
     dtype = adapted.loaded.compute_dtype
     arguments = SFTConfig(
         output_dir=str(run.checkpoints),
-        optim=choose_optimizer(train.optim, on_gpu=on_gpu),
+        optim=choose_optimizer(train.optim, adapted),
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=train.warmup_ratio,
@@ -68,17 +66,6 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
     )
     arguments._n_gpu = int(on_gpu)  # with several visible GPUs the Trainer would use DataParallel, which TRL refuses
     return arguments
-
-
-def choose_optimizer(setting: str, *, on_gpu: bool) -> str:
-    """Return the optimizer's name for Transformers, logged with the reason when `auto` chose it."""
-    if setting == "auto":
-        name = AUTOMATIC_OPTIMIZERS[on_gpu]
-        logger.info("optimizer: %s (%s)", name, "on a GPU" if on_gpu else "a CPU pages nothing")
-        return name
-    if setting.startswith("paged") and not on_gpu:
-        logger.warning("optimizer: %s runs without paging on a CPU", setting)
-    return setting
 
 
 def choose_offloading(setting: bool, *, on_gpu: bool) -> bool:

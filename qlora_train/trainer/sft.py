@@ -55,6 +55,7 @@ from qlora_train.trainer.largest import as_documents, largest_micro_batch, most_
 from qlora_train.trainer.lr_schedule import fast_forward, make_lr_scheduler
 from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
 from qlora_train.trainer.offloading import Offloading
+from qlora_train.trainer.optimizer import page_restored_state
 from qlora_train.trainer.padding_free import choose_padding_free
 from qlora_train.trainer.recompute import Recomputation, choose_recomputation
 
@@ -364,6 +365,7 @@ class QloraTrainer(SFTTrainer):
         with reading(Path(checkpoint)):
             stored = load_tree(Path(checkpoint), "optimizer")
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored["state"]})
+            page_restored_state(self.optimizer)
         assert self.lr_scheduler is not None
         fast_forward(self.lr_scheduler, self.state.global_step)
 
