@@ -6,9 +6,10 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -103,6 +104,38 @@ def expand_segments() -> None:
     supported = sys.platform == "linux" and "microsoft" not in platform.release().lower()
     if supported and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = EXPANDABLE
+
+
+DETERMINISTIC_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+"""What cuBLAS reads before its first matrix product, and Transformers at each call of flash-attn."""
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Let torch use deterministic algorithms alone, if enabled, and restore its settings afterwards.
+
+    Enter before the model is loaded. An operation without a deterministic algorithm raises the `RuntimeError` that
+    `errors.explain` knows. FlashAttention, memory-efficient attention and `varlen_attn` follow the setting in their
+    backward passes, and sdpa leaves cuDNN out (torch's attention_backward.cu and sdp_utils.cpp).
+    """
+    if not enabled:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    debugging: Any = torch.utils.deterministic
+    fills, environment = debugging.fill_uninitialized_memory, dict(os.environ)
+    os.environ.update(DETERMINISTIC_ENVIRONMENT)
+    debugging.fill_uninitialized_memory = False  # it would write every new tensor twice
+    torch.use_deterministic_algorithms(True)
+    logger.info("deterministic algorithms: on (run.deterministic: true)")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        debugging.fill_uninitialized_memory = fills
+        for name in DETERMINISTIC_ENVIRONMENT:
+            os.environ.pop(name, None)
+        os.environ.update({name: environment[name] for name in DETERMINISTIC_ENVIRONMENT if name in environment})
 
 
 UNTOUCHED_SHARE, FRAGMENTED_SHARE = 0.05, 0.15

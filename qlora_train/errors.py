@@ -6,6 +6,7 @@ invariant of our own is an ``assert`` or an ordinary exception instead, and show
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -104,6 +105,12 @@ _OUT_OF_MEMORY = (
 """What libraries say where they have no class for it."""
 
 
+def not_deterministic(error: BaseException) -> str | None:
+    """Return the operation that torch refuses while deterministic algorithms are on; None for another error."""
+    found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+    return found[1] if found and isinstance(error, RuntimeError) else None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that memory, of a GPU or of the host, did not suffice."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -123,6 +130,11 @@ def explain(error: BaseException) -> str | None:
             return f"writing: {full}; nothing that was whole is lost; make room, then repeat the command"
     if "CUDA driver error: operation not supported" in str(error):  # as on some virtual GPUs
         return f"GPU: {first_line(error)}; repeat with PYTORCH_ALLOC_CONF=expandable_segments:False in the environment"
+    if operation := not_deterministic(error):
+        return (
+            f"run.deterministic: true, but {operation} has no deterministic algorithm on this device; set it to false, and "
+            "reruns agree within rounding"
+        )
     if is_out_of_memory(error):
         return (
             f"out of memory: {first_line(error)}; halve train.per_device_train_batch_size and double "

@@ -28,7 +28,7 @@ from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, epoch_order, labelled_batches, padding_multiple
 from qlora_train.data.run_rows import RunRows, keep_rows, kept_rows
 from qlora_train.data.store import Rows
-from qlora_train.device import free_memory, select_device
+from qlora_train.device import deterministic_algorithms, free_memory, select_device
 from qlora_train.disk import check_room, disk_need
 from qlora_train.errors import ExportError
 from qlora_train.export.card import adapter_loading, clean_adapter_config, write_card
@@ -68,7 +68,11 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         Stop: the process was asked to stop; the same call goes on from there.
     """
     device = select_device()
-    with stopping.clock(config.run.max_minutes), open_run(config, resume=resume) as (folder, checkpoint):
+    with (
+        stopping.clock(config.run.max_minutes),
+        deterministic_algorithms(config.run.deterministic),
+        open_run(config, resume=resume) as (folder, checkpoint),
+    ):
         reference = None
         if folder.is_finished() and not changed_settings(folder, config):
             logger.info("%s: training has finished already; delete the folder to train again", folder.path)

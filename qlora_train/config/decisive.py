@@ -55,6 +55,7 @@ _EFFECTS = {
     "train.gradient_accumulation_steps": "the run would stand at another place in its data",
     "train.group_by_length": "some rows would be trained on twice and others never",
     "train.eval_steps": "evaluations would come at other steps, and with them what follows from them",
+    "run.deterministic": "other GPU kernels round otherwise: the result would be close, not the same bits",
     "run.seed": "order, dropout and noise of the steps to come would be others",
 }
 """What a change of a setting would do, by key or section; the longest that fits counts."""

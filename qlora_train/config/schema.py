@@ -392,6 +392,9 @@ class RunSection(Section):
     """Run folder; None is `runs/<config name>`."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of initialisation, order, dropout and splits."""
+    deterministic: bool = False
+    """Use deterministic algorithms alone: reruns and resumed runs are then bitwise equal on a GPU too, with the same GPU
+    model and library versions. Slower on a GPU; no effect on a CPU."""
     report_to: Annotated[
         tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_as_trackers)
     ] = ()

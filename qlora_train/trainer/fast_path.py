@@ -15,7 +15,7 @@ from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.batches import Collator, padding_multiple
 from qlora_train.data.stream import RowStream
-from qlora_train.errors import first_line, is_out_of_memory
+from qlora_train.errors import first_line, is_out_of_memory, not_deterministic
 from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.loss import IGNORED, label_losses
 from qlora_train.trainer.gradients import BOUNDS, FAILURES, difference, full_checkpointing, gradients_of, within_memory
@@ -99,7 +99,7 @@ def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Verdi
             fast = _install(adapted, batch)
             found = difference(wanted, gradients_of(adapted, batch))
     except FAILURES as error:
-        if is_out_of_memory(error):  # says nothing about the model
+        if is_out_of_memory(error) or not_deterministic(error):  # says nothing about the model
             raise
         return Verdict(run_id, False, f"it fails on this model ({first_line(error)})")
     finally:
