@@ -116,22 +116,25 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 
     Enter before the model is loaded. An operation without a deterministic algorithm raises the `RuntimeError` that
     `errors.explain` knows. FlashAttention, memory-efficient attention and `varlen_attn` follow the setting in their
-    backward passes, and sdpa leaves cuDNN out (torch's attention_backward.cu and sdp_utils.cpp).
+    backward passes (torch's attention_backward.cu). cuDNN's attention does not, and is off meanwhile.
     """
     if not enabled:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     debugging: Any = torch.utils.deterministic
     fills, environment = debugging.fill_uninitialized_memory, dict(os.environ)
     os.environ.update(DETERMINISTIC_ENVIRONMENT)
     debugging.fill_uninitialized_memory = False  # it would write every new tensor twice
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(True)
     logger.info("deterministic algorithms: on (run.deterministic: true)")
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cuda.enable_cudnn_sdp(uses_cudnn)
         debugging.fill_uninitialized_memory = fills
         for name in DETERMINISTIC_ENVIRONMENT:
             os.environ.pop(name, None)

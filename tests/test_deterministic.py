@@ -17,7 +17,7 @@ ON = "run.deterministic=true"
 REFUSED = (
     "histc_cuda does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms(True)'"
 )
-Settings = tuple[bool, bool, bool, dict[str, str | None]]
+Settings = tuple[bool, bool, bool, bool, dict[str, str | None]]
 
 
 def settings() -> Settings:
@@ -25,6 +25,7 @@ def settings() -> Settings:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cuda.cudnn_sdp_enabled(),
         {name: os.environ.get(name) for name in DETERMINISTIC_ENVIRONMENT},
     )
 
@@ -36,7 +37,7 @@ def test_settings_are_those_before_afterwards(monkeypatch: pytest.MonkeyPatch) -
     with deterministic_algorithms(False):
         assert settings() == before
     with deterministic_algorithms(True):
-        assert settings() == (True, False, False, DETERMINISTIC_ENVIRONMENT)
+        assert settings() == (True, False, False, False, DETERMINISTIC_ENVIRONMENT)
     assert settings() == before
 
 
@@ -52,7 +53,7 @@ def test_they_are_set_before_the_model_loads_and_undone_after_the_run(
 
     monkeypatch.setattr(pipeline, "load_model", watched)
     run = train_run(tmp_path, pico_llama, ON, "train.max_steps=2")
-    assert seen == [(True, False, False, DETERMINISTIC_ENVIRONMENT)]
+    assert seen == [(True, False, False, False, DETERMINISTIC_ENVIRONMENT)]
     assert settings() == before
     assert "deterministic algorithms: on (run.deterministic: true)" in messages.text
     again = train_run(tmp_path, pico_llama, "train.max_steps=2", name="again")
