@@ -188,7 +188,11 @@ def _add_eval(commands: "argparse._SubParsersAction[_Parser]") -> None:
     tasks.add_argument("--tasks", type=_names, metavar="NAME[,NAME]", help="its tasks, or those of --task-path")
     tasks.add_argument("--task-path", type=Path, metavar="DIR", help="task files of your own; their code is run")
     tasks.add_argument("--limit", type=_positive, metavar="N", help="rows of each task (all)")
-    tasks.add_argument("--chat-template", action="store_true", help="ask in turns, not as plain text")
+    tasks.add_argument(
+        "--chat-template",
+        action="store_true",
+        help="ask in turns, with the system prompt that the training rows share; not as plain text",
+    )
     command.set_defaults(command=_eval)
 
 

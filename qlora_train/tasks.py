@@ -36,7 +36,8 @@ class TaskSettings:
         limit: rows of each task; None is all.
         batch_size: rows that are computed at a time.
         path: a folder with task files (YAML) of one's own.
-        chat_template: ask in the turns of the tokenizer's chat template, not as plain text.
+        chat_template: ask in the turns of the tokenizer's chat template, with the system prompt that the training rows
+            share, not as plain text.
     """
 
     names: tuple[str, ...]
@@ -71,13 +72,15 @@ def measure_tasks(run: FinishedRun, settings: TaskSettings) -> dict[str, dict[st
     models = models_there(run.folder, settings.models)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _find(settings)
+    system = run.folder.system_prompt() if settings.chat_template else ""
     shown = "in turns of the chat template" if settings.chat_template else "as plain text (--chat-template: in turns)"
+    shown += ", with the training rows' system prompt" if system else ""
     logger.info("tasks: %s, %s, asked %s, seeds of the harness", ", ".join(settings.names),
                 f"{settings.limit} rows each" if settings.limit else "all rows", shown)  # fmt: skip
     results: dict[str, dict[str, Scores]] = {}
     for name, model, tokenizer in run.models(models):
         logger.info("evaluating: %s", name)
-        for task, scores in _measure(model, tokenizer, manager, settings).items():
+        for task, scores in _measure(model, tokenizer, manager, settings, system).items():
             results.setdefault(task, {})[name] = scores
         del model  # the next one is loaded before this name is taken again
     before = run.folder.read_results().get("tasks", {})
@@ -118,13 +121,14 @@ def _unusable(names: str, error: Exception) -> DataError:
     )
 
 
-def _measure(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings) -> dict[str, Scores]:
+def _measure(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings, system: str) -> dict[str, Scores]:
     """Return the scores of a model by task; where memory runs out, from the start with half the batch."""
     batch_size = settings.batch_size
     while True:  # the harness begins with the longest rows, so that little is computed twice
-        measured, reason = attempt(partial(_simple_evaluate, model, tokenizer, manager, settings, batch_size))
+        measured, reason = attempt(partial(_simple_evaluate, model, tokenizer, manager, settings, system, batch_size))
         if measured is not None:
-            return {task: _scores(task, measured, chat_template=settings.chat_template) for task in measured["results"]}
+            asked = {"chat_template": settings.chat_template, "system_prompt": system}
+            return {task: _scores(task, measured) | asked for task in measured["results"]}
         if batch_size == 1:
             raise ModelError(
                 f"--tasks: out of memory at --batch-size 1 ({reason}); drop the tasks with the longest prompts"
@@ -133,7 +137,9 @@ def _measure(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings) -
         logger.warning("memory: retries with --batch-size %d (%s)", batch_size, reason)
 
 
-def _simple_evaluate(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings, batch_size: int) -> Any:
+def _simple_evaluate(
+    model: Any, tokenizer: Any, manager: Any, settings: TaskSettings, system: str, batch_size: int
+) -> Any:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -146,6 +152,7 @@ def _simple_evaluate(model: Any, tokenizer: Any, manager: Any, settings: TaskSet
             task_manager=manager,
             limit=settings.limit,
             apply_chat_template=settings.chat_template,
+            system_instruction=system or None,
             log_samples=False,
         )
     except Exception as error:
@@ -169,7 +176,7 @@ def _untouched_weights(model: Any) -> Iterator[None]:
     assert after == before, "the harness has changed the model"
 
 
-def _scores(task: str, measured: Mapping[str, Any], *, chat_template: bool) -> Scores:
+def _scores(task: str, measured: Mapping[str, Any]) -> Scores:
     """Return the numbers of a task, with how they came about; `acc,none` is the harness's name for acc unfiltered."""
     found = measured["results"][task]
     metrics = {}
@@ -185,7 +192,6 @@ def _scores(task: str, measured: Mapping[str, Any], *, chat_template: bool) -> S
         "metrics": metrics,
         "num_rows": measured.get("n-samples", {}).get(task, {}).get("effective"),
         "num_shots": measured.get("n-shot", {}).get(task),
-        "chat_template": chat_template,
         "task_version": measured.get("versions", {}).get(task),
         "lm_eval": version("lm-eval"),
     }

@@ -26,7 +26,7 @@ from tests.tokenizers_grid import (
     VOCAB_SIZE,
     sentencepiece_model,
     write_tokenizer,
-)  # fmt: skip
+)
 
 pytest.importorskip("gguf")
 pytest.importorskip("sentencepiece")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 import types
@@ -17,7 +18,7 @@ from qlora_train.cli import main
 from qlora_train.errors import ConfigError, DataError, ModelError
 from qlora_train.finished import FinishedRun, open_finished
 from qlora_train.tasks import TaskSettings, _measure, check_harness, measure_tasks
-from tests.runs import train_run
+from tests.runs import train_run, write_rows
 
 HAS_HARNESS = importlib.util.find_spec("lm_eval") is not None
 needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="needs lm-eval, 350 MB: pip install 'qlora-train[lm-eval]'")
@@ -39,10 +40,10 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
 
 
-def likelihood(model: Any, tokenizer: Any, question: str, answer: str) -> float:
+def likelihood(model: Any, tokenizer: Any, question: str, answer: str, *, between: str = " ") -> float:
     """The definition: the sum of the log-probabilities of the answer's tokens after the question's."""
     before = tokenizer(question, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(f"{question} {answer}", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(f"{question}{between}{answer}", add_special_tokens=False)["input_ids"]
     scores = logits(model, ids).log_softmax(-1)
     return sum(float(scores[at - 1, ids[at]]) for at in range(len(before), len(ids)))
 
@@ -139,12 +140,12 @@ def test_tasks_that_do_not_fit_are_measured_with_half_the_batch(
         monkeypatch.setitem(sys.modules, name, harness)
     settings = TaskSettings(("mine",), batch_size=32)
     if fits:
-        assert _measure(torch.nn.Linear(1, 1), None, None, settings) == {}
+        assert _measure(torch.nn.Linear(1, 1), None, None, settings, "") == {}
     else:
         with pytest.raises(
             ModelError, match=r"at --batch-size 1 \(CUDA out of memory.*drop the tasks with the longest"
         ):
-            _measure(torch.nn.Linear(1, 1), None, None, settings)
+            _measure(torch.nn.Linear(1, 1), None, None, settings, "")
     assert harness.tried == tried
 
 
@@ -167,6 +168,41 @@ def test_tasks_are_added_to_earlier_results_and_limited(run: FinishedRun, tmp_pa
     assert results["tasks"]["first"]["adapter"]["num_rows"] == 2
     assert results["tasks"]["first"]["merged"]["chat_template"] is True
     assert results["tasks"]["second"].keys() == {"adapter"}
+
+
+@needs_harness
+def test_turns_have_the_system_prompt_of_the_training_rows(
+    pico: Callable[..., Path], tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    system = {"role": "system", "content": "Add up the numbers. Answer as JSON."}
+    (tmp_path / "run").mkdir()
+    write_rows(tmp_path / "run" / "rows.jsonl", system=system["content"])
+    run = open_finished(train_run(tmp_path / "run", pico("llama"), "train.max_steps=2").path)
+    [(_, model, tokenizer)] = run.models(["adapter"])
+    rows = [{"q": f"{number} + 5", "a": "seven"} for number in range(3)]
+
+    def perplexity(*before: dict[str, str]) -> float:
+        asked = [
+            tokenizer.apply_chat_template(
+                [*before, {"role": "user", "content": row["q"]}], tokenize=False, add_generation_prompt=True
+            )
+            for row in rows
+        ]
+        # the harness counts the white space before an answer as the answer's
+        found = [likelihood(model, tokenizer, text.removesuffix("\n"), "seven", between="\n") for text in asked]
+        return math.exp(-sum(found) / len(rows))
+
+    assert perplexity(system) != pytest.approx(perplexity(), rel=0.02)
+    write_task(
+        tmp_path / "mine", "asked", rows, output_type="loglikelihood", doc_to_target="{{a}}",
+        metric_list=[{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    )  # fmt: skip
+    settings = TaskSettings(("asked",), models=("adapter",), path=tmp_path / "mine")
+    found = measure_tasks(run, replace(settings, chat_template=True))["asked"]["adapter"]
+    assert found["metrics"]["perplexity"]["value"] == pytest.approx(perplexity(system), rel=1e-3)
+    assert found["system_prompt"] == system["content"]
+    assert "asked in turns of the chat template, with the training rows' system prompt" in messages.text
+    assert measure_tasks(run, settings)["asked"]["adapter"]["system_prompt"] == ""
 
 
 @needs_harness

@@ -71,6 +71,22 @@ def test_card_says_how_to_serve_it_without_paths_of_this_machine(run: RunFolder,
     assert str(tmp_path.parent) not in card
 
 
+@pytest.mark.parametrize("system", ["", 'Add up.\nIt\'s "JSON": ```{"sum": "3"}```'])
+def test_request_on_the_card_asks_with_the_system_prompt_of_the_training_rows(
+    system: str, run: RunFolder, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(run.path, tmp_path / "asked", ignore=shutil.ignore_patterns("export")))
+    report = json.loads((path / "data.json").read_text())
+    shared = {"text": system, "share": 1.0} if system else None
+    (path / "data.json").write_text(json.dumps(report | {"system_prompt": shared}))
+    export(RunFolder(path))
+    [request] = re.findall(r"^```\n(curl .*)\n```$", (path / "export" / "vllm" / "README.md").read_text(), re.MULTILINE)
+    content = json.loads(shlex.split(request)[-1])
+    assert content["model"] == "asked"
+    assert [turn["content"] for turn in content["messages"][:-1]] == [system] * bool(system)
+    assert content["messages"][-1]["role"] == "user"
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

@@ -25,12 +25,15 @@ from qlora_train.config import RunConfig
 from qlora_train.errors import ExportError, first_line
 from qlora_train.export.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_train.export.card import is_hub_id
+from qlora_train.export.loading_code import QUESTION
 from qlora_train.loader import BaseSource
 
 logger = logging.getLogger(__name__)
 
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank from 8; an adapter's own rank may be any up to it."""
+CHAT_URL = "http://localhost:8000/v1/chat/completions"
+"""Where vLLM listens by default."""
 KEPT = (
     "peft_type",
     "task_type",
@@ -102,7 +105,8 @@ def export_vllm(folder: RunFolder, config: RunConfig, source: BaseSource, output
     settings, _ = _read(folder.adapter)
     kept = {key: settings[key] for key in KEPT if key in settings} | {"inference_mode": True}
     base = str(source.folder) if source.revision is None else source.name
-    serve = partial(_command, config, source.revision, kept["r"], folder.path.resolve().name)
+    name, system = folder.path.resolve().name, folder.system_prompt()
+    serve = partial(_command, config, source.revision, kept["r"], name)
     with durable.staged_folder(output, {"format": "vllm"}) as staging:
         for path in folder.adapter.iterdir():
             if path.is_dir():
@@ -111,14 +115,15 @@ def export_vllm(folder: RunFolder, config: RunConfig, source: BaseSource, output
                 shutil.copy2(path, staging / path.name)
         durable.write_text(staging / ADAPTER_CONFIG, json.dumps(kept, indent=2, sort_keys=True) + "\n")
         card = staging / "README.md"
-        durable.write_text(
-            card, card.read_text(encoding="utf-8") + _serving(serve(_public(source), "PATH-OF-THIS-FOLDER"))
-        )
+        section = _serving(serve(_public(source), "PATH-OF-THIS-FOLDER"), name, system)
+        durable.write_text(card, card.read_text(encoding="utf-8") + section)
     if config.quantization.load_in_4bit:
         logger.info(
             "vLLM: puts the adapter on the base in 16 bits, and it was trained on 4 bits; qlora-train merge with "
             "export.merge_base=original measures the difference"
         )
+    if system:
+        logger.info("vLLM: has no system prompt of its own; clients send the training rows', as in the card's request")
     local = serve(base, str(output))
     logger.info("vLLM: %s", local)
     return local
@@ -158,9 +163,18 @@ def _command(config: RunConfig, revision: str | None, rank: int, name: str, base
     return shlex.join(["vllm", "serve", base, *at, *trust, *lora, "--tokenizer", adapter])
 
 
-def _serving(command: str) -> str:
-    """Return the card's section."""
+def _serving(command: str, name: str, system: str) -> str:
+    """Return the card's section: the command, and a request for a greedy answer to a question as in training."""
+    turns = [{"role": "system", "content": system}] if system else []
+    content = {"model": name, "messages": [*turns, {"role": "user", "content": QUESTION}], "temperature": 0}
+    header = ["-H", "Content-Type: application/json"]
+    request = shlex.join(["curl", CHAT_URL, *header, "-d", json.dumps(content, ensure_ascii=False)])
+    told = (
+        " vLLM adds no system prompt: every request begins with that of the training rows, as this one."
+        if system
+        else ""
+    )
     return (
-        f"\n## Serving with vLLM\n\n```\n{command}\n```\n\nClients ask for the model by the name before `=`. The "
-        "tokenizer in this folder has the chat template of the training.\n"
+        f"\n## Serving with vLLM\n\n```\n{command}\n```\n\nThe tokenizer in this folder has the chat template of the "
+        f"training. A request names the model as `--lora-modules` does.{told}\n\n```\n{request}\n```\n"
     )
