@@ -1,9 +1,9 @@
 """The main job, through the real command: train, be killed without warning, go on, finish; the loss and the memory.
 
 The command is started on a model and rows, killed (SIGKILL) when its first checkpoint is there, and repeated as it was.
-Checked are that it goes on from a checkpoint, that every step is there once, and that the loss falls. Beside the plan,
-which counts memory from config.json alone, stand torch's peak in the trial of the largest batch, as the run logs it, and
-the device's, as the driver counts it. Exit status 1 where a check fails; the numbers are written in any case.
+Checked are that it resumes from a checkpoint, that every step is logged once, that the loss falls, and that the fused
+kernels passed their parity check. Beside the plan, which counts memory from config.json alone, stand torch's peak in the
+memory probe and the device's, as the driver counts it. Exit status 1 if a check fails; the numbers are written in any case.
 
 Example: ``python scripts/bench_run.py build/llama-3.1-8b build/rows.jsonl --output run.json train.learning_rate=1e-3``
 """
@@ -47,12 +47,15 @@ def main() -> int:
         killed = watched(command, Path(folder) / "log", stop=signal.SIGKILL, when=run.checkpoint(SAVE_STEPS).is_dir)
         resumed = watched(command, Path(folder) / "log")
         metrics = run.metrics_file.read_text() if run.metrics_file.is_file() else ""
+        fused = run.fast_path().get("on")
     losses = {line["step"]: line["loss"] for line in map(json.loads, metrics.splitlines()) if "loss" in line}
     counted = memory(json.loads((options.model / "config.json").read_text()), resumed)
     result = {
         "model": options.model.name,
         "checks": checks(losses, resumed["log"], options.steps, killed["status"], resumed["status"])
+        | {"fused kernels passed their parity check": fused is True}
         | {"the peak is measured": counted["plan_bytes"] is not None},
+        "start": killed["log"].partition("step 1/")[0].splitlines(),
         "losses": list(losses.values()),
         "memory": counted,
         "seconds": [part["seconds"] for part in (killed, resumed)],
@@ -145,8 +148,9 @@ def memory(config_json: dict[str, Any], resumed: Mapping[str, Any]) -> dict[str,
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
-    """Return what was found, for people."""
-    lines = [f"{'ok  ' if holds else 'FAIL'} {check}" for check, holds in result["checks"].items()]
+    """Return the lines of the summary."""
+    lines = [line[:200] for line in result["start"]]  # what was chosen, and why
+    lines += [f"{'ok  ' if holds else 'FAIL'} {check}" for check, holds in result["checks"].items()]
     if result["losses"]:
         lines.append(f"loss: {result['losses'][0]:.3f} to {result['losses'][-1]:.3f} in {len(result['losses'])} steps")
     sizes = {name.removesuffix("_bytes"): count for name, count in result["memory"].items() if count is not None}

@@ -108,7 +108,7 @@ run_part() { # NAME: under its limit, in a process group of its own; called in a
     case $status in 0) how=ok ;; 124 | 137) how="TIMED OUT" ;; *) how="FAILED, status $status" ;; esac
     [[ -s "$DONE/$name.json" ]] &&
         printf '{"part": "%s", "result": %s}\n' "$name" "$(tr -d '\n' <"$DONE/$name.json")" >>"$RESULTS/results.jsonl"
-    printf '## %s: %s, %d of %d s\n%s\n\n' "$name" "$how" $((SECONDS - began)) $limit "$(tail -n 22 "$output")" |
+    printf '## %s: %s, %d of %d s\n%s\n\n' "$name" "$how" $((SECONDS - began)) $limit "$(tail -n 32 "$output")" |
         tee -a "$RESULTS/summary.txt"
 }
 

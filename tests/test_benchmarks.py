@@ -400,7 +400,7 @@ def test_dry_run_of_the_gpu_parts_passes(tmp_path: Path) -> None:
     summary = (tmp_path / "results" / "summary.txt").read_text()
     assert summary.count(": ok, ") == len(parts)
     assert "FAIL" not in summary
-    for check in ("killed before its end", "went on from a checkpoint", "the loss falls"):
+    for check in ("killed before its end", "went on from a checkpoint", "the loss falls", "fused kernels passed"):
         assert f"ok   {check}" in summary
     results = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
     found = {line["part"]: line["result"] for line in map(json.loads, results)}
