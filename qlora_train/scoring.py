@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora_train.data.reasoning import END_OF_THOUGHTS, INLINE
 from qlora_train.data.types import Example, Prompt
 from qlora_train.errors import DataError
 
@@ -30,6 +31,7 @@ def score_answers(expected: Sequence[str], got: Sequence[str]) -> AnswerScores:
 
     Answers are equal when their texts are, apart from white space around them, or when both are JSON objects with the
     same content whatever their spacing and order of keys. JSON types count: 1, 1.0, true and "1" are four values.
+    Thoughts before an answer (``<think>...</think>``, also where the prompt opens them) are not compared.
 
     Raises:
         DataError: there is no answer to score.
@@ -39,6 +41,8 @@ def score_answers(expected: Sequence[str], got: Sequence[str]) -> AnswerScores:
         raise ValueError(f"{len(expected)} expected answers and {len(got)} answers")
     if not expected:
         raise DataError("no answers to score; give data.eval rows with an assistant turn")
+    expected = [INLINE.sub(r"\2", text) for text in expected]
+    got = [_behind_thoughts(answer, text) for text, answer in zip(expected, got, strict=True)]
     wanted, found = [_pairs(text) for text in expected], [_pairs(text) for text in got]
     matches = tuple(
         e.strip() == g.strip() or (w is not None and w == f)
@@ -49,6 +53,13 @@ def score_answers(expected: Sequence[str], got: Sequence[str]) -> AnswerScores:
         return AnswerScores(exact_match, None, None, matches)
     valid_json = sum(pairs is not None for pairs in found) / len(found)
     return AnswerScores(exact_match, valid_json, _micro_f1(wanted, found), matches)
+
+
+def _behind_thoughts(answer: str, expected: str) -> str:
+    """Return a generated answer without its thoughts, whose opening tag may stand in the prompt."""
+    if END_OF_THOUGHTS in expected:  # there it is text
+        return INLINE.sub(r"\2", answer)
+    return answer.partition(END_OF_THOUGHTS)[2] or answer
 
 
 Pairs = frozenset[tuple[str, str]]

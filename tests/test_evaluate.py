@@ -401,6 +401,29 @@ def test_exact_match_is_of_text_or_of_json_objects(expected: str, got: str, matc
     assert score_answers([expected], [got]).matches == (match,)
 
 
+@pytest.mark.parametrize(
+    ("expected", "got", "match"),
+    [
+        (
+            "<think>\nAdding.\n</think>\n\nFour.",
+            "Adding them.\n</think>\n\nFour.",
+            True,
+        ),  # the prompt opens the thoughts
+        ("<think>\nAdding.\n</think>\n\nFour.", "<think>\nHm.\n</think>\n\nFour.", True),
+        ("Four.", "<think>\n\n</think>\n\nFour.", True),
+        ('<think>x</think>{"sum": 4}', 'Hm.</think>\n\n{"sum":4}', True),
+        ("Four.", "Four.\n</think>\n\nFive.", False),
+        ("Four.", "Four and", False),
+        ("Close it with </think>", "Open it with </think>", False),
+        ("Close it with </think>", "<think>Hm.</think>Close it with </think>", True),
+    ],
+)
+def test_thoughts_before_an_answer_are_not_compared(expected: str, got: str, match: bool) -> None:
+    scores = score_answers([expected], [got])
+    assert scores.matches == (match,)
+    assert scores.field_f1 == (1.0 if "{" in expected else None)
+
+
 def test_plain_text_answers_have_no_json_scores() -> None:
     scores = score_answers(["Paris", obj(a=1)], ["Paris", obj(a=1)])
     assert (scores.exact_match, scores.valid_json, scores.field_f1) == (1.0, None, None)

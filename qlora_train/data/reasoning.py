@@ -4,7 +4,8 @@ import re
 
 from qlora_train.data.types import Message, UnusableRowError
 
-INLINE = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+END_OF_THOUGHTS = "</think>"
+INLINE = re.compile(rf"\A\s*<think>(.*?){END_OF_THOUGHTS}(.*)\Z", re.DOTALL)
 
 
 def with_reasoning(turn: Message) -> Message:
