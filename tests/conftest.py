@@ -24,6 +24,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests import fake_cuda
+
+if fake_cuda.IS_FAKE:  # before Transformers and accelerate look for a device
+    fake_cuda.install()
+
 from qlora_train.export import fresh_check
 from tests.pico import build_pico
 

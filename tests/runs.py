@@ -78,7 +78,7 @@ def adapted_model(folder: Path, base: Path, *overrides: str, dtype: str = "float
     found = attach_adapter(load_model(config.model, config.quantization), config.lora, seed=1)
     generator = torch.Generator().manual_seed(2)
     for parameter in trainable_state(found.model).values():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
     return found
 
 

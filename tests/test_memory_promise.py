@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_train.errors import ModelError
 from qlora_train.kernels import reference
 from qlora_train.plan import memory_plan, optimizer_bytes, quantization_state_bytes
+from tests.fake_cuda import IS_FAKE
 from tests.pico import FAMILIES, build_config
 
 RANK, TOKENS = 16, 512
@@ -316,7 +317,7 @@ def test_config_without_a_language_model_is_one_line() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available() or IS_FAKE, reason="needs a CUDA device")
 @pytest.mark.parametrize(("config_json", "limit_bytes"), [(LLAMA_2_7B, 6.0e9), (LLAMA_2_70B, 40e9)])
 def test_promise_holds_on_a_gpu(config_json: dict[str, Any], limit_bytes: float) -> None:
     if torch.cuda.mem_get_info()[1] < limit_bytes:

@@ -18,6 +18,7 @@ from qlora_train.loss import label_losses
 from qlora_train.trainer import offloading
 from qlora_train.trainer.offloading import Offloading, Slabs
 from qlora_train.trainer.recompute import Level, Recomputation
+from tests.fake_cuda import IS_FAKE
 from tests.runs import adapted_model
 
 Pico = Callable[..., Path]
@@ -195,7 +196,7 @@ def test_a_host_without_memory_is_out_of_memory(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available() or IS_FAKE, reason="needs a CUDA device")
 def test_on_a_gpu_it_takes_less_memory_for_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offloading, "SLAB_BYTES", 64 << 20)
     device, depth, width, rows = torch.device("cuda", 0), 24, 2048, 8192

@@ -170,7 +170,7 @@ def kept_bytes(model: nn.Module, recomputation: Recomputation, run: Callable[[],
 
 @contextmanager
 def _counting(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[Mapping[int, int]]:
-    """Count the bytes of the tensors that autograd saves while each layer computes; nothing is kept."""
+    """Count the bytes of the tensors that autograd saves while each layer computes; layers keep nothing."""
     sizes = dict.fromkeys((OUTSIDE, *range(len(layers))), 0)
     now, seen = OUTSIDE, dict[int, torch.UntypedStorage]()
 
@@ -182,11 +182,14 @@ def _counting(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[Mapping
 
         return note
 
-    def pack(tensor: torch.Tensor) -> None:
+    def pack(tensor: torch.Tensor) -> torch.Tensor | None:
+        if now == OUTSIDE:
+            return tensor  # a chunked loss reads it in the forward pass
         storage = tensor.untyped_storage()
-        if now != OUTSIDE and storage.data_ptr() not in seen:
+        if storage.data_ptr() not in seen:
             seen[storage.data_ptr()] = storage  # held, so that no other tensor of the layer takes its place
             sizes[now] += storage.nbytes()
+        return None
 
     handles = [layer.register_forward_pre_hook(begin(place)) for place, layer in enumerate(layers)]
     handles += [layer.register_forward_hook(begin(OUTSIDE)) for layer in layers]

@@ -1,4 +1,4 @@
-"""Where the Triton kernels are tested: on a GPU, and on the CPU by Triton's interpreter, in a process of its own.
+"""Where the Triton kernels are tested: on a GPU, and on the fake one by Triton's interpreter, in a process of its own.
 
 Triton decides at import whether it interprets, so `test_interpreted.py` starts a second pytest for the interpreted cases.
 """
@@ -11,16 +11,15 @@ import pytest
 import torch
 
 from qlora_train.kernels import gpu
+from tests.fake_cuda import IS_FAKE
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether this process interprets kernels, on CPU tensors, instead of compiling them for a GPU."""
+"""Whether this process interprets kernels instead of compiling them for a GPU. They run on tensors of the fake
+device then, or of the CPU."""
 
-DEVICE = "cpu" if IS_INTERPRETED else "cuda"
-needs_its_device = (
-    []
-    if IS_INTERPRETED
-    else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-)
+DEVICE = "cpu" if IS_INTERPRETED and not IS_FAKE else "cuda"
+has_its_device = IS_INTERPRETED or (torch.cuda.is_available() and not IS_FAKE)
+needs_its_device = [pytest.mark.gpu, pytest.mark.skipif(not has_its_device, reason="needs a CUDA device")]
 
 
 CLOSE = {

@@ -13,6 +13,7 @@ from torch.nn import functional
 from qlora_train.kernels.document_attention import Documents, find_documents
 from qlora_train.kernels.document_rows import Span
 from qlora_train.kernels.document_varlen import CAUSAL, TRIED, Lengths, Window, takes, varlen_documents, works_on
+from tests.fake_cuda import IS_FAKE
 from tests.kernels.varlen import put_plain_kernel
 
 SCALING = 0.3
@@ -100,7 +101,7 @@ def test_without_a_gpu_it_is_not_used() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available() or IS_FAKE, reason="needs a CUDA device")
 def test_the_kernel_of_torch_computes_it_on_a_gpu() -> None:
     assert works_on(torch.device("cuda", 0))
     assert works_on(torch.device("cuda", 0), windowed=True)

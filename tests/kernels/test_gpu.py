@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlora_train.kernels.dequantize import dequantize
 from qlora_train.kernels.gpu import has_kernels, runs_triton, works_on
+from tests.fake_cuda import IS_FAKE
 from tests.kernels.interpreted import IS_INTERPRETED
 
 pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels")
@@ -35,7 +36,7 @@ def test_where_triton_fails_it_is_said_once(caplog: pytest.LogCaptureFixture, mo
         assert not caplog.messages
 
 
-needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available() or IS_FAKE, reason="needs a CUDA device")
 
 
 @pytest.mark.gpu

@@ -45,7 +45,7 @@ def plain_varlen(
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
         last = torch.arange(len(q))[:, None] + len(k) - len(q)  # queries are the last of the keys
         back = last - torch.arange(len(k))
-        sees = (back >= 0) & (back <= (len(k) if left < 0 else left))
+        sees = ((back >= 0) & (back <= (len(k) if left < 0 else left))).to(scores.device)
         weights = scores.masked_fill(~sees, -torch.inf).softmax(-1)
         found.append(torch.einsum("hqk,khd->qhd", weights, v))
     return torch.cat(found)
