@@ -249,7 +249,7 @@ def _nothing(*_args: Any, **_keywords: Any) -> None:
 def _torch_cuda() -> dict[str, Any]:
     properties = SimpleNamespace(
         name="fake", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=TOTAL_BYTES, multi_processor_count=64,
-        warp_size=32, max_threads_per_multi_processor=2048, shared_memory_per_block_optin=232448, L2_cache_size=50 << 20,
+        gcnArchName="", warp_size=32, max_threads_per_multi_processor=2048, L2_cache_size=50 << 20,
     )  # fmt: skip
     constants = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_name": "fake",
@@ -266,6 +266,8 @@ def _torch_cuda() -> dict[str, Any]:
         **{name: lambda *_args, value=value, **_keywords: value for name, value in constants.items()},
         **{name: lambda *_args, **_keywords: 0 for name in zeros},
         **dict.fromkeys(nothing, _nothing),
+        "default_generators": (torch.default_generator,),
+        "get_arch_list": lambda: ["sm_90"],
         "memory_stats": lambda *_args, **_keywords: {},
         "get_rng_state": lambda *_: state.clone(),
         "get_rng_state_all": lambda: [state.clone()],

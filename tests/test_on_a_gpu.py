@@ -59,3 +59,4 @@ def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_
     results = evaluate(run, EvalSettings(max_new_tokens=4, batch_size=2))
     assert {"base", "adapter", "merged"} < results.keys()
     assert run.read_results()["adapter_check"]["passed"]
+    assert document_varlen.works_on(torch.device("cuda", 0)), "first tried where gradients are off"

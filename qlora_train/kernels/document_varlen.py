@@ -146,6 +146,7 @@ TRIED = (Span(0, 0, 0, 70), Span(0, 33, 70, 90), Span(90, 0, 90, 91), Span(91, 0
 TRIED_WINDOW: Window = (80, 0)
 
 
+@torch.enable_grad()
 def _tried(device: torch.device, window: Window, *, apart: bool) -> list[Tensor]:
     """Return the attention of documents and the gradients of queries, keys and values, by the kernel or one by one."""
     generator = torch.Generator().manual_seed(0)

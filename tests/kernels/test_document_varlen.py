@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qlora_train.kernels import document_varlen
 from qlora_train.kernels.document_attention import Documents, find_documents
 from qlora_train.kernels.document_rows import Span
 from qlora_train.kernels.document_varlen import CAUSAL, TRIED, Lengths, Window, takes, varlen_documents, works_on
 from tests.fake_cuda import IS_FAKE
-from tests.kernels.varlen import put_plain_kernel
+from tests.kernels.varlen import plain_varlen, put_plain_kernel
 
 SCALING = 0.3
 APART = (Span(0, 0, 0, 5), Span(5, 0, 5, 6), Span(6, 0, 6, 19))
@@ -94,6 +95,12 @@ def test_heads_that_the_kernel_does_not_take() -> None:
         (heads(64), heads(32)),
     ):  # fmt: skip
         assert not takes(query, value)
+
+
+def test_it_is_tried_where_gradients_are_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_varlen, "varlen_attn", plain_varlen)
+    with torch.no_grad():  # as in the check that documents are isolated
+        assert len(document_varlen._tried(torch.device("cpu"), CAUSAL, apart=False)) == 4
 
 
 def test_without_a_gpu_it_is_not_used() -> None:
