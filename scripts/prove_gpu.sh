@@ -30,8 +30,9 @@ for pair in ${LIMITS:-}; do LIMIT[${pair%=*}]=${pair#*=}; done
 export PYTHON="${PYTHON:-python3}"
 export WHEELS="${WHEELS:-$ROOT/wheels}"
 export BUILD="${BUILD:-$ROOT/build/prove${DRY_RUN:+-dry}}"
-export RESULTS="${RESULTS:-${OUT:-$ROOT/benchmarks/results/gpu-$(date -u +%F-%H%M)}}"
+results="$ROOT/benchmarks/results/gpu-$(date -u +%F-%H%M)"
 if [[ -n "${DRY_RUN:-}" ]]; then
+    results="$BUILD/dry-run" # measures nothing
     export CUDA_VISIBLE_DEVICES="" # also where there is a GPU
     SHAPE=pico LENGTH=256 MEDIAN=100 NUM_ROWS=160 STEPS=10 RATE=1e-2 ROUNDS=2 TRL_STEPS=2 TEST_PROCESSES=0
 else
@@ -39,6 +40,7 @@ else
     SHAPE=llama-3.1-8b LENGTH=2048 MEDIAN=700 NUM_ROWS=2000 STEPS=16 RATE=5e-4 ROUNDS=5 TRL_STEPS=10 TEST_PROCESSES=12
     [[ $MODE == again ]] && STEPS=8 ROUNDS=3
 fi
+export RESULTS="${RESULTS:-${OUT:-$results}}"
 MODEL="$BUILD/$SHAPE" ROWS="$BUILD/rows.jsonl" SITE="$BUILD/site" DONE="$BUILD/results"
 export HF_HUB_OFFLINE=1 HF_HOME="$BUILD/cache/hf" XDG_CACHE_HOME="$BUILD/cache" TRITON_CACHE_DIR="$BUILD/cache/triton"
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
