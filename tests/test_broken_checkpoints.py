@@ -247,6 +247,18 @@ def test_two_sets_of_weights_are_refused_by_training_and_merging(
     assert not run.merged.exists()
 
 
+def test_two_equal_sets_of_weights_are_one(sharded: Path, tmp_path: Path, capsys: Capture) -> None:
+    base = Path(shutil.copytree(sharded, tmp_path / "base"))
+    tensors = {name: tensor for path in base.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    save_file(tensors, base / WEIGHTS)
+    assert train(base, tmp_path / "run") == 0
+    with BaseFile(base) as weights:
+        assert set(weights.names) == tensors.keys()
+    name, tensor = next(iter(tensors.items()))
+    save_file({**tensors, name: tensor + 1}, base / WEIGHTS)
+    assert "two sets of weights" in refused(base, tmp_path / "other", capsys)
+
+
 # --- what is odd and no harm ------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -64,7 +65,7 @@ def weight_files(folder: Path, where: str) -> dict[Path, set[str]]:
     Training, merging and export all read these and no others.
 
     Raises:
-        ModelError: there are none, there are two sets, or the index cannot be read.
+        ModelError: there are none, there are two sets that differ, or the index cannot be read.
     """
     has_single = (folder / WEIGHTS).is_file()
     if not (folder / INDEX).is_file():
@@ -72,12 +73,35 @@ def weight_files(folder: Path, where: str) -> dict[Path, set[str]]:
             raise _no_weights(folder, where)
         return {folder / WEIGHTS: set()}
     files = _indexed_files(folder, where)
-    if has_single and files.keys() != {folder / WEIGHTS}:
+    if not has_single or files.keys() == {folder / WEIGHTS}:
+        return files
+    if not _are_equal(folder / WEIGHTS, files):
         raise ModelError(
             f"{where}: {folder} holds two sets of weights, {WEIGHTS} and the {len(files)} files of {INDEX}, and which one "
             "belongs to the model is unknown; move one of them out of the folder"
         )
-    return files
+    return {folder / WEIGHTS: set()}
+
+
+def _are_equal(single: Path, shards: Mapping[Path, Collection[str]]) -> bool:
+    """Say whether a file holds the tensors of shards, of the same type and to the bit."""
+    try:
+        with safe_open(str(single), framework="pt", backend="pread") as one:
+            if set(one.keys()) != {name for tensors in shards.values() for name in tensors}:
+                return False
+            for path, tensors in shards.items():
+                with safe_open(str(path), framework="pt", backend="pread") as other:
+                    if not all(_is_same(one.get_tensor(name), other.get_tensor(name)) for name in tensors):
+                        return False
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def _indexed_files(folder: Path, where: str) -> dict[Path, set[str]]:
