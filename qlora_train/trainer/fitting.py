@@ -10,6 +10,7 @@ from qlora_train.config.schema import TrainSection
 from qlora_train.device import attempt, spare_bytes
 from qlora_train.errors import TrainingError, first_line, is_out_of_memory
 from qlora_train.ladder import Able, next_rung, overrides, typed
+from qlora_train.trainer.padding_free import lower_token_budget
 from qlora_train.trainer.recompute import kept_bytes, plan_levels
 from qlora_train.trainer.sft import QloraTrainer
 from qlora_train.trainer.trial import Trial, compute_largest_batch, try_largest_batch
@@ -40,6 +41,9 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
         logger.warning("memory: goes on with %s (%s)", typed(overrides(config.train, recorded)), run.fit_file)
     trainer = make(_with(config, train))
     first = trial = try_largest_batch(trainer)
+    problem = trial.problem or _too_little_left(trainer, trial)
+    if problem is not None and lower_token_budget(run, problem):
+        return trainer_that_fits(make, config, run)
     while trial.problem is not None:
         smaller = next_rung(train, _able(trainer))
         if smaller is None:
@@ -53,6 +57,9 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
     chooses = "auto" == train.gradient_checkpointing == train.recompute and not train.activation_offloading
     if trial.peak_bytes is not None and chooses:
         trial = keep_more(trainer, trial, spare_bytes(trainer.adapted.loaded.device, trial.peak_bytes))
+        recomputes = set(trainer.recomputation.levels) != {"none"}
+        if recomputes and not run.has_begun() and lower_token_budget(run, "memory goes to activations first"):
+            return trainer_that_fits(make, config, run)
     logger.info("memory: %s: fits%s", trial.tried, trial.memory)
     return trainer
 
@@ -117,9 +124,11 @@ def rung_below(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iter
         reason = first_line(error)
     else:
         return
-    smaller = next_rung(trainer.config.train, _able(trainer))
     step = trainer.state.global_step + 1
     where = f"step {step}: out of memory ({reason}); the last checkpoint is whole"
+    if lower_token_budget(run, reason):
+        raise TrainingError(f"{where}; repeat the command: the run goes on with smaller micro-batches")
+    smaller = next_rung(trainer.config.train, _able(trainer))
     if smaller is None:
         raise TrainingError(f"{where}; {NOTHING_SMALLER}")
     changes = typed(overrides(config.train, smaller))

@@ -38,7 +38,7 @@ def largest_micro_batch(data: PreparedData, config: RunConfig) -> list[Example]:
     return _fullest_packs(data.train, config, num_rows) if config.data.packing else _padded(data.train, num_rows)
 
 
-def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool) -> Capacity:
+def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool, min_tokens: int = 0) -> Capacity:
     """Return the most that a micro-batch holds which is filled with rows: the tokens of the largest that the settings make.
 
     Args:
@@ -46,14 +46,24 @@ def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool) -> Capacity:
         config: its settings.
         in_chunks: the logits of a few labels exist at a time, so that more labels take hardly more memory. Without, the
             labels are those of the largest micro-batch too.
+        min_tokens: tokens that it may hold where the settings make fewer, if a step has them; only with `in_chunks`.
     """
     num_rows = config.train.per_device_train_batch_size
     largest = _padded(rows, num_rows)
     num_tokens = sum(len(row.input_ids) for row in largest)
     if not in_chunks:
         return Capacity(num_tokens, sum(int(np.count_nonzero(row.loss_mask)) for row in largest))
-    of_a_step = _sum_of_largest(rows.num_labels, num_rows * config.train.gradient_accumulation_steps)
-    return Capacity(num_tokens, min(of_a_step, _most_labels(rows, num_tokens)))
+    rows_per_step = num_rows * config.train.gradient_accumulation_steps
+    num_tokens = max(num_tokens, min(min_tokens, _sum_of_largest(rows.lengths, rows_per_step)))
+    return Capacity(num_tokens, min(_sum_of_largest(rows.num_labels, rows_per_step), _most_labels(rows, num_tokens)))
+
+
+def filled(row: Example, most: Capacity) -> list[Example]:
+    """Return as many copies of a row as a micro-batch holds, the last one cut, with as many labels as it holds."""
+    tokens = np.resize(row.input_ids, most.num_tokens)
+    size = len(row.input_ids)
+    parts = [tokens[begin : begin + size] for begin in range(0, most.num_tokens, size)]
+    return with_labels([replace(row, input_ids=part) for part in parts], most.num_labels)
 
 
 def most_documents(rows: Rows, config: RunConfig, most: Capacity | None) -> int:

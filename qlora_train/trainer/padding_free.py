@@ -20,6 +20,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from qlora_train.adapter import AdaptedModel
@@ -46,6 +47,9 @@ from qlora_train.trainer.verdict import Verdict, keep_verdict, known_verdict
 
 logger = logging.getLogger(__name__)
 
+GPU_TOKENS = 8192
+"""Tokens of a micro-batch on a GPU: with 2,048 of a 7B, Python takes about as long to launch an H100's kernels as it to run
+them (counted, not measured)."""
 NUM_BATCHES = 32
 """Micro-batches of the first epoch, in whole steps, that tell what is saved."""
 LEAST_SAVED = 0.05
@@ -114,19 +118,21 @@ def choose_padding_free(
     if obstacle:
         logger.info("padding-free: off (%s)", obstacle)
         return None
-    laid_out = _laid_out(adapted, feed, config, in_chunks)
-    num_steps = min(-(-NUM_BATCHES // config.train.gradient_accumulation_steps), feed.steps_per_epoch)
-    savings = Savings.of(feed, laid_out, num_steps)
-    if not savings.is_worth_it():
-        logger.info("padding-free: off (it computes %s)", savings)
-        return None
     run_id = run.facts().get("run_id", "")
     verdict = known_verdict(run.padding_free_file, run.padding_free(), run_id)
+    min_tokens = verdict.min_tokens if verdict is not None else min_tokens_on(adapted.loaded.device)
+    laid_out = _laid_out(adapted, feed, config, in_chunks, min_tokens)
+    num_steps = min(-(-NUM_BATCHES // config.train.gradient_accumulation_steps), feed.steps_per_epoch)
+    savings = Savings.of(feed, laid_out, num_steps)
+    if verdict is None and not savings.is_worth_it():
+        logger.info("padding-free: off (it computes %s)", savings)
+        return None
     before = adapted.loaded.model.config._attn_implementation
     if verdict is None:
         problem = _isolate(adapted, config, feed)
         verdict = Verdict(run_id, False, problem) if problem else _compare(adapted, laid_out, num_steps, run_id)
-        keep_verdict(run.padding_free_file, verdict)
+        raised = laid_out.collate.most != _laid_out(adapted, feed, config, in_chunks, 0).collate.most
+        keep_verdict(run.padding_free_file, replace(verdict, min_tokens=min_tokens if raised and verdict.on else 0))
     elif verdict.on and (problem := _isolate(adapted, config, feed)):
         raise CheckpointError(
             f"{run.padding_free_file}: this run began with its rows end to end, which fails here ({problem}); go on where "
@@ -140,14 +146,29 @@ def choose_padding_free(
     return laid_out
 
 
-def _laid_out(adapted: AdaptedModel, feed: RowFeed, config: RunConfig, in_chunks: bool) -> RowFeed:
+def min_tokens_on(device: torch.device) -> int:
+    """Return the tokens that a micro-batch may hold on a device where the settings make fewer; 0: not more."""
+    return GPU_TOKENS if device.type == "cuda" else 0
+
+
+def lower_token_budget(run: RunFolder, reason: str) -> bool:
+    """Let a run's micro-batches hold no more tokens than the settings' largest; False where they hold no more already."""
+    content = run.padding_free()
+    if not content.get("min_tokens"):
+        return False
+    logger.info("padding-free: micro-batches of the settings' size (%s)", reason)
+    keep_verdict(run.padding_free_file, Verdict(**{**content, "min_tokens": 0}))
+    return True
+
+
+def _laid_out(adapted: AdaptedModel, feed: RowFeed, config: RunConfig, in_chunks: bool, min_tokens: int) -> RowFeed:
     loaded = adapted.loaded
     # dropout of a shared prefix would be the same for all rows that have it
     shares = config.lora.lora_dropout == 0
     collate = PackCollator(loaded.tokenizer.pad_token_id, row_multiple(loaded.device), shares)
     if config.data.packing:
         return feed.laid_out(collate)  # packs are full
-    return feed.laid_out(collate, capacity(feed.rows, config, in_chunks=in_chunks))
+    return feed.laid_out(collate, capacity(feed.rows, config, in_chunks=in_chunks, min_tokens=min_tokens))
 
 
 def _obstacle(adapted: AdaptedModel, config: RunConfig, balances: bool) -> str:

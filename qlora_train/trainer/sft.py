@@ -51,7 +51,7 @@ from qlora_train.trainer.balance import BALANCE, choose_router_aux_loss_coef
 from qlora_train.trainer.boundaries import Boundaries, best_step, evaluations, make_schedule
 from qlora_train.trainer.feed import Feed, RowFeed, make_feed
 from qlora_train.trainer.isolation import isolate_documents
-from qlora_train.trainer.largest import as_documents, largest_micro_batch, most_documents, with_labels
+from qlora_train.trainer.largest import as_documents, filled, largest_micro_batch, most_documents
 from qlora_train.trainer.lr_schedule import fast_forward, make_lr_scheduler
 from qlora_train.trainer.numbers import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
 from qlora_train.trainer.offloading import Offloading
@@ -182,7 +182,7 @@ class QloraTrainer(SFTTrainer):
             return [feed.batch_of(rows)]
         most = feed.collate.most
         if most is not None:
-            rows = with_labels(rows, most.num_labels)
+            rows = filled(rows[0], most)
         num_documents = most_documents(feed.rows, self.config, most)
         batches = [rows] if num_documents <= len(rows) else [rows, as_documents(rows, num_documents)]
         return [feed.batch_of(batch) for batch in batches]

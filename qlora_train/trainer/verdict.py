@@ -13,7 +13,10 @@ from qlora_train.trainer.gradients import Bounds, Difference
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a run computes in the other way, and why not; the numbers are those of `Difference`, None where it failed."""
+    """Whether a run computes in the other way, and why not; the numbers are those of `Difference`, None where it failed.
+
+    `min_tokens` is the token budget that padding-free micro-batches may be raised to; 0: they hold those of the settings.
+    """
 
     run_id: str
     on: bool
@@ -22,6 +25,7 @@ class Verdict:
     gradient: float | None = None
     tensor: float | None = None
     worst: str = ""
+    min_tokens: int = 0
 
     @classmethod
     def of(cls, run_id: str, found: Difference, bounds: Bounds) -> "Verdict":
