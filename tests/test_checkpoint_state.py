@@ -138,6 +138,16 @@ def draws() -> dict[str, list[float]]:
     }
 
 
+def test_the_generator_of_one_gpu_is_stored_whatever_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    restored: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.arange(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, *_: restored.append(state))
+    restore_random_state(random_state())
+    assert [state.tolist() for state in restored] == [list(range(16))]
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
 def test_every_generator_goes_on_where_it_was(seed: int, tmp_path: Path) -> None:
     random.seed(seed)

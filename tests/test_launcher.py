@@ -22,7 +22,7 @@ OTHERS = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "RANK": "0", "WORLD_SIZE": "1",
     "ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2",
 }  # fmt: skip
-TORCHRUN = ("torch.distributed.run", "--nproc_per_node=1", "--master_port=0")
+TORCHRUN = ("torch.distributed.run", "--nproc_per_node=1", "--standalone")
 ACCELERATE = (
     "accelerate.commands.launch",
     "--num_processes=1",
@@ -51,6 +51,7 @@ def test_variables_of_launchers_do_not_change_a_run(
     assert all(name in messages.text for name in variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_one_process_of_a_launcher_trains(
     launcher: tuple[str, ...], expected: bytes, pico_llama: Path, tmp_path: Path

@@ -22,8 +22,16 @@ from tests.test_layering import FILES, PACKAGE, imported, tree_of
 
 STARTERS = {"multiprocessing", "concurrent", "subprocess", "multiprocess", "joblib", "pty"}
 """Libraries that start processes."""
-FORKING = {"fork", "forkpty", "ProcessPoolExecutor", "Pool", "get_context", "set_start_method", "num_workers"}
-"""Names by which a process is forked: functions, and an argument of DataLoader."""
+FORKING = {
+    "fork",
+    "forkpty",
+    "ProcessPoolExecutor",
+    "Pool",
+    "get_context",
+    "set_start_method",
+    "dataloader_num_workers",
+}
+"""Names by which a process is forked: functions, and an argument of the Trainer."""
 TRAPS = ("_lazy_init", "is_available", "device_count", "get_rng_state", "current_device")
 
 
@@ -71,6 +79,7 @@ def test_processes_that_tokenise_do_not_touch_cuda(
     assert forked.exists()
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_checked_by_a_new_interpreter_where_cuda_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
