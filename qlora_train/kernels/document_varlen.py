@@ -7,11 +7,13 @@ them, which is how the kernel takes causality (FlashAttention 2.1, "bottom right
 It is tried once on a device, forward and backward, against attention of each document by itself.
 """
 
+import inspect
 import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD_DIM = 256
+OPTIONS = inspect.signature(varlen_attn).parameters
+"""torch 2.11 has no `enable_gqa` and takes grouped heads without it; 2.10 has no `window_size`, which the trial finds."""
 Window = tuple[int, int]
 CAUSAL: Window = (-1, 0)
 TOLERANCE = 2e-2
@@ -113,9 +117,10 @@ def varlen_documents(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if lengths.keys is not None:
         k, v = lengths.keys(k), lengths.keys(v)
+    options: dict[str, Any] = {"scale": scaling, "window_size": lengths.window, "enable_gqa": q.shape[1] != k.shape[1]}
     found = varlen_attn(
         q, k, v, lengths.query_begins, lengths.key_begins, lengths.most_queries, lengths.most_keys,
-        scale=scaling, window_size=lengths.window, enable_gqa=q.shape[1] != k.shape[1],
+        **{name: value for name, value in options.items() if name in OPTIONS},
     )  # fmt: skip
     assert isinstance(found, Tensor), "nothing else was asked for"
     return found[None]

@@ -3,6 +3,7 @@
 What is tested is all around it: which queries and keys are whose, what is copied, and where gradients go.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -101,6 +102,15 @@ def test_it_is_tried_where_gradients_are_off_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(document_varlen, "varlen_attn", plain_varlen)
     with torch.no_grad():  # as in the check that documents are isolated
         assert len(document_varlen._tried(torch.device("cpu"), CAUSAL, apart=False)) == 4
+
+
+def test_options_that_torch_does_not_have_are_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_torch_2_11(*arguments: Tensor, scale: float, window_size: Window) -> Tensor:
+        return plain_varlen(*arguments, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(document_varlen, "varlen_attn", of_torch_2_11)
+    monkeypatch.setattr(document_varlen, "OPTIONS", inspect.signature(of_torch_2_11).parameters)
+    document_varlen._tried(torch.device("cpu"), CAUSAL, apart=False)  # with grouped heads
 
 
 def test_without_a_gpu_it_is_not_used() -> None:

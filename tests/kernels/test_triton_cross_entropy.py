@@ -76,3 +76,16 @@ def test_words_that_are_ruled_out_have_no_gradient() -> None:
     assert losses.isfinite().all()
     assert (logits[:, :4500] == 0).all()
     assert (logits[:, 4500:] != 0).all()
+
+
+def test_autograd_learns_that_the_logits_were_overwritten() -> None:
+    from qlora_train.kernels.triton import cross_entropy as kernels
+
+    logits, targets = batch(2, 300, torch.float32)
+    scaled = logits.requires_grad_() * 1
+    squared = scaled.square()  # saves what it squares
+    kernels.losses_and_gradient_(scaled.detach(), targets)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+    with torch.inference_mode():
+        kernels.losses_and_gradient_(logits.clone(), targets)

@@ -26,13 +26,13 @@ def put_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def plain_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-    scale: float, window_size: tuple[int, int], enable_gqa: bool,
+    scale: float, window_size: tuple[int, int], enable_gqa: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Return what `torch.nn.attention.varlen.varlen_attn` says it does for causal attention, (queries, heads, head_dim)."""
     left, right = window_size
     assert left >= -1
     assert right == 0
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert enable_gqa in {None, query.shape[1] != key.shape[1]}
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
     assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (len(query), len(key))

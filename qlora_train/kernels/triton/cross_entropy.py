@@ -43,6 +43,8 @@ def _losses_and_gradient(losses, logits, targets, row_stride, num_words, NUM_ELE
 def losses_and_gradient_(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of each row, float32 (rows,); `logits`, (rows, vocabulary), become the gradient of their sum."""
     assert logits.stride(1) == 1, "the logits of a row lie side by side"
+    if not logits.is_inference():  # which autograd does not follow
+        torch.autograd.graph.increment_version(logits)
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         _losses_and_gradient[(len(logits),)](
