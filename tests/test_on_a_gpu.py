@@ -5,6 +5,8 @@ meet. `tests/test_fake_cuda.py` runs them so.
 """
 
 import math
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,17 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_train import loss, stopping
+from qlora_train.chat import Chat, ChatSettings
 from qlora_train.export import check_adapter, fresh_check, verify
+from qlora_train.finished import open_finished
 from qlora_train.kernels import document_varlen
 from qlora_train.pipeline import evaluate
 from qlora_train.report import EvalSettings
+from qlora_train.trainer import offloading, sft
 from tests import fake_cuda
 from tests.kernels.varlen import plain_varlen
-from tests.runs import losses, train_run
+from tests.runs import losses, make_config, train_run, write_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 Pico = Callable[..., Path]
@@ -32,11 +38,8 @@ MERGED = (*SHORT, "export.merge=true")
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Under the fake device, have its process check saved models too, and fail on a mismatch that the product catches."""
-    if not fake_cuda.IS_FAKE:
-        yield
-        return
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Check saved models in this process, and fail on a mismatch of devices that the product catches."""
 
     def check_here(_where: Path, code: str, reference: Path, *, batch_size: int, error: Any) -> fresh_check.Check:
         answer = fresh_check._measure(code, reference, batch_size)
@@ -45,7 +48,8 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for module in (check_adapter, verify):
         monkeypatch.setattr(module, "check_in_fresh_process", check_here)
-    monkeypatch.setattr(document_varlen, "varlen_attn", plain_varlen)  # torch's has no kernel for the CPU
+    if fake_cuda.IS_FAKE:
+        monkeypatch.setattr(document_varlen, "varlen_attn", plain_varlen)  # torch's has no kernel for the CPU
     fake_cuda.mismatches.clear()
     yield
     assert fake_cuda.mismatches == []
@@ -60,3 +64,76 @@ def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_
     assert {"base", "adapter", "merged"} < results.keys()
     assert run.read_results()["adapter_check"]["passed"]
     assert document_varlen.works_on(torch.device("cuda", 0)), "first tried where gradients are off"
+
+
+WAYS = {
+    "reference": ("train.fast_path=false",),
+    "padded": ("train.padding_free=false",),
+    "packed": ("data.packing=true",),
+    "eager": ("model.attn_implementation=eager",),
+    "keeps everything": ("train.recompute=none",),
+    "recomputes MLPs": ("train.recompute=mlp",),
+    "recomputes layers": ("train.recompute=layer",),
+    "recomputes by Transformers": ("train.gradient_checkpointing=true",),
+    "offloads": ("train.activation_offloading=true",),
+    "dequantized weights": ("train.dequantized_cache_gb=1",),
+    "dropout": ("lora.lora_dropout=0.1",),
+    "dora": ("lora.use_dora=true",),
+    "eva": ("lora.init_lora_weights=eva",),
+    "noise": ("train.neftune_noise_alpha=5",),
+    "new tokens": ('model.new_tokens=["<one>","<two>"]',),
+    "16 bits": ("quantization.load_in_4bit=false",),
+    "float16": ("quantization.bnb_4bit_compute_dtype=float16",),
+    "float32": ("quantization.bnb_4bit_compute_dtype=float32",),
+    "torch's optimizer": ("train.optim=adamw_torch_fused",),
+    "streamed": ("data.streaming=true", "data.eval=null", "train.eval_steps=null"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_trains_in_every_way(way: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cuda", 1 << 16)
+    monkeypatch.setattr(loss, "MIN_CHUNK_TOKENS", 16)  # several chunks a micro-batch
+    monkeypatch.setattr(offloading, "SMALLEST_BYTES", 1)
+    make_config(tmp_path, pico_llama)
+    write_rows(tmp_path / "rows.jsonl", system="Add the numbers of the question and answer in JSON.")
+    run = train_run(tmp_path, pico_llama, *SHORT, *WAYS[way])
+    assert all(map(math.isfinite, losses(run)))
+    assert run.read_results()["adapter_check"]["passed"]
+
+
+def test_experts_balance(pico: Pico, tmp_path: Path) -> None:
+    run = train_run(tmp_path, pico("mixtral"), *SHORT, "train.router_aux_loss_coef=0.01")
+    assert all(map(math.isfinite, losses(run)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_stopped_run_resumes_merges_and_talks(
+    dtype: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fake_cuda.IS_FAKE:
+        monkeypatch.undo()  # saved models are checked by processes of their own, which use the GPU too
+    settings = (
+        "train.max_steps=4", "train.eval_steps=2", "train.save_steps=2", "export.merge=true", "export.max_loss_increase=10",
+        f"quantization.bnb_4bit_compute_dtype={dtype}",
+    )  # fmt: skip
+    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
+    step = sft.QloraTrainer.training_step
+    with monkeypatch.context() as patch, stopping.handle_signals():
+
+        def stopped(trainer: Any, *arguments: Any) -> torch.Tensor:
+            if trainer.state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(trainer, *arguments)
+
+        patch.setattr(sft.QloraTrainer, "training_step", stopped)
+        with pytest.raises(stopping.Stop):
+            train_run(tmp_path, pico_llama, *settings, name="stopped")
+    run = train_run(tmp_path, pico_llama, *settings, name="stopped")
+    assert losses(run) == pytest.approx(losses(straight), rel=1e-2)
+    assert run.has_merged()
+    finished = open_finished(run.path)
+    [(_, model, tokenizer)] = finished.models(["adapter"])
+    written: list[str] = []
+    Chat(model, tokenizer, ChatSettings(max_new_tokens=4), finished, written.append).hear("1 + 1")
+    assert written
