@@ -24,7 +24,8 @@ from tests.test_cli import libraries_stay_as_they_were
 __all__ = ["libraries_stay_as_they_were"]  # a fixture that is applied here too
 
 LOG = re.compile(
-    r":\d+: format \w+$|^data\.|^tokenizer: |^compute dtype: |^attention: |^quantisation census: |^adapter: starts from "
+    r":\d+: format \w+$|^device: |^data\.|^tokenizer: |^compute dtype: |^attention: |^quantisation census: "
+    r"|^adapter: starts from "
 )
 """Lines of the log before training starts."""
 
