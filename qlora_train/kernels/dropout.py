@@ -3,8 +3,8 @@
 All layers that read the same input share one mask, so that their A stay one product and one mask is drawn and saved. PEFT
 draws one for each layer: the expectation is the same, the noise of q, k and v is correlated here.
 
-Masks come from torch's default generator of their device, which resuming and activation checkpointing restore. One byte per
-number is saved for the backward pass.
+The seed of each mask comes from torch's default CPU generator, on a GPU too: resuming and activation checkpointing restore
+it, but checkpointing restores a GPU's for positional arguments alone. One byte per number is saved for the backward pass.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,9 +28,10 @@ def draw_mask(rows: int, features: int, rate: float, device: torch.device) -> Te
     """
     if rate == 0:
         return None
+    generator = torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))
     numel = rows * features
-    words = torch.empty(-(-numel // 8), dtype=torch.int64, device=device).random_(-(2**63), None)
-    thresholds = torch.rand(rows, 1, device=device).add_(256 * rate).to(torch.uint8)
+    words = torch.empty(-(-numel // 8), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    thresholds = torch.rand(rows, 1, device=device, generator=generator).add_(256 * rate).to(torch.uint8)
     return words.view(torch.uint8)[:numel].view(rows, features).ge_(thresholds)
 
 

@@ -42,7 +42,7 @@ def recomputed_in_tiles(function: Function, x: Tensor, weights: Sequence[Tensor]
     """Return f(x), (..., out), for x of (..., in), which alone is kept; the backward pass computes f again.
 
     Args:
-        function: f; random numbers that it draws are the same in both passes.
+        function: f; what it draws from the default CPU generator is the same in both passes.
         x: what it reads.
         weights: w, all that f has that trains.
     """
@@ -59,12 +59,11 @@ class _Recomputed(torch.autograd.Function):
         device = rows.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         ctx.autocast = partial(torch.autocast, device, dtype=dtype, enabled=enabled)
-        generator = ctx.generator = _default_generator(rows.device)
         ctx.random_states, outputs = [], []
         # f computes as it does where gradients are made, and nothing of it is kept
         with torch.enable_grad(), saved_tensors_hooks(lambda _: None, _unkept):
             for tile in rows.split(TILE_ROWS):
-                ctx.random_states.append(generator.get_state())
+                ctx.random_states.append(torch.get_rng_state())
                 outputs.append(function(tile.detach()).detach())
         return torch.cat(outputs)
 
@@ -74,23 +73,17 @@ class _Recomputed(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         grad_weights: list[Tensor | None] = [None] * len(ctx.weights)
         tiles = [each.split(TILE_ROWS) for each in (rows, grad, grad_rows)]
-        random_state = ctx.generator.get_state()
+        random_state = torch.get_rng_state()
         for tile, grad_tile, place, state in reversed(list(zip(*tiles, ctx.random_states, strict=True))):
             leaf = tile.detach().requires_grad_()
-            ctx.generator.set_state(state)
+            torch.set_rng_state(state)
             with torch.enable_grad(), ctx.autocast():
                 y = ctx.function(leaf)
             grad_leaf, *more = torch.autograd.grad(y, [leaf, *ctx.weights], grad_tile, allow_unused=True)
             place.copy_(grad_leaf)
             grad_weights = [_sum(one, other) for one, other in zip(grad_weights, more, strict=True)]
-        ctx.generator.set_state(random_state)
+        torch.set_rng_state(random_state)
         return grad_rows, None, None, *grad_weights
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda" and torch.cuda.is_initialized():  # it is not for fake tensors
-        return torch.cuda.default_generators[device.index]
-    return torch.default_generator
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
