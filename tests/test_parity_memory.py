@@ -12,8 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_train.adapter import AdaptedModel
 from qlora_train.errors import TrainingError
+from qlora_train.kernels.fast_path import install
+from qlora_train.loss import label_losses
 from qlora_train.trainer import fast_path, padding_free
 from qlora_train.trainer.gradients import gradients_of
+from tests.live_bytes import LiveBytes
 from tests.runs import adapted_model, adapter_bytes, train_run
 
 Pico = Callable[..., Path]
@@ -95,3 +98,15 @@ def test_parity_check_saves_only_the_input_of_each_layer(pico: Pico, tmp_path: P
         assert not any(getattr(module, "gradient_checkpointing", False) for module in adapted.model.modules())
     hidden_bytes = ids.numel() * adapted.loaded.model.config.hidden_size * 4
     assert found[6] - found[2] <= 2 * 4 * hidden_bytes
+
+
+def test_watching_a_model_keeps_no_more_alive_for_more_layers(pico: Pico, tmp_path: Path) -> None:
+    """To find what kernels replace, every layer is watched; its inputs are freed as without."""
+    ids = torch.arange(120).reshape(2, 60) % 300 + 4
+    peaks = []
+    for num_layers in (2, 6):
+        adapted = adapted_model(tmp_path / str(num_layers), pico("llama", num_hidden_layers=num_layers))
+        with LiveBytes() as live:
+            install(adapted.model, lambda adapted=adapted: label_losses(adapted.model, input_ids=ids, labels=ids))
+        peaks.append(live.peak - live.live)
+    assert peaks[1] <= 1.1 * peaks[0]

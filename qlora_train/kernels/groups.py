@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qlora_train.kernels.dropout import MAX_RATE, rate_of
 from qlora_train.kernels.frozen_weight import FrozenWeight
@@ -78,7 +80,10 @@ class InputGroups:
     def __init__(self, model: nn.Module) -> None:
         self.left_out: Counter[str] = Counter()
         self.layers: list[Any] = []
-        self._calls: list[tuple[Any, Tensor]] = []
+        self._calls: list[tuple[Any, int]] = []
+        # numbers of inputs: the tensors themselves would keep all layers' inputs alive
+        self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._next_number = count()
         for module in model.modules():
             if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
                 reason = _reason_against(module)
@@ -90,10 +95,13 @@ class InputGroups:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Note what the layers are called with."""
-        handles = [
-            layer.register_forward_pre_hook(lambda module, inputs: self._calls.append((module, inputs[0])))
-            for layer in self.layers
-        ]
+
+        def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0] not in self._numbers:
+                self._numbers[inputs[0]] = next(self._next_number)
+            self._calls.append((layer, self._numbers[inputs[0]]))
+
+        handles = [layer.register_forward_pre_hook(note) for layer in self.layers]
         try:
             yield
         finally:
@@ -104,15 +112,15 @@ class InputGroups:
         """Return the groups, in the order in which their layers were called."""
         times = Counter(layer for layer, _ in self._calls)
         groups: list[list[Any]] = []
-        previous: Tensor | None = None
-        for layer, x in self._calls:
+        previous: int | None = None
+        for layer, number in self._calls:
             if times[layer] > 1:
                 continue
-            if x is previous and _like(groups[-1][-1], layer):
+            if number == previous and _like(groups[-1][-1], layer):
                 groups[-1].append(layer)
             else:
                 groups.append([layer])
-            previous = x
+            previous = number
         groups += [[layer] for layer in self.layers if times[layer] != 1]
         return [Group(layers) for layers in groups]
 

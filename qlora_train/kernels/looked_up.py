@@ -74,11 +74,19 @@ REPLACEMENTS: Mapping[str, Replacement] = {
 
 @dataclass
 class LookedUp:
-    """The functions of `REPLACEMENTS` that a module looks up, and what they were called with last."""
+    """The functions of `REPLACEMENTS` that a module looks up.
+
+    Attributes:
+        module: it.
+        own: the functions, by name.
+        made: the operations that may replace them.
+        is_same: whether these computed the same whenever the functions were called while watched.
+    """
 
     module: Any
-    own: dict[str, Function] = field(default_factory=dict)
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    own: dict[str, Function]
+    made: dict[str, Function]
+    is_same: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module) -> "LookedUp | None":
@@ -87,7 +95,8 @@ class LookedUp:
         if not isinstance(forward, FunctionType) or "forward" in vars(module):
             return None
         names = REPLACEMENTS.keys() & set(forward.__code__.co_names) & forward.__globals__.keys()
-        return cls(module, {name: forward.__globals__[name] for name in sorted(names)}) if names else None
+        own = {name: forward.__globals__[name] for name in sorted(names)}
+        return cls(module, own, {name: REPLACEMENTS[name].make(own[name]) for name in own}) if own else None
 
     def forward_with(self, functions: Mapping[str, Function]) -> Function:
         """Return the module's own forward, for which these names are these functions."""
@@ -99,11 +108,11 @@ class LookedUp:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Note what the functions are called with."""
+        """Try the operations on what the functions are called with, at once: it need not be stored for every layer."""
 
         def noting(name: str, own: Function) -> Function:
             def note(*arguments: Any, **keywords: Any) -> Any:
-                self.calls[name] = arguments, keywords
+                self.is_same[name] = self.is_same.get(name, True) and _same(own, self.made[name], arguments, keywords)
                 return own(*arguments, **keywords)
 
             return note
@@ -116,12 +125,11 @@ class LookedUp:
 
     def replaced(self) -> dict[str, Function]:
         """Return the operations that compute what the functions did."""
-        made = {name: REPLACEMENTS[name].make(self.own[name]) for name in self.calls}
-        return {name: made[name] for name in made if _same(self.own[name], made[name], *self.calls[name])}
+        return {name: self.made[name] for name, same in self.is_same.items() if same}
 
 
 @torch.no_grad()
-def _same(own: Function, other: Function, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+def _same(own: Function, other: Function, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> bool:
     exact = [_exact(each) for each in arguments], {name: _exact(each) for name, each in keywords.items()}
     try:
         wanted, found = own(*exact[0], **exact[1]), other(*exact[0], **exact[1])
