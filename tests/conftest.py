@@ -7,6 +7,7 @@ test starts have.
 import logging
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qlora-train-tests-")  # not the user's
@@ -34,6 +35,30 @@ from tests.pico import build_pico
 
 fresh_check.PRELOAD.append("tests.faults.child")  # the tests of faults start their processes by the same server
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+DEVELOPMENT_PACKAGES = {"hypothesis", "gguf", "xllamacpp", "atheris"}
+
+
+class TestFile(pytest.Module):
+    """A file of tests, skipped where a package that only development needs is missing: a machine with a GPU may be bare."""
+
+    def _getobj(self) -> Any:
+        try:
+            return super()._getobj()
+        except self.CollectError as error:
+            missing = getattr(error.__cause__, "name", None)
+            if missing not in DEVELOPMENT_PACKAGES:
+                raise
+        for name, module in list(sys.modules.items()):
+            if getattr(module, "__file__", None) == str(self.path):
+                del sys.modules[name]  # half of it, which other files would import from
+        raise pytest.skip.Exception(f"needs the package {missing}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> TestFile:
+    """Collect tests as `TestFile` does."""
+    return TestFile.from_parent(parent, path=module_path)
 
 
 def pytest_unconfigure() -> None:

@@ -13,7 +13,9 @@ import torch
 from torch.nn import functional
 
 from tests import fake_cuda
+from tests.conftest import DEVELOPMENT_PACKAGES
 
+ROOT = Path(__file__).parents[1]
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -63,12 +65,27 @@ def test_what_crosses_devices() -> None:
     assert fake_cuda.mismatches == []
 
 
+def test_the_tests_for_a_gpu_need_no_package_of_development() -> None:
+    code = f"""from importlib.machinery import PathFinder
+class Find:
+    find = PathFinder.find_spec
+    def __call__(self, name, *more):
+        return None if name in {DEVELOPMENT_PACKAGES!r} else Find.find(name, *more)
+PathFinder.find_spec = Find()
+import pytest
+pytest.main(["-m", "gpu", "--collect-only", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "tests"])"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "error" not in done.stdout.lower(), done.stdout[-4000:]
+    for file in ("kernels/test_triton_model.py", "test_on_a_gpu.py", "test_offloading.py"):
+        assert f"tests/{file}::" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these tests run on this device")
 def test_every_test_that_needs_a_gpu_passes_on_the_fake_one() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-p", "no:cacheprovider"],
-        env={**os.environ, "FAKE_CUDA": "1"}, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+        env={**os.environ, "FAKE_CUDA": "1"}, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)

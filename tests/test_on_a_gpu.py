@@ -59,6 +59,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico(family), *MERGED)
     assert all(map(math.isfinite, losses(run)))
+    assert run.fast_path()["on"], run.fast_path()
     assert run.facts()["device"] == torch.cuda.get_device_name()
     results = evaluate(run, EvalSettings(max_new_tokens=4, batch_size=2))
     assert {"base", "adapter", "merged"} < results.keys()
