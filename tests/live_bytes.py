@@ -1,5 +1,6 @@
 """Counts the bytes of the tensors that operations return, from their creation to their end; nothing need be computed."""
 
+import math
 import weakref
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 class LiveBytes(TorchDispatchMode):
     """Counts storages that operations returned and that are still alive.
+
+    To a 4-bit product of bitsandbytes the weight is added that it may dequantize inside.
 
     Attributes:
         live: bytes now.
@@ -25,10 +28,15 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and self.counts(leaf):
                 self._add(leaf.untyped_storage())
-        self.peak = max(self.peak, self.live)
+        inside_bytes = 2 * math.prod(args[2]) if str(func) == "bitsandbytes.gemm_4bit.default" else 0
+        self.peak = max(self.peak, self.live + inside_bytes)
         return result
+
+    def counts(self, _tensor: Tensor) -> bool:
+        """Say whether a tensor's storage is counted."""
+        return True
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

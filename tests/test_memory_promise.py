@@ -8,8 +8,6 @@ depths, from which the peaks of forward, loss and backward follow as straight li
 confirms. A GB is 10**9 bytes.
 """
 
-import math
-import weakref
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,14 +19,13 @@ from bitsandbytes import functional
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_train.errors import ModelError
 from qlora_train.kernels import reference
 from qlora_train.plan import memory_plan, optimizer_bytes, quantization_state_bytes
 from tests.fake_cuda import IS_FAKE
+from tests.live_bytes import LiveBytes
 from tests.pico import FAMILIES, build_config
 
 RANK, TOKENS = 16, 512
@@ -76,34 +73,6 @@ class Shapes4bit(bnb.nn.Linear4bit):
             (nested, "absmax"),
             (nested, "code"),
         ]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations have returned and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
-        inside = math.prod(args[2]) * 2 if func is torch.ops.bitsandbytes.gemm_4bit.default else 0
-        self.peak = max(self.peak, self.live + inside)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
 
 
 @dataclass(frozen=True)
