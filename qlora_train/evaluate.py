@@ -91,9 +91,9 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
     def compute(batch: Sequence[int]) -> None:
         stopping.check()
         tensors = collate([(index, examples[index]) for index in batch])
-        inputs: dict[str, Any] = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-        losses = label_losses(model, **inputs)
-        nll.index_add_(0, tensors["row"][losses.of_row.cpu()], losses.nats.double().cpu())
+        inputs: dict[str, Any] = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask")}
+        losses = label_losses(model, **inputs, labels=tensors["labels"])
+        nll.index_add_(0, tensors["row"][losses.of_row], losses.nats.double().cpu())
 
     with _evaluating(model):
         compute_in_batches(
@@ -119,8 +119,8 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
         for example in examples:
             stopping.check()
             tensors = collate([(0, example)])
-            inputs = {name: tensors[name].to(device) for name in ("input_ids", "labels")}
-            logits, reason = attempt(partial(label_logits, model, **inputs))
+            input_ids = tensors["input_ids"].to(device)
+            logits, reason = attempt(partial(label_logits, model, input_ids=input_ids, labels=tensors["labels"]))
             if logits is None:
                 raise too_long(len(example.input_ids), reason, ONE_ROW_ADVICE)
             for some in logits.split(max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))):

@@ -22,8 +22,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from qlora_train.kernels import host
 from qlora_train.kernels.cross_entropy import losses_and_gradient_
-from qlora_train.kernels.document_attention import positions_of_row
+from qlora_train.kernels.document_attention import attends_by_documents, positions_of_row
 
 IGNORED = -100
 """Label of a token without loss, as torch's cross-entropy and Transformers have it."""
@@ -80,10 +81,7 @@ def _at(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def _label_places(targets: torch.Tensor) -> torch.Tensor:
-    """Return where there is a label, counted over the tokens of all rows, (num_labels,).
-
-    A GPU is waited for here, and nowhere else in a forward pass.
-    """
+    """Return where there is a label, counted over the tokens of all rows, (num_labels,)."""
     return (targets != IGNORED).flatten().nonzero()[:, 0]
 
 
@@ -93,7 +91,7 @@ class LabelLosses:
 
     Attributes:
         nats: negative log-likelihood of every label token, float32 (num_labels,).
-        of_row: the row of the batch that each belongs to, (num_labels,).
+        of_row: the row of the batch that each belongs to, (num_labels,), on the host.
         balance: how unevenly the batch's tokens use the experts, a scalar; None unless it was asked for.
     """
 
@@ -120,29 +118,33 @@ def label_losses(
         chunk_tokens: labels whose logits exist at a time, for a model that `can_chunk`; None: all.
         input_ids: (batch, seq).
         labels: (batch, seq), IGNORED where a token carries no loss; so is the first token of each packed document, which
-            nothing predicts.
+            nothing predicts. Where they are on the host, as `position_ids`, the host does not wait for the device.
         attention_mask: (batch, seq), 1 for real tokens; None where all are.
         position_ids: (1, seq), those in each document of a packed row, as `data.batches.PackCollator` makes them; None for
             rows that are not packed.
         with_balance: also return the architecture's own load-balancing loss of a mixture of experts, over all real tokens.
     """
-    targets = shifted_labels(labels)
-    places = _label_places(targets)
+    device, targets, positions = input_ids.device, shifted_labels(labels.cpu()), None
+    at = _label_places(targets)
+    places, wanted = host.to_device(at, device), host.to_device(targets.flatten()[at], device)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if position_ids is not None:
-        inputs["position_ids"] = position_ids
+        positions = position_ids.cpu()
+        inputs["position_ids"] = host.to_device(positions, device)
+        if attends_by_documents(model) and not with_balance:
+            # Transformers then does not ask the device whether documents are packed
+            inputs["attention_mask"] = torch.ones_like(input_ids)
     if with_balance:
         inputs["output_router_logits"] = True
-    wanted = targets.flatten()[places]
     if chunk_tokens is not None:
-        with positions_of_row(position_ids):
+        with positions_of_row(positions):
             hidden_states, output = _hidden_states(model, places, inputs)
         nats = _losses_in_chunks(model, hidden_states, wanted, chunk_tokens)
     else:
-        with positions_of_row(position_ids), _head_sees_only(model, places):
+        with positions_of_row(positions), _head_sees_only(model, places):
             output = model(**inputs)
         nats = _negative_log_likelihoods(output.logits, wanted.to(output.logits.device))
-    return LabelLosses(nats, places // targets.shape[1], output.aux_loss if with_balance else None)
+    return LabelLosses(nats, at // targets.shape[1], output.aux_loss if with_balance else None)
 
 
 def label_logits(model: nn.Module, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -153,7 +155,8 @@ def label_logits(model: nn.Module, *, input_ids: torch.Tensor, labels: torch.Ten
         input_ids: (batch, seq).
         labels: (batch, seq), IGNORED where a token carries no loss.
     """
-    with _head_sees_only(model, _label_places(shifted_labels(labels))):
+    places = host.to_device(_label_places(shifted_labels(labels.cpu())), input_ids.device)
+    with _head_sees_only(model, places):
         logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits
 

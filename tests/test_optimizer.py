@@ -15,6 +15,7 @@ from qlora_train.checkpoint import save_tree
 from qlora_train.loader import load_model
 from qlora_train.plan import memory_plan
 from qlora_train.trainer.optimizer import choose_optimizer, page_restored_state, trained_tensors
+from tests.fake_cuda import IS_FAKE
 from tests.runs import make_config
 from tests.test_memory_promise import LLAMA_2_7B
 
@@ -106,7 +107,7 @@ def test_the_plan_counts_the_optimizer_of_the_gpu(gpu_bytes: int, name: str, sta
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(IS_FAKE or not torch.cuda.is_available(), reason="needs a CUDA device and bitsandbytes' pages")
 def test_pages_hold_restored_state_on_a_gpu() -> None:
     weight = torch.nn.Parameter(torch.ones(512, 512, device="cuda"))
     first, second = (bnb.optim.PagedAdamW8bit([weight]) for _ in range(2))

@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from qlora_train.kernels import document_varlen
+from qlora_train.kernels import document_varlen, host
 from qlora_train.kernels.document_rows import Collect, Shared, Span, Spread, shared_of
 from qlora_train.kernels.document_scores import Layout, Places, scored_documents
 from qlora_train.kernels.document_varlen import CAUSAL, Lengths, Window, varlen_documents
@@ -96,11 +96,16 @@ class Documents:
 _POSITIONS: ContextVar[torch.Tensor | None] = ContextVar("positions", default=None)
 
 
+def attends_by_documents(model: Any) -> bool:
+    """Say whether a model's attention is this one."""
+    return bool(model.config._attn_implementation == NAME)
+
+
 @contextmanager
 def positions_of_row(position_ids: torch.Tensor | None) -> Iterator[None]:
-    """Let `find_documents` know the positions of the row that a model is given, (1, seq); None for rows that are none.
+    """Tell `find_documents` the positions of the packed row that a model is given, (1, seq) on the host; None: not packed.
 
-    Transformers' mask functions are told where documents begin and not at which position.
+    Transformers tells its mask functions where documents begin by tensors on the device, which the host would wait for.
     """
     token = _POSITIONS.set(position_ids)
     try:
@@ -130,27 +135,28 @@ def find_documents(
 ) -> Documents | torch.Tensor | None:
     """Return the documents of a packed row; of any other input, what sdpa is given as its mask.
 
-    Called once a forward for each kind of layer, with the arguments of Transformers' own mask functions. An input is a
-    packed row when it is one row without a padding mask whose mask function may not be replaced by plain causality.
+    Called once per forward pass for each kind of layer, with the arguments of Transformers' own mask functions. Packed rows
+    are those of `positions_of_row`; `mask_function` says who sees whom inside a document.
     """
-    is_row = batch_size == 1 and attention_mask is None and q_length == kv_length
-    if not is_row or allow_is_causal_skip or use_vmap:
+    positions = _POSITIONS.get()
+    if positions is not None and use_vmap:
+        raise NotImplementedError("packed rows under a mask function of the model's own")
+    spans = [] if positions is None else _spans(positions[0])
+    if positions is None or len(spans) == 1:
         return AttentionMaskInterface()["sdpa"](
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
             mask_function=mask_function,
-            attention_mask=attention_mask,
+            attention_mask=attention_mask if positions is None else None,
             local_size=local_size,
             allow_is_causal_skip=allow_is_causal_skip,
             use_vmap=use_vmap,
             device=device,
             **others,
         )
+    assert (batch_size, q_length, kv_length) == (1, *2 * positions.shape[1:]), "one packed row, without a cache"
     places, zero = torch.arange(q_length, device=device), torch.zeros((), dtype=torch.long, device=device)
-    sees_previous = mask_function(zero, zero, places[1:], places[:-1])
-    spans = _spans(functional.pad(~sees_previous, (1, 0), value=True).nonzero()[:, 0], q_length)
-
     longest = max((span for span in spans if not span.num_shared), key=lambda span: span.length)
 
     @cache
@@ -177,13 +183,12 @@ def _sees_window(mask_function: MaskFunction, own: torch.Tensor, size: int) -> b
     return bool((first & ~before).all())
 
 
-def _spans(begins: torch.Tensor, seq: int) -> list[Span]:
-    """Return the documents that begin at these places, (num_documents,), of a row of `seq` tokens."""
-    positions = _POSITIONS.get()
-    first = torch.zeros_like(begins) if positions is None else positions[0, begins]
-    begin_of, num_shared_of = torch.stack([begins, first]).tolist()
+def _spans(positions: torch.Tensor) -> list[Span]:
+    """Return the documents of a row from the positions of its tokens, (seq,): one begins where they do not count on."""
+    begins = functional.pad(positions.diff() != 1, (1, 0), value=True).nonzero()[:, 0]
+    begin_of, num_shared_of = torch.stack([begins, positions[begins]]).tolist()
     spans, root = [], 0
-    for begin, num_shared, end in zip(begin_of, num_shared_of, [*begin_of[1:], seq], strict=True):
+    for begin, num_shared, end in zip(begin_of, num_shared_of, [*begin_of[1:], len(positions)], strict=True):
         root = root if num_shared else begin
         spans.append(Span(root, num_shared, begin, end))
     return spans
@@ -219,7 +224,8 @@ def _in_batches(
         batches.append(DocumentBatch(last - first, length, partial(mask_of, length) if masked else None))
         first = last
     places, copies = torch.cat(found), torch.cat(shared)
-    return Documents(tuple(batches), places.to(device), back.to(device), shared_of(places, copies, device))
+    shared_tokens = shared_of(places, copies, device)
+    return Documents(tuple(batches), host.to_device(places, device), host.to_device(back, device), shared_tokens)
 
 
 def _layout(documents: Documents) -> Layout:

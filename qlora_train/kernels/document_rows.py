@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_train.kernels import host
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -47,7 +49,7 @@ def shared_of(places: Tensor, copies: Tensor, device: torch.device) -> Shared | 
     if not len(copies):
         return None
     tokens, token_of = places[copies].unique(return_inverse=True)
-    return Shared(copies.to(device), tokens.to(device), token_of.to(device))
+    return Shared(*(host.to_device(each, device) for each in (copies, tokens, token_of)))
 
 
 class Spread(torch.autograd.Function):

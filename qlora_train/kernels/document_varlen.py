@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from qlora_train.kernels import host
 from qlora_train.kernels.document_rows import Shared, Span, Spread, shared_of
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Lengths:
         num_queries, num_keys = [span.end - span.begin for span in spans], [span.length for span in spans]
 
         def begins(sizes: Sequence[int]) -> Tensor:
-            return torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=device)
+            return host.to_device(torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32), device)
 
         keys = Keys.of(spans, device) if num_queries != num_keys else None
         return cls(begins(num_queries), begins(num_keys), max(num_queries), max(num_keys), keys, window)
@@ -90,7 +91,8 @@ class Keys:
             is_copy += [torch.ones(len(parts[-2]), dtype=torch.bool), torch.zeros(len(parts[-1]), dtype=torch.bool)]
         tokens, copies = torch.cat(parts), torch.cat(is_copy)
         shared = shared_of(tokens, copies.nonzero()[:, 0], device)
-        return cls(tokens.to(device), (~copies).nonzero()[:, 0].to(device), shared)
+        own = (~copies).nonzero()[:, 0]
+        return cls(host.to_device(tokens, device), host.to_device(own, device), shared)
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return the rows of keys, (num_keys, ...), for those of tokens, (seq, ...)."""

@@ -45,6 +45,7 @@ from qlora_train.data import PreparedData
 from qlora_train.data.batches import Batch, PackCollator
 from qlora_train.errors import CheckpointError, TrainingError
 from qlora_train.evaluate import held_out_loss
+from qlora_train.kernels import host
 from qlora_train.loss import LabelLosses, chunk_tokens_of, label_losses
 from qlora_train.trainer.arguments import choose_offloading, sft_config
 from qlora_train.trainer.balance import BALANCE, choose_router_aux_loss_coef
@@ -204,7 +205,16 @@ class QloraTrainer(SFTTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Batch]], device: torch.device) -> Any:
         """Return the labels of the optimizer step, over all its micro-batches."""
-        return super()._get_num_items_in_batch([batch for step in batch_samples for batch in step], device)
+        batches = [batch for step in batch_samples for batch in step]
+        return int(super()._get_num_items_in_batch(batches, torch.device("cpu")))  # on the device the host would wait
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Bring to the device what the model reads as it is; the host needs the rest (see `label_losses`)."""
+        on_device = ("input_ids", "attention_mask")
+        return {
+            name: host.to_device(tensor, self.args.device) if name in on_device else tensor
+            for name, tensor in inputs.items()
+        }
 
     def compute_loss(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_train.kernels import document_varlen
-from qlora_train.kernels.document_attention import Documents, find_documents
+from qlora_train.kernels.document_attention import Documents, find_documents, positions_of_row
 from qlora_train.kernels.document_rows import Span
 from qlora_train.kernels.document_varlen import CAUSAL, TRIED, Lengths, Window, takes, varlen_documents, works_on
 from tests.fake_cuda import IS_FAKE
@@ -75,12 +75,13 @@ def test_only_a_mask_that_is_the_window_is_computed_as_one(distance: int, monkey
     put_plain_kernel(monkeypatch)
 
     def mask_function(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query - key < distance) & (query // 8 == key // 8)  # documents of 8 tokens
+        return (key <= query) & (query - key < distance)
 
-    found = find_documents(
-        batch_size=1, q_length=16, kv_length=16, mask_function=mask_function, local_size=4, allow_is_causal_skip=False,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    with positions_of_row(torch.arange(8).repeat(2)[None]):
+        found = find_documents(
+            batch_size=1, q_length=16, kv_length=16, mask_function=mask_function, local_size=4,
+            device=torch.device("cpu"),
+        )  # fmt: skip
     assert isinstance(found, Documents)
     assert (found.lengths is not None) == (distance == 4)
     assert found.lengths is None or found.lengths.window == (3, 0)
