@@ -344,6 +344,8 @@ def install() -> None:
     }  # fmt: skip
     for name, value in changed.items():
         setattr(Tensor, name, value)
+    for name in ("can_use_flash_attention", "can_use_efficient_attention", "can_use_cudnn_attention"):
+        setattr(torch.backends.cuda, name, lambda *_: True)
     autocast = torch.amp.autocast_mode.autocast
     autocast.__init__ = _for_cpu(autocast.__init__)  # type: ignore[method-assign]
     for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):
