@@ -249,7 +249,7 @@ def _nothing(*_args: Any, **_keywords: Any) -> None:
 def _torch_cuda() -> dict[str, Any]:
     properties = SimpleNamespace(
         name="fake", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=TOTAL_BYTES, multi_processor_count=64,
-        gcnArchName="", warp_size=32, max_threads_per_multi_processor=2048, L2_cache_size=50 << 20,
+        gcnArchName="sm_90", warp_size=32, max_threads_per_multi_processor=2048, L2_cache_size=50 << 20,
     )  # fmt: skip
     constants = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_name": "fake",
@@ -323,6 +323,13 @@ def _same_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
+class _Generator(torch.Generator):
+    """A generator of the CPU, whatever device is asked for."""
+
+    def __new__(cls, device: Any = None) -> "_Generator":
+        return super().__new__(cls, CPU)
+
+
 @functools.cache
 def install() -> None:
     """Give this process the fake device. It stays until the process ends."""
@@ -346,6 +353,7 @@ def install() -> None:
         setattr(Tensor, name, value)
     for name in ("can_use_flash_attention", "can_use_efficient_attention", "can_use_cudnn_attention"):
         setattr(torch.backends.cuda, name, lambda *_: True)
+    torch.Generator = _Generator  # type: ignore[misc]
     autocast = torch.amp.autocast_mode.autocast
     autocast.__init__ = _for_cpu(autocast.__init__)  # type: ignore[method-assign]
     for name in ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype"):

@@ -10,6 +10,7 @@ import torch
 
 from qlora_train.device import ALLOCATOR_VARIABLES, expand_segments
 from qlora_train.errors import explain
+from tests.fake_cuda import IS_FAKE
 
 SETTINGS = (
     "import os; from qlora_train.device import select_device; select_device(); import torch; "
@@ -58,7 +59,7 @@ def test_driver_that_does_not_support_it_is_one_line_with_the_way_out() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available() or IS_FAKE, reason="needs a CUDA device")
 def test_segments_of_a_gpu_expand(unset: None) -> None:
     code = SETTINGS.rpartition("print")[0] + (
         "torch.zeros(1, device='cuda'); print(torch.cuda.memory._snapshot()['allocator_settings']['expandable_segments'])"
