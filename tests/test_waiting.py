@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qlora_train.kernels import host
+from tests.fake_cuda import IS_FAKE
 from tests.runs import make_config
 from tests.test_out_of_memory import trainer_of
 
@@ -69,6 +70,7 @@ class Reads(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+PADDING_FREE = ("train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=4")
 EAGER = ("model.attn_implementation=eager",)
 
 
@@ -84,7 +86,7 @@ def on_device(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.mark.parametrize(
     "settings",
     [
-        ("train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=4"),
+        PADDING_FREE,
         ("data.packing=true",),
         ("train.padding_free=false", "data.packing=true"),
         EAGER,
@@ -109,3 +111,22 @@ def test_a_training_step_waits_for_the_device_at_its_end_alone(
         assert not waits
         trainer._get_grad_norm(model, norm)
         assert len(waits) == 2, "the loss and the norm"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(IS_FAKE or not torch.cuda.is_available(), reason="needs a CUDA device that reports what waits")
+@pytest.mark.parametrize("settings", [PADDING_FREE, ("data.packing=true",)], ids=["padding-free", "packs"])
+def test_torch_sees_no_wait_on_a_gpu(settings: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, pico_llama, "data.eval=null", "train.eval_steps=null", *settings)
+    trainer, _ = trainer_of(config)
+    trainer.create_optimizer()
+    trainer._tr_loss = torch.zeros((), device="cuda")
+    step = next(iter(trainer.get_train_dataloader()))
+    num_labels = trainer._get_num_items_in_batch([step], torch.device("cuda"))
+    model = trainer.model.train()
+    trainer.training_step(model, step, num_labels)  # the first one fills caches
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.training_step(model, step, num_labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
