@@ -148,6 +148,12 @@ def test_the_generator_of_one_gpu_is_stored_whatever_the_number_of_gpus(monkeypa
     assert [state.tolist() for state in restored] == [list(range(16))]
 
 
+def test_a_checkpoint_of_a_cpu_is_restored_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {**random_state(), "cuda": []}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    restore_random_state(state)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
 def test_every_generator_goes_on_where_it_was(seed: int, tmp_path: Path) -> None:
     random.seed(seed)

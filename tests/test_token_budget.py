@@ -80,6 +80,11 @@ def test_it_is_raised_to_what_a_step_has_at_most(pico_llama: Path, tmp_path: Pat
         assert same.num_tokens == lengths[0]
 
 
+def test_deterministic_runs_do_not_depend_on_free_memory(pico_llama: Path, tmp_path: Path) -> None:
+    trainer, _ = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME, "run.deterministic=true"))
+    assert trainer._feed.collate.most is None, "the micro-batches of the settings"  # type: ignore[union-attr]
+
+
 def test_a_step_has_fewer_micro_batches_none_larger_than_the_one_tried(pico_llama: Path, tmp_path: Path) -> None:
     trainer, _ = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME))
     assert isinstance(try_largest_batch(trainer), Trial)

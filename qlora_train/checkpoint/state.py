@@ -124,7 +124,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     keys = state["numpy"]["keys"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, *state["numpy"]["rest"]))
     torch.random.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and state["cuda"]:  # a run that began on a CPU has none
         torch.cuda.set_rng_state(state["cuda"][0])
 
 

@@ -346,8 +346,9 @@ class TrainSection(Section):
     Transformers' own do."""
     padding_free: bool = True
     """Compute the rows of an optimizer step end to end, as many at a time as the largest micro-batch of
-    `per_device_train_batch_size` rows has tokens (on a GPU up to 8,192 where they fit), and what several of them begin with
-    once; where that saves anything and a comparison shows that it changes nothing: part of the fast path."""
+    `per_device_train_batch_size` rows has tokens (on a GPU up to 8,192 where they fit, unless run.deterministic), and the
+    prefix that several of them share once; where that saves anything and a comparison shows that it changes nothing: part
+    of the fast path."""
     dequantized_cache_gb: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     """Memory for copies of 4-bit weights in the compute dtype, which are then not dequantised in every step; `auto` is up
     to a quarter of a CPU's free memory, and 0 on GPUs."""

@@ -139,8 +139,13 @@ def find_documents(
     are those of `positions_of_row`; `mask_function` says who sees whom inside a document.
     """
     positions = _POSITIONS.get()
-    if positions is not None and use_vmap:
-        raise NotImplementedError("packed rows under a mask function of the model's own")
+    if positions is not None:
+        if use_vmap:
+            raise NotImplementedError("packed rows under a mask function of the model's own")
+        if (batch_size, q_length, kv_length) != (1, *2 * positions.shape[1:]):
+            raise NotImplementedError(
+                f"a mask of {batch_size} x {q_length} x {kv_length} for {positions.numel()} tokens"
+            )
     spans = [] if positions is None else _spans(positions[0])
     if positions is None or len(spans) == 1:
         return AttentionMaskInterface()["sdpa"](
@@ -155,7 +160,6 @@ def find_documents(
             device=device,
             **others,
         )
-    assert (batch_size, q_length, kv_length) == (1, *2 * positions.shape[1:]), "one packed row, without a cache"
     places, zero = torch.arange(q_length, device=device), torch.zeros((), dtype=torch.long, device=device)
     longest = max((span for span in spans if not span.num_shared), key=lambda span: span.length)
 
@@ -167,7 +171,7 @@ def find_documents(
     documents = _in_batches(sorted(spans, key=lambda span: -span.length), local_size, mask_of, device)
     window: Window | None = CAUSAL
     if local_size is not None and documents.batches[0].make_mask is not None:
-        own = places[longest.begin : longest.end]
+        own = torch.arange(longest.begin, longest.end)  # on the host, which would wait for the device
         window = (local_size - 1, 0) if _sees_window(mask_function, own, local_size) else None
     if window is not None and document_varlen.works_on(device, windowed=window != CAUSAL):
         return replace(documents, lengths=Lengths.of(spans, device, window))
@@ -179,7 +183,10 @@ def find_documents(
 def _sees_window(mask_function: MaskFunction, own: torch.Tensor, size: int) -> bool:
     """Say whether queries at the positions `own`, (length,), see themselves and the `size` - 1 tokens before them."""
     zero, later = torch.zeros_like(own[0]), own[size:]
-    first, before = (mask_function(zero, zero, later, later - distance) for distance in (size - 1, size))
+    try:
+        first, before = (mask_function(zero, zero, later, later - distance) for distance in (size - 1, size))
+    except RuntimeError:  # it reads tensors of the device, as that of chunks does
+        return False
     return bool((first & ~before).all())
 
 

@@ -120,7 +120,10 @@ def choose_padding_free(
         return None
     run_id = run.facts().get("run_id", "")
     verdict = known_verdict(run.padding_free_file, run.padding_free(), run_id)
-    min_tokens = verdict.min_tokens if verdict is not None else min_tokens_on(adapted.loaded.device)
+    if verdict is not None:
+        min_tokens = verdict.min_tokens
+    else:  # what fits depends on other processes, and reruns would round differently
+        min_tokens = 0 if config.run.deterministic else min_tokens_on(adapted.loaded.device)
     laid_out = _laid_out(adapted, feed, config, in_chunks, min_tokens)
     num_steps = min(-(-NUM_BATCHES // config.train.gradient_accumulation_steps), feed.steps_per_epoch)
     savings = Savings.of(feed, laid_out, num_steps)

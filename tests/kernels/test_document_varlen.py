@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay, sliding_window_overlay
 
 from qlora_train.kernels import document_varlen
 from qlora_train.kernels.document_attention import Documents, find_documents, positions_of_row
@@ -85,6 +86,35 @@ def test_only_a_mask_that_is_the_window_is_computed_as_one(distance: int, monkey
     assert isinstance(found, Documents)
     assert (found.lengths is not None) == (distance == 4)
     assert found.lengths is None or found.lengths.window == (3, 0)
+
+
+def test_a_window_is_found_without_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_plain_kernel(monkeypatch)
+
+    def find(mask_function: Callable[..., Tensor]) -> Documents:
+        with positions_of_row(torch.arange(8).repeat(2)[None]):
+            found = find_documents(
+                batch_size=1, q_length=16, kv_length=16, mask_function=mask_function, local_size=4,
+                device=torch.device("meta"),
+            )  # fmt: skip
+        assert isinstance(found, Documents)
+        return found
+
+    window = find(and_masks(sliding_window_overlay(4), causal_mask_function)).lengths
+    assert window is not None
+    assert window.window == (3, 0)
+    chunks = chunked_overlay(4, torch.zeros(1, dtype=torch.long, device="meta"))
+    assert find(and_masks(chunks, causal_mask_function)).lengths is None
+
+
+@pytest.mark.parametrize("sizes", [(2, 16, 16), (1, 16, 20), (1, 12, 12)])
+def test_masks_of_other_tokens_than_the_row_are_refused_as_failures_of_the_model(sizes: tuple[int, int, int]) -> None:
+    batch_size, q_length, kv_length = sizes
+    with positions_of_row(torch.arange(8).repeat(2)[None]), pytest.raises(NotImplementedError, match=r"for 16 tokens"):
+        find_documents(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=causal_mask_function,
+            device=torch.device("cpu"),
+        )  # fmt: skip
 
 
 def test_heads_that_the_kernel_does_not_take() -> None:
