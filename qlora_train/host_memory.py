@@ -40,5 +40,7 @@ def _left_in(folder: Path, limit: str, use: str, cache: str) -> int:
     allowed = (folder / limit).read_text(encoding="ascii").strip()
     if allowed == "max":
         return psutil.virtual_memory().total
-    stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-    return max(0, int(allowed) - int((folder / use).read_text(encoding="ascii")) + int(stat[cache]))
+    stat = folder / "memory.stat"  # gVisor has none
+    lines = stat.read_text(encoding="ascii").splitlines() if stat.is_file() else []
+    cached = int(dict(line.split() for line in lines).get(cache, 0))
+    return max(0, int(allowed) - int((folder / use).read_text(encoding="ascii")) + cached)

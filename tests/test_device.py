@@ -94,7 +94,8 @@ def test_a_driver_whose_gpus_this_process_does_not_see_is_one_line(
         driver.setattr(nvidia, "LIBRARY", "libcuda.so.none")
     if visible:
         driver.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert f"sees no GPU (CUDA_VISIBLE_DEVICES {visible or 'is not set'}); correct the variable, start the" in refusal()
+    assert "sees no GPU; start the container with --gpus all, request a GPU" in refusal()
+    assert f"correct CUDA_VISIBLE_DEVICES ({visible or 'not set'}), or" in refusal()
     driver.setattr(torch.version, "cuda", None)
     assert select_device().type == "cpu"
 
@@ -155,9 +156,23 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_one_line(h200: pytest.MonkeyPatc
     gpu = SimpleNamespace(name="Tesla V100", total_memory=2**34, major=7, minor=0)
     h200.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     assert re.match(
-        r"GPU: Tesla V100 has compute capability 7\.0, and torch \S+ has kernels from 7\.5 on; install torch for",
+        r"GPU: Tesla V100 has compute capability 7\.0,.* has kernels for 7\.5 to 12\.0; install torch for an older",
         refusal(),
     )
+    gpu = SimpleNamespace(name="RTX 5090", total_memory=2**34, major=12, minor=0)
+    h200.setattr(torch.cuda, "get_arch_list", lambda: ["sm_50", "sm_75", "sm_80", "sm_86", "sm_90"])
+    assert re.match(
+        r"GPU: RTX 5090 has compute capability 12\.0,.* has kernels for 5\.0 to 9\.0; install torch for a newer",
+        refusal(),
+    )
+
+
+@pytest.mark.parametrize(("major", "minor"), [(8, 9), (12, 1), (13, 0)])
+def test_kernels_of_the_same_major_version_or_ptx_suffice(major: int, minor: int, h200: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="GPU", total_memory=2**34, major=major, minor=minor)
+    h200.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    h200.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"])
+    assert select_device().type == "cuda"
 
 
 def test_cuda_that_cannot_be_initialised_is_one_line(h200: pytest.MonkeyPatch) -> None:
@@ -206,7 +221,7 @@ def test_the_trainer_uses_one_of_several_visible_gpus(
     """CUDA may be initialised already in a notebook, too late to hide the others; TRL refuses several."""
     h200.setattr(torch.cuda, "set_device", lambda _: None)
     adapted: Any = SimpleNamespace(loaded=SimpleNamespace(device=torch.device("cuda", 0), compute_dtype=torch.float32))
-    settings = make_config(tmp_path, pico_llama)
+    settings = make_config(tmp_path, pico_llama, "train.optim=adamw_torch")
     arguments = sft_config(settings, adapted, RunFolder(tmp_path / "run"), checkpoints_all=False)
     assert (arguments.n_gpu, arguments.train_batch_size) == (1, settings.train.per_device_train_batch_size)
 
@@ -219,7 +234,7 @@ torch.cuda.is_available = torch.cuda.is_initialized = lambda: True
 torch.cuda.device_count = lambda: 2
 torch.cuda.get_device_properties = lambda _: SimpleNamespace(name="H200", total_memory=2**37, major=9, minor=0)
 torch.cuda.get_device_name = lambda _: "H200"
-torch.cuda.get_arch_list = lambda: ["sm_75"]
+torch.cuda.get_arch_list = lambda: ["sm_90"]
 torch.cuda.is_bf16_supported = lambda **_: True
 torch.version.cuda = "13.0"
 original = transformers.PreTrainedModel.from_pretrained.__func__

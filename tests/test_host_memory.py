@@ -70,6 +70,14 @@ def test_limit_is_found_from_inside_a_container(controller: str, line: str, mach
     assert available_bytes() == 6 * GIB
 
 
+def test_group_without_statistics_has_no_page_cache_to_drop(machine: Machine) -> None:
+    """As in gVisor's memory controller."""
+    machine.member("4:memory:/")
+    machine.group("memory", "", 8 * GIB, 2 * GIB)
+    (machine.root / "memory" / "memory.stat").unlink()
+    assert available_bytes() == 6 * GIB
+
+
 def test_unlimited_group_of_version_1_is_no_limit(machine: Machine) -> None:
     machine.member("4:memory:/")
     machine.group("memory", "", 0x7FFFFFFFFFFFF000, 9 * GIB)
