@@ -67,11 +67,8 @@ def _describe_gpu(device: torch.device) -> str:
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         raise ModelError(f"GPU: CUDA fails: {first_line(error).rstrip('.')}; see nvidia-smi, {ON_CPU}") from error
     capability = 10 * gpu.major + gpu.minor
-    if torch.version.cuda and capability < (oldest := _oldest_capability()):
-        raise ModelError(
-            f"GPU: {gpu.name} has compute capability {gpu.major}.{gpu.minor}, and torch {torch.__version__} has kernels "
-            f"from {oldest / 10} on; install torch for an older CUDA ({GET_TORCH}), {ON_CPU}"
-        )
+    if torch.version.cuda:
+        _check_kernels(gpu.name, capability)
     architecture = f"sm_{capability}" if torch.version.cuda else gpu.gcnArchName
     parts = [gpu.name, f"{gpu.total_memory / 2**30:.1f} GiB", architecture]
     if version := driver_version():
@@ -81,13 +78,23 @@ def _describe_gpu(device: torch.device) -> str:
     return ", ".join(parts)
 
 
-def _oldest_capability() -> int:
-    """Return the oldest compute capability that torch and bitsandbytes have kernels for, times ten.
+def _check_kernels(gpu: str, capability: int) -> None:
+    """Raise a ModelError if torch has no kernels for a compute capability, given times ten.
 
-    Both are built per CUDA version: 7.5 with CUDA 13.
+    Kernels of sm_80 run on 8.0 to 8.9; compute_120 is PTX, which the driver compiles for newer GPUs. torch and
+    bitsandbytes are built per CUDA version: from 7.5 with CUDA 13, up to 9.0 with CUDA 12.6.
     """
-    names = torch.cuda.get_arch_list()  # such as sm_75, sm_90a, compute_120
-    return min(int(re.sub(r"\D", "", name)) for name in names)
+    built = {name: int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list()}  # such as sm_75, sm_90a
+    if not any(
+        number <= capability and (number // 10 == capability // 10 or name.startswith("compute"))
+        for name, number in built.items()
+    ):
+        oldest, newest = min(built.values()), max(built.values())
+        raise ModelError(
+            f"GPU: {gpu} has compute capability {capability / 10}, and torch {torch.__version__} has kernels for "
+            f"{oldest / 10} to {newest / 10}; install torch for {'an older' if capability < oldest else 'a newer'} CUDA "
+            f"({GET_TORCH}), {ON_CPU}"
+        )
 
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

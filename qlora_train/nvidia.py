@@ -46,9 +46,8 @@ def gpu_problem() -> str | None:
         if driver_version() is None or torch.version.cuda is None:
             return None
         return (
-            f"GPU: {driver} is loaded, and this process sees no GPU (CUDA_VISIBLE_DEVICES "
-            f"{'is not set' if visible is None else visible}); correct the variable, start the container with --gpus all, "
-            f"{ON_CPU}"
+            f"GPU: {driver} is loaded, and this process sees no GPU; start the container with --gpus all, request a GPU "
+            f"from the job scheduler, correct CUDA_VISIBLE_DEVICES ({visible or 'not set'}), {ON_CPU}"
         )
     if status != _SUCCESS:
         return f"GPU: {driver} fails ({_name(library, status)}); see nvidia-smi, reboot after a driver update, {ON_CPU}"
