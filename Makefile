@@ -3,11 +3,13 @@
 # make check  lint and types alone
 # make test-faults  the fault tests alone, with their table; FAULTS=long for the full counts
 # make test-architectures  every family of the architecture table alone; ARCHITECTURES=long for all of it
+# All compute on the CPU, as the numbers in the README do; CUDA_VISIBLE_DEVICES=0 at the end of a line takes a GPU.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
+export CUDA_VISIBLE_DEVICES :=
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 

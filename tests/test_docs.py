@@ -1,6 +1,8 @@
 """The pages that users read first: short, and every test and file they name exists."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,13 @@ def test_links_and_paths_exist(page: str) -> None:
     ]
     assert links + quoted
     assert [str(each) for each in links + quoted if not each.exists()] == []
+
+
+def test_make_computes_on_the_cpu_also_beside_a_gpu() -> None:
+    command = ["make", "--silent", "--eval", "shown: ; @echo [$$CUDA_VISIBLE_DEVICES]", "shown"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "3"}
+    for asked, shown in ([], "[]\n"), (["CUDA_VISIBLE_DEVICES=0"], "[0]\n"):
+        assert subprocess.check_output([*command, *asked], text=True, cwd=ROOT, env=environment) == shown
 
 
 def test_every_promise_is_short_and_names_its_test() -> None:
