@@ -141,7 +141,7 @@ def generate_answers(
     Turns are rendered with the chat template, plain text begins as in training. Prompts of similar length are padded
     together, on the left, at most `batch_size` of them, and fewer where memory runs out. An answer ends at any end token of
     the model, the tokenizer or the template. Sampling and penalties of the checkpoint do not apply. A template that writes
-    the date is told `date`, today where it is None.
+    the date gets `date`, today where it is None.
 
     Raises:
         ModelError: the tokenizer has no chat template, or one prompt does not fit into memory.

@@ -124,7 +124,7 @@ def _unusable(names: str, error: Exception) -> DataError:
 def _measure(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings, system: str) -> dict[str, Scores]:
     """Return the scores of a model by task; where memory runs out, from the start with half the batch."""
     batch_size = settings.batch_size
-    while True:  # the harness begins with the longest rows, so that little is computed twice
+    while True:  # little is computed twice: each type of request begins with its longest rows
         measured, reason = attempt(partial(_simple_evaluate, model, tokenizer, manager, settings, system, batch_size))
         if measured is not None:
             asked = {"chat_template": settings.chat_template, "system_prompt": system}
