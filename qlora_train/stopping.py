@@ -52,6 +52,7 @@ class _Process:
     deadline: float | None = None
     reserve_seconds: float = 0.0
     handles: bool = False
+    forks: bool = False
 
 
 _process = _Process()
@@ -137,7 +138,7 @@ def _on_signal(number: int, _frame: Any) -> None:
         again = "" if clock else "; once more ends it at once"
         line = f"\n{_process.requested.cause}: stopping {when}{again}\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())  # print may be interrupted in itself
-    if not _process.waits:
+    if not _process.waits and not _process.forks:
         raise _process.requested
 
 
@@ -161,9 +162,21 @@ def _forget_in_child() -> None:
             signal.signal(number, handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _process.handles, _process.requested = False, None
+    _process.forks = False
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+def _before_fork() -> None:
+    _process.forks = True
+
+
+def _after_fork() -> None:
+    """Raise a stop that was requested during the fork, a moment later: Python swallows exceptions of fork hooks."""
+    _process.forks = False
+    if _process.requested is not None and _process.handles:
+        signal.setitimer(signal.ITIMER_REAL, 1e-3)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget_in_child)
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------

@@ -200,6 +200,27 @@ def dispositions(_item: int) -> tuple[bool, bool]:
     return signal.getsignal(signal.SIGINT) is signal.SIG_IGN, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+FORKING = """
+import os, signal, time
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+from qlora_train import stopping
+with stopping.handle_signals():
+    try:
+        if os.fork() == 0:
+            os._exit(0)
+        time.sleep(30)
+    except stopping.Stop as stop:
+        print(stop.cause)
+"""
+
+
+def test_a_signal_in_a_fork_hook_stops_the_process_too() -> None:
+    """Python prints and drops an exception that is raised there."""
+    command = [sys.executable, "-c", FORKING]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.stdout, "Traceback" in done.stderr) == ("SIGTERM\n", False)
+
+
 def test_workers_leave_signals_to_the_process_that_started_them() -> None:
     with stopping.handle_signals():
         assert set(in_order(dispositions, range(4), 2)) == {(True, True)}
