@@ -199,6 +199,25 @@ def test_a_merge_larger_than_the_gpu_is_measured_all_the_same(
     assert found.loss == pytest.approx(expected.loss, abs=0.01)
 
 
+def test_weights_that_are_spread_leave_room_for_activations_on_every_device(
+    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned.run.merge(tmp_path / "merged", "original")
+    monkeypatch.setattr(merged, "place_for", lambda *_: "auto")
+    monkeypatch.setattr(merged, "get_max_memory", lambda: {0: 12_000, "cpu": 64_000})
+    monkeypatch.setattr(merged, "available_bytes", lambda: 32_000)
+    seen: dict[str, Any] = {}
+
+    def load(_folder: Path, **settings: Any) -> None:
+        seen.update(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    with pytest.raises(InterruptedError):
+        load_merged(tmp_path / "merged", "cuda:0")
+    assert seen["max_memory"] == {0: 10_800, "cpu": 28_800}
+
+
 @pytest.mark.parametrize(
     "on_device", [{"lm_head"}, {"model.embed_tokens"}, {"model.embed_tokens", "model.layers.0", "model.layers.1"}]
 )

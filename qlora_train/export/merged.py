@@ -17,8 +17,8 @@ from qlora_train.loader.towers import text_model
 
 logger = logging.getLogger(__name__)
 
-GPU_SHARE = 0.9
-"""Of a GPU's free memory for weights; the rest is for the activations of an evaluation."""
+WEIGHTS_SHARE = 0.9
+"""Of free memory for weights; the rest is for the activations of an evaluation."""
 PCIE_BYTES_PER_SECOND = 10e9
 """Assumed, from pageable host memory over PCIe 4.0 x16."""
 Placement = dict[str, torch.device] | Literal["auto"]
@@ -33,13 +33,18 @@ def load_merged(folder: Path, device: torch.device | str, *, trust_remote_code: 
         dtype="auto",
         local_files_only=True,
         device_map=placement,
-        # accelerate does not know the limits of containers
-        max_memory={**get_max_memory(), "cpu": available_bytes()} if placement == "auto" else None,
+        max_memory=_max_memory() if placement == "auto" else None,
         trust_remote_code=trust_remote_code,
         attn_implementation=needed_attention(detect(config.to_dict())),
     )
     forget_longest_row(model)
     return model
+
+
+def _max_memory() -> dict[int | str, int]:
+    """Return the bytes of weights by device; accelerate fills what it is given and does not know limits of containers."""
+    free = {**get_max_memory(), "cpu": available_bytes()}
+    return {device: int(WEIGHTS_SHARE * num_bytes) for device, num_bytes in free.items()}
 
 
 def place_for(folder: Path, device: torch.device | str) -> Placement:
@@ -63,7 +68,7 @@ def streamed_bytes(folder: Path, device: torch.device | str) -> int:
         return 0
     free_memory()
     free_bytes, _ = torch.cuda.mem_get_info(torch.device(device))
-    return max(0, weights_bytes(folder) - int(GPU_SHARE * free_bytes))
+    return max(0, weights_bytes(folder) - int(WEIGHTS_SHARE * free_bytes))
 
 
 def weights_bytes(folder: Path) -> int:
