@@ -324,7 +324,7 @@ def _same_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Generator(torch.Generator):
-    """A generator of the CPU, whatever device is asked for."""
+    """A generator of the CPU for every device."""
 
     def __new__(cls, device: Any = None) -> "_Generator":
         return super().__new__(cls, CPU)

@@ -1,4 +1,4 @@
-"""Which attention kernel a model is loaded with, whatever FlashAttention package is installed. No GPU is needed."""
+"""Which attention kernel a model is loaded with, independent of installed FlashAttention packages. No GPU is needed."""
 
 import importlib
 import os

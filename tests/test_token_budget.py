@@ -143,7 +143,7 @@ def test_memory_that_runs_out_in_mid_run_lowers_it_first(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted = Fitting(tmp_path, pico_llama, monkeypatch)
-    for message in ("the run goes on with smaller micro-batches", "no smaller setting is left|gradient_checkpointing"):
+    for message in ("the run resumes with smaller micro-batches", "no smaller setting is left|gradient_checkpointing"):
         with pytest.raises(TrainingError, match=message), rung_below(fitted.first, fitted.config, fitted.run):
             raise torch.OutOfMemoryError("CUDA out of memory")
 

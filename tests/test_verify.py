@@ -157,7 +157,7 @@ def test_a_check_over_pcie_or_on_the_cpu_is_bounded_and_announced(
 
 
 def test_a_merge_in_host_memory_is_checked_there(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever GPU the fresh process sees."""
+    """The GPU that the fresh process sees does not matter."""
     seen: list[str] = []
 
     def check(where: Path, code: str, reference: Path, **_settings: Any) -> None:

@@ -33,16 +33,7 @@ def reading(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-        RuntimeError,
-        AssertionError,
-    ) as error:
+    except _NONSENSE as error:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(

@@ -127,7 +127,7 @@ def rung_below(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iter
     step = trainer.state.global_step + 1
     where = f"step {step}: out of memory ({reason}); the last checkpoint is whole"
     if lower_token_budget(run, reason):
-        raise TrainingError(f"{where}; repeat the command: the run goes on with smaller micro-batches")
+        raise TrainingError(f"{where}; repeat the command: the run resumes with smaller micro-batches")
     smaller = next_rung(trainer.config.train, _able(trainer))
     if smaller is None:
         raise TrainingError(f"{where}; {NOTHING_SMALLER}")
