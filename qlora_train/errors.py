@@ -130,6 +130,11 @@ def explain(error: BaseException) -> str | None:
             return f"writing: {full}; nothing that was whole is lost; make room, then repeat the command"
     if "CUDA driver error: operation not supported" in str(error):  # as on some virtual GPUs
         return f"GPU: {first_line(error)}; repeat with PYTORCH_ALLOC_CONF=expandable_segments:False in the environment"
+    if "busy or unavailable" in str(error):
+        return (
+            f"GPU: {first_line(error)}; another process has it, or its compute mode is exclusive, which admits no second "
+            "process to check saved models: see nvidia-smi, ask for the compute mode Default"
+        )
     if operation := not_deterministic(error):
         return (
             f"run.deterministic: true, but {operation} has no deterministic algorithm on this device; set it to false, and "

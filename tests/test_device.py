@@ -16,7 +16,7 @@ from qlora_train import device, nvidia
 from qlora_train.checkpoint import RunFolder
 from qlora_train.cli import main
 from qlora_train.device import prepare_cuda, select_device
-from qlora_train.errors import ModelError
+from qlora_train.errors import ModelError, explain
 from qlora_train.trainer.arguments import sft_config
 from tests.runs import make_config
 
@@ -181,6 +181,15 @@ def test_cuda_that_cannot_be_initialised_is_one_line(h200: pytest.MonkeyPatch) -
 
     h200.setattr(torch.cuda, "get_device_properties", fail)
     assert refusal().startswith("GPU: CUDA fails: CUDA-capable device(s) is/are busy or unavailable; see nvidia-smi")
+
+
+def test_a_gpu_in_exclusive_mode_is_one_line() -> None:
+    """Some clusters set it; a saved model is checked by a second process, which explains its error so too."""
+    text = "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be"
+    line = explain(RuntimeError(text))
+    assert line is not None
+    assert "\n" not in line
+    assert line.endswith("see nvidia-smi, ask for the compute mode Default")
 
 
 @pytest.mark.parametrize(
