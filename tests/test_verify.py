@@ -26,6 +26,7 @@ from qlora_train.errors import MergeError
 from qlora_train.evaluate import ExampleLoss, HeldOutLoss, held_out_loss, label_log_probabilities
 from qlora_train.export import check_time, fresh_check, merged, verify
 from qlora_train.export.check_time import bounded_reference
+from qlora_train.export.comparison import Comparison
 from qlora_train.export.merge import MARKER
 from qlora_train.export.merged import load_merged, place_for, streamed_bytes
 from qlora_train.export.predictions import Predictions, Reference, agreement, compared_rows, load_reference
@@ -178,7 +179,7 @@ def test_a_bounded_check_measures_the_same_rows_of_adapter_and_merge(
     choice = choose(tuned, tmp_path / "merged", merge_base="dequantized")
     rows = tuned.reference.rows[: check_time.MIN_ROWS]
     assert list(choice.reference.rows) == list(rows)
-    assert len(rows) < len(tuned.reference.rows)
+    assert Comparison(choice).results()["compared rows"] == len(rows) < len(tuned.reference.rows)
     assert choice.checks["dequantized"].agreement.num_tokens == 9 * len(rows)
     of_adapter = tuned.reference.losses.per_example[: len(rows)]
     assert choice.reference.loss == HeldOutLoss.of(of_adapter).loss

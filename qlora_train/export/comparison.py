@@ -30,6 +30,7 @@ class Comparison:
         found: dict[str, Any] = {
             "kept": self.choice.report.merge_base,
             "rows": "held-out" if self.reference.held_out else "training",
+            "compared rows": len(self.reference.rows),
             "loss with adapter": self.reference.loss,
         }
         for kind, check in self.choice.checks.items():
