@@ -26,7 +26,7 @@ def leave_launcher() -> None:
         if int(os.environ.get(name) or 1) > 1:
             raise ModelError(
                 f"launcher: started as one of {os.environ[name]} processes ({name}), which would all train the same rows; "
-                "start one process, without a launcher"
+                f"start one process without a launcher, or unset {name} where the shell has it from its job"
             )
     if names := sorted(filter(_READ_BY_ACCELERATE.fullmatch, os.environ)):
         logger.info("launcher: ignores %s (one process; the config decides)", ", ".join(names))

@@ -75,3 +75,4 @@ def test_one_of_several_processes_is_refused(name: str, monkeypatch: pytest.Monk
     with pytest.raises(ModelError, match=rf"one of 2 processes \({name}\)") as caught:
         select_device()
     assert "\n" not in str(caught.value)
+    assert f"or unset {name}" in str(caught.value)
