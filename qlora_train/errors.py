@@ -105,10 +105,18 @@ _OUT_OF_MEMORY = (
 """What libraries say where they have no class for it."""
 
 
+CUBLAS_CONFIG = "CUBLAS_WORKSPACE_CONFIG"
+"""Variable that torch reads once in a process, at its first matrix product on a GPU, and names where it is missing."""
+
+
 def not_deterministic(error: BaseException) -> str | None:
     """Return the operation that torch refuses while deterministic algorithms are on; None for another error."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if CUBLAS_CONFIG in str(error):
+        return "cuBLAS"
     found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
-    return found[1] if found and isinstance(error, RuntimeError) else None
+    return found[1] if found else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -134,6 +142,11 @@ def explain(error: BaseException) -> str | None:
         return (
             f"GPU: {first_line(error)}; another process has it, or its compute mode is exclusive, which admits no second "
             "process to check saved models: see nvidia-smi, ask for the compute mode Default"
+        )
+    if CUBLAS_CONFIG in str(error):
+        return (
+            "run.deterministic: true, but this process used the GPU before without it; repeat in a new process, or set "
+            f"{CUBLAS_CONFIG}=:4096:8 before its first use"
         )
     if operation := not_deterministic(error):
         return (

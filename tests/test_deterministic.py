@@ -9,7 +9,7 @@ import torch
 
 from qlora_train import pipeline
 from qlora_train.device import DETERMINISTIC_ENVIRONMENT, deterministic_algorithms
-from qlora_train.errors import explain
+from qlora_train.errors import explain, not_deterministic
 from qlora_train.trainer import fast_path, padding_free
 from tests.runs import adapter_bytes, stopped_copy, train_run, write_rows
 
@@ -59,6 +59,17 @@ def test_they_are_set_before_the_model_loads_and_undone_after_the_run(
     again = train_run(tmp_path, pico_llama, "train.max_steps=2", name="again")
     assert seen[1] == before
     assert adapter_bytes(again) == adapter_bytes(run), "on a CPU it changes nothing"
+
+
+def test_a_process_that_used_the_gpu_before_is_no_fault_of_the_model() -> None:
+    error = RuntimeError(
+        "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+        "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS "
+        "and you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment variable "
+        "before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8 or CUBLAS_WORKSPACE_CONFIG=:16:8."
+    )
+    assert not_deterministic(error) == "cuBLAS"
+    assert "repeat in a new process" in str(explain(error))
 
 
 @pytest.mark.parametrize("module", [fast_path, padding_free])
