@@ -42,6 +42,7 @@ def write_rows(
     """Write conversations; lengths are in tokens."""
     draw = random.Random(seed)
     text = "".join(path.read_text(encoding="ascii", errors="ignore") for path in sorted((ROOT / "docs").glob("*.md")))
+    text = text.replace("<|", "< |")  # special tokens are not content
     with output.open("w", encoding="utf-8") as file:
         for _ in range(num_rows):
             length = round(draw.lognormvariate(math.log(median), sigma))

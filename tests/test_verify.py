@@ -149,7 +149,7 @@ def test_a_check_over_pcie_or_on_the_cpu_is_bounded_and_announced(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (80e9, 80e9))
     for module in (merged, check_time):
         monkeypatch.setattr(module, "weights_bytes", lambda _folder: int(weights_gb * 1e9))
-    monkeypatch.setattr(check_time, "MIN_ROWS", 2)
+    monkeypatch.setattr(check_time, "MIN_LABEL_TOKENS", 10)  # of two rows
     monkeypatch.setattr(logging.getLogger("qlora_train"), "propagate", True)
     caplog.set_level("INFO", logger="qlora_train")
     bounded = bounded_reference(tuned.reference, tmp_path, device)
@@ -175,9 +175,9 @@ def test_a_bounded_check_measures_the_same_rows_of_adapter_and_merge(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check_time, "MAX_CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(check_time, "MIN_ROWS", 2)
+    monkeypatch.setattr(check_time, "MIN_LABEL_TOKENS", 10)
     choice = choose(tuned, tmp_path / "merged", merge_base="dequantized")
-    rows = tuned.reference.rows[: check_time.MIN_ROWS]
+    rows = tuned.reference.rows[:2]
     assert list(choice.reference.rows) == list(rows)
     assert Comparison(choice).results()["compared rows"] == len(rows) < len(tuned.reference.rows)
     assert choice.checks["dequantized"].agreement.num_tokens == 9 * len(rows)

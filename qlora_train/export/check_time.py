@@ -17,13 +17,14 @@ logger = logging.getLogger(__name__)
 CPU_FLOPS = 0.5e12
 """In bfloat16."""
 MAX_CHECK_SECONDS = 900.0
-MIN_ROWS = 4
+MIN_LABEL_TOKENS = 2048
+"""With fewer, chance moves the difference of two losses by as much as `export.max_loss_increase` allows."""
 LOGGED_SECONDS = 60.0
 """Estimates below are not logged."""
 
 
 def bounded_reference(reference: Reference, folder: Path, device: str) -> Reference:
-    """Return the reference on the first rows that are checked in MAX_CHECK_SECONDS, at least MIN_ROWS; log the estimate.
+    """Return the reference on the first rows that are checked in MAX_CHECK_SECONDS, with MIN_LABEL_TOKENS; log it.
 
     Args:
         reference: of all rows.
@@ -35,7 +36,9 @@ def bounded_reference(reference: Reference, folder: Path, device: str) -> Refere
     # 2 FLOP per token and parameter, which has 2 bytes
     per_token = weights_bytes(folder) / CPU_FLOPS if device == "cpu" else 0.0
     total = np.cumsum(2 * (per_pass + per_token * num_tokens))  # each row twice: for its loss and for its predictions
-    num_rows = max(MIN_ROWS, int(np.searchsorted(total, MAX_CHECK_SECONDS, side="right")))
+    labels = np.cumsum([row.num_tokens for row in reference.losses.per_example])
+    least = int(np.searchsorted(labels, MIN_LABEL_TOKENS)) + 1
+    num_rows = max(least, int(np.searchsorted(total, MAX_CHECK_SECONDS, side="right")))
     bounded = reference if num_rows >= len(reference.rows) else reference.first(num_rows)
     estimate = float(total[len(bounded.rows) - 1])
     if estimate >= LOGGED_SECONDS:
