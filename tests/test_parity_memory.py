@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_train.adapter import AdaptedModel
 from qlora_train.errors import TrainingError
+from qlora_train.kernels import document_varlen, looked_up, mlp, rms_norm
 from qlora_train.kernels.fast_path import install
 from qlora_train.loss import label_losses
 from qlora_train.trainer import fast_path, padding_free
@@ -23,6 +24,14 @@ Pico = Callable[..., Path]
 SETTINGS = (
     "quantization.bnb_4bit_compute_dtype=float32", "train.max_steps=2", "train.per_device_train_batch_size=4",
 )  # fmt: skip
+IDS = torch.arange(40).view(2, 20)
+BATCH = {"input_ids": IDS, "labels": IDS}
+
+
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 CHECKS = {"fast path": fast_path, "padding-free": padding_free}
 
 
@@ -85,6 +94,29 @@ def saved_bytes(adapted: AdaptedModel, check: Callable[[], Any]) -> int:
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         check()
     return sum(sizes)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(mlp.GatedMlp, "_gate_and_up"), (rms_norm.nn.Module, "__call__")])
+def test_out_of_memory_leaves_no_operation_out(
+    owner: Any, name: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted_model(tmp_path, pico_llama)
+
+    def run() -> None:
+        label_losses(model.model, **BATCH)
+        monkeypatch.setattr(owner, name, out_of_memory)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        install(model.model, run)
+    with pytest.raises(torch.OutOfMemoryError):
+        looked_up._same(torch.cos, out_of_memory, (torch.ones(1),), {})
+
+
+def test_out_of_memory_is_no_result_of_the_varlen_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_varlen, "_tried", out_of_memory)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            document_varlen.works_on(torch.device("cuda", 7))
 
 
 def test_parity_check_saves_only_the_input_of_each_layer(pico: Pico, tmp_path: Path) -> None:

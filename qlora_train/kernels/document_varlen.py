@@ -139,6 +139,8 @@ def works_on(device: torch.device, *, windowed: bool = False) -> bool:
         problem = "it computes something else"
         if all(_is_close(one, other) for one, other in zip(found, wanted, strict=True)):
             return True
+    except torch.OutOfMemoryError:  # says nothing about the kernel
+        raise
     except Exception as error:  # of torch, or of the driver
         problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     logger.warning(

@@ -55,6 +55,8 @@ def works_on(device: torch.device) -> bool:
         if torch.allclose(found, ones):
             return True
         problem = "a kernel computes wrong numbers"
+    except torch.OutOfMemoryError:  # says nothing about the kernels
+        raise
     except Exception as error:  # of Triton, of the compilers it calls, or of the driver
         problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     logger.warning("no Triton kernels on %s, bitsandbytes and plain torch compute instead: %s", device, problem)

@@ -38,6 +38,8 @@ def find_variant(module: nn.Module) -> Variant | None:
     try:
         with torch.no_grad():
             wanted = module(x)
+    except torch.OutOfMemoryError:  # says nothing about the module
+        raise
     except (TypeError, RuntimeError, ValueError, AttributeError):  # more arguments than x, or other shapes
         return None
     for offset, rounds_first in product((0.0, 1.0), (True, False)):
