@@ -47,7 +47,8 @@ def select_device() -> torch.device:
         raise ModelError(problem)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
     reason = "CUDA_VISIBLE_DEVICES hides all GPUs" if hidden else "no CUDA GPU found"
-    _log_once(f"CPU, {torch.get_num_threads()} threads ({reason})")
+    num_threads = torch.get_num_threads()
+    _log_once(f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''} ({reason})")
     return torch.device("cpu")
 
 

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,12 @@ def install_flash_attn(folder: Path, code: str) -> Path:
 
 
 @pytest.fixture
-def ampere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def ampere(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
-    return monkeypatch
+    yield monkeypatch
+    sys.modules.pop("flash_attn", None)  # what the test imported
 
 
 def choose(setting: str, dtype: torch.dtype = torch.bfloat16) -> str:

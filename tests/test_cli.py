@@ -29,7 +29,7 @@ CONFIG = ROOT / "configs" / "llama7b.yaml"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 HEAVY = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "numpy")
 LOG = re.compile(
-    r":\d+: format \w+$|^chat template: |^compute dtype: |: has not begun|^held-out |^tokenizer: "
+    r":\d+: format \w+$|^device: |^chat template: |^compute dtype: |: has not begun|^held-out |^tokenizer: "
     r"|^data\.\w+: tokenising |^data\.\w+: .*: tokenised before"
 )
 """Lines of the log before a mistake in the settings or the data is found."""

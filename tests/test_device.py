@@ -106,8 +106,9 @@ def test_gpus_that_are_hidden_on_purpose_mean_the_cpu_and_one_line(
 ) -> None:
     driver.setenv("CUDA_VISIBLE_DEVICES", visible)
     prepare_cuda()
+    driver.setattr(torch, "get_num_threads", lambda: 2)
     assert {select_device().type for _ in range(3)} == {"cpu"}
-    wanted = f"device: CPU, {torch.get_num_threads()} threads (CUDA_VISIBLE_DEVICES hides all GPUs)"
+    wanted = "device: CPU, 2 threads (CUDA_VISIBLE_DEVICES hides all GPUs)"
     assert messages.messages == [wanted]
 
 
@@ -115,8 +116,9 @@ def test_a_machine_without_a_driver_trains_on_the_cpu(
     driver: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
 ) -> None:
     driver.setattr(nvidia, "VERSION_FILE", Path("/nonexistent"))
+    driver.setattr(torch, "get_num_threads", lambda: 1)
     assert select_device().type == "cpu"
-    assert messages.messages == [f"device: CPU, {torch.get_num_threads()} threads (no CUDA GPU found)"]
+    assert messages.messages == ["device: CPU, 1 thread (no CUDA GPU found)"]
 
 
 def test_the_command_line_refuses_to_train_on_the_cpu_beside_a_gpu(
