@@ -23,6 +23,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from qlora_train.checkpoint import RunFolder
 from qlora_train.plan import memory_plan
 
@@ -142,7 +144,8 @@ def memory(config_json: dict[str, Any], resumed: Mapping[str, Any]) -> dict[str,
     if batch is None:
         return {"plan_bytes": None, "torch_bytes": None, "device_bytes": None}
     rows, length, num_labels = (int(batch[place]) for place in (1, 2, 3))
-    plan = memory_plan(config_json, r=RANK, tokens=rows * length, num_labels=num_labels)
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    plan = memory_plan(config_json, r=RANK, tokens=rows * length, num_labels=num_labels, gpu_bytes=gpu_bytes)
     torch_bytes = int(float(batch[4]) * 1e9) if batch[4] else None
     return {"plan_bytes": plan.total_bytes, "torch_bytes": torch_bytes, "device_bytes": resumed["device_bytes"]}
 
