@@ -132,7 +132,7 @@ def test_settings_of_what_is_reported_apply_from_the_resume_on(pico_llama: Path,
 
 
 def test_clock_stops_a_run_in_a_program_that_handles_no_signals(pico_llama: Path, tmp_path: Path) -> None:
-    config = make_config(tmp_path, pico_llama, "train.max_steps=5000", "run.max_minutes=0.05")
+    config = make_config(tmp_path, pico_llama, "train.max_steps=5000", "train.save_steps=5000", "run.max_minutes=0.05")
     with pytest.raises(stopping.Stop, match=r"run\.max_minutes"):
         pipeline.run(config)
     assert len(RunFolder(tmp_path / "run").steps()) == 1
