@@ -28,8 +28,8 @@ SHAPES = (
 FACTS = {
     "base": "the adapter was trained on another base model",
     "base_identity": "the adapter was trained on other weights of the base model",
-    "data_fingerprint": "some rows would be trained on twice and others never",
-    "num_train_rows": "some rows would be trained on twice and others never",
+    "data_fingerprint": "some rows would be trained twice, others never",
+    "num_train_rows": "some rows would be trained twice, others never",
     "num_eval_rows": "later evaluations could not be compared with earlier ones",
     "adapter": "the run would have begun with other weights",
     "device": "other hardware rounds otherwise: the result would be close, not the same bits",
@@ -40,23 +40,23 @@ FACTS = {
 """What decides a run besides its settings, each with what a change of it would do."""
 
 _EFFECTS = {
-    "model.": "the adapter would go on with another base model or other tokens",
+    "model.": "training would continue with another base model or other tokens",
     "quantization.": "the adapter was trained against another rounding of the base",
-    "lora.": "the adapter would act otherwise from the next step on",
-    "data.": "some rows would be trained on twice and others never, or otherwise",
+    "lora.": "the adapter would compute something else from the next step on",
+    "data.": "some rows would be trained twice, others never or differently",
     "data.eval": "later evaluations could not be compared with earlier ones",
-    "train.": "the steps to come would be taken otherwise than those before",
-    "train.learning_rate": "the steps to come would follow another schedule",
-    "train.lr_scheduler_type": "the steps to come would follow another schedule",
-    "train.warmup_ratio": "the steps to come would follow another schedule",
+    "train.": "later steps would use different training settings",
+    "train.learning_rate": "later steps would follow another schedule",
+    "train.lr_scheduler_type": "later steps would follow another schedule",
+    "train.warmup_ratio": "later steps would follow another schedule",
     "train.num_train_epochs": "the run would have another length, and its schedule with it",
     "train.max_steps": "the run would have another length, and its schedule with it",
-    "train.per_device_train_batch_size": "the run would stand at another place in its data",
-    "train.gradient_accumulation_steps": "the run would stand at another place in its data",
-    "train.group_by_length": "some rows would be trained on twice and others never",
-    "train.eval_steps": "evaluations would come at other steps, and with them what follows from them",
+    "train.per_device_train_batch_size": "the run would resume at another position in its data",
+    "train.gradient_accumulation_steps": "the run would resume at another position in its data",
+    "train.group_by_length": "some rows would be trained twice, others never",
+    "train.eval_steps": "evaluations would come at other steps, and the best step with them",
     "run.deterministic": "other GPU kernels round otherwise: the result would be close, not the same bits",
-    "run.seed": "order, dropout and noise of the steps to come would be others",
+    "run.seed": "later steps would have other rows, dropout and noise",
 }
 """What a change of a setting would do, by key or section; the longest that fits counts."""
 

@@ -159,7 +159,7 @@ def adapter_loading(loaded: LoadedModel, config: RunConfig, system: str) -> str:
     if config.quantization.load_in_4bit:
         notes.append(
             f"The adapter was trained on the base in 4 bits ({config.quantization.bnb_4bit_quant_type.upper()}), and these "
-            "lines load it so. The base in 16 bits under this adapter is another model, and a worse one. For 16 bits, use "
+            "lines load it so. Over the base in 16 bits it is another model, which was not trained. For 16 bits, use "
             "the merged model: `qlora-train merge RUN-FOLDER` writes it and compares it with the adapter."
         )
     if reason := needs_package(loaded, config):
