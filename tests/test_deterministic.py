@@ -73,7 +73,7 @@ def test_a_process_that_used_the_gpu_before_is_no_fault_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("module", [fast_path, padding_free])
-def test_an_operation_without_an_algorithm_is_one_line_and_no_verdict_on_the_model(
+def test_an_operation_without_an_algorithm_is_one_line_and_no_parity_result(
     module: Any, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:

@@ -146,9 +146,9 @@ def test_kept_copies_are_the_same_numbers(pico_llama: Path, tmp_path: Path, mess
 def test_run_takes_it_and_trains_as_without_it(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     fast = train_run(tmp_path, pico_llama, *SETTINGS, name="fast")
     assert "fast path: 14 adapted linear layers, 4 groups" in messages.text
-    verdict = json.loads(fast.fast_path_file.read_text())
-    assert verdict["on"]
-    assert verdict["gradient"] < 1e-5
+    parity = json.loads(fast.fast_path_file.read_text())
+    assert parity["on"]
+    assert parity["gradient"] < 1e-5
     plain = train_run(tmp_path, pico_llama, *SETTINGS, "train.fast_path=false", name="plain")
     assert not plain.fast_path_file.exists()
     lines = [
@@ -200,7 +200,7 @@ def test_run_that_goes_on_takes_the_path_that_it_began_with(
     assert adapter_bytes(train_run(tmp_path, pico_llama, *SETTINGS, name="stopped")) == adapter_bytes(straight)
 
 
-def test_verdict_that_was_damaged_is_one_line(pico_llama: Path, tmp_path: Path) -> None:
+def test_a_damaged_parity_result_is_one_line(pico_llama: Path, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico_llama, *SETTINGS, name="run")
     shutil.rmtree(run.adapter)
     run.fast_path_file.write_text('{"on": true, "colour": "red"}')

@@ -1,7 +1,7 @@
-"""Whether a run takes the fast path: compared with the plain one on its own first rows, before the first step.
+"""Use fused kernels if a parity check on the first rows matches PEFT and Transformers.
 
-Where the two differ by more than the rounding of the compute dtype, the run stays on the plain path and says so. The
-verdict is kept in the run's folder, so that a run that goes on takes the path that it began with.
+Otherwise, beyond the rounding of the compute dtype, the run warns and keeps the reference. The result is stored in the run
+folder, so that a resumed run uses the same kernels.
 """
 
 import logging
@@ -19,8 +19,8 @@ from qlora_train.errors import first_line, is_out_of_memory, not_deterministic
 from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.loss import IGNORED, label_losses
 from qlora_train.trainer.gradients import BOUNDS, FAILURES, difference, full_checkpointing, gradients_of, within_memory
+from qlora_train.trainer.parity import ParityResult, load_parity, save_parity
 from qlora_train.trainer.traces import without_trace
-from qlora_train.trainer.verdict import Verdict, keep_verdict, known_verdict
 
 logger = logging.getLogger(__name__)
 
@@ -29,41 +29,41 @@ SIZES = ((4, 128), (2, 128), (1, 128), (1, 32))
 
 
 def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfig, run: RunFolder) -> FastPath | None:
-    """Put the fast path into a model where it computes what the plain one does; None where it stays plain.
+    """Install fused kernels if they match the reference; return None if the model keeps the reference.
 
     Args:
         adapted: the model.
-        data: the comparison takes its text from the first training rows.
+        data: the parity check uses the first training rows.
         config: the run's settings.
-        run: remembers the verdict.
+        run: stores the result.
 
     Raises:
-        CheckpointError: the verdict of this run cannot be read.
+        CheckpointError: the stored result cannot be read.
         TrainingError: out of memory on a few tokens.
     """
     if not config.train.fast_path:
         logger.info("fast path: off (train.fast_path: false)")
         return None
     run_id = run.facts().get("run_id", "")
-    known = known_verdict(run.fast_path_file, run.fast_path(), run_id)
+    known = load_parity(run.fast_path_file, run.fast_path(), run_id)
 
-    def chosen(num_rows: int, num_tokens: int) -> tuple[Verdict, FastPath | None]:
+    def chosen(num_rows: int, num_tokens: int) -> tuple[ParityResult, FastPath | None]:
         rows = min(num_rows, config.train.per_device_train_batch_size)
         batch = first_tokens(adapted, data, rows, num_tokens)
-        verdict = known or _compare(adapted, batch, run_id)
-        return verdict, _install(adapted, batch) if verdict.on else None
+        parity = known or _compare(adapted, batch, run_id)
+        return parity, _install(adapted, batch) if parity.on else None
 
-    verdict, fast = within_memory("fast path", SIZES, chosen)
+    parity, fast = within_memory("fast path", SIZES, chosen)
     if known is None:
-        keep_verdict(run.fast_path_file, verdict)
+        save_parity(run.fast_path_file, parity)
     if fast is None:
         logger.warning(
             "fast path: OFF, training computes as PEFT and Transformers do, and slower: %s; please report this model",
-            verdict.problem,
+            parity.problem,
         )
         return None
     logger.info("fast path: %s; differs from the plain one by %.1g of the loss and %.1g of the gradients",
-                fast.described(), verdict.loss, verdict.gradient)  # fmt: skip
+                fast.described(), parity.loss, parity.gradient)  # fmt: skip
     return fast
 
 
@@ -90,8 +90,8 @@ def first_tokens(
     return {name: tensor.to(loaded.device) for name, tensor in batch.items() if name != "row"}
 
 
-def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Verdict:
-    """Compute the batch on both paths, every layer recomputed; the model is left plain."""
+def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> ParityResult:
+    """Compute the batch with both, under full activation checkpointing; the model keeps the reference."""
     fast: FastPath | None = None
     try:
         with full_checkpointing(adapted.loaded.model):
@@ -101,8 +101,8 @@ def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Verdi
     except FAILURES as error:
         if is_out_of_memory(error) or not_deterministic(error):  # says nothing about the model
             raise
-        return Verdict(run_id, False, f"it fails on this model ({first_line(error)})")
+        return ParityResult(run_id, False, f"it fails on this model ({first_line(error)})")
     finally:
         if fast is not None:
             fast.uninstall()
-    return Verdict.of(run_id, found, BOUNDS[adapted.loaded.compute_dtype])
+    return ParityResult.of(run_id, found, BOUNDS[adapted.loaded.compute_dtype])

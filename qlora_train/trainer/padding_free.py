@@ -1,16 +1,16 @@
-"""Whether the rows of an optimizer step are computed end to end: none is padded, and what they begin with is computed once.
+"""Decide whether to train padding-free: flatten each step's rows into one sequence and compute shared prefixes once.
 
-Rows of one length are rare, and a micro-batch must be small enough for the longest of them: the others leave most of its
-memory unused. Laid into one row (`data.batches.PackCollator`), where each attends to itself alone, as many rows are
-computed at a time as the largest micro-batch of the settings has tokens and labels. So a step has fewer micro-batches, and
-weights are read and multiplied out less often, for no more memory.
+A micro-batch must be small enough for the longest row, so that shorter rows leave most of its memory unused. Flattened
+(`data.batches.PackCollator`), where each row attends to itself only, a micro-batch holds as many rows as the largest one of
+the settings has tokens and labels. A step then has fewer micro-batches and dequantizes weights less often, in the same
+memory.
 
-A chat template puts the same tokens in front of every conversation, and a system prompt or a list of tools is often that of
-the whole data set. A decoder computes the same of them in each row. In one row they are needed once: their hidden states,
-keys and values are read by all, and their gradient is the sum over all.
+A chat template puts the same tokens in front of every conversation; a system prompt or a list of tools is often shared by
+the whole data set. In a decoder their hidden states, keys and values are the same in every row. They are computed once per
+micro-batch, and their gradient is the sum over the rows.
 
-Loss and gradients of a step stay what they are, but for rounding, which a comparison on the run's own rows shows before the
-first step. The verdict is kept in the run's folder, so that a run that goes on computes as it began.
+Loss and gradients match padded rows within rounding. A parity check on the run's own rows shows it before the first step.
+The result is stored in the run folder, so that a resumed run computes in the same way.
 """
 
 import logging
@@ -43,7 +43,7 @@ from qlora_train.trainer.gradients import (
 )
 from qlora_train.trainer.isolation import isolate_documents
 from qlora_train.trainer.largest import capacity
-from qlora_train.trainer.verdict import Verdict, keep_verdict, known_verdict
+from qlora_train.trainer.parity import ParityResult, load_parity, save_parity
 
 logger = logging.getLogger(__name__)
 
@@ -99,51 +99,51 @@ class Savings:
 def choose_padding_free(
     adapted: AdaptedModel, feed: RowFeed, config: RunConfig, run: RunFolder, *, balances: bool, in_chunks: bool
 ) -> RowFeed | None:
-    """Return a run's steps with their rows end to end, or None for a run that computes them as its settings ask for them.
+    """Return a run's steps padding-free, or None to keep the batches of its settings.
 
-    Where they are and the config does not pack, the model's attention is set to that of packs.
+    If they are padding-free and the config does not pack, the model's attention becomes that of packed rows.
 
     Args:
         adapted: the model.
         feed: the run's steps as the settings ask for them.
         config: the run's settings.
-        run: remembers the verdict.
+        run: stores the result.
         balances: the run has a load-balancing loss, which counts tokens.
-        in_chunks: its loss makes the logits of a few labels at a time.
+        in_chunks: its loss is chunked.
 
     Raises:
-        CheckpointError: the verdict of this run cannot be read, or the run began in this way and cannot go on so.
+        CheckpointError: the stored result cannot be read, or the run began padding-free and cannot resume so.
     """
     obstacle = _obstacle(adapted, config, balances)
     if obstacle:
         logger.info("padding-free: off (%s)", obstacle)
         return None
     run_id = run.facts().get("run_id", "")
-    verdict = known_verdict(run.padding_free_file, run.padding_free(), run_id)
-    if verdict is not None:
-        min_tokens = verdict.min_tokens
+    parity = load_parity(run.padding_free_file, run.padding_free(), run_id)
+    if parity is not None:
+        min_tokens = parity.min_tokens
     else:  # what fits depends on other processes, and reruns would round differently
         min_tokens = 0 if config.run.deterministic else min_tokens_on(adapted.loaded.device)
     laid_out = _laid_out(adapted, feed, config, in_chunks, min_tokens)
     num_steps = min(-(-NUM_BATCHES // config.train.gradient_accumulation_steps), feed.steps_per_epoch)
     savings = Savings.of(feed, laid_out, num_steps)
-    if verdict is None and not savings.is_worth_it():
+    if parity is None and not savings.is_worth_it():
         logger.info("padding-free: off (it computes %s)", savings)
         return None
     before = adapted.loaded.model.config._attn_implementation
-    if verdict is None:
+    if parity is None:
         problem = _isolate(adapted, config, feed)
-        verdict = Verdict(run_id, False, problem) if problem else _compare(adapted, laid_out, num_steps, run_id)
+        parity = ParityResult(run_id, False, problem) if problem else _compare(adapted, laid_out, num_steps, run_id)
         raised = laid_out.collate.most != _laid_out(adapted, feed, config, in_chunks, 0).collate.most
-        keep_verdict(run.padding_free_file, replace(verdict, min_tokens=min_tokens if raised and verdict.on else 0))
-    elif verdict.on and (problem := _isolate(adapted, config, feed)):
+        save_parity(run.padding_free_file, replace(parity, min_tokens=min_tokens if raised and parity.on else 0))
+    elif parity.on and (problem := _isolate(adapted, config, feed)):
         raise CheckpointError(
             f"{run.padding_free_file}: this run began with its rows end to end, which fails here ({problem}); go on where "
             "it began, or delete the file to go on without"
         )
-    if not verdict.on:
+    if not parity.on:
         adapted.loaded.model.set_attn_implementation(before)
-        logger.warning("padding-free: OFF, rows are computed apart: %s; please report this model", verdict.problem)
+        logger.warning("padding-free: OFF, rows are computed apart: %s; please report this model", parity.problem)
         return None
     logger.info("padding-free: ON, computes %s", savings)
     return laid_out
@@ -160,7 +160,7 @@ def lower_token_budget(run: RunFolder, reason: str) -> bool:
     if not content.get("min_tokens"):
         return False
     logger.info("padding-free: micro-batches of the settings' size (%s)", reason)
-    keep_verdict(run.padding_free_file, Verdict(**{**content, "min_tokens": 0}))
+    save_parity(run.padding_free_file, ParityResult(**{**content, "min_tokens": 0}))
     return True
 
 
@@ -216,7 +216,7 @@ def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
     return "" if name == document_attention.NAME else f"attention stays {name}"
 
 
-def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: str) -> Verdict:
+def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: str) -> ParityResult:
     """Compute a few rows in both ways, every layer recomputed."""
     assert isinstance(laid_out.collate.collate, PackCollator)
     collate = PackCollator(shares=laid_out.collate.collate.shares)
@@ -237,9 +237,9 @@ def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: s
     except FAILURES as error:
         if not_deterministic(error):
             raise
-        return Verdict(run_id, False, f"it fails on this model ({first_line(error)})")
+        return ParityResult(run_id, False, f"it fails on this model ({first_line(error)})")
     bounds = BOUNDS[adapted.loaded.compute_dtype]
-    return Verdict.of(run_id, found, replace(bounds, loss=LOSS_SLACK * bounds.loss))
+    return ParityResult.of(run_id, found, replace(bounds, loss=LOSS_SLACK * bounds.loss))
 
 
 def _is_whole(collate: PackCollator, rows: Sequence[NumberedExample]) -> bool:

@@ -6,7 +6,7 @@ that a few outliers do not move (Rousseeuw and Croux 1993, https://doi.org/10.10
     limit = median + max(SPREADS * 1.4826 * MAD, FLOOR_NATS)
 
 MAD is the median distance from the median; 1.4826 of it is the standard deviation of a normal distribution. The floor keeps
-a course that is almost level from making a spike of nothing. There is no verdict before MIN_STEPS losses are known. A spike
+a course that is almost level from making a spike of nothing. Nothing is a spike before MIN_STEPS losses are known. A spike
 is a loss of which it is not true that it is at most the limit, so that NaN is one.
 """
 
