@@ -1,8 +1,8 @@
-"""Time training steps of a config on this machine, in each way that a run may take: plain, fast, and so on.
+"""Time training steps of a config on this machine: the reference, fused kernels, dequantized weights, padding-free.
 
-All take the same rows in turn, in one process, as a run of the config would: packed or padded, recomputing activations or
-not, with as many micro-batches a step. Tokens are those of the rows. Ratios are medians over rounds. Rows lie end to end
-where a run would lay them so.
+All take the same rows in turn, in one process, as a run of the config would: packed or padded, with its activation
+checkpointing and its micro-batches per step. Padding is not counted. Ratios are medians over rounds. If the config has LoRA
+dropout, the last way is repeated without it.
 
 Example: ``GOMP_SPINCOUNT=20000 python scripts/bench_step.py configs/demo.yaml``, as a run on free CPUs sets it.
 """
@@ -13,11 +13,14 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import TrainerState
 
 from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
@@ -25,6 +28,7 @@ from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
 from qlora_train.kernels import document_attention
+from qlora_train.kernels.dropout import lora_dropout_off, rate_of
 from qlora_train.kernels.fast_path import FastPath, install
 from qlora_train.loader import load_model
 from qlora_train.loss import IGNORED, chunk_tokens_of, label_losses
@@ -100,7 +104,7 @@ class Steps:
 
 
 def main() -> None:
-    """Print tokens a second and ratios."""
+    """Print tokens per second and ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -115,8 +119,8 @@ def main() -> None:
     speeds = measured(steps, options.rounds)
     print(f"{torch.get_num_threads()} threads, {loaded.device}, {loaded.compute_dtype}, {options.rounds} rounds")
     for path in speeds:
-        ratios = [fast / plain for fast, plain in zip(speeds[path], speeds["plain"], strict=True)]
-        print(f"{path:20} {statistics.median(speeds[path]):7.0f} tokens/s  {statistics.median(ratios):.2f} x plain")
+        ratios = [speed / slowest for speed, slowest in zip(speeds[path], speeds["reference"], strict=True)]
+        print(f"{path:24} {statistics.median(speeds[path]):7.0f} tokens/s  {statistics.median(ratios):.2f} x reference")
     if options.output:
         about = {"device": str(loaded.device), "threads": torch.get_num_threads(), "tokens_per_second": speeds}
         options.output.write_text(json.dumps(about, indent=1) + "\n")
@@ -150,18 +154,27 @@ def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in
     return [feed] if found is None else [feed, found]
 
 
+def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    """Yield the adapted layers of a model."""
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
 def measured(steps: Steps, num_rounds: int) -> dict[str, list[float]]:
-    """Return the speeds of every path, in rounds of one step each; a round before them warms up."""
+    """Return the speeds of every way, in rounds of one step each, after a round of warm-up."""
     speeds: dict[str, list[float]] = defaultdict(list)
     for number in range(num_rounds + 1):
-        found = {"plain": steps.take(number)}
+        found = {"reference": steps.take(number)}
         fast = steps.install()
-        found["fast"] = steps.take(number)
+        found["fused kernels"] = steps.take(number)
         for weight in fast.weights:
             weight.keep()
-        found["fast, kept weights"] = steps.take(number)
+        found["+ dequantized weights"] = steps.take(number)
         if steps.end_to_end:
-            found["and padding-free"] = steps.take(number, end_to_end=True)
+            steps.take(number, end_to_end=True)  # a CPU makes kernels for new lengths
+            found["+ padding-free"] = steps.take(number, end_to_end=True)
+        if any(rate_of(layer, name) for layer in lora_layers(steps.model) for name in layer.active_adapters):
+            with lora_dropout_off(steps.model.modules()):
+                found["- LoRA dropout"] = steps.take(number, end_to_end=steps.end_to_end)
         fast.uninstall()
         for path, speed in found.items() if number else ():
             speeds[path].append(speed)
