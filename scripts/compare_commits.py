@@ -222,7 +222,7 @@ def _config(commit: Commit, shared: Path, family: str, name: str) -> Path:
 
 
 def compare_demo(commits: Sequence[Commit], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second and peak memory (GB) of the demo's first steps, the commits in turn."""
+    """Tokens per second, peak memory (GB) and losses of the demo's first steps, the commits in turn."""
     found: dict[str, dict[str, list[float]]] = {
         commit.name: {"tokens_per_second": [], "peak_gb": []} for commit in commits
     }
@@ -230,17 +230,17 @@ def compare_demo(commits: Sequence[Commit], rounds: int) -> dict[str, dict[str, 
         for commit in commits if number % 2 == 0 else commits[::-1]:
             output = commit.work / f"demo-{number}"
             overrides = {"model.model_name_or_path": ROOT / ".demo" / "SmolLM2-135M-Instruct", "data.eval": "null",
-                         "data.train": ROOT / ".demo" / "addresses" / "train.jsonl", "train.max_steps": DEMO_STEPS,
-                         "export.merge": "false", "run.output_dir": output}  # fmt: skip
+                         "data.train": ROOT / ".demo" / "addresses" / "train.jsonl", "train.logging_steps": 1,
+                         "train.max_steps": DEMO_STEPS, "export.merge": "false", "run.output_dir": output}  # fmt: skip
             finished = commit.run(
                 "configs/demo.yaml", *(f"{key}={value}" for key, value in overrides.items()), threads=2
             )
             if finished.status:
                 raise SystemExit(f"{commit.name}: the demo ended with {finished.status}: {finished.stderr[-500:]}")
-            training = json.loads((output / "results.json").read_text())["training"]
-            span = training.get("since_last_start", training)
-            found[commit.name]["tokens_per_second"].append(span["tokens"] / span["seconds"])
+            span = json.loads((output / "results.json").read_text())["training"]["since_last_start"]
+            found[commit.name]["tokens_per_second"].append(span["num_tokens"] / span["train_seconds"])
             found[commit.name]["peak_gb"].append(finished.peak_bytes / 1e9)
+            found[commit.name]["losses"] = losses(output)
     return found
 
 
@@ -291,6 +291,8 @@ def print_demo(found: dict[str, dict[str, list[float]]], names: Sequence[str]) -
         before, after = (found[name][figure] for name in names)
         ratio = statistics.median(b / a for a, b in zip(before, after, strict=True))
         print(f"demo {figure}: {statistics.median(before):.4g} -> {statistics.median(after):.4g}, ratio {ratio:.3f}")
+    before, after = (found[name]["losses"] for name in names)
+    print("demo losses:", "equal" if before == after else f"{before} -> {after}", flush=True)
 
 
 def main() -> int:
