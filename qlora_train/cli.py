@@ -144,7 +144,9 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="export.key=value", help="export settings changed for this time"
     )
     command.add_argument(
-        "--device", choices=["cpu"], help="merge and check in host memory (GPU; weights beyond its memory are streamed)"
+        "--device",
+        choices=["cpu"],
+        help="merge and check in host memory, for models larger than the GPU (default: GPU)",
     )
     _takes_offline(command)
     command.set_defaults(command=_merge)

@@ -150,8 +150,11 @@ def test_the_generator_of_one_gpu_is_stored_whatever_the_number_of_gpus(monkeypa
 
 def test_a_checkpoint_of_a_cpu_is_restored_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     state = {**random_state(), "cuda": []}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    restore_random_state(state)
+    expected = draws()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        restore_random_state(state)
+    assert draws() == expected
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])

@@ -141,7 +141,7 @@ def test_options_that_torch_does_not_have_are_not_passed(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(document_varlen, "varlen_attn", of_torch_2_11)
     monkeypatch.setattr(document_varlen, "OPTIONS", inspect.signature(of_torch_2_11).parameters)
-    document_varlen._tried(torch.device("cpu"), CAUSAL, apart=False)  # with grouped heads
+    assert len(document_varlen._tried(torch.device("cpu"), CAUSAL, apart=False)) == 4  # with grouped heads
 
 
 def test_without_a_gpu_it_is_not_used() -> None:
