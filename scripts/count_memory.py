@@ -117,8 +117,8 @@ def fake_gpu() -> Iterator[GpuBytes]:
         yield stack.enter_context(GpuBytes())
 
 
-def meta_model(config_json: dict[str, Any]) -> Any:
-    """Return a model of full width in 4 bits with a fresh adapter, on the meta device."""
+def meta_model(config_json: dict[str, Any], layer: type[Fake4bit] = Fake4bit) -> Any:
+    """Return a model of full width with a fresh adapter on 4-bit layers of class `layer`, on the meta device."""
     functional.quantize_4bit(torch.zeros(1, 64), compress_statistics=True)  # its table of a process must be a real one
     with torch.device("meta"):
         config = AutoConfig.for_model(**config_json)
@@ -126,7 +126,7 @@ def meta_model(config_json: dict[str, Any]) -> Any:
         for name, module in list(base.named_modules()):
             if name.rpartition(".")[2] in LINEARS:
                 parent, _, leaf = name.rpartition(".")
-                setattr(base.get_submodule(parent), leaf, Fake4bit(module))
+                setattr(base.get_submodule(parent), leaf, layer(module))
         base.requires_grad_(False)
         base.is_loaded_in_4bit = True
         lora = LoraConfig(r=RANK, task_type="CAUSAL_LM", target_modules=list(LINEARS))

@@ -8,18 +8,19 @@ depths, from which the peaks of forward, loss and backward follow as straight li
 confirms. A GB is 10**9 bytes.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes import functional
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from qlora_train.errors import ModelError
 from qlora_train.kernels import reference
@@ -28,7 +29,10 @@ from tests.fake_cuda import IS_FAKE
 from tests.live_bytes import LiveBytes
 from tests.pico import FAMILIES, build_config
 
-RANK, TOKENS = 16, 512
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from count_memory import RANK, Fake4bit, meta_model
+
+TOKENS = 512
 LLAMA_2_7B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -47,19 +51,10 @@ LLAMA_2_70B = {
     "num_key_value_heads": 8,
     "intermediate_size": 28672,
 }
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class Shapes4bit(bnb.nn.Linear4bit):
-    """A 4-bit layer whose stored tensors have only shapes, which `Params4bit` itself cannot be made from."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed, state = functional.quantize_4bit(linear.weight.data, quant_type="nf4", compress_statistics=True)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.weight.compress_statistics, self.weight.quant_type, self.weight.quant_state = True, "nf4", state
-        self.state, self.bias, self.compute_dtype = state, None, torch.bfloat16
+class Shapes4bit(Fake4bit):
+    """A 4-bit layer whose stored tensors have only shapes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return bnb.matmul_4bit(x, self.weight, quant_state=self.state)
@@ -86,23 +81,6 @@ class Count:
     forward: int
     loss: int
     backward: int
-
-
-def adapted_shapes(config_json: dict[str, Any]) -> nn.Module:
-    """Return the model with 4-bit linears and LoRA on them, on the meta device."""
-    # bitsandbytes makes its table of 8-bit values once a process: it must be a real one
-    functional.quantize_4bit(torch.zeros(1, 64), compress_statistics=True)
-    with torch.device("meta"):
-        config = AutoConfig.for_model(**config_json)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        for name, module in list(model.named_modules()):
-            if name.rpartition(".")[2] in LINEARS:
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, Shapes4bit(module))
-        model.requires_grad_(False)
-        model.is_loaded_in_4bit = True
-        lora = LoraConfig(r=RANK, task_type="CAUSAL_LM", target_modules=LINEARS)
-        return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
 def materialise(model: nn.Module, device: str) -> None:
@@ -147,7 +125,7 @@ def nbytes(tensors: Any) -> int:
 def count(size: str, num_layers: int) -> Count:
     """Count one step of 512 tokens, batch 1."""
     config_json = {"7B": LLAMA_2_7B, "70B": LLAMA_2_70B}[size]
-    model = adapted_shapes({**config_json, "num_hidden_layers": num_layers})
+    model = meta_model({**config_json, "num_hidden_layers": num_layers}, Shapes4bit)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         materialise(model, "cpu")
         at_rest = live.live
@@ -292,7 +270,7 @@ def test_promise_holds_on_a_gpu(config_json: dict[str, Any], limit_bytes: float)
     if torch.cuda.mem_get_info()[1] < limit_bytes:
         pytest.skip(f"needs {limit_bytes / 1e9} GB")
     torch.cuda.reset_peak_memory_stats()
-    model = adapted_shapes(config_json)
+    model = meta_model(config_json, Shapes4bit)
     materialise(model, "cuda")
     prepare_training(model)
     optimizer = bnb.optim.AdamW8bit([parameter for parameter in model.parameters() if parameter.requires_grad])
