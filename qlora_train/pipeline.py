@@ -11,41 +11,33 @@ from typing import Any
 
 import torch
 
-from qlora_train import durable, stopping
-from qlora_train.adapter import AdaptedModel, attach_adapter, load_trained
+from qlora_train.adapters import AdaptedModel, attach_adapter, load_trained
 from qlora_train.architectures import check_target_modules, detect
-from qlora_train.checkpoint import (
-    RunFolder,
-    begin,
-    changed_settings,
-    check_same_facts,
-    check_same_settings,
-    held,
-    open_run,
-)
 from qlora_train.config import RunConfig, load_config
+from qlora_train.config.preflight import check_machine
 from qlora_train.data import PreparedData
-from qlora_train.data.batches import Collator, epoch_order, labelled_batches, padding_multiple
-from qlora_train.data.run_rows import RunRows, keep_rows, kept_rows
-from qlora_train.data.store import Rows
-from qlora_train.device import deterministic_algorithms, free_memory, select_device
-from qlora_train.disk import check_room, disk_need
-from qlora_train.errors import ExportError
-from qlora_train.export.card import adapter_loading, clean_adapter_config, write_card
-from qlora_train.export.check_adapter import AdapterReference, check_adapter, measure_adapter
-from qlora_train.export.converter import check_quant, find_converter
-from qlora_train.export.merge import check_mergeable
-from qlora_train.export.push import Upload, plan_upload
-from qlora_train.export.run import library_versions, merge_run
+from qlora_train.data.collate import Collator, epoch_order, labelled_batches, padding_multiple
+from qlora_train.data.held_out_rows import RunRows, keep_rows, kept_rows
+from qlora_train.data.token_store import Rows
+from qlora_train.export.adapter_check import AdapterReference, check_adapter, measure_adapter
+from qlora_train.export.gguf.converter import check_quant, find_converter
+from qlora_train.export.hub_upload import Upload, plan_upload
+from qlora_train.export.merging.merge import check_mergeable
+from qlora_train.export.merging.merge_run import library_versions, merge_run
+from qlora_train.export.model_card import adapter_loading, clean_adapter_config, write_card
 from qlora_train.export.vllm import export_vllm
-from qlora_train.finished import commit_of, date_of, finished_config
-from qlora_train.inspect_data import data_of
-from qlora_train.loader import BaseSource, LoadedModel, load_model, resolve_base
-from qlora_train.loader.tokenizer import check_can_be_saved, save_tokenizer
-from qlora_train.preflight import check_machine
-from qlora_train.report import EvalSettings, evaluate_run
-from qlora_train.trainer import train
-from qlora_train.trainer.optimizer import choose_optimizer
+from qlora_train.inference.eval_report import EvalSettings, evaluate_run
+from qlora_train.inference.finished_run import commit_of, date_of, finished_config
+from qlora_train.models import BaseSource, LoadedModel, load_model, resolve_base
+from qlora_train.models.tokenizer import check_can_be_saved, save_tokenizer
+from qlora_train.planning.disk import check_room, disk_need
+from qlora_train.planning.inspect_data import data_of
+from qlora_train.runs import RunFolder, begin, changed_settings, check_same_facts, check_same_settings, held, open_run
+from qlora_train.training import train
+from qlora_train.training.optimizer import choose_optimizer
+from qlora_train.utils import atomic_io, signals
+from qlora_train.utils.device import deterministic_algorithms, free_memory, select_device
+from qlora_train.utils.errors import ExportError
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +61,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
     """
     device = select_device()
     with (
-        stopping.clock(config.run.max_minutes),
+        signals.clock(config.run.max_minutes),
         deterministic_algorithms(config.run.deterministic),
         open_run(config, resume=resume) as (folder, checkpoint),
     ):
@@ -86,7 +78,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
                 names = ", ".join(path.name for path in doomed)
                 logger.warning("%s: training further will replace the adapter and delete %s", folder.path, names)
             data.report.log()
-            durable.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
+            atomic_io.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
             keep_rows(folder.rows, data, data.fingerprint)
             reference = train_adapter(folder, config, source, data, checkpoint)
         if not folder.read_results().get("adapter_check", {}).get("passed"):
@@ -161,7 +153,11 @@ def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) 
         return _export_vllm(folder, config)
     check_quant(quant)
     converter = find_converter(llama_cpp)
-    from qlora_train.export.formats import export_adapter, export_base, export_merged  # needs gguf, of the extra
+    from qlora_train.export.gguf.gguf_export import (  # needs gguf, of the extra
+        export_adapter,
+        export_base,
+        export_merged,
+    )
 
     with held(folder):
         if form == "gguf":
@@ -279,7 +275,7 @@ def facts(
 def identity_of(adapter_path: str | None) -> str | None:
     """Return the sha256 of the weights that a run starts from; None where there are none."""
     file = None if adapter_path is None else Path(adapter_path) / "adapter_model.safetensors"
-    return durable.sha256_of(file) if file is not None and file.is_file() else None
+    return atomic_io.sha256_of(file) if file is not None and file.is_file() else None
 
 
 def write_adapter(
@@ -290,7 +286,7 @@ def write_adapter(
     metrics = {key: float(result[key]) for key in ("train_loss", "eval_loss") if result[key] is not None}
     folder.forget_results()
     about = {"run_id": folder.facts()["run_id"], "num_changes": len(folder.facts()["changes"])}
-    with durable.staged_folder(folder.adapter, about) as staging:
+    with atomic_io.staged_folder(folder.adapter, about) as staging:
         # "auto" guesses offline that resized embeddings were not modified; new rows are saved by their own tensors
         adapted.model.save_pretrained(str(staging), save_embedding_layers=False)
         save_tokenizer(adapted.loaded.tokenizer, staging, trust_remote_code=config.model.trust_remote_code)

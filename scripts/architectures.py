@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, logging
 
-from qlora_train.adapter import choose_targets, find_linears
+from qlora_train.adapters import choose_targets, find_linears
 from qlora_train.architectures import ARCHITECTURES, OBSTACLES, Architecture, detect
 from qlora_train.config import LoraSection
-from qlora_train.kernels.experts import follows_interface
-from qlora_train.loader.experts import expert_modules, expert_parameters
-from qlora_train.loader.towers import text_model
+from qlora_train.kernels.expert_linear import follows_interface
+from qlora_train.models.moe import expert_modules, expert_parameters
+from qlora_train.models.text_only import text_model
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
 sys.path.insert(0, str(ROOT))  # beside a script lie only scripts
-from tests.pico import build_config  # noqa: E402
-from tests.pico_towers import WHOLE, build_whole_config  # noqa: E402
+from tests.support.pico import build_config  # noqa: E402
+from tests.support.pico_multimodal import WHOLE, build_whole_config  # noqa: E402
 
 HEAD = """# Architectures
 
@@ -41,7 +41,8 @@ warning says what was found.
 - **experts**: *one at a time*: an expert's weights are dequantised when its tokens are computed. *a layer at a time*:
   the architecture computes all experts of a layer at once, outside Transformers' interface, and needs their weights
   together.
-- **packing**: whether `data.packing` keeps documents apart (`tests/test_packed_training.py`), or why it is refused.
+- **packing**: whether `data.packing` keeps documents apart (`tests/training/test_packed_training.py`),
+  or why it is refused.
 
 Every row merges (`qlora-train merge`); the merged folder has the tensor names of the base. Whether it leaves as GGUF is
 up to llama.cpp's converter, which says so in one line: [export.md](export.md). The fast path takes adapted linear layers,
@@ -64,7 +65,7 @@ adapter loads onto the whole 16-bit model with PEFT and leaves its other towers 
 folder is a whole checkpoint of the base's own type and tensor names, in which the tensors of the other towers are copied
 bit for bit.
 
-`tests/architectures/test_towers.py` holds each type of this table to the whole model in plain Transformers. A type that
+`tests/architectures/test_multimodal.py` holds each type of this table to the whole model in plain Transformers. A type that
 is not here is tried: where no language model can be taken out of it, where that does not run alone, or where a later
 token changes an earlier prediction, it is refused in one line.
 

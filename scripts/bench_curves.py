@@ -43,7 +43,7 @@ def main() -> None:
 
 def curve(options: argparse.Namespace, settings: list[str], folder: Path) -> npt.NDArray[np.float64]:
     """Return the means of the loss of a run."""
-    command = [sys.executable, "-m", "qlora_train.cli", str(options.config), *options.overrides, *settings]
+    command = [sys.executable, "-m", "qlora_train.cli.main", str(options.config), *options.overrides, *settings]
     command += [f"train.max_steps={options.steps}", "train.logging_steps=1", "data.eval=null", "export.merge=false"]
     subprocess.run([*command, f"run.output_dir={folder}"], check=True, stdout=subprocess.DEVNULL)
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())

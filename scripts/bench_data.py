@@ -75,7 +75,7 @@ def ours(data: Path, tokenizer_path: Path, cache: Path, num_proc: int) -> dict[s
 
     from qlora_train.config.schema import DataSection
     from qlora_train.data import prepare_data
-    from qlora_train.data.batches import Collator, RowDataset, epoch_order
+    from qlora_train.data.collate import Collator, RowDataset, epoch_order
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     section = DataSection(
@@ -218,7 +218,7 @@ def turns(options: argparse.Namespace) -> dict[str, Any]:
 
     from transformers import AutoTokenizer
 
-    from qlora_train.data.template import Renderer
+    from qlora_train.data.render import Renderer
     from qlora_train.data.types import Message, Row
 
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_train.export.run import library_versions
+from qlora_train.export.merging.merge_run import library_versions
 
 PRECISIONS: dict[str, list[str]] = {"nf4": [], "16-bit": ["quantization.load_in_4bit=false"]}
 
@@ -23,7 +23,7 @@ PRECISIONS: dict[str, list[str]] = {"nf4": [], "16-bit": ["quantization.load_in_
 def measure(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """Train one run without a merge, evaluate its adapter and return its results."""
     folder = Path("runs") / name
-    command = [sys.executable, "-m", "qlora_train.cli"]
+    command = [sys.executable, "-m", "qlora_train.cli.main"]
     settings = [f"run.seed={seed}", f"run.output_dir={folder}", "export.merge=false", *overrides]
     started = time.perf_counter()
     subprocess.run([*command, "configs/demo.yaml", *settings], check=True)

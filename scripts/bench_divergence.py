@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.data.types import Example
 from qlora_train.export.predictions import Predictions, agreement, compared_rows
-from qlora_train.loader import load_model
+from qlora_train.models import load_model
 
 ROOT = Path(__file__).parents[1]
 ROW_TOKENS = 256

@@ -13,8 +13,8 @@ import torch
 import xllamacpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_train.export.converter import QUANTS, find_converter
-from qlora_train.export.formats import write_model
+from qlora_train.export.gguf.converter import QUANTS, find_converter
+from qlora_train.export.gguf.gguf_export import write_model
 
 QUESTIONS = ("What is the capital of France?", "Write a haiku about rain.", "Which is larger, 9.9 or 9.11?")
 NUM_NEW = 20

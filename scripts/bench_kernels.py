@@ -22,12 +22,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
-from qlora_train.kernels import cross_entropy, gated, rms_norm, rotary
-from qlora_train.kernels.dequantize import by_triton
-from qlora_train.kernels.triton import cross_entropy as cross_entropy_kernels
-from qlora_train.kernels.triton import gated as gated_kernels
-from qlora_train.kernels.triton import rms_norm as rms_norm_kernels
-from qlora_train.kernels.triton import rotary as rotary_kernels
+from qlora_train.kernels.ops import cross_entropy, gated, rms_norm, rotary
+from qlora_train.kernels.ops import cross_entropy_triton as cross_entropy_kernels
+from qlora_train.kernels.ops import gated_triton as gated_kernels
+from qlora_train.kernels.ops import rms_norm_triton as rms_norm_kernels
+from qlora_train.kernels.ops import rotary_triton as rotary_kernels
+from qlora_train.kernels.ops.dequantize import by_triton
 
 HIDDEN, INTERMEDIATE, KEY_VALUE, HEADS, HEAD_FEATURES, VOCABULARY = 4096, 14336, 1024, 32, 128, 128256
 LAYERS = {

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from qlora_train.plan import memory_plan
+from qlora_train.planning.memory import memory_plan
 
 GIB = 1 << 30
 RANK = 32
@@ -183,7 +183,7 @@ def trial(model: Path, num_tokens: int, cap_gib: float, overrides: Sequence[str]
     if on_gpu:
         free, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction((cap_gib * GIB - (total - free)) / total)
-    from qlora_train import cli
+    from qlora_train.cli import main as cli
 
     with TemporaryDirectory() as folder:
         rows, config = Path(folder) / "rows.jsonl", Path(folder) / "run.yaml"

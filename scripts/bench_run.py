@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from qlora_train.checkpoint import RunFolder
-from qlora_train.plan import memory_plan
+from qlora_train.planning.memory import memory_plan
+from qlora_train.runs import RunFolder
 
 SAVE_STEPS = 4
 POLL_SECONDS = 0.1
@@ -79,7 +79,7 @@ def command_of(options: argparse.Namespace, folder: Path, run: RunFolder) -> lis
         "run.output_dir": run.path,
     }  # fmt: skip
     words = [f"{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", "qlora_train.cli", str(config), *words, *options.overrides]
+    return [sys.executable, "-m", "qlora_train.cli.main", str(config), *words, *options.overrides]
 
 
 def watched(

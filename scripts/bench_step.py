@@ -23,20 +23,20 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import TrainerState
 
-from qlora_train.adapter import AdaptedModel, attach_adapter, trainable_state
-from qlora_train.checkpoint import RunFolder
+from qlora_train.adapters import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
-from qlora_train.kernels import document_attention
-from qlora_train.kernels.dropout import lora_dropout_off, rate_of
-from qlora_train.kernels.fast_path import FastPath, install
-from qlora_train.loader import load_model
-from qlora_train.loss import IGNORED, chunk_tokens_of, label_losses
+from qlora_train.kernels.install import FastPath, install
+from qlora_train.kernels.lora_dropout import lora_dropout_off, rate_of
+from qlora_train.kernels.packed import attention
+from qlora_train.models import load_model
+from qlora_train.objectives.sft_loss import IGNORED, chunk_tokens_of, label_losses
 from qlora_train.pipeline import prepare
-from qlora_train.trainer.feed import Feed, RowFeed, make_feed
-from qlora_train.trainer.isolation import isolate_documents
-from qlora_train.trainer.padding_free import choose_padding_free
-from qlora_train.trainer.recompute import Recomputation, choose_recomputation
+from qlora_train.runs import RunFolder
+from qlora_train.training.batch_source import Feed, RowFeed, make_feed
+from qlora_train.training.memory.activation_checkpointing import Recomputation, choose_recomputation
+from qlora_train.training.padding_free import choose_padding_free
+from qlora_train.training.parity.document_isolation import isolate_documents
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Steps:
     def take(self, number: int, *, end_to_end: bool = False) -> float:
         """Take one step and return its tokens per second; padding is not counted."""
         device, dtype = self.loaded.device, self.loaded.compute_dtype
-        self.loaded.model.set_attn_implementation(document_attention.NAME if end_to_end else self._attention)
+        self.loaded.model.set_attn_implementation(attention.NAME if end_to_end else self._attention)
         num_tokens = sum(map(self._feeds[0].num_tokens, self._batches[0][number]))
         batches = self._batches[end_to_end][number]
         num_labels = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)

@@ -1,7 +1,7 @@
 """Time training steps under each way that OpenMP threads may wait, on free CPUs and beside other programs.
 
 One process for each policy prepares the same steps; then all take them in turn, at each load. A load is a number of
-endless loops. `chosen` is what a run would choose if it started under that load (qlora_train/cpu_threads.py).
+endless loops. `chosen` is what a run would choose if it started under that load (qlora_train/utils/cpu_threads.py).
 
 Example: ``python scripts/bench_threads.py configs/demo.yaml --loads 0 1 2 4``
 """
@@ -24,7 +24,7 @@ POLICIES = {
 }
 CHOOSE = """
 import os
-from qlora_train.cpu_threads import choose_wait_policy
+from qlora_train.utils.cpu_threads import choose_wait_policy
 choose_wait_policy()
 print("passive" if "OMP_WAIT_POLICY" in os.environ else "spin")
 """

@@ -142,7 +142,7 @@ def compare_help(commit: Commit, _: argparse.Namespace, __: Path) -> Found:
 
 def compare_statuses(commit: Commit, _: argparse.Namespace, shared: Path) -> Found:
     """Exit status and message of every malformed config."""
-    files = sorted((shared / "tests" / "data" / "malformed_configs").glob("*.yaml"))
+    files = sorted((shared / "tests" / "files" / "malformed_configs").glob("*.yaml"))
     return dict(_each(files, lambda file: (file.stem, _checked(commit, file))))
 
 
@@ -153,7 +153,7 @@ def _checked(commit: Commit, file: Path) -> dict[str, Any]:
 
 def compare_data(commit: Commit, _: argparse.Namespace, shared: Path) -> Found:
     """Report and rows, with their loss mask, of bundled and malformed data."""
-    folders = (shared / "data" / "examples", shared / "tests" / "data" / "malformed")
+    folders = (shared / "data" / "examples", shared / "tests" / "files" / "malformed")
     files = [
         file for folder in folders for file in sorted(folder.iterdir()) if file.suffix not in {".expected", ".settings"}
     ]
@@ -276,9 +276,9 @@ def check_out(name: str, folder: Path) -> Commit:
 
 def make_shared(folder: Path, families: Sequence[str]) -> Path:
     """Put pico models and data where both commits read them."""
-    from tests.pico import build_pico
+    from tests.support.pico import build_pico
 
-    for name in ("data/examples", "tests/data/malformed", "tests/data/malformed_configs"):
+    for name in ("data/examples", "tests/files/malformed", "tests/files/malformed_configs"):
         shutil.copytree(ROOT / name, folder / name)
     for family in dict.fromkeys(("llama", *families)):
         build_pico(folder / family, family)

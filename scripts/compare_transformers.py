@@ -77,7 +77,7 @@ def main() -> None:
 
 def compare(python: str, folder: Path, cases: dict[str, tuple[str, dict[str, Any]]]) -> None:
     """Write bases with both versions, merge each with an adapter, read the merges with both."""
-    from tests.pico import build_tokenizer
+    from tests.support.pico import build_tokenizer
 
     build_tokenizer().save_pretrained(folder / "tokenizer")
     bases = [
@@ -95,7 +95,7 @@ def compare(python: str, folder: Path, cases: dict[str, tuple[str, dict[str, Any
 
 def settings_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a config by the names of Transformers 4."""
-    from tests.pico import COMMON, FAMILIES
+    from tests.support.pico import COMMON, FAMILIES
 
     settings = dict(settings)
     kind = settings.pop("rope", None)
@@ -108,10 +108,10 @@ def settings_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
 def merge(base: Path) -> dict[str, str]:
     """Merge a random adapter with the tokenizer that a run saves; return where from and where to."""
     from qlora_train.config import ModelSection
-    from qlora_train.export.merge import merge_adapter
-    from qlora_train.loader import load_tokenizer, resolve_base
-    from qlora_train.loader.tokenizer import save_tokenizer
-    from tests.merging import NF4, plain, save_adapter
+    from qlora_train.export.merging.merge import merge_adapter
+    from qlora_train.models import load_tokenizer, resolve_base
+    from qlora_train.models.tokenizer import save_tokenizer
+    from tests.support.merging import NF4, plain, save_adapter
 
     section = ModelSection(model_name_or_path=str(base))
     adapter, output = (base.with_name(f"{base.name}-{what}") for what in ("adapter", "merged"))

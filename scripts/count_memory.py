@@ -32,12 +32,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from triton.runtime.jit import JITFunction
 
-from qlora_train.kernels import dequantize, gpu
-from qlora_train.kernels.fast_path import install
-from qlora_train.loss import CHUNK_BYTES, LABEL_MULTIPLE, chunk_tokens_of, label_losses
-from qlora_train.trainer import fast_path, traces, trial
-from qlora_train.trainer.recompute import Recomputation
-from tests.live_bytes import LiveBytes
+from qlora_train.kernels.install import install
+from qlora_train.kernels.ops import dequantize, dispatch
+from qlora_train.objectives.sft_loss import CHUNK_BYTES, LABEL_MULTIPLE, chunk_tokens_of, label_losses
+from qlora_train.training.memory import memory_probe
+from qlora_train.training.memory.activation_checkpointing import Recomputation
+from qlora_train.training.parity import fused_kernels, preserve_state
+from tests.support.live_bytes import LiveBytes
 
 RANK = 16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -103,11 +104,11 @@ def fake_gpu() -> Iterator[GpuBytes]:
     patches = [
         mock.patch.object(JITFunction, "__getitem__", _always(_always(None))),
         mock.patch.object(torch.cuda, "device_of", _always(nullcontext())),
-        *(mock.patch.object(module, "has_kernels", _always(True)) for module in (gpu, dequantize)),
+        *(mock.patch.object(module, "has_kernels", _always(True)) for module in (dispatch, dequantize)),
         mock.patch.dict(CHUNK_BYTES, {"cpu": CHUNK_BYTES["cuda"]}),
         mock.patch.dict(LABEL_MULTIPLE, {"cpu": LABEL_MULTIPLE["cuda"]}),
-        mock.patch.object(traces, "random_state", dict),
-        mock.patch.object(traces, "restore_random_state", _always(None)),
+        mock.patch.object(preserve_state, "random_state", dict),
+        mock.patch.object(preserve_state, "restore_random_state", _always(None)),
         mock.patch.object(Tensor, "cpu", lambda tensor: tensor.to("meta")),
     ]
     with ExitStack() as stack:
@@ -179,7 +180,7 @@ def count(config_json: dict[str, Any], num_tokens: int) -> dict[str, int]:
         for num_rows in (1, 4, 8):  # as many as a micro-batch has, up to 4; 8 where padding-free is compared
             batch = batch_of(num_rows, 128)
             peak_of(
-                f"parity check, {num_rows} x 128 tokens", lambda batch=batch: fast_path._compare(adapted, batch, "")
+                f"parity check, {num_rows} x 128 tokens", lambda batch=batch: fused_kernels._compare(adapted, batch, "")
             )
         batch = batch_of(1, num_tokens)
         peak_of("evaluation, 1 row", lambda: evaluate(adapted, batch))
@@ -187,7 +188,7 @@ def count(config_json: dict[str, Any], num_tokens: int) -> dict[str, int]:
             fast = install(model, lambda: label_losses(model, **batch_of(1, 8))) if path == "fused kernels" else None
             Recomputation(model, fast.mlps if fast is not None else []).set("layer")
             for accumulation in (1, 2):
-                probe = partial(trial._train, trainer_of(adapted, accumulation), model, [batch])
+                probe = partial(memory_probe._train, trainer_of(adapted, accumulation), model, [batch])
                 peak_of(f"memory probe and step, {path}, accumulation {accumulation}", probe)
     return peaks
 

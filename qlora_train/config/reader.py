@@ -10,12 +10,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qlora_train.config.no_secrets import secrets_in, secrets_typed
-from qlora_train.config.places import Place, Problem
-from qlora_train.config.problems import found_value, problems_of
 from qlora_train.config.schema import RunConfig
+from qlora_train.config.secret_check import secrets_in, secrets_typed
+from qlora_train.config.source_location import Place, Problem
+from qlora_train.config.validation_errors import found_value, problems_of
 from qlora_train.config.yaml_reader import Node, read_yaml
-from qlora_train.errors import ConfigError, nearest
+from qlora_train.utils.errors import ConfigError, nearest
 
 MAX_BYTES = 1_000_000
 MAX_LINES = 200

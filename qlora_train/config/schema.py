@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from qlora_train.config.decisive import why_not_allowed
-from qlora_train.config.path_text import checked_path, checked_source
+from qlora_train.config.path_checks import checked_path, checked_source
+from qlora_train.config.resume_policy import why_not_allowed
 from qlora_train.config.rope_scaling import check_rope_scaling
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qlora_train.config.places import Place, Problem
+from qlora_train.config.source_location import Place, Problem
 
 MAX_DEPTH = 12
 MAX_DIGITS = 400

@@ -6,8 +6,8 @@ it all and chooses what is trained on and held out, `report` says what became of
 alone import torch, feed the trainer.
 """
 
-from qlora_train.data.chat import encode_chat, render_chat
-from qlora_train.data.chat_templates import CHAT_TEMPLATES, ChatTemplate, resolve_chat_template
+from qlora_train.data.chat_template import encode_chat, render_chat
+from qlora_train.data.default_chat_templates import CHAT_TEMPLATES, ChatTemplate, resolve_chat_template
 from qlora_train.data.prepare import PreparedData, prepare_data
 from qlora_train.data.types import Example, Message, Row
 

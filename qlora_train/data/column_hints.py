@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from qlora_train.data.readers.table import listed
+from qlora_train.data.readers.csv_table import listed
 
 QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "input", "request", "user", "human")
 ANSWERS = ("output", "answer", "response", "completion", "solution", "reply", "assistant", "target")

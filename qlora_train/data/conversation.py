@@ -11,10 +11,10 @@ Everything here concerns one row and raises `UnusableRowError` with a reason tha
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qlora_train.data.field_values import NOTHING, read_string
 from qlora_train.data.readers import kind_of
-from qlora_train.data.tools import read_calls
+from qlora_train.data.tool_calls import read_calls
 from qlora_train.data.types import Message, UnusableRowError
-from qlora_train.data.values import NOTHING, read_string
 
 ROLES = {
     "system": "system",

@@ -27,9 +27,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_train.data.column_hints import misspelled, rename_hint
-from qlora_train.data.other_columns import check_other_columns, other_columns
-from qlora_train.data.readers.table import listed
-from qlora_train.data.rows import (
+from qlora_train.data.extra_columns import check_other_columns, other_columns
+from qlora_train.data.format_readers import (
     from_alpaca,
     from_conversations,
     from_messages,
@@ -37,9 +36,10 @@ from qlora_train.data.rows import (
     from_question_answer,
     from_text,
 )
-from qlora_train.data.token_rows import MASKS, read_token_row
+from qlora_train.data.pretokenized import MASKS, read_token_row
+from qlora_train.data.readers.csv_table import listed
 from qlora_train.data.types import Record, Row
-from qlora_train.errors import ConfigError, DataError
+from qlora_train.utils.errors import ConfigError, DataError
 
 log = logging.getLogger("qlora_train")
 

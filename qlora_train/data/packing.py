@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qlora_train.data.order import permutation
+from qlora_train.data.shuffle import permutation
 
 
 @dataclass(frozen=True, slots=True)

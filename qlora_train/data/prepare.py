@@ -13,19 +13,26 @@ from typing import Any
 import numpy as np
 
 from qlora_train.config.schema import DataSection, Source
-from qlora_train.data.chat import is_dated
-from qlora_train.data.report import NUM_FIRST_ROWS, DataReport, PartReport, SourceReport, SystemPrompt, check_limits
-from qlora_train.data.run_rows import RunRows
-from qlora_train.data.segments import render_rows
+from qlora_train.data.chat_template import is_dated
+from qlora_train.data.data_report import (
+    NUM_FIRST_ROWS,
+    DataReport,
+    PartReport,
+    SourceReport,
+    SystemPrompt,
+    check_limits,
+)
+from qlora_train.data.held_out_rows import RunRows
+from qlora_train.data.reason_counts import merged, tally_of
+from qlora_train.data.rendered_rows import render_rows
 from qlora_train.data.selection import first_of_equals, is_among, mix, num_repeats, split
 from qlora_train.data.source_store import SourceStore, StoreMaker
-from qlora_train.data.store import Rows
-from qlora_train.data.stream import RowStream
-from qlora_train.data.tallies import merged, tally_of
-from qlora_train.data.tokenized import TextsKept
+from qlora_train.data.streaming import RowStream
+from qlora_train.data.token_store import Rows
+from qlora_train.data.tokenize_chunk import TextsKept
 from qlora_train.data.types import Tally
-from qlora_train.data.workers import num_cores
-from qlora_train.errors import DataError
+from qlora_train.data.worker_pool import num_cores
+from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
 

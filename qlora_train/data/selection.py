@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_train.config.schema import Source
-from qlora_train.data.order import mixed
-from qlora_train.data.store import Rows
-from qlora_train.data.tokenized import is_held_out
-from qlora_train.errors import DataError
+from qlora_train.data.shuffle import mixed
+from qlora_train.data.token_store import Rows
+from qlora_train.data.tokenize_chunk import is_held_out
+from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from qlora_train.data.tools import read_calls
+from qlora_train.data.field_values import NOTHING
+from qlora_train.data.tool_calls import read_calls
 from qlora_train.data.types import UnusableRowError
-from qlora_train.data.values import NOTHING
 
 CALL = "function_call"
 """The sender of a turn whose value is the JSON of a call, or of a list of calls."""

@@ -14,17 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_train.config.schema import DataSection, Source
-from qlora_train.data.cache import StoreCache, key_of
-from qlora_train.data.chat import is_dated
+from qlora_train.data.chat_template import is_dated
 from qlora_train.data.formats import check_renames, recognise
 from qlora_train.data.readers import Chunk, chunks
 from qlora_train.data.sources import DataFile, find_files
-from qlora_train.data.store import Store, StoreWriter, token_dtype
-from qlora_train.data.stream import StreamedSource
-from qlora_train.data.tokenized import ChunkTokenizer, TextsKept
+from qlora_train.data.streaming import StreamedSource
+from qlora_train.data.token_cache import StoreCache, key_of
+from qlora_train.data.token_store import Store, StoreWriter, token_dtype
+from qlora_train.data.tokenize_chunk import ChunkTokenizer, TextsKept
 from qlora_train.data.types import Record
-from qlora_train.data.workers import in_order, num_processes
-from qlora_train.errors import DataError
+from qlora_train.data.worker_pool import in_order, num_processes
+from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_train.config.path_text import ALIASES, COMPRESSIONS, TEXT_KINDS, kind_of, names_a_data_file
+from qlora_train.config.path_checks import ALIASES, COMPRESSIONS, TEXT_KINDS, kind_of, names_a_data_file
+from qlora_train.config.preflight import missing_data, no_match
 from qlora_train.config.schema import Source
-from qlora_train.errors import DataError
-from qlora_train.preflight import missing_data, no_match
+from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
 
@@ -74,7 +74,7 @@ def find_files(source: Source, key: str) -> list[DataFile]:
         raise DataError(f"{key}: {source.path} cannot be read: {error.strerror}") from None
     if not HUB_ID.fullmatch(source.path):
         raise DataError(f"{key}: {source.path!r} is neither a file nor a Hub id; expected {SUFFIX_LIST} or owner/name")
-    from qlora_train.data.hub import hub_files
+    from qlora_train.data.hub_datasets import hub_files
 
     return hub_files(source, key)
 

@@ -16,11 +16,11 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora_train.architectures import Architecture
 from qlora_train.config.schema import RunConfig
-from qlora_train.loader import LoadedModel
-from qlora_train.loader.experts import expert_modules
-from qlora_train.loader.model import auto_class_of
-from qlora_train.loader.odd_rows import has_odd_rows
-from qlora_train.loader.released import release_of
+from qlora_train.models import LoadedModel
+from qlora_train.models.bnb_cpu_blocksize import has_odd_rows
+from qlora_train.models.loading import auto_class_of
+from qlora_train.models.moe import expert_modules
+from qlora_train.models.prequantized import release_of
 
 THIS_ADAPTER, THIS_MODEL = "PATH-OR-ID-OF-THIS-ADAPTER", "PATH-OR-ID-OF-THIS-MODEL"
 """What a reader of a card puts the folder's path or Hub id for."""
@@ -185,9 +185,9 @@ def _package_lines(loaded: LoadedModel, config: RunConfig, base: str, this: str)
     }
     yield "from pathlib import Path"
     yield ""
-    yield "from qlora_train.adapter import load_trained"
+    yield "from qlora_train.adapters import load_trained"
     yield "from qlora_train.config import ModelSection, QuantizationSection"
-    yield "from qlora_train.loader import load_model"
+    yield "from qlora_train.models import load_model"
     yield "from transformers import AutoTokenizer"
     yield ""
     yield f"tokenizer = {_call('AutoTokenizer.from_pretrained', [_quoted(this)], trusted)}"

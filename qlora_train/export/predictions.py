@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_train.data.types import Example
-from qlora_train.evaluate import HeldOutLoss, label_log_probabilities
-from qlora_train.loader.token_probes import TokenProbe, load_probes, save_probes
+from qlora_train.evaluation.held_out import HeldOutLoss, label_log_probabilities
+from qlora_train.models.token_probes import TokenProbe, load_probes, save_probes
 
 NUM_COMPARED = 2048
 """Label tokens at which predictions are compared."""

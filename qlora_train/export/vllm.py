@@ -19,14 +19,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qlora_train import durable
-from qlora_train.checkpoint import RunFolder
 from qlora_train.config import RunConfig
-from qlora_train.errors import ExportError, first_line
-from qlora_train.export.adapter_file import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_train.export.card import is_hub_id
 from qlora_train.export.loading_code import QUESTION
-from qlora_train.loader import BaseSource
+from qlora_train.export.merging.adapter_deltas import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_train.export.model_card import is_hub_id
+from qlora_train.models import BaseSource
+from qlora_train.runs import RunFolder
+from qlora_train.utils import atomic_io
+from qlora_train.utils.errors import ExportError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -107,16 +107,16 @@ def export_vllm(folder: RunFolder, config: RunConfig, source: BaseSource, output
     base = str(source.folder) if source.revision is None else source.name
     name, system = folder.path.resolve().name, folder.system_prompt()
     serve = partial(_command, config, source.revision, kept["r"], name)
-    with durable.staged_folder(output, {"format": "vllm"}) as staging:
+    with atomic_io.staged_folder(output, {"format": "vllm"}) as staging:
         for path in folder.adapter.iterdir():
             if path.is_dir():
                 shutil.copytree(path, staging / path.name)
-            elif path.name not in (durable.MANIFEST, ADAPTER_CONFIG):
+            elif path.name not in (atomic_io.MANIFEST, ADAPTER_CONFIG):
                 shutil.copy2(path, staging / path.name)
-        durable.write_text(staging / ADAPTER_CONFIG, json.dumps(kept, indent=2, sort_keys=True) + "\n")
+        atomic_io.write_text(staging / ADAPTER_CONFIG, json.dumps(kept, indent=2, sort_keys=True) + "\n")
         card = staging / "README.md"
         section = _serving(serve(_public(source), "PATH-OF-THIS-FOLDER"), name, system)
-        durable.write_text(card, card.read_text(encoding="utf-8") + section)
+        atomic_io.write_text(card, card.read_text(encoding="utf-8") + section)
     if config.quantization.load_in_4bit:
         logger.info(
             "vLLM: puts the adapter on the base in 16 bits, and it was trained on 4 bits; qlora-train merge with "

@@ -16,7 +16,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qlora_train.kernels.dequantize import dequantize
+from qlora_train.kernels.ops.dequantize import dequantize
 
 BLOCK_SIZE = 64
 ABSMAX_BLOCK_SIZE = 256

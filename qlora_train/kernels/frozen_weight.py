@@ -6,7 +6,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
-from qlora_train.kernels.dequantize import dequantize
+from qlora_train.kernels.ops.dequantize import dequantize
 
 
 class FrozenWeight:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_train.kernels.dropout import draw_mask, masked, masked_
 from qlora_train.kernels.frozen_weight import FrozenWeight
+from qlora_train.kernels.lora_dropout import draw_mask, masked, masked_
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,14 @@ from typing import Any
 
 from timing import Timing, settings_of
 
-from qlora_train.adapter import attach_adapter
-from qlora_train.checkpoint import RunFolder
+from qlora_train.adapters import attach_adapter
 from qlora_train.config import load_config
-from qlora_train.loader import load_model
+from qlora_train.models import load_model
 from qlora_train.pipeline import prepare
-from qlora_train.trainer.cache import fill_cache
-from qlora_train.trainer.fast_path import choose_fast_path
-from qlora_train.trainer.sft import QloraTrainer
+from qlora_train.runs import RunFolder
+from qlora_train.training.memory.dequantized_cache import fill_cache
+from qlora_train.training.parity.fused_kernels import choose_fast_path
+from qlora_train.training.qlora_trainer import QloraTrainer
 
 
 def main() -> None:

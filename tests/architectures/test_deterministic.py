@@ -9,13 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_train.architectures import ARCHITECTURES
-from qlora_train.device import deterministic_algorithms
-from qlora_train.errors import explain
-from qlora_train.kernels.fast_path import install
-from qlora_train.loss import label_losses
-from qlora_train.trainer.gradients import gradients_of
-from tests.architectures.test_fast_path import BATCH
-from tests.runs import adapted_model
+from qlora_train.kernels.install import install
+from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.training.parity.gradients import gradients_of
+from qlora_train.utils.device import deterministic_algorithms
+from qlora_train.utils.errors import explain
+from tests.architectures.test_fused_kernels import BATCH
+from tests.support.runs import adapted_model
 
 aten = torch.ops.aten
 NEVER = {

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from qlora_train.adapter import load_trained
+from qlora_train.adapters import load_trained
 from qlora_train.architectures import ARCHITECTURES, check_packing
-from qlora_train.errors import ConfigError
-from qlora_train.export.merge import merge_adapter
-from qlora_train.loader import load_model, resolve_base
-from qlora_train.loader.experts import expert_parameters
-from qlora_train.plan import memory_plan
+from qlora_train.export.merging.merge import merge_adapter
+from qlora_train.models import load_model, resolve_base
+from qlora_train.models.moe import expert_parameters
+from qlora_train.planning.memory import memory_plan
+from qlora_train.utils.errors import ConfigError
 from tests.architectures.conftest import LONG, Table
-from tests.pico import build_pico
-from tests.runs import adapter_bytes, losses, make_config, stopped_copy, train_run
+from tests.support.pico import build_pico
+from tests.support.runs import adapter_bytes, losses, make_config, stopped_copy, train_run
 
 SETTINGS = ("quantization.bnb_4bit_compute_dtype=float32", "train.max_steps=5", "train.save_steps=2", "data.eval=0.25")
 SHORT = ("llama", "gemma2", "gpt2", "falcon", "mixtral", "gpt_oss", "deepseek_v3", "jetmoe", "jamba", "qwen3_next")
@@ -87,7 +87,7 @@ def test_stopped_run_of_a_family_ends_in_the_same_bits(
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_family_packs_or_says_why_not(model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table) -> None:
-    """The losses and gradients of packs are compared in tests/test_packed_training.py."""
+    """The losses and gradients of packs are compared in tests/training/test_packed_training.py."""
     row = ARCHITECTURES[model_type]
     if row.packing_obstacle:
         with pytest.raises(ConfigError, match="documents of a pack would see each other"):

@@ -1,7 +1,7 @@
 """Every family that llama.cpp's converter knows gives the log-probabilities of Transformers in llama.cpp.
 
 A merged folder has the tensor names of its base and a config.json that Transformers wrote, as pico models have: what
-becomes of them becomes of a merge. How text is split is another matter, see tests/test_export_gguf.py.
+becomes of them becomes of a merge. How text is split is another matter, see tests/export/test_gguf_export.py.
 """
 
 import json
@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.architectures import ARCHITECTURES
-from qlora_train.export.converter import find_converter
-from qlora_train.export.vocabulary import link_model
+from qlora_train.export.gguf.converter import find_converter
+from qlora_train.export.gguf.gguf_vocabulary import link_model
 from tests.architectures.conftest import LONG, Table
 
 pytest.importorskip("gguf")

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 import qlora_train.pipeline  # noqa: F401  imported for its children
-from qlora_train import cli, faults
-from qlora_train.export import fresh_check
+from qlora_train.cli import main
+from qlora_train.export import fresh_process
+from qlora_train.utils import fault_injection
 from tests.faults import stock
 
 gc.collect()
@@ -33,9 +34,9 @@ def run(arguments: list[str], log: Path, environment: dict[str, str], told: Conn
     """
     _begin(log, environment)
     told.send("begins")
-    status = cli.main(arguments)
+    status = main.main(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process of its own would be gone
-    told.send(faults.passed())
+    told.send(fault_injection.passed())
     _end(status)
 
 
@@ -59,7 +60,7 @@ def _begin(log: Path, environment: dict[str, str]) -> None:
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background would ignore it
     torch.set_num_threads(1)
-    fresh_check.START = "fork"  # with one thread it may; a server of its own would import everything for every child
+    fresh_process.START = "fork"  # with one thread it may; a server of its own would import everything for every child
 
 
 def _end(status: int) -> None:

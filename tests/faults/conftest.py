@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.disks import Disk
 from tests.faults.runs import Runs
-from tests.pico import build_pico
+from tests.support.pico import build_pico
 
 LONG = os.environ.get("QLORA_FAULTS", "short") == "long"
 

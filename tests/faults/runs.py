@@ -13,11 +13,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_train.checkpoint import RunFolder
-from qlora_train.export import fresh_check
-from qlora_train.faults import VARIABLE
+from qlora_train.export import fresh_process
+from qlora_train.runs import RunFolder
+from qlora_train.utils.fault_injection import VARIABLE
 from tests.faults import child
-from tests.runs import adapter_bytes, write_rows
+from tests.support.runs import adapter_bytes, write_rows
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -77,7 +77,7 @@ class Runs:
     """Runs of one base and one set of rows, each in a folder of its own."""
 
     def __init__(self, folder: Path, base: Path) -> None:
-        self._context = multiprocessing.get_context(fresh_check.start_method())
+        self._context = multiprocessing.get_context(fresh_process.start_method())
         self._context.set_forkserver_preload([child.__name__])
         self.folder, self.base = folder, base
         self.rows = write_rows(folder / "rows.jsonl", count=40)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.checkpoint import RunFolder
+from qlora_train.runs import RunFolder
 from tests.faults import stock
 from tests.faults.conftest import LONG, Table
 from tests.faults.runs import Runs, side_by_side
-from tests.runs import adapter_bytes
+from tests.support.runs import adapter_bytes
 
 SETTINGS = ("train.max_steps=4", "train.save_steps=1", "train.save_total_limit=4", "train.optim=adamw_8bit")
 NEWEST = 3

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train import cli
-from qlora_train.checkpoint import RunFolder
-from qlora_train.errors import explain
+from qlora_train.cli import main
+from qlora_train.runs import RunFolder
+from qlora_train.utils.errors import explain
 from tests.faults.conftest import Table
 from tests.faults.disks import PAGE_BYTES, Disk
 from tests.faults.runs import Child, Ended, Runs
-from tests.runs import adapter_bytes
+from tests.support.runs import adapter_bytes
 
 SETTINGS = (
     "train.max_steps=4", "train.save_steps=1", "train.save_total_limit=2", "train.optim=adamw_8bit", "data.eval=0.25",
@@ -141,11 +141,11 @@ def test_a_merge_on_a_full_disk_leaves_the_run_whole(
     for free_bytes in (0, 64 * 1024, 256 * 1024):
         disk.leave(free_bytes)
         before = {path.name for path in run.path.iterdir()}
-        assert cli.main(command) == 2
+        assert main.main(command) == 2
         assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
         assert run.is_finished()
         assert adapter_bytes(run) == wanted
         assert {path.name for path in run.path.iterdir()} == before
     disk.leave(4 << 20)
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert run.has_merged()

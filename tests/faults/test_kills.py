@@ -11,7 +11,7 @@ import pytest
 from tests.faults.conftest import LONG, Table, number
 from tests.faults.runs import Child, Ended, Runs, side_by_side
 from tests.faults.stock import NUM_STEPS
-from tests.runs import adapter_bytes
+from tests.support.runs import adapter_bytes
 
 SETTINGS = (f"train.max_steps={NUM_STEPS}", "train.save_steps=1", "data.eval=0.25", "train.eval_steps=3")
 OPTIMIZERS = ("adamw_8bit", "adamw_torch", "paged_adamw_8bit") if LONG else ("adamw_8bit",)

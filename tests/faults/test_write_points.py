@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from qlora_train import durable
-from qlora_train.checkpoint import RunFolder
+from qlora_train.runs import RunFolder
+from qlora_train.utils import atomic_io
 from tests.faults.conftest import LONG, Table
 from tests.faults.disks import Disk
 from tests.faults.runs import Child, Ended, Runs, side_by_side
-from tests.runs import adapter_bytes
+from tests.support.runs import adapter_bytes
 
 SETTINGS = (
     "train.max_steps=3", "train.save_steps=1", "train.save_total_limit=1", "train.optim=adamw_8bit", "data.eval=0.25",
@@ -35,7 +35,7 @@ def whole_checkpoints(run: RunFolder) -> set[str]:
 def leftovers(run: RunFolder) -> list[str]:
     """Return what no finished run should have lying about."""
     found = (path.name for folder in (run.path, run.checkpoints) for path in folder.iterdir())
-    return [name for name in found if durable.is_leftover(name)]
+    return [name for name in found if atomic_io.is_leftover(name)]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """What is fuzzed: plain functions of bytes, of which only our error class may escape, and the files they begin with.
 
-`scripts/fuzz.py` lets atheris look for inputs by coverage; `tests/test_fuzz.py` runs the same functions.
+`scripts/fuzz.py` lets atheris look for inputs by coverage; `tests/fuzz/test_fuzz.py` runs the same functions.
 """
 
 import atexit
@@ -19,8 +19,8 @@ from qlora_train.config.writer import to_yaml
 from qlora_train.data.formats import FORMATS, recognise
 from qlora_train.data.readers import chunks
 from qlora_train.data.sources import DataFile
-from qlora_train.data.tokenized import ChunkTokenizer, TextsKept
-from qlora_train.errors import UserError
+from qlora_train.data.tokenize_chunk import ChunkTokenizer, TextsKept
+from qlora_train.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -97,7 +97,7 @@ def tokenizer_of(format_name: str, loss_on: int, too_long: int) -> ChunkTokenize
 @cache
 def pico_tokenizer() -> Any:
     """Return the tokenizer of pico models, which takes seconds to import."""
-    from tests.pico import build_tokenizer
+    from tests.support.pico import build_tokenizer
 
     return build_tokenizer()
 

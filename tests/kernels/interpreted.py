@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_train.kernels import gpu
-from tests.fake_cuda import IS_FAKE
+from qlora_train.kernels.ops import dispatch
+from tests.support.fake_cuda import IS_FAKE
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether this process interprets kernels instead of compiling them for a GPU. They run on tensors of the fake
@@ -32,7 +32,7 @@ CLOSE = {
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have operations run as kernels on the tensors of this process."""
-    monkeypatch.setattr(gpu, "runs_triton", lambda x: True)
+    monkeypatch.setattr(dispatch, "runs_triton", lambda x: True)
 
 
 def round_like_a_gpu() -> None:

@@ -19,9 +19,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlora_train.kernels import dequantize as dispatch
-from qlora_train.kernels.rms_norm import Variant
-from qlora_train.kernels.triton import cross_entropy, dequantize, gated, rms_norm, rotary
+from qlora_train.kernels.ops import (
+    cross_entropy_triton,
+    dequantize_triton,
+    gated_triton,
+    rms_norm_triton,
+    rotary_triton,
+)
+from qlora_train.kernels.ops import dequantize as dispatch
+from qlora_train.kernels.ops.rms_norm import Variant
 from tests.kernels.interpreted import IS_INTERPRETED
 
 pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels")
@@ -89,7 +95,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[[Module
 def test_dequantisation_rounds_every_product_and_sum(
     double_quant: bool, dtype: torch.dtype, capability: int, compiled: Callable[..., Compiled]
 ) -> None:
-    kernel = compiled(dequantize, "_dequantize", capability)
+    kernel = compiled(dequantize_triton, "_dequantize", capability)
     packed, state = bnb.quantize_4bit(torch.randn(64, 64), compress_statistics=double_quant, quant_type="nf4")
     dispatch.by_triton(packed, state, dtype, None)
     dispatch.by_triton(packed, state, dtype, torch.empty(64, 128, dtype=dtype)[:, :64])
@@ -106,42 +112,44 @@ def test_every_other_operation_compiles(dtype: torch.dtype, capability: int, com
     kernels = [
         compiled(module, name, capability)
         for module, name in (
-            (rms_norm, "_forward"), (rms_norm, "_backward"), (gated, "_forward"), (gated, "_backward"),
-            (rotary, "_rotate"), (cross_entropy, "_losses_and_gradient"),
+            (rms_norm_triton, "_forward"), (rms_norm_triton, "_backward"),
+            (gated_triton, "_forward"), (gated_triton, "_backward"),
+            (rotary_triton, "_rotate"), (cross_entropy_triton, "_losses_and_gradient"),
         )
     ]  # fmt: skip
     x = torch.randn(3, 192).to(dtype)
     for variant in (Variant(0.0, False), Variant(1.0, True)):
-        _, scale = rms_norm.forward(x, x[0], 1e-6, variant)
-        rms_norm.backward(x, x, x[0], scale, variant)
+        _, scale = rms_norm_triton.forward(x, x[0], 1e-6, variant)
+        rms_norm_triton.backward(x, x, x[0], scale, variant)
     for activation in ("silu", "gelu", "gelu_tanh"):
-        gated.forward(x, x, activation)
-        gated.backward(x, x, x, activation)
+        gated_triton.forward(x, x, activation)
+        gated_triton.backward(x, x, x, activation)
     heads, angles = x.view(1, 3, 2, 96), x[:1].view(1, 1, 2, 96)
-    rotary.forward(heads, angles, angles)
-    rotary.backward(heads, angles, angles)
-    cross_entropy.losses_and_gradient_(x, torch.arange(3))
+    rotary_triton.forward(heads, angles, angles)
+    rotary_triton.backward(heads, angles, angles)
+    cross_entropy_triton.losses_and_gradient_(x, torch.arange(3))
     assert [len(kernel.assembly) for kernel in kernels] == [2, 2, 3, 3, 2, 1]
     for kernel in kernels:
         for assembly in kernel.assembly:
             assert f".target sm_{capability}" in assembly
 
 
-OF_A_BLOCK = {rms_norm: ("_forward", "_backward"), gated: ("_forward", "_backward"), rotary: ("_rotate",),
-              dequantize: ("_dequantize",), cross_entropy: ("_losses_and_gradient",)}  # fmt: skip
+OF_A_BLOCK = {rms_norm_triton: ("_forward", "_backward"), gated_triton: ("_forward", "_backward"),
+              rotary_triton: ("_rotate",),
+              dequantize_triton: ("_dequantize",), cross_entropy_triton: ("_losses_and_gradient",)}  # fmt: skip
 
 
 def test_large_models_fit_into_registers_and_move_sixteen_bytes_at_a_time(compiled: Callable[..., Compiled]) -> None:
     kernels = [compiled(module, name, 90) for module, names in OF_A_BLOCK.items() for name in names]
     x = torch.randn(2, 16384).bfloat16()  # as wide as the largest dense models
     variant = Variant(0.0, rounds_first=True)
-    _, scale = rms_norm.forward(x, x[0], 1e-6, variant)
-    rms_norm.backward(x, x, x[0], scale, variant)
-    gated.forward(x, x, "silu")
-    gated.backward(x, x, x, "silu")
-    rotary.forward(x.view(1, 128, 2, 128), x[:1, :256].view(1, 1, 2, 128), x[:1, :256].view(1, 1, 2, 128))
+    _, scale = rms_norm_triton.forward(x, x[0], 1e-6, variant)
+    rms_norm_triton.backward(x, x, x[0], scale, variant)
+    gated_triton.forward(x, x, "silu")
+    gated_triton.backward(x, x, x, "silu")
+    rotary_triton.forward(x.view(1, 128, 2, 128), x[:1, :256].view(1, 1, 2, 128), x[:1, :256].view(1, 1, 2, 128))
     dispatch.by_triton(*bnb.quantize_4bit(x, compress_statistics=True, quant_type="nf4"), torch.bfloat16, None)
-    cross_entropy.losses_and_gradient_(torch.randn(2, 128256).bfloat16(), torch.arange(2))
+    cross_entropy_triton.losses_and_gradient_(torch.randn(2, 128256).bfloat16(), torch.arange(2))
     for kernel in kernels:
         [assembly], [machine_code] = kernel.assembly, kernel.machine_code
         used = resource_usage(machine_code)

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay, sliding_window_overlay
 
-from qlora_train.kernels import document_varlen
-from qlora_train.kernels.document_attention import Documents, find_documents, positions_of_row
-from qlora_train.kernels.document_rows import Span
-from qlora_train.kernels.document_varlen import CAUSAL, TRIED, Lengths, Window, takes, varlen_documents, works_on
-from tests.fake_cuda import IS_FAKE
+from qlora_train.kernels.packed import varlen
+from qlora_train.kernels.packed.attention import Documents, find_documents, positions_of_row
+from qlora_train.kernels.packed.row_layout import Span
+from qlora_train.kernels.packed.varlen import CAUSAL, TRIED, Lengths, Window, takes, varlen_documents, works_on
 from tests.kernels.varlen import plain_varlen, put_plain_kernel
+from tests.support.fake_cuda import IS_FAKE
 
 SCALING = 0.3
 APART = (Span(0, 0, 0, 5), Span(5, 0, 5, 6), Span(6, 0, 6, 19))
@@ -130,18 +130,18 @@ def test_heads_that_the_kernel_does_not_take() -> None:
 
 
 def test_it_is_tried_where_gradients_are_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document_varlen, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
     with torch.no_grad():  # as in the check that documents are isolated
-        assert len(document_varlen._tried(torch.device("cpu"), CAUSAL, apart=False)) == 4
+        assert len(varlen._tried(torch.device("cpu"), CAUSAL, apart=False)) == 4
 
 
 def test_options_that_torch_does_not_have_are_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_torch_2_11(*arguments: Tensor, scale: float, window_size: Window) -> Tensor:
         return plain_varlen(*arguments, scale=scale, window_size=window_size)
 
-    monkeypatch.setattr(document_varlen, "varlen_attn", of_torch_2_11)
-    monkeypatch.setattr(document_varlen, "OPTIONS", inspect.signature(of_torch_2_11).parameters)
-    assert len(document_varlen._tried(torch.device("cpu"), CAUSAL, apart=False)) == 4  # with grouped heads
+    monkeypatch.setattr(varlen, "varlen_attn", of_torch_2_11)
+    monkeypatch.setattr(varlen, "OPTIONS", inspect.signature(of_torch_2_11).parameters)
+    assert len(varlen._tried(torch.device("cpu"), CAUSAL, apart=False)) == 4  # with grouped heads
 
 
 def test_without_a_gpu_it_is_not_used() -> None:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_train.kernels.dropout import draw_mask, masked, masked_
 from qlora_train.kernels.frozen_weight import FrozenWeight
-from qlora_train.kernels.gated import ACTIVATIONS, gated_linear
+from qlora_train.kernels.lora_dropout import draw_mask, masked, masked_
 from qlora_train.kernels.lora_linear import LoraLayers, lora_linears
-from qlora_train.kernels.tiles import in_tiles, recomputed_in_tiles
+from qlora_train.kernels.ops.gated import ACTIVATIONS, gated_linear
+from qlora_train.kernels.tiled import in_tiles, recomputed_in_tiles
 
 CPU = torch.device("cpu")
 RATE, SCALE = 0.3, 0.5
@@ -114,7 +114,7 @@ def test_gated_layer_with_the_same_mask(name: str) -> None:
 
 @pytest.mark.parametrize("tile_rows", [1, 5, 100])
 def test_recomputed_tiles_have_the_same_masks(tile_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_train.kernels.tiles.TILE_ROWS", tile_rows)
+    monkeypatch.setattr("qlora_train.kernels.tiled.TILE_ROWS", tile_rows)
     layers, x = layers_of(10), torch.randn(14, 6, dtype=torch.float64)
     found, after = [], []
     for way in (in_tiles, lambda function, x: recomputed_in_tiles(function, x, [*layers.a, *layers.b])):
@@ -147,7 +147,7 @@ def test_one_byte_per_number_is_saved() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_masks_of_a_gpu_are_seeded_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_train.kernels.tiles.TILE_ROWS", 300)
+    monkeypatch.setattr("qlora_train.kernels.tiled.TILE_ROWS", 300)
     gpu = torch.device("cuda", 0)
     state = torch.get_rng_state()
     mask = draw_mask(2000, 512, RATE, gpu)

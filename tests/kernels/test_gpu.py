@@ -11,10 +11,10 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
-from qlora_train.kernels.dequantize import dequantize
-from qlora_train.kernels.gpu import has_kernels, runs_triton, works_on
-from tests.fake_cuda import IS_FAKE
+from qlora_train.kernels.ops.dequantize import dequantize
+from qlora_train.kernels.ops.dispatch import has_kernels, runs_triton, works_on
 from tests.kernels.interpreted import IS_INTERPRETED
+from tests.support.fake_cuda import IS_FAKE
 
 pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels")
 
@@ -42,7 +42,9 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available() or IS_FAKE, reaso
 @pytest.mark.gpu
 @needs_a_gpu
 def test_without_a_c_compiler_triton_is_found_not_to_work(tmp_path: Path) -> None:
-    code = "import torch; from qlora_train.kernels.gpu import works_on; print(works_on(torch.device('cuda', 0)))"
+    code = (
+        "import torch; from qlora_train.kernels.ops.dispatch import works_on; print(works_on(torch.device('cuda', 0)))"
+    )
     environment = {name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")}
     environment |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -53,8 +55,8 @@ def test_without_a_c_compiler_triton_is_found_not_to_work(tmp_path: Path) -> Non
 @pytest.mark.gpu
 @needs_a_gpu
 def test_a_cuda_graph_repeats_every_kernel_on_other_numbers() -> None:
-    from qlora_train.kernels.rms_norm import Variant
-    from qlora_train.kernels.triton import cross_entropy, gated, rms_norm, rotary
+    from qlora_train.kernels.ops import cross_entropy_triton, gated_triton, rms_norm_triton, rotary_triton
+    from qlora_train.kernels.ops.rms_norm import Variant
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
@@ -65,15 +67,15 @@ def test_a_cuda_graph_repeats_every_kernel_on_other_numbers() -> None:
     assert has_kernels(packed)
 
     def compute() -> list[Tensor]:
-        y, scale = rms_norm.forward(x, weight[0, 0, 0], 1e-6, variant)
+        y, scale = rms_norm_triton.forward(x, weight[0, 0, 0], 1e-6, variant)
         logits = x.clone()
         return [
-            *(cross_entropy.losses_and_gradient_(logits, targets), logits),
+            *(cross_entropy_triton.losses_and_gradient_(logits, targets), logits),
             dequantize(packed, state, torch.bfloat16),
             dequantize(packed, state, torch.bfloat16, out=torch.empty(64, 256, device="cuda", dtype=x.dtype)[:, :128]),
-            *(y, scale, rms_norm.backward(grad, x, weight[0, 0, 0], scale, variant)),
-            *(gated.forward(x, up, "silu"), *gated.backward(grad, x, up, "silu")),
-            *(rotary.forward(x[None, None], cos, sin), rotary.backward(grad[None, None], cos, sin)),
+            *(y, scale, rms_norm_triton.backward(grad, x, weight[0, 0, 0], scale, variant)),
+            *(gated_triton.forward(x, up, "silu"), *gated_triton.backward(grad, x, up, "silu")),
+            *(rotary_triton.forward(x[None, None], cos, sin), rotary_triton.backward(grad[None, None], cos, sin)),
         ]
 
     side = torch.cuda.Stream()

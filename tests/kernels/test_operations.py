@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_train.kernels import cross_entropy
 from qlora_train.kernels.frozen_weight import FrozenWeight
-from qlora_train.kernels.gated import ACTIVATIONS, gated_linear
+from qlora_train.kernels.function_overrides import REPLACEMENTS, _same
 from qlora_train.kernels.grouped_attention import grouped_attention
-from qlora_train.kernels.looked_up import REPLACEMENTS, _same
 from qlora_train.kernels.lora_linear import LoraLayers, lora_linears
-from qlora_train.kernels.rotary import rotate
+from qlora_train.kernels.ops import cross_entropy
+from qlora_train.kernels.ops.gated import ACTIVATIONS, gated_linear
+from qlora_train.kernels.ops.rotary import rotate
 
 BATCH, SEQ = 2, 7
 

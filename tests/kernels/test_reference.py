@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_train.kernels import reference
+from qlora_train.kernels import nf4_reference
 
 PUBLISHED_NF4 = (
     -1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,
@@ -52,13 +52,13 @@ def zero_has_one_sign(codes: Tensor, quant_type: str) -> Tensor:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_codes_absmax_and_values_equal_what_bitsandbytes_stores(name: str, quant_type: str) -> None:
     x = BLOCKS[name]
-    packed, absmax = reference.quantize_4bit(x, quant_type)
+    packed, absmax = nf4_reference.quantize_4bit(x, quant_type)
     stored, state = bnb.quantize_4bit(x, quant_type=quant_type)
 
-    ours, theirs = (zero_has_one_sign(reference.unpack_codes(p), quant_type) for p in (packed, stored))
+    ours, theirs = (zero_has_one_sign(nf4_reference.unpack_codes(p), quant_type) for p in (packed, stored))
     assert torch.equal(ours, theirs)
     assert torch.equal(absmax, state.absmax)
-    values = reference.dequantize_4bit(packed, absmax, tuple(x.shape), quant_type, dtype=x.dtype)
+    values = nf4_reference.dequantize_4bit(packed, absmax, tuple(x.shape), quant_type, dtype=x.dtype)
     assert torch.equal(values, bnb.dequantize_4bit(stored, state))
 
 
@@ -66,7 +66,7 @@ def test_codes_absmax_and_values_equal_what_bitsandbytes_stores(name: str, quant
 @settings(max_examples=40, deadline=None)
 def test_codes_equal_at_any_scale(seed: int, exponent: int, rows: int) -> None:
     x = random_blocks(seed=seed, shape=(rows, 64)) * 10.0**exponent
-    packed, absmax = reference.quantize_4bit(x)
+    packed, absmax = nf4_reference.quantize_4bit(x)
     stored, state = bnb.quantize_4bit(x, quant_type="nf4")
     assert torch.equal(packed, stored.reshape(-1))
     assert torch.equal(absmax, state.absmax)
@@ -76,68 +76,70 @@ def test_codes_equal_at_any_scale(seed: int, exponent: int, rows: int) -> None:
 @settings(max_examples=20, deadline=None)
 def test_every_code_is_the_nearest_value(seed: int) -> None:
     x = random_blocks(seed=seed, shape=(16, 64))
-    packed, absmax = reference.quantize_4bit(x)
-    distance = (x.double() / absmax.double().unsqueeze(1)).reshape(-1, 1) - reference.nf4_codebook().double()
-    chosen = distance.abs().gather(1, reference.unpack_codes(packed).long().unsqueeze(1)).squeeze(1)
+    packed, absmax = nf4_reference.quantize_4bit(x)
+    distance = (x.double() / absmax.double().unsqueeze(1)).reshape(-1, 1) - nf4_reference.nf4_codebook().double()
+    chosen = distance.abs().gather(1, nf4_reference.unpack_codes(packed).long().unsqueeze(1)).squeeze(1)
     assert torch.allclose(chosen, distance.abs().amin(dim=1), rtol=0, atol=1e-7)
 
 
 @given(seed=st.integers(0, 2**32), quant_type=st.sampled_from(["nf4", "fp4"]))
 @settings(max_examples=20, deadline=None)
 def test_quantising_what_was_stored_changes_nothing(seed: int, quant_type: str) -> None:
-    once = reference.dequantize_4bit(
-        *reference.quantize_4bit(random_blocks(seed=seed), quant_type), (64, 192), quant_type
+    once = nf4_reference.dequantize_4bit(
+        *nf4_reference.quantize_4bit(random_blocks(seed=seed), quant_type), (64, 192), quant_type
     )
-    again = reference.dequantize_4bit(*reference.quantize_4bit(once, quant_type), (64, 192), quant_type)
+    again = nf4_reference.dequantize_4bit(*nf4_reference.quantize_4bit(once, quant_type), (64, 192), quant_type)
     assert torch.equal(once, again)
 
 
 def test_nf4_codebook_is_the_published_one() -> None:
-    assert reference.nf4_codebook().tolist() == pytest.approx(PUBLISHED_NF4, abs=5.1e-5)
-    assert torch.equal(reference.nf4_codebook(), bnb.get_4bit_type("nf4", device="cpu"))
+    assert nf4_reference.nf4_codebook().tolist() == pytest.approx(PUBLISHED_NF4, abs=5.1e-5)
+    assert torch.equal(nf4_reference.nf4_codebook(), bnb.get_4bit_type("nf4", device="cpu"))
 
 
 def test_nf4_codebook_follows_from_the_normal_distribution() -> None:
-    assert reference.derive_nf4_codebook().tolist() == pytest.approx(reference.nf4_codebook().tolist(), abs=2e-6)
+    assert nf4_reference.derive_nf4_codebook().tolist() == pytest.approx(
+        nf4_reference.nf4_codebook().tolist(), abs=2e-6
+    )
 
 
 def test_fp4_codebook_and_dynamic_map_are_those_of_bitsandbytes() -> None:
-    assert torch.equal(reference.fp4_codebook(), bnb.get_4bit_type("fp4", device="cpu"))
-    assert torch.allclose(reference.dynamic_map(), bnb.create_dynamic_map(), rtol=2e-7, atol=0)
+    assert torch.equal(nf4_reference.fp4_codebook(), bnb.get_4bit_type("fp4", device="cpu"))
+    assert torch.allclose(nf4_reference.dynamic_map(), bnb.create_dynamic_map(), rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_double_quantised_absmax_is_the_nested_state_up_to_its_resolution(name: str) -> None:
-    _, absmax = reference.quantize_4bit(BLOCKS[name])
+    _, absmax = nf4_reference.quantize_4bit(BLOCKS[name])
     _, state = bnb.quantize_4bit(BLOCKS[name], quant_type="nf4", compress_statistics=True)
-    ours = reference.double_quantize(absmax)
-    theirs = reference.QuantizedAbsmax(state.absmax, state.state2.absmax, state.offset)
+    ours = nf4_reference.double_quantize(absmax)
+    theirs = nf4_reference.QuantizedAbsmax(state.absmax, state.state2.absmax, state.offset)
 
     assert torch.equal(ours.offset, theirs.offset)
     assert torch.equal(ours.scales, theirs.scales)
-    nearest, stored = ((reference.double_dequantize(q) - absmax).abs() for q in (ours, theirs))
+    nearest, stored = ((nf4_reference.double_dequantize(q) - absmax).abs() for q in (ours, theirs))
     assert ((stored - nearest) <= ours.scales.max() * NESTED_RESOLUTION).all()
     restored = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    assert torch.equal(reference.double_dequantize(theirs), restored)
+    assert torch.equal(nf4_reference.double_dequantize(theirs), restored)
 
 
 def test_most_indices_of_the_nested_state_are_the_nearest_ones() -> None:
     x = random_blocks(shape=(1024, 1024))
-    _, absmax = reference.quantize_4bit(x)
+    _, absmax = nf4_reference.quantize_4bit(x)
     _, state = bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
-    assert (reference.double_quantize(absmax).indices == state.absmax).float().mean() > 0.99
+    assert (nf4_reference.double_quantize(absmax).indices == state.absmax).float().mean() > 0.99
 
 
 def test_double_quantisation_moves_a_scale_by_less_than_a_hundredth_of_their_spread() -> None:
-    _, absmax = reference.quantize_4bit(random_blocks(shape=(512, 512)))
-    error = (reference.double_dequantize(reference.double_quantize(absmax)) - absmax).abs().max()
+    _, absmax = nf4_reference.quantize_4bit(random_blocks(shape=(512, 512)))
+    error = (nf4_reference.double_dequantize(nf4_reference.double_quantize(absmax)) - absmax).abs().max()
     assert error <= (absmax - absmax.mean()).abs().max() * 0.01
 
 
 def test_storage_is_4_127_bits_a_weight_with_double_quantisation_and_4_5_without() -> None:
     x = torch.zeros(1024, 1024)
-    packed, absmax = reference.quantize_4bit(x)
-    nested = reference.double_quantize(absmax)
+    packed, absmax = nf4_reference.quantize_4bit(x)
+    nested = nf4_reference.double_quantize(absmax)
     bits = [
         sum(8 * t.nbytes for t in tensors) / x.numel()
         for tensors in ((packed, absmax), (packed, nested.indices, nested.scales))

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.kernels import tiles
-from qlora_train.kernels.tiles import in_tiles, recomputed_in_tiles
+from qlora_train.kernels import tiled
+from qlora_train.kernels.tiled import in_tiles, recomputed_in_tiles
 
 ROWS, WIDTH = 23, 12
 
 
 @pytest.fixture(autouse=True, params=[1, 5, 23, 64])
 def tile_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "TILE_ROWS", request.param)
+    monkeypatch.setattr(tiled, "TILE_ROWS", request.param)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qlora_train.kernels import cross_entropy as plain
+from qlora_train.kernels.ops import cross_entropy as plain
 from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
 
 pytestmark = needs_its_device
@@ -23,7 +23,7 @@ def batch(rows: int, vocabulary: int, dtype: torch.dtype, scale: float = 5.0) ->
 @SHAPES
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 def test_losses_and_gradient_are_those_of_the_plain_code(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    from qlora_train.kernels.triton import cross_entropy as kernels
+    from qlora_train.kernels.ops import cross_entropy_triton as kernels
 
     logits, targets = batch(*shape, dtype)
     wanted_gradient, gradient = logits.clone(), logits.clone()
@@ -47,7 +47,7 @@ def test_they_are_those_of_autograd_in_float64(scale: float, monkeypatch: pytest
 
 
 def test_a_part_of_the_rows_leaves_the_others_alone() -> None:
-    from qlora_train.kernels.triton import cross_entropy as kernels
+    from qlora_train.kernels.ops import cross_entropy_triton as kernels
 
     logits, targets = batch(4, 300, torch.bfloat16)
     whole = logits.clone()
@@ -58,7 +58,7 @@ def test_a_part_of_the_rows_leaves_the_others_alone() -> None:
 
 
 def test_a_logit_that_is_no_number_makes_a_loss_that_is_none() -> None:
-    from qlora_train.kernels.triton import cross_entropy as kernels
+    from qlora_train.kernels.ops import cross_entropy_triton as kernels
 
     logits, targets = batch(3, 300, torch.float32)
     logits[1, 7] = float("nan")
@@ -67,7 +67,7 @@ def test_a_logit_that_is_no_number_makes_a_loss_that_is_none() -> None:
 
 
 def test_words_that_are_ruled_out_have_no_gradient() -> None:
-    from qlora_train.kernels.triton import cross_entropy as kernels
+    from qlora_train.kernels.ops import cross_entropy_triton as kernels
 
     logits, targets = batch(2, 5000, torch.float32)
     logits[:, :4500] = float("-inf")  # more than a program reads at a time
@@ -79,7 +79,7 @@ def test_words_that_are_ruled_out_have_no_gradient() -> None:
 
 
 def test_autograd_learns_that_the_logits_were_overwritten() -> None:
-    from qlora_train.kernels.triton import cross_entropy as kernels
+    from qlora_train.kernels.ops import cross_entropy_triton as kernels
 
     logits, targets = batch(2, 300, torch.float32)
     scaled = logits.requires_grad_() * 1

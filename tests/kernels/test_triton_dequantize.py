@@ -6,8 +6,8 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
-from qlora_train.kernels import dequantize as dispatch
-from qlora_train.kernels import reference
+from qlora_train.kernels import nf4_reference
+from qlora_train.kernels.ops import dequantize as dispatch
 from tests.kernels.interpreted import DEVICE, needs_its_device
 
 pytestmark = needs_its_device
@@ -46,8 +46,10 @@ def found(packed: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | N
 def by_definition(packed: Tensor, state: QuantState) -> Tensor:
     absmax = state.absmax
     if state.nested:
-        absmax = reference.double_dequantize(reference.QuantizedAbsmax(state.absmax, state.state2.absmax, state.offset))
-    return reference.dequantize_4bit(
+        absmax = nf4_reference.double_dequantize(
+            nf4_reference.QuantizedAbsmax(state.absmax, state.state2.absmax, state.offset)
+        )
+    return nf4_reference.dequantize_4bit(
         packed.reshape(-1), absmax, tuple(state.shape), state.quant_type, block_size=state.blocksize, dtype=state.dtype
     )
 
@@ -156,7 +158,7 @@ def test_a_function_that_torch_compiles_keeps_it_whole(double_quant: bool) -> No
 
 @SINGLE_OR_DOUBLE
 def test_the_operators_say_truly_what_they_read_write_and_return(double_quant: bool) -> None:
-    from qlora_train.kernels.triton import dequantize as kernel
+    from qlora_train.kernels.ops import dequantize_triton as kernel
 
     packed, state = stored(24, 64, 64, double_quant=double_quant)
     second = state.state2

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlora_train.kernels import gated as plain
 from qlora_train.kernels.frozen_weight import FrozenWeight
-from qlora_train.kernels.gated import ACTIVATIONS, gated_linear
 from qlora_train.kernels.lora_linear import LoraLayers
+from qlora_train.kernels.ops import gated as plain
+from qlora_train.kernels.ops.gated import ACTIVATIONS, gated_linear
 from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
 
 pytestmark = needs_its_device
@@ -30,7 +30,7 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 
 def both_passes(gate: Tensor, up: Tensor, grad: Tensor, name: str) -> tuple[list[Tensor], list[Tensor]]:
     """Return product, grad_gate and grad_up of the kernels, and of the plain code."""
-    from qlora_train.kernels.triton import gated as kernels
+    from qlora_train.kernels.ops import gated_triton as kernels
 
     product, gradients = plain.PLAIN.again(gate, up, ACTIVATIONS[name])
     found = [kernels.forward(gate, up, name), *kernels.backward(grad, gate, up, name)]

@@ -2,7 +2,7 @@
 
 import torch
 
-from qlora_train.kernels.gpu import works_on
+from qlora_train.kernels.ops.dispatch import works_on
 from tests.kernels.interpreted import DEVICE, needs_its_device
 
 pytestmark = needs_its_device

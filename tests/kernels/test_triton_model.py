@@ -11,12 +11,13 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
-from qlora_train.kernels import dequantize, expert_weights, frozen_weight
-from qlora_train.kernels.fast_path import install
-from qlora_train.loss import label_losses
-from qlora_train.trainer.gradients import difference, gradients_of
+from qlora_train.kernels import expert_weights, frozen_weight
+from qlora_train.kernels.install import install
+from qlora_train.kernels.ops import dequantize
+from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.training.parity.gradients import difference, gradients_of
 from tests.kernels.interpreted import DEVICE, needs_its_device, use_kernels
-from tests.runs import adapted_model
+from tests.support.runs import adapted_model
 
 pytestmark = needs_its_device
 IDS = torch.arange(60).reshape(3, 20) * 5 % 300 + 4

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.kernels import rms_norm as plain
-from qlora_train.kernels.rms_norm import Variant, rms_norm
+from qlora_train.kernels.ops import rms_norm as plain
+from qlora_train.kernels.ops.rms_norm import Variant, rms_norm
 from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
 
 pytestmark = needs_its_device
@@ -24,7 +24,7 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 @VARIANTS
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
 def test_both_passes_are_those_of_the_plain_code(shape: tuple[int, ...], variant: Variant, dtype: torch.dtype) -> None:
-    from qlora_train.kernels.triton import rms_norm as kernels
+    from qlora_train.kernels.ops import rms_norm_triton as kernels
 
     x, weight, grad = numbers(*shape, dtype=dtype), numbers(shape[-1], seed=1, dtype=dtype), numbers(*shape, seed=2)
     wanted, wanted_scale = plain.PLAIN.forward(x, weight, EPS, variant)
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_autograd_in_float64(variant: Variant, monkeypatc
 
 @VARIANTS
 def test_a_weight_in_float32_makes_the_output_what_torch_makes_it(variant: Variant) -> None:
-    from qlora_train.kernels.triton import rms_norm as kernels
+    from qlora_train.kernels.ops import rms_norm_triton as kernels
 
     x, weight = numbers(6, 70, dtype=torch.bfloat16), numbers(70, seed=1)
     wanted, scale = plain.PLAIN.forward(x, weight, EPS, variant)
@@ -65,7 +65,7 @@ def test_a_weight_in_float32_makes_the_output_what_torch_makes_it(variant: Varia
 
 @pytest.mark.parametrize("layout", ["a part of wider rows", "heads before positions", "features apart"])
 def test_rows_may_lie_anywhere(layout: str) -> None:
-    from qlora_train.kernels.triton import rms_norm as kernels
+    from qlora_train.kernels.ops import rms_norm_triton as kernels
 
     part = {
         "a part of wider rows": lambda each: each[..., :64],

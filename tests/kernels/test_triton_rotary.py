@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.kernels import rotary as plain
-from qlora_train.kernels.rotary import rotate
+from qlora_train.kernels.ops import rotary as plain
+from qlora_train.kernels.ops.rotary import rotate
 from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
 
 pytestmark = needs_its_device
@@ -30,7 +30,7 @@ def cos_and_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_both_passes_are_those_of_the_plain_code(
     shape: tuple[int, int, int, int], one_row_of_angles: bool, dtype: torch.dtype, positions_first: bool
 ) -> None:
-    from qlora_train.kernels.triton import rotary as kernels
+    from qlora_train.kernels.ops import rotary_triton as kernels
 
     batch, heads, seq, features = shape
     x = numbers(*shape, dtype=dtype)
@@ -67,7 +67,7 @@ def test_pairs_of_features_turn_and_their_gradients_turn_back(
 
 
 def test_angles_in_float32_turn_numbers_of_any_dtype() -> None:
-    from qlora_train.kernels.triton import rotary as kernels
+    from qlora_train.kernels.ops import rotary_triton as kernels
 
     x, angles = numbers(2, 3, 7, 8, dtype=torch.bfloat16), numbers(1, 1, 7, 4, seed=1)
     arguments = (x, *cos_and_sin(angles, torch.float32))
@@ -76,7 +76,7 @@ def test_angles_in_float32_turn_numbers_of_any_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_numbers_are_rounded_where_the_plain_code_rounds(dtype: torch.dtype) -> None:
-    from qlora_train.kernels.triton import rotary as kernels
+    from qlora_train.kernels.ops import rotary_triton as kernels
 
     shapes = (2, 3, 40, 32), (2, 1, 40, 32), (2, 1, 40, 32)
     x, cos, sin = (numbers(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
@@ -85,7 +85,7 @@ def test_numbers_are_rounded_where_the_plain_code_rounds(dtype: torch.dtype) -> 
 
 
 def test_heads_may_lie_two_billion_numbers_apart() -> None:
-    from qlora_train.kernels.triton import rotary as kernels
+    from qlora_train.kernels.ops import rotary_triton as kernels
 
     place = torch.empty(2**31 + 8, dtype=torch.float16, device=DEVICE)  # of which three rows are ever touched
     x = place.as_strided((1, 3, 1, 8), (0, 2**30, 8, 1))
@@ -101,7 +101,7 @@ def test_heads_may_lie_two_billion_numbers_apart() -> None:
     ids=str,
 )
 def test_angles_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    from qlora_train.kernels.triton import rotary as kernels
+    from qlora_train.kernels.ops import rotary_triton as kernels
 
     x, right, other = numbers(2, 3, 7, 8), numbers(2, 1, 7, 8), numbers(*shape)
     for cos, sin in ((other, right), (right, other)):

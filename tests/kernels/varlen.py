@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.kernels import document_varlen
+from qlora_train.kernels.packed import varlen
 
 
 def put_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -18,9 +18,9 @@ def put_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return plain_varlen(*arguments, **keywords)
 
-    monkeypatch.setattr(document_varlen, "varlen_attn", counted)
-    monkeypatch.setattr(document_varlen, "works_on", lambda *_, **__: True)
-    monkeypatch.setattr(document_varlen, "DTYPES", (torch.float32, torch.float64))
+    monkeypatch.setattr(varlen, "varlen_attn", counted)
+    monkeypatch.setattr(varlen, "works_on", lambda *_, **__: True)
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32, torch.float64))
     return calls
 
 

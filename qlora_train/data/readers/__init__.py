@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 
 from qlora_train.data.readers.arrow import arrow_chunks
 from qlora_train.data.readers.chunk import Chunk
+from qlora_train.data.readers.csv_table import table_chunks
 from qlora_train.data.readers.json_lines import line_chunks
 from qlora_train.data.readers.json_list import json_chunks
 from qlora_train.data.readers.json_values import kind_of
 from qlora_train.data.readers.parquet import parquet_chunks
-from qlora_train.data.readers.table import table_chunks
 from qlora_train.data.sources import DataFile
-from qlora_train.errors import DataError, first_line
+from qlora_train.utils.errors import DataError, first_line
 
 __all__ = ["Chunk", "chunks", "kind_of"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_train.data.readers.columns import MAX_BATCH_ROWS, explained, records_of
-from qlora_train.data.readers.table import check_names
+from qlora_train.data.readers.arrow_columns import MAX_BATCH_ROWS, explained, records_of
+from qlora_train.data.readers.csv_table import check_names
 from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
 

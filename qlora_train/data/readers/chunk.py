@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qlora_train.data.types import Record
-from qlora_train.errors import DataError
+from qlora_train.utils.errors import DataError
 
 MEBIBYTE = 1 << 20
 MAX_ROW_BYTES = 8 * MEBIBYTE

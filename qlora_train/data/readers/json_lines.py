@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from qlora_train.data.readers.chunk import MAX_ROW_BYTES, refuse_large_row
 from qlora_train.data.readers.json_values import DECODER, explained, kind_of
-from qlora_train.data.readers.text import blocks, numbered_lines, read_range
+from qlora_train.data.readers.text_file import blocks, numbered_lines, read_range
 from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
-from qlora_train.errors import DataError
+from qlora_train.utils.errors import DataError
 
 EXPECTED = {
     "jsonl": "expected one JSON object a line (a list of objects is a .json file)",

@@ -10,7 +10,7 @@ from typing import Any, AnyStr
 from qlora_train.data.readers.chunk import MAX_ROW_BYTES, Chunk, ParsedChunk, refuse_large_row
 from qlora_train.data.readers.json_lines import line_chunks
 from qlora_train.data.readers.json_values import DECODER, explained, kind_of
-from qlora_train.data.readers.text import (
+from qlora_train.data.readers.text_file import (
     BLOCK_BYTES,
     NUM_MAGIC_BYTES,
     TextStream,
@@ -19,7 +19,7 @@ from qlora_train.data.readers.text import (
 )
 from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
-from qlora_train.errors import DataError
+from qlora_train.utils.errors import DataError
 
 SPACE = re.compile(r"[ \t\r\n]*")
 NUM_UNDECIDED = 16

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from qlora_train.errors import DataError
+from qlora_train.utils.errors import DataError
 
 LONGEST_KEY = 80
 """Characters of a key that a message shows."""

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_train.data.readers.arrow_columns import MAX_BATCH_ROWS, explained, records_of
 from qlora_train.data.readers.chunk import Chunk
-from qlora_train.data.readers.columns import MAX_BATCH_ROWS, explained, records_of
-from qlora_train.data.readers.table import check_names
+from qlora_train.data.readers.csv_table import check_names
 from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
 

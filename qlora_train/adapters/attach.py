@@ -1,0 +1,124 @@
+"""Put a trainable adapter on a loaded model, and count what trains."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import set_seed
+
+from qlora_train.adapters.eva import Batch, eva_components
+from qlora_train.adapters.expert_lora import bind_experts, choose_expert_parameters
+from qlora_train.adapters.load import warm_start
+from qlora_train.adapters.precision import train_in_float32
+from qlora_train.adapters.targets import choose_modules_to_save, choose_targets, find_linears
+from qlora_train.config import LoraSection
+from qlora_train.config.schema import INITS
+from qlora_train.models import LoadedModel
+from qlora_train.models.loading import output_heads
+from qlora_train.models.quantization_summary import count_frozen_weights
+from qlora_train.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """The base with its adapter, and how many parameters of it train."""
+
+    model: PeftModel
+    loaded: LoadedModel
+    num_trainable: int
+    num_total: int
+    """All parameters, 4-bit ones counted as the weights they stand for."""
+
+
+def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, batches: Sequence[Batch] = ()) -> AdaptedModel:
+    """Put a trainable adapter on a loaded model.
+
+    Args:
+        loaded: the frozen base.
+        lora: rank, targets, initialisation, or the adapter to start from.
+        seed: seed of the initialisation.
+        batches: what `init_lora_weights: eva` is computed from; may be empty when a checkpoint replaces the start.
+
+    Raises:
+        ConfigError: targets that are not in the model, a module to save that is in 4 bits, or a warm start from an
+            adapter that differs from the config.
+    """
+    linears = find_linears(loaded.model)
+    targets = choose_targets(loaded.model, linears, lora, loaded.architecture)
+    config = _peft_config(loaded, lora, targets)
+    set_seed(seed)
+    if lora.adapter_path is not None:
+        model = warm_start(loaded, lora, config, linears)
+    else:
+        components = eva_components(loaded, config, batches, linears) if lora.init_lora_weights == "eva" else {}
+        model = get_peft_model(loaded.model, config)
+        bind_experts(model)
+        train_in_float32(model, loaded.compute_dtype)
+        if components:
+            initialize_lora_eva_weights(model, eva_state_dict=components)
+    return _counted(model, loaded)
+
+
+def _peft_config(loaded: LoadedModel, lora: LoraSection, targets: list[str]) -> LoraConfig:
+    modules_to_save = choose_modules_to_save(loaded.model, lora.modules_to_save)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        # short names would reach into the towers once somebody puts the adapter on the whole model
+        exclude_modules="|".join(tower.pattern for tower in loaded.left_out) or None,
+        target_parameters=choose_expert_parameters(loaded.model, lora) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        bias=lora.bias,
+        init_lora_weights=INITS[lora.init_lora_weights],
+        # every layer keeps rank r: trainable count, memory and checkpoints stay what the config says
+        eva_config=EvaConfig(rho=1.0) if lora.init_lora_weights == "eva" else None,
+        modules_to_save=modules_to_save or None,
+        trainable_token_indices=_trained_rows(loaded, modules_to_save),
+    )
+
+
+def _trained_rows(loaded: LoadedModel, trained_in_full: list[str]) -> dict[str, list[int]] | None:
+    """Return the vocabulary rows to train by module: those of the embedding, and of a head with weights of its own.
+
+    Raises:
+        ConfigError: a head that shares the embedding's weights would be left without the new rows.
+    """
+    if not loaded.new_token_ids:
+        return None
+    embedding = loaded.model.get_input_embeddings()
+    vocabulary = {embedding, *output_heads(loaded.model)}
+    names = {module: name for name, module in loaded.model.named_modules() if module in vocabulary}
+    in_full = {module for module, name in names.items() if name in trained_in_full}
+    own_rows = {module for module in names if module is embedding or module.weight is not embedding.weight}
+    if embedding in in_full and vocabulary - own_rows - in_full:
+        raise ConfigError(
+            f"lora.modules_to_save: {names[embedding]} would part from the head that shares its weights, which would not "
+            "learn model.new_tokens; add lm_head, or drop it"
+        )
+    rows = {names[module].rpartition(".")[2]: list(loaded.new_token_ids) for module in own_rows - in_full}
+    return dict(sorted(rows.items())) or None
+
+
+def _counted(model: PeftModel, loaded: LoadedModel) -> AdaptedModel:
+    trainable = sum(parameter.numel() for parameter in trainable_state(model).values())
+    frozen = count_frozen_weights(model)
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    logger.info(
+        "adapter: %s trainable parameters (%.2f %% of %s) in %s, float32",
+        f"{trainable:,}", 100 * trainable / (frozen + trainable), f"{frozen + trainable:,}", ", ".join(sorted(names)),
+    )  # fmt: skip
+    return AdaptedModel(model, loaded, trainable, frozen + trainable)
+
+
+def trainable_state(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train, by name, in the model's order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,119 @@
+"""What a run needs of this machine, looked for without torch and before anything is loaded: files, packages, trackers."""
+
+import glob
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from qlora_train.config import RunConfig, Source
+from qlora_train.config.path_checks import names_a_base_on_disk, names_a_data_file
+from qlora_train.config.schema import CHAT_TEMPLATE_NAMES
+from qlora_train.utils import network
+from qlora_train.utils.errors import ConfigError, did_you_mean, nearest
+
+FLASH_ATTENTION = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+}
+"""Module and package that each attention kernel needs."""
+
+
+def check_machine(config: RunConfig) -> None:
+    """Refuse a run whose files or packages are not on this machine.
+
+    Raises:
+        ConfigError: one line a setting.
+    """
+    if problems := list(_problems(config)):
+        raise ConfigError(problems)
+
+
+def _problems(config: RunConfig) -> Iterator[str]:
+    model, adapter = config.model, config.lora.adapter_path
+    if problem := missing_base(model.model_name_or_path):
+        yield f"model.model_name_or_path: {problem}"
+    if model.chat_template is not None and (problem := unknown_template(model.chat_template)):
+        yield f"model.chat_template: {problem}"
+    if problem := missing_attention(model.attn_implementation):
+        yield problem
+    if adapter is not None and not Path(adapter).expanduser().is_dir():
+        yield f"lora.adapter_path: {adapter} does not exist; give a folder that PEFT wrote"
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for source in sources if isinstance(sources, tuple) else ():
+            if problem := _missing_source(source):
+                yield f"{key}: {problem}"
+    yield from tracker_problems(config.run.report_to)
+
+
+def missing_base(name: str) -> str | None:
+    """Return why a local base cannot be there, or None; what may be on the Hub is not looked for."""
+    path = Path(name).expanduser()
+    if not names_a_base_on_disk(name) or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return None
+    return (
+        f"{name} {'is a file' if path.is_file() else 'does not exist'}; give a folder with config.json and safetensors, a "
+        ".gguf file, or a Hub id such as meta-llama/Llama-2-7b-hf"
+    )
+
+
+def unknown_template(name_or_file: str) -> str | None:
+    """Return why a chat template is none, or None when it is a name or a file."""
+    if name_or_file in CHAT_TEMPLATE_NAMES or Path(name_or_file).expanduser().is_file():
+        return None
+    hint = did_you_mean(name_or_file, CHAT_TEMPLATE_NAMES)
+    return f"{name_or_file!r} is neither a name nor a file; allowed: {', '.join(CHAT_TEMPLATE_NAMES)} or a Jinja file{hint}"
+
+
+def missing_attention(setting: str) -> str | None:
+    """Return why an attention kernel cannot be used here, or None; `kernels` fetches them where it is installed."""
+    module, package = FLASH_ATTENTION.get(setting, ("", ""))
+    if not module or any(importlib.util.find_spec(name) is not None for name in (module, "kernels")):
+        return None
+    return (
+        f"model.attn_implementation: {setting} needs the package {package}, which is not installed; install it, or use "
+        "auto or sdpa"
+    )
+
+
+def _missing_source(source: Source) -> str | None:
+    try:
+        return missing_data(source.path)
+    except OSError as error:
+        return f"{source.path} cannot be read: {error.strerror}"
+
+
+def missing_data(text: str) -> str | None:
+    """Return that a local file, folder or pattern is not there, with the nearest name; None for what is, or on the Hub."""
+    path = Path(text).expanduser()
+    if path.exists() or not names_a_data_file(text):
+        return None
+    if glob.has_magic(text):
+        return None if any(glob.iglob(str(path), recursive=True)) else no_match(path)  # noqa: PTH207
+    return f"{text} does not exist{_nearest_file(path)}"
+
+
+def no_match(pattern: Path) -> str:
+    """Return that a pattern of data files matches none."""
+    return f"the pattern {pattern} matches no file; check the folder and the suffix"
+
+
+def _nearest_file(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; its folder {path.parent} does not exist either"
+    by_stem = {entry.name.partition(".")[0]: entry for entry in path.parent.iterdir()}
+    close = nearest(path.name.partition(".")[0], by_stem)
+    found = " or ".join(str(path.parent / by_stem[stem].name) for stem in close)
+    return f"; did you mean {found}?" if found else f"; the folder is {path.parent.resolve()}"
+
+
+def tracker_problems(names: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each tracker that is not installed, or would leave this machine offline."""
+    for name in names:
+        variable = network.remote_tracker(name)
+        if importlib.util.find_spec(name) is None:
+            yield f"run.report_to: {name} is not installed; run: pip install {name}, or drop it"
+        elif network.is_offline() and variable:
+            yield (
+                f"run.report_to: {name} would be told over the network ({variable}), and offline nothing is; unset "
+                f"{variable}, or drop {name}"
+            )

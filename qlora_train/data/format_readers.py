@@ -1,0 +1,124 @@
+"""One row of each format of conversations and plain text, from its columns; `token_rows` has those of tokens.
+
+Each function takes the row's place and its values by the format's column names, and raises `UnusableRowError` for a value
+that cannot be used.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qlora_train.data.conversation import check_turns, read_turns
+from qlora_train.data.field_values import NOTHING, read_said, read_string
+from qlora_train.data.readers import kind_of
+from qlora_train.data.sharegpt import as_openai
+from qlora_train.data.tool_calls import read_chat_template_kwargs, read_tools
+from qlora_train.data.types import Message, Row, UnusableRowError
+
+
+def from_messages(where: str, values: Mapping[str, Any]) -> Row:
+    """Turns of OpenAI's shape."""
+    turns, untrained = read_turns(values["messages"], "messages")
+    return _conversation(where, values, turns, untrained)
+
+
+def from_conversations(where: str, values: Mapping[str, Any]) -> Row:
+    """Turns of ShareGPT's shape or of OpenAI's."""
+    turns, untrained = read_turns(values["conversations"], "conversations", shape="from, value", as_openai=as_openai)
+    return _conversation(where, values, turns, untrained)
+
+
+def from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
+    """Two strings, or two halves of one conversation."""
+    prompt, completion = values["prompt"], values["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        turns, untrained = read_turns(prompt, "prompt")
+        answers, more_untrained = read_turns(completion, "completion")
+        untrained += [len(turns) + index for index in more_untrained]
+        return _conversation(where, values, turns + answers, untrained, loss_from=len(turns))
+    if isinstance(prompt, list) or isinstance(completion, list):
+        raise UnusableRowError(
+            f"prompt is {kind_of(prompt)} and completion is {kind_of(completion)}, expected two strings or two lists of "
+            "{role, content}"
+        )
+    text = read_string(completion, "completion")
+    if not text.strip():
+        raise UnusableRowError("completion is empty")
+    for column in ("tools", "system", "chat_template_kwargs"):
+        if values.get(column) not in NOTHING:
+            raise UnusableRowError(
+                f"{column} beside a prompt that is a string, to which no chat template is applied; data.columns: "
+                "{question: prompt, answer: completion} makes turns of it"
+            )
+    return Row(where, text=text, prompt=read_string(prompt, "prompt"))
+
+
+def from_alpaca(where: str, values: Mapping[str, Any]) -> Row:
+    """One question and one answer, perhaps with earlier ones."""
+    instruction = read_string(values["instruction"], "instruction")
+    question = _joined(instruction, read_said(values.get("input"), "input"))
+    turns = _history(values.get("history")) + _pair(question, read_string(values["output"], "output"))
+    return _conversation(where, values, turns)
+
+
+def from_question_answer(where: str, values: Mapping[str, Any]) -> Row:
+    """One question and one answer, perhaps with the text that the question is about."""
+    question = _joined(read_said(values.get("context"), "context"), read_string(values["question"], "question"))
+    return _conversation(where, values, _pair(question, read_string(values["answer"], "answer")))
+
+
+def from_text(where: str, values: Mapping[str, Any]) -> Row:
+    """Text without a structure."""
+    text = read_string(values["text"], "text")
+    if not text.strip():
+        raise UnusableRowError("text is empty")
+    return Row(where, text=text)
+
+
+def _conversation(
+    where: str,
+    values: Mapping[str, Any],
+    turns: list[Message],
+    untrained: Sequence[int] = (),
+    *,
+    loss_from: int = 0,
+) -> Row:
+    tools = read_tools(values["tools"]) if "tools" in values else ()
+    system = read_said(values["system"], "system") if "system" in values else None
+    if system is not None and turns[0] != {"role": "system", "content": system}:
+        if turns[0]["role"] == "system":
+            raise UnusableRowError("the column system and the first turn are two different system prompts")
+        turns.insert(0, {"role": "system", "content": system})
+        untrained = [index + 1 for index in untrained]
+        loss_from += loss_from > 0
+    check_turns(turns)
+    return Row(
+        where,
+        messages=tuple(turns),
+        loss_from=loss_from,
+        untrained=frozenset(untrained),
+        tools=tools,
+        chat_template_kwargs=read_chat_template_kwargs(values.get("chat_template_kwargs")),
+    )
+
+
+def _joined(first: str | None, second: str | None) -> str:
+    """Join two texts by a blank line; one that is blank leaves the other as it is."""
+    said = [text for text in (first, second) if text is not None and text.strip()]
+    return "\n\n".join(said) or first or second or ""
+
+
+def _history(value: Any) -> list[Message]:
+    if value in NOTHING:
+        return []
+    if not isinstance(value, list):
+        raise UnusableRowError(f"history is {kind_of(value)}, expected a list of [question, answer]")
+    turns: list[Message] = []
+    for pair in value:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UnusableRowError("history holds something else than [question, answer]")
+        turns += _pair(read_string(pair[0], "a question in history"), read_string(pair[1], "an answer in history"))
+    return turns
+
+
+def _pair(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,0 +1,285 @@
+"""Tokenised rows on disk, read through memory maps: a run holds an index of 48 bytes a row, however large its data.
+
+A store is the tokenised form of one source, in the order of its files:
+
+- ``tokens.bin``  the token ids of all rows, one after the other; 2 bytes each where the vocabulary allows it
+- ``mask.bin``    a byte a token: 1 for a label
+- ``rows.bin``    a `ROW` a row
+- ``notes.bin``   a line of JSON a row: its file, the end of its place, its prompt and answer if they are kept, its notes
+- ``summary.json`` what became of the rows (`SourceSummary`)
+
+Its folder is written once, whole (`durable.staged_folder`), and never changed.
+"""
+
+import hashlib
+import itertools
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Self, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from qlora_train.data.reason_counts import placed
+from qlora_train.data.types import Example, Tally
+from qlora_train.utils.errors import DataError, first_line
+
+TOKENS, MASK, ROWS, NOTES, SUMMARY = "tokens.bin", "mask.bin", "rows.bin", "notes.bin", "summary.json"
+ROW = np.dtype(
+    [
+        ("offset", "<i8"),  # of its first token
+        ("length", "<i4"),  # tokens
+        ("num_labels", "<i4"),
+        ("digest", "<u8", (2,)),  # of what the row says
+        ("part", "<i4"),  # which piece of a row that was split
+        ("note", "<i8"),  # offset of its line
+    ],
+    align=True,
+)
+
+MAX_SYSTEMS = 16
+"""System prompts that are counted: enough to find one that most rows share."""
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
+    """Return the smallest type that holds every token id."""
+    return np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.int32)
+
+
+@dataclass(slots=True)
+class TokenizedChunk:
+    """The rows of one chunk, as they are appended to a store; offsets count from the chunk's beginning."""
+
+    file_number: int
+    tokens: bytes
+    mask: bytes
+    rows: npt.NDArray[np.void]
+    notes: bytes
+    num_records: int
+    num_bytes: int
+    dropped: Tally
+    noted: Tally
+    unseen: frozenset[str]
+    """Renamed columns that no record of the chunk had."""
+    systems: Counter[str]
+    """Conversations by system prompt, the empty one for none."""
+
+    def examples(self, files: Sequence[str], dtype: np.dtype[Any]) -> list[Example]:
+        """Return the rows, whose tokens are of type `dtype` here; `files` are the names of the source's files."""
+        tokens, mask = np.frombuffer(self.tokens, dtype), np.frombuffer(self.mask, np.bool_)
+        notes = np.frombuffer(self.notes, np.uint8)
+        return [example_at(index, self.rows, tokens, mask, notes, files) for index in range(len(self.rows))]
+
+
+@dataclass(slots=True)
+class SourceSummary:
+    """What became of the rows of one source."""
+
+    format: str = ""
+    num_records: int = 0
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_labels: int = 0
+    dropped: Tally = field(default_factory=Tally)
+    noted: Tally = field(default_factory=Tally)
+    num_conversations: int = 0
+    systems: dict[str, int] = field(default_factory=dict)
+    """Conversations by system prompt, the empty one for none; the MAX_SYSTEMS most frequent."""
+    token_type: str = "int32"
+    content_sha256: str = ""
+    """Of all tokens and masks, in order."""
+
+    def count(self, chunk: TokenizedChunk) -> None:
+        """Count what became of the rows of the next chunk."""
+        self.num_records += chunk.num_records
+        self.num_rows += len(chunk.rows)
+        self.num_tokens += len(chunk.mask)
+        self.num_labels += int(chunk.rows["num_labels"].sum())
+        self.dropped.merge(chunk.dropped)
+        self.noted.merge(chunk.noted)
+        self.num_conversations += chunk.systems.total()
+        self.systems = dict((chunk.systems + Counter(self.systems)).most_common(MAX_SYSTEMS))
+
+    def named(self, files: Sequence[str]) -> Self:
+        """Return it with the names that the files have today in the places of rows."""
+        return replace(self, dropped=placed(self.dropped, files), noted=placed(self.noted, files))
+
+    def to_json(self) -> str:
+        """Return it as text."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        return cls(**{**values, "dropped": Tally(**values["dropped"]), "noted": Tally(**values["noted"])})
+
+
+class StoreWriter:
+    """Appends chunks to the files of a store that is being made in `folder`."""
+
+    def __init__(self, folder: Path, format_name: str, dtype: np.dtype[Any]) -> None:
+        self.summary = SourceSummary(format=format_name, token_type=dtype.name)
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in (TOKENS, MASK, ROWS, NOTES)}
+        self._digest = hashlib.sha256()
+
+    def append(self, chunk: TokenizedChunk) -> None:
+        """Add the rows of the next chunk."""
+        summary, rows = self.summary, chunk.rows
+        rows["offset"] += summary.num_tokens
+        rows["note"] += self._files[NOTES].tell()
+        for name, content in ((TOKENS, chunk.tokens), (MASK, chunk.mask), (ROWS, rows.tobytes()), (NOTES, chunk.notes)):
+            self._files[name].write(content)
+        for content in (rows["length"].tobytes(), chunk.tokens, chunk.mask):
+            self._digest.update(content)
+        summary.count(chunk)
+
+    def close(self) -> None:
+        """Write the summary and close the files."""
+        for file in self._files.values():
+            file.close()
+        self.summary.content_sha256 = self._digest.hexdigest()
+        (self._folder / SUMMARY).write_text(self.summary.to_json(), encoding="utf-8")
+
+
+class Store:
+    """The tokenised rows of one source.
+
+    Args:
+        folder: a finished store.
+        files: what people call the files of the source, in order: the same content may lie elsewhere today.
+
+    Raises:
+        DataError: the files are not of one store.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[str]) -> None:
+        self.files = files
+        try:
+            self.summary = SourceSummary.from_json((folder / SUMMARY).read_text(encoding="utf-8")).named(files)
+            self.rows = _mapped(folder / ROWS, ROW)
+            self._tokens = _mapped(folder / TOKENS, np.dtype(self.summary.token_type))
+            self._mask = _mapped(folder / MASK, np.dtype(np.bool_))
+            self._notes = _mapped(folder / NOTES, np.dtype(np.uint8))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _foreign(folder, first_line(error)) from None
+        sizes = len(self.rows), len(self._tokens), len(self._mask)
+        expected = self.summary.num_rows, self.summary.num_tokens, self.summary.num_tokens
+        if sizes != expected:
+            raise _foreign(folder, f"rows, tokens and mask have {sizes} entries instead of {expected}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def example(self, index: int) -> Example:
+        """Return one row, its tokens copied from the map."""
+        return example_at(index, self.rows, self._tokens, self._mask, self._notes, self.files)
+
+
+def example_at(
+    index: int,
+    rows: npt.NDArray[np.void],
+    tokens: npt.NDArray[Any],
+    mask: npt.NDArray[np.bool_],
+    notes: npt.NDArray[np.uint8],
+    files: Sequence[str],
+) -> Example:
+    """Return one row of a store or of a chunk from the arrays that hold it; tokens and mask are copies."""
+    (begin, length, *_, note), *following = rows[index : index + 2].tolist()
+    end, note_end = begin + length, following[0][-1] if following else len(notes)
+    try:
+        file, place, prompt, answer, *notes_of_row = json.loads(notes[note:note_end].tobytes().decode())
+    except ValueError as error:
+        raise DataError(
+            f"tokenised data cannot be read back: {NOTES} is not what was written ({first_line(error)}); delete the store "
+            "in data.cache_dir"
+        ) from None
+    return Example(
+        where=f"{files[file]}{place}",
+        input_ids=tokens[begin:end].astype(np.int32),
+        loss_mask=np.array(mask[begin:end]),
+        prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
+        answer=answer,
+        notes=tuple(notes_of_row),
+    )
+
+
+def _foreign(folder: Path, reason: str) -> DataError:
+    return DataError(f"{folder}: holds no tokenised data of this program ({reason}); delete that folder")
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # a plain array is quicker to read from
+
+
+class Rows(Sequence[Example]):
+    """A selection of the rows of several stores, each made into an `Example` when it is asked for.
+
+    Args:
+        stores: in the order of their sources.
+        indices: positions in the stores laid end to end; a row may be there several times.
+
+    Attributes:
+        lengths: tokens of each row, int32 (num_rows,).
+        num_labels: tokens with loss of each row, int32 (num_rows,).
+        digests: what each row says, uint64 (num_rows, 2).
+    """
+
+    def __init__(self, stores: Sequence[Store], indices: npt.NDArray[np.int64]) -> None:
+        self.stores = stores
+        self.indices = indices
+        self._starts = list(itertools.accumulate((len(store) for store in stores), initial=0))
+        self.lengths = self._gather("length")
+        self.num_labels = self._gather("num_labels")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        """Return one row, or a list of those in a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = int(self.indices[index])
+        source = bisect_right(self._starts, position) - 1
+        return self.stores[source].example(position - self._starts[source])
+
+    @property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """What each row says, uint64 (num_rows, 2); read when asked for."""
+        return self._gather("digest")
+
+    @property
+    def origins(self) -> npt.NDArray[np.int64]:
+        """Which store each row comes from, int64 (num_rows,)."""
+        return np.searchsorted(self._starts, self.indices, side="right") - 1
+
+    @property
+    def parts(self) -> npt.NDArray[np.int32]:
+        """Which piece of a split row each is, int32 (num_rows,); read when asked for."""
+        return self._gather("part")
+
+    @classmethod
+    def every(cls, stores: Sequence[Store]) -> Self:
+        """Return all rows of some stores, in their order."""
+        return cls(stores, np.arange(sum(len(store) for store in stores), dtype=np.int64))
+
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Self:
+        """Return those rows of which `chosen` (num_rows,) is true."""
+        return type(self)(self.stores, self.indices[chosen])
+
+    def _gather(self, name: str) -> npt.NDArray[Any]:
+        if not self.stores:
+            return np.empty((0, *ROW[name].shape), ROW[name].base)
+        whole = [np.asarray(store.rows[name]) for store in self.stores]
+        return np.ascontiguousarray((whole[0] if len(whole) == 1 else np.concatenate(whole))[self.indices])

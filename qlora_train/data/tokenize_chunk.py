@@ -1,0 +1,197 @@
+"""One chunk of a source -> its tokens: what a worker process does. It reads, understands, renders and cuts to length.
+
+A row that cannot be used is counted with its reason and place; a problem of the file's structure is raised.
+"""
+
+import datetime
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from qlora_train.config.schema import DataSection
+from qlora_train.data.formats import RowReader
+from qlora_train.data.overflow import fit
+from qlora_train.data.readers import Chunk
+from qlora_train.data.render import Renderer
+from qlora_train.data.token_store import ROW, TokenizedChunk, token_dtype
+from qlora_train.data.types import Example, Message, Record, Row, Tally, UnusableRowError
+from qlora_train.utils.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class TextsKept:
+    """Rows whose prompt and answer are kept as text, for generation.
+
+    `everything`: all of them (`data.eval`). Otherwise those that a `share` by `seed` holds out, and the first
+    `num_examples` rows of each file, which are shown to a base model as solved examples.
+    """
+
+    everything: bool = False
+    share: float = 0.0
+    seed: int = 0
+    num_examples: int = 64
+
+    def wants(self, record_number: int, digest: bytes) -> bool:
+        """Say whether a row's texts are kept."""
+        return self.everything or record_number < self.num_examples or is_held_out(digest, self.share, self.seed)
+
+
+def content_digest(row: Row) -> bytes:
+    """Return 16 bytes that stand for what the row says, whatever file and line it stands in."""
+    said: list[object] = [row.messages, row.prompt, row.text, row.loss_from]
+    if row.untrained or row.tools or row.input_ids:  # what most rows have not would only lengthen them
+        said += [sorted(row.untrained), row.tools, row.input_ids, row.loss_mask]
+    if row.chat_template_kwargs:
+        said.append(row.chat_template_kwargs)
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:16]
+
+
+def system_prompt_of(turns: Sequence[Message]) -> str:
+    """Return the system prompt of a conversation, empty where there is none."""
+    return turns[0]["content"] if turns[0]["role"] == "system" else ""
+
+
+def is_held_out(digest: bytes, share: float, seed: int) -> bool:
+    """Decide a row's side from its content and the seed alone: other rows come and go without moving it."""
+    if not share:
+        return False
+    number = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + digest).digest()[:8], "big")
+    return number < share * 2**64
+
+
+class ChunkTokenizer:
+    """Tokenises the chunks of one source.
+
+    Args:
+        tokenizer: a fast Transformers tokenizer.
+        data: the section of the config.
+        format_name: of the source's rows.
+        columns: the format's column names -> the file's.
+        date: the day that dated chat templates print.
+        kept: rows whose texts are kept.
+        vocabulary_size: token ids of the model; a row with another one cannot be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        data: DataSection,
+        format_name: str,
+        columns: Mapping[str, str],
+        date: datetime.date,
+        kept: TextsKept,
+        vocabulary_size: int,
+    ) -> None:
+        self._renderer = Renderer(tokenizer, loss_on=data.loss_on, date=date)
+        self._data, self._format, self._columns, self._kept = data, format_name, columns, kept
+        self._vocabulary_size, self._tokenizer, self._bos = vocabulary_size, tokenizer, tokenizer.bos_token_id
+
+    def __call__(self, numbered: tuple[int, bool, Chunk]) -> TokenizedChunk:
+        """Tokenise a chunk of the file with this number; the flag says whether it is the file's first.
+
+        Raises:
+            DataError: the chunk is not well-formed, lacks a column, or holds a row that `too_long: refuse` refuses.
+        """
+        file_number, is_first, chunk = numbered
+        reader = RowReader(self._format, self._columns)
+        collected = Collected(file_number, token_dtype(self._vocabulary_size))
+        for number, record in enumerate(chunk.records()):
+            collected.num_records += 1
+            try:
+                row = reader.read(record)
+                digest = content_digest(row)
+                examples = self._examples_of(row)
+            except UnusableRowError as error:
+                collected.dropped.add(error.reason, f"{file_number}{end_of_place(record.where)}")
+                continue
+            if row.messages is not None:
+                collected.systems[system_prompt_of(row.messages)] += 1
+            keep = self._kept.wants(number if is_first else self._kept.num_examples, digest)
+            for part, example in enumerate(examples):
+                collected.add(record, example, digest, part, keep=keep)
+        return collected.chunk(num_bytes=chunk.num_bytes, unseen=frozenset(reader.unseen))
+
+    def _examples_of(self, row: Row) -> list[Example]:
+        example = self._renderer.render(row)
+        if row.notes:
+            example = replace(example, notes=(*row.notes, *example.notes))
+        self._check_ids(row, example)
+        return fit(example, max_length=self._data.max_length, too_long=self._data.too_long, bos=self._bos)
+
+    def _check_ids(self, row: Row, example: Example) -> None:
+        beyond = sorted(set(example.input_ids[example.input_ids >= self._vocabulary_size].tolist()))
+        if not beyond:
+            return
+        if row.input_ids is not None:
+            raise UnusableRowError(f"a token id beyond the model's vocabulary ({self._vocabulary_size} tokens)")
+        tokens = self._tokenizer.convert_ids_to_tokens(beyond)
+        raise DataError(
+            f"{row.where}: tokens of the tokenizer that the model's embedding has no rows for ({self._vocabulary_size} "
+            f"rows): {', '.join(f'{token!r} ({i})' for token, i in zip(tokens, beyond, strict=True))}; learn them with "
+            f"model.new_tokens: {tokens!r}, or give the base that this tokenizer belongs to"
+        )
+
+
+class Collected:
+    """The rows of a chunk while they are being tokenised.
+
+    Args:
+        file_number: which file of the source the chunk is from.
+        dtype: of the tokens in the store.
+    """
+
+    def __init__(self, file_number: int, dtype: np.dtype[Any]) -> None:
+        self.num_records, self.dropped, self.noted = 0, Tally(), Tally()
+        self.systems: Counter[str] = Counter()
+        self._file_number, self._dtype = file_number, dtype
+        self._examples: list[Example] = []
+        self._rows: list[tuple[int, int, int, tuple[int, int], int, int]] = []
+        self._notes: list[bytes] = []
+        self._num_tokens = self._note_bytes = 0
+
+    def add(self, record: Record, example: Example, digest: bytes, part: int, *, keep: bool) -> None:
+        """Take a row, or piece `part` of one; its prompt and answer only if `keep` says so."""
+        for note in example.notes:
+            self.noted.add(note, f"{self._file_number}{end_of_place(record.where)}")
+        place = end_of_place(record.where)
+        if keep or example.notes:
+            texts = [example.prompt, example.answer] if keep else [None, None]
+            line = json.dumps([self._file_number, place, *texts, *example.notes]).encode() + b"\n"
+        else:
+            line = b'[%d,"%s",null,null]\n' % (self._file_number, place.encode())  # the same, for most rows
+        halves = (int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
+        num_labels = int(np.count_nonzero(example.loss_mask))
+        self._rows.append((self._num_tokens, len(example.input_ids), num_labels, halves, part, self._note_bytes))
+        self._examples.append(example)
+        self._notes.append(line)
+        self._num_tokens += len(example.input_ids)
+        self._note_bytes += len(line)
+
+    def chunk(self, *, num_bytes: int, unseen: frozenset[str]) -> TokenizedChunk:
+        """Return them as bytes."""
+        empty = np.empty(0, np.int32)
+        tokens = np.concatenate([empty, *(example.input_ids for example in self._examples)])
+        mask = np.concatenate([empty.astype(np.bool_), *(example.loss_mask for example in self._examples)])
+        return TokenizedChunk(
+            file_number=self._file_number,
+            tokens=tokens.astype(self._dtype).tobytes(),
+            mask=mask.tobytes(),
+            rows=np.array(self._rows, ROW),
+            notes=b"".join(self._notes),
+            num_records=self.num_records,
+            num_bytes=num_bytes,
+            dropped=self.dropped,
+            noted=self.noted,
+            unseen=unseen,
+            systems=self.systems,
+        )
+
+
+def end_of_place(where: str) -> str:
+    """Return what stands behind the file's name: ``:12`` or ``:row 12``."""
+    return where[where.rindex(":") :]

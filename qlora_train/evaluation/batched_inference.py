@@ -1,0 +1,76 @@
+"""Compute rows in batches of similar length, and in smaller batches where memory runs out."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+from qlora_train.utils.device import attempt
+from qlora_train.utils.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+
+def batches_by_length(
+    lengths: Sequence[int], batch_size: int, num_labels: Sequence[int] = (), max_labels: int = 0
+) -> Iterator[list[int]]:
+    """Yield row indices in batches of similar length, longest first, so that a batch too large for memory fails at once.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: most rows of a batch.
+        num_labels: labels of each row; when given, a batch of several rows has at most `max_labels` in all.
+    """
+    labels = num_labels or [0] * len(lengths)
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if len(batch) == batch_size or (batch and sum(labels[i] for i in (*batch, index)) > max_labels):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def compute_in_batches(
+    batches: Iterable[list[int]],
+    compute: Callable[[list[int]], None],
+    lengths: Sequence[int],
+    *,
+    setting: str,
+    advice: str,
+) -> None:
+    """Call `compute` with every batch; where memory runs out, retry with half the rows and keep to as many tokens.
+
+    Args:
+        batches: row indices, as `batches_by_length` yields them.
+        compute: takes row indices; keeps no result of a call that fails.
+        lengths: tokens of each row at the end of its computation, new tokens included.
+        setting: the batch size as the user sets it, for messages.
+        advice: what to do about a row that does not fit by itself.
+
+    Raises:
+        ModelError: one row does not fit into memory.
+    """
+    max_tokens = math.inf
+    for batch in batches:
+        left = batch
+        while left:
+            length = lengths[left[0]]
+            rows = left[: int(max(1, min(len(left), max_tokens // length)))]
+            _, reason = attempt(partial(compute, rows))
+            if reason is None:
+                left = left[len(rows) :]
+                continue
+            if len(rows) == 1:
+                raise too_long(length, reason, f"{setting} is down to 1; {advice}")
+            max_tokens = len(rows) // 2 * length
+            logger.warning(
+                "memory: %d x %d tokens do not fit, retries with %d rows (%s; lower %s)",
+                len(rows), length, len(rows) // 2, reason, setting,
+            )  # fmt: skip
+
+
+def too_long(num_tokens: int, reason: str | None, advice: str) -> ModelError:
+    """Return the error for one row that does not fit into memory by itself."""
+    return ModelError(f"out of memory: one row of {num_tokens} tokens does not fit ({reason}); {advice}")

@@ -1,0 +1,138 @@
+"""Merge a finished run: measure the adapter, merge from files, measure the result, keep it only when it is as good."""
+
+import datetime
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from qlora_train.adapters import load_trained
+from qlora_train.adapters.adapter_config import read_settings
+from qlora_train.architectures import detect
+from qlora_train.config import RunConfig
+from qlora_train.data.held_out_rows import RunRows
+from qlora_train.data.types import Example
+from qlora_train.evaluation.held_out import held_out_loss
+from qlora_train.export.loading_code import needed_attention
+from qlora_train.export.merging.merge_quality import Comparison
+from qlora_train.export.merging.verify import MergeChoice, MergeRun, choose_merge_base
+from qlora_train.export.model_card import merged_loading, write_card
+from qlora_train.export.predictions import Predictions, Reference, compared_rows
+from qlora_train.models import BaseSource, load_model
+from qlora_train.models.hardware import choose_compute_dtype
+from qlora_train.models.loading import auto_class_of, model_config
+from qlora_train.models.token_probes import run_probes
+from qlora_train.runs import RunFolder
+from qlora_train.utils.device import free_memory, select_device
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide a run's numbers."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def merge_run(
+    folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, date: datetime.date, device: str
+) -> MergeChoice:
+    """Merge a finished run's adapter into `folder.merged` and record what was measured.
+
+    Args:
+        folder: a finished run.
+        config: its settings.
+        source: its base model, with weights.
+        data: its rows; the held-out ones are measured.
+        date: that the run renders dated chat templates for.
+        device: on which to merge and to check the merged model; the adapter is measured where it was trained.
+
+    Raises:
+        ConfigError: the adapter is not a plain LoRA adapter of this base.
+        MergeError: the merge cannot be done exactly, or its loss exceeds the adapter's by more than the config allows.
+    """
+    read_settings(folder.adapter, source)
+    step = folder.read_results().get("training", {}).get("taken_from_step", "unknown (results.json is gone)")
+    logger.info("merge: adapter of step %s onto %s", step, config.export.merge_base)
+    reference = _reference(folder, config, source, data, date)
+    free_memory()
+    merge = _merge_run(folder, config, source, device)
+
+    def write_merged_card(staging: Path, choice: MergeChoice) -> None:
+        write_card(
+            staging,
+            base=source.name,
+            revision=source.revision,
+            config=config,
+            metrics=_training_metrics(folder),
+            num_train_rows=data.num_train_rows,
+            library_versions=library_versions(),
+            kind="merged",
+            loading=merged_loading(
+                staging, merge.loading_code(), folder.system_prompt(), trust_remote_code=config.model.trust_remote_code
+            ),
+            merge=Comparison(choice).section(),
+        )
+
+    choice = choose_merge_base(
+        merge,
+        folder.merged,
+        reference=reference,
+        export=config.export,
+        batch_size=config.train.per_device_eval_batch_size,
+        finish=write_merged_card,
+    )
+    comparison = Comparison(choice)
+    folder.forget_merged_results()
+    folder.add_results(merge=comparison.results())
+    for line in comparison.lines():
+        logger.info("%s", line)
+    logger.info("merged: %s (onto the %s base)", folder.merged, choice.report.merge_base)
+    return choice
+
+
+def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, device: str) -> MergeRun:
+    compute_dtype = choose_compute_dtype(config.quantization.bnb_4bit_compute_dtype, select_device())
+    dtype = torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
+    return MergeRun(
+        base_folder=source.folder,
+        adapter_folder=folder.adapter,
+        quantization=config.quantization,
+        dtype=dtype if source.config.get("quantization_config") else None,
+        max_shard_size=config.export.max_shard_size,
+        load_dtype=compute_dtype,
+        model_config=model_config(source, config.model),
+        device=device,
+        trust_remote_code=config.model.trust_remote_code,
+        auto_class=auto_class_of(source, config.model),
+        attention=needed_attention(detect(source.config)),
+    )
+
+
+def _reference(
+    folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, date: datetime.date
+) -> Reference:
+    """Measure the adapter on its 4-bit base; nothing refers to the model afterwards."""
+    loaded = load_model(config.model, config.quantization, source=source)
+    adapted = load_trained(loaded, folder.adapter)
+    rows: Sequence[Example] = data.eval
+    if not rows:
+        logger.info("merge: checked on training rows, for none were held out (data.eval)")
+        rows = compared_rows(data.first_rows())
+    losses = held_out_loss(
+        adapted,
+        rows,
+        batch_size=config.train.per_device_eval_batch_size,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+    )
+    probes = run_probes(loaded.tokenizer, rows, date=date)
+    return Reference(rows, bool(data.eval), losses, Predictions.of(adapted, compared_rows(rows)), probes)
+
+
+def _training_metrics(folder: RunFolder) -> dict[str, float]:
+    """Return the losses of the training, as far as they were written down."""
+    training = folder.read_results().get("training", {})
+    return {key: float(training[key]) for key in ("train_loss", "eval_loss") if training.get(key) is not None}

@@ -1,0 +1,1 @@
+"""Use a finished run: chat, held-out answers, public benchmarks."""

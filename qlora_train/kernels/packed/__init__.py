@@ -1,0 +1,1 @@
+"""Attention over packed documents: each attends to itself alone."""

@@ -1,7 +1,0 @@
-"""The loader stage: a base model in 4 bits and its tokenizer, from a folder, the Hub or a GGUF file."""
-
-from qlora_train.loader.model import LoadedModel, load_model
-from qlora_train.loader.source import BaseSource, resolve_base
-from qlora_train.loader.tokenizer import load_tokenizer
-
-__all__ = ["LoadedModel", "load_model", "BaseSource", "resolve_base", "load_tokenizer"]

@@ -1,0 +1,162 @@
+"""Where the base model's files are: a local folder, a snapshot of a Hub repository, or what either was converted into.
+
+The result is always a local folder, so that everything after it (loading, merging, cards) reads plain files. What the Hub
+refuses comes back as one line that says what to do.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qlora_train.config import ModelSection
+from qlora_train.config.preflight import missing_base
+from qlora_train.models.gguf_base import convert_gguf
+from qlora_train.models.legacy_bin import convert_pickled, is_pickled
+from qlora_train.models.remote_code import check_trusted_code
+from qlora_train.utils import network
+from qlora_train.utils.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
+_WEIGHTS = ["model*.safetensors"]
+_PICKLED_WEIGHTS = ["pytorch_model*.bin"]
+_CODE = ["*.py"]
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """The base model on disk.
+
+    `name` is what cards and configs may say in public: the Hub id, or the last part of a local path. `revision` is the
+    commit that was downloaded, None for local files. `config` is the content of config.json.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+
+    def identity(self) -> str:
+        """Return what tells this base from another: the commit of a Hub model, or a hash of local config and weights.
+
+        Of each weight file the size and 64 evenly spaced blocks are hashed: enough to see other weights, in seconds.
+        """
+        if self.revision is not None:
+            return self.revision
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted(self.folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for block in range(64):
+                    file.seek(size * block // 64)
+                    digest.update(file.read(1 << 16))
+        return digest.hexdigest()
+
+
+def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
+    """Make the base model's files local.
+
+    Args:
+        model: the config's model section.
+        weights: fetch the weights too, not only the config and the tokenizer; those of a local folder are there.
+
+    Raises:
+        ModelError: the folder, file or repository cannot be had, or is not a model.
+    """
+    path = Path(model.model_name_or_path).expanduser()
+    if path.suffix == ".gguf":
+        folder = convert_gguf(path, _cache("gguf"))
+        return BaseSource(folder, path.stem, None, _read_config(folder, model.model_name_or_path))
+    if path.is_dir():
+        source = BaseSource(path, path.resolve().name, None, _read_config(path, model.model_name_or_path))
+    else:
+        if problem := missing_base(model.model_name_or_path):
+            raise ModelError(f"model.model_name_or_path: {problem}")
+        source = _download(model, weights=weights)
+    if (weights or source.revision is None) and is_pickled(source.folder):
+        where = f"model.model_name_or_path: {model.model_name_or_path}"
+        source = replace(source, folder=convert_pickled(source.folder, _cache("pickled"), where))
+    if model.trust_remote_code:
+        check_trusted_code(source.folder, source.name, source.revision)
+    return source
+
+
+def _cache(kind: str) -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "qlora-train" / kind
+
+
+def _read_config(folder: Path, asked: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model.model_name_or_path: {asked}: the folder holds an adapter and no model; give the model that it was "
+                "trained on, and this folder as lora.adapter_path"
+            ) from None
+        raise ModelError(
+            f"model.model_name_or_path: {asked}: the folder holds no config.json; give a folder written by "
+            "save_pretrained, a .gguf file or a Hub id"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"model.model_name_or_path: {asked}: config.json cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"model.model_name_or_path: {asked}: config.json holds no mapping")
+    return content
+
+
+def _download(model: ModelSection, *, weights: bool) -> BaseSource:
+    from huggingface_hub import snapshot_download
+
+    patterns = _FILES + (_WEIGHTS if weights else []) + (_CODE if model.trust_remote_code else [])
+    name = model.model_name_or_path
+    with hub_errors(f"model.model_name_or_path: {name}"):
+        folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
+        if weights and not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=_PICKLED_WEIGHTS))
+    if weights and not any(folder.glob("model*.safetensors")) and not is_pickled(folder):
+        raise ModelError(
+            f"model.model_name_or_path: {name} has no model*.safetensors and no pytorch_model.bin, or, offline, not in the "
+            "local cache; choose a revision with weights, or fetch the model with a network first"
+        )
+    return BaseSource(folder, name, folder.name, _read_config(folder, name))
+
+
+@contextmanager
+def hub_errors(where: str) -> Iterator[None]:
+    """Turn what the Hub client raises into one line that starts with `where`.
+
+    Raises:
+        ModelError: gated or missing repository, missing revision, no network, or a name that is no repository id.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise ModelError(f"{where} is gated (403): accept its terms on its Hub page, then set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{where} has no such revision (404): check model.revision") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"{where} does not exist on the Hub, or is private (401/404): check the name; for a private repository set "
+            "HF_TOKEN"
+        ) from None
+    except errors.HFValidationError as error:
+        raise ModelError(f"{where} is neither a local path nor a Hub id ({error})") from None
+    except errors.HfHubHTTPError as error:
+        raise ModelError(
+            f"{where}: the Hub answered {error.response.status_code}: try again, or check HF_TOKEN"
+        ) from None
+    # HTTPError is the base of whatever the Hub client's HTTP library raises on the way
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
+        raise ModelError(f"{where} {network.unreachable()}") from None

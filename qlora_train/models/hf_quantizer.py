@@ -1,0 +1,109 @@
+"""4-bit loading through Transformers' own loader: what bitsandbytes' integration leaves in 16 bits is quantised too.
+
+Transformers reads a checkpoint parameter by parameter and quantises each before it reads the next. Its bitsandbytes
+integration does so for linear layers alone; since the experts of a layer are one parameter, most of a mixture would stay in
+16 bits. This quantiser adds the experts, each matrix on its own, and leaves routers as they are.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from bitsandbytes.functional import QuantState
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+from qlora_train.kernels.expert_linear import experts_forward, follows_interface
+from qlora_train.kernels.expert_weights import install, quantize_stack
+from qlora_train.models.freed_memory import FreedMemory
+from qlora_train.models.moe import expert_modules, expert_parameters, routers
+
+METHOD = "qlora_train_4bit"
+EXPERTS_IMPLEMENTATION = "qlora_train_4bit"
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+
+
+@register_quantization_config(METHOD)
+class QuantizationConfig(BitsAndBytesConfig):
+    """bitsandbytes' settings for 4-bit linear layers, which the experts take too."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.quant_method = METHOD
+
+
+@register_quantizer(METHOD)
+class Quantizer(Bnb4BitHfQuantizer):
+    """Transformers' quantiser for bitsandbytes, with experts in 4 bits and routers in 16."""
+
+    def __init__(self, quantization_config: QuantizationConfig, **settings: Any) -> None:
+        super().__init__(quantization_config, **settings)
+        self.expert_names: tuple[str, ...] = ()
+        self.states: dict[str, tuple[QuantState, ...]] = {}
+
+    def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any, **arguments: Any) -> None:
+        self.expert_names = tuple(expert_parameters(model))
+        named = self.quantization_config.llm_int8_skip_modules or ()
+        self.quantization_config.llm_int8_skip_modules = kept_in_16bit(model, named)
+        super()._process_model_before_weight_loading(model, device_map, **arguments)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **arguments: Any) -> bool:
+        """Say whether the parameter goes into 4 bits."""
+        return param_name in self.expert_names or super().param_needs_quantization(model, param_name, **arguments)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what Transformers calls with every parameter that needs it."""
+        return _Quantize(self, super().get_quantize_ops())
+
+    def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> Any:
+        for name in self.expert_names:
+            module_name, _, parameter = name.rpartition(".")
+            install(model.get_submodule(module_name), parameter, self.states.pop(name))
+        modules = [module for _, module in expert_modules(model)]
+        if modules and all(follows_interface(module) for module in modules):
+            model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+        # what it is to those who ask: a bitsandbytes model
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+        return super()._process_model_after_weight_loading(model, **arguments)
+
+
+def kept_in_16bit(model: Any, named: Iterable[str]) -> list[str]:
+    """Return the modules that are not quantised: those named, routers, and the library's own choice.
+
+    Naming any module replaces that choice, which is the output head and what it is tied to.
+    """
+    return [*named, *get_keys_to_not_convert(model), *routers(model)]
+
+
+class _Quantize(ConversionOps):
+    """Quantise a stack of experts; hand everything else to bitsandbytes' own operation."""
+
+    def __init__(self, quantizer: Quantizer, linears: ConversionOps) -> None:
+        self.quantizer, self.linears = quantizer, linears
+        self.memory = FreedMemory()
+
+    def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, torch.Tensor]:
+        result: dict[str, torch.Tensor] = {}
+        for name, value in input_dict.items():
+            if name in self.quantizer.expert_names:
+                result[name] = self._stack(name, value[0] if isinstance(value, list) else value)
+            else:
+                result |= self.linears.convert({name: value}, **arguments)
+        return result
+
+    def _stack(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        config = self.quantizer.quantization_config
+        quantized = quantize_stack(
+            map(self.memory.count, value),
+            quant_type=config.bnb_4bit_quant_type,
+            double_quant=config.bnb_4bit_use_double_quant,
+        )
+        self.quantizer.states[name] = quantized.states
+        return nn.Parameter(quantized.codes, requires_grad=False)

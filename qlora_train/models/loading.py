@@ -1,0 +1,309 @@
+"""The base model in 4 bits, ready for an adapter or for inference.
+
+Nothing is upcast: norms, embeddings and the output head stay in the compute dtype. Every parameter is frozen.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qlora_train.architectures import Architecture, detect, text_part
+from qlora_train.config import ModelSection, QuantizationSection
+from qlora_train.kernels import grouped_sdpa
+from qlora_train.models.base_source import BaseSource, resolve_base
+from qlora_train.models.bnb_cpu_blocksize import compute_odd_rows_rightly
+from qlora_train.models.checkpoint_tensors import opened_tensors
+from qlora_train.models.config_file import read_config
+from qlora_train.models.dynamic_rope import forget_longest_row
+from qlora_train.models.hardware import choose_attention, choose_compute_dtype
+from qlora_train.models.hf_quantizer import QuantizationConfig
+from qlora_train.models.prequantized import release_of
+from qlora_train.models.quantization_summary import Census, check_census, make_safe_for_training_after_eval, take_census
+from qlora_train.models.quantize_linears import quantize_linears
+from qlora_train.models.text_only import Tower, check_causal, text_model
+from qlora_train.models.tokenizer import load_tokenizer
+from qlora_train.models.weight_files import check_loaded, check_weight_files
+from qlora_train.utils.device import select_device
+from qlora_train.utils.errors import ConfigError, ModelError, first_line
+
+logger = logging.getLogger(__name__)
+
+_TRAINED_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+"""What the weights were trained with and no scaling changes."""
+_BNB_DEFAULTS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+"""What Transformers takes for settings that a stored quantization_config does not have."""
+MEAN_CHUNK_BYTES = 16 << 20
+"""Of the rows in float32 that are summed at once."""
+_EXPERT_IN_4BIT = re.compile(r"\.experts\.\d+\..*\.quant_state\.bitsandbytes__")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen base model with what the next stages need to know of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    source: BaseSource
+    census: Census
+    compute_dtype: torch.dtype
+    device: torch.device
+    new_token_ids: tuple[int, ...]
+    """Rows of the embedding that are trained next to the adapter: those of `model.new_tokens`, and all added ones."""
+    left_out: tuple[Tower, ...] = ()
+    """Parts of a multimodal checkpoint that are not in `model`."""
+
+
+def load_model(
+    model: ModelSection,
+    quantization: QuantizationSection,
+    *,
+    source: BaseSource | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> LoadedModel:
+    """Load a base model in 4-bit NF4 (or as `quantization` says), frozen, with its tokenizer.
+
+    Args:
+        model: which model, and how.
+        quantization: how its linear weights are stored.
+        source: the result of `resolve_base`, when it is at hand already.
+        tokenizer: the result of `load_tokenizer`, when it is at hand already.
+
+    Raises:
+        ModelError: the model cannot be had or read, or too little of it could be quantised.
+        ConfigError: settings that contradict the checkpoint.
+    """
+    source = source or resolve_base(model)
+    tokenizer = tokenizer or load_tokenizer(source, model)
+    architecture = detect(source.config)
+    device = select_device()
+    dtype = choose_compute_dtype(quantization.bnb_4bit_compute_dtype, device)
+    base = _from_pretrained(
+        source, model, dtype, device, _quantization_config(source, quantization, dtype, architecture), architecture
+    )
+    if quantization.load_in_4bit:
+        quantize_linears(base, architecture.linear_classes, quantization, dtype)
+    base.config.use_cache = base.config.get_text_config().use_cache = False
+    base.requires_grad_(False)
+    make_safe_for_training_after_eval(base)
+    compute_odd_rows_rightly(base)
+    forget_longest_row(base)
+    _set_compute_dtype(base, dtype)
+    new_token_ids = _add_new_tokens(base, tokenizer, model.new_tokens) if model.new_tokens else ()
+    census = take_census(base, output_heads(base))
+    if not architecture.known:
+        _report_unknown(base, architecture, census)
+    if quantization.load_in_4bit:
+        check_census(census, quantization.min_quantized_share)
+    left_out = text_model(base.config).left_out
+    if left_out:
+        check_causal(base)
+    return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, new_token_ids, left_out)
+
+
+def _report_unknown(model: PreTrainedModel, architecture: Architecture, census: Census) -> None:
+    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    logger.warning(
+        "architecture: %s is not in the table and trains on the generic row; found: linear layers %s; %.1f %% of their "
+        "weights in 4 bits; check the answers of the first run",
+        architecture.model_type, ", ".join(names), 100 * census.quantized_share,
+    )  # fmt: skip
+
+
+def output_heads(model: PreTrainedModel) -> set[nn.Module]:
+    """Return the output head, as a set that is empty for a model without one."""
+    head = model.get_output_embeddings()
+    return set() if head is None else {head}
+
+
+def _quantization_config(
+    source: BaseSource, quantization: QuantizationSection, dtype: torch.dtype, architecture: Architecture
+) -> QuantizationConfig | None:
+    """Return how to quantise on loading; None for 16-bit LoRA and for a checkpoint that is in 4 bits already."""
+    stored = source.config.get("quantization_config")
+    if stored is not None and stored.get("load_in_4bit"):
+        _check_stored_quantization(stored, source, quantization)
+        return None
+    if not quantization.load_in_4bit:
+        return None
+    return QuantizationConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(architecture.keep_16bit) or None,
+    )
+
+
+def _check_stored_quantization(stored: dict[str, Any], source: BaseSource, quantization: QuantizationSection) -> None:
+    if not quantization.load_in_4bit:
+        raise ConfigError(
+            f"quantization.load_in_4bit: false, but {source.name} is stored in 4 bits; set it to true, or give the "
+            "original 16-bit model"
+        )
+    stored = {**_BNB_DEFAULTS, **stored}
+    wrong = [
+        f"quantization.{key}: {asked}, but {source.name} is stored with {stored[key]}; set it to {stored[key]}"
+        for key in _BNB_DEFAULTS
+        if stored[key] != (asked := getattr(quantization, key))
+    ]
+    if wrong:
+        raise ConfigError(wrong)
+    logger.info("quantization: taken from the checkpoint, which is stored in 4-bit %s", stored["bnb_4bit_quant_type"])
+
+
+def _refuse_experts_apart(names: Iterable[str], where: str) -> None:
+    expert = next((name for name in names if _EXPERT_IN_4BIT.search(name)), None)
+    if expert is not None:
+        raise ModelError(
+            f"{where}: {expert}: bitsandbytes stored the experts of this mixture in 4 bits one by one, and Transformers "
+            "joins them into one tensor, which packed weights do not allow; give the original 16-bit model"
+        )
+
+
+def _from_pretrained(
+    source: BaseSource,
+    model: ModelSection,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization_config: QuantizationConfig | None,
+    architecture: Architecture,
+) -> PreTrainedModel:
+    arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
+    where = f"model.model_name_or_path: {source.name}"
+    release = release_of(source.config, where)
+    check_weight_files(source.folder, source.config, where)
+    config = model_config(source, model)
+    attention = choose_attention(model.attn_implementation, architecture, device, dtype, has_sdpa=supports_sdpa(config))
+    grouped_sdpa.register()
+    text = text_model(config)
+    text.report(config.model_type)
+    if release is not None:
+        del config.quantization_config  # what Transformers is given are 16-bit weights
+        logger.info("weights: stored in %s; each is turned into %s when it is read", release.description, dtype)
+    try:
+        with torch.device("meta"):  # for its class, and the config that this class takes
+            skeleton = text.build(config, trust_remote_code=model.trust_remote_code)
+        with opened_tensors(source.folder, release, dtype, where) as tensors:
+            _refuse_experts_apart(tensors, where)
+            loaded, info = type(skeleton).from_pretrained(
+                None,
+                config=skeleton.config,
+                state_dict=tensors,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=text.attention(skeleton.config, attention),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the info, each with both of its shapes
+                **arguments,
+            )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ModelError(
+            f"{where} cannot be loaded: {first_line(error).rstrip('.')}; give a causal language model, with its config.json"
+        ) from error
+    loaded.name_or_path = loaded.config.name_or_path = str(source.folder)  # PEFT writes it into adapters
+    loaded.generation_config = _generation_config(source.folder)
+    check_loaded(loaded, info, where)
+    return loaded
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """Return the settings of generation, which old checkpoints keep in config.json."""
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        return GenerationConfig.from_pretrained(folder, "config.json", local_files_only=True, _from_model_config=True)
+
+
+def supports_sdpa(config: Any) -> bool:
+    """Return whether Transformers has sdpa for a config's architecture; assumed where its code is the checkpoint's own."""
+    named = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    model_class = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), named)
+    return model_class is None or bool(model_class._supports_sdpa)
+
+
+def auto_class_of(source: BaseSource, model: ModelSection) -> str:
+    """Return the name of the class of Transformers that loads the whole base."""
+    text = text_model(read_config(source, trust_remote_code=model.trust_remote_code))
+    return "AutoModelForMultimodalLM" if text.left_out else "AutoModelForCausalLM"
+
+
+def model_config(source: BaseSource, model: ModelSection) -> Any:
+    """Return the Transformers config of the base, with `model.rope_scaling` applied.
+
+    Raises:
+        ModelError: a model type that Transformers does not know, or code of the checkpoint's own that is not trusted.
+        ConfigError: a RoPE scaling for a model that has no positions to scale.
+    """
+    config = read_config(source, trust_remote_code=model.trust_remote_code)
+    return config if model.rope_scaling is None else _with_rope_scaling(config, model.rope_scaling, source.name)
+
+
+def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], name: str) -> Any:
+    """Replace a config's own RoPE scaling by `scaling`, keeping only what the trained weights fix (base, share)."""
+    whole = config.to_dict()
+    content = text_part(whole)
+    own, positions = content.get("rope_parameters"), content.get("max_position_embeddings")
+    if not own or not positions:
+        raise ConfigError(f"model.rope_scaling: {name} has no rotary positions to scale; drop it")
+    if any(isinstance(value, dict) for value in own.values()):
+        raise ConfigError(f"model.rope_scaling: {name} scales positions differently by layer; train within {positions}")
+    fixed = {key: own[key] for key in _TRAINED_ROPE_KEYS if key in own}
+    content["rope_parameters"] = {"original_max_position_embeddings": positions, **fixed, **scaling}
+    reached = int(positions * float(scaling["factor"]))
+    if scaling["rope_type"] != "dynamic":  # which begins to scale beyond max_position_embeddings
+        content["max_position_embeddings"] = reached
+    logger.info("positions: %d -> %d (model.rope_scaling)", positions, reached)
+    return type(config).from_dict(whole)
+
+
+def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give every 4-bit layer the chosen compute dtype: one that was stored in the checkpoint is float32 by default."""
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+
+
+def _add_new_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str]
+) -> tuple[int, ...]:
+    """Grow embedding and head to the tokenizer's length; return the rows to train: the new tokens' and all added ones.
+
+    A tokenizer can have tokens of its own beyond the embedding. Their rows are trained too, since only trained rows are
+    in the adapter's file.
+    """
+    num_rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_rows:
+        with torch.random.fork_rng():
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for tensor in (module.weight.data, *(() if getattr(module, "bias", None) is None else (module.bias.data,))):
+                tensor[num_rows:] = _mean_row(tensor[:num_rows])
+        model.requires_grad_(False)
+        logger.info("vocabulary: %d rows added, each the mean of the others", len(tokenizer) - num_rows)
+    return tuple(dict.fromkeys([*tokenizer.convert_tokens_to_ids(list(new_tokens)), *range(num_rows, len(tokenizer))]))
+
+
+def _mean_row(rows: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the first dimension, summed in float32 without a float32 copy of everything.
+
+    Transformers' `mean_resizing` draws 3e-5 standard deviations around it, for 3 float32 copies of the embedding.
+    """
+    chunks = rows.split(max(1, MEAN_CHUNK_BYTES // (4 * rows[0].numel())))
+    return torch.stack([chunk.sum(0, dtype=torch.float32) for chunk in chunks]).sum(0) / len(rows)

@@ -1,0 +1,154 @@
+"""The quantisation census: which weights are really stored in 4 bits, and what every byte of the model is.
+
+A weight matrix that silently stays in 16 bits is the commonest failure of 4-bit loading (whole expert blocks since
+Transformers 5), so it is counted after every load, by walking the parameters that are there.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.functional import QuantState
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+
+from qlora_train.kernels.expert_weights import ExpertWeights, stored
+from qlora_train.models.moe import expert_parameters
+from qlora_train.utils.errors import ModelError
+
+Tensors = tuple[torch.Tensor, ...]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a loaded model consists of.
+
+    Linear weights are all parameters of two or more dimensions except embeddings and the output head. `weight_bytes`
+    are the packed 4-bit weights with their scales; `table_bytes` the code tables, which bitsandbytes keeps per tensor.
+    `bytes_by_dtype` covers every parameter and buffer as stored, scales and tables included.
+    """
+
+    num_linear_weights: int
+    num_quantized_weights: int
+    weight_bytes: int
+    table_bytes: int
+    bytes_by_dtype: dict[str, int]
+    unquantized: tuple[str, ...]
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the linear weights stored in 4 bits, 0 to 1."""
+        return self.num_quantized_weights / max(self.num_linear_weights, 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage a quantised weight takes, scales included, code tables not."""
+        return 8 * self.weight_bytes / max(self.num_quantized_weights, 1)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters, buffers, scales and tables."""
+        return sum(self.bytes_by_dtype.values())
+
+
+def take_census(model: nn.Module, heads: set[nn.Module]) -> Census:
+    """Count a model's weights by how they are stored.
+
+    Args:
+        model: a loaded model.
+        heads: the output head and the embeddings, which are not quantised by design.
+    """
+    outside = {id(module.weight) for module in heads if isinstance(module.weight, nn.Parameter)}
+    outside |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    quantized = weight_bytes = table_bytes = linear = 0
+    by_dtype: Counter[str] = Counter()
+    unquantized = []
+    stacks = {id(codes): weights for codes, weights in _expert_stacks(model)}
+    for name, parameter in model.named_parameters():
+        by_dtype[_dtype_name(parameter)] += parameter.nbytes
+        held = _held_in_4bit(parameter, stacks)
+        if held is not None:
+            num_weights, scales, tables = held
+            for tensor in () if id(parameter) in stacks else (*scales, *tables):  # those of experts are buffers
+                by_dtype[_dtype_name(tensor)] += tensor.nbytes
+            linear, quantized = linear + num_weights, quantized + num_weights
+            weight_bytes += parameter.nbytes + sum(tensor.nbytes for tensor in scales)
+            table_bytes += sum(tensor.nbytes for tensor in tables)
+        elif parameter.ndim >= 2 and id(parameter) not in outside:
+            linear += parameter.numel()
+            unquantized.append(f"{name} ({_dtype_name(parameter)}, {parameter.numel():,} weights)")
+    for buffer in model.buffers():
+        by_dtype[_dtype_name(buffer)] += buffer.nbytes
+    return Census(linear, quantized, weight_bytes, table_bytes, dict(by_dtype), tuple(unquantized))
+
+
+def _expert_stacks(model: nn.Module) -> Iterator[tuple[torch.Tensor, ExpertWeights]]:
+    for name, module in expert_parameters(model).items():
+        found = stored(module, name.rpartition(".")[2])
+        if found is not None:
+            yield found
+
+
+def _held_in_4bit(parameter: nn.Parameter, stacks: dict[int, ExpertWeights]) -> tuple[int, Tensors, Tensors] | None:
+    """Return how many weights a parameter stands for, with its scales and tables; None for one of 16 bits."""
+    if id(parameter) in stacks:
+        stack = stacks[id(parameter)]
+        return stack.shape.numel(), stack.scale_tensors, stack.table_tensors
+    if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
+        return parameter.quant_state.shape.numel(), *_state_tensors(parameter.quant_state)
+    return None
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _state_tensors(state: QuantState) -> tuple[Tensors, Tensors]:
+    """Return the block scales (both levels, and their offset) and the code tables of one quantised tensor."""
+    if not state.nested:
+        return (state.absmax,), (state.code,)
+    return (state.absmax, state.state2.absmax, state.offset), (state.code, state.state2.code)
+
+
+def count_frozen_weights(model: nn.Module) -> int:
+    """Return how many weights of a model do not train, 4-bit ones counted as the weights they stand for."""
+    stacks = {id(codes): weights for codes, weights in _expert_stacks(model)}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return sum(held[0] if (held := _held_in_4bit(p, stacks)) else p.numel() for p in frozen)
+
+
+def check_census(census: Census, min_quantized_share: float) -> None:
+    """Log the census and stop when too little of the model is in 4 bits.
+
+    Raises:
+        ModelError: the share of quantised linear weights is below `min_quantized_share`.
+    """
+    by_dtype = ", ".join(f"{name} {count / 1e6:,.1f} MB" for name, count in sorted(census.bytes_by_dtype.items()))
+    logger.info(
+        "quantisation census: %.1f %% of %s linear weights in 4 bits at %.3f bits each; bytes by dtype: %s",
+        100 * census.quantized_share, f"{census.num_linear_weights:,}", census.bits_per_weight, by_dtype,
+    )  # fmt: skip
+    for name in census.unquantized[:5]:
+        logger.info("stays unquantised: %s", name)
+    if census.quantized_share < min_quantized_share:
+        shown = "; ".join(census.unquantized[:5]) + (" ..." if len(census.unquantized) > 5 else "")
+        raise ModelError(
+            f"quantization.min_quantized_share: only {census.quantized_share:.1%} of the linear weights are in 4 bits, "
+            f"below {min_quantized_share:.0%}; left in 16 bits: {shown}; choose a model whose layers are linears, or "
+            "lower the limit knowing what it costs"
+        )
+
+
+def make_safe_for_training_after_eval(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking CPU weights in its first evaluation forward.
+
+    On CPUs with AVX512-BF16 the repacked weights go through an operator without a gradient formula, so that training
+    after any evaluation would silently lose the base path's gradient.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,1 @@
+"""GPU memory of a run: probe, fallbacks, activation checkpointing and offloading."""

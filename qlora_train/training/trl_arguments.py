@@ -1,0 +1,75 @@
+"""The config's train section as TRL's arguments; what they do not decide (data, loss, saving) is switched off there."""
+
+import logging
+
+import torch
+from trl import SFTConfig
+
+from qlora_train.adapters import AdaptedModel
+from qlora_train.config import RunConfig
+from qlora_train.runs import RunFolder
+from qlora_train.training.optimizer import choose_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, checkpoints_all: bool) -> SFTConfig:
+    """Return TRL's arguments for a run; the choices that were left open are made here and logged.
+
+    Args:
+        config: the run's settings.
+        adapted: the model.
+        run: its checkpoints' folder is named there.
+        checkpoints_all: Transformers recomputes all layers.
+
+    When to log, evaluate and save is not among them: `boundaries` says so, from the settings of today, where the Trainer
+    would go by those that a checkpoint was written with.
+    """
+    train, on_gpu = config.train, adapted.loaded.device.type == "cuda"
+    dtype = adapted.loaded.compute_dtype
+    arguments = SFTConfig(
+        output_dir=str(run.checkpoints),
+        optim=choose_optimizer(train.optim, adapted),
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=train.warmup_ratio,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        max_grad_norm=train.max_grad_norm,
+        num_train_epochs=train.num_train_epochs,
+        max_steps=train.max_steps or -1,
+        per_device_train_batch_size=train.per_device_train_batch_size,
+        per_device_eval_batch_size=train.per_device_eval_batch_size,
+        gradient_accumulation_steps=1,  # the feed gives the loop all micro-batches of a step at once
+        gradient_checkpointing=checkpoints_all,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        neftune_noise_alpha=train.neftune_noise_alpha,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16 and on_gpu,
+        use_cpu=not on_gpu,
+        seed=config.run.seed,
+        report_to=list(config.run.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ignore_data_skip=config.data.streaming,  # a stream begins where the run stands
+        max_length=None,
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        average_tokens_across_devices=False,
+        eval_strategy="no",
+        save_strategy="no",
+    )
+    arguments._n_gpu = int(on_gpu)  # with several visible GPUs the Trainer would use DataParallel, which TRL refuses
+    return arguments
+
+
+def choose_offloading(setting: bool, *, on_gpu: bool) -> bool:
+    """Return whether activations are kept in the host's memory; a CPU has no other."""
+    if setting and not on_gpu:
+        logger.warning("train.activation_offloading: has no effect on a CPU, whose memory is the host's")
+    return setting and on_gpu

@@ -1,0 +1,1 @@
+"""Errors, files, signals, devices: used by every stage."""

@@ -1,0 +1,183 @@
+"""The one device of this process. Imports torch alone: importing bitsandbytes and others initialises CUDA."""
+
+import gc
+import logging
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+
+from qlora_train.utils.errors import ModelError, first_line, is_out_of_memory
+from qlora_train.utils.launcher import leave_launcher
+from qlora_train.utils.nvidia_driver import GET_TORCH, HIDDEN, ON_CPU, driver_version, gpu_problem
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def prepare_cuda() -> None:
+    """Let CUDA see the first visible GPU alone, and expand segments; has no effect once CUDA is initialised.
+
+    GPUs are not counted: without NVML that initialises CUDA.
+    """
+    expand_segments()
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+
+
+def select_device() -> torch.device:
+    """Return the first visible GPU, or the CPU where there is none, and log it.
+
+    Raises:
+        ModelError: the process is one of several, or the machine has a GPU that cannot be used.
+    """
+    leave_launcher()
+    expand_segments()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        _log_once(_describe_gpu(device))
+        return device
+    if problem := gpu_problem():
+        raise ModelError(problem)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
+    reason = "CUDA_VISIBLE_DEVICES hides all GPUs" if hidden else "no CUDA GPU found"
+    num_threads = torch.get_num_threads()
+    _log_once(f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''} ({reason})")
+    return torch.device("cpu")
+
+
+@cache
+def _log_once(device: str) -> None:
+    logger.info("device: %s", device)
+
+
+def _describe_gpu(device: torch.device) -> str:
+    """Return name, memory, architecture and driver of a GPU.
+
+    Raises:
+        ModelError: CUDA cannot be initialised, or this torch has no kernels for the GPU.
+    """
+    try:
+        gpu = torch.cuda.get_device_properties(device)
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
+        raise ModelError(f"GPU: CUDA fails: {first_line(error).rstrip('.')}; see nvidia-smi, {ON_CPU}") from error
+    capability = 10 * gpu.major + gpu.minor
+    if torch.version.cuda:
+        _check_kernels(gpu.name, capability)
+    architecture = f"sm_{capability}" if torch.version.cuda else gpu.gcnArchName
+    parts = [gpu.name, f"{gpu.total_memory / 2**30:.1f} GiB", architecture]
+    if version := driver_version():
+        parts.append(f"driver {version}")
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        parts.append(f"CUDA_VISIBLE_DEVICES={visible}")
+    return ", ".join(parts)
+
+
+def _check_kernels(gpu: str, capability: int) -> None:
+    """Raise a ModelError if torch has no kernels for a compute capability, given times ten.
+
+    Kernels of sm_80 run on 8.0 to 8.9; compute_120 is PTX, which the driver compiles for newer GPUs. torch and
+    bitsandbytes are built per CUDA version: from 7.5 with CUDA 13, up to 9.0 with CUDA 12.6.
+    """
+    built = {name: int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list()}  # such as sm_75, sm_90a
+    if not any(
+        number <= capability and (number // 10 == capability // 10 or name.startswith("compute"))
+        for name, number in built.items()
+    ):
+        oldest, newest = min(built.values()), max(built.values())
+        raise ModelError(
+            f"GPU: {gpu} has compute capability {capability / 10}, and torch {torch.__version__} has kernels for "
+            f"{oldest / 10} to {newest / 10}; install torch for {'an older' if capability < oldest else 'a newer'} CUDA "
+            f"({GET_TORCH}), {ON_CPU}"
+        )
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""The name that torch 2.10 and newer read, and the deprecated one."""
+EXPANDABLE = "expandable_segments:True"
+
+
+def expand_segments() -> None:
+    """Let CUDA's allocator extend its segments, so that batches of many lengths do not fragment memory.
+
+    Keeps what the user set. Has no effect once CUDA is initialised. Windows does not support it, and WSL may fail with it
+    (pytorch/pytorch#192330).
+    """
+    supported = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if supported and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = EXPANDABLE
+
+
+DETERMINISTIC_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+"""What cuBLAS reads before its first matrix product, and Transformers at each call of flash-attn."""
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Let torch use deterministic algorithms alone, if enabled, and restore its settings afterwards.
+
+    Enter before the model is loaded. An operation without a deterministic algorithm raises the `RuntimeError` that
+    `errors.explain` knows. FlashAttention, memory-efficient attention and `varlen_attn` follow the setting in their
+    backward passes (torch's attention_backward.cu). cuDNN's attention does not, and is off meanwhile.
+    """
+    if not enabled:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    debugging: Any = torch.utils.deterministic
+    fills, environment = debugging.fill_uninitialized_memory, dict(os.environ)
+    os.environ.update(DETERMINISTIC_ENVIRONMENT)
+    debugging.fill_uninitialized_memory = False  # it would write every new tensor twice
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.use_deterministic_algorithms(True)
+    logger.info("deterministic algorithms: on (run.deterministic: true)")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cuda.enable_cudnn_sdp(uses_cudnn)
+        debugging.fill_uninitialized_memory = fills
+        for name in DETERMINISTIC_ENVIRONMENT:
+            os.environ.pop(name, None)
+        os.environ.update({name: environment[name] for name in DETERMINISTIC_ENVIRONMENT if name in environment})
+
+
+UNTOUCHED_SHARE, FRAGMENTED_SHARE = 0.05, 0.15
+"""Share of a GPU's memory that plans leave to libraries and to fragmentation, with and without expandable segments."""
+
+
+def spare_bytes(device: torch.device, peak_bytes: int) -> int:
+    """Return what a plan may add to `peak_bytes`, the most that this process reserves on a GPU; negative if too little.
+
+    Other processes' memory is not counted as free.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    expands = any(EXPANDABLE in os.environ.get(name, "") for name in ALLOCATOR_VARIABLES)
+    share = UNTOUCHED_SHARE if expands else FRAGMENTED_SHARE
+    return int(free + torch.cuda.memory_reserved(device) - peak_bytes - share * total)
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more, those in reference cycles included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def attempt(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
+    """Return the result of `action`, or None and the error message if memory ran out; its memory is then free again."""
+    try:
+        return action(), None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    free_memory()  # only here, where nothing refers to the error's frames any more
+    return None, reason

@@ -1,0 +1,76 @@
+"""The fast path on every family: its loss and its gradients are the plain path's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_train.architectures import ARCHITECTURES
+from qlora_train.kernels.install import install
+from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.training.parity.gradients import difference, gradients_of
+from tests.architectures.conftest import Table
+from tests.support.runs import adapted_model
+
+Pico = Callable[..., Path]
+BATCH = {
+    "input_ids": torch.arange(60).reshape(3, 20) * 5 % 300 + 4,
+    "labels": torch.arange(60).reshape(3, 20) * 5 % 300 + 4,
+    "attention_mask": torch.ones(3, 20, dtype=torch.long).index_fill(1, torch.arange(15, 20), 1),
+}
+BATCH["attention_mask"][1, 15:], BATCH["labels"][1, 15:] = 0, -100
+SHORT = {
+    "adapted linear layers": "layers", "gated MLPs": "MLPs", "RMS norms": "norms", "rotary embeddings": "rotary",
+    "attentions": "attn",
+}  # fmt: skip
+BY_HAND = ("llama", "gemma2", "qwen2", "phi3", "glm4", "olmo2", "granite", "cohere", "mamba")
+"""Families without experts: no token can go to another one because of rounding."""
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_loss_and_gradients_are_those_of_the_plain_path(
+    model_type: str, pico: Pico, tmp_path: Path, table: Table
+) -> None:
+    model = adapted_model(tmp_path, pico(model_type))
+    wanted = gradients_of(model, BATCH)
+    fast = install(model.model, lambda: label_losses(model.model, **BATCH))
+    found = difference(wanted, gradients_of(model, BATCH))
+    assert found.loss <= 1e-5, found
+    assert found.gradient <= 1e-5, found
+    assert found.tensor <= 1e-4, found
+    assert fast.counts["adapted linear layers"] or fast.left_out
+    fast.uninstall()
+    again = difference(wanted, gradients_of(model, BATCH))
+    assert (again.loss, again.gradient) == (0, 0)
+    put_in = ", ".join(
+        f"{fast.counts[operation]} {short}" for operation, short in SHORT.items() if fast.counts[operation]
+    )
+    table[model_type]["fast path"] = f"{put_in} ({found.gradient:.0e})"
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_with_eager_attention_they_are_too(model_type: str, pico: Pico, tmp_path: Path) -> None:
+    model = adapted_model(tmp_path, pico(model_type), "model.attn_implementation=eager")
+    wanted = gradients_of(model, BATCH)
+    fast = install(model.model, lambda: label_losses(model.model, **BATCH))
+    if not fast.counts["attentions"]:
+        pytest.skip("its attention is another one")
+    found = difference(wanted, gradients_of(model, BATCH))
+    assert found.gradient <= 1e-5, found
+    assert found.tensor <= 1e-4, found
+
+
+@pytest.mark.parametrize("model_type", BY_HAND)
+def test_in_bfloat16_it_is_no_further_from_float32_than_the_plain_path(
+    model_type: str, pico: Pico, tmp_path: Path
+) -> None:
+    eager = "model.attn_implementation=eager"
+    exact = gradients_of(adapted_model(tmp_path / "exact", pico(model_type), eager), BATCH)
+    rounded = adapted_model(tmp_path / "rounded", pico(model_type), eager, dtype="bfloat16")
+    plain = difference(exact, gradients_of(rounded, BATCH))
+    install(rounded.model, lambda: label_losses(rounded.model, **BATCH))
+    fast = difference(exact, gradients_of(rounded, BATCH))
+    assert 1e-4 < plain.gradient < 0.1
+    assert fast.gradient <= 1.5 * plain.gradient
+    assert fast.loss <= 1.5 * plain.loss + 5e-4

@@ -1,0 +1,218 @@
+"""Every shipped config and recipe is valid, fits its model's architecture, and has a dry run on bundled rows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_train.adapters import choose_targets, find_linears
+from qlora_train.architectures import check_max_length, detect
+from qlora_train.config import load_config
+from qlora_train.config.schema import DataSection
+from qlora_train.data import prepare_data
+from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
+from tests.support.pico import build_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+LOCAL_CONFIGS = ("demo",)
+"""Configs whose base is made on the machine, so that there is no published config.json to keep here."""
+NF4_BLOCK = 64
+"""Weights that share one scale."""
+
+
+def values(model_type, hidden, intermediate, layers, heads, kv_heads, vocabulary, positions, **others):
+    """Return the values of a published config.json that decide the shapes."""
+    return {
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        **others,
+    }
+
+
+UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 48,
+    "long_factor": [1.0] * 48,
+    "original_max_position_embeddings": 4096,
+}
+MODELS = {
+    "meta-llama/Llama-2-7b-hf": values("llama", 4096, 11008, 32, 32, 32, 32000, 4096, **UNTIED),
+    "meta-llama/Llama-2-70b-hf": values("llama", 8192, 28672, 80, 64, 8, 32000, 4096, **UNTIED),
+    "meta-llama/Llama-3.1-8B": values(
+        "llama", 4096, 14336, 32, 32, 8, 128256, 131072, rope_parameters=LLAMA3_ROPE, **UNTIED
+    ),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": values("llama", 2048, 5632, 22, 32, 4, 32000, 2048, **UNTIED),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": values("llama", 2048, 8192, 24, 32, 32, 49152, 8192, **TIED),
+    "mistralai/Mistral-7B-v0.1": values(
+        "mistral", 4096, 14336, 32, 32, 8, 32000, 32768, sliding_window=4096, **UNTIED
+    ),
+    "Qwen/Qwen2.5-0.5B-Instruct": values("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, **TIED),
+    "Qwen/Qwen2.5-1.5B": values("qwen2", 1536, 8960, 28, 12, 2, 151936, 131072, **TIED),
+    "Qwen/Qwen2.5-1.5B-Instruct": values("qwen2", 1536, 8960, 28, 12, 2, 151936, 32768, **TIED),
+    "Qwen/Qwen2.5-3B-Instruct": values("qwen2", 2048, 11008, 36, 16, 2, 151936, 32768, **TIED),
+    "Qwen/Qwen2.5-7B-Instruct": values("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, **UNTIED),
+    "Qwen/Qwen3-8B": values("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, head_dim=128, **UNTIED),
+    "google/gemma-2-9b-it": values("gemma2", 3584, 14336, 42, 16, 8, 256000, 8192, head_dim=256, **TIED),
+    "microsoft/Phi-3.5-mini-instruct": values(
+        "phi3", 3072, 8192, 32, 32, 32, 32064, 131072, original_max_position_embeddings=4096,
+        rope_parameters=LONGROPE, sliding_window=262144, pad_token_id=32000, **UNTIED,
+    ),
+}  # fmt: skip
+NUM_PARAMETERS = {
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "google/gemma-2-9b-it": 9_241_705_984,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
+}
+"""Sizes of the published checkpoints: a wrong value in MODELS would miss them."""
+
+
+def name_of(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+SHIPPED = [path for path in CONFIGS + RECIPES if path.stem not in LOCAL_CONFIGS]
+shipped = pytest.mark.parametrize("path", SHIPPED, ids=name_of)
+
+
+@pytest.fixture(scope="module")
+def meta_model():
+    """Build a model's architecture without weights, once per set of values."""
+    built = {}
+
+    def build(model_id):
+        key = repr(MODELS[model_id])
+        if key not in built:
+            config = AutoConfig.for_model(**MODELS[model_id])
+            with torch.device("meta"):
+                built[key] = AutoModelForCausalLM.from_config(config)
+        return built[key]
+
+    return build
+
+
+def test_the_promised_files_are_there():
+    assert {path.stem for path in CONFIGS} >= {
+        "llama7b", "llama3.1-8b", "mistral7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "phi3.5-mini", "tinyllama",
+        "llama70b",
+    }  # fmt: skip
+    assert {path.stem for path in RECIPES} >= {
+        "chat", "instruction", "completion", "small_gpu", "long_context", "new_model",
+    }  # fmt: skip
+    readme = (ROOT / "recipes" / "README.md").read_text()
+    assert set(re.findall(r"\]\((\w+\.yaml)\)", readme)) == {path.name for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", CONFIGS + RECIPES, ids=name_of)
+def test_shipped_file_is_a_valid_config(path):
+    load_config(path)
+
+
+@shipped
+def test_adapter_covers_every_linear_but_the_head(path, meta_model):
+    config = load_config(path)
+    json_values = MODELS[config.model.model_name_or_path]
+    model = meta_model(config.model.model_name_or_path)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = {name for name in linears if name.rsplit(".", 1)[-1] == "lm_head"}
+    assert len(head) == 1
+    found = find_linears(model)
+    assert set(found) == linears - head
+    names = detect(json_values).linear_names
+    assert len(found) == json_values["num_hidden_layers"] * len(names)
+    targets = choose_targets(model, found, config.lora, detect(json_values))
+    assert set(targets) == set(names)
+
+
+@shipped
+def test_every_quantised_weight_divides_into_nf4_blocks(path, meta_model):
+    model = meta_model(load_config(path).model.model_name_or_path)
+    for name, linear in find_linears(model).items():
+        assert linear.in_features % NF4_BLOCK == 0, name
+
+
+@shipped
+def test_rows_fit_into_the_models_positions(path):
+    config = load_config(path)
+    json_values = MODELS[config.model.model_name_or_path]
+    architecture = detect(json_values)
+    assert architecture.known
+    check_max_length(json_values, architecture, config.data.max_length, config.model.rope_scaling)
+    factor = config.model.rope_scaling["factor"] if config.model.rope_scaling else 1
+    assert config.data.max_length <= json_values["max_position_embeddings"] * factor
+
+
+@shipped
+def test_chat_template_is_one_of_ours_or_the_models_own(path):
+    template = load_config(path).model.chat_template
+    assert template is None or template in CHAT_TEMPLATES
+
+
+@pytest.mark.parametrize("model_id", list(MODELS))
+def test_the_kept_values_are_those_of_the_published_checkpoint(model_id, meta_model):
+    assert sum(parameter.numel() for parameter in meta_model(model_id).parameters()) == NUM_PARAMETERS[model_id]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem not in LOCAL_CONFIGS], ids=name_of)
+def test_config_has_a_dry_run_on_bundled_rows(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = re.search(r"^# Dry run: qlora-train (.*)$", path.read_text(), re.MULTILINE)[1]
+    file, *overrides = shlex.split(command)
+    assert Path(file) == path.relative_to(ROOT)
+    assert_rows_are_usable(load_config(file, overrides).data)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_recipe_on_bundled_rows_runs_as_it_is(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    data = load_config(path).data
+    if data.train[0].path.startswith("data/"):
+        assert_rows_are_usable(data)
+
+
+@pytest.mark.parametrize("name", ["chat", "conversations", "instruction", "questions", "completion", "text"])
+def test_bundled_rows_are_recognised_and_unique(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    data = DataSection.model_validate({"train": f"data/examples/{name}.jsonl", "eval": 0.05})
+    assert_rows_are_usable(data)
+
+
+def assert_rows_are_usable(data: DataSection) -> None:
+    """Every row can be used and says something of its own, and a share that is held out leaves rows on both sides."""
+    prepared = prepare_data(data, build_tokenizer(), seed=42)
+    source = prepared.report.sources[0]
+    assert source.num_records >= 20
+    assert source.dropped.counts == {}
+    assert all(part.num_repeats == 0 for part in prepared.report.parts.values())
+    assert 0 < len(prepared.eval) < len(prepared.train)

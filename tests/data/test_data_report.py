@@ -1,0 +1,393 @@
+"""The report of the data: counts against plain Python, the gate's words, and rows as text and on a terminal."""
+
+import io
+import json
+import logging
+import math
+import re
+import unicodedata
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from qlora_train.data.data_report import DataReport, Lengths, PartReport, SourceReport, SystemPrompt, check_limits
+from qlora_train.data.reason_counts import tally_of
+from qlora_train.data.rendered_rows import RenderedRow, render_rows
+from qlora_train.data.terminal_view import LONGEST_SEGMENT, shown_rows
+from qlora_train.data.token_store import SourceSummary
+from qlora_train.data.types import Example, Tally
+from qlora_train.utils.errors import DataError
+from tests.support.pico import build_tokenizer
+
+
+def tally(**places: list[str]) -> Tally:
+    """Count a row a place, by the reason that is the keyword."""
+    counted = Tally()
+    for reason, wheres in places.items():
+        for where in wheres:
+            counted.add(reason.replace("_", " "), where)
+    return counted
+
+
+def part(lengths: list[int], num_labels: list[int], *, max_length: int = 100, **counts: int) -> PartReport:
+    arrays = np.array(lengths, np.int32), np.array(num_labels, np.int32)
+    return PartReport.of(*arrays, max_length=max_length, **{"num_repeats": 0, **counts})
+
+
+def source(key: str = "data.train", *, num_taken: int = 10, cached: bool = False, **counted: Any) -> SourceReport:
+    summary = SourceSummary(**{"format": "text", "num_records": 10, "num_rows": 10, **counted})
+    return SourceReport.of(key, "a.jsonl", summary, num_taken=num_taken, cached=cached)
+
+
+def report(
+    *sources: SourceReport, overlap: Tally | None = None, too_long: str = "drop", **parts: PartReport
+) -> DataReport:
+    named = {f"data.{name}": counted for name, counted in parts.items()}
+    return DataReport(100, too_long, sources, named, overlap or Tally(), ())
+
+
+def example(ids: list[int], mask: list[bool], where: str = "a.jsonl:1", notes: tuple[str, ...] = ()) -> Example:
+    return Example(where, np.array(ids, np.int32), np.array(mask, np.bool_), notes=notes)
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=300))
+def test_lengths_are_those_of_rows_in_their_order(lengths: list[int]) -> None:
+    ordered = sorted(lengths)
+    found = Lengths.of(np.array(lengths, np.int32))
+    assert (found.min, found.max) == (ordered[0], ordered[-1])
+    for percent, value in ((50, found.median), (90, found.p90), (99, found.p99)):
+        assert value == ordered[math.ceil(percent * len(ordered) / 100) - 1]
+
+
+def test_tokens_are_counted_beyond_32_bits() -> None:
+    counted = part([2**30] * 6, [2**29] * 6, max_length=2**30)
+    assert (counted.num_tokens, counted.num_labels) == (6 * 2**30, 3 * 2**30)
+    assert (counted.label_share, counted.num_at_max_length) == (0.5, 6)
+
+
+def test_a_report_says_what_was_read_left_out_made_and_taken() -> None:
+    dropped = tally(too_long=["a.jsonl:2", "a.jsonl:3"])
+    split = source(num_records=10, num_rows=12, dropped=dropped, num_taken=5, cached=True)
+    made = report(split, train=part([10, 20, 100, 30, 40], [1, 2, 50, 3, 4], num_repeats=2, num_deduplicated=3))
+    assert made.lines() == [
+        "data.train: a.jsonl: 10 rows of format text, 2 left out, 12 made of them, 5 taken (tokenised before)",
+        "data.train: 5 rows (2 of them repeat an earlier one, 3 more taken out by data.deduplicate), 200 tokens, 60 of "
+        "them with loss (30.0 %); tokens a row: least 10, median 30, 90 % up to 100, 99 % up to 100, most 100; rows of "
+        "data.max_length (100): 1",
+    ]
+
+
+def test_a_report_of_untouched_data_has_nothing_to_look_at() -> None:
+    untouched = report(source(), source("data.eval"), train=part([10], [5]), eval=part([10], [5]))
+    assert untouched.lines()[0] == "data.train: a.jsonl: 10 rows of format text, 0 left out"
+    assert untouched.findings() == []
+
+
+def test_a_report_of_a_stream_says_that_it_is_of_the_beginning() -> None:
+    made = DataReport(100, "drop", (), {"data.train": part([10], [5])}, Tally(), (), is_streamed=True)
+    first, second = made.lines()
+    assert first == "data.train: streamed; what follows is its beginning"
+    assert second.startswith("data.train: 1 rows")
+    assert made.to_json()["is_streamed"] is True
+
+
+def conversations(systems: dict[str, int], *, num_rows: int = 100) -> SourceSummary:
+    return SourceSummary(num_rows=num_rows, num_conversations=sum(systems.values()), systems=systems)
+
+
+def test_a_system_prompt_is_shared_by_nine_conversations_of_ten() -> None:
+    assert SystemPrompt.shared([(conversations({"Be brief.": 9, "": 1}), 100)]) == SystemPrompt("Be brief.", 0.9)
+    assert SystemPrompt.shared([(conversations({"Be brief.": 8, "Be long.": 1, "": 1}), 100)]) is None
+    assert SystemPrompt.shared([(conversations({"": 9, "Be brief.": 1}), 100)]) is None
+    assert SystemPrompt.shared([(conversations({}), 100)]) is None  # plain text
+
+
+def test_system_prompts_count_by_the_rows_that_are_taken_of_each_source() -> None:
+    brief, long = conversations({"Be brief.": 100}), conversations({"Be long.": 100})
+    assert SystemPrompt.shared([(brief, 100), (long, 100)]) is None
+    found = SystemPrompt.shared([(brief, 95), (long, 5)])
+    assert found == SystemPrompt("Be brief.", 0.95)
+    assert found.line() == "system prompt of 95 % of the conversations, used in inference too: 'Be brief.'"
+
+
+def test_the_json_of_a_report_holds_all_its_counts() -> None:
+    dropped, noted = tally(rare=["a:1"], frequent=[f"a:{i}" for i in range(2, 9)]), tally(cut=["a:9"])
+    rows = render_rows([example([5, 6, 7], [False, True, True])], build_tokenizer())
+    made = DataReport(
+        100, "split", (source(dropped=dropped, noted=noted),), {"data.train": part([10, 30], [5, 5])}, Tally(), rows
+    )  # fmt: skip
+    read = json.loads(json.dumps(made.to_json(), allow_nan=False))
+    [first] = read["sources"]
+    assert (first["num_records"], first["num_rows"], first["num_dropped"], first["cached"]) == (10, 10, 8, False)
+    assert first["dropped"] == [
+        {"reason": "frequent", "count": 7, "places": [f"a:{i}" for i in range(2, 7)]},
+        {"reason": "rare", "count": 1, "places": ["a:1"]},
+    ]
+    assert first["noted"] == [{"reason": "cut", "count": 1, "places": ["a:9"]}]
+    assert read["parts"]["data.train"]["lengths"] == {"min": 10, "median": 10, "p90": 30, "p99": 30, "max": 30}
+    assert read["parts"]["data.train"]["label_share"] == 0.25
+    assert (read["max_length"], read["too_long"], read["overlap"]) == (100, "split", [])
+    assert [finding["num_rows"] for finding in read["findings"]] == [8, 1]
+    [row] = read["first_rows"]
+    assert (row["where"], row["num_tokens"], row["num_labels"]) == ("a.jsonl:1", 3, 2)
+    assert [segment["trained"] for segment in row["segments"]] == [False, True]
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def test_too_many_unusable_rows_stop_with_one_line_that_counts_the_reasons() -> None:
+    dropped = tally(role_is_new=["a:1"], text_is_empty=[f"a:{i}" for i in range(2, 9)])
+    with pytest.raises(DataError) as caught:
+        check_limits("data.train", dropped, 100, 0.05)
+    assert str(caught.value) == (
+        "data.train: 8 of 100 rows cannot be used, data.max_dropped (0.05) allows 5: 7 x text is empty (a:2, a:3, a:4, "
+        "a:5, a:6 and 2 more); 1 x role is new (a:1); correct the rows or raise data.max_dropped"
+    )
+
+
+def test_rare_reasons_are_counted_together() -> None:
+    dropped = tally(**{f"reason_{i:02}": [f"a:{i}"] for i in range(30)})
+    with pytest.raises(
+        DataError, match=r"1 x reason 07 \(a:7\); 22 x other reasons \(a:8, a:9, a:10, a:11, a:12 and 17"
+    ):
+        check_limits("data.train", dropped, 100, 0.0)
+
+
+@pytest.mark.parametrize(("num_dropped", "passes"), [(0, True), (29, True), (30, False)])
+def test_the_share_that_may_be_dropped_is_exact(num_dropped: int, passes: bool) -> None:
+    assert int(0.29 * 100) == 28, "a product of floats is below the whole number here"
+    dropped = tally(empty=[f"a:{i}" for i in range(num_dropped)])
+    if passes:
+        check_limits("data.train", dropped, 100, 0.29)
+    else:
+        with pytest.raises(DataError, match=r"30 of 100 rows cannot be used, .* allows 29"):
+            check_limits("data.train", dropped, 100, 0.29)
+
+
+def test_no_usable_row_is_an_error_even_where_every_drop_is_allowed() -> None:
+    with pytest.raises(DataError, match=r"^data.eval: no row can be used: 2 x empty \(a:1, a:2\)$"):
+        check_limits("data.eval", tally(empty=["a:1", "a:2"]), 2, 1.0)
+
+
+# --- findings ---------------------------------------------------------------------------------------------------------
+
+
+def test_dropped_rows_and_notes_of_all_sources_of_a_part_are_counted_together() -> None:
+    sources = (
+        source(dropped=tally(empty=["a:1"]), noted=tally(the_answer_is_cut=["a:5"])),
+        source(dropped=tally(empty=["b:1"], odd=["b:2"]), noted=tally(the_answer_is_cut=["b:5"])),
+        source("data.eval", dropped=tally(empty=["c:1"])),
+    )
+    findings = report(*sources, train=part([10], [5]), eval=part([10], [5])).findings()
+    assert [(finding.key, finding.num_rows, finding.text) for finding in findings] == [
+        ("data.train", 3, "3 of 20 rows cannot be used and are left out: 2 x empty (a:1, b:1); 1 x odd (b:2)"),
+        ("data.train", 2, "2 rows: the answer is cut (a:5, b:5)"),
+        ("data.eval", 1, "1 of 10 rows cannot be used and are left out: 1 x empty (c:1)"),
+    ]
+
+
+@pytest.mark.parametrize(("num_labels", "found"), [(1, True), (2, False)])
+def test_few_tokens_with_loss_are_found(num_labels: int, found: bool) -> None:
+    texts = [finding.text for finding in report(source(), train=part([100, 100], [num_labels, 0])).findings()]
+    assert texts == (["only 0.5 % of the tokens carry loss; shorten prompts, or look at data.loss_on"] if found else [])
+
+
+@pytest.mark.parametrize(
+    ("too_long", "num_full", "found"),
+    [("truncate", 3, True), ("keep_answer", 3, True), ("split", 3, False), ("truncate", 2, False)],
+)
+def test_rows_that_were_probably_cut_are_found(too_long: str, num_full: int, found: bool) -> None:
+    lengths = [100] * num_full + [50] * (4 - num_full)
+    findings = report(source(), too_long=too_long, train=part(lengths, [40] * 4)).findings()
+    assert [finding.text[:44] for finding in findings] == (
+        ["3 of 4 rows fill data.max_length (100 tokens"] if found else []
+    )
+
+
+def test_rows_in_both_parts_are_found_and_named() -> None:
+    held_out = [example([1], [False], f"eval.jsonl:{line}") for line in range(1, 10)]
+    overlap = tally_of(held_out, np.array([False, *[True] * 6, False, False]), "in data.train too")
+    assert overlap.places == {"in data.train too": [f"eval.jsonl:{line}" for line in range(2, 7)]}
+    findings = report(source(), overlap=overlap, train=part([10], [5]), eval=part([10] * 9, [5] * 9)).findings()
+    assert [finding.text for finding in findings] == [
+        "6 of 9 rows of data.eval stand in data.train too, so the evaluation flatters: eval.jsonl:2, eval.jsonl:3, "
+        "eval.jsonl:4, eval.jsonl:5, eval.jsonl:6 and 1 more; data.deduplicate: true trains without them"
+    ]
+    assert tally_of(held_out, np.zeros(9, np.bool_), "in data.train too").total == 0
+
+
+def test_the_log_has_lines_as_information_and_findings_as_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    logged = report(source(dropped=tally(empty=["100%.jsonl:1"])), train=part([10], [5]))
+    with caplog.at_level(logging.INFO, "qlora_train"):
+        logged.log()
+    levels = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [text for level, text in levels if level == "INFO"] == logged.lines()
+    assert levels[-1] == (
+        "WARNING", "data.train: 1 of 10 rows cannot be used and are left out: 1 x empty (100%.jsonl:1)"
+    )  # fmt: skip
+
+
+# --- rows as text -----------------------------------------------------------------------------------------------------
+
+
+def build_byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Build a tokenizer as sentencepiece models have: white space inside tokens, unknown characters as bytes."""
+    tokens = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abc", "\u2581a", "ab", "\u2581ab"]
+    merges = [("\u2581", "a"), ("a", "b"), ("\u2581a", "b")]
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, merges, byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+TOKENIZERS = {"bytes": build_tokenizer(), "byte fallback": build_byte_fallback_tokenizer()}
+tokenizers = pytest.mark.parametrize("name", TOKENIZERS)
+
+
+@tokenizers
+@settings(deadline=None)
+@given(data=st.data())
+def test_segments_join_to_the_whole_row_whatever_the_mask_cuts(name: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[name]
+    text = data.draw(st.text(st.sampled_from("ab c\n\u00e9\u4e2d\U0001f600\u200d\ufffd"), min_size=1, max_size=20))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if data.draw(st.booleans(), label="cut to a length, perhaps inside a character"):
+        ids = ids[: data.draw(st.integers(1, len(ids)))]
+    mask = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+    [row] = render_rows([example(ids, mask)], tokenizer)
+    assert "".join(part for part, _ in row.segments) == tokenizer.decode(ids)
+    assert [trained for _, trained in row.segments] == [trained for trained, _ in groupby(mask)]
+    assert (row.num_tokens, row.num_labels) == (len(ids), sum(mask))
+
+
+@tokenizers
+@settings(deadline=None)
+@given(data=st.data())
+def test_trained_segments_are_the_characters_of_the_trained_tokens(name: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[name]
+    text = data.draw(st.text(st.sampled_from("abc "), min_size=1, max_size=30).map(lambda text: "a" + text))
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    mask = data.draw(st.lists(st.booleans(), min_size=len(encoding.input_ids), max_size=len(encoding.input_ids)))
+    [row] = render_rows([example(encoding.input_ids, mask)], tokenizer)
+    is_trained = [trained for segment, trained in row.segments for _ in segment]
+    expected = [False] * len(text)
+    for (begin, end), trained in zip(encoding.offset_mapping, mask, strict=True):
+        expected[begin:end] = [trained] * (end - begin)
+    assert is_trained == expected
+
+
+@tokenizers
+@pytest.mark.parametrize("character", ["\u00e9", "\u4e2d", "\U0001f600"])
+def test_a_character_on_both_sides_of_a_border_stands_behind_it_and_nothing_else_does(
+    name: str, character: str
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(f"a {character}b", add_special_tokens=False)
+    num_bytes = len(character.encode())
+    last = len(ids) - 1  # the token of b
+    for border in range(last - num_bytes + 1, last):
+        mask = [token >= border for token in range(len(ids))]
+        [row] = render_rows([example(ids, mask)], tokenizer)
+        assert row.segments == (("a ", False), (f"{character}b", True))
+
+
+def test_no_text_is_shown_twice_where_a_cut_row_ends_in_bytes_that_are_no_characters() -> None:
+    tokenizer = TOKENIZERS["byte fallback"]
+    ids = tokenizer.encode("a" + 6 * "\n" + "\u00e9", add_special_tokens=False)[:-1]
+    [row] = render_rows([example(ids, [False, *[True] * 5, *[False] * (len(ids) - 6)])], tokenizer)
+    assert "".join(part for part, _ in row.segments) == tokenizer.decode(ids)
+    assert len(row.segments) == 3
+
+
+def test_special_tokens_are_part_of_the_text() -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    ids = tokenizer.encode("<|im_start|>assistant\nyes<|im_end|>\n", add_special_tokens=False)
+    start = len(tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False))
+    mask = [start <= i < len(ids) - 1 for i in range(len(ids))]
+    [row] = render_rows([example(ids, mask, notes=("a note",))], tokenizer)
+    assert row.segments == (("<|im_start|>assistant\n", False), ("yes<|im_end|>", True), ("\n", False))
+    assert (row.where, row.notes) == ("a.jsonl:1", ("a note",))
+
+
+# --- rows on a terminal -----------------------------------------------------------------------------------------------
+
+ESCAPES = re.compile(r"\x1b\[([0-9;]*)m")
+HOSTILE = (
+    "\x1b[31mred\x07 \r[bold]b[/bold] [link=x]y :smile: \u202eevil\u202c \ufeff\x00\t\U0001f468\u200d\U0001f469 \\n"
+)
+
+
+def rendered(*segments: tuple[str, bool], where: str = "a.jsonl:7", notes: tuple[str, ...] = ()) -> RenderedRow:
+    return RenderedRow(where, 9, 4, segments, notes)
+
+
+def coloured() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, color_system="standard", no_color=False, width=40)
+
+
+def plain() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False, width=40)
+
+
+def test_without_a_terminal_brackets_enclose_what_is_trained() -> None:
+    rows = [rendered(("user: hi\n", False), ("hello<|im_end|>", True), ("\n", False), notes=("the answer is cut",))]
+    assert shown_rows(rows, plain()) == (
+        "row 1: a.jsonl:7: 9 tokens, 4 of them with loss\n"
+        "note: the answer is cut\n"
+        "user: hi↵\n⟦hello<|im_end|>⟧↵\n\n\n"
+        "⟦with loss⟧ without loss ↵ line break\n"
+    )
+
+
+def test_a_terminal_that_wants_no_colour_gets_brackets_too() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", no_color=True)
+    shown = shown_rows([rendered(("a", False), ("b", True))], console)
+    assert "⟦b⟧" in ESCAPES.sub("", shown)
+    assert {"32"}.isdisjoint(code for codes in ESCAPES.findall(shown) for code in codes.split(";"))
+
+
+def test_on_a_terminal_what_is_trained_is_green_and_nothing_else_is() -> None:
+    shown = shown_rows([rendered(("first\nsecond ", False), ("third\nfourth", True), (" fifth", False))], coloured())
+    text, _legend = shown.rsplit("\n\n", 1)
+    green, is_green = "", False
+    for position, piece in enumerate(ESCAPES.split(text)):
+        if position % 2:
+            is_green = "32" in piece.split(";")
+        elif is_green:
+            green += piece
+    assert green.replace("↵", " ").split() == ["third", "fourth"]
+    assert "⟦" not in shown
+
+
+@pytest.mark.parametrize("console", [plain, coloured])
+def test_hostile_text_reaches_a_terminal_as_text(console: Any) -> None:
+    shown = ESCAPES.sub("", shown_rows([rendered((HOSTILE, False), (HOSTILE, True), where=f"{HOSTILE}:7")], console()))
+    odd = {character for character in shown if unicodedata.category(character) in ("Cc", "Cf")} - {"\n", "\u200d"}
+    assert odd == set()
+    for seen in (r"\x1b[31mred\x07 \r[bold]b[/bold] [link=x]y :smile: \u202eevil", r"\ufeff\x00\t", "\U0001f468\u200d"):
+        assert shown.count(seen) == 3
+
+
+def test_long_lines_are_not_broken_and_long_pieces_are_shortened() -> None:
+    line, piece = "word " * 100, "x" * LONGEST_SEGMENT + "yz"
+    shown = shown_rows([rendered((line, False), (piece, True))], plain())
+    assert line in shown
+    assert f"x [... 2 characters ...] {'x' * (LONGEST_SEGMENT // 2 - 2)}yz⟧" in shown
+
+
+def test_no_rows_are_shown_as_nothing() -> None:
+    assert shown_rows([], plain()) == ""

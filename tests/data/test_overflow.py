@@ -1,0 +1,131 @@
+"""What becomes of rows beyond `data.max_length`, checked token by token."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from qlora_train.data.overflow import fit
+from qlora_train.data.types import Example, UnusableRowError
+from qlora_train.utils.errors import DataError
+
+BOS = 7
+CUTTING = ("truncate", "keep_end", "keep_answer", "split")
+
+
+def example(mask: str, *, bos: bool = False) -> Example:
+    """Return a row whose tokens are their positions, from 100 on, and whose labels are the x in `mask`."""
+    ids = np.arange(100, 100 + len(mask), dtype=np.int32)
+    if bos:
+        ids[0] = BOS
+    return Example("rows.jsonl:3", ids, np.array([c == "x" for c in mask]), "asked", "told", ("before",))
+
+
+def shown(piece: Example) -> str:
+    """Return the positions of a piece's tokens, labels in brackets; ^ is the beginning token."""
+    names = ["^" if token == BOS else str(token - 100) for token in piece.input_ids.tolist()]
+    return " ".join(f"[{name}]" if label else name for name, label in zip(names, piece.loss_mask, strict=True))
+
+
+def cut(mask: str, too_long: Any, max_length: int, *, bos: bool = False) -> list[str]:
+    return [shown(piece) for piece in fit(example(mask, bos=bos), max_length=max_length, too_long=too_long, bos=BOS)]
+
+
+@pytest.mark.parametrize("too_long", ["drop", "refuse", *CUTTING])
+def test_a_row_that_fits_stays_as_it_is(too_long: Any) -> None:
+    row = example("..xx")
+    assert fit(row, max_length=4, too_long=too_long, bos=None) == [row]
+
+
+def test_a_long_row_is_dropped_with_the_limit() -> None:
+    with pytest.raises(UnusableRowError, match=r"^longer than data.max_length \(3 tokens\)$"):
+        cut("..xx", "drop", 3)
+
+
+def test_a_long_row_is_refused_with_its_place_length_and_the_way_out() -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:3: found a row of 4 tokens; data.max_length allows 3; .*too_long"):
+        cut("..xx", "refuse", 3)
+
+
+def test_cuts_keep_the_tokens_that_they_say() -> None:
+    assert cut("..xx..xx", "truncate", 5) == ["0 1 [2] [3] 4"]
+    assert cut("..xx..xx", "keep_end", 5) == ["3 4 5 [6] [7]"]
+    assert cut("..xx..xx", "keep_answer", 5) == ["3 4 5 [6] [7]"]
+    assert cut("..xx..xx", "keep_answer", 5, bos=True) == ["^ 4 5 [6] [7]"]
+    assert cut("..xx..xx..", "keep_answer", 6, bos=True) == ["^ [3] 4 5 [6] [7]"]
+    assert cut("..xx..xx.", "split", 3) == ["0 1 [2]", "2 [3] 4", "4 5 [6]", "6 [7] 8"]
+    assert cut("...xxx...", "split", 3) == ["2 [3] [4]", "4 [5] 6"]
+
+
+def test_notes_say_what_was_cut_once_a_row() -> None:
+    def notes(mask: str, too_long: Any, max_length: int) -> list[tuple[str, ...]]:
+        return [piece.notes for piece in fit(example(mask), max_length=max_length, too_long=too_long, bos=None)]
+
+    assert notes("..xx..", "truncate", 4) == [("before", "cut at the end to data.max_length")]
+    assert notes("..xx..", "truncate", 3) == [("before", "cut at the end to data.max_length", "the answer is cut")]
+    assert notes("....xx", "keep_end", 4) == [("before", "cut at the beginning to data.max_length")]
+    assert notes("..xxxx", "keep_end", 3)[0][-1] == "the answer is cut"
+    assert notes(".x..xx", "keep_answer", 3)[0][1:] == (
+        "cut before the last answer to data.max_length", "earlier answers are cut",
+    )  # fmt: skip
+    assert notes(".x.x", "split", 2) == [("before", "split into pieces of data.max_length"), ()]
+
+
+def test_pieces_of_one_row_are_asked_for_once() -> None:
+    pieces = fit(example(".x.x"), max_length=2, too_long="split", bos=None)
+    assert [(piece.prompt, piece.answer) for piece in pieces] == [("asked", "told"), (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("mask", "too_long"),
+    [
+        ("....xx", "truncate"),
+        ("xxx...", "keep_end"),
+        ("...x..", "keep_end"),
+        ("x.....", "split"),
+        ("..xxx.", "keep_answer"),
+    ],
+)
+def test_a_row_without_a_label_after_the_cut_is_unusable(mask: str, too_long: Any) -> None:
+    with pytest.raises(UnusableRowError, match=r"data.max_length \(3 tokens\)$"):
+        cut(mask, too_long, 3)
+
+
+def test_an_answer_that_does_not_fit_with_a_token_before_it_is_unusable() -> None:
+    assert cut("....xxxx", "keep_answer", 5, bos=True) == ["^ [4] [5] [6] [7]"]
+    with pytest.raises(UnusableRowError, match=r"the last answer alone is longer than data.max_length \(4 tokens\)"):
+        cut("....xxxx", "keep_answer", 4)
+
+
+@given(
+    labels=st.lists(st.booleans(), min_size=2, max_size=40),
+    max_length=st.integers(2, 20),
+    too_long=st.sampled_from(CUTTING),
+    bos=st.booleans(),
+)
+def test_every_piece_is_short_has_a_label_and_keeps_the_rows_labels(
+    labels: list[bool], max_length: int, too_long: Any, bos: bool
+) -> None:
+    row = example("".join(".x"[label] for label in [False, *labels[1:]]), bos=bos)
+    assume(row.loss_mask.any())
+    try:
+        pieces = fit(row, max_length=max_length, too_long=too_long, bos=BOS)
+    except UnusableRowError:
+        return
+    is_label = dict(zip(row.input_ids.tolist(), row.loss_mask.tolist(), strict=True))
+    for piece in pieces:
+        assert len(piece.input_ids) == len(piece.loss_mask) <= max(max_length, 1)
+        assert piece.loss_mask.any()
+        assert not piece.loss_mask[0]
+        tokens = piece.input_ids.tolist()
+        assert piece.loss_mask.tolist()[1:] == [is_label[token] for token in tokens[1:]]
+        assert tokens[1:] == sorted(tokens[1:])
+    if too_long == "split":
+        learnt = [token for piece in pieces for token in piece.input_ids[piece.loss_mask].tolist()]
+        assert learnt == [token for token, label in is_label.items() if label], "every label once"
+    if too_long == "keep_answer":
+        last = [token for token, label in is_label.items() if label][-1]
+        assert pieces[0].loss_mask[pieces[0].input_ids.tolist().index(last)]
+        assert (pieces[0].input_ids[0] == BOS) == bos

@@ -1,0 +1,143 @@
+"""Whole runs on a GPU: load, parity checks, training, resume, evaluation, merge, check, generation.
+
+The device may be a fake one (`tests.support.fake_cuda`): then these tests compute on the CPU, and fail where tensors of two
+devices meet. `tests/e2e/test_fake_cuda.py` runs them so.
+"""
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_train.export import adapter_check, fresh_process
+from qlora_train.export.merging import verify
+from qlora_train.inference.chat import Chat, ChatSettings
+from qlora_train.inference.eval_report import EvalSettings
+from qlora_train.inference.finished_run import open_finished
+from qlora_train.kernels.packed import varlen
+from qlora_train.objectives import sft_loss
+from qlora_train.pipeline import evaluate
+from qlora_train.training import qlora_trainer
+from qlora_train.training.memory import activation_offloading
+from qlora_train.utils import signals
+from tests.kernels.varlen import plain_varlen
+from tests.support import fake_cuda
+from tests.support.runs import losses, make_config, train_run, write_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+Pico = Callable[..., Path]
+
+FAMILIES = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "falcon", "gpt_neox",
+    "qwen3_next",
+)  # fmt: skip
+SHORT = ("train.max_steps=2", "train.eval_steps=2", "export.max_loss_increase=10")
+MERGED = (*SHORT, "export.merge=true")
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Check saved models in this process, and fail on a mismatch of devices that the product catches."""
+
+    def check_here(_where: Path, code: str, reference: Path, *, batch_size: int, error: Any) -> fresh_process.Check:
+        answer = fresh_process._measure(code, reference, batch_size)
+        agreement = fresh_process.Agreement(**answer["agreement"])
+        return fresh_process.Check(answer["loss"], agreement, tuple(answer["token_differences"]))
+
+    for module in (adapter_check, verify):
+        monkeypatch.setattr(module, "check_in_fresh_process", check_here)
+    if fake_cuda.IS_FAKE:
+        monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)  # torch's has no kernel for the CPU
+    fake_cuda.mismatches.clear()
+    yield
+    assert fake_cuda.mismatches == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_path: Path) -> None:
+    run = train_run(tmp_path, pico(family), *MERGED)
+    assert all(map(math.isfinite, losses(run)))
+    assert run.fast_path()["on"], run.fast_path()
+    assert run.facts()["device"] == torch.cuda.get_device_name()
+    results = evaluate(run, EvalSettings(max_new_tokens=4, batch_size=2))
+    assert {"base", "adapter", "merged"} < results.keys()
+    assert run.read_results()["adapter_check"]["passed"]
+    assert varlen.works_on(torch.device("cuda", 0)), "first tried where gradients are off"
+
+
+WAYS = {
+    "reference": ("train.fast_path=false",),
+    "padded": ("train.padding_free=false",),
+    "packed": ("data.packing=true",),
+    "eager": ("model.attn_implementation=eager",),
+    "keeps everything": ("train.recompute=none",),
+    "recomputes MLPs": ("train.recompute=mlp",),
+    "recomputes layers": ("train.recompute=layer",),
+    "recomputes by Transformers": ("train.gradient_checkpointing=true",),
+    "offloads": ("train.activation_offloading=true",),
+    "dequantized weights": ("train.dequantized_cache_gb=1",),
+    "dropout": ("lora.lora_dropout=0.1",),
+    "dora": ("lora.use_dora=true",),
+    "eva": ("lora.init_lora_weights=eva",),
+    "noise": ("train.neftune_noise_alpha=5",),
+    "new tokens": ('model.new_tokens=["<one>","<two>"]',),
+    "16 bits": ("quantization.load_in_4bit=false",),
+    "float16": ("quantization.bnb_4bit_compute_dtype=float16",),
+    "float32": ("quantization.bnb_4bit_compute_dtype=float32",),
+    "torch's optimizer": ("train.optim=adamw_torch_fused",),
+    "streamed": ("data.streaming=true", "data.eval=null", "train.eval_steps=null"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_trains_in_every_way(way: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sft_loss.CHUNK_BYTES, "cuda", 1 << 16)
+    monkeypatch.setattr(sft_loss, "MIN_CHUNK_TOKENS", 16)  # several chunks a micro-batch
+    monkeypatch.setattr(activation_offloading, "SMALLEST_BYTES", 1)
+    make_config(tmp_path, pico_llama)
+    write_rows(tmp_path / "rows.jsonl", system="Add the numbers of the question and answer in JSON.")
+    run = train_run(tmp_path, pico_llama, *SHORT, *WAYS[way])
+    assert all(map(math.isfinite, losses(run)))
+    assert run.read_results()["adapter_check"]["passed"]
+
+
+def test_experts_balance(pico: Pico, tmp_path: Path) -> None:
+    run = train_run(tmp_path, pico("mixtral"), *SHORT, "train.router_aux_loss_coef=0.01")
+    assert all(map(math.isfinite, losses(run)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_stopped_run_resumes_merges_and_talks(
+    dtype: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fake_cuda.IS_FAKE:
+        monkeypatch.undo()  # saved models are checked by processes of their own, which use the GPU too
+    settings = (
+        "train.max_steps=4", "train.eval_steps=2", "train.save_steps=2", "export.merge=true", "export.max_loss_increase=10",
+        f"quantization.bnb_4bit_compute_dtype={dtype}",
+    )  # fmt: skip
+    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
+    step = qlora_trainer.QloraTrainer.training_step
+    with monkeypatch.context() as patch, signals.handle_signals():
+
+        def stopped(trainer: Any, *arguments: Any) -> torch.Tensor:
+            if trainer.state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(trainer, *arguments)
+
+        patch.setattr(qlora_trainer.QloraTrainer, "training_step", stopped)
+        with pytest.raises(signals.Stop):
+            train_run(tmp_path, pico_llama, *settings, name="stopped")
+    run = train_run(tmp_path, pico_llama, *settings, name="stopped")
+    assert losses(run) == pytest.approx(losses(straight), rel=1e-2)
+    assert run.has_merged()
+    finished = open_finished(run.path)
+    [(_, model, tokenizer)] = finished.models(["adapter"])
+    written: list[str] = []
+    Chat(model, tokenizer, ChatSettings(max_new_tokens=4), finished, written.append).hear("1 + 1")
+    assert written

@@ -1,0 +1,276 @@
+"""A stopped run that goes on ends in the same weights as one that was never stopped."""
+
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file
+
+from qlora_train import pipeline
+from qlora_train.config import load_config
+from qlora_train.pipeline import commit_of, merge, run
+from qlora_train.runs import RunFolder, held
+from qlora_train.utils.errors import CheckpointError
+from tests.support.runs import adapter_bytes, losses, make_config, metrics, train_run
+
+EVERY_STEP = ("train.save_steps=1",)
+VARIANTS = {
+    "adamw_torch": (
+        "train.optim=adamw_torch", "lora.lora_dropout=0.1", "train.eval_steps=2", "data.eval=0.25",
+        "train.warmup_ratio=0.7",
+    ),
+    "paged_adamw_8bit": ("train.optim=paged_adamw_8bit", "lora.r=64", "train.neftune_noise_alpha=5"),
+    "epochs, grouped": ("train.group_by_length=true", "train.logging_steps=3", "train.gradient_checkpointing=true"),
+}  # fmt: skip
+
+
+def stopped_after(step: int, run: RunFolder, copy: Path) -> RunFolder:
+    """Return a copy of a finished run as it was on disk when it had been killed just after `step`."""
+    shutil.copytree(run.path, copy)
+    stopped = RunFolder(copy)
+    shutil.rmtree(stopped.adapter)
+    stopped.results_file.unlink()
+    for later in [number for number in stopped.steps() if number > step]:
+        shutil.rmtree(stopped.checkpoint(later))
+    return stopped
+
+
+def training(run: RunFolder) -> dict[str, Any]:
+    """Return what results.json says of the training."""
+    result: dict[str, Any] = run.read_results()["training"]
+    return result
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_run_ends_in_the_same_bits_at_every_step(variant: str, pico_llama: Path, tmp_path: Path) -> None:
+    settings = (*EVERY_STEP, *VARIANTS[variant])
+    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
+    for step in (1, 4, 5, 6):  # 18 rows in batches of 2 x 2 make 5 steps an epoch: 5 is its edge; 6 is the last step
+        stopped = stopped_after(step, straight, tmp_path / f"stopped-{step}")
+        resumed = train_run(tmp_path, pico_llama, *settings, name=stopped.path.name)
+        assert adapter_bytes(resumed) == adapter_bytes(straight), f"resumed after step {step}"
+        assert losses(resumed) == losses(straight)
+        assert training(resumed)["train_loss"] == training(straight)["train_loss"]
+
+
+def test_8_bit_optimizer_state_is_really_8_bit_in_the_checkpoint(pico_llama: Path, tmp_path: Path) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=1", *EVERY_STEP, *VARIANTS["paged_adamw_8bit"])
+    state = load_file(run.checkpoint(1) / "optimizer.safetensors")
+    dtypes = {str(tensor.dtype) for tensor in state.values() if tensor.numel() >= 4096}
+    assert dtypes == {"torch.uint8"}
+
+
+def test_adapter_is_float32_in_training_and_on_disk(pico_llama: Path, tmp_path: Path) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=1", *EVERY_STEP)
+    for file in (run.checkpoint(1) / "adapter.safetensors", run.adapter / "adapter_model.safetensors"):
+        assert {str(tensor.dtype) for tensor in load_file(file).values()} == {"torch.float32"}
+
+
+def test_killed_process_goes_on_with_the_same_command(pico_llama: Path, tmp_path: Path) -> None:
+    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=40", name="straight")
+    config = make_config(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=40", name="killed")
+    command = [
+        sys.executable,
+        "-m",
+        "qlora_train.cli.main",
+        str(straight.config_file),
+        f"run.output_dir={tmp_path / 'killed'}",
+    ]
+    killed = RunFolder(Path(str(config.run.output_dir)))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not killed.steps() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert killed.steps(), "the process wrote no checkpoint before it ended"
+    assert killed.steps()[-1] < 40, "the process was too fast to be killed in training"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumes from" in done.stderr
+    assert adapter_bytes(killed) == adapter_bytes(straight)
+
+
+def test_damaged_checkpoint_is_skipped_for_the_one_before(
+    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, name="straight")
+    stopped = stopped_after(4, straight, tmp_path / "damaged")
+    file = stopped.checkpoint(4) / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with caplog.at_level("WARNING", logger="qlora_train"):
+        assert stopped.newest_whole_checkpoint() == stopped.checkpoint(3)
+    assert "optimizer.safetensors has changed" in caplog.text
+    resumed = train_run(tmp_path, pico_llama, *EVERY_STEP, name="damaged")
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+
+
+def test_finished_run_says_so_and_trains_no_more(
+    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=2")
+    before = adapter_bytes(run), run.metrics_file.read_text()
+    with caplog.at_level("INFO", logger="qlora_train"):
+        again = train_run(tmp_path, pico_llama, "train.max_steps=2", "export.merge=true")
+    assert "has finished already" in caplog.text
+    assert (adapter_bytes(again), again.metrics_file.read_text()) == before
+    assert (again.merged / "model.safetensors").is_file()
+
+
+def test_changed_setting_is_refused_with_old_and_new_value(pico_llama: Path, tmp_path: Path) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=2", *EVERY_STEP)
+    shutil.rmtree(run.adapter)
+    with pytest.raises(CheckpointError, match=r"train\.learning_rate was 0\.01 .* is 0\.02 now"):
+        train_run(tmp_path, pico_llama, "train.max_steps=2", *EVERY_STEP, "train.learning_rate=2e-2")
+
+
+def test_changed_data_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=2", *EVERY_STEP)
+    shutil.rmtree(run.adapter)
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    with pytest.raises(CheckpointError, match="data_fingerprint was"):
+        train_run(tmp_path, pico_llama, "train.max_steps=2", *EVERY_STEP)
+
+
+def test_resume_never_does_not_touch_an_existing_run(pico_llama: Path, tmp_path: Path) -> None:
+    train_run(tmp_path, pico_llama, "train.max_steps=1")
+    with pytest.raises(CheckpointError, match="--resume never would overwrite"):
+        train_run(tmp_path, pico_llama, "train.max_steps=1", resume="never")
+
+
+def test_foreign_folder_is_not_taken(pico_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is not empty and holds no run"):
+        train_run(tmp_path, pico_llama)
+
+
+BEST_IS_NOT_LAST = (
+    "train.max_steps=3", "train.save_steps=1", "train.eval_steps=1", "train.load_best_model_at_end=true",
+    "train.learning_rate=0.02", "train.lr_scheduler_type=constant",
+)  # fmt: skip
+
+
+def test_rotation_keeps_the_newest_and_the_best_which_is_what_the_run_ends_with(
+    pico_llama: Path, tmp_path: Path
+) -> None:
+    run = train_run(tmp_path, pico_llama, *BEST_IS_NOT_LAST, "train.save_total_limit=1")
+    evaluations = {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line}
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert best < 3, "the learning rate should have made the last steps worse"
+    assert run.steps() == [best, 3]
+    assert training(run)["taken_from_step"] == best
+    assert training(run)["eval_loss"] == evaluations[best]
+    stored = load_file(run.checkpoint(best) / "adapter.safetensors")
+    finished = load_file(run.adapter / "adapter_model.safetensors")
+    assert sorted(float(t.sum()) for t in stored.values()) == sorted(float(t.sum()) for t in finished.values())
+
+
+def test_run_killed_at_its_end_still_ends_with_the_best(pico_llama: Path, tmp_path: Path) -> None:
+    straight = train_run(tmp_path, pico_llama, *BEST_IS_NOT_LAST, name="straight")
+    for step in (2, 3):
+        stopped = stopped_after(step, straight, tmp_path / f"stopped-{step}")
+        resumed = train_run(tmp_path, pico_llama, *BEST_IS_NOT_LAST, name=stopped.path.name)
+        assert adapter_bytes(resumed) == adapter_bytes(straight)
+        assert training(resumed)["taken_from_step"] == training(straight)["taken_from_step"]
+
+
+def test_run_killed_after_early_stopping_does_not_train_on(pico_llama: Path, tmp_path: Path) -> None:
+    settings = (
+        "train.max_steps=30", "train.eval_steps=1", "train.save_steps=1", "train.early_stopping_patience=1",
+        "train.learning_rate=0.02", "train.lr_scheduler_type=constant",
+    )  # fmt: skip
+    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
+    assert straight.steps()[-1] < 30
+    stopped = stopped_after(straight.steps()[-1], straight, tmp_path / "stopped")
+    resumed = train_run(tmp_path, pico_llama, *settings, name=stopped.path.name)
+    assert resumed.steps() == straight.steps()
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+
+
+def test_named_checkpoint_is_resumed_from_and_later_ones_are_forgotten(pico_llama: Path, tmp_path: Path) -> None:
+    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, name="straight")
+    again = stopped_after(6, straight, tmp_path / "again")
+    settings = (*EVERY_STEP, "train.save_total_limit=2")
+    resumed = train_run(tmp_path, pico_llama, *settings, name="again", resume=str(again.checkpoint(2)))
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+    assert resumed.steps() == [5, 6]
+    assert losses(resumed) == losses(straight)
+
+
+def test_checkpoint_of_another_run_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+    other = train_run(tmp_path, pico_llama, "train.max_steps=1", *EVERY_STEP, "train.learning_rate=0.5", name="other")
+    with pytest.raises(CheckpointError, match="is no checkpoint of this run"):
+        train_run(tmp_path, pico_llama, *EVERY_STEP, name="fresh", resume=str(other.checkpoint(1)))
+
+
+def test_torn_last_line_of_the_metrics_does_not_stop_a_resume(pico_llama: Path, tmp_path: Path) -> None:
+    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, name="straight")
+    stopped = stopped_after(4, straight, tmp_path / "stopped")
+    with stopped.metrics_file.open("a") as file:
+        file.write('{"step": 7, "lo')
+    resumed = train_run(tmp_path, pico_llama, *EVERY_STEP, name="stopped")
+    assert metrics(resumed)[-1]["step"] == 6
+    assert losses(resumed) == losses(straight)
+
+
+def test_run_folder_belongs_to_one_process(pico_llama: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, pico_llama)
+    with held(RunFolder(tmp_path / "run")), pytest.raises(CheckpointError, match=rf"process {os.getpid()} on"):
+        run(config)
+
+
+def test_merge_refuses_a_base_that_is_not_the_one_trained_on(
+    pico: Callable[..., Path], pico_llama: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(pico_llama, base)
+    finished = train_run(tmp_path, base, "train.max_steps=1")
+    shutil.copy(pico("llama", seed=1) / "model.safetensors", base / "model.safetensors")
+    with pytest.raises(CheckpointError, match="base_identity was"):
+        merge(finished, load_config(finished.config_file))
+
+
+def test_finished_run_is_merged_as_the_command_line_says(pico_llama: Path, tmp_path: Path) -> None:
+    train_run(tmp_path, pico_llama, "train.max_steps=1")
+    merging = ("export.merge=true", "export.merge_base=original", "export.max_loss_increase=10")
+    merged = train_run(tmp_path, pico_llama, "train.max_steps=1", *merging)
+    assert merged.read_results()["merge"]["kept"] == "original"
+    with pytest.raises(CheckpointError, match=r"lora\.r was 8"):
+        merge(merged, load_config(merged.config_file, ["lora.r=4"]))
+
+
+def test_trained_model_is_gone_from_memory_when_the_merge_begins(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = []
+
+    def count(*_arguments: Any) -> None:
+        alive.append(sum(isinstance(item, Linear4bit) for item in gc.get_objects()))
+
+    monkeypatch.setattr(pipeline, "merge_run", count)
+    gc.collect()
+    before = sum(isinstance(item, Linear4bit) for item in gc.get_objects())
+    train_run(tmp_path, pico_llama, "train.max_steps=1", "export.merge=true")
+    assert alive == [before]
+
+
+def test_run_stays_at_the_commit_of_the_hub_that_it_began_with(pico_llama: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    model = make_config(tmp_path, pico_llama).model
+    folder = RunFolder(tmp_path)
+    assert commit_of(model, folder).revision is None
+    folder.facts_file.write_text(f'{{"base_identity": "{commit}"}}')
+    assert commit_of(model, folder).revision == commit

@@ -1,0 +1,76 @@
+"""A finished run is merged: measured, with a card, whole or not at all, and with one model in memory at a time."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+
+from qlora_train.config import load_config
+from qlora_train.export.merging import merge_run as run_module
+from qlora_train.export.merging.merge_run import merge_run
+from qlora_train.export.merging.verify import MergeChoice, MergeRun
+from qlora_train.inference.finished_run import date_of
+from qlora_train.pipeline import prepare_again
+from qlora_train.runs import RunFolder
+from qlora_train.utils.atomic_io import MANIFEST, damage
+from tests.support.runs import train_run
+
+
+def merge(run: RunFolder) -> MergeChoice:
+    config = load_config(run.config_file)
+    return merge_run(run, config, *prepare_again(config, run), date_of(run), "cpu")
+
+
+def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_run(tmp_path, pico_llama, "train.max_steps=2", "quantization.bnb_4bit_compute_dtype=bfloat16")
+    alive: list[bool] = []
+    original = MergeRun.merge
+
+    def counted(self: MergeRun, *arguments: Any) -> Any:
+        alive.append(any(isinstance(thing, PeftModel) for thing in gc.get_objects()))
+        return original(self, *arguments)
+
+    monkeypatch.setattr(MergeRun, "merge", counted)
+    choice = merge(run)
+    assert alive == [False, False], "the measured adapter model is gone before a merge begins"
+    results = run.read_results()["merge"]
+    assert results["kept"] == choice.report.merge_base
+    card = (run.merged / "README.md").read_text(encoding="utf-8")
+    assert f"| adapter on the base it was trained on | {results['loss with adapter']:.4g} |" in card
+    for kind in ("original", "dequantized"):
+        loss, same = results[f"loss merged onto {kind}"], results[f"same first choice merged onto {kind}"]
+        this = " (this model)" if kind == results["kept"] else ""
+        assert f"| merged onto the {kind} base{this} | {loss:.4g} | " in card
+        assert f" | {100 * same:.1f} % |" in card
+    assert results["rows"] == "held-out"
+    assert 0 <= results["divergence merged onto dequantized"] < results["divergence merged onto original"]
+    assert damage(run.merged) is None
+    assert "README.md" in json.loads((run.merged / MANIFEST).read_text())["files"]
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = sorted(path.name for path in run.path.iterdir())
+    monkeypatch.setattr(run_module, "write_card", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        merge(run)
+    assert damage(run.merged) is None
+    assert sorted(path.name for path in run.path.iterdir()) == before
+
+
+def test_a_run_without_held_out_rows_is_merged_and_checked_on_training_rows(
+    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="qlora_train")
+    unheld = ("data.eval=null", "train.eval_steps=null")
+    run = train_run(tmp_path, pico_llama, *unheld, "train.max_steps=1", "export.merge=true")
+    results = run.read_results()["merge"]
+    assert (results["kept"], results["rows"]) == ("dequantized", "training")
+    assert results["divergence merged onto dequantized"] < 0.05
+    assert "24 training rows (none were held out)" in caplog.text
+    assert "24 training rows (none were held out)" in (run.merged / "README.md").read_text(encoding="utf-8")

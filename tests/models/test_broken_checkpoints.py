@@ -1,0 +1,328 @@
+"""Bases as they come from the wild: each damage is one line that names the file or the tensor, before training."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qlora_train.cli.main import main
+from qlora_train.config.writer import to_yaml
+from qlora_train.export.merging.base_checkpoint import BaseFile
+from qlora_train.utils.errors import MergeError
+from tests.cli.test_cli import libraries_stay_as_they_were
+from tests.support.pico import build_pico
+from tests.support.runs import make_config, train_run
+
+__all__ = ["libraries_stay_as_they_were"]  # a fixture that is applied here too
+
+LOG = re.compile(
+    r":\d+: format \w+$|^device: |^data\.|^tokenizer: |^compute dtype: |^attention: |^quantisation census: "
+    r"|^adapter: starts from "
+)
+"""Lines of the log before training starts."""
+
+Damage = Callable[[Path], None]
+Tensors = dict[str, torch.Tensor]
+Capture = pytest.CaptureFixture[str]
+SHARD = "model-00002-of-00005.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico Llama in five shards."""
+    folder = build_pico(tmp_path_factory.mktemp("sharded"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    model.save_pretrained(folder, max_shard_size="60KB")
+    assert (folder / SHARD).is_file()
+    return folder
+
+
+def train(base: Path, folder: Path, *overrides: str) -> int:
+    """Run `qlora-train CONFIG` on a base, for one step."""
+    config = make_config(folder, base, "train.max_steps=1", *overrides)
+    (folder / "whole.yaml").write_text(to_yaml(config))
+    return main([str(folder / "whole.yaml")])
+
+
+def refused(base: Path, folder: Path, capsys: Capture, *overrides: str) -> str:
+    """Run it, and return the one line that it ends with."""
+    capsys.readouterr()
+    assert train(base, folder, *overrides) == 2
+    err = capsys.readouterr().err
+    problems = [line for line in err.splitlines() if not LOG.search(line)]
+    assert len(problems) == 1, err
+    assert not (folder / "run" / "adapter").exists()
+    assert "training: starts" not in err
+    return problems[0]
+
+
+# --- damages ----------------------------------------------------------------------------------------------------------
+
+
+def edited(file: str, **changes: Any) -> Damage:
+    def damage(base: Path) -> None:
+        content = json.loads((base / file).read_text())
+        (base / file).write_text(json.dumps({**content, **changes}))
+
+    return damage
+
+
+def without(file: str) -> Damage:
+    return lambda base: (base / file).unlink()
+
+
+def written(file: str, text: str) -> Damage:
+    def damage(base: Path) -> None:
+        (base / file).write_text(text)
+
+    return damage
+
+
+def cut(share: float) -> Damage:
+    def damage(base: Path) -> None:
+        content = (base / WEIGHTS).read_bytes()
+        (base / WEIGHTS).write_bytes(content[: int(share * len(content))])
+
+    return damage
+
+
+def tensors(change: Callable[[Tensors], Tensors]) -> Damage:
+    return lambda base: save_file(change(load_file(base / WEIGHTS)), base / WEIGHTS, metadata={"format": "pt"})
+
+
+def lacking(part: str) -> Damage:
+    return tensors(lambda all_of_them: {name: tensor for name, tensor in all_of_them.items() if part not in name})
+
+
+def having(name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Damage:
+    return tensors(lambda all_of_them: {**all_of_them, name: torch.zeros(shape, dtype=dtype)})
+
+
+def linears_as(dtype: torch.dtype) -> Damage:
+    return tensors(lambda found: {name: t.to(dtype) if "proj" in name else t for name, t in found.items()})
+
+
+def index_that_names_more(base: Path) -> None:
+    index = json.loads((base / INDEX).read_text())
+    index["weight_map"]["model.layers.0.mlp.gate_proj.bias"] = SHARD
+    (base / INDEX).write_text(json.dumps(index))
+
+
+def pickled(base: Path) -> None:
+    torch.save(load_file(base / WEIGHTS), base / "model.pt")
+    (base / WEIGHTS).unlink()
+
+
+def without_vocabulary(base: Path) -> None:
+    content = json.loads((base / "tokenizer.json").read_text())
+    content["model"] |= {"vocab": {}, "merges": []}
+    (base / "tokenizer.json").write_text(json.dumps(content))
+
+
+LAYER_1 = r"model\.layers\.1\.input_layernorm\.weight, .* and 6 more tensors"
+ONE_MODEL = "give config.json and weights of one model$"
+BROKEN: dict[str, tuple[Damage, str]] = {
+    "weights cut in the head": (cut(0.001), r"model\.safetensors \(\d+ bytes\) is cut or damaged: .*; fetch it again$"),
+    "weights cut in the middle": (cut(0.5), r"model\.safetensors \([\d,]+ bytes\) is cut or damaged: .*; fetch it again$"),
+    "weights cut at the end": (cut(0.999), r"model\.safetensors \([\d,]+ bytes\) is cut or damaged: .*; fetch it again$"),
+    "weights empty": (written(WEIGHTS, ""), r"model\.safetensors \(0 bytes\) is cut or damaged"),
+    "weights a pointer": (written(WEIGHTS, POINTER), r"model\.safetensors is a pointer of Git LFS .*; run: git lfs pull"),
+    "weights nowhere": (without(WEIGHTS), r"holds neither model\.safetensors nor \S+\.index\.json; fetch the weights$"),
+    "weights pickled": (pickled, r"model\.pt is a pickle of another kind .*; choose a revision with"),
+    "config without a type": (edited("config.json", model_type=None), r"config\.json: model_type: found None.*; use a "),
+    "config no JSON": (written("config.json", "{model"), r"config\.json cannot be read \("),
+    "config of an unknown type": (
+        edited("config.json", model_type="perceptron", transformers_version="4.0"),
+        rf"config\.json: model_type: 'perceptron' is not known to the installed Transformers "
+        rf"{re.escape(transformers.__version__)}; check its spelling, or upgrade",
+    ),
+    "config of a newer library": (
+        edited("config.json", model_type="llama9", transformers_version="99.1.0"),
+        "'llama9' is not known .*; the file was written by 99.1.0: pip install --upgrade transformers$",
+    ),
+    "config that contradicts itself": (
+        edited("config.json", num_attention_heads=5),
+        r"config\.json cannot be read: .*64\) is not a multiple of the number of attention heads \(5\); fetch it again$",
+    ),
+    "config with a value of another kind": (
+        edited("config.json", intermediate_size=[128]),
+        r"config\.json cannot be read: .*'intermediate_size' expected int, got list.*; fetch it again$",
+    ),
+    "config of no causal language model": (
+        edited("config.json", model_type="t5"), "cannot be loaded: .*T5Config.*; give a causal language model",
+    ),
+    "a pad token beyond the vocabulary": (
+        edited("config.json", pad_token_id=320),
+        r"config\.json: pad_token_id: 320 is beyond the 320 tokens of vocab_size, .*; set it to null$",
+    ),
+    "hidden size of another model": (
+        edited("config.json", hidden_size=96),
+        rf"21 tensors have another shape .*: lm_head\.weight is \(320, 64\) in the file and \(320, 96\) .*; {ONE_MODEL}",
+    ),
+    "4-bit layers of another size": (
+        edited("config.json", intermediate_size=96),
+        rf"6 tensors .*: model\.layers\.0\.mlp\.down_proj\.weight is \(64, 128\) in .* and \(64, 96\) .*; {ONE_MODEL}",
+    ),
+    "one tensor of another shape": (
+        having("model.layers.1.self_attn.q_proj.weight", 32, 64),
+        rf"1 tensor has .*: model\.layers\.1\.self_attn\.q_proj\.weight is \(32, 64\) in .* and \(64, 64\) .*; {ONE_MODEL}",
+    ),
+    "a layer missing": (lacking("layers.1."), f"the weights lack {LAYER_1}, which would be random; fetch them again"),
+    "one norm missing": (lacking("model.norm"), r"the weights lack model\.norm\.weight, which would be random"),
+    "the head missing": (lacking("lm_head"), r"the weights lack lm_head\.weight, which would be random"),
+    "a layer too many": (
+        edited("config.json", num_hidden_layers=1),
+        f"the weights hold {LAYER_1}, but config.json says 1 layers .*; {ONE_MODEL}",
+    ),
+    "weights in fp8": (linears_as(torch.float8_e4m3fn), r"holds model\.layers\.0\..* as F8_E4M3, .*; give the original"),
+    "weights in int8": (linears_as(torch.int8), r"holds model\.layers\.0\..* as I8, .*; give the original 16-bit model$"),
+    "no tokenizer": (without("tokenizer.json"), r"no usable tokenizer: .*; fetch tokenizer\.json and tokenizer_config"),
+    "a tokenizer cut": (written("tokenizer.json", '{"version'), r"no usable tokenizer: .*; fetch tokenizer\.json and "),
+    "a tokenizer without vocabulary": (without_vocabulary, r"no vocabulary beside its 4 added .*; fetch tokenizer\.json"),
+}  # fmt: skip
+BROKEN_SHARDS: dict[str, tuple[Damage, str]] = {
+    "a shard missing": (without(SHARD), rf"{SHARD} is missing, which {INDEX} names; fetch it$"),
+    "a shard cut": (written(SHARD, "{"), rf"{SHARD} \(1 bytes\) is cut or damaged"),
+    "an index that names more": (
+        index_that_names_more, rf"{SHARD} lacks model\.layers\.0\.mlp\.gate_proj\.bias, which {INDEX} says it holds; fetch",
+    ),
+    "an index no JSON": (written(INDEX, "{"), rf"{INDEX} cannot be read \(JSONDecodeError: .*\); fetch it again$"),
+    "an index without a map": (written(INDEX, "{}"), rf"{INDEX} cannot be read \(KeyError: 'weight_map'\); fetch it"),
+    "an index of nothing": (written(INDEX, '{"weight_map": {}}'), rf"{INDEX} names no tensor; fetch it again$"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_base_is_one_line(name: str, pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    damage, message = BROKEN[name]
+    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
+    damage(base)
+    line = refused(base, tmp_path / "run", capsys)
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("name", BROKEN_SHARDS)
+def test_broken_shards_are_one_line(name: str, sharded: Path, tmp_path: Path, capsys: Capture) -> None:
+    damage, message = BROKEN_SHARDS[name]
+    base = Path(shutil.copytree(sharded, tmp_path / "base"))
+    damage(base)
+    line = refused(base, tmp_path / "run", capsys)
+    assert line.startswith("model.model_name_or_path: base")
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    "name", ["4-bit layers of another size", "a layer missing", "a layer too many", "weights in int8"]
+)
+def test_16_bit_loading_refuses_the_same(name: str, pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    damage, message = BROKEN[name]
+    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
+    damage(base)
+    line = refused(base, tmp_path / "run", capsys, "quantization.load_in_4bit=false")
+    assert re.search(message, line), line
+
+
+def test_two_sets_of_weights_are_refused_by_training_and_merging(
+    sharded: Path, pico: Callable[..., Path], tmp_path: Path, capsys: Capture
+) -> None:
+    base = Path(shutil.copytree(sharded, tmp_path / "base"))
+    run = train_run(tmp_path / "before", base, "train.max_steps=1")
+    shutil.copyfile(pico("llama", seed=1) / WEIGHTS, base / WEIGHTS)
+    expected = rf"two sets of weights, {WEIGHTS} and the 5 files of {INDEX}, .*; move one of them out of the folder$"
+    line = refused(base, tmp_path / "run", capsys)
+    assert re.search(expected, line), line
+    with pytest.raises(MergeError, match=expected):
+        BaseFile(base)
+    assert main(["merge", str(run.path)]) == 2
+    assert not run.merged.exists()
+
+
+def test_two_equal_sets_of_weights_are_one(sharded: Path, tmp_path: Path, capsys: Capture) -> None:
+    base = Path(shutil.copytree(sharded, tmp_path / "base"))
+    tensors = {name: tensor for path in base.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    save_file(tensors, base / WEIGHTS)
+    assert train(base, tmp_path / "run") == 0
+    with BaseFile(base) as weights:
+        assert set(weights.names) == tensors.keys()
+    name, tensor = next(iter(tensors.items()))
+    save_file({**tensors, name: tensor + 1}, base / WEIGHTS)
+    assert "two sets of weights" in refused(base, tmp_path / "other", capsys)
+
+
+# --- what is odd and no harm ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", [without("generation_config.json"), lacking("nothing of this name")])
+def test_whole_base_without_a_generation_config_trains(
+    damage: Damage, pico_llama: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
+    damage(base)
+    assert train(base, tmp_path / "run") == 0
+    assert "have no place in the model" not in capsys.readouterr().err
+
+
+def test_an_index_of_one_file_is_one_set_of_weights(pico_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
+    names = dict.fromkeys(load_file(base / WEIGHTS), WEIGHTS)
+    (base / INDEX).write_text(json.dumps({"weight_map": names}))
+    assert train(base, tmp_path / "run") == 0
+
+
+def test_whole_shards_train_like_one_file(sharded: Path, tmp_path: Path) -> None:
+    assert train(sharded, tmp_path / "run") == 0
+
+
+def test_tensors_without_a_place_are_named(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
+    having("vision_tower.layers.30.weight", 8, 8)(base)
+    assert train(base, tmp_path / "run") == 0
+    said = "weights: vision_tower.layers.30.weight in the files have no place in the model and are not used\n"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_integer_buffers_are_no_odd_weights(pico_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
+    having("model.position_ids", 1, 256, dtype=torch.int64)(base)
+    assert train(base, tmp_path / "run") == 0
+
+
+def test_rows_with_tokens_that_the_embedding_lacks_are_refused(tmp_path: Path, capsys: Capture) -> None:
+    base = build_pico(tmp_path / "base", vocab_size=300)
+    assert train(base, tmp_path / "run") == 2
+    assert "model.new_tokens" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_regular_expression_that_matches_the_head_warns(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert train(pico_llama, tmp_path / "run", "lora.target_modules='.*(q_proj|lm_head)'") == 0
+    assert "matches the output head lm_head too, which carries no adapter" in capsys.readouterr().err
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_adapter_of_another_base_or_other_shapes_is_one_line(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    base = build_pico(tmp_path / "wide", hidden_size=96)
+    adapter = train_run(tmp_path / "first", base, "train.max_steps=1").adapter
+    line = refused(pico_llama, tmp_path / "other", capsys, f"lora.adapter_path={adapter}")
+    assert re.search(r"adapter_config\.json: base_model_name_or_path: 'wide' is another base than", line)
+    renamed = Path(shutil.copytree(pico_llama, tmp_path / "again" / "wide"))
+    line = refused(renamed, tmp_path / "shapes", capsys, f"lora.adapter_path={adapter}")
+    assert re.search(r"does not fit the base model: \d+ tensors differ, e\.g\. \S+lora_B\S* has shape \(96, 8\)", line)
+
+
+def test_an_adapter_given_as_base_names_the_setting_for_it(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+    adapter = train_run(tmp_path / "first", pico_llama, "train.max_steps=1").adapter
+    line = refused(adapter, tmp_path / "other", capsys)
+    assert re.search(r"holds an adapter and no model; .* this folder as lora\.adapter_path$", line), line

@@ -1,0 +1,282 @@
+"""The promise: Llama-2-7B trains in 6 GB and Llama-2-70B in 40 GB, with 4-bit weights and an 8-bit optimizer.
+
+Nothing is computed. A model of full width with PEFT's own 4-bit LoRA layers and bitsandbytes' own product is built on the
+meta device, given fake tensors, and does one real gradient-checkpointed step: forward under bfloat16 autocast, loss on
+every token, backward. Each storage that an operation returns is counted from its creation to its end, and the weight
+that the 4-bit product dequantises inside is added to the peak. Llama-2-7B is counted in full depth; Llama-2-70B at two
+depths, from which the peaks of forward, loss and backward follow as straight lines, which the count of Llama-2-7B
+confirms. A GB is 10**9 bytes.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes import functional
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from qlora_train.kernels import nf4_reference
+from qlora_train.planning.memory import memory_plan, optimizer_bytes, quantization_state_bytes
+from qlora_train.utils.errors import ModelError
+from tests.support.fake_cuda import IS_FAKE
+from tests.support.live_bytes import LiveBytes
+from tests.support.pico import FAMILIES, build_config
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from count_memory import RANK, Fake4bit, meta_model
+
+TOKENS = 512
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+LLAMA_2_70B = {
+    **LLAMA_2_7B,
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+}
+
+
+class Shapes4bit(Fake4bit):
+    """A 4-bit layer whose stored tensors have only shapes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return bnb.matmul_4bit(x, self.weight, quant_state=self.state)
+
+    def state_holders(self) -> list[tuple[Any, str]]:
+        nested = self.state.state2
+        return [
+            (self.state, "absmax"),
+            (self.state, "code"),
+            (self.state, "offset"),
+            (nested, "absmax"),
+            (nested, "code"),
+        ]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Bytes that were counted: by kind at rest, and the highest use beyond that in each part of the step."""
+
+    packed: int
+    state: int
+    adapter: int
+    at_rest: int
+    forward: int
+    loss: int
+    backward: int
+
+
+def materialise(model: nn.Module, device: str) -> None:
+    """Give every tensor of a meta model memory of the dtype that training has it in."""
+
+    def empty(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                trains = parameter.requires_grad
+                value = empty(parameter, torch.float32 if trains else None)
+                module._parameters[name] = nn.Parameter(value, requires_grad=trains)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = empty(buffer)
+        if isinstance(module, Shapes4bit):
+            for holder, name in module.state_holders():
+                setattr(holder, name, empty(getattr(holder, name)))
+
+
+def logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
+    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
+        return model(input_ids=input_ids, use_cache=False).logits
+
+
+def loss_of(logits: Tensor, input_ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[0, :-1].float(), input_ids[0, 1:])
+
+
+def prepare_training(model: Any) -> None:
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+@cache
+def count(size: str, num_layers: int) -> Count:
+    """Count one step of 512 tokens, batch 1."""
+    config_json = {"7B": LLAMA_2_7B, "70B": LLAMA_2_70B}[size]
+    model = meta_model({**config_json, "num_hidden_layers": num_layers}, Shapes4bit)
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        materialise(model, "cpu")
+        at_rest = live.live
+        prepare_training(model)
+        input_ids = torch.zeros(1, TOKENS, dtype=torch.long)
+        live.peak = live.live
+        logits = logits_of(model, input_ids)
+        forward, live.peak = live.peak - at_rest, live.live
+        loss = loss_of(logits, input_ids)
+        loss_peak, live.peak = live.peak - at_rest, live.live
+        del logits
+        loss.backward()
+        quantized = [module for module in model.modules() if isinstance(module, Shapes4bit)]
+        states = [getattr(holder, name) for module in quantized for holder, name in module.state_holders()]
+        adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert all(parameter.grad is not None for parameter in adapter)
+        return Count(
+            packed=nbytes(module.weight for module in quantized),
+            state=nbytes(states),
+            adapter=nbytes(adapter),
+            at_rest=at_rest,
+            forward=forward,
+            loss=loss_peak,
+            backward=live.peak - at_rest,
+        )
+
+
+def at_depth(field: str, depth: int, *, size: str) -> float:
+    """Extend a count of two and four layers to `depth` layers."""
+    two, four = (getattr(count(size, num_layers), field) for num_layers in (2, 4))
+    return two + (four - two) / 2 * (depth - 2)
+
+
+def step_at_depth(depth: int, *, size: str) -> float:
+    """Highest use of a step beyond what is at rest."""
+    return max(at_depth(part, depth, size=size) for part in ("forward", "loss", "backward"))
+
+
+def plan(config_json: dict[str, Any]) -> Any:
+    return memory_plan(config_json, r=RANK, tokens=TOKENS)
+
+
+def test_llama_2_7b_trains_in_6_gb() -> None:
+    counted = count("7B", 32)
+    step = max(counted.forward, counted.loss, counted.backward)
+    assert counted.at_rest + step + plan(LLAMA_2_7B).optimizer_bytes <= 6.0e9
+    assert plan(LLAMA_2_7B).total_bytes <= 6.0e9
+
+
+def test_llama_2_70b_trains_in_40_gb() -> None:
+    counted = at_depth("at_rest", 80, size="70B") + step_at_depth(80, size="70B")
+    assert counted + plan(LLAMA_2_70B).optimizer_bytes <= 40e9
+    assert plan(LLAMA_2_70B).total_bytes <= 40e9
+
+
+@pytest.mark.parametrize("field", ["packed", "state", "adapter", "at_rest", "forward", "loss", "backward"])
+def test_counts_grow_in_a_straight_line_with_depth(field: str) -> None:
+    assert at_depth(field, 32, size="7B") == pytest.approx(getattr(count("7B", 32), field), rel=0.01)
+
+
+def test_plan_counts_weights_to_the_byte() -> None:
+    counted, planned = count("7B", 32), plan(LLAMA_2_7B)
+    assert planned.quantized_weights_bytes == counted.packed
+    assert planned.quantization_state_bytes == counted.state
+    assert planned.adapter_bytes == counted.adapter
+    # the rotary frequencies, once as they are and once as they were
+    rotary_buffers = 2 * 64 * 4
+    assert planned.weights_bytes + rotary_buffers == counted.at_rest
+
+
+def test_quantised_weight_takes_4_127_bits_plus_tables() -> None:
+    planned = plan(LLAMA_2_7B)
+    num_linears, num_weights = 32 * 7, planned.quantized_weights_bytes * 2
+    tables = num_linears * (16 * 4 + 256 * 4 + 4)
+    bits = 8 * (planned.quantized_weights_bytes + planned.quantization_state_bytes - tables) / num_weights
+    assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-6)
+
+
+@pytest.mark.parametrize(("size", "config_json", "depth"), [("7B", LLAMA_2_7B, 32), ("70B", LLAMA_2_70B, 80)])
+def test_planned_step_is_near_the_counted_one(size: str, config_json: dict[str, Any], depth: int) -> None:
+    assert plan(config_json).step_bytes == pytest.approx(step_at_depth(depth, size=size), rel=0.05)
+
+
+def test_several_micro_batches_keep_their_gradients_beside_the_checkpoints() -> None:
+    one, several = (memory_plan(LLAMA_2_7B, r=RANK, tokens=TOKENS, accumulates=a) for a in (False, True))
+    assert several.step_bytes == one.gradients_bytes + one.checkpoints_bytes + one.layer_bytes
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (576, 576), (320, 1536), (50, 3)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_quantisation_state_is_what_bitsandbytes_stores(shape: tuple[int, int], double_quant: bool) -> None:
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+    _, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
+    tensors = [state.absmax, state.code]
+    if double_quant:
+        tensors += [state.state2.absmax, state.state2.code, state.offset]
+    assert quantization_state_bytes(weight.numel(), double_quant) == sum(t.nbytes for t in tensors)
+
+
+def test_storage_agrees_with_the_plain_torch_quantiser() -> None:
+    weight = torch.randn(320, 1536)
+    _, absmax = nf4_reference.quantize_4bit(weight)
+    nested = nf4_reference.double_quantize(absmax)
+    stored = nested.indices.nbytes + nested.scales.nbytes + nested.offset.nbytes
+    tables = nf4_reference.nf4_codebook().nbytes + nf4_reference.dynamic_map().nbytes
+    assert quantization_state_bytes(weight.numel(), True) == stored + tables
+
+
+def test_optimizer_state_is_what_bitsandbytes_keeps() -> None:
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((16, 4096), (16, 300), (16, 64), (4096,))]
+    bnb.optim.GlobalOptimManager.get_instance().initialize()  # other tests of this process train embeddings in 32 bits
+    optimizer = bnb.optim.AdamW8bit(parameters)
+    sum(parameter.sum() for parameter in parameters).backward()
+    optimizer.step()
+    tensors = {t.data_ptr(): t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)}
+    assert any(tensor.dtype == torch.uint8 for tensor in tensors.values())
+    assert optimizer_bytes(p.numel() for p in parameters) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_every_family_can_be_planned(model_type: str) -> None:
+    config = build_config(model_type)
+    planned = memory_plan(config.to_dict(), r=4, tokens=64)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert planned.quantized_weights_bytes * 2 + planned.other_weights_bytes / 2 == num_parameters
+    assert planned.total_bytes > planned.weights_bytes
+
+
+def test_config_without_a_language_model_is_one_line() -> None:
+    for config_json in ({"model_type": "no_such_model"}, {"model_type": "vit"}):
+        with pytest.raises(ModelError, match=r"config\.json") as caught:
+            memory_plan(config_json, r=16, tokens=512)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or IS_FAKE, reason="needs a CUDA device")
+@pytest.mark.parametrize(("config_json", "limit_bytes"), [(LLAMA_2_7B, 6.0e9), (LLAMA_2_70B, 40e9)])
+def test_promise_holds_on_a_gpu(config_json: dict[str, Any], limit_bytes: float) -> None:
+    if torch.cuda.mem_get_info()[1] < limit_bytes:
+        pytest.skip(f"needs {limit_bytes / 1e9} GB")
+    torch.cuda.reset_peak_memory_stats()
+    model = meta_model(config_json, Shapes4bit)
+    materialise(model, "cuda")
+    prepare_training(model)
+    optimizer = bnb.optim.AdamW8bit([parameter for parameter in model.parameters() if parameter.requires_grad])
+    input_ids = torch.zeros(1, TOKENS, dtype=torch.long, device="cuda")
+    for _ in range(2):
+        loss_of(logits_of(model, input_ids), input_ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.cuda.max_memory_allocated() <= limit_bytes

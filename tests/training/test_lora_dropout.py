@@ -1,0 +1,162 @@
+"""LoRA dropout in a model and a run: PEFT's numbers with the same masks, the same bits at every checkpointing level."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from qlora_train.adapters import AdaptedModel
+from qlora_train.kernels import tiled
+from qlora_train.kernels.install import FastPath, install
+from qlora_train.kernels.lora_dropout import lora_dropout_off
+from qlora_train.kernels.lora_linear import LoraLayers
+from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.planning.memory import memory_plan
+from qlora_train.training.memory.activation_checkpointing import LEVELS, Recomputation, kept_bytes
+from qlora_train.training.parity import gradients
+from qlora_train.training.parity.gradients import difference, gradients_of
+from tests.support.runs import adapted_model, adapter_bytes, losses, stopped_copy, train_run
+
+Pico = Callable[..., Path]
+RATE = 0.25
+DROPOUT = f"lora.lora_dropout={RATE}"
+IDS = torch.arange(60).reshape(3, 20) * 5 % 300 + 4
+BATCH: dict[str, Any] = {"input_ids": IDS, "labels": IDS}
+FAMILIES = ("llama", "gemma2", "qwen2", "phi3", "glm4", "gpt_neox")
+
+
+class Masked(nn.Module):
+    """LoRA dropout with a given mask, (rows, features)."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self._mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self._mask.view(x.shape) / (1 - RATE)
+
+
+def put_in(model: AdaptedModel) -> FastPath:
+    return install(model.model, lambda: label_losses(model.model, **BATCH))
+
+
+def drawn_masks(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Tensor]:
+    """Return the mask of each base layer, filled as masks are drawn; one that is drawn again must be the same."""
+    masks: dict[Any, Tensor] = {}
+    draw = LoraLayers.draw_mask
+
+    def noting(self: LoraLayers, rows: Tensor) -> Tensor | None:
+        mask = draw(self, rows)
+        assert mask is not None
+        for weight in self.weights:
+            assert torch.equal(masks.setdefault(weight._layer, mask), mask)
+        return mask
+
+    monkeypatch.setattr(LoraLayers, "draw_mask", noting)
+    return masks
+
+
+@pytest.fixture(autouse=True)
+def _with_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `gradients_of` compute with dropout, which it switches off for a run's own parity checks."""
+    if "run" not in request.function.__name__:
+        monkeypatch.setattr(gradients, "lora_dropout_off", lambda _: nullcontext())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_loss_and_gradients_are_those_of_peft_with_the_same_masks(
+    model_type: str, level: Any, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted_model(tmp_path, pico(model_type), DROPOUT)
+    fast = put_in(model)
+    assert not fast.left_out
+    layers = Recomputation(model.model, fast.mlps)
+    if not layers.can(level):
+        pytest.skip("no MLP of it is fused")
+    layers.set(level)
+    masks = drawn_masks(monkeypatch)
+    found = gradients_of(model, BATCH)
+    fast.uninstall()
+    layers.set("none")
+    for layer in (module for module in model.model.modules() if isinstance(module, LoraLayer)):
+        layer.lora_dropout["default"] = Masked(masks.pop(layer.get_base_layer()))
+    assert not masks
+    differs = difference(gradients_of(model, BATCH), found)
+    assert differs.loss <= 1e-5, differs
+    assert differs.gradient <= 1e-5, differs
+    assert differs.tensor <= 1e-4, differs
+
+
+@pytest.mark.parametrize("tile_rows", [tiled.TILE_ROWS, 7])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma2"])
+def test_every_checkpointing_level_has_the_same_bits(
+    model_type: str, tile_rows: int, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiled, "TILE_ROWS", tile_rows)
+    model = adapted_model(tmp_path, pico(model_type), DROPOUT, dtype="bfloat16")
+    fast = put_in(model)
+    layers = Recomputation(model.model, fast.mlps)
+    wanted = gradients_of(model, BATCH)
+    for level in (level for level in LEVELS if layers.can(level)):
+        layers.set(level)
+        found = difference(wanted, gradients_of(model, BATCH))
+        assert (found.loss, found.gradient) == (0, 0), level
+
+
+def test_evaluation_mode_drops_nothing(pico_llama: Path, tmp_path: Path) -> None:
+    model = adapted_model(tmp_path, pico_llama, DROPOUT)
+    fast = put_in(model)
+    state = torch.get_rng_state()
+    model.model.eval()
+    found = label_losses(model.model, **BATCH).nats
+    assert torch.equal(state, torch.get_rng_state())
+    fast.uninstall()
+    torch.testing.assert_close(found, label_losses(model.model, **BATCH).nats, rtol=1e-5, atol=1e-5)
+
+
+def test_parity_check_of_a_run_is_without_dropout(pico_llama: Path, tmp_path: Path) -> None:
+    model = adapted_model(tmp_path, pico_llama, DROPOUT)
+    wanted = gradients_of(model, BATCH)
+    fast = put_in(model)
+    found = difference(wanted, gradients_of(model, BATCH))
+    assert (found.loss < 1e-5, found.gradient < 1e-5) == (True, True)
+    assert fast.mlps
+    rates = {m.lora_dropout["default"].p for m in model.model.modules() if isinstance(m, LoraLayer)}
+    assert rates == {RATE}
+
+
+def test_memory_plan_counts_the_masks(pico_llama: Path, tmp_path: Path) -> None:
+    model = adapted_model(tmp_path, pico_llama, DROPOUT)
+    layers = Recomputation(model.model, put_in(model).mlps)
+    model.model.train()
+    kept = kept_bytes(model.model, layers, lambda: label_losses(model.model, **BATCH))["none"]
+    with lora_dropout_off(model.model.modules()):
+        without = kept_bytes(model.model, layers, lambda: label_losses(model.model, **BATCH))["none"]
+    mask_bytes = kept[0] - without[0]
+    hidden, inner = 64, 128
+    assert mask_bytes == IDS.numel() * (3 * hidden + inner)  # read by q, k and v; o; gate and up; down
+    config_json = model.loaded.model.config.to_dict()
+    on, off = (memory_plan(config_json, r=8, tokens=IDS.numel(), dropout=dropout) for dropout in (True, False))
+    assert mask_bytes <= on.layer_bytes - off.layer_bytes <= 3 * mask_bytes
+    assert on.forward_layer_bytes - off.forward_layer_bytes == 3 * IDS.numel() * inner
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp"])
+def test_resumed_run_ends_in_the_same_bits(recompute: str, pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+    settings = (
+        DROPOUT, "train.max_steps=4", "train.save_steps=2", "train.per_device_train_batch_size=6",
+        f"train.recompute={recompute}",
+    )  # fmt: skip
+    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
+    assert "fast path: 14 adapted linear layers" in messages.text
+    assert "padding-free: ON" in messages.text
+    stopped_copy(straight, tmp_path / "stopped")
+    resumed = train_run(tmp_path, pico_llama, *settings, name="stopped")
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+    assert losses(resumed) == losses(straight)

@@ -1,0 +1,106 @@
+"""Where a run stands in its data is a pure function of (seed, epoch, step): every order, every place to resume from."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_train.config import RunConfig
+from qlora_train.data.collate import BatchOrder, PackCollator, RowOrder
+from qlora_train.data.packing import PackOrder
+from qlora_train.training.batch_source import RowFeed
+
+MAX_LENGTH = 32
+LENGTHS = st.lists(st.integers(1, MAX_LENGTH), min_size=1, max_size=60)
+NO_ROWS: Any = [None]  # an order is of numbers: no row is read
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def orders(draw: Any) -> tuple[BatchOrder, int]:
+    """Return an order of rows, grouped or not, or of packs; and its number of rows. Equal draws give equal orders."""
+    lengths = np.array(draw(LENGTHS), np.int32)
+    seed, batch_size = draw(SEEDS), draw(st.integers(1, 7))
+    if draw(st.booleans()):
+        return PackOrder(lengths, max_length=MAX_LENGTH, seed=seed, batch_size=batch_size), len(lengths)
+    return RowOrder(lengths, seed, batch_size, draw(st.booleans()), batch_size), len(lengths)
+
+
+def config_of(accumulation: int) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": {"model_name_or_path": "a/b"},
+            "data": {"train": "a.jsonl"},
+            "train": {"gradient_accumulation_steps": accumulation},
+        }
+    )
+
+
+def steps_from(order: BatchOrder, accumulation: int, step: int) -> Iterator[list[list[int]]]:
+    """Yield the micro-batches of each optimizer step after `step`, as a training loop that begins there takes them.
+
+    The loop opens the epoch's loader and passes over the steps that were taken; the last step of an epoch may have fewer
+    micro-batches.
+    """
+    standing = SimpleNamespace(state=SimpleNamespace(global_step=step))
+    feed = RowFeed(NO_ROWS, order, config_of(accumulation), PackCollator())
+    steps = feed.loader(standing).batch_sampler
+    assert steps is not None
+    assert len(steps) == feed.steps_per_epoch == math.ceil(len(order) / accumulation)
+    while True:
+        for micro_batches in islice(iter(steps), standing.state.global_step % feed.steps_per_epoch, None):
+            yield micro_batches
+            standing.state.global_step += 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(orders(), st.integers(1, 5), st.integers(0, 40))
+def test_the_batches_after_a_resume_are_the_rest_of_the_straight_order(
+    drawn: tuple[BatchOrder, int], accumulation: int, step: int
+) -> None:
+    order, _ = drawn
+    straight = list(islice(steps_from(order, accumulation, 0), step + 12))
+    assert list(islice(steps_from(order, accumulation, step), 12)) == straight[step:]
+
+
+@settings(max_examples=200, deadline=None)
+@given(orders(), st.integers(0, 5), st.integers(1, 5))
+def test_every_row_is_seen_exactly_once_an_epoch(drawn: tuple[BatchOrder, int], epoch: int, accumulation: int) -> None:
+    order, num_rows = drawn
+    batches = list(order.of_epoch(epoch))
+    assert len(batches) == len(order)
+    assert Counter(row for batch in batches for row in batch) == Counter(range(num_rows))
+    steps_an_epoch = math.ceil(len(order) / accumulation)
+    taken = islice(steps_from(order, accumulation, epoch * steps_an_epoch), steps_an_epoch)
+    assert [batch for group in taken for batch in group] == batches
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, SEEDS, st.integers(1, 7), st.booleans(), st.integers(0, 2**31))
+def test_the_order_of_an_epoch_depends_on_its_arguments_alone(
+    lengths: list[int], seed: int, batch_size: int, grouped: bool, epoch: int
+) -> None:
+    def made() -> list[BatchOrder]:
+        array = np.array(lengths, np.int32)
+        packs = PackOrder(array, max_length=MAX_LENGTH, seed=seed, batch_size=batch_size)
+        return [RowOrder(array, seed, batch_size, grouped, batch_size), packs]
+
+    for one, other in zip(made(), made(), strict=True):
+        list(other.of_epoch(epoch + 1))  # what was asked for before has no part in it
+        np.random.default_rng().random()
+        assert list(one.of_epoch(epoch)) == list(other.of_epoch(epoch))
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, SEEDS, st.integers(0, 5))
+def test_no_pack_has_more_tokens_than_it_holds(lengths: list[int], seed: int, epoch: int) -> None:
+    order = PackOrder(np.array(lengths, np.int32), max_length=MAX_LENGTH, seed=seed, batch_size=1)
+    packs = list(order.of_epoch(epoch))
+    assert max(sum(lengths[row] for row in pack) for pack in packs) <= MAX_LENGTH
+    assert len(packs) == order.num_packs

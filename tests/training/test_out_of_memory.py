@@ -1,0 +1,327 @@
+"""Memory that does not suffice: tried before step 1 without a trace, met by a smaller setting with the same result."""
+
+import datetime
+import itertools
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_train.adapters import attach_adapter
+from qlora_train.config import RunConfig
+from qlora_train.data import PreparedData
+from qlora_train.data.collate import Collator, RowOrder
+from qlora_train.data.streaming import RowStream
+from qlora_train.models import load_model, resolve_base
+from qlora_train.objectives.sft_loss import IGNORED
+from qlora_train.planning.inspect_data import data_of
+from qlora_train.runs import RunFolder, random_state, record_fit, with_recorded_fit
+from qlora_train.training import train_loop
+from qlora_train.training.memory.memory_probe import try_largest_batch
+from qlora_train.training.memory.worst_case_batch import largest_micro_batch
+from qlora_train.training.qlora_trainer import QloraTrainer
+from qlora_train.utils.errors import CheckpointError, is_out_of_memory
+from tests.support.memory_limit import WITHOUT_LIMIT, run_limited
+from tests.support.runs import adapter_bytes, losses, make_config, train_run, write_rows
+
+MB = 1 << 20
+DATE = datetime.date(2026, 1, 1)
+SETTINGS = (
+    "data.format=text", "data.max_length=1024", "data.loss_on=all", "data.num_proc=1", "data.eval=null",
+    "quantization.bnb_4bit_compute_dtype=float32", "train.learning_rate=1e-2", "train.gradient_accumulation_steps=1",
+    "train.per_device_train_batch_size=4", "train.max_steps=2", "train.logging_steps=1", "run.seed=7",
+    "train.adam_epsilon=1e-3",
+)  # fmt: skip
+"""With a smaller epsilon Adam makes whole steps of gradients that are rounding."""
+SPARE = {"a row": 500 * MB, "a layer": 240 * MB}
+"""What a process may take beyond its model: enough for what all layers keep of a row, or one layer."""
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited and measured as on Linux")
+
+
+def trainer_of(config: RunConfig) -> tuple[QloraTrainer, PreparedData]:
+    source = resolve_base(config.model)
+    loaded = load_model(config.model, config.quantization, source=source)
+    data, _ = data_of(config, source, date=DATE)
+    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
+    assert config.run.output_dir is not None
+    return QloraTrainer(adapted, data, config, RunFolder(Path(config.run.output_dir)), []), data
+
+
+# --- without a trace --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("lora.lora_dropout=0.1", "train.neftune_noise_alpha=5"),
+        ("lora.lora_dropout=0.1", "train.optim=adamw_8bit", "lora.r=64", "train.gradient_checkpointing=true"),
+        ("data.packing=true", "lora.lora_dropout=0.1"),
+    ],
+    ids=["dropout and NEFTune", "8-bit optimizer and recomputation", "packs"],
+)
+def test_a_run_whose_largest_batch_was_tried_has_the_bits_of_one_without(
+    settings: tuple[str, ...], pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = train_run(tmp_path, pico_llama, *settings, name="tried")
+    monkeypatch.setattr(train_loop, "trainer_that_fits", lambda make, config, _run: make(config))
+    untried = train_run(tmp_path, pico_llama, *settings, name="untried")
+    assert losses(tried) == losses(untried)
+    assert adapter_bytes(tried) == adapter_bytes(untried)
+
+
+def test_nothing_is_left_of_the_trial(pico: Callable[..., Path], tmp_path: Path) -> None:
+    """Rotary positions that stretch with the longest row seen are as if it had not been seen."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    base = pico("llama", max_position_embeddings=32, rope_parameters=rope)
+    trainer, _ = trainer_of(make_config(tmp_path, base, "lora.lora_dropout=0.1", "data.max_length=64"))
+    model = trainer.accelerator.prepare_model(trainer.model)
+    (rotary,) = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
+
+    def state() -> list[Any]:
+        generators = random_state()
+        tensors = [*model.parameters(), *model.buffers()]
+        return [
+            *(tensor.detach().clone() for tensor in tensors), *map(id, tensors),
+            generators["torch"], generators["numpy"]["keys"], generators["python"], rotary.max_seq_len_cached,
+            [module.training for module in model.modules()], [parameter.grad for parameter in model.parameters()],
+        ]  # fmt: skip
+
+    model(input_ids=torch.ones(1, 40, dtype=torch.long))  # the trial's rows are longer still
+    assert rotary.max_seq_len_cached == 40
+    before = state()
+    assert try_largest_batch(trainer).problem is None
+    for old, new in zip(before, state(), strict=True):
+        assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
+
+
+# --- what is tried ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.per_device_train_batch_size=3",),
+        ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=16"),
+        ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=5"),
+        ("train.per_device_train_batch_size=3", "data.packing=true"),
+        ("train.padding_free=false", "train.per_device_train_batch_size=3"),
+        ("train.padding_free=false", "train.per_device_train_batch_size=50"),
+        ("train.padding_free=false", "train.per_device_train_batch_size=4", "train.group_by_length=true"),
+        ("train.padding_free=false", "train.per_device_train_batch_size=3", "data.packing=true"),
+        ("train.padding_free=false", "train.per_device_train_batch_size=2", "data.packing=true", "data.loss_on=all"),
+    ],
+    ids=" ".join,
+)
+def test_no_batch_of_a_run_is_larger_than_the_one_tried(
+    settings: tuple[str, ...], pico_llama: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    long_question = [{"role": "user", "content": "1 + " * 20}, {"role": "assistant", "content": "20"}]
+    rows.write_text(rows.read_text() + json.dumps({"messages": long_question}) + "\n")  # most tokens, fewest labels
+    config = make_config(tmp_path, pico_llama, "data.eval=null", "train.eval_steps=null", *settings)
+    trainer, _ = trainer_of(config)
+    tried, *others = trainer.largest_batches()
+    assert all(other["input_ids"].numel() == tried["input_ids"].numel() for other in others)
+    num_documents = max(len(batch["row"]) for batch in (tried, *others))
+    steps = trainer._feed.steps_per_epoch
+    assert steps is not None
+    tokens, labels, documents = [], [], []
+    for epoch in range(3):
+        trainer.state.global_step = epoch * steps
+        for batch in chain.from_iterable(trainer.get_train_dataloader()):
+            tokens.append(batch["input_ids"].numel())
+            labels.append(int((batch["labels"] != IGNORED).sum()))
+            documents.append(len(batch["row"]))
+    num_tried = int((tried["labels"] != IGNORED).sum())
+    assert tried["input_ids"].numel() >= max(tokens)
+    assert num_tried >= max(labels)
+    assert num_documents >= max(documents)
+    if "train.padding_free=false" in settings:
+        assert num_tried <= 1.25 * max(labels)
+        assert tried["input_ids"].numel() <= 1.1 * max(tokens)  # and is no larger than it need be
+
+
+def test_of_a_stream_full_rows_are_tried(pico_llama: Path, tmp_path: Path) -> None:
+    streamed = ("data.streaming=true", "data.eval=null", "train.eval_steps=null", "train.save_steps=1")
+    config = make_config(tmp_path, pico_llama, *streamed, "train.per_device_train_batch_size=3")
+    data, _ = data_of(config, resolve_base(config.model), date=DATE)
+    assert isinstance(data.train, RowStream)
+    tried = Collator(0)(list(enumerate(largest_micro_batch(data, config))))
+    assert tried["input_ids"].shape == (3, config.data.max_length)
+    share = max(np.count_nonzero(row.loss_mask) / len(row.input_ids) for row in data.train.head())
+    num_labels = int((tried["labels"] != IGNORED).sum())
+    assert share * 3 * config.data.max_length <= num_labels < share * 3 * config.data.max_length + 3
+
+
+# --- the same result --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [37, 48])
+def test_groups_of_like_length_are_those_of_the_batch_that_was_asked_for(num_rows: int) -> None:
+    lengths = np.random.default_rng(3).integers(5, 99, num_rows).astype(np.int32)
+    asked = RowOrder(lengths, seed=3, batch_size=8, group_by_length=True, grouped_rows=8)
+    fitted = RowOrder(lengths, seed=3, batch_size=2, group_by_length=True, grouped_rows=8)
+    for epoch in range(3):
+        batches = fitted.of_epoch(epoch), asked.of_epoch(epoch)
+        assert len(set(map(tuple, map(itertools.chain.from_iterable, batches)))) == 1
+        assert len(list(fitted.of_epoch(epoch))) == len(fitted)
+
+
+@pytest.mark.parametrize("settings", [("train.group_by_length=true",), ("data.packing=true", "data.max_length=64")])
+def test_a_run_that_goes_on_with_a_smaller_micro_batch_has_the_same_result(
+    settings: tuple[str, ...], pico_llama: Path, tmp_path: Path
+) -> None:
+    """From a checkpoint inside the second epoch on, the recorded rung is taken at once; the config stays as asked."""
+    exact = ("quantization.bnb_4bit_compute_dtype=float32", "train.auto_fit=true", "train.save_steps=1", *settings)
+    asked = ("train.per_device_train_batch_size=4", "train.max_steps=7")
+    whole = train_run(tmp_path, pico_llama, *exact, *asked, name="whole")
+    run = RunFolder(tmp_path / "resumed")
+    shutil.copytree(whole.path, run.path)
+    for later in run.steps()[-3:]:
+        shutil.rmtree(run.checkpoint(later))
+    shutil.rmtree(run.adapter)
+    config = make_config(tmp_path, pico_llama, *exact, *asked, name="resumed")
+    smaller = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    record_fit(run, config.train, config.train.model_copy(update=smaller), "a test")
+    train_run(tmp_path, pico_llama, *exact, *asked, name="resumed")
+    np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-4)
+    for name, wanted in load_file(whole.adapter / "adapter_model.safetensors").items():
+        found = load_file(run.adapter / "adapter_model.safetensors")[name]
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert json.loads(run.fit_file.read_text())["applied"] == smaller
+    assert "per_device_train_batch_size: 4" in run.config_file.read_text()
+
+
+def test_what_was_recorded_counts_for_the_settings_it_was_recorded_for(pico_llama: Path, tmp_path: Path) -> None:
+    asked = make_config(tmp_path, pico_llama, "train.per_device_train_batch_size=4").train
+    run = RunFolder(tmp_path)
+    assert with_recorded_fit(run, asked) == asked
+    fitted = asked.model_copy(update={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    record_fit(run, asked, fitted, "a test")
+    assert with_recorded_fit(run, asked) == fitted
+    other = asked.model_copy(update={"gradient_accumulation_steps": 3})
+    assert with_recorded_fit(run, other) == other
+    free = {"per_device_eval_batch_size": 1}
+    assert with_recorded_fit(run, asked.model_copy(update=free)) == fitted.model_copy(update=free)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"asked": 3}', '{"asked": {}, "applied": {}}'])
+def test_a_record_that_is_damaged_is_named(content: str, pico_llama: Path, tmp_path: Path) -> None:
+    asked, run = make_config(tmp_path, pico_llama).train, RunFolder(tmp_path)
+    run.fit_file.write_text(content)
+    if content == "[]":
+        assert with_recorded_fit(run, asked) == asked
+        return
+    with pytest.raises(CheckpointError, match=r"fit\.json: .* delete"):
+        with_recorded_fit(run, asked)
+
+
+# --- memory really runs out -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def arguments(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return what is typed but for run.output_dir: long rows of text, and layers that keep much of them."""
+    folder = tmp_path_factory.mktemp("out-of-memory")
+    words, generator = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"), random.Random(0)
+    rows = [" ".join(generator.choices(words, k=generator.randint(250, 270))) for _ in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    base = pico("llama", max_position_embeddings=1024, num_hidden_layers=8, intermediate_size=4096)
+    (folder / "config.yaml").write_text(
+        f"model:\n  model_name_or_path: {base}\ndata:\n  train: {folder / 'rows.jsonl'}\n"
+    )
+    return [str(folder / "config.yaml"), *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def unlimited(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    run = RunFolder(tmp_path_factory.mktemp("unlimited") / "run")
+    ended = run_limited(
+        [*arguments, f"run.output_dir={run.path}"], run.path.with_suffix(".log"), moment="trainer_that_fits",
+        spare_bytes=WITHOUT_LIMIT,
+    )  # fmt: skip
+    assert ended.status == 0, ended.log
+    return run
+
+
+def assert_same_weights(run: RunFolder, wanted: RunFolder) -> None:
+    found = load_file(run.adapter / "adapter_model.safetensors")
+    for name, tensor in load_file(wanted.adapter / "adapter_model.safetensors").items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@on_linux
+def test_a_batch_that_does_not_fit_stops_with_one_line_and_what_does(arguments: list[str], tmp_path: Path) -> None:
+    ended = run_limited(
+        [*arguments, f"run.output_dir={tmp_path / 'run'}"], tmp_path / "log", moment="trainer_that_fits",
+        spare_bytes=SPARE["a row"],
+    )  # fmt: skip
+    assert ended.status == 2, ended.log
+    line = ended.log.splitlines()[-1]
+    assert line.startswith("out of memory: training on 4 x ")
+    assert "train.per_device_train_batch_size=1 train.gradient_accumulation_steps=4; repeat the command with" in line
+    assert "Traceback" not in ended.log
+    assert not RunFolder(tmp_path / "run").steps()
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("spare", "applied"),
+    [
+        ("a row", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
+        (
+            "a layer",
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
+        ),
+    ],
+    ids=["a row fits", "a layer fits"],
+)  # fmt: skip
+def test_auto_fit_trains_with_what_fits_to_the_same_weights(
+    spare: str, applied: dict[str, Any], arguments: list[str], unlimited: RunFolder, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    ended = run_limited(
+        [*arguments, "train.auto_fit=true", f"run.output_dir={run.path}"], tmp_path / "log", moment="trainer_that_fits",
+        spare_bytes=SPARE[spare],
+    )  # fmt: skip
+    assert ended.status == 0, ended.log
+    assert run.fit()["applied"] == applied
+    assert_same_weights(run, unlimited)
+
+
+@on_linux
+def test_memory_that_runs_out_in_mid_run_is_met_by_the_next_rung_when_the_command_is_repeated(
+    arguments: list[str], unlimited: RunFolder, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    typed = [*arguments, "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
+    typed += ["train.auto_fit=true", f"run.output_dir={run.path}"]
+    ended = run_limited(typed, tmp_path / "log", moment="_train_on", spare_bytes=SPARE["a row"])
+    assert ended.status == 2, ended.log
+    line = ended.log.splitlines()[-1]
+    assert line.startswith("step 1: out of memory (")
+    assert "repeat the command: the run goes on with train.per_device_train_batch_size=1" in line
+    ended = run_limited(typed, tmp_path / "log", moment="_train_on", spare_bytes=SPARE["a row"])
+    assert ended.status == 0, ended.log
+    assert_same_weights(run, unlimited)
+
+
+def test_errors_that_mean_too_little_memory_are_known() -> None:
+    allocator = "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError(allocator))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)

@@ -1,0 +1,458 @@
+"""Rows of a step end to end, what they begin with once: same losses, same gradients, same bits after a stop."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from qlora_train.adapters import AdaptedModel, attach_adapter, trainable_state
+from qlora_train.config import RunConfig
+from qlora_train.data import collate as batches
+from qlora_train.data.collate import FEWEST_SHARED, PackCollator, num_shared, row_multiple
+from qlora_train.data.types import Example
+from qlora_train.kernels.packed import attention
+from qlora_train.models import load_model
+from qlora_train.objectives.sft_loss import IGNORED
+from qlora_train.pipeline import prepare
+from qlora_train.runs import RunFolder
+from qlora_train.training import QloraTrainer, padding_free
+from qlora_train.training.parity.document_isolation import isolate_documents
+from qlora_train.utils.errors import CheckpointError
+from tests.kernels.varlen import put_plain_kernel
+from tests.support.runs import adapted_model, adapter_bytes, losses, make_config, stopped_copy, train_run
+from tests.support.stores import example
+from tests.training.test_packed_training import PACKABLE, WINDOWS
+from tests.training.test_packed_training import losses_and_gradients as in_order
+
+EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
+ON = "padding-free: ON, computes the "
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, 300, (count,), generator=generator).tolist()
+
+
+def row(prefix: Sequence[int], own: Sequence[int], num_labels: int) -> Example:
+    ids = [*prefix, *own]
+    return example(ids, [0] * (len(ids) - num_labels) + [1] * num_labels)
+
+
+SYSTEM, OTHER = tokens(21, 1), tokens(17, 2)
+ROWS = [
+    row(SYSTEM, tokens(30, 3), 12),
+    row(OTHER, tokens(9, 4), 8),
+    row(SYSTEM, tokens(11, 5), 11),  # the first token after the prefix is a label
+    row(SYSTEM[:13], tokens(20, 6), 5),  # shares a part of it
+    row(OTHER, tokens(14, 7), 3),
+    row(SYSTEM, tokens(6, 8), 5),
+    row([], tokens(12, 9), 11),  # shares nothing
+]
+
+
+def batch_of(rows: Sequence[Example], collate: PackCollator) -> dict[str, torch.Tensor]:
+    batch = collate(list(enumerate(rows)))
+    del batch["row"]
+    return batch
+
+
+def losses_and_gradients(model: Any, rows: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses of all labels, sorted, as rows change places, and the gradient of their sum, of all that trains."""
+    found, gradients = in_order(model, rows)
+    return found.sort()[0], gradients
+
+
+def one_by_one(rows: Sequence[Example]) -> list[dict[str, torch.Tensor]]:
+    """Each row as it is, padded by nothing and packed with nothing."""
+    return [
+        {
+            "input_ids": torch.from_numpy(each.input_ids).long()[None],
+            "labels": torch.from_numpy(each.input_ids)
+            .long()
+            .masked_fill(~torch.from_numpy(each.loss_mask), IGNORED)[None],
+        }
+        for each in rows
+    ]
+
+
+# --- how rows are laid out --------------------------------------------------------------------------------------------
+
+
+def test_a_shared_prefix_stands_in_a_row_once() -> None:
+    prefix = [1, 2, 3, 4, 5]
+    batch = PackCollator(shares=True)([(3, row(prefix, [6, 7], 2)), (8, row(prefix, [7, 8, 9], 1))])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 7, 8, 9, 5, 6, 7]], "5 predicts the label 6"
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6]]
+    assert batch["labels"].tolist() == [[IGNORED] * 7 + [9, IGNORED, 6, 7]]
+    assert batch["row"].tolist() == [8, 3]
+
+
+def test_a_few_tokens_in_common_are_not_worth_it() -> None:
+    rows = [(0, row([1, 2, 3], [4, 5], 1)), (1, row([1, 2, 3], [6, 7], 1))]
+    assert PackCollator(shares=True)(rows)["input_ids"].numel() == 10
+
+
+def test_padding_is_documents_without_labels_that_are_no_longer_than_the_longest() -> None:
+    batch = PackCollator(pad_token_id=9, multiple_of=16)([(0, row([], [1, 2, 3, 4, 5], 2))])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5] + [9] * 11]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]]
+    assert batch["labels"].tolist() == [[IGNORED] * 3 + [4, 5] + [IGNORED] * 11]
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[Example]:
+    """Rows over an alphabet of two tokens, which begin alike most of the time."""
+    rows = []
+    for _ in range(draw(st.integers(1, 6))):
+        ids = draw(st.lists(st.integers(0, 1), min_size=2, max_size=14))
+        mask = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+        rows.append(example(ids, [0, *mask[1:]]))
+    return rows
+
+
+@given(conversations(), st.integers(1, 9))
+@settings(max_examples=300, deadline=None)
+def test_every_row_can_be_read_from_the_row_that_all_are_laid_into(rows: list[Example], multiple: int) -> None:
+    batch = PackCollator(7, multiple, shares=True)(list(enumerate(rows)))
+    ids, labels, positions = (batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids"))
+    assert len(ids) % multiple == 0
+    begins = [place for place in range(len(ids)) if place == 0 or positions[place] != positions[place - 1] + 1]
+    found, root = [], 0
+    for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
+        if positions[begin] == 0:
+            root = begin
+        assert labels[begin] == IGNORED, "nothing of its own predicts it"
+        shared = positions[begin]
+        found.append((ids[root : root + shared] + ids[begin:end], [IGNORED] * shared + labels[begin:end]))
+        assert shared == 0 or shared >= FEWEST_SHARED
+    for number, (read_ids, read_labels) in zip(batch["row"].tolist(), found[: len(rows)], strict=True):
+        wanted = rows[number]
+        assert read_ids == wanted.input_ids.tolist()
+        assert read_labels == [
+            token if label else IGNORED for token, label in zip(wanted.input_ids, wanted.loss_mask, strict=True)
+        ]
+    assert all(set(read_ids) == {7} and set(read_labels) == {IGNORED} for read_ids, read_labels in found[len(rows) :])
+    assert sorted(batch["row"].tolist()) == list(range(len(rows)))
+
+
+def test_no_more_is_shared_than_a_row_can_do_without() -> None:
+    one = row([1, 2, 3, 4, 5, 6], [], 2)
+    assert num_shared(one, row([1, 2, 3, 4, 5, 6, 7], [], 1)) == 3, "the token in front of the first label is its own"
+    assert num_shared(one, row([1, 2], [9], 1)) == 2
+    assert num_shared(row([1, 2, 3], [], 0), row([1, 2, 3], [], 0)) == 2, "something is left of every row"
+    assert num_shared(row([1, 2], [], 1), one) == 0
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", PACKABLE)
+def test_losses_and_lora_gradients_are_those_of_the_rows_one_by_one(
+    model_type: str, pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapted = adapted_model(tmp_path, pico(model_type, **WINDOWS.get(model_type, {})))
+    model = adapted.model.eval()
+    wanted = losses_and_gradients(model, one_by_one(ROWS))
+    isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
+    batch = batch_of(ROWS, PackCollator(multiple_of=32, shares=True))
+    assert batch["input_ids"].numel() < sum(len(each.input_ids) for each in ROWS)
+    found = losses_and_gradients(model, [batch])
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    assert wanted[1].abs().max() > 1e-3
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
+
+
+def test_documents_longer_than_what_a_cpu_computes_with_all_scores(pico_llama: Path, tmp_path: Path) -> None:
+    adapted = adapted_model(tmp_path, pico_llama, "data.max_length=512")
+    model, prefix = adapted.model.eval(), tokens(100, 1)
+    rows = [row(prefix, tokens(count, count), 9) for count in (190, 170, 60, 20)]
+    assert len(rows[0].input_ids) > attention.LONGEST_WITH_SCORES > len(rows[2].input_ids)
+    wanted = losses_and_gradients(model, one_by_one(rows))
+    isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), rows)
+    found = losses_and_gradients(model, [batch_of(rows, PackCollator(shares=True))])
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma3_text", "gemma2"])
+def test_with_a_kernel_for_any_lengths_they_are_too(
+    model_type: str, pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = put_plain_kernel(monkeypatch)
+    adapted = adapted_model(tmp_path, pico(model_type, **WINDOWS.get(model_type, {})))
+    model = adapted.model.eval()
+    wanted = losses_and_gradients(model, one_by_one(ROWS))
+    isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
+    calls.clear()
+    found = losses_and_gradients(model, [batch_of(ROWS, PackCollator(multiple_of=32, shares=True))])
+    assert len(calls) == (0 if model_type == "gemma2" else 2), "every layer, unless scores are soft-capped"
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_computes_the_same(pico_llama: Path, tmp_path: Path) -> None:
+    adapted = adapted_model(tmp_path, pico_llama)
+
+    def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.cuda() for name, tensor in batch.items()}
+
+    wanted = losses_and_gradients(adapted.model.eval(), [on_gpu(each) for each in one_by_one(ROWS)])
+    isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
+    found = losses_and_gradients(adapted.model, [on_gpu(batch_of(ROWS, PackCollator(multiple_of=8, shares=True)))])
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-3, atol=1e-4 * float(wanted[1].abs().max()))
+
+
+def test_a_prefix_that_is_forgotten_is_seen(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above can fail: without positions, rows would go on where nothing is."""
+    adapted = adapted_model(tmp_path, pico_llama)
+    wanted = losses_and_gradients(adapted.model.eval(), one_by_one(ROWS))
+    isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
+    monkeypatch.setattr(attention, "shared_of", lambda *_: None)
+    found = losses_and_gradients(adapted.model, [batch_of(ROWS, PackCollator(shares=True))])
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+    assert (found[1] - wanted[1]).norm() > 1e-2 * wanted[1].norm(), "gradients of prefixes"
+
+
+def test_recomputed_layers_share_too(pico: Callable[..., Path], tmp_path: Path) -> None:
+    adapted = adapted_model(tmp_path, pico("gemma3_text", **WINDOWS["gemma3_text"]))
+    wanted = losses_and_gradients(adapted.model.eval(), one_by_one(ROWS))
+    isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
+    adapted.model.enable_input_require_grads()
+    adapted.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = losses_and_gradients(adapted.model.train(), [batch_of(ROWS, PackCollator(shares=True))])
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
+
+
+# --- in a run ---------------------------------------------------------------------------------------------------------
+
+
+TASK = "add up what the user says, and answer in json with the key sum"
+
+
+def write_tasks(folder: Path, system: str = TASK, *, long: Sequence[int] = ()) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "rows.jsonl").open("w") as file:
+        for number in range(24):
+            summands = [number % 7 + 1, 3 * number + 2, *[5] * (number % 4), *[7] * 30 * (number in long)]
+            turns = [
+                {"role": "system", "content": system},
+                {"role": "user", "content": " + ".join(map(str, summands))},
+                {"role": "assistant", "content": json.dumps({"sum": str(sum(summands))})},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def built(config: RunConfig) -> tuple[AdaptedModel, QloraTrainer]:
+    folder = RunFolder(Path(str(config.run.output_dir)))
+    source, data = prepare(config, folder)
+    adapted = attach_adapter(load_model(config.model, config.quantization, source=source), config.lora, seed=1)
+    return adapted, QloraTrainer(adapted, data, config, folder, [])
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_run_shares_and_trains_as_without(packing: str, pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+    write_tasks(tmp_path)
+    rows = (*EXACT, f"data.packing={packing}", "train.max_steps=4")
+    shared = train_run(tmp_path, pico_llama, *rows, name="shared")
+    assert ON in messages.text
+    assert json.loads(shared.padding_free_file.read_text())["on"]
+    alone = train_run(tmp_path, pico_llama, *rows, "train.padding_free=false", name="alone")
+    assert not alone.padding_free_file.exists()
+    assert losses(shared) == pytest.approx(losses(alone), rel=1e-4)
+    assert adapter_bytes(shared) != adapter_bytes(alone), "rounding differs where they do not compute the same way"
+    counts = [
+        [json.loads(line).get("num_input_tokens_seen") for line in run.metrics_file.read_text().splitlines()]
+        for run in (shared, alone)
+    ]
+    assert counts[0] == counts[1], "tokens of rows, however they are computed"
+
+
+A_ROW_AT_A_TIME = ("data.max_length=256", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=6")
+
+
+def test_run_computes_short_rows_of_a_step_together(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+    write_tasks(tmp_path, long=(2, 5, 9, 20))
+    rows = (*EXACT, *A_ROW_AT_A_TIME, "train.max_steps=4")
+    together = train_run(tmp_path, pico_llama, *rows, name="together")
+    assert "padding-free: ON, computes the 5 micro-batches of a step as 3, " in messages.text
+    alone = train_run(tmp_path, pico_llama, *rows, "train.padding_free=false", name="alone")
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+    found, wanted = (load_file(run.adapter / "adapter_model.safetensors") for run in (together, alone))
+    adapted, trainer = built(make_config(tmp_path, pico_llama, *rows, name="new"))
+    before = {name.replace(".default", ""): tensor for name, tensor in trainable_state(adapted.model).items()}
+    moved = sum(float((wanted[name] - before[name]).square().sum()) for name in before)
+    apart = sum(float((wanted[name] - found[name]).square().sum()) for name in before)
+    assert apart < 1e-4 * moved
+    steps = list(trainer.get_train_dataloader())
+    assert all(1 <= len(step) < 6 for step in steps)
+    numbers = [number for step in steps for batch in step for number in batch["row"].tolist()]
+    assert sorted(numbers) == list(range(len(numbers)))
+
+
+def test_rows_of_one_length_that_share_nothing_stay_a_row_at_a_time(
+    pico_llama: Path, tmp_path: Path, messages: Any
+) -> None:
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for number in range(24):
+            ids = tokens(30, number)
+            file.write(json.dumps({"input_ids": ids, "labels": [-100] * 15 + ids[15:]}) + "\n")
+    built(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME, "data.eval=null", "train.eval_steps=null"))
+    assert "padding-free: off (it computes the 6 micro-batches of a step as 6, with 0 % fewer tokens)" in messages.text
+
+
+@pytest.mark.parametrize("sizes", [(), A_ROW_AT_A_TIME])
+def test_run_that_was_stopped_ends_in_the_same_bits(sizes: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
+    write_tasks(tmp_path, long=(2, 5, 9, 20) if sizes else ())
+    saved = (*EXACT, *sizes, "train.save_steps=2")
+    straight = train_run(tmp_path, pico_llama, *saved, name="straight")
+    assert json.loads(straight.padding_free_file.read_text())["on"]
+    stopped_copy(straight, tmp_path / "stopped")
+    resumed = train_run(tmp_path, pico_llama, *saved, name="stopped")
+    assert adapter_bytes(resumed) == adapter_bytes(straight)
+
+
+def test_run_that_began_without_goes_on_without(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
+) -> None:
+    write_tasks(tmp_path)
+    monkeypatch.setattr(attention, "shared_of", lambda *_: None)
+    saved = (*EXACT, "train.save_steps=2")
+    straight = train_run(tmp_path, pico_llama, *saved, name="straight")
+    assert "padding-free: OFF, rows are computed apart: it computes something else on this model" in messages.text
+    monkeypatch.undo()
+    stopped_copy(straight, tmp_path / "stopped")
+    assert adapter_bytes(train_run(tmp_path, pico_llama, *saved, name="stopped")) == adapter_bytes(straight)
+    shutil.rmtree(straight.adapter)
+    straight.padding_free_file.write_text('{"on": true, "colour": "red"}')
+    with pytest.raises(
+        CheckpointError, match=r"padding_free\.json: is not as it was written; restore it, or delete it"
+    ):
+        train_run(tmp_path, pico_llama, *saved, name="straight")
+
+
+def test_run_that_began_with_and_cannot_go_on_so_is_one_line(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tasks(tmp_path)
+    saved = (*EXACT, "train.save_steps=2")
+    straight = train_run(tmp_path, pico_llama, *saved, name="straight")
+    stopped_copy(straight, tmp_path / "stopped")
+    monkeypatch.setattr(attention, "find_documents", lambda **_: None)  # rows see each other
+    with pytest.raises(
+        CheckpointError, match=r"padding_free\.json: this run began with its rows end to end, which fails here \("
+    ):
+        train_run(tmp_path, pico_llama, *saved, name="stopped")
+
+
+def test_rows_of_ragged_length_that_share_nothing_are_not_padded(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
+) -> None:
+    monkeypatch.setattr(batches, "FEWEST_SHARED", 1000)
+    ragged = (*EXACT, "train.per_device_train_batch_size=6")
+    alone = train_run(tmp_path, pico_llama, *ragged, "train.padding_free=false", name="alone")
+    together = train_run(tmp_path, pico_llama, *ragged, name="together")
+    assert ON in messages.text
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_model_that_is_not_to_share_attends_as_before(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tasks(tmp_path)
+    adapted, trainer = built(make_config(tmp_path, pico_llama, *EXACT, name="sharing"))
+    assert adapted.model.config._attn_implementation == attention.NAME
+    assert "position_ids" in next(iter(trainer.get_train_dataloader()))[0]
+    monkeypatch.setattr(attention, "shared_of", lambda *_: None)
+    adapted, trainer = built(make_config(tmp_path, pico_llama, *EXACT, name="wrong"))
+    assert adapted.model.config._attn_implementation == "sdpa"
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("train.padding_free=false", "train.padding_free: false"),
+        ("train.neftune_noise_alpha=5", "NEFTune or the model's own dropout"),
+        ("model.attn_implementation=eager", "attention is eager"),
+    ],
+)
+def test_what_a_run_does_not_share_for_is_said(
+    override: str, reason: str, pico_llama: Path, tmp_path: Path, messages: Any
+) -> None:
+    write_tasks(tmp_path)
+    adapted, trainer = built(make_config(tmp_path, pico_llama, override))
+    assert f"padding-free: off ({reason})" in messages.text
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]
+    assert adapted.model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_dropout_is_padding_free_and_shares_no_prefix(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+    write_tasks(tmp_path, long=(0, 9))
+    _, trainer = built(make_config(tmp_path, pico_llama, "lora.lora_dropout=0.1", "data.max_length=256"))
+    assert ON in messages.text
+    for batch in chain.from_iterable(trainer.get_train_dataloader()):
+        num_tokens = sum(len(trainer.examples.train[number].input_ids) for number in batch["row"].tolist())
+        assert num_tokens <= batch["input_ids"].numel() < num_tokens + row_multiple(torch.device("cpu"))
+
+
+def test_dropout_of_the_model_itself_computes_rows_apart(
+    pico: Callable[..., Path], tmp_path: Path, messages: Any
+) -> None:
+    write_tasks(tmp_path)
+    built(make_config(tmp_path, pico("llama", attention_dropout=0.1)))
+    assert "padding-free: off (NEFTune or the model's own dropout)" in messages.text
+
+
+def test_experts_that_are_balanced_count_every_token(pico: Callable[..., Path], tmp_path: Path, messages: Any) -> None:
+    write_tasks(tmp_path)
+    _, trainer = built(
+        make_config(tmp_path, pico("mixtral"), "train.router_aux_loss_coef=0.1", "data.packing=true", *EXACT)
+    )
+    assert "padding-free: off (the load-balancing loss counts every token of every row)" in messages.text
+    for batch in chain.from_iterable(trainer.get_train_dataloader()):
+        num_tokens = sum(len(trainer.examples.train[number].input_ids) for number in batch["row"].tolist())
+        assert batch["input_ids"].numel() == num_tokens, "nor is anything padded"
+
+
+def test_rows_that_have_little_in_common_stay_as_they_are(
+    pico_llama: Path, tmp_path: Path, messages: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(padding_free, "LEAST_SAVED", 0.4)
+    _, trainer = built(make_config(tmp_path, pico_llama))
+    assert "padding-free: off (it computes the " in messages.text
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]
+
+
+def test_architecture_whose_rows_would_see_each_other_computes_them_apart(
+    pico: Callable[..., Path], tmp_path: Path, messages: Any
+) -> None:
+    write_tasks(tmp_path)
+    built(make_config(tmp_path, pico("falcon"), *EXACT))
+    assert "padding-free: off (rows in one would see each other: " in messages.text
+
+
+def test_model_that_leaks_although_the_table_does_not_know_is_found(
+    pico: Callable[..., Path], tmp_path: Path, messages: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tasks(tmp_path)
+    config = make_config(tmp_path, pico("falcon"), *EXACT)
+    folder = RunFolder(Path(str(config.run.output_dir)))
+    source, data = prepare(config, folder)
+    loaded = load_model(config.model, config.quantization, source=source)
+    loaded = replace(loaded, architecture=replace(loaded.architecture, packing_obstacle=""))
+    adapted = attach_adapter(loaded, config.lora, seed=1)
+    trainer = QloraTrainer(adapted, data, config, folder, [])
+    assert "padding-free: OFF" in messages.text
+    assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]

@@ -1,0 +1,247 @@
+"""What is written is whole or absent: any damage is noticed, any failure leaves the old content."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_train.utils import atomic_io, fault_injection
+from qlora_train.utils.atomic_io import MANIFEST, damage, sha256_of, staged_folder, write_manifest, write_text
+
+FILES = {"adapter.safetensors": b"\x00\x01\x02weights", "state.json": b'{"step": 3}', "deep/er/empty.txt": b""}
+
+
+class StoppedError(BaseException):
+    """As KeyboardInterrupt and SystemExit, no Exception."""
+
+
+def fill(folder: Path, suffix: bytes = b"") -> None:
+    for name, content in FILES.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content + suffix)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    with staged_folder(tmp_path / "runs" / "step-1") as staging:
+        fill(staging)
+    return tmp_path / "runs" / "step-1"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_folder_appears_whole_with_a_manifest_of_every_file(written: Path) -> None:
+    assert damage(written) is None
+    found = content(written)
+    entries = json.loads(found.pop(MANIFEST))["files"]
+    assert found == FILES
+    assert entries.keys() == FILES.keys()
+    for name, entry in entries.items():
+        assert entry == {"sha256": sha256_of(written / name), "size_bytes": len(FILES[name])}
+    assert [path.name for path in written.parent.iterdir()] == ["step-1"], "nothing is left beside it"
+
+
+def test_nothing_is_there_before_the_block_has_ended(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "new") as staging:
+        fill(staging)
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, StoppedError, OSError])
+@pytest.mark.parametrize("existed", [True, False])
+def test_exception_leaves_the_old_folder_and_no_staging(
+    error: type[BaseException], existed: bool, written: Path
+) -> None:
+    target = written if existed else written.with_name("step-2")
+    before = content(written.parent)
+
+    def fail() -> None:
+        with staged_folder(target) as staging:
+            fill(staging, b"new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert content(written.parent) == before
+    assert [path.name for path in written.parent.iterdir()] == ["step-1"]
+
+
+def test_manifest_that_cannot_be_written_leaves_the_old_folder(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_full(_path: Path, _text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic_io, "write_text", disk_full)
+    with pytest.raises(OSError, match="No space left"), staged_folder(written) as staging:
+        fill(staging, b"new")
+    assert damage(written) is None
+    assert content(written)["state.json"] == FILES["state.json"]
+    assert [path.name for path in written.parent.iterdir()] == ["step-1"]
+
+
+def test_new_folder_replaces_the_old_one_as_a_whole(written: Path) -> None:
+    with staged_folder(written) as staging:
+        (staging / "other.txt").write_text("new")
+    assert content(written).keys() == {"other.txt", MANIFEST}
+    assert damage(written) is None
+    assert [path.name for path in written.parent.iterdir()] == ["step-1"]
+
+
+def test_leftovers_of_a_killed_process_do_not_hinder(written: Path) -> None:
+    for leftover in (".step-1.staging", ".step-1.old"):
+        fill(written.with_name(leftover), b"half")
+        (written.with_name(leftover) / "stray.bin").write_bytes(b"stray")
+    with staged_folder(written) as staging:
+        assert list(staging.iterdir()) == []
+        fill(staging, b"2")
+    assert damage(written) is None
+    assert content(written)["state.json"] == FILES["state.json"] + b"2"
+    assert [path.name for path in written.parent.iterdir()] == ["step-1"]
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_every_flipped_byte_is_noticed(name: str, written: Path) -> None:
+    file = written / name
+    original = file.read_bytes()
+    for position in range(len(original)):
+        for bit in (0x01, 0x80):
+            file.write_bytes(original[:position] + bytes([original[position] ^ bit]) + original[position + 1 :])
+            assert _noticed(written), f"{name}: byte {position} ^ {bit:#x}"
+    file.write_bytes(original)
+    assert damage(written) is None
+
+
+def _noticed(folder: Path) -> bool:
+    """Whether damage is reported, or the manifest still says the same to the reader (white space, mostly)."""
+    problem = damage(folder)
+    if problem is not None:
+        return bool(problem.strip()) and "\n" not in problem
+    entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return {name: entry["sha256"] for name, entry in entries.items()} == {
+        name: sha256_of(folder / name) for name in FILES
+    }
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "state.json", MANIFEST])
+def test_every_truncation_is_noticed(name: str, written: Path) -> None:
+    file = written / name
+    original = file.read_bytes()
+    for length in range(len(original.rstrip())):
+        file.write_bytes(original[:length])
+        problem = damage(written)
+        assert problem is not None
+        assert name in problem
+
+
+def longer(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\x00")
+
+
+def becomes_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", [Path.unlink, longer, becomes_a_folder])
+def test_missing_grown_and_replaced_files_are_noticed_by_name(
+    harm: Callable[[Path], None], name: str, written: Path
+) -> None:
+    harm(written / name)
+    problem = damage(written)
+    assert problem is not None
+    assert name in problem
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "3", '"files"', "{}", '{"files": []}', '{"files": {"state.json": {}}}',
+     '{"files": {"state.json": 3}}', '{"files": {"state.json": {"size_bytes": 11}}}'],
+)  # fmt: skip
+def test_manifest_that_makes_no_sense_is_damage(text: str, written: Path) -> None:
+    (written / MANIFEST).write_text(text)
+    assert damage(written) == f"{MANIFEST} is not readable"
+
+
+def test_manifest_that_is_missing_or_no_text_is_damage(written: Path) -> None:
+    (written / MANIFEST).write_bytes(b"\xff\xfe\x00")
+    assert damage(written) == f"{MANIFEST} is not readable"
+    (written / MANIFEST).unlink()
+    assert damage(written) == f"{MANIFEST} is missing"
+    shutil.rmtree(written)
+    assert damage(written) == f"{MANIFEST} is missing"
+
+
+def test_changed_folder_is_whole_again_after_a_new_manifest(written: Path) -> None:
+    (written / "card.md").write_text("more")
+    (written / "state.json").write_text("{}")
+    assert damage(written) is not None
+    write_manifest(written)
+    assert damage(written) is None
+
+
+def test_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "results.json"
+    write_text(file, "old\n")
+    write_text(file, "näw\n")
+    assert file.read_bytes() == "näw\n".encode()
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "half \ud800")
+    assert file.read_bytes() == "näw\n".encode()
+
+    def disk_full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic_io.os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(file, "new")
+    assert file.read_bytes() == "näw\n".encode()
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"], "no temporary file is left"
+
+
+def test_digest_is_sha256_of_files_larger_than_a_block(tmp_path: Path) -> None:
+    import hashlib
+
+    data = bytes(range(256)) * 8192  # two blocks
+    (tmp_path / "large").write_bytes(data + b"x")
+    assert sha256_of(tmp_path / "large") == hashlib.sha256(data + b"x").hexdigest()
+
+
+def test_fault_that_is_not_a_kind_and_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("kill", "kill@", "explode@3", "kill@x"):
+        monkeypatch.setenv(fault_injection.VARIABLE, text)
+        with pytest.raises(ValueError, match="not KIND@NUMBER"):
+            write_text(tmp_path / "file", "text")
+
+
+@pytest.mark.parametrize("kind", ["enospc", "perm"])
+def test_text_that_cannot_be_written_or_renamed_stays_the_old_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "results.json"
+    for number in (1, 2):
+        write_text(file, "old\n")
+        monkeypatch.setenv(fault_injection.VARIABLE, f"{kind}@{fault_injection.passed() + number}")
+        with pytest.raises(OSError, match=r"No space left|Permission denied"):
+            write_text(file, "new\n")
+        assert file.read_text() == "old\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+        monkeypatch.delenv(fault_injection.VARIABLE)
+
+
+def test_sweep_puts_back_what_was_being_replaced_and_clears_the_rest(written: Path) -> None:
+    parent = written.parent
+    written.rename(parent / ".step-1.old")
+    for name in (".step-1.staging", ".step-3.deleted", ".step-2.old"):
+        fill(parent / name)
+    fill(parent / "step-2")
+    (parent / ".run.json.99.tmp").write_text("half")
+    (parent / ".lock").write_text("")
+    atomic_io.sweep(parent)
+    assert sorted(path.name for path in parent.iterdir()) == [".lock", "step-1", "step-2"]
+    assert damage(written) is None
