@@ -19,8 +19,8 @@ STRETCH = 20
 """Steps of a mean."""
 RUNS = {
     "fast": ["run.seed=42"],
-    "plain": ["run.seed=42", "train.fast_path=false"],
-    "plain, seed 43": ["run.seed=43", "train.fast_path=false"],
+    "plain": ["run.seed=42", "train.fused_kernels=false"],
+    "plain, seed 43": ["run.seed=43", "train.fused_kernels=false"],
 }
 
 

@@ -79,7 +79,7 @@ def ours(data: Path, tokenizer_path: Path, cache: Path, num_proc: int) -> dict[s
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     section = DataSection(
-        train=str(data), max_length=MAX_LENGTH, too_long="truncate", num_proc=num_proc, cache_dir=str(cache)
+        train=str(data), max_length=MAX_LENGTH, overflow="truncate", num_proc=num_proc, cache_dir=str(cache)
     )
     start, start_cpu = time.perf_counter(), cpu_seconds()
     prepared = prepare_data(section, tokenizer, seed=42)
@@ -231,7 +231,7 @@ def turns(options: argparse.Namespace) -> dict[str, Any]:
             while len(pairs) < count:
                 pairs += [turn for turn in next(source)["messages"] if turn["role"] != "system"]
             rows.append(Row("row", messages=tuple(pairs[:count])))
-        renderer = Renderer(tokenizer, loss_on="assistant", date=datetime.date.today())
+        renderer = Renderer(tokenizer, train_on="assistant", date=datetime.date.today())
         seconds = []
         for row in rows:
             start = time.perf_counter()

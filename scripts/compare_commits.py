@@ -85,10 +85,13 @@ class Commit:
         return f"import sys; sys.argv[0] = 'qlora-train'; from {module} import {function}; sys.exit({function}())"
 
     @cached_property
-    def fused_key(self) -> str:
-        """The setting that switches fused kernels on."""
-        schema = self.run("schema").stdout
-        return next(f"train.{name}" for name in ("fused_kernels", "fast_path") if f'"{name}"' in schema)
+    def schema(self) -> str:
+        """The JSON schema of its config."""
+        return self.run("schema").stdout
+
+    def key(self, *names: str) -> str:
+        """Return the name that this commit has for a setting that was renamed."""
+        return next(name for name in names if f'"{name}"' in self.schema)
 
     def run(self, *arguments: str, options: Sequence[str] = (), threads: int = 1) -> Finished:
         """Run a command of this commit in its checkout."""
@@ -194,7 +197,7 @@ def compare_families(commit: Commit, arguments: argparse.Namespace, shared: Path
 def _trained(commit: Commit, shared: Path, family: str, kind: str) -> dict[str, Any]:
     file = _config(commit, shared, family, f"{family}-{kind}")
     run = commit.work / f"{family}-{kind}"
-    trained = commit.run(str(file), f"{commit.fused_key}={json.dumps(kind == 'fused')}")
+    trained = commit.run(str(file), f"train.{commit.key('fused_kernels', 'fast_path')}={json.dumps(kind == 'fused')}")
     found = {"status": trained.status, "losses": losses(run)}
     if trained.status:
         return {**found, "message": commit.plain(trained.stderr[-2000:])}
@@ -213,7 +216,7 @@ def _config(commit: Commit, shared: Path, family: str, name: str) -> Path:
         "model": {"model_name_or_path": str(shared / family)},
         "lora": {"r": 8},
         "data": {"train": str(shared / "data" / "examples" / "chat.jsonl"), "eval": 0.25, "max_length": 128,
-                 "max_dropped": 1.0, "too_long": "truncate"},
+                 "max_dropped": 1.0, commit.key("overflow", "too_long"): "truncate"},
         "train": {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
                   "max_steps": 4, "logging_steps": 1, "save_steps": 2, "save_total_limit": 9},
         "run": {"seed": 7, "output_dir": str(commit.work / name)},

@@ -10,7 +10,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("dataset", "datasets", "dataset_name"), "data.train"),
     **dict.fromkeys(("val_size", "val_set_size"), "data.eval"),
     **dict.fromkeys(("cutoff_len", "max_seq_len", "max_seq_length", "sequence_len"), "data.max_length"),
-    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "data.loss_on"),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "data.train_on"),
     **dict.fromkeys(("clip_grad_norm", "gradient_clipping"), "train.max_grad_norm"),
     **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "train.eval_steps"),
     **dict.fromkeys(("batch_size", "micro_batch_size"), "train.per_device_train_batch_size"),

@@ -241,13 +241,13 @@ class DataSection(Section):
     columns: dict[str, str] = {}
     """The format's column names -> the file's, e.g. `{prompt: question, completion: answer}`."""
     max_length: int = Field(2048, ge=8)
-    """Longest row in tokens; longer ones are handled by `too_long`."""
-    too_long: Literal["drop", "refuse", "truncate", "keep_end", "keep_answer", "split"] = "drop"
+    """Longest row in tokens; longer ones are handled by `overflow`."""
+    overflow: Literal["drop", "refuse", "truncate", "keep_end", "keep_answer", "split"] = "drop"
     """A row beyond max_length: drop it (counted against max_dropped), refuse it (stop), truncate its end, keep its end,
     keep its last answer and what fits before it, or split it into several rows."""
     packing: bool = False
     """Fill rows of max_length with several short ones, each of which sees itself alone; no padding is computed."""
-    loss_on: Literal["assistant", "last", "completion", "all"] = "assistant"
+    train_on: Literal["assistant", "last", "completion", "all"] = "assistant"
     """Tokens that carry loss: every assistant turn, the last one, all that follows the prompt, or everything."""
     max_dropped: float = Field(0.01, ge=0.0, le=1.0)
     """Largest share of rows that may be unusable before the run stops."""
@@ -332,7 +332,7 @@ class TrainSection(Section):
     `activation_offloading` everything."""
     activation_offloading: bool = False
     """Keep what the backward pass needs in the host's memory instead of a GPU's, copied while the GPU computes."""
-    auto_fit: bool = False
+    auto_find_batch_size: bool = False
     """Where the largest batch does not fit into memory, train with the first that does of: smaller micro-batches with more
     accumulation, gradient_checkpointing, activation_offloading; rows and steps stay the same. False:
     stop and say which does."""
@@ -341,7 +341,7 @@ class TrainSection(Section):
     router_aux_loss_coef: float | None = Field(None, ge=0, le=1)
     """Weight of the loss that keeps a mixture's experts evenly used, of models that have one. None: what config.json says,
     where it turns the loss on (output_router_logits)."""
-    fast_path: bool = True
+    fused_kernels: bool = True
     """Train with operations of this package where a comparison on the first rows shows that they compute what PEFT's and
     Transformers' own do."""
     padding_free: bool = True

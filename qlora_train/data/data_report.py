@@ -28,7 +28,7 @@ NUM_FIRST_ROWS = 5
 FEW_LABELS = 0.01
 """Share of tokens with loss below which most of the computing teaches nothing."""
 CUTTING = ("truncate", "keep_end", "keep_answer")
-"""Values of `data.too_long` under which a row of max_length tokens has probably lost some."""
+"""Values of `data.overflow` under which a row of max_length tokens has probably lost some."""
 LONGEST_SYSTEM = 60
 """Characters of a system prompt in a line of the log."""
 MIN_SYSTEM_SHARE = 0.9
@@ -244,7 +244,7 @@ class DataReport:
 
     Attributes:
         max_length: `data.max_length`.
-        too_long: `data.too_long`.
+        overflow: `data.overflow`.
         sources: in the order of the config.
         parts: by ``data.train`` and, where rows are held out, ``data.eval``.
         overlap: rows of `data.eval` that are trained on too.
@@ -254,7 +254,7 @@ class DataReport:
     """
 
     max_length: int
-    too_long: str
+    overflow: str
     sources: tuple[SourceReport, ...]
     parts: dict[str, PartReport]
     overlap: Tally
@@ -284,12 +284,12 @@ class DataReport:
         if part is None:
             return
         if part.label_share < FEW_LABELS:
-            told = f"only {100 * part.label_share:.2g} % of the tokens carry loss; shorten prompts, or look at data.loss_on"
+            told = f"only {100 * part.label_share:.2g} % of the tokens carry loss; shorten prompts or see data.train_on"
             yield Finding(key, part.num_rows, told)
-        if self.too_long in CUTTING and part.num_at_max_length > part.num_rows / 2:
+        if self.overflow in CUTTING and part.num_at_max_length > part.num_rows / 2:
             told = (
                 f"{part.num_at_max_length} of {part.num_rows} rows fill data.max_length ({self.max_length} tokens), most "
-                "of them probably cut to it; raise it, or set data.too_long: split"
+                "of them probably cut to it; raise it, or set data.overflow: split"
             )
             yield Finding(key, part.num_at_max_length, told)
         if key == "data.eval" and self.overlap.total:
@@ -319,7 +319,7 @@ class DataReport:
         """Return it as a JSON object."""
         return {
             "max_length": self.max_length,
-            "too_long": self.too_long,
+            "overflow": self.overflow,
             "is_streamed": self.is_streamed,
             "sources": [source.to_json() for source in self.sources],
             "parts": {key: {**asdict(part), "label_share": part.label_share} for key, part in self.parts.items()},

@@ -14,7 +14,7 @@ from qlora_train.data.types import Message, TokenArray, UnusableRowError
 
 REWRITTEN = (
     "the chat template leaves out or rewrites part of an assistant turn (reasoning of earlier turns?); "
-    "data.loss_on: last looks at the last turn only"
+    "data.train_on: last looks at the last turn only"
 )
 LOST_CALL = "the chat template leaves out or rewrites a call"
 NO_END = (

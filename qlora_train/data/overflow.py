@@ -1,4 +1,4 @@
-"""What becomes of a row that is longer than `data.max_length`: `data.too_long` says."""
+"""What becomes of a row that is longer than `data.max_length`: `data.overflow` says."""
 
 import dataclasses
 from typing import Literal
@@ -17,7 +17,7 @@ ANSWER_CUT = "the answer is cut"
 EARLIER_ANSWERS_CUT = "earlier answers are cut"
 
 
-def fit(example: Example, *, max_length: int, too_long: TooLong, bos: int | None) -> list[Example]:
+def fit(example: Example, *, max_length: int, overflow: TooLong, bos: int | None) -> list[Example]:
     """Return a row in pieces of at most `max_length` tokens, each with a label: the row itself if it is short enough.
 
     The first token of a piece is no label, since nothing predicts it. A cut is noted once a row, on
@@ -26,29 +26,29 @@ def fit(example: Example, *, max_length: int, too_long: TooLong, bos: int | None
     Args:
         example: a row with a label.
         max_length: tokens.
-        too_long: `drop`, `refuse`, `truncate` (cut the end), `keep_end` (cut the beginning), `keep_answer` (keep the
+        overflow: `drop`, `refuse`, `truncate` (cut the end), `keep_end` (cut the beginning), `keep_answer` (keep the
             last answer and what fits before it, and the beginning token) or `split` (into pieces that share a token).
         bos: the tokenizer's beginning token.
 
     Raises:
         UnusableRowError: the row is too long and is dropped, or a cut would leave it without a label.
-        DataError: the row is too long and `too_long` is `refuse`.
+        DataError: the row is too long and `overflow` is `refuse`.
     """
     length = len(example.input_ids)
     if length <= max_length:
         return [example]
-    if too_long == "drop":
+    if overflow == "drop":
         raise UnusableRowError(f"longer than data.max_length ({max_length} tokens)")
-    if too_long == "refuse":
+    if overflow == "refuse":
         raise DataError(
             f"{example.where}: found a row of {length} tokens; data.max_length allows {max_length}; raise it, shorten "
-            "the row, or set data.too_long to drop, truncate, keep_end, keep_answer or split"
+            "the row, or set data.overflow to drop, truncate, keep_end, keep_answer or split"
         )
-    if too_long == "split":
+    if overflow == "split":
         return _split(example, max_length)
-    if too_long == "truncate":
+    if overflow == "truncate":
         return [_truncated(example, max_length)]
-    if too_long == "keep_end":
+    if overflow == "keep_end":
         return [_end_kept(example, max_length)]
     return [_answer_kept(example, max_length, bos)]
 

@@ -125,7 +125,7 @@ def _streamed(
         for source, summary in zip(train.sources, train.summaries(), strict=True)
     )
     report = DataReport(
-        max_length=data.max_length, too_long=data.too_long,
+        max_length=data.max_length, overflow=data.overflow,
         sources=(*beginnings, *_source_reports("data.eval", held_out, rows)), parts=parts, overlap=Tally(),
         first_rows=render_rows(head[:NUM_FIRST_ROWS], tokenizer), is_streamed=True,
         system_prompt=SystemPrompt.shared((summary, summary.num_rows) for summary in train.summaries()),
@@ -179,7 +179,7 @@ def _report(
     }
     return DataReport(
         max_length=data.max_length,
-        too_long=data.too_long,
+        overflow=data.overflow,
         sources=(
             *_source_reports("data.train", train, chosen.train),
             *_source_reports("data.eval", held_out, chosen.eval),

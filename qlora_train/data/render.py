@@ -14,7 +14,7 @@ and a row that fails is refused with the reason:
 A template with ``{% generation %}`` says itself where answers begin, and is believed as far as that is behind the
 prompt. Plain text (`text`, and `prompt_completion` of strings) is no conversation: it gets the beginning token if the
 tokenizer adds one, no template, and the end-of-sequence token, which carries loss; only a `prompt` carries none, unless
-`loss_on` is `all`. A row of tokens is taken as it is.
+`train_on` is `all`. A row of tokens is taken as it is.
 """
 
 import datetime
@@ -87,7 +87,7 @@ class Renderer:
 
     Args:
         tokenizer: a fast tokenizer; slow ones do not say which characters a token stands for.
-        loss_on: `data.loss_on`.
+        train_on: `data.train_on`.
         date: the day that a chat template with a date is rendered for.
 
     Attributes:
@@ -98,7 +98,7 @@ class Renderer:
     """
 
     def __init__(
-        self, tokenizer: Any, *, loss_on: Literal["assistant", "last", "completion", "all"], date: datetime.date
+        self, tokenizer: Any, *, train_on: Literal["assistant", "last", "completion", "all"], date: datetime.date
     ) -> None:
         if not tokenizer.is_fast:
             raise DataError(
@@ -108,7 +108,7 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self.special = SpecialTokens(tokenizer)
-        self._tokenizer, self._loss_on, self._date = tokenizer, loss_on, date
+        self._tokenizer, self._train_on, self._date = tokenizer, train_on, date
         self._encode = Encoder(tokenizer)
         self._tails: dict[str, list[int]] = {}
         self._is_reasoning: dict[str, bool] = {}
@@ -146,7 +146,7 @@ class Renderer:
         ends = [len(prompt)] if prompt else []
         notes = self._notes(whole, ends, self.special.places_in(whole.input_ids))
         ids = self._begun(whole.ids)
-        num_prompt = 0 if self._loss_on == "all" or not prompt else max(len(ids) - len(whole.ids) + first, 0)
+        num_prompt = 0 if self._train_on == "all" or not prompt else max(len(ids) - len(whole.ids) + first, 0)
         if ids[-1:] != [self.special.eos]:
             ids.append(self.special.eos)
         mask = np.ones(len(ids), np.bool_)
@@ -223,16 +223,16 @@ class Renderer:
     def _answers(self, row: Row, turns: Sequence[Message]) -> tuple[list[int], list[int]]:
         """Return the assistant turns to learn, and all whose places are needed."""
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and i >= row.loss_from]
-        if self._loss_on == "last":
+        if self._train_on == "last":
             answers = answers[-1:]
         learnt = [i for i in answers if i not in row.untrained]
-        return learnt, answers if self._loss_on in ("completion", "all") else learnt
+        return learnt, answers if self._train_on in ("completion", "all") else learnt
 
     def _mask(self, length: int, spans: Mapping[int, tuple[int, int]], learnt: Sequence[int]) -> MaskArray:
         mask = np.zeros(length, np.bool_)
-        if self._loss_on == "all":
+        if self._train_on == "all":
             mask[:] = True
-        elif self._loss_on == "completion" and spans:
+        elif self._train_on == "completion" and spans:
             mask[min(start for start, _ in spans.values()) :] = True
         for index, (start, end) in spans.items():
             mask[start : end + 1] = index in learnt

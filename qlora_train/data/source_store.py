@@ -134,7 +134,7 @@ class StoreMaker:
             "kinds": [(file.kind, file.compression, file.begin, file.end) for file in files],
             "format": format_name,
             "columns": dict(columns),
-            "settings": [self._data.loss_on, self._data.max_length, self._data.too_long],
+            "settings": [self._data.train_on, self._data.max_length, self._data.overflow],
             "tokenizer": self._identity,
             "vocabulary_size": self.vocabulary_size,
             "date": self._date if is_dated(self._tokenizer) else None,

@@ -87,7 +87,7 @@ class ChunkTokenizer:
         kept: TextsKept,
         vocabulary_size: int,
     ) -> None:
-        self._renderer = Renderer(tokenizer, loss_on=data.loss_on, date=date)
+        self._renderer = Renderer(tokenizer, train_on=data.train_on, date=date)
         self._data, self._format, self._columns, self._kept = data, format_name, columns, kept
         self._vocabulary_size, self._tokenizer, self._bos = vocabulary_size, tokenizer, tokenizer.bos_token_id
 
@@ -95,7 +95,7 @@ class ChunkTokenizer:
         """Tokenise a chunk of the file with this number; the flag says whether it is the file's first.
 
         Raises:
-            DataError: the chunk is not well-formed, lacks a column, or holds a row that `too_long: refuse` refuses.
+            DataError: the chunk is not well-formed, lacks a column, or holds a row that `overflow: refuse` refuses.
         """
         file_number, is_first, chunk = numbered
         reader = RowReader(self._format, self._columns)
@@ -121,7 +121,7 @@ class ChunkTokenizer:
         if row.notes:
             example = replace(example, notes=(*row.notes, *example.notes))
         self._check_ids(row, example)
-        return fit(example, max_length=self._data.max_length, too_long=self._data.too_long, bos=self._bos)
+        return fit(example, max_length=self._data.max_length, overflow=self._data.overflow, bos=self._bos)
 
     def _check_ids(self, row: Row, example: Example) -> None:
         beyond = sorted(set(example.input_ids[example.input_ids >= self._vocabulary_size].tolist()))

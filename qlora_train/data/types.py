@@ -44,7 +44,7 @@ class Row:
 
     Exactly one of `messages`, `text` and `input_ids` is set. `where` is ``file:line`` (or ``dataset[split]:row N``), for
     people. `prompt` stands before `text`, turns before index `loss_from` before the completion of a row that keeps the
-    two apart; neither carries loss, unless `data.loss_on` is `all`.
+    two apart; neither carries loss, unless `data.train_on` is `all`.
 
     Attributes:
         untrained: indices of assistant turns that the row itself says not to learn.

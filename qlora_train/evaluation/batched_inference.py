@@ -63,7 +63,7 @@ def compute_in_batches(
                 left = left[len(rows) :]
                 continue
             if len(rows) == 1:
-                raise too_long(length, reason, f"{setting} is down to 1; {advice}")
+                raise row_too_long(length, reason, f"{setting} is down to 1; {advice}")
             max_tokens = len(rows) // 2 * length
             logger.warning(
                 "memory: %d x %d tokens do not fit, retries with %d rows (%s; lower %s)",
@@ -71,6 +71,6 @@ def compute_in_batches(
             )  # fmt: skip
 
 
-def too_long(num_tokens: int, reason: str | None, advice: str) -> ModelError:
+def row_too_long(num_tokens: int, reason: str | None, advice: str) -> ModelError:
     """Return the error for one row that does not fit into memory by itself."""
     return ModelError(f"out of memory: one row of {num_tokens} tokens does not fit ({reason}); {advice}")

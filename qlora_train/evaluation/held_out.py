@@ -22,7 +22,7 @@ from qlora_train.data.chat_template import PYTHON_ERRORS, encode_chat
 from qlora_train.data.collate import Collator
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.types import Example, Prompt
-from qlora_train.evaluation.batched_inference import batches_by_length, compute_in_batches, too_long
+from qlora_train.evaluation.batched_inference import batches_by_length, compute_in_batches, row_too_long
 from qlora_train.evaluation.scoring import (
     AnswerScores,
     RowComparison,
@@ -128,7 +128,7 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
             input_ids = tensors["input_ids"].to(device)
             logits, reason = attempt(partial(label_logits, model, input_ids=input_ids, labels=tensors["labels"]))
             if logits is None:
-                raise too_long(len(example.input_ids), reason, ONE_ROW_ADVICE)
+                raise row_too_long(len(example.input_ids), reason, ONE_ROW_ADVICE)
             for some in logits.split(max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))):
                 yield torch.log_softmax(some.float(), dim=-1)
 

@@ -196,12 +196,12 @@ def _block(code: str) -> str:
 
 def _data(config: RunConfig, num_train_rows: int | None) -> str:
     names = ", ".join(f"`{public_name(source.path)}`" for source in config.data.train)
-    loss_on = {
+    train_on = {
         "assistant": "every assistant turn", "last": "the last assistant turn", "completion": "all that follows the prompt",
         "all": "every token",
     }  # fmt: skip
     rows = "Training rows streamed" if num_train_rows is None else f"{num_train_rows} training rows"
-    return f"## Data\n\n{rows} from {names}; loss on {loss_on[config.data.loss_on]}."
+    return f"## Data\n\n{rows} from {names}; loss on {train_on[config.data.train_on]}."
 
 
 def _table(name: str, value: str, rows: Mapping[str, str], empty: str) -> str:

@@ -52,9 +52,9 @@ class RunFolder:
         return self.path / "fit.json"
 
     @property
-    def fast_path_file(self) -> Path:
+    def fused_kernels_file(self) -> Path:
         """What comparing the fast path with the plain one found."""
-        return self.path / "fast_path.json"
+        return self.path / "fused_kernels.json"
 
     @property
     def padding_free_file(self) -> Path:
@@ -213,13 +213,13 @@ class RunFolder:
         """
         return _read_json(self.fit_file)
 
-    def fast_path(self) -> dict[str, Any]:
-        """Return fast_path.json, empty when there is none.
+    def fused_kernels(self) -> dict[str, Any]:
+        """Return fused_kernels.json, empty when there is none.
 
         Raises:
             CheckpointError: it is not readable.
         """
-        return _read_json(self.fast_path_file)
+        return _read_json(self.fused_kernels_file)
 
     def padding_free(self) -> dict[str, Any]:
         """Return padding_free.json, empty when there is none.

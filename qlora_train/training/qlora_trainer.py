@@ -88,7 +88,7 @@ class QloraTrainer(SFTTrainer):
         *,
         grouped_rows: int | None = None,
         recomputation: Recomputation | None = None,
-        on_fast_path: bool = True,
+        on_fused_kernels: bool = True,
     ) -> None:
         self.config, self.run, self.examples = config, run, data
         self.adapted = adapted
@@ -102,7 +102,7 @@ class QloraTrainer(SFTTrainer):
         if self.loss_chunk_tokens is None:
             logger.info("loss: the logits of all labels at once, as this model's head does not run by itself")
         if isinstance(self._feed, RowFeed):
-            self._feed = self._laid_out(self._feed, on_fast_path=on_fast_path)
+            self._feed = self._laid_out(self._feed, on_fused_kernels=on_fused_kernels)
         offloads = choose_offloading(config.train.activation_offloading, on_gpu=loaded.device.type == "cuda")
         self._activations = Offloading(loaded.device).forward_pass if offloads else nullcontext
         self._schedule = make_schedule(config, self._feed.steps_per_epoch, has_eval=bool(data.eval))
@@ -158,13 +158,13 @@ class QloraTrainer(SFTTrainer):
 
     # --- data and loss -----------------------------------------------------------------------------------------------
 
-    def _laid_out(self, feed: RowFeed, *, on_fast_path: bool) -> RowFeed:
+    def _laid_out(self, feed: RowFeed, *, on_fused_kernels: bool) -> RowFeed:
         """Return the feed with its rows laid out as this model and these rows allow, and let the model attend so."""
         config, loaded, balances = self.config, self.adapted.loaded, self.balance_weight > 0
         if config.data.packing:
             how = isolate_documents(self.adapted, config, feed.rows)
             logger.info("packing: documents attend to themselves alone (%s); checked on this model", how)
-        if on_fast_path:
+        if on_fused_kernels:
             in_chunks = self.loss_chunk_tokens is not None
             found = choose_padding_free(self.adapted, feed, config, self.run, balances=balances, in_chunks=in_chunks)
             if found is not None:

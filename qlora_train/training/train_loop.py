@@ -11,7 +11,7 @@ from qlora_train.runs import RunFolder, reading
 from qlora_train.training.memory.activation_checkpointing import Recomputation
 from qlora_train.training.memory.auto_batch_size import rung_below, trainer_that_fits
 from qlora_train.training.memory.dequantized_cache import fill_cache
-from qlora_train.training.parity.fused_kernels import choose_fast_path
+from qlora_train.training.parity.fused_kernels import choose_fused_kernels
 from qlora_train.training.progress import Progress
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.training.step_end import best_step, evaluations
@@ -49,11 +49,11 @@ def train(
         asked_rows = config.train.per_device_train_batch_size
         return QloraTrainer(
             adapted, data, fitted, run, [progress], grouped_rows=asked_rows, recomputation=recomputation,
-            on_fast_path=fast is not None,
+            on_fused_kernels=fast is not None,
         )  # fmt: skip
 
     with signals.at_boundaries():
-        fast = choose_fast_path(adapted, data, config, run)
+        fast = choose_fused_kernels(adapted, data, config, run)
         if fast is not None:
             fill_cache(fast.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
         recomputation = Recomputation(adapted.model, fast.mlps if fast is not None else [])

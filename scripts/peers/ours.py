@@ -16,7 +16,7 @@ from qlora_train.models import load_model
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training.memory.dequantized_cache import fill_cache
-from qlora_train.training.parity.fused_kernels import choose_fast_path
+from qlora_train.training.parity.fused_kernels import choose_fused_kernels
 from qlora_train.training.qlora_trainer import QloraTrainer
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         loaded = load_model(config.model, config.quantization, source=source)
         adapted = attach_adapter(loaded, config.lora, seed=1)
         timing = Timing()
-        fast = choose_fast_path(adapted, data, config, run)
+        fast = choose_fused_kernels(adapted, data, config, run)
         if fast is not None:
             fill_cache(fast.weights, config.train.dequantized_cache_gb, loaded.device)
         trainer: Any = QloraTrainer(adapted, data, config, run, [timing])

@@ -302,7 +302,7 @@ def outcome(name: str, case: str) -> str:
 
 @cache
 def renderer_for(name: str) -> Renderer:
-    return Renderer(tokenizer_for(name), loss_on="assistant", date=DATE)
+    return Renderer(tokenizer_for(name), train_on="assistant", date=DATE)
 
 
 def test_the_oracle_covers_what_trl_carries_and_twenty_shapes() -> None:
@@ -327,7 +327,7 @@ def test_a_template_with_a_place_for_everything_refuses_nothing(name: str) -> No
 def learnt_of(template: str, turns: list[dict[str, Any]]) -> list[str]:
     tokenizer = copy.deepcopy(tokenizer_for("chatml"))
     tokenizer.chat_template = (Path(__file__).parents[1] / "files" / "chat_templates" / f"{template}.jinja").read_text()
-    renderer = Renderer(tokenizer, loss_on="assistant", date=DATE)
+    renderer = Renderer(tokenizer, train_on="assistant", date=DATE)
     return learnt_texts(tokenizer, renderer.render(read({"messages": turns})))
 
 
@@ -359,10 +359,10 @@ def test_an_answer_ends_at_its_end_of_turn_where_the_next_header_always_follows(
     assert learnt_texts(tokenizer_for(name), example) == ["It is cold.<|eot_id|>"]
 
 
-def trained(jinja: str, turns: list[dict[str, Any]], loss_on: Any = "assistant") -> list[str]:
+def trained(jinja: str, turns: list[dict[str, Any]], train_on: Any = "assistant") -> list[str]:
     tokenizer = copy.deepcopy(tokenizer_for("chatml"))
     tokenizer.chat_template = jinja
-    return learnt_texts(tokenizer, Renderer(tokenizer, loss_on=loss_on, date=DATE).render(read({"messages": turns})))
+    return learnt_texts(tokenizer, Renderer(tokenizer, train_on=train_on, date=DATE).render(read({"messages": turns})))
 
 
 def one_call(name: str = "weather", **arguments: Any) -> str:
@@ -439,6 +439,6 @@ def test_no_loss_falls_on_a_header_behind_the_end_of_the_turn(name: str, case: s
     )  # fmt: skip
     tokenizer = copy.deepcopy(tokenizer_for(name))
     tokenizer.chat_template = jinja
-    example = Renderer(tokenizer, loss_on="assistant", date=DATE).render(read({"messages": CASES[case]}))
+    example = Renderer(tokenizer, train_on="assistant", date=DATE).render(read({"messages": CASES[case]}))
     said = [turn["content"] or json.dumps(OSLO["function"]) for turn in CASES[case] if turn["role"] == "assistant"]
     assert learnt_texts(tokenizer, example) == [text + str(SHAPES[name].stop) for text in said]

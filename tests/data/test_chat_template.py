@@ -46,7 +46,7 @@ def write_rows(folder: Path) -> str:
 def test_rows_depend_on_the_date_that_is_given_and_not_on_today(template: str) -> None:
     tokenizer = tokenizer_with(template)
     for date in (DATE, NEXT_DATE):
-        example = Renderer(tokenizer, loss_on="assistant", date=date).render(Row("row", tuple(TURNS)))
+        example = Renderer(tokenizer, train_on="assistant", date=date).render(Row("row", tuple(TURNS)))
         written = date.strftime("%d %b %Y") if template == DATED else date.isoformat()
         assert written in tokenizer.decode(example.input_ids)
         assert tokenizer.decode(example.input_ids[example.loss_mask]) == "hello<|im_end|>"
@@ -124,7 +124,7 @@ def test_dates_are_written_as_by_strftime(date: datetime.date, parts: list[str])
 
 
 def test_a_format_that_is_not_known_is_refused_before_any_row() -> None:
-    it = Renderer(tokenizer_with("{{ strftime_now('%Q') }}" + CHATML), loss_on="assistant", date=DATE)
+    it = Renderer(tokenizer_with("{{ strftime_now('%Q') }}" + CHATML), train_on="assistant", date=DATE)
     with pytest.raises(DataError, match=r"cannot be trained with: .* the format %Q holds an unknown directive"):
         it.render(Row("row", tuple(TURNS)))
 
@@ -134,4 +134,4 @@ def test_a_template_that_fails_in_python_fails_as_a_template() -> None:
     with pytest.raises(TemplateError, match="TypeError"):
         render_chat(tokenizer, TURNS, date=DATE)
     with pytest.raises(DataError, match="the tokenizer's chat template cannot be trained with"):
-        Renderer(tokenizer, loss_on="assistant", date=DATE).render(Row("row", tuple(TURNS)))
+        Renderer(tokenizer, train_on="assistant", date=DATE).render(Row("row", tuple(TURNS)))

@@ -47,10 +47,10 @@ def source(key: str = "data.train", *, num_taken: int = 10, cached: bool = False
 
 
 def report(
-    *sources: SourceReport, overlap: Tally | None = None, too_long: str = "drop", **parts: PartReport
+    *sources: SourceReport, overlap: Tally | None = None, overflow: str = "drop", **parts: PartReport
 ) -> DataReport:
     named = {f"data.{name}": counted for name, counted in parts.items()}
-    return DataReport(100, too_long, sources, named, overlap or Tally(), ())
+    return DataReport(100, overflow, sources, named, overlap or Tally(), ())
 
 
 def example(ids: list[int], mask: list[bool], where: str = "a.jsonl:1", notes: tuple[str, ...] = ()) -> Example:
@@ -76,7 +76,7 @@ def test_tokens_are_counted_beyond_32_bits() -> None:
 
 
 def test_a_report_says_what_was_read_left_out_made_and_taken() -> None:
-    dropped = tally(too_long=["a.jsonl:2", "a.jsonl:3"])
+    dropped = tally(overflow=["a.jsonl:2", "a.jsonl:3"])
     split = source(num_records=10, num_rows=12, dropped=dropped, num_taken=5, cached=True)
     made = report(split, train=part([10, 20, 100, 30, 40], [1, 2, 50, 3, 4], num_repeats=2, num_deduplicated=3))
     assert made.lines() == [
@@ -136,7 +136,7 @@ def test_the_json_of_a_report_holds_all_its_counts() -> None:
     assert first["noted"] == [{"reason": "cut", "count": 1, "places": ["a:9"]}]
     assert read["parts"]["data.train"]["lengths"] == {"min": 10, "median": 10, "p90": 30, "p99": 30, "max": 30}
     assert read["parts"]["data.train"]["label_share"] == 0.25
-    assert (read["max_length"], read["too_long"], read["overlap"]) == (100, "split", [])
+    assert (read["max_length"], read["overflow"], read["overlap"]) == (100, "split", [])
     assert [finding["num_rows"] for finding in read["findings"]] == [8, 1]
     [row] = read["first_rows"]
     assert (row["where"], row["num_tokens"], row["num_labels"]) == ("a.jsonl:1", 3, 2)
@@ -200,16 +200,16 @@ def test_dropped_rows_and_notes_of_all_sources_of_a_part_are_counted_together() 
 @pytest.mark.parametrize(("num_labels", "found"), [(1, True), (2, False)])
 def test_few_tokens_with_loss_are_found(num_labels: int, found: bool) -> None:
     texts = [finding.text for finding in report(source(), train=part([100, 100], [num_labels, 0])).findings()]
-    assert texts == (["only 0.5 % of the tokens carry loss; shorten prompts, or look at data.loss_on"] if found else [])
+    assert texts == (["only 0.5 % of the tokens carry loss; shorten prompts or see data.train_on"] if found else [])
 
 
 @pytest.mark.parametrize(
-    ("too_long", "num_full", "found"),
+    ("overflow", "num_full", "found"),
     [("truncate", 3, True), ("keep_answer", 3, True), ("split", 3, False), ("truncate", 2, False)],
 )
-def test_rows_that_were_probably_cut_are_found(too_long: str, num_full: int, found: bool) -> None:
+def test_rows_that_were_probably_cut_are_found(overflow: str, num_full: int, found: bool) -> None:
     lengths = [100] * num_full + [50] * (4 - num_full)
-    findings = report(source(), too_long=too_long, train=part(lengths, [40] * 4)).findings()
+    findings = report(source(), overflow=overflow, train=part(lengths, [40] * 4)).findings()
     assert [finding.text[:44] for finding in findings] == (
         ["3 of 4 rows fill data.max_length (100 tokens"] if found else []
     )

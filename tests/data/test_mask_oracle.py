@@ -228,7 +228,7 @@ def holds_special(name: str, kind: str, turns: Sequence[Message]) -> bool:
 @cache
 def renderer_for(name: str, kind: str) -> Renderer:
     """One renderer for all examples, as in a run: what it learns from one row serves the next."""
-    return Renderer(tokenizer_for(name, kind), loss_on="assistant", date=DATE)
+    return Renderer(tokenizer_for(name, kind), train_on="assistant", date=DATE)
 
 
 def check(name: str, kind: str, turns: tuple[Message, ...]) -> None:
@@ -319,7 +319,7 @@ def test_an_answer_may_say_what_special_tokens_begin_or_end_with(name: str, kind
 @pytest.mark.parametrize("name", [*REFUSED, *(f"{name}_training" for name in REFUSED if name != "glm4moe")])
 def test_templates_that_cannot_be_trained_with_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(DataError, match=REFUSED[name.removesuffix("_training")]):
-        Renderer(tokenizer_for(name, "bytes"), loss_on="assistant", date=DATE).render(Row("row", conversation("ab")))
+        Renderer(tokenizer_for(name, "bytes"), train_on="assistant", date=DATE).render(Row("row", conversation("ab")))
 
 
 @pytest.mark.parametrize("name", LAST_ONLY)
@@ -327,8 +327,8 @@ def test_templates_that_rewrite_earlier_answers_teach_the_last_one(name: str) ->
     stop, reason = LAST_ONLY[name]
     tokenizer, turns = tokenizer_for(name, "bytes"), conversation(["one", "two", "three", "four"])
     with pytest.raises(UnusableRowError, match=reason):
-        Renderer(tokenizer, loss_on="assistant", date=DATE).render(Row("row", turns))
-    example = Renderer(tokenizer, loss_on="last", date=DATE).render(Row("row", turns))
+        Renderer(tokenizer, train_on="assistant", date=DATE).render(Row("row", turns))
+    example = Renderer(tokenizer, train_on="last", date=DATE).render(Row("row", turns))
     text = rendered(name, turns)
     prompt = rendered(name, turns[:-1], add_generation_prompt=True)
     assert tokenizer.decode(example.input_ids) == text

@@ -29,14 +29,14 @@ def shown(piece: Example) -> str:
     return " ".join(f"[{name}]" if label else name for name, label in zip(names, piece.loss_mask, strict=True))
 
 
-def cut(mask: str, too_long: Any, max_length: int, *, bos: bool = False) -> list[str]:
-    return [shown(piece) for piece in fit(example(mask, bos=bos), max_length=max_length, too_long=too_long, bos=BOS)]
+def cut(mask: str, overflow: Any, max_length: int, *, bos: bool = False) -> list[str]:
+    return [shown(piece) for piece in fit(example(mask, bos=bos), max_length=max_length, overflow=overflow, bos=BOS)]
 
 
-@pytest.mark.parametrize("too_long", ["drop", "refuse", *CUTTING])
-def test_a_row_that_fits_stays_as_it_is(too_long: Any) -> None:
+@pytest.mark.parametrize("overflow", ["drop", "refuse", *CUTTING])
+def test_a_row_that_fits_stays_as_it_is(overflow: Any) -> None:
     row = example("..xx")
-    assert fit(row, max_length=4, too_long=too_long, bos=None) == [row]
+    assert fit(row, max_length=4, overflow=overflow, bos=None) == [row]
 
 
 def test_a_long_row_is_dropped_with_the_limit() -> None:
@@ -45,7 +45,7 @@ def test_a_long_row_is_dropped_with_the_limit() -> None:
 
 
 def test_a_long_row_is_refused_with_its_place_length_and_the_way_out() -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:3: found a row of 4 tokens; data.max_length allows 3; .*too_long"):
+    with pytest.raises(DataError, match=r"rows.jsonl:3: found a row of 4 tokens; data.max_length allows 3; .*overflow"):
         cut("..xx", "refuse", 3)
 
 
@@ -60,8 +60,8 @@ def test_cuts_keep_the_tokens_that_they_say() -> None:
 
 
 def test_notes_say_what_was_cut_once_a_row() -> None:
-    def notes(mask: str, too_long: Any, max_length: int) -> list[tuple[str, ...]]:
-        return [piece.notes for piece in fit(example(mask), max_length=max_length, too_long=too_long, bos=None)]
+    def notes(mask: str, overflow: Any, max_length: int) -> list[tuple[str, ...]]:
+        return [piece.notes for piece in fit(example(mask), max_length=max_length, overflow=overflow, bos=None)]
 
     assert notes("..xx..", "truncate", 4) == [("before", "cut at the end to data.max_length")]
     assert notes("..xx..", "truncate", 3) == [("before", "cut at the end to data.max_length", "the answer is cut")]
@@ -74,12 +74,12 @@ def test_notes_say_what_was_cut_once_a_row() -> None:
 
 
 def test_pieces_of_one_row_are_asked_for_once() -> None:
-    pieces = fit(example(".x.x"), max_length=2, too_long="split", bos=None)
+    pieces = fit(example(".x.x"), max_length=2, overflow="split", bos=None)
     assert [(piece.prompt, piece.answer) for piece in pieces] == [("asked", "told"), (None, None)]
 
 
 @pytest.mark.parametrize(
-    ("mask", "too_long"),
+    ("mask", "overflow"),
     [
         ("....xx", "truncate"),
         ("xxx...", "keep_end"),
@@ -88,9 +88,9 @@ def test_pieces_of_one_row_are_asked_for_once() -> None:
         ("..xxx.", "keep_answer"),
     ],
 )
-def test_a_row_without_a_label_after_the_cut_is_unusable(mask: str, too_long: Any) -> None:
+def test_a_row_without_a_label_after_the_cut_is_unusable(mask: str, overflow: Any) -> None:
     with pytest.raises(UnusableRowError, match=r"data.max_length \(3 tokens\)$"):
-        cut(mask, too_long, 3)
+        cut(mask, overflow, 3)
 
 
 def test_an_answer_that_does_not_fit_with_a_token_before_it_is_unusable() -> None:
@@ -102,16 +102,16 @@ def test_an_answer_that_does_not_fit_with_a_token_before_it_is_unusable() -> Non
 @given(
     labels=st.lists(st.booleans(), min_size=2, max_size=40),
     max_length=st.integers(2, 20),
-    too_long=st.sampled_from(CUTTING),
+    overflow=st.sampled_from(CUTTING),
     bos=st.booleans(),
 )
 def test_every_piece_is_short_has_a_label_and_keeps_the_rows_labels(
-    labels: list[bool], max_length: int, too_long: Any, bos: bool
+    labels: list[bool], max_length: int, overflow: Any, bos: bool
 ) -> None:
     row = example("".join(".x"[label] for label in [False, *labels[1:]]), bos=bos)
     assume(row.loss_mask.any())
     try:
-        pieces = fit(row, max_length=max_length, too_long=too_long, bos=BOS)
+        pieces = fit(row, max_length=max_length, overflow=overflow, bos=BOS)
     except UnusableRowError:
         return
     is_label = dict(zip(row.input_ids.tolist(), row.loss_mask.tolist(), strict=True))
@@ -122,10 +122,10 @@ def test_every_piece_is_short_has_a_label_and_keeps_the_rows_labels(
         tokens = piece.input_ids.tolist()
         assert piece.loss_mask.tolist()[1:] == [is_label[token] for token in tokens[1:]]
         assert tokens[1:] == sorted(tokens[1:])
-    if too_long == "split":
+    if overflow == "split":
         learnt = [token for piece in pieces for token in piece.input_ids[piece.loss_mask].tolist()]
         assert learnt == [token for token, label in is_label.items() if label], "every label once"
-    if too_long == "keep_answer":
+    if overflow == "keep_answer":
         last = [token for token, label in is_label.items() if label][-1]
         assert pieces[0].loss_mask[pieces[0].input_ids.tolist().index(last)]
         assert (pieces[0].input_ids[0] == BOS) == bos

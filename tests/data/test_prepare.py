@@ -142,12 +142,12 @@ def test_token_ids_beyond_the_models_vocabulary_are_counted(tmp_path: Path) -> N
 def test_a_row_longer_than_allowed_stops_the_run_where_it_is_to_be_refused(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two " * 50}])
     with pytest.raises(DataError, match=rf"^{file}:2: found a row of \d+ tokens; data.max_length allows 16"):
-        prepare(train=file, max_length=16, too_long="refuse")
+        prepare(train=file, max_length=16, overflow="refuse")
 
 
 def test_a_long_row_is_split_and_its_pieces_are_no_repeats(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "a b c d " * 20}, {"text": "short"}])
-    prepared = prepare(train=file, max_length=16, too_long="split", deduplicate=True)
+    prepared = prepare(train=file, max_length=16, overflow="split", deduplicate=True)
     whole = prepare(train=file, max_length=500)
     assert prepared.train.num_labels.sum() == whole.train.num_labels.sum()
     assert max(prepared.train.lengths) == 16
@@ -280,7 +280,7 @@ def test_data_is_tokenised_again_only_when_something_that_matters_changes(tmp_pa
     for settings in same:
         assert cached(prepare(7, **settings, cache_dir=cache_dir)) == [True], settings
     other = (
-        {"train": file, "max_length": 100}, {"train": file, "loss_on": "all"}, {"train": file, "too_long": "truncate"},
+        {"train": file, "max_length": 100}, {"train": file, "train_on": "all"}, {"train": file, "overflow": "truncate"},
         {"train": file, "eval": 0.5},
     )  # fmt: skip
     for settings in other:
@@ -337,7 +337,7 @@ def test_the_fingerprint_changes_with_tokens_masks_and_order(tmp_path: Path) -> 
     forward = write_jsonl(tmp_path / "a.jsonl", rows)
     backward = write_jsonl(tmp_path / "b.jsonl", rows[::-1])
     variants = ((forward, "assistant"), (forward, "last"), (backward, "assistant"), (forward, "assistant"))
-    prints = [prepare(train=file, loss_on=loss_on).fingerprint for file, loss_on in variants]
+    prints = [prepare(train=file, train_on=train_on).fingerprint for file, train_on in variants]
     assert len(set(prints)) == 3
     assert prints[0] == prints[3]
 

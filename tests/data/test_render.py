@@ -63,8 +63,8 @@ TOKENIZERS["trimmed offsets"] = tokenizer_for("chatml")
 TOKENIZERS["trimmed offsets"].backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
 
 
-def renderer(tokenizer: Any, loss_on: Any = "assistant") -> Renderer:
-    return Renderer(tokenizer, loss_on=loss_on, date=DATE)
+def renderer(tokenizer: Any, train_on: Any = "assistant") -> Renderer:
+    return Renderer(tokenizer, train_on=train_on, date=DATE)
 
 
 def conversation(*contents: str, system: str | None = None) -> tuple[Message, ...]:
@@ -161,7 +161,7 @@ def test_masks_equal_the_oracle_for_any_contents(name: str, texts: list[str]) ->
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_prompts_tokens_are_those_of_inference(name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    it = renderer(tokenizer, loss_on="last")
+    it = renderer(tokenizer, train_on="last")
     example = it.render(Row("row", conversation("one", "two", "three", "four", system="kind")))
     inference = tokenizer.apply_chat_template(list(example.prompt or ()), add_generation_prompt=True)["input_ids"]
     assert inference == list(example.input_ids[: list(example.loss_mask).index(True)])
@@ -172,9 +172,9 @@ def test_loss_on_chooses_last_every_or_all_tokens() -> None:
     tokenizer = TOKENIZERS["chatml"]
     row = Row("row", conversation("a", "b", "c", "d"))
     learnt = {}
-    for loss_on in ("last", "assistant", "all"):
-        example = renderer(tokenizer, loss_on=loss_on).render(row)
-        learnt[loss_on] = tokenizer.decode(example.input_ids[example.loss_mask])
+    for train_on in ("last", "assistant", "all"):
+        example = renderer(tokenizer, train_on=train_on).render(row)
+        learnt[train_on] = tokenizer.decode(example.input_ids[example.loss_mask])
     assert learnt["last"] == "d<|im_end|>"
     assert learnt["assistant"] == "b<|im_end|>d<|im_end|>"
     assert learnt["all"] == tokenizer.apply_chat_template(list(row.messages or ()), tokenize=False).removeprefix("<s>")
@@ -191,7 +191,7 @@ def test_a_template_that_drops_reasoning_is_refused_unless_only_the_last_turn_is
     row = Row("row", conversation("a", "<think>x</think>b", "c", "<think>y</think>d"))
     with pytest.raises(UnusableRowError, match="leaves out or rewrites part of an assistant turn"):
         renderer(tokenizer).render(row)
-    example = renderer(tokenizer, loss_on="last").render(row)
+    example = renderer(tokenizer, train_on="last").render(row)
     learnt = tokenizer.decode(example.input_ids[example.loss_mask])
     assert learnt == "<think>y</think>d<|im_end|>"
 
@@ -255,9 +255,9 @@ DROPS_SYSTEM = {
 
 
 @pytest.mark.parametrize("name", DROPS_SYSTEM)
-@pytest.mark.parametrize("loss_on", ["assistant", "last", "completion", "all"])
-def test_a_row_whose_system_turn_the_template_drops_is_refused_with_the_reason(name: str, loss_on: str) -> None:
-    it = renderer(tokenizer_for("own", DROPS_SYSTEM[name]), loss_on)
+@pytest.mark.parametrize("train_on", ["assistant", "last", "completion", "all"])
+def test_a_row_whose_system_turn_the_template_drops_is_refused_with_the_reason(name: str, train_on: str) -> None:
+    it = renderer(tokenizer_for("own", DROPS_SYSTEM[name]), train_on)
     tools = TOOLS if name == "beside tools" else ()
     for user in ("Hello", "Answer in French."):  # the second one says what the system turn does
         row = Row("row", conversation(user, "Bonjour.", system="Answer in French."), tools=tools)
@@ -343,7 +343,7 @@ def test_prompt_and_completion_are_joined_as_they_are(adds_bos: bool) -> None:
 
 def test_loss_on_all_learns_the_prompt_of_plain_text_too() -> None:
     tokenizer = plain_tokenizer(adds_bos=True)
-    example = renderer(tokenizer, loss_on="all").render(Row("row", prompt="Q: why?", text=" because"))
+    example = renderer(tokenizer, train_on="all").render(Row("row", prompt="Q: why?", text=" because"))
     assert tokenizer.decode(example.input_ids) == "<s>Q: why? because<|im_end|>"
     assert list(example.loss_mask) == [False, *[True] * (len(example.input_ids) - 1)]
 
@@ -439,7 +439,7 @@ def test_completion_learns_all_that_follows_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss_on", "learnt"),
+    ("train_on", "learnt"),
     [
         ("assistant", ["d<|im_end|>"]),
         ("last", ["d<|im_end|>"]),
@@ -448,21 +448,21 @@ def test_completion_learns_all_that_follows_the_prompt() -> None:
                  "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"]),
     ],
 )  # fmt: skip
-def test_turns_that_the_row_excludes_carry_no_loss(loss_on: str, learnt: list[str]) -> None:
+def test_turns_that_the_row_excludes_carry_no_loss(train_on: str, learnt: list[str]) -> None:
     tokenizer = TOKENIZERS["chatml"]
     row = Row("row", conversation("a", "b", "c", "d"), untrained=frozenset({1}))
-    assert learnt_texts(tokenizer, renderer(tokenizer, loss_on).render(row)) == learnt
+    assert learnt_texts(tokenizer, renderer(tokenizer, train_on).render(row)) == learnt
 
 
-@pytest.mark.parametrize("loss_on", ["assistant", "last"])
-def test_a_row_that_excludes_all_of_its_answers_is_unusable(loss_on: str) -> None:
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+def test_a_row_that_excludes_all_of_its_answers_is_unusable(train_on: str) -> None:
     with pytest.raises(UnusableRowError, match=r"^no trained token$"):
-        renderer(TOKENIZERS["chatml"], loss_on).render(Row("row", conversation("a", "b"), untrained=frozenset({1})))
+        renderer(TOKENIZERS["chatml"], train_on).render(Row("row", conversation("a", "b"), untrained=frozenset({1})))
 
 
-@pytest.mark.parametrize("loss_on", ["assistant", "last", "completion", "all"])
-def test_a_row_of_tokens_keeps_its_own_labels(loss_on: str) -> None:
-    it = renderer(TOKENIZERS["chatml"], loss_on)
+@pytest.mark.parametrize("train_on", ["assistant", "last", "completion", "all"])
+def test_a_row_of_tokens_keeps_its_own_labels(train_on: str) -> None:
+    it = renderer(TOKENIZERS["chatml"], train_on)
     example = it.render(Row("row", input_ids=(5, 6, 7, 8), loss_mask=(True, False, True, False)))
     assert (example.input_ids.tolist(), example.loss_mask.tolist()) == ([5, 6, 7, 8], [False, False, True, False])
     assert (example.prompt, example.answer, example.notes) == (None, None, ())
@@ -548,7 +548,7 @@ def test_functions_calls_and_results_are_not_lost_before_the_answer_that_is_lear
     tokenizer = tokenizer_for("own", jinja)
     turns = (*turns_with_calls()[:2], Message(role="tool", content="27 F"), Message(role="assistant", content="yes"))
     with pytest.raises(UnusableRowError, match=reason):
-        renderer(tokenizer, loss_on="last").render(Row("row", turns, tools=tools))
+        renderer(tokenizer, train_on="last").render(Row("row", turns, tools=tools))
 
 
 def test_unknown_words_do_not_end_a_turn() -> None:

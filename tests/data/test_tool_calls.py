@@ -176,7 +176,7 @@ def trained(template: str, values: dict[str, Any]) -> list[str]:
     """Return the trained texts of a row."""
     tokenizer = build_tokenizer()
     tokenizer.chat_template = template
-    example = Renderer(tokenizer, loss_on="assistant", date=datetime.date(2024, 2, 29)).render(read(values))
+    example = Renderer(tokenizer, train_on="assistant", date=datetime.date(2024, 2, 29)).render(read(values))
     return tokenizer.decode(example.input_ids[example.loss_mask]).split("<|im_end|>")[:-1]  # type: ignore[no-any-return]
 
 

@@ -62,7 +62,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico(family), *MERGED)
     assert all(map(math.isfinite, losses(run)))
-    assert run.fast_path()["on"], run.fast_path()
+    assert run.fused_kernels()["on"], run.fused_kernels()
     assert run.facts()["device"] == torch.cuda.get_device_name()
     results = evaluate(run, EvalSettings(max_new_tokens=4, batch_size=2))
     assert {"base", "adapter", "merged"} < results.keys()
@@ -71,7 +71,7 @@ def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_
 
 
 WAYS = {
-    "reference": ("train.fast_path=false",),
+    "reference": ("train.fused_kernels=false",),
     "padded": ("train.padding_free=false",),
     "packed": ("data.packing=true",),
     "eager": ("model.attn_implementation=eager",),

@@ -86,10 +86,10 @@ def jsonl_rows(data: bytes) -> None:
 
 
 @cache
-def tokenizer_of(format_name: str, loss_on: int, too_long: int) -> ChunkTokenizer:
+def tokenizer_of(format_name: str, train_on: int, overflow: int) -> ChunkTokenizer:
     """Return what makes tokens of rows of a format, with a pico tokenizer."""
     data = DataSection.model_validate(
-        {"train": "rows.jsonl", "loss_on": LOSS_ON[loss_on], "too_long": TOO_LONG[too_long], "max_length": 64}
+        {"train": "rows.jsonl", "train_on": LOSS_ON[train_on], "overflow": TOO_LONG[overflow], "max_length": 64}
     )
     return ChunkTokenizer(pico_tokenizer(), data, format_name, {}, DAY, TextsKept(), len(pico_tokenizer()))
 

@@ -33,7 +33,7 @@ BATCH: dict[str, Any] = {"input_ids": IDS, "labels": IDS}
 FAMILIES = ("llama", "gemma2", "qwen3", "phi3", "qwen2_moe", "granitemoehybrid", "gpt_neox")
 
 
-def on_the_fast_path(model_type: str, pico: Pico, folder: Path, *settings: str) -> tuple[Any, Recomputation]:
+def on_the_fused_kernels(model_type: str, pico: Pico, folder: Path, *settings: str) -> tuple[Any, Recomputation]:
     adapted = adapted_model(folder, pico(model_type), *settings)
     fast = install(adapted.model, lambda: label_losses(adapted.model, **BATCH))
     return adapted, Recomputation(adapted.model, fast.mlps)
@@ -79,7 +79,7 @@ def test_every_level_has_the_same_bits(
 def test_a_layer_keeps_less_from_level_to_level_and_as_much_as_is_counted(
     model_type: str, pico: Pico, tmp_path: Path
 ) -> None:
-    adapted, layers = on_the_fast_path(model_type, pico, tmp_path)
+    adapted, layers = on_the_fused_kernels(model_type, pico, tmp_path)
 
     def run() -> Any:  # in chunks, whose gradient is made in the forward pass
         return label_losses(adapted.model, 3, **BATCH).nats
@@ -101,7 +101,7 @@ def test_a_layer_keeps_less_from_level_to_level_and_as_much_as_is_counted(
 
 
 def test_the_inside_of_the_mlp_is_what_the_middle_level_leaves_out(pico: Pico, tmp_path: Path) -> None:
-    adapted, layers = on_the_fast_path("llama", pico, tmp_path)
+    adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     adapted.model.train()
     counted = kept_bytes(adapted.model, layers, lambda: label_losses(adapted.model, **BATCH))
     gate_and_up = 2 * IDS.numel() * 128 * 4
@@ -114,7 +114,7 @@ def test_tiles_are_computed_once_more_and_no_two_at_a_time(
     level: Level, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiled, "TILE_ROWS", 7)
-    adapted, layers = on_the_fast_path("llama", pico, tmp_path)
+    adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     layers.set(level)
     alive: list[int] = []
     references: list[weakref.ref[Any]] = []
@@ -160,7 +160,7 @@ def test_plan_without_a_middle_level_and_with_layers_of_many_sizes() -> None:
 
 def test_memory_that_is_left_goes_to_layers_and_is_tried(pico: Pico, tmp_path: Path) -> None:
     config = make_config(tmp_path, pico("llama"), "train.recompute=layer")
-    adapted, layers = on_the_fast_path("llama", pico, tmp_path)
+    adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
     _, data = prepare(config, folder)
     trainer = QloraTrainer(adapted, data, config, folder, [], recomputation=layers)
@@ -183,7 +183,7 @@ def test_layers_that_cannot_keep_more_after_all_keep_their_input_and_say_so(
 ) -> None:
     """A GPU's memory runs out where layers keep more than their input, whatever was counted."""
     config = make_config(tmp_path, pico("llama"), "train.recompute=layer")
-    adapted, layers = on_the_fast_path("llama", pico, tmp_path)
+    adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
     trainer = QloraTrainer(adapted, prepare(config, folder)[1], config, folder, [], recomputation=layers)
     trial = try_largest_batch(trainer)
@@ -208,7 +208,7 @@ def test_layers_keep_no_more_than_leaves_room_for_fragmentation(
 ) -> None:
     """What fits without the margin is given up: later batches have other lengths, and memory between them is lost."""
     config = make_config(tmp_path, pico("llama"), "train.recompute=layer")
-    adapted, layers = on_the_fast_path("llama", pico, tmp_path)
+    adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
     trainer = QloraTrainer(adapted, prepare(config, folder)[1], config, folder, [], recomputation=layers)
     total = 8_000_000_000

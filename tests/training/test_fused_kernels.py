@@ -146,11 +146,11 @@ def test_kept_copies_are_the_same_numbers(pico_llama: Path, tmp_path: Path, mess
 def test_run_takes_it_and_trains_as_without_it(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     fast = train_run(tmp_path, pico_llama, *SETTINGS, name="fast")
     assert "fast path: 14 adapted linear layers, 4 groups" in messages.text
-    parity = json.loads(fast.fast_path_file.read_text())
+    parity = json.loads(fast.fused_kernels_file.read_text())
     assert parity["on"]
     assert parity["gradient"] < 1e-5
-    plain = train_run(tmp_path, pico_llama, *SETTINGS, "train.fast_path=false", name="plain")
-    assert not plain.fast_path_file.exists()
+    plain = train_run(tmp_path, pico_llama, *SETTINGS, "train.fused_kernels=false", name="plain")
+    assert not plain.fused_kernels_file.exists()
     lines = [
         [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()] for run in (fast, plain)
     ]
@@ -177,7 +177,7 @@ def test_where_it_computes_something_else_the_run_stays_plain(
             raise RuntimeError("no kernel for this")
         return right(x, replace(layers, scales=[2 * scale for scale in layers.scales]))
 
-    plain = train_run(tmp_path, pico_llama, *SETTINGS, "train.fast_path=false", name="plain")
+    plain = train_run(tmp_path, pico_llama, *SETTINGS, "train.fused_kernels=false", name="plain")
     monkeypatch.setattr(shared_input, "lora_linears", wrong)
     run = train_run(tmp_path, pico_llama, *SETTINGS, name="wrong")
     assert adapter_bytes(run) == adapter_bytes(plain)
@@ -194,7 +194,7 @@ def test_run_that_goes_on_takes_the_path_that_it_began_with(
     right = shared_input.lora_linears
     monkeypatch.setattr(shared_input, "lora_linears", lambda *arguments: [2 * each for each in right(*arguments)])
     straight = train_run(tmp_path, pico_llama, *SETTINGS, name="straight")
-    assert not json.loads(straight.fast_path_file.read_text())["on"]
+    assert not json.loads(straight.fused_kernels_file.read_text())["on"]
     monkeypatch.undo()
     stopped_copy(straight, tmp_path / "stopped")
     assert adapter_bytes(train_run(tmp_path, pico_llama, *SETTINGS, name="stopped")) == adapter_bytes(straight)
@@ -203,6 +203,8 @@ def test_run_that_goes_on_takes_the_path_that_it_began_with(
 def test_a_damaged_parity_result_is_one_line(pico_llama: Path, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico_llama, *SETTINGS, name="run")
     shutil.rmtree(run.adapter)
-    run.fast_path_file.write_text('{"on": true, "colour": "red"}')
-    with pytest.raises(CheckpointError, match=r"fast_path\.json: is not as it was written; restore it, or delete it"):
+    run.fused_kernels_file.write_text('{"on": true, "colour": "red"}')
+    with pytest.raises(
+        CheckpointError, match=r"fused_kernels\.json: is not as it was written; restore it, or delete it"
+    ):
         train_run(tmp_path, pico_llama, *SETTINGS, name="run")

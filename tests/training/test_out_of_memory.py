@@ -36,7 +36,7 @@ from tests.support.runs import adapter_bytes, losses, make_config, train_run, wr
 MB = 1 << 20
 DATE = datetime.date(2026, 1, 1)
 SETTINGS = (
-    "data.format=text", "data.max_length=1024", "data.loss_on=all", "data.num_proc=1", "data.eval=null",
+    "data.format=text", "data.max_length=1024", "data.train_on=all", "data.num_proc=1", "data.eval=null",
     "quantization.bnb_4bit_compute_dtype=float32", "train.learning_rate=1e-2", "train.gradient_accumulation_steps=1",
     "train.per_device_train_batch_size=4", "train.max_steps=2", "train.logging_steps=1", "run.seed=7",
     "train.adam_epsilon=1e-3",
@@ -118,7 +118,7 @@ def test_nothing_is_left_of_the_trial(pico: Callable[..., Path], tmp_path: Path)
         ("train.padding_free=false", "train.per_device_train_batch_size=50"),
         ("train.padding_free=false", "train.per_device_train_batch_size=4", "train.group_by_length=true"),
         ("train.padding_free=false", "train.per_device_train_batch_size=3", "data.packing=true"),
-        ("train.padding_free=false", "train.per_device_train_batch_size=2", "data.packing=true", "data.loss_on=all"),
+        ("train.padding_free=false", "train.per_device_train_batch_size=2", "data.packing=true", "data.train_on=all"),
     ],
     ids=" ".join,
 )
@@ -182,7 +182,12 @@ def test_a_run_that_goes_on_with_a_smaller_micro_batch_has_the_same_result(
     settings: tuple[str, ...], pico_llama: Path, tmp_path: Path
 ) -> None:
     """From a checkpoint inside the second epoch on, the recorded rung is taken at once; the config stays as asked."""
-    exact = ("quantization.bnb_4bit_compute_dtype=float32", "train.auto_fit=true", "train.save_steps=1", *settings)
+    exact = (
+        "quantization.bnb_4bit_compute_dtype=float32",
+        "train.auto_find_batch_size=true",
+        "train.save_steps=1",
+        *settings,
+    )
     asked = ("train.per_device_train_batch_size=4", "train.max_steps=7")
     whole = train_run(tmp_path, pico_llama, *exact, *asked, name="whole")
     run = RunFolder(tmp_path / "resumed")
@@ -291,8 +296,8 @@ def test_auto_fit_trains_with_what_fits_to_the_same_weights(
 ) -> None:
     run = RunFolder(tmp_path / "run")
     ended = run_limited(
-        [*arguments, "train.auto_fit=true", f"run.output_dir={run.path}"], tmp_path / "log", moment="trainer_that_fits",
-        spare_bytes=SPARE[spare],
+        [*arguments, "train.auto_find_batch_size=true", f"run.output_dir={run.path}"], tmp_path / "log",
+        moment="trainer_that_fits", spare_bytes=SPARE[spare],
     )  # fmt: skip
     assert ended.status == 0, ended.log
     assert run.fit()["applied"] == applied
@@ -305,7 +310,7 @@ def test_memory_that_runs_out_in_mid_run_is_met_by_the_next_rung_when_the_comman
 ) -> None:
     run = RunFolder(tmp_path / "run")
     typed = [*arguments, "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
-    typed += ["train.auto_fit=true", f"run.output_dir={run.path}"]
+    typed += ["train.auto_find_batch_size=true", f"run.output_dir={run.path}"]
     ended = run_limited(typed, tmp_path / "log", moment="_train_on", spare_bytes=SPARE["a row"])
     assert ended.status == 2, ended.log
     line = ended.log.splitlines()[-1]

@@ -67,7 +67,7 @@ def test_parity_check_out_of_memory_is_repeated_on_fewer_rows(
     with out_of_memory_from(140, check, monkeypatch) as tried:
         run = train_run(tmp_path, pico_llama, *SETTINGS)
     assert tried[0] >= 140 > tried[-1]
-    for file in (run.fast_path_file, run.padding_free_file):
+    for file in (run.fused_kernels_file, run.padding_free_file):
         assert json.loads(file.read_text())["on"]
     assert f"{check}: parity check on" in messages.text
     assert "please report" not in messages.text
@@ -80,7 +80,7 @@ def test_parity_check_out_of_memory_is_no_result_of_the_run(
     with out_of_memory_from(0, check, monkeypatch), pytest.raises(TrainingError, match=f"{check}: out of memory"):
         train_run(tmp_path, pico_llama, *SETTINGS)
     later = train_run(tmp_path, pico_llama, *SETTINGS)
-    assert json.loads(later.fast_path_file.read_text())["on"]
+    assert json.loads(later.fused_kernels_file.read_text())["on"]
     assert adapter_bytes(later) == adapter_bytes(train_run(tmp_path, pico_llama, *SETTINGS, name="undisturbed"))
 
 

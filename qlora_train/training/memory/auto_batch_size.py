@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 SHARES_OF_BUDGET = (1.0, 0.75, 0.5)
 """Of the memory that is free, what layers are given to keep: less where more turns out not to fit."""
-AUTO_FIT = "train.auto_fit=true"
+AUTO_FIT = "train.auto_find_batch_size=true"
 NOTHING_SMALLER = (
     "no smaller setting is left; lower data.max_length or lora.r, take a smaller model, or free memory that others use"
 )
@@ -36,7 +36,7 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
     Raises:
         TrainingError: what was asked for does not fit, with what does; or nothing does.
     """
-    train = recorded = with_recorded_fit(run, config.train) if config.train.auto_fit else config.train
+    train = recorded = with_recorded_fit(run, config.train) if config.train.auto_find_batch_size else config.train
     if recorded != config.train:
         logger.warning("memory: goes on with %s (%s)", typed(overrides(config.train, recorded)), run.fit_file)
     trainer = make(_with(config, train))
@@ -99,7 +99,7 @@ def _too_little_left(trainer: QloraTrainer, tried: Trial) -> str | None:
 def _take_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: Trial) -> None:
     changes = typed(overrides(config.train, fitted))
     record_fit(run, config.train, fitted, f"{first.tried} did not fit: {first.problem}")
-    if config.train.auto_fit:
+    if config.train.auto_find_batch_size:
         logger.warning("memory: %s did not fit; the run trains with %s", first.tried, changes)
         return
     ways = f"{AUTO_FIT}, which takes these" if run.has_begun() else f"these settings, or {AUTO_FIT}, which takes them"
@@ -133,7 +133,7 @@ def rung_below(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iter
         raise TrainingError(f"{where}; {NOTHING_SMALLER}")
     changes = typed(overrides(config.train, smaller))
     record_fit(run, config.train, smaller, f"step {step}: {reason}")
-    how = "" if config.train.auto_fit else f" with {AUTO_FIT}"
+    how = "" if config.train.auto_find_batch_size else f" with {AUTO_FIT}"
     raise TrainingError(f"{where}; repeat the command{how}: the run goes on with {changes}")
 
 

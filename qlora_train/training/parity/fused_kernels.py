@@ -35,7 +35,9 @@ SIZES = ((4, 128), (2, 128), (1, 128), (1, 32))
 """Most rows of the parity check and most tokens of each; the next size where memory runs out."""
 
 
-def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfig, run: RunFolder) -> FastPath | None:
+def choose_fused_kernels(
+    adapted: AdaptedModel, data: PreparedData, config: RunConfig, run: RunFolder
+) -> FastPath | None:
     """Install fused kernels if they match the reference; return None if the model keeps the reference.
 
     Args:
@@ -48,11 +50,11 @@ def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfi
         CheckpointError: the stored result cannot be read.
         TrainingError: out of memory on a few tokens.
     """
-    if not config.train.fast_path:
-        logger.info("fast path: off (train.fast_path: false)")
+    if not config.train.fused_kernels:
+        logger.info("fast path: off (train.fused_kernels: false)")
         return None
     run_id = run.facts().get("run_id", "")
-    known = load_parity(run.fast_path_file, run.fast_path(), run_id)
+    known = load_parity(run.fused_kernels_file, run.fused_kernels(), run_id)
 
     def chosen(num_rows: int, num_tokens: int) -> tuple[ParityResult, FastPath | None]:
         rows = min(num_rows, config.train.per_device_train_batch_size)
@@ -62,7 +64,7 @@ def choose_fast_path(adapted: AdaptedModel, data: PreparedData, config: RunConfi
 
     parity, fast = within_memory("fast path", SIZES, chosen)
     if known is None:
-        save_parity(run.fast_path_file, parity)
+        save_parity(run.fused_kernels_file, parity)
     if fast is None:
         logger.warning(
             "fast path: OFF, training computes as PEFT and Transformers do, and slower: %s; please report this model",
