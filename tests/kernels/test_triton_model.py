@@ -30,7 +30,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     use_kernels(monkeypatch)
 
     def count(name: str) -> None:
-        kernels = import_module(f"qlora_train.kernels.triton.{name}")
+        kernels = import_module(f"qlora_train.kernels.ops.{name}_triton")
         forward = kernels.forward
 
         def counted(*arguments: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Where the operations run: as Triton kernels on a GPU, as plain torch elsewhere. Every operation asks here, once."""
+"""Where operations run: as Triton kernels on a GPU, in torch elsewhere."""
 
 import logging
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -18,46 +19,45 @@ logger = logging.getLogger(__name__)
 
 
 class Operation(NamedTuple):
-    """The two passes of an operation, in plain torch or as kernels, with the same arguments."""
+    """The two passes of an operation; the torch reference and the Triton kernels have the same arguments."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
 
-def operation(x: Tensor, plain: Operation, name: str) -> Operation:
-    """Return the passes of an operation where x is: the plain ones, or those of the kernels' file of this name."""
+def operation(x: Tensor, reference: Operation, name: str) -> Operation:
+    """Return the passes of an operation on the device of x: the reference, or those of `ops.<name>_triton`."""
     if not runs_triton(x):
-        return plain
-    kernels = import_module(f"qlora_train.kernels.triton.{name}")
+        return reference
+    kernels = import_module(f"{__package__}.{name}_triton")
     return Operation(kernels.forward, kernels.backward)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Say whether operations on x, floating point, run as Triton kernels."""
+    """Return whether operations on x, floating point, run as Triton kernels."""
     return x.dtype in DTYPES and has_kernels(x)
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Say whether Triton kernels run where x is."""
+    """Return whether Triton kernels run on the device of x."""
     return x.is_cuda and HAS_TRITON and works_on(x.device)
 
 
 @cache
 def works_on(device: torch.device) -> bool:
-    """Try a kernel on a device, once: Triton needs a C compiler, and a GPU that it compiles for; say so where it fails."""
-    from qlora_train.kernels.ops.rms_norm import Variant
-
-    ones = torch.ones(2, 64, device=device)
+    """Run one kernel on a device and warn if it fails: Triton needs a C compiler, and a GPU that it compiles for."""
     try:
-        from qlora_train.kernels.ops import rms_norm_triton as kernels
+        from qlora_train.kernels.ops import cross_entropy_triton
 
-        found, _ = kernels.forward(ones, ones[0], 0.0, Variant(0.0, rounds_first=False))
-        if torch.allclose(found, ones):
+        losses = cross_entropy_triton.losses_and_gradient_(
+            torch.zeros(2, 64, device=device), torch.zeros(2, dtype=torch.long, device=device)
+        )
+        if torch.allclose(losses, torch.full_like(losses, math.log(64))):
             return True
         problem = "a kernel computes wrong numbers"
-    except torch.OutOfMemoryError:  # says nothing about the kernels
+    except torch.OutOfMemoryError:  # no evidence against the kernels
         raise
     except Exception as error:  # of Triton, of the compilers it calls, or of the driver
         problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    logger.warning("no Triton kernels on %s, bitsandbytes and plain torch compute instead: %s", device, problem)
+    logger.warning("Triton kernels: off on %s, bitsandbytes and torch compute instead (%s)", device, problem)
     return False
