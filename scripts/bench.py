@@ -4,12 +4,12 @@ A peer runs with a Python of its own, in which it is installed: ``--peer NAME=PY
 axolotl. Ratios are medians over the rounds, each against this package in the same round. A peer whose gradient is zero is
 said to be broken.
 
-Tokens a second depend on how many tokens a batch has, and samplers that sort by length differ in which batches come first.
+Throughput depends on the tokens per batch, and samplers that sort by length differ in which batches come first.
 So this package batches rows by length as its config says, and the others are given the rows of its steps, in that order.
 
 Before and after each round the machine's own rate of bfloat16 products is measured (`scripts/matmul_rate.py`). The share of
 it that a peer reaches counts what its rows must compute, each by itself, without padding (`scripts/model_flops.py`). This
-package computes what rows begin with once where that pays ("rows apart": without): then its share counts more than it did.
+package computes shared prefixes once where that pays ("padded": without): then its share counts more than it did.
 
 Example: ``python scripts/bench.py --peer trl=.venv/bin/python --peer unsloth=PYTHON --output FILE.json``
 """
@@ -34,8 +34,8 @@ from model_flops import ModelShape, model_shape, step_flops
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "ours": "ours.py",
-    "ours, no kept weights": "ours.py",
-    "ours, rows apart": "ours.py",
+    "ours, no weight cache": "ours.py",
+    "ours, padded": "ours.py",
     "trl": "trl_best.py",
     "unsloth": "unsloth_best.py",
     "llama-factory": "llama_factory_best.py",
@@ -44,8 +44,8 @@ SCRIPTS = {
 OURS: dict[str, dict[str, list[str]]] = {
     "cpu": {
         "ours": [],
-        "ours, no kept weights": ["train.dequantized_cache_gb=0"],
-        "ours, rows apart": ["train.padding_free=false", "model.attn_implementation=eager"],
+        "ours, no weight cache": ["train.dequantized_cache_gb=0"],
+        "ours, padded": ["train.padding_free=false", "model.attn_implementation=eager"],
     },
     "cuda": {"ours": []},
 }
@@ -212,7 +212,7 @@ def flops_of(run: Mapping[str, Any], shape: ModelShape, r: int) -> float:
 
 
 def speed(run: Mapping[str, Any]) -> float:
-    """Return tokens a second over all steps but the first."""
+    """Return tokens per second over all steps but the first."""
     return float(sum(run["tokens"]) / sum(run["seconds"]))
 
 

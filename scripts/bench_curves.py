@@ -1,4 +1,4 @@
-"""Loss curves of the fast and the plain path beside those of another seed: real runs of a config, a process each.
+"""Compare loss curves of fused kernels, the reference, and another seed: real runs of a config, one process each.
 
 Printed are the means of the loss over stretches of steps, and how far two curves are apart in them at most.
 

@@ -1,6 +1,6 @@
 """How far roundings and damage move a model's predictions: the numbers behind `export.max_divergence`.
 
-Divergences from the model in float32 are in nats a token, at the tokens of this project's own documents.
+Divergences from the model in float32 are in nats/token, at the tokens of this project's own documents.
 
 Example: ``python scripts/bench_divergence.py .demo/SmolLM2-135M-Instruct``
 """
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def rows_of_text(tokenizer: Any) -> list[Example]:
-    """Return the documents in rows that are learnt whole."""
+    """Return the documents as rows of label tokens."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
     pieces = [ids[begin : begin + ROW_TOKENS] for begin in range(0, len(ids), ROW_TOKENS)]

@@ -10,7 +10,7 @@ whose memory holds the activations, kills it. A CPU has no such cap, and a proce
 nothing: a row fits where the most memory that was resident, imports included, stays below the cap. Anything else that goes
 wrong ends the search.
 
-Trials are kept in a file, a line each: the same command goes on where it was ended, by `--minutes` or otherwise.
+Trials are appended to a file, one line each: the same command resumes there.
 
 Example: ``python scripts/bench_memory.py build/llama-3.1-8b --caps 8 12 16 24 48 80 --trials build/memory.jsonl``
 """
@@ -74,7 +74,7 @@ def main() -> None:
         try:
             longest_that_fits(fits, of_cap, start=start, longest=options.longest, precision=options.precision)
         except TimeoutError:
-            print(f"{options.minutes:g} minutes are over; the same command goes on")
+            print(f"{options.minutes:g} minutes are over; the same command resumes")
             break
     print("\n".join(table(read_trials(options.trials))))
 
@@ -142,7 +142,7 @@ def first_guess(model: Path, cap_gib: float, longest: int) -> int:
 
 
 def device_bytes() -> int:
-    """Return the memory of the GPU, asked by a process that ends: one that goes on would take some of it."""
+    """Return the memory of the GPU, asked by a process that ends: a process that stays would take some of it."""
     code = "import torch; print(torch.cuda.mem_get_info()[1])"
     return int(subprocess.check_output([sys.executable, "-c", code], text=True))
 

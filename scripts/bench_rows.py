@@ -1,6 +1,6 @@
 """Write conversations for benchmarks: slices of this project's documents, of log-normal lengths, the same for one seed.
 
-A token of `scripts/random_model.py` is a byte, so that lengths in tokens are known: `--median` and `--sigma` are those of
+Tokens of `scripts/random_model.py` are bytes, so that lengths in tokens are known: `--median` and `--sigma` are those of
 the logarithm of prompt and answer together, `--longest` bounds a row with its template.
 
 Example: ``python scripts/bench_rows.py build/rows.jsonl --rows 2000 --median 700 --sigma 0.9 --longest 2048``

@@ -1,4 +1,4 @@
-"""The main job, through the real command: train, be killed without warning, go on, finish; the loss and the memory.
+"""Train through the command line, kill the process, resume, finish; print the loss and the memory.
 
 The command is started on a model and rows, killed (SIGKILL) when its first checkpoint is there, and repeated as it was.
 Checked are that it resumes from a checkpoint, that every step is logged once, that the loss falls, and that the fused

@@ -143,7 +143,7 @@ def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None
 
 
 def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in_chunks: bool) -> list[Feed]:
-    """Return the steps of a run of the config, and, where it lays its rows end to end, the same so."""
+    """Return the steps of a run of the config, padded and, if it trains padding-free, flattened."""
     size, loaded = config.train.per_device_train_batch_size, adapted.loaded
     feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, grouped_rows=size)
     if not isinstance(feed, RowFeed):

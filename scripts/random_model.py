@@ -2,7 +2,7 @@
 
 A step on it costs what a step on the real model costs: dense arithmetic does not depend on the numbers, as long as they are
 not zeros. It is written layer by layer, a shard each, so that memory never holds more than a layer; `--nf4` quantises each
-matrix when it is made, and writes what bitsandbytes stores. Its tokenizer has a token for each byte, and as many in all as
+matrix when it is made, and writes what bitsandbytes stores. Its tokenizer has one token per byte, and as many in all as
 the model's own.
 
 Example: ``python scripts/random_model.py llama-3.1-8b build/llama-3.1-8b --nf4``

@@ -58,7 +58,7 @@ class Timing(TrainerCallback):
             self.norms.append(float(logs.get("grad_norm", "nan")))
 
     def write(self, file: Path, **others: Any) -> None:
-        """Write what was measured, and whatever else a peer has to tell."""
+        """Write the measurements and a peer's extra fields."""
         seconds = [end - begin for begin, end in pairwise(self.ends)]
         timed = slice(1, len(self.ends))
         content = {
