@@ -60,9 +60,9 @@ WHOLE_HEAD = """
 ## Multimodal checkpoints
 
 A checkpoint that sees or hears trains on text: its language model alone is loaded, in 4 bits with LoRA, under the names
-that it has in the whole model. The other towers are never read; one line of the log names them with their sizes. The
-adapter loads onto the whole 16-bit model with PEFT and leaves its other towers alone (`exclude_modules`). The merged
-folder is a whole checkpoint of the base's own type and tensor names, in which the tensors of the other towers are copied
+that it has in the whole model. The other modules are never read; one line of the log names them with their sizes. The
+adapter loads onto the whole 16-bit model with PEFT and leaves its other modules alone (`exclude_modules`). The merged
+folder is a whole checkpoint of the base's own type and tensor names, in which the tensors of the other modules are copied
 bit for bit.
 
 `tests/architectures/test_multimodal.py` holds each type of this table to the whole model in plain Transformers. A type that
@@ -101,7 +101,7 @@ def line_of_whole(model_type: str) -> str:
     cells = (
         model_type,
         f"`{text.language_model}` ({row.model_type})",
-        ", ".join(f"`{tower.name}`" for tower in text.left_out),
+        ", ".join(f"`{module.name}`" for module in text.omitted_modules),
         f"refused: {row.packing_obstacle}" if row.packing_obstacle else "yes",
     )
     return f"| {' | '.join(cells)} |"

@@ -151,7 +151,10 @@ def load(folder: Path) -> None:
     began = time.perf_counter()
     loaded = load_model(model, QuantizationSection(), source=source)
     seconds = time.perf_counter() - began
-    print(json.dumps({**status("self"), "model_bytes": loaded.census.total_bytes, "seconds": seconds}), flush=True)
+    print(
+        json.dumps({**status("self"), "model_bytes": loaded.quantization_summary.total_bytes, "seconds": seconds}),
+        flush=True,
+    )
 
 
 def status(process: int | str) -> dict[str, int]:

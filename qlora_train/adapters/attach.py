@@ -72,8 +72,8 @@ def _peft_config(loaded: LoadedModel, lora: LoraSection, targets: list[str]) -> 
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
-        # short names would reach into the towers once somebody puts the adapter on the whole model
-        exclude_modules="|".join(tower.pattern for tower in loaded.left_out) or None,
+        # short names would reach into the modules once somebody puts the adapter on the whole model
+        exclude_modules="|".join(module.pattern for module in loaded.omitted_modules) or None,
         target_parameters=choose_expert_parameters(loaded.model, lora) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,

@@ -16,10 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from qlora_train.adapters.adapter_config import ADAPTER_WEIGHTS, AdapterSettings, read_settings, unreadable
+from qlora_train.adapters.adapter_folder import ADAPTER_WEIGHTS, AdapterSettings, read_settings, unreadable
 from qlora_train.adapters.expert_lora import bind_experts
-from qlora_train.adapters.finite import non_finite
-from qlora_train.adapters.precision import train_in_float32
+from qlora_train.adapters.precision import find_non_finite, train_in_float32
 from qlora_train.adapters.targets import choose_modules_to_save, is_target
 from qlora_train.config import LoraSection
 from qlora_train.models import LoadedModel
@@ -117,7 +116,7 @@ def _read(folder: Path, loaded: LoadedModel, where: str) -> tuple[AdapterSetting
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise unreadable(where, folder, first_line(error)) from None
-    problem = non_finite(weights)
+    problem = find_non_finite(weights)
     if problem is not None:
         raise ConfigError(f"{where}{folder}: {file.name}: {problem}; give an adapter whose training did not break")
     return settings, weights

@@ -1,6 +1,6 @@
 """Everything that trains is float32: bfloat16 would round away small updates, and a resumed run would not be the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,3 +52,12 @@ def _forward_with_float32_bias(layer: nn.Linear, dtype: torch.dtype) -> Callable
         return result.to(x.dtype)
 
     return forward
+
+
+def find_non_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of a tensor that holds NaN or infinity and how many, as text; None if all are finite."""
+    for name, tensor in tensors.items():
+        count = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if count:
+            return f"{name} has {count:,} of {tensor.numel():,} values that are not finite"
+    return None

@@ -30,7 +30,7 @@ import transformers
 
 from qlora_train.evaluation.held_out import held_out_loss
 from qlora_train.export.predictions import Agreement, agreement, compared_rows, load_reference
-from qlora_train.models.dynamic_rope import forget_longest_row
+from qlora_train.models.dynamic_rope import reset_dynamic_rope
 from qlora_train.models.token_probes import differences
 from qlora_train.utils import signals
 from qlora_train.utils.errors import UserError, explain, first_line
@@ -133,7 +133,7 @@ def _measure(code: str, reference: Path, batch_size: int) -> dict[str, Any]:
     rows, predictions, probes = load_reference(reference)
     model, tokenizer = load_by(code)
     token_differences = differences(tokenizer, probes)
-    forget_longest_row(model)  # rows are compared in an order of their own
+    reset_dynamic_rope(model)  # rows are compared in an order of their own
     # Padding is masked everywhere, so that any id of the vocabulary will do.
     loss = held_out_loss(model, rows, batch_size=batch_size, pad_token_id=0).loss
     found = agreement(model, compared_rows(rows), predictions)

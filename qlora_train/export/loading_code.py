@@ -17,10 +17,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from qlora_train.architectures import Architecture
 from qlora_train.config.schema import RunConfig
 from qlora_train.models import LoadedModel
-from qlora_train.models.bnb_cpu_blocksize import has_odd_rows
+from qlora_train.models.bnb_cpu_blocksize import has_partial_blocks
 from qlora_train.models.loading import auto_class_of
 from qlora_train.models.moe import expert_modules
-from qlora_train.models.prequantized import release_of
+from qlora_train.models.prequantized import prequantized_format
 
 THIS_ADAPTER, THIS_MODEL = "PATH-OR-ID-OF-THIS-ADAPTER", "PATH-OR-ID-OF-THIS-MODEL"
 """What a reader of a card puts the folder's path or Hub id for."""
@@ -100,7 +100,7 @@ def needs_package(loaded: LoadedModel, config: RunConfig) -> str:
     """Return why Transformers and PEFT alone would load another model than the run's; empty where they load the same."""
     if config.model.model_name_or_path.endswith(".gguf"):
         return "the base is a GGUF file, which Transformers does not quantise to 4 bits"
-    if release := release_of(loaded.source.config, loaded.source.name):
+    if release := prequantized_format(loaded.source.config, loaded.source.name):
         return f"the base is stored in {release.description} and was trained on in {_bits(config)} bits"
     if loaded.source.config.keys() & {"attn_implementation", "_attn_implementation"}:
         return (
@@ -113,7 +113,7 @@ def needs_package(loaded: LoadedModel, config: RunConfig) -> str:
     if loaded.architecture.linear_classes:
         name = loaded.architecture.linear_classes[0]
         return f"the run held layers of class {name} in 4 bits, and Transformers leaves them in 16"
-    if has_odd_rows(loaded.model):
+    if has_partial_blocks(loaded.model):
         return "bitsandbytes on a CPU dequantises rows wrongly that are no whole number of blocks, which this model has"
     return ""
 

@@ -17,7 +17,7 @@ from typing import Any
 from qlora_train.config import ModelSection
 from qlora_train.config.preflight import missing_base
 from qlora_train.models.gguf_base import convert_gguf
-from qlora_train.models.legacy_bin import convert_pickled, is_pickled
+from qlora_train.models.legacy_bin import convert_legacy_bin, has_legacy_bin
 from qlora_train.models.remote_code import check_trusted_code
 from qlora_train.utils import network
 from qlora_train.utils.errors import ModelError
@@ -81,9 +81,9 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
         if problem := missing_base(model.model_name_or_path):
             raise ModelError(f"model.model_name_or_path: {problem}")
         source = _download(model, weights=weights)
-    if (weights or source.revision is None) and is_pickled(source.folder):
+    if (weights or source.revision is None) and has_legacy_bin(source.folder):
         where = f"model.model_name_or_path: {model.model_name_or_path}"
-        source = replace(source, folder=convert_pickled(source.folder, _cache("pickled"), where))
+        source = replace(source, folder=convert_legacy_bin(source.folder, _cache("pickled"), where))
     if model.trust_remote_code:
         check_trusted_code(source.folder, source.name, source.revision)
     return source
@@ -123,7 +123,7 @@ def _download(model: ModelSection, *, weights: bool) -> BaseSource:
         folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
         if weights and not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=_PICKLED_WEIGHTS))
-    if weights and not any(folder.glob("model*.safetensors")) and not is_pickled(folder):
+    if weights and not any(folder.glob("model*.safetensors")) and not has_legacy_bin(folder):
         raise ModelError(
             f"model.model_name_or_path: {name} has no model*.safetensors and no pytorch_model.bin, or, offline, not in the "
             "local cache; choose a revision with weights, or fetch the model with a network first"

@@ -15,14 +15,14 @@ from torch.nn import functional
 from qlora_train.kernels.ops.dequantize import dequantize
 
 
-def compute_odd_rows_rightly(model: nn.Module) -> None:
+def fix_partial_blocks(model: nn.Module) -> None:
     """Give such layers of a model a forward of their own."""
     for module in model.modules():
         if _is_odd(module) and module.weight.device.type == "cpu":
             module.forward = MethodType(_forward, module)
 
 
-def has_odd_rows(model: nn.Module) -> bool:
+def has_partial_blocks(model: nn.Module) -> bool:
     """Say whether a model has such layers, on whatever device."""
     return any(_is_odd(module) for module in model.modules())
 

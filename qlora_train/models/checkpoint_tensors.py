@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from qlora_train.models.freed_memory import FreedMemory
-from qlora_train.models.prequantized import Parts, Release
+from qlora_train.models.malloc_trim import MemoryTrimmer
+from qlora_train.models.prequantized import Parts, PrequantizedFormat
 from qlora_train.models.weight_files import weight_files
 from qlora_train.utils.errors import ModelError
 
@@ -30,7 +30,7 @@ class Stored:
     """A tensor of a file, read whenever it is sliced."""
 
     part: Any
-    memory: FreedMemory
+    memory: MemoryTrimmer
 
     def __getitem__(self, whole: EllipsisType) -> torch.Tensor:
         return self.memory.count(self.part[whole])
@@ -53,7 +53,7 @@ class Dequantized:
     name: str
     codes: Any
     scales: Any
-    release: Release
+    release: PrequantizedFormat
     dtype: torch.dtype
 
     def __getitem__(self, whole: EllipsisType) -> torch.Tensor:
@@ -72,7 +72,9 @@ class Dequantized:
 
 
 @contextmanager
-def opened_tensors(folder: Path, release: Release | None, dtype: torch.dtype, where: str) -> Iterator[dict[str, Any]]:
+def open_tensors(
+    folder: Path, release: PrequantizedFormat | None, dtype: torch.dtype, where: str
+) -> Iterator[dict[str, Any]]:
     """Open a checkpoint's files and yield a slice for each tensor by name; nothing is read before it is sliced.
 
     Args:
@@ -86,7 +88,7 @@ def opened_tensors(folder: Path, release: Release | None, dtype: torch.dtype, wh
     """
     with ExitStack() as files:
         slices: dict[str, Any] = {}
-        memory = FreedMemory()
+        memory = MemoryTrimmer()
         for path in weight_files(folder, where):
             # "pread" and not "mmap": pages of a mapped file stay resident for as long as it is open
             file = files.enter_context(safe_open(str(path), framework="pt", backend="pread"))
@@ -94,12 +96,12 @@ def opened_tensors(folder: Path, release: Release | None, dtype: torch.dtype, wh
         yield slices if release is None else _as_16bit(slices, release, dtype, where)
 
 
-def _as_16bit(slices: dict[str, Any], release: Release, dtype: torch.dtype, where: str) -> dict[str, Any]:
+def _as_16bit(slices: dict[str, Any], release: PrequantizedFormat, dtype: torch.dtype, where: str) -> dict[str, Any]:
     try:
         parts = release.parts({name: part.get_dtype() for name, part in slices.items()})
     except ModelError as error:
         raise ModelError(f"{where}: {error}") from None
-    plain = {name: slices[name] for name in stored_plainly(slices, release, parts)}
+    plain = {name: slices[name] for name in plain_tensors(slices, release, parts)}
     weights = {
         name: Dequantized(f"{where}: {name}", slices[codes], slices[scales], release, dtype)
         for name, (codes, scales) in parts.items()
@@ -107,7 +109,7 @@ def _as_16bit(slices: dict[str, Any], release: Release, dtype: torch.dtype, wher
     return plain | weights
 
 
-def stored_plainly(names: Mapping[str, Any], release: Release, parts: Mapping[str, Parts]) -> list[str]:
+def plain_tensors(names: Mapping[str, Any], release: PrequantizedFormat, parts: Mapping[str, Parts]) -> list[str]:
     """Return the names of tensors that stand for themselves: neither codes nor scales, nor anything unused."""
     used = {part for pair in parts.values() for part in pair}
     return [name for name in names if name not in used and not name.endswith(release.unused)]

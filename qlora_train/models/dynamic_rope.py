@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 
-def forget_longest_row(model: nn.Module) -> None:
+def reset_dynamic_rope(model: nn.Module) -> None:
     """Let every forward of a dynamic rotary embedding begin with the frequencies of the base."""
     for module in model.modules():
         if getattr(module, "rope_type", None) == "dynamic":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qlora_train.models.safetensors_writer import Described, write_safetensors
+from qlora_train.models.safetensors_writer import TensorSpec, write_safetensors
 from qlora_train.utils.atomic_io import damage, sha256_of, staged_folder
 from qlora_train.utils.errors import ModelError
 
@@ -84,7 +84,7 @@ def _convert(path: Path, folder: Path) -> None:
         stored = sources[name]
         return layout(stored.name, _dequantize(stored), config).to(torch.bfloat16)
 
-    described = {name: Described(shape, torch.bfloat16) for name, shape in parameters.items()}
+    described = {name: TensorSpec(shape, torch.bfloat16) for name, shape in parameters.items()}
     write_safetensors(folder / "model.safetensors", described, make)
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_train.kernels.expert_linear import experts_forward, follows_interface
 from qlora_train.kernels.expert_weights import install, quantize_stack
-from qlora_train.models.freed_memory import FreedMemory
+from qlora_train.models.malloc_trim import MemoryTrimmer
 from qlora_train.models.moe import expert_modules, expert_parameters, routers
 
 METHOD = "qlora_train_4bit"
@@ -51,7 +51,7 @@ class Quantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any, **arguments: Any) -> None:
         self.expert_names = tuple(expert_parameters(model))
         named = self.quantization_config.llm_int8_skip_modules or ()
-        self.quantization_config.llm_int8_skip_modules = kept_in_16bit(model, named)
+        self.quantization_config.llm_int8_skip_modules = modules_to_not_convert(model, named)
         super()._process_model_before_weight_loading(model, device_map, **arguments)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **arguments: Any) -> bool:
@@ -74,7 +74,7 @@ class Quantizer(Bnb4BitHfQuantizer):
         return super()._process_model_after_weight_loading(model, **arguments)
 
 
-def kept_in_16bit(model: Any, named: Iterable[str]) -> list[str]:
+def modules_to_not_convert(model: Any, named: Iterable[str]) -> list[str]:
     """Return the modules that are not quantised: those named, routers, and the library's own choice.
 
     Naming any module replaces that choice, which is the output head and what it is tied to.
@@ -87,7 +87,7 @@ class _Quantize(ConversionOps):
 
     def __init__(self, quantizer: Quantizer, linears: ConversionOps) -> None:
         self.quantizer, self.linears = quantizer, linears
-        self.memory = FreedMemory()
+        self.memory = MemoryTrimmer()
 
     def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, torch.Tensor]:
         result: dict[str, torch.Tensor] = {}

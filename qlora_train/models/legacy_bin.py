@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_train.models.safetensors_writer import NAMES, Described, write_safetensors
+from qlora_train.models.safetensors_writer import NAMES, TensorSpec, write_safetensors
 from qlora_train.utils.atomic_io import damage, sha256_of, staged_folder
 from qlora_train.utils.errors import ModelError, first_line
 
@@ -31,13 +31,13 @@ COMPANIONS = (
 logger = logging.getLogger(__name__)
 
 
-def is_pickled(folder: Path) -> bool:
+def has_legacy_bin(folder: Path) -> bool:
     """Say whether a folder's weights are there as a pickle and not as safetensors."""
     has_pickle = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
     return has_pickle and not any(folder.glob("model*.safetensors"))
 
 
-def convert_pickled(folder: Path, cache_dir: Path, where: str) -> Path:
+def convert_legacy_bin(folder: Path, cache_dir: Path, where: str) -> Path:
     """Return a folder with the same model in safetensors, converting it when the cache does not hold it.
 
     Args:
@@ -92,7 +92,7 @@ def _convert(weights: list[Path], folder: Path, where: str) -> None:
     for path in weights:
         tensors = _read(path, where)
         name = path.name.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
-        described = {key: Described(tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+        described = {key: TensorSpec(tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
         write_safetensors(folder / name, described, tensors.__getitem__)
         places |= dict.fromkeys(tensors, name)
     if len(weights) > 1:

@@ -26,16 +26,21 @@ from qlora_train.architectures import Architecture, detect, text_part
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.kernels import grouped_sdpa
 from qlora_train.models.base_source import BaseSource, resolve_base
-from qlora_train.models.bnb_cpu_blocksize import compute_odd_rows_rightly
-from qlora_train.models.checkpoint_tensors import opened_tensors
+from qlora_train.models.bnb_cpu_blocksize import fix_partial_blocks
+from qlora_train.models.checkpoint_tensors import open_tensors
 from qlora_train.models.config_file import read_config
-from qlora_train.models.dynamic_rope import forget_longest_row
+from qlora_train.models.dynamic_rope import reset_dynamic_rope
 from qlora_train.models.hardware import choose_attention, choose_compute_dtype
 from qlora_train.models.hf_quantizer import QuantizationConfig
-from qlora_train.models.prequantized import release_of
-from qlora_train.models.quantization_summary import Census, check_census, make_safe_for_training_after_eval, take_census
+from qlora_train.models.prequantized import prequantized_format
+from qlora_train.models.quantization_summary import (
+    QuantizationSummary,
+    check_quantization,
+    disable_cpu_repacking,
+    summarize_quantization,
+)
 from qlora_train.models.quantize_linears import quantize_linears
-from qlora_train.models.text_only import Tower, check_causal, text_model
+from qlora_train.models.text_only import OmittedModule, check_causal, text_model
 from qlora_train.models.tokenizer import load_tokenizer
 from qlora_train.models.weight_files import check_loaded, check_weight_files
 from qlora_train.utils.device import select_device
@@ -60,12 +65,12 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     source: BaseSource
-    census: Census
+    quantization_summary: QuantizationSummary
     compute_dtype: torch.dtype
     device: torch.device
     new_token_ids: tuple[int, ...]
     """Rows of the embedding that are trained next to the adapter: those of `model.new_tokens`, and all added ones."""
-    left_out: tuple[Tower, ...] = ()
+    omitted_modules: tuple[OmittedModule, ...] = ()
     """Parts of a multimodal checkpoint that are not in `model`."""
 
 
@@ -100,28 +105,28 @@ def load_model(
         quantize_linears(base, architecture.linear_classes, quantization, dtype)
     base.config.use_cache = base.config.get_text_config().use_cache = False
     base.requires_grad_(False)
-    make_safe_for_training_after_eval(base)
-    compute_odd_rows_rightly(base)
-    forget_longest_row(base)
+    disable_cpu_repacking(base)
+    fix_partial_blocks(base)
+    reset_dynamic_rope(base)
     _set_compute_dtype(base, dtype)
     new_token_ids = _add_new_tokens(base, tokenizer, model.new_tokens) if model.new_tokens else ()
-    census = take_census(base, output_heads(base))
+    summary = summarize_quantization(base, output_heads(base))
     if not architecture.known:
-        _report_unknown(base, architecture, census)
+        _report_unknown(base, architecture, summary)
     if quantization.load_in_4bit:
-        check_census(census, quantization.min_quantized_share)
-    left_out = text_model(base.config).left_out
-    if left_out:
+        check_quantization(summary, quantization.min_quantized_share)
+    omitted_modules = text_model(base.config).omitted_modules
+    if omitted_modules:
         check_causal(base)
-    return LoadedModel(base, tokenizer, architecture, source, census, dtype, device, new_token_ids, left_out)
+    return LoadedModel(base, tokenizer, architecture, source, summary, dtype, device, new_token_ids, omitted_modules)
 
 
-def _report_unknown(model: PreTrainedModel, architecture: Architecture, census: Census) -> None:
+def _report_unknown(model: PreTrainedModel, architecture: Architecture, summary: QuantizationSummary) -> None:
     names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     logger.warning(
         "architecture: %s is not in the table and trains on the generic row; found: linear layers %s; %.1f %% of their "
         "weights in 4 bits; check the answers of the first run",
-        architecture.model_type, ", ".join(names), 100 * census.quantized_share,
+        architecture.model_type, ", ".join(names), 100 * summary.quantized_share,
     )  # fmt: skip
 
 
@@ -186,7 +191,7 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     where = f"model.model_name_or_path: {source.name}"
-    release = release_of(source.config, where)
+    release = prequantized_format(source.config, where)
     check_weight_files(source.folder, source.config, where)
     config = model_config(source, model)
     attention = choose_attention(model.attn_implementation, architecture, device, dtype, has_sdpa=supports_sdpa(config))
@@ -199,7 +204,7 @@ def _from_pretrained(
     try:
         with torch.device("meta"):  # for its class, and the config that this class takes
             skeleton = text.build(config, trust_remote_code=model.trust_remote_code)
-        with opened_tensors(source.folder, release, dtype, where) as tensors:
+        with open_tensors(source.folder, release, dtype, where) as tensors:
             _refuse_experts_apart(tensors, where)
             loaded, info = type(skeleton).from_pretrained(
                 None,
@@ -240,7 +245,7 @@ def supports_sdpa(config: Any) -> bool:
 def auto_class_of(source: BaseSource, model: ModelSection) -> str:
     """Return the name of the class of Transformers that loads the whole base."""
     text = text_model(read_config(source, trust_remote_code=model.trust_remote_code))
-    return "AutoModelForMultimodalLM" if text.left_out else "AutoModelForCausalLM"
+    return "AutoModelForMultimodalLM" if text.omitted_modules else "AutoModelForCausalLM"
 
 
 def model_config(source: BaseSource, model: ModelSection) -> Any:

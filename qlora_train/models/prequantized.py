@@ -27,7 +27,7 @@ Parts = tuple[str, str]
 """Names of the two tensors that one weight is stored as: its codes and its scales."""
 
 
-class Release(Protocol):
+class PrequantizedFormat(Protocol):
     """How a release stores its weights."""
 
     @property
@@ -169,7 +169,7 @@ class Mxfp4:
         return weight
 
 
-def release_of(config: Mapping[str, Any], where: str) -> Release | None:
+def prequantized_format(config: Mapping[str, Any], where: str) -> PrequantizedFormat | None:
     """Return how a checkpoint stores its weights; None for 16-bit ones, and for those that bitsandbytes stored in 4 bits.
 
     Args:

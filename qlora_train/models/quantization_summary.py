@@ -1,4 +1,4 @@
-"""The quantisation census: which weights are really stored in 4 bits, and what every byte of the model is.
+"""The quantization: which weights are really stored in 4 bits, and what every byte of the model is.
 
 A weight matrix that silently stays in 16 bits is the commonest failure of 4-bit loading (whole expert blocks since
 Transformers 5), so it is counted after every load, by walking the parameters that are there.
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Census:
+class QuantizationSummary:
     """What a loaded model consists of.
 
     Linear weights are all parameters of two or more dimensions except embeddings and the output head. `weight_bytes`
@@ -55,7 +55,7 @@ class Census:
         return sum(self.bytes_by_dtype.values())
 
 
-def take_census(model: nn.Module, heads: set[nn.Module]) -> Census:
+def summarize_quantization(model: nn.Module, heads: set[nn.Module]) -> QuantizationSummary:
     """Count a model's weights by how they are stored.
 
     Args:
@@ -83,7 +83,7 @@ def take_census(model: nn.Module, heads: set[nn.Module]) -> Census:
             unquantized.append(f"{name} ({_dtype_name(parameter)}, {parameter.numel():,} weights)")
     for buffer in model.buffers():
         by_dtype[_dtype_name(buffer)] += buffer.nbytes
-    return Census(linear, quantized, weight_bytes, table_bytes, dict(by_dtype), tuple(unquantized))
+    return QuantizationSummary(linear, quantized, weight_bytes, table_bytes, dict(by_dtype), tuple(unquantized))
 
 
 def _expert_stacks(model: nn.Module) -> Iterator[tuple[torch.Tensor, ExpertWeights]]:
@@ -121,29 +121,29 @@ def count_frozen_weights(model: nn.Module) -> int:
     return sum(held[0] if (held := _held_in_4bit(p, stacks)) else p.numel() for p in frozen)
 
 
-def check_census(census: Census, min_quantized_share: float) -> None:
+def check_quantization(summary: QuantizationSummary, min_quantized_share: float) -> None:
     """Log the census and stop when too little of the model is in 4 bits.
 
     Raises:
         ModelError: the share of quantised linear weights is below `min_quantized_share`.
     """
-    by_dtype = ", ".join(f"{name} {count / 1e6:,.1f} MB" for name, count in sorted(census.bytes_by_dtype.items()))
+    by_dtype = ", ".join(f"{name} {count / 1e6:,.1f} MB" for name, count in sorted(summary.bytes_by_dtype.items()))
     logger.info(
-        "quantisation census: %.1f %% of %s linear weights in 4 bits at %.3f bits each; bytes by dtype: %s",
-        100 * census.quantized_share, f"{census.num_linear_weights:,}", census.bits_per_weight, by_dtype,
+        "quantization: %.1f %% of %s linear weights in 4 bits at %.3f bits each; bytes by dtype: %s",
+        100 * summary.quantized_share, f"{summary.num_linear_weights:,}", summary.bits_per_weight, by_dtype,
     )  # fmt: skip
-    for name in census.unquantized[:5]:
+    for name in summary.unquantized[:5]:
         logger.info("stays unquantised: %s", name)
-    if census.quantized_share < min_quantized_share:
-        shown = "; ".join(census.unquantized[:5]) + (" ..." if len(census.unquantized) > 5 else "")
+    if summary.quantized_share < min_quantized_share:
+        shown = "; ".join(summary.unquantized[:5]) + (" ..." if len(summary.unquantized) > 5 else "")
         raise ModelError(
-            f"quantization.min_quantized_share: only {census.quantized_share:.1%} of the linear weights are in 4 bits, "
+            f"quantization.min_quantized_share: only {summary.quantized_share:.1%} of the linear weights are in 4 bits, "
             f"below {min_quantized_share:.0%}; left in 16 bits: {shown}; choose a model whose layers are linears, or "
             "lower the limit knowing what it costs"
         )
 
 
-def make_safe_for_training_after_eval(model: nn.Module) -> None:
+def disable_cpu_repacking(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking CPU weights in its first evaluation forward.
 
     On CPUs with AVX512-BF16 the repacked weights go through an operator without a gradient formula, so that training

@@ -17,14 +17,14 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Described:
+class TensorSpec:
     """A tensor to write: its shape and dtype."""
 
     shape: torch.Size
     dtype: torch.dtype
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Described], make: Callable[[str], Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, TensorSpec], make: Callable[[str], Tensor]) -> None:
     """Write `make(name)` for each name.
 
     The format (https://github.com/huggingface/safetensors#format): the header's length in 8 bytes, the header as JSON
@@ -42,6 +42,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Described], make: Callab
         file.write(len(text).to_bytes(8, "little") + text)
         for name, described in tensors.items():
             tensor = make(name)
-            found = Described(tensor.shape, tensor.dtype)
+            found = TensorSpec(tensor.shape, tensor.dtype)
             assert found == described, f"{name} is {found} instead of {described}"
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

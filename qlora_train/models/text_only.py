@@ -1,11 +1,11 @@
-"""The text part of a checkpoint that sees or hears: the whole model's class, built without its other towers.
+"""The text part of a checkpoint that sees or hears: the whole model's class, built without its other modules.
 
-Such a checkpoint holds a language model beside towers for images or sound and what joins them. A run on text needs the
+Such a checkpoint holds a language model beside modules for images or sound and what joins them. A run on text needs the
 language model alone. It is kept under the names that it has in the whole model, because these are the names that the
-adapter and the merged folder must have to fit the whole model later; the other towers are taken out before any weight is
+adapter and the merged folder must have to fit the whole model later; the other modules are taken out before any weight is
 read, so that they cost neither memory nor time.
 
-Nothing here knows a model: the language model is what Transformers calls the decoder, and a tower is whatever lies
+Nothing here knows a model: the language model is what Transformers calls the decoder, and a module is whatever lies
 beside the way from the root to it.
 """
 
@@ -30,7 +30,7 @@ _ALONE = "give a text model, or a multimodal one with a language model of its ow
 
 
 @dataclass(frozen=True)
-class Tower:
+class OmittedModule:
     """A part that text does not need: its full name in the whole model, and how many weights it has."""
 
     name: str
@@ -49,12 +49,12 @@ class TextModel:
     Attributes:
         model_class: has `from_pretrained`; Transformers' own choice where nothing is left out.
         language_model: name of the language model in the whole one; empty where it is the whole one.
-        left_out: the towers that are not there.
+        omitted_modules: the modules that are not there.
     """
 
     model_class: Any
     language_model: str = ""
-    left_out: tuple[Tower, ...] = ()
+    omitted_modules: tuple[OmittedModule, ...] = ()
 
     def build(self, config: Any, *, trust_remote_code: bool = False) -> Any:
         """Return the model with weights as the class draws them, on the device of the context.
@@ -68,8 +68,8 @@ class TextModel:
         return self.model_class._from_config(config, attn_implementation="eager")
 
     def attention(self, config: Any, name: str) -> str | dict[str, str]:
-        """Return an attention implementation for the language model alone; towers may have none of that name."""
-        if not self.left_out:
+        """Return an attention implementation for the language model alone; modules may have none of that name."""
+        if not self.omitted_modules:
             return name
         text = config.get_text_config(decoder=True)
         parts = (part for part in type(config).sub_configs if getattr(config, part, None) is text)
@@ -77,11 +77,11 @@ class TextModel:
 
     def report(self, model_type: str) -> None:
         """Log what is left out."""
-        if self.left_out:
+        if self.omitted_modules:
             logger.info(
                 "text part: %s of this %s model is trained; left out of memory: %s",
                 self.language_model, model_type,
-                ", ".join(f"{tower.name} ({tower.num_weights / 1e6:,.2f} M weights)" for tower in self.left_out),
+                ", ".join(f"{module.name} ({module.num_weights / 1e6:,.2f} M weights)" for module in self.omitted_modules),
             )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def text_model(config: Any) -> TextModel:
     """Return how to make the language model of a Transformers config.
 
     Raises:
-        ModelError: a model of several towers whose language model cannot be taken out.
+        ModelError: a model of several modules whose language model cannot be taken out.
     """
     whole = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
     if whole is None:
@@ -99,19 +99,19 @@ def text_model(config: Any) -> TextModel:
     text = config.get_text_config(decoder=True)
     if text is config:
         if type(config).sub_configs:
-            raise _refusal(config, "its towers lie inside the language model")
+            raise _refusal(config, "its modules lie inside the language model")
         return TextModel(AutoModelForCausalLM)
     if config.is_encoder_decoder or text.is_encoder_decoder:
         raise _refusal(config, "its text part is an encoder and a decoder, not a causal language model")
     model = _on_meta(config, whole)
     language_model = _language_model(config, model)
-    left_out = tuple(_towers(model, language_model))
-    return TextModel(_without(whole, left_out), language_model, left_out)
+    omitted_modules = tuple(_omitted_modules(model, language_model))
+    return TextModel(_without(whole, omitted_modules), language_model, omitted_modules)
 
 
 @torch.no_grad()
 def check_causal(model: Any) -> None:
-    """Refuse a text part whose tokens see later ones, or that does not run without its towers.
+    """Refuse a text part whose tokens see later ones, or that does not run without its modules.
 
     Whole models may make masks of their own: one that reads a text in both directions would be shown what it is to learn.
 
@@ -159,7 +159,7 @@ def _language_model(config: Any, model: Any) -> str:
     return name
 
 
-def _towers(model: Any, language_model: str) -> Iterator[Tower]:
+def _omitted_modules(model: Any, language_model: str) -> Iterator[OmittedModule]:
     """Yield what lies beside the way to the language model and has weights, but not the output head."""
     head = model.get_output_embeddings()
     parts = language_model.split(".")
@@ -168,22 +168,22 @@ def _towers(model: Any, language_model: str) -> Iterator[Tower]:
         for name, child in model.get_submodule(parent).named_children():
             num_weights = sum(parameter.numel() for parameter in child.parameters())
             if name != on_the_way and child is not head and num_weights:
-                yield Tower(f"{parent}.{name}".lstrip("."), num_weights)
+                yield OmittedModule(f"{parent}.{name}".lstrip("."), num_weights)
 
 
-def _without(whole: Any, left_out: tuple[Tower, ...]) -> Any:
-    """Return the class of the whole model, whose models have None in the place of these towers."""
+def _without(whole: Any, omitted_modules: tuple[OmittedModule, ...]) -> Any:
+    """Return the class of the whole model, whose models have None in the place of these modules."""
 
     def build(self: Any, *arguments: Any, **settings: Any) -> None:
         whole.__init__(self, *arguments, **settings)
-        for tower in left_out:
-            parent, _, name = tower.name.rpartition(".")
+        for module in omitted_modules:
+            parent, _, name = module.name.rpartition(".")
             setattr(self.get_submodule(parent), name, None)
         self.all_tied_weights_keys = {
             name: source for name, source in self.all_tied_weights_keys.items() if _is_there(self, name)
         }
 
-    unused = [*(whole._keys_to_ignore_on_load_unexpected or ()), *(f"^{tower.pattern}$" for tower in left_out)]
+    unused = [*(whole._keys_to_ignore_on_load_unexpected or ()), *(f"^{module.pattern}$" for module in omitted_modules)]
     content = {
         "__init__": build,
         "__module__": whole.__module__,

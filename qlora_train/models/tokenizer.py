@@ -19,8 +19,7 @@ from qlora_train.models.base_source import BaseSource
 from qlora_train.models.chat_template_files import complete_chat_template
 from qlora_train.models.config_file import read_config
 from qlora_train.models.remote_code import untrusted_code
-from qlora_train.models.tokenizer_config import use_old_names
-from qlora_train.models.tokenizer_files import as_file_says, check_reloads
+from qlora_train.models.tokenizer_files import check_reloads, follow_tokenizer_json, write_transformers_4_names
 from qlora_train.utils.errors import ConfigError, ModelError, first_line
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
         raise ModelError(
             f"{where}: the tokenizer has no vocabulary beside its {len(tokenizer)} added tokens; fetch tokenizer.json again"
         )
-    tokenizer = as_file_says(tokenizer, source.folder, where)
+    tokenizer = follow_tokenizer_json(tokenizer, source.folder, where)
     if model.new_tokens:
         num_added = tokenizer.add_tokens(list(model.new_tokens))
         logger.info("tokenizer: %d of %d new tokens added", num_added, len(model.new_tokens))
@@ -161,7 +160,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_re
         ModelError: AutoTokenizer reloads it to other tokens.
     """
     tokenizer.save_pretrained(folder)
-    use_old_names(folder)
+    write_transformers_4_names(folder)
     check_reloads(tokenizer, folder, trust_remote_code=trust_remote_code)
 
 

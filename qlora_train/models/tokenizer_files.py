@@ -28,7 +28,7 @@ READ_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeE
 """What Transformers raises for tokenizer files that it cannot read."""
 
 
-def as_file_says(tokenizer: PreTrainedTokenizerBase, folder: Path, where: str) -> PreTrainedTokenizerBase:
+def follow_tokenizer_json(tokenizer: PreTrainedTokenizerBase, folder: Path, where: str) -> PreTrainedTokenizerBase:
     """Return `tokenizer`, or one that takes tokenizer.json as it is where the class of `tokenizer` does not.
 
     Args:
@@ -145,4 +145,17 @@ def _name_file_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     content["tokenizer_class"] = FILE_CLASS
     # of the class that is no longer named
     content["model_input_names"], content["padding_side"] = tokenizer.model_input_names, tokenizer.padding_side
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_transformers_4_names(folder: Path) -> None:
+    """Rewrite tokenizer_config.json of a folder, if any, with names that Transformers 4 reads as Transformers 5 does."""
+    path = folder / TOKENIZER_CONFIG
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("tokenizer_class") == "TokenizersBackend":
+        content["tokenizer_class"] = FILE_CLASS
+    if isinstance(content.get("extra_special_tokens"), list):  # Transformers 4 fails on a list
+        content["additional_special_tokens"] = content.pop("extra_special_tokens")
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from qlora_train.adapters.finite import non_finite
+from qlora_train.adapters.precision import find_non_finite
 from qlora_train.config.schema import TrainSection
 from qlora_train.training.loss_spikes import WINDOW_STEPS, LossWindow
 from qlora_train.utils.errors import TrainingError
@@ -190,7 +190,7 @@ def refuse_non_finite(
         for key, value in moments.get(weight, {}).items()
         if isinstance(value, torch.Tensor)
     }
-    problem = non_finite({**weights, **of_optimizer})
+    problem = find_non_finite({**weights, **of_optimizer})
     if problem is not None:
         raise TrainingError(
             f"step {step}: {problem} after the update; it was not saved; {GO_ON}; if it stops here again, begin a new run "

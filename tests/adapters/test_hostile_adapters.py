@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_train.adapters import attach_adapter, load_trained
-from qlora_train.adapters.adapter_config import read_settings
+from qlora_train.adapters.adapter_folder import read_settings
 from qlora_train.cli.main import main
 from qlora_train.config import load_config
 from qlora_train.models import BaseSource, load_model

@@ -1,4 +1,4 @@
-"""Every family of the architecture table: load -> census -> adapter -> steps -> packing -> resume -> merge -> reload.
+"""Every family of the architecture table: load -> quantize -> adapter -> steps -> packing -> resume -> merge -> reload.
 
 A merged model is plain Transformers code on plain 16-bit weights: that its logits are those of the adapter on the 4-bit
 base says that loading, the experts' own arithmetic, the adapter and the merge all compute the same model.
@@ -42,13 +42,13 @@ def test_family_trains_in_4_bits_and_merges_to_the_same_model(
     config = make_config(tmp_path, base, *SETTINGS, name="straight")
     loaded = load_model(config.model, config.quantization)
     assert loaded.architecture is row
-    assert loaded.census.quantized_share > 0.95
+    assert loaded.quantization_summary.quantized_share > 0.95
     experts = expert_parameters(loaded.model)
-    assert not [name for name in loaded.census.unquantized if name.split(" ")[0] in experts]
+    assert not [name for name in loaded.quantization_summary.unquantized if name.split(" ")[0] in experts]
     planned = memory_plan(loaded.model.config.to_dict(), r=config.lora.r, tokens=64)
-    found = loaded.census.weight_bytes + loaded.census.table_bytes
+    found = loaded.quantization_summary.weight_bytes + loaded.quantization_summary.table_bytes
     assert planned.quantized_weights_bytes + planned.quantization_state_bytes == found
-    table[model_type]["4 bits"] = f"{100 * loaded.census.quantized_share:.1f} %"
+    table[model_type]["4 bits"] = f"{100 * loaded.quantization_summary.quantized_share:.1f} %"
     table[model_type]["experts in 4 bits"] = "100 %" if experts else "no experts"
 
     adapted = load_trained(loaded, run.adapter)

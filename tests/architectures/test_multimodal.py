@@ -77,8 +77,8 @@ def test_text_part_is_loaded_alone_and_computes_what_the_whole_model_does(
     assert not info["unexpected_keys"]
     names = {name for name, _ in reference.named_parameters()} - {name for name, _ in model.named_parameters()}
     assert names
-    assert all(any(name.startswith(f"{tower.name}.") for tower in text.left_out) for name in names)
-    assert sum(tower.num_weights for tower in text.left_out) == sum(
+    assert all(any(name.startswith(f"{module.name}.") for module in text.omitted_modules) for name in names)
+    assert sum(module.num_weights for module in text.omitted_modules) == sum(
         parameter.numel() for name, parameter in reference.named_parameters() if name in names
     )
     torch.testing.assert_close(logits(model), logits(reference), rtol=0, atol=0)
@@ -125,14 +125,14 @@ def test_adapter_and_merge_of_the_text_part_fit_the_whole_model(
         loaded = load_model(config.model, config.quantization)
     said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text part:")]
     assert len(said) == 1
-    assert all(tower.name in said[0] for tower in loaded.left_out)
-    assert loaded.left_out
-    assert loaded.census.quantized_share > 0.95
+    assert all(module.name in said[0] for module in loaded.omitted_modules)
+    assert loaded.omitted_modules
+    assert loaded.quantization_summary.quantized_share > 0.95
     planned = memory_plan(loaded.model.config.to_dict(), r=config.lora.r, tokens=64)
-    found = loaded.census.weight_bytes + loaded.census.table_bytes
+    found = loaded.quantization_summary.weight_bytes + loaded.quantization_summary.table_bytes
     assert planned.quantized_weights_bytes + planned.quantization_state_bytes == found
     experts = expert_parameters(loaded.model)
-    assert not [name for name in loaded.census.unquantized if name.split(" ")[0] in experts]
+    assert not [name for name in loaded.quantization_summary.unquantized if name.split(" ")[0] in experts]
 
     wanted = logits(load_trained(loaded, run.adapter))
     folder = resolve_base(config.model).folder
@@ -143,8 +143,8 @@ def test_adapter_and_merge_of_the_text_part_fit_the_whole_model(
     assert before.keys() == after.keys()
     plain = AutoModelForMultimodalLM.from_pretrained(base, dtype=torch.float32)
     merged_again = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    towers = [tower.name for tower in loaded.left_out]
-    for name in towers:
+    modules = [module.name for module in loaded.omitted_modules]
+    for name in modules:
         for one, other in zip(
             plain.get_submodule(name).parameters(), merged_again.get_submodule(name).parameters(), strict=True
         ):
@@ -158,7 +158,10 @@ def test_adapter_and_merge_of_the_text_part_fit_the_whole_model(
     original = logits(merge(folder, run, config, tmp_path / "original", "original"))
     torch.testing.assert_close(on_whole, original, rtol=1e-3, atol=2e-4)
     assert (tmp_path / "merged" / PROCESSOR).read_text() == (base / PROCESSOR).read_text()
-    table[model_type] |= {"4 bits": f"{100 * loaded.census.quantized_share:.1f} %", "merged": "equal (whole)"}
+    table[model_type] |= {
+        "4 bits": f"{100 * loaded.quantization_summary.quantized_share:.1f} %",
+        "merged": "equal (whole)",
+    }
 
 
 @pytest.mark.parametrize("model_type", TRIED if LONG else SHORT[:1])
@@ -185,8 +188,8 @@ def test_text_part_packs_or_says_why_not(model_type: str, whole: Callable[[str],
     ("model_type", "reason"),
     [
         ("paligemma", "reads a text in both directions"),
-        ("qwen2_audio", "asks the audio tower for its device"),
-        ("phi4_multimodal", "its towers lie inside the language model"),
+        ("qwen2_audio", "asks the audio module for its device"),
+        ("phi4_multimodal", "its modules lie inside the language model"),
         ("florence2", "an encoder and a decoder"),
     ],
 )

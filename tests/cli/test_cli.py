@@ -69,7 +69,7 @@ def refused(capsys: Capture, *arguments: str | Path) -> list[str]:
     output = capsys.readouterr()
     assert output.out == ""
     assert "Traceback" not in output.err
-    assert "quantisation census" not in output.err
+    assert "quantization:" not in output.err
     return [line for line in output.err.splitlines() if not LOG.search(line)]
 
 

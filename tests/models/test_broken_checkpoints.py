@@ -24,7 +24,7 @@ from tests.support.runs import make_config, train_run
 __all__ = ["libraries_stay_as_they_were"]  # a fixture that is applied here too
 
 LOG = re.compile(
-    r":\d+: format \w+$|^device: |^data\.|^tokenizer: |^compute dtype: |^attention: |^quantisation census: "
+    r":\d+: format \w+$|^device: |^data\.|^tokenizer: |^compute dtype: |^attention: |^quantization: "
     r"|^adapter: starts from "
 )
 """Lines of the log before training starts."""

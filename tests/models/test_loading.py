@@ -21,9 +21,9 @@ from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.kernels import grouped_sdpa
 from qlora_train.models import LoadedModel, load_model, load_tokenizer, resolve_base
 from qlora_train.models.base_source import hub_errors
-from qlora_train.models.freed_memory import FreedMemory
 from qlora_train.models.hardware import choose_compute_dtype
 from qlora_train.models.loading import _add_new_tokens
+from qlora_train.models.malloc_trim import MemoryTrimmer
 from qlora_train.models.token_probes import encode, hard_texts
 from qlora_train.utils.errors import ConfigError, ModelError
 from tests.models.test_gguf_base import write_gguf
@@ -89,14 +89,14 @@ def test_bytes_of_a_loaded_model_are_those_of_the_arithmetic(wide: Path, quant_t
     blocks = weights // 64
     scales = blocks + 4 * blocks // 256 + 4 if double else 4 * blocks  # 8-bit scales, their scales, their offset
     tables = 4 * 16 + (4 * 256 if double else 0)
-    census = loaded.census
-    assert census.num_quantized_weights == census.num_linear_weights == 7 * weights
-    assert census.weight_bytes == 7 * (weights // 2 + scales)
-    assert census.table_bytes == 7 * tables
-    assert round(census.bits_per_weight, 3) == (4.127 if double else 4.5)
+    summary = loaded.quantization_summary
+    assert summary.num_quantized_weights == summary.num_linear_weights == 7 * weights
+    assert summary.weight_bytes == 7 * (weights // 2 + scales)
+    assert summary.table_bytes == 7 * tables
+    assert round(summary.bits_per_weight, 3) == (4.127 if double else 4.5)
     embeddings_norms_and_head = 2 * (2 * 320 * 1024 + 3 * 1024)
     rotary = sum(buffer.nbytes for buffer in loaded.model.buffers())
-    assert census.total_bytes == census.weight_bytes + census.table_bytes + embeddings_norms_and_head + rotary
+    assert summary.total_bytes == summary.weight_bytes + summary.table_bytes + embeddings_norms_and_head + rotary
     assert {layer.weight.quant_type for layer in linears(loaded).values()} == {quant_type}
     assert {layer.weight.quant_state.nested for layer in linears(loaded).values()} == {double}
 
@@ -147,7 +147,7 @@ def test_bfloat16_that_a_gpu_emulates_is_a_warning(
 def test_16_bit_loading_leaves_the_checkpoint_as_it_is(pico_llama: Path) -> None:
     loaded = load(pico_llama, load_in_4bit=False, bnb_4bit_compute_dtype="bfloat16")
     assert linears(loaded) == {}
-    assert loaded.census.quantized_share == 0
+    assert loaded.quantization_summary.quantized_share == 0
     expected = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
 
@@ -169,7 +169,7 @@ def test_loaded_model_generates_what_its_dequantised_weights_generate(pico_llama
 
 def test_layers_that_the_library_skips_are_quantised_too(pico: Pico) -> None:
     loaded = load(pico("falcon"))
-    assert loaded.census.quantized_share == 1.0
+    assert loaded.quantization_summary.quantized_share == 1.0
     plain = AutoModelForCausalLM.from_pretrained(pico("falcon"), dtype=loaded.compute_dtype)
     names = {name for name, module in plain.named_modules() if type(module).__name__ == "FalconLinear"}
     assert names == set(linears(loaded)), "one 4-bit layer for every FalconLinear"
@@ -182,7 +182,7 @@ def test_weights_that_stay_in_16_bits_are_refused_by_name(tmp_path: Path) -> Non
     one_line(caught.value)
     loaded = load(folder)
     routers = 2 * 4 * 64
-    assert loaded.census.num_linear_weights - loaded.census.num_quantized_weights == routers
+    assert loaded.quantization_summary.num_linear_weights - loaded.quantization_summary.num_quantized_weights == routers
 
 
 # --- checkpoints of other kinds ---------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def stored_in_4bit(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_quantised_checkpoint_loads_as_it_was_stored(stored_in_4bit: Path, pico_llama: Path) -> None:
     again, first = load(stored_in_4bit), load(pico_llama)
-    assert again.census == first.census
+    assert again.quantization_summary == first.quantization_summary
     for name, layer in linears(first).items():
         assert torch.equal(linears(again)[name].weight.data, layer.weight.data)
         assert linears(again)[name].compute_dtype == first.compute_dtype
@@ -259,7 +259,7 @@ def test_gguf_file_is_a_base_like_any_other(pico_llama: Path, tmp_path: Path, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     loaded = load(write_gguf(pico_llama, tmp_path / "pico.gguf"))
     assert loaded.source.name == "pico"
-    assert loaded.census.quantized_share == 1.0
+    assert loaded.quantization_summary.quantized_share == 1.0
     expected = linears(load(pico_llama))
     assert all(torch.equal(layer.weight.data, expected[name].weight.data) for name, layer in linears(loaded).items())
 
@@ -516,9 +516,9 @@ def test_rope_scaling_where_layers_differ_is_refused(pico: Pico) -> None:
 def test_a_model_is_never_whole_in_16_bits(model_type: str, pico: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = pico(model_type, num_hidden_layers=12, hidden_size=256, intermediate_size=512, moe_intermediate_size=256)
     live, most, total = 0, 0, 0
-    count = FreedMemory.count
+    count = MemoryTrimmer.count
 
-    def watched(self: FreedMemory, tensor: torch.Tensor) -> torch.Tensor:
+    def watched(self: MemoryTrimmer, tensor: torch.Tensor) -> torch.Tensor:
         nonlocal live, most, total
         size = tensor.nbytes
         live, total = live + size, total + size
@@ -531,7 +531,7 @@ def test_a_model_is_never_whole_in_16_bits(model_type: str, pico: Any, monkeypat
         weakref.finalize(tensor, gone)
         return count(self, tensor)
 
-    monkeypatch.setattr(FreedMemory, "count", watched)
+    monkeypatch.setattr(MemoryTrimmer, "count", watched)
     load_model(ModelSection(model_name_or_path=str(base)), QuantizationSection())
     assert total > 5e6
     assert most < total / 10

@@ -215,7 +215,7 @@ def test_random_model_has_the_shape_and_trains_as_a_checkpoint_does(tmp_path: Pa
     shape = random_model.SHAPES[name] | narrow | heads
     random_model.write_model(tmp_path, shape, nf4=nf4, seed=1)
     loaded = load_model(ModelSection(model_name_or_path=str(tmp_path)), QuantizationSection())
-    assert loaded.census.quantized_share == 1.0
+    assert loaded.quantization_summary.quantized_share == 1.0
     assert len(loaded.tokenizer) == loaded.model.get_input_embeddings().num_embeddings == 600
     # as many tensors as layers, and no more in memory at once
     assert len(list(tmp_path.glob("*.safetensors"))) == 2 + 3

@@ -34,7 +34,7 @@ from qlora_train.export.model_card import public_name
 from qlora_train.models import BaseSource
 from qlora_train.models.loading import model_config
 from qlora_train.models.token_probes import HARD_STRINGS, TokenProbe, difference_of
-from qlora_train.models.tokenizer_files import as_file_says
+from qlora_train.models.tokenizer_files import follow_tokenizer_json
 from qlora_train.runs import RunFolder
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import ExportError
@@ -200,7 +200,7 @@ def _tokenizer(folder: Path, config: RunConfig) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=config.model.trust_remote_code
     )
-    return as_file_says(tokenizer, folder, str(folder))  # as training takes it
+    return follow_tokenizer_json(tokenizer, folder, str(folder))  # as training takes it
 
 
 def _texts(folder: RunFolder) -> list[str]:

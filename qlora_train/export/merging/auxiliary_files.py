@@ -15,8 +15,12 @@ from transformers import AutoTokenizer
 
 from qlora_train.evaluation.held_out import answer_ends
 from qlora_train.export.merging.merged_config import write_config
-from qlora_train.models.tokenizer_config import use_old_names
-from qlora_train.models.tokenizer_files import READ_ERRORS, as_file_says, check_reloads
+from qlora_train.models.tokenizer_files import (
+    READ_ERRORS,
+    check_reloads,
+    follow_tokenizer_json,
+    write_transformers_4_names,
+)
 from qlora_train.utils.errors import MergeError, ModelError, first_line
 
 GENERATION_CONFIG = "generation_config.json"
@@ -63,7 +67,7 @@ def write_companions(
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     tokenizer = _copy_tokenizer(base_folder, adapter_folder, folder, config, trust_remote_code)
-    use_old_names(folder)
+    write_transformers_4_names(folder)
     generation = _generation_settings(adapter_folder, base_folder)
     special = _special_ids(tokenizer, text, generation)
     for key, value in special.items():
@@ -121,7 +125,7 @@ def _copy_tokenizer(base_folder: Path, adapter_folder: Path, folder: Path, confi
         tokenizer = AutoTokenizer.from_pretrained(
             source, config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        return as_file_says(tokenizer, source, str(source))
+        return follow_tokenizer_json(tokenizer, source, str(source))
     except READ_ERRORS as error:
         raise MergeError(
             f"the tokenizer of the adapter cannot be read: {first_line(error)}; restore its folder, or train again"

@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.kernels.ops.dequantize import by_bitsandbytes
-from qlora_train.models.checkpoint_tensors import stored_plainly
-from qlora_train.models.prequantized import Parts, Release, release_of
+from qlora_train.models.checkpoint_tensors import plain_tensors
+from qlora_train.models.prequantized import Parts, PrequantizedFormat, prequantized_format
 from qlora_train.models.weight_files import INDEX, weight_files
 from qlora_train.utils.errors import MergeError, ModelError
 
@@ -60,7 +60,7 @@ class BaseFile:
         self.stored_4bit = frozenset(self._state_key)
         self._turned: frozenset[str] = frozenset()
         self._release, self._parts = _release(folder, {name: dtype for name, (_, dtype) in self._headers.items()})
-        plain = self._where if self._release is None else stored_plainly(self._where, self._release, self._parts)
+        plain = self._where if self._release is None else plain_tensors(self._where, self._release, self._parts)
         self.names = (*(key for key in plain if not self._is_side_tensor(key)), *self._parts)
         foreign = [key for key in self.names if key.endswith(_FOREIGN)]
         if foreign:
@@ -157,11 +157,11 @@ def _tensor_names(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _release(folder: Path, dtypes: dict[str, str]) -> tuple[Release | None, dict[str, Parts]]:
+def _release(folder: Path, dtypes: dict[str, str]) -> tuple[PrequantizedFormat | None, dict[str, Parts]]:
     """Return how the release stores its weights, and the parts of each; nothing for any other checkpoint."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
-        release = release_of(config, str(folder))
+        release = prequantized_format(config, str(folder))
         return release, {} if release is None else release.parts(dtypes)
     except ModelError as error:
         raise MergeError(str(error)) from None

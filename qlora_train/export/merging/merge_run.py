@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qlora_train.adapters import load_trained
-from qlora_train.adapters.adapter_config import read_settings
+from qlora_train.adapters.adapter_folder import read_settings
 from qlora_train.architectures import detect
 from qlora_train.config import RunConfig
 from qlora_train.data.held_out_rows import RunRows

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from qlora_train.architectures import detect
 from qlora_train.export.loading_code import needed_attention
-from qlora_train.models.dynamic_rope import forget_longest_row
+from qlora_train.models.dynamic_rope import reset_dynamic_rope
 from qlora_train.models.text_only import text_model
 from qlora_train.utils.device import free_memory
 from qlora_train.utils.host_memory import available_bytes
@@ -37,7 +37,7 @@ def load_merged(folder: Path, device: torch.device | str, *, trust_remote_code: 
         trust_remote_code=trust_remote_code,
         attn_implementation=needed_attention(detect(config.to_dict())),
     )
-    forget_longest_row(model)
+    reset_dynamic_rope(model)
     return model
 
 

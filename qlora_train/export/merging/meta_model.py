@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_train.architectures import Architecture, detect
-from qlora_train.models.hf_quantizer import kept_in_16bit
+from qlora_train.models.hf_quantizer import modules_to_not_convert
 from qlora_train.models.moe import expert_parameters
 from qlora_train.models.text_only import text_model
 
@@ -82,7 +82,7 @@ def quantized_linears(model: Any, architecture: Architecture) -> frozenset[str]:
         model: on any device, as it is before quantisation.
         architecture: its row, which says what is quantised and what is not besides what the library decides.
     """
-    named = kept_in_16bit(model, architecture.keep_16bit)
+    named = modules_to_not_convert(model, architecture.keep_16bit)
     kept = HfQuantizer.get_modules_to_not_convert(model, named, model._keep_in_fp32_modules)
     return frozenset(
         name

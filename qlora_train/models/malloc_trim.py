@@ -9,7 +9,7 @@ KEPT_FREE_BYTES = 8 << 20
 """Bytes of tensors that may have gone by since freed memory was last given back."""
 
 
-class FreedMemory:
+class MemoryTrimmer:
     """Gives freed memory back while tensors come and go.
 
     glibc keeps the space of a freed tensor when something smaller lies behind it: 4-bit weights behind 16-bit ones, or
