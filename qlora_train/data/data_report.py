@@ -18,7 +18,7 @@ import numpy.typing as npt
 from qlora_train.data.reason_counts import by_frequency, described, merged, named, to_json
 from qlora_train.data.rendered_rows import RenderedRow
 from qlora_train.data.token_store import SourceSummary
-from qlora_train.data.types import Tally
+from qlora_train.data.types import ReasonCounts
 from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
@@ -35,7 +35,7 @@ MIN_SYSTEM_SHARE = 0.9
 """Share of the conversations from which on their system prompt is the run's: inference uses it too."""
 
 
-def check_limits(key: str, dropped: Tally, num_records: int, max_dropped: float) -> None:
+def check_limits(key: str, dropped: ReasonCounts, num_records: int, max_dropped: float) -> None:
     """Refuse data of which too little is left.
 
     Args:
@@ -81,20 +81,20 @@ class SourceReport:
     num_records: int
     num_rows: int
     num_taken: int
-    dropped: Tally
-    noted: Tally
+    dropped: ReasonCounts
+    warned: ReasonCounts
 
     @classmethod
     def of(cls, key: str, path: str, summary: SourceSummary, *, num_taken: int, cached: bool) -> Self:
         """Return the report of a source from what its store counted."""
         return cls(
             key, path, summary.format, cached, summary.num_records, summary.num_rows, num_taken, summary.dropped,
-            summary.noted,
+            summary.warned,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object, with the reasons as a list, the most frequent first."""
-        lists = {"dropped": to_json(self.dropped), "noted": to_json(self.noted)}
+        lists = {"dropped": to_json(self.dropped), "warned": to_json(self.warned)}
         return {**asdict(self), "num_dropped": self.dropped.total, **lists}
 
     def line(self) -> str:
@@ -257,7 +257,7 @@ class DataReport:
     overflow: str
     sources: tuple[SourceReport, ...]
     parts: dict[str, PartReport]
-    overlap: Tally
+    overlap: ReasonCounts
     first_rows: tuple[RenderedRow, ...]
     system_prompt: SystemPrompt | None = None
     is_streamed: bool = False
@@ -276,7 +276,7 @@ class DataReport:
             num_records = sum(source.num_records for source in sources)
             told = f"{dropped.total} of {num_records} rows cannot be used and are left out: {described(dropped)}"
             yield Finding(key, dropped.total, told)
-        for note, count, places in by_frequency(merged(source.noted for source in sources)):
+        for note, count, places in by_frequency(merged(source.warned for source in sources)):
             yield Finding(key, count, f"{count} rows: {note} ({named(places, count)})")
 
     def _of_part(self, key: str) -> Iterator[Finding]:

@@ -120,9 +120,9 @@ class RowReader:
         for column in self._format.required:
             if column not in values:
                 raise self._missing(record, column)
-        notes = check_other_columns(found, self._others, has_answers=self._has_answers)
+        warnings = check_other_columns(found, self._others, has_answers=self._has_answers)
         row = self._format.to_row(record.where, values)
-        return replace(row, notes=notes) if notes else row
+        return replace(row, warnings=warnings) if warnings else row
 
     def _missing(self, record: Record, column: str) -> DataError:
         in_file = dict(self._columns).get(column, column)

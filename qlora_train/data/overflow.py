@@ -8,7 +8,7 @@ import numpy as np
 from qlora_train.data.types import Example, MaskArray, TokenArray, UnusableRowError
 from qlora_train.utils.errors import DataError
 
-TooLong = Literal["drop", "refuse", "truncate", "keep_end", "keep_answer", "split"]
+Overflow = Literal["drop", "refuse", "truncate", "keep_end", "keep_answer", "split"]
 CUT_AT_THE_END = "cut at the end to data.max_length"
 CUT_AT_THE_BEGINNING = "cut at the beginning to data.max_length"
 CUT_BEFORE_THE_ANSWER = "cut before the last answer to data.max_length"
@@ -17,7 +17,7 @@ ANSWER_CUT = "the answer is cut"
 EARLIER_ANSWERS_CUT = "earlier answers are cut"
 
 
-def fit(example: Example, *, max_length: int, overflow: TooLong, bos: int | None) -> list[Example]:
+def fit(example: Example, *, max_length: int, overflow: Overflow, bos: int | None) -> list[Example]:
     """Return a row in pieces of at most `max_length` tokens, each with a label: the row itself if it is short enough.
 
     The first token of a piece is no label, since nothing predicts it. A cut is noted once a row, on
@@ -95,7 +95,7 @@ def _split(example: Example, max_length: int) -> list[Example]:
     if not pieces:
         raise UnusableRowError(f"no trained token in any piece of data.max_length ({max_length} tokens)")
     # whoever generates asks once for a row, not once for a piece
-    return [pieces[0], *(dataclasses.replace(piece, prompt=None, answer=None, notes=()) for piece in pieces[1:])]
+    return [pieces[0], *(dataclasses.replace(piece, prompt=None, answer=None, warnings=()) for piece in pieces[1:])]
 
 
 def _cut(
@@ -105,9 +105,9 @@ def _cut(
     num_labels = int(np.count_nonzero(mask))
     if not num_labels:
         raise UnusableRowError(f"no trained token after the cut to data.max_length ({max_length} tokens)")
-    notes = (note, note_on_labels) if num_labels < np.count_nonzero(example.loss_mask) else (note,)
-    return _noted(example, ids, mask, *notes)
+    warnings = (note, note_on_labels) if num_labels < np.count_nonzero(example.loss_mask) else (note,)
+    return _noted(example, ids, mask, *warnings)
 
 
-def _noted(example: Example, ids: TokenArray, mask: MaskArray, *notes: str) -> Example:
-    return Example(example.where, ids, mask, example.prompt, example.answer, (*example.notes, *notes))
+def _noted(example: Example, ids: TokenArray, mask: MaskArray, *warnings: str) -> Example:
+    return Example(example.where, ids, mask, example.prompt, example.answer, (*example.warnings, *warnings))

@@ -30,7 +30,7 @@ from qlora_train.data.source_store import SourceStore, StoreMaker
 from qlora_train.data.streaming import RowStream
 from qlora_train.data.token_store import Rows
 from qlora_train.data.tokenize_chunk import TextsKept
-from qlora_train.data.types import Tally
+from qlora_train.data.types import ReasonCounts
 from qlora_train.data.worker_pool import num_cores
 from qlora_train.utils.errors import DataError
 
@@ -126,7 +126,7 @@ def _streamed(
     )
     report = DataReport(
         max_length=data.max_length, overflow=data.overflow,
-        sources=(*beginnings, *_source_reports("data.eval", held_out, rows)), parts=parts, overlap=Tally(),
+        sources=(*beginnings, *_source_reports("data.eval", held_out, rows)), parts=parts, overlap=ReasonCounts(),
         first_rows=render_rows(head[:NUM_FIRST_ROWS], tokenizer), is_streamed=True,
         system_prompt=SystemPrompt.shared((summary, summary.num_rows) for summary in train.summaries()),
     )  # fmt: skip
@@ -141,7 +141,7 @@ class _Chosen:
     eval: Rows
     num_repeats: dict[str, int]
     num_deduplicated: int
-    overlap: Tally
+    overlap: ReasonCounts
 
 
 def _choose(data: DataSection, train: Rows, held_out: Rows, seed: int) -> _Chosen:
@@ -153,7 +153,7 @@ def _choose(data: DataSection, train: Rows, held_out: Rows, seed: int) -> _Chose
     num_deduplicated = 0
     if data.deduplicate:
         is_new = first_of_equals(train) & ~is_among(train, held_out)
-        num_deduplicated, overlap = int((~is_new).sum()), Tally()
+        num_deduplicated, overlap = int((~is_new).sum()), ReasonCounts()
         train = train.where(is_new)
         if not len(train):
             raise DataError("data.deduplicate: every row of data.train stands in data.eval too; give other rows to one")

@@ -136,15 +136,15 @@ class Renderer:
 
     def _tokens(self, row: Row, input_ids: Sequence[int]) -> Example:
         mask = np.ones(len(input_ids), np.bool_) if row.loss_mask is None else np.array(row.loss_mask, np.bool_)
-        notes = (TWO_BEGINNINGS,) if self.special.begins_twice(input_ids) else ()
-        return Example(row.where, np.array(input_ids, np.int32), mask, notes=notes)
+        warnings = (TWO_BEGINNINGS,) if self.special.begins_twice(input_ids) else ()
+        return Example(row.where, np.array(input_ids, np.int32), mask, warnings=warnings)
 
     def _plain(self, row: Row, text: str) -> Example:
         prompt = row.prompt or ""
         whole = Rendering(prompt + text, self._encode(prompt + text))
         first = whole.first_token_after(len(prompt))
         ends = [len(prompt)] if prompt else []
-        notes = self._notes(whole, ends, self.special.places_in(whole.input_ids))
+        warnings = self._notes(whole, ends, self.special.places_in(whole.input_ids))
         ids = self._begun(whole.ids)
         num_prompt = 0 if self._train_on == "all" or not prompt else max(len(ids) - len(whole.ids) + first, 0)
         if ids[-1:] != [self.special.eos]:
@@ -153,8 +153,8 @@ class Renderer:
         mask[:num_prompt] = False
         input_ids = np.array(ids, np.int32)
         if not row.prompt:
-            return Example(row.where, input_ids, mask, notes=notes)
-        return Example(row.where, input_ids, mask, row.prompt, text, notes)
+            return Example(row.where, input_ids, mask, warnings=warnings)
+        return Example(row.where, input_ids, mask, row.prompt, text, warnings)
 
     def _begun(self, ids: list[int]) -> list[int]:
         """Return the tokens of a plain text with the beginning token as the tokenizer adds it, and never twice."""
@@ -194,15 +194,15 @@ class Renderer:
         special = self.special.places_in(whole.input_ids)
         spans = {i: self._span(whole, places[i], turns[i], special) for i in wanted}
         mask = self._mask(len(whole.ids), spans, learnt)
-        notes = self._notes(whole, [places[i].prompt_end for i in learnt], special)
+        warnings = self._notes(whole, [places[i].prompt_end for i in learnt], special)
         if row.chat_template_kwargs:
-            notes += _kwargs_note(chat, turns, whole.text)
+            warnings += _kwargs_note(chat, turns, whole.text)
         assert row.messages is not None
         if turns != row.messages:
-            notes = (*notes, INLINE_REASONING)
+            warnings = (*warnings, INLINE_REASONING)
         if row.tools or row.chat_template_kwargs or turns[-1].get("tool_calls") or chat.text_arguments:
-            return Example(row.where, whole.input_ids, mask, notes=notes)
-        return Example(row.where, whole.input_ids, mask, turns[:-1], row.messages[-1]["content"], notes)
+            return Example(row.where, whole.input_ids, mask, warnings=warnings)
+        return Example(row.where, whole.input_ids, mask, turns[:-1], row.messages[-1]["content"], warnings)
 
     def _span(
         self, whole: Rendering, place: AnswerPlace, turn: Message, special_places: Sequence[int]

@@ -30,7 +30,7 @@ class RenderedRow:
     num_tokens: int
     num_labels: int
     segments: tuple[tuple[str, bool], ...]
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
@@ -38,7 +38,7 @@ class RenderedRow:
             "where": self.where,
             "num_tokens": self.num_tokens,
             "num_labels": self.num_labels,
-            "notes": list(self.notes),
+            "warnings": list(self.warnings),
             "segments": [{"text": text, "trained": trained} for text, trained in self.segments],
         }
 
@@ -59,7 +59,7 @@ def _rendered(example: Example, tokenizer: Any) -> RenderedRow:
     pieces = (whole[begin:end] for begin, end in pairwise(places))
     trained = (bool(mask[border]) for border in borders)
     segments = tuple(zip(pieces, trained, strict=True))
-    return RenderedRow(example.where, len(ids), int(np.count_nonzero(mask)), segments, example.notes)
+    return RenderedRow(example.where, len(ids), int(np.count_nonzero(mask)), segments, example.warnings)
 
 
 def _place(tokenizer: Any, ids: list[int], border: int, whole: str) -> int:

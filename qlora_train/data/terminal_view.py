@@ -27,7 +27,7 @@ def shown_rows(rows: Sequence[RenderedRow], console: Console) -> str:
     with console.capture() as captured:
         for number, row in enumerate(rows, start=1):
             heading = f"row {number}: {row.where}: {row.num_tokens} tokens, {row.num_labels} of them with loss"
-            for line in (heading, *(f"note: {note}" for note in row.notes)):
+            for line in (heading, *(f"warning: {warning}" for warning in row.warnings)):
                 console.print(Text(visible(line)), soft_wrap=True)
             marked = (_marked(_shortened(text), trained=trained, coloured=coloured) for text, trained in row.segments)
             console.print(Text.assemble(*marked), soft_wrap=True, end="\n\n")

@@ -5,7 +5,7 @@ A store is the tokenised form of one source, in the order of its files:
 - ``tokens.bin``  the token ids of all rows, one after the other; 2 bytes each where the vocabulary allows it
 - ``mask.bin``    a byte a token: 1 for a label
 - ``rows.bin``    a `ROW` a row
-- ``notes.bin``   a line of JSON a row: its file, the end of its place, its prompt and answer if they are kept, its notes
+- ``metadata.bin``   a line of JSON a row: its file, its location in it, prompt and answer if stored, warnings
 - ``summary.json`` what became of the rows (`SourceSummary`)
 
 Its folder is written once, whole (`durable.staged_folder`), and never changed.
@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_train.data.reason_counts import placed
-from qlora_train.data.types import Example, Tally
+from qlora_train.data.types import Example, ReasonCounts
 from qlora_train.utils.errors import DataError, first_line
 
-TOKENS, MASK, ROWS, NOTES, SUMMARY = "tokens.bin", "mask.bin", "rows.bin", "notes.bin", "summary.json"
+TOKENS, MASK, ROWS, METADATA, SUMMARY = "tokens.bin", "mask.bin", "rows.bin", "metadata.bin", "summary.json"
 ROW = np.dtype(
     [
         ("offset", "<i8"),  # of its first token
@@ -36,7 +36,7 @@ ROW = np.dtype(
         ("num_labels", "<i4"),
         ("digest", "<u8", (2,)),  # of what the row says
         ("part", "<i4"),  # which piece of a row that was split
-        ("note", "<i8"),  # offset of its line
+        ("metadata", "<i8"),  # offset of its line
     ],
     align=True,
 )
@@ -58,11 +58,11 @@ class TokenizedChunk:
     tokens: bytes
     mask: bytes
     rows: npt.NDArray[np.void]
-    notes: bytes
+    metadata: bytes
     num_records: int
     num_bytes: int
-    dropped: Tally
-    noted: Tally
+    dropped: ReasonCounts
+    warned: ReasonCounts
     unseen: frozenset[str]
     """Renamed columns that no record of the chunk had."""
     systems: Counter[str]
@@ -71,8 +71,8 @@ class TokenizedChunk:
     def examples(self, files: Sequence[str], dtype: np.dtype[Any]) -> list[Example]:
         """Return the rows, whose tokens are of type `dtype` here; `files` are the names of the source's files."""
         tokens, mask = np.frombuffer(self.tokens, dtype), np.frombuffer(self.mask, np.bool_)
-        notes = np.frombuffer(self.notes, np.uint8)
-        return [example_at(index, self.rows, tokens, mask, notes, files) for index in range(len(self.rows))]
+        metadata = np.frombuffer(self.metadata, np.uint8)
+        return [example_at(index, self.rows, tokens, mask, metadata, files) for index in range(len(self.rows))]
 
 
 @dataclass(slots=True)
@@ -84,8 +84,8 @@ class SourceSummary:
     num_rows: int = 0
     num_tokens: int = 0
     num_labels: int = 0
-    dropped: Tally = field(default_factory=Tally)
-    noted: Tally = field(default_factory=Tally)
+    dropped: ReasonCounts = field(default_factory=ReasonCounts)
+    warned: ReasonCounts = field(default_factory=ReasonCounts)
     num_conversations: int = 0
     systems: dict[str, int] = field(default_factory=dict)
     """Conversations by system prompt, the empty one for none; the MAX_SYSTEMS most frequent."""
@@ -100,13 +100,13 @@ class SourceSummary:
         self.num_tokens += len(chunk.mask)
         self.num_labels += int(chunk.rows["num_labels"].sum())
         self.dropped.merge(chunk.dropped)
-        self.noted.merge(chunk.noted)
+        self.warned.merge(chunk.warned)
         self.num_conversations += chunk.systems.total()
         self.systems = dict((chunk.systems + Counter(self.systems)).most_common(MAX_SYSTEMS))
 
     def named(self, files: Sequence[str]) -> Self:
         """Return it with the names that the files have today in the places of rows."""
-        return replace(self, dropped=placed(self.dropped, files), noted=placed(self.noted, files))
+        return replace(self, dropped=placed(self.dropped, files), warned=placed(self.warned, files))
 
     def to_json(self) -> str:
         """Return it as text."""
@@ -116,7 +116,9 @@ class SourceSummary:
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote."""
         values = json.loads(text)
-        return cls(**{**values, "dropped": Tally(**values["dropped"]), "noted": Tally(**values["noted"])})
+        return cls(
+            **{**values, "dropped": ReasonCounts(**values["dropped"]), "warned": ReasonCounts(**values["warned"])}
+        )
 
 
 class StoreWriter:
@@ -125,15 +127,20 @@ class StoreWriter:
     def __init__(self, folder: Path, format_name: str, dtype: np.dtype[Any]) -> None:
         self.summary = SourceSummary(format=format_name, token_type=dtype.name)
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in (TOKENS, MASK, ROWS, NOTES)}
+        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in (TOKENS, MASK, ROWS, METADATA)}
         self._digest = hashlib.sha256()
 
     def append(self, chunk: TokenizedChunk) -> None:
         """Add the rows of the next chunk."""
         summary, rows = self.summary, chunk.rows
         rows["offset"] += summary.num_tokens
-        rows["note"] += self._files[NOTES].tell()
-        for name, content in ((TOKENS, chunk.tokens), (MASK, chunk.mask), (ROWS, rows.tobytes()), (NOTES, chunk.notes)):
+        rows["metadata"] += self._files[METADATA].tell()
+        for name, content in (
+            (TOKENS, chunk.tokens),
+            (MASK, chunk.mask),
+            (ROWS, rows.tobytes()),
+            (METADATA, chunk.metadata),
+        ):
             self._files[name].write(content)
         for content in (rows["length"].tobytes(), chunk.tokens, chunk.mask):
             self._digest.update(content)
@@ -165,7 +172,7 @@ class Store:
             self.rows = _mapped(folder / ROWS, ROW)
             self._tokens = _mapped(folder / TOKENS, np.dtype(self.summary.token_type))
             self._mask = _mapped(folder / MASK, np.dtype(np.bool_))
-            self._notes = _mapped(folder / NOTES, np.dtype(np.uint8))
+            self._metadata = _mapped(folder / METADATA, np.dtype(np.uint8))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise _foreign(folder, first_line(error)) from None
         sizes = len(self.rows), len(self._tokens), len(self._mask)
@@ -178,7 +185,7 @@ class Store:
 
     def example(self, index: int) -> Example:
         """Return one row, its tokens copied from the map."""
-        return example_at(index, self.rows, self._tokens, self._mask, self._notes, self.files)
+        return example_at(index, self.rows, self._tokens, self._mask, self._metadata, self.files)
 
 
 def example_at(
@@ -186,18 +193,18 @@ def example_at(
     rows: npt.NDArray[np.void],
     tokens: npt.NDArray[Any],
     mask: npt.NDArray[np.bool_],
-    notes: npt.NDArray[np.uint8],
+    metadata: npt.NDArray[np.uint8],
     files: Sequence[str],
 ) -> Example:
     """Return one row of a store or of a chunk from the arrays that hold it; tokens and mask are copies."""
-    (begin, length, *_, note), *following = rows[index : index + 2].tolist()
-    end, note_end = begin + length, following[0][-1] if following else len(notes)
+    (begin, length, *_, metadata_begin), *following = rows[index : index + 2].tolist()
+    end, metadata_end = begin + length, following[0][-1] if following else len(metadata)
     try:
-        file, place, prompt, answer, *notes_of_row = json.loads(notes[note:note_end].tobytes().decode())
+        file, place, prompt, answer, *warnings = json.loads(metadata[metadata_begin:metadata_end].tobytes().decode())
     except ValueError as error:
         raise DataError(
-            f"tokenised data cannot be read back: {NOTES} is not what was written ({first_line(error)}); delete the store "
-            "in data.cache_dir"
+            f"tokenised data cannot be read back: {METADATA} is not what was written ({first_line(error)}); delete the "
+            "store in data.cache_dir"
         ) from None
     return Example(
         where=f"{files[file]}{place}",
@@ -205,7 +212,7 @@ def example_at(
         loss_mask=np.array(mask[begin:end]),
         prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
         answer=answer,
-        notes=tuple(notes_of_row),
+        warnings=tuple(warnings),
     )
 
 

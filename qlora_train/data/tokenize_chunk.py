@@ -19,7 +19,7 @@ from qlora_train.data.overflow import fit
 from qlora_train.data.readers import Chunk
 from qlora_train.data.render import Renderer
 from qlora_train.data.token_store import ROW, TokenizedChunk, token_dtype
-from qlora_train.data.types import Example, Message, Record, Row, Tally, UnusableRowError
+from qlora_train.data.types import Example, Message, ReasonCounts, Record, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
 
 
@@ -107,7 +107,7 @@ class ChunkTokenizer:
                 digest = content_digest(row)
                 examples = self._examples_of(row)
             except UnusableRowError as error:
-                collected.dropped.add(error.reason, f"{file_number}{end_of_place(record.where)}")
+                collected.dropped.add(error.reason, f"{file_number}{location_suffix(record.where)}")
                 continue
             if row.messages is not None:
                 collected.systems[system_prompt_of(row.messages)] += 1
@@ -118,8 +118,8 @@ class ChunkTokenizer:
 
     def _examples_of(self, row: Row) -> list[Example]:
         example = self._renderer.render(row)
-        if row.notes:
-            example = replace(example, notes=(*row.notes, *example.notes))
+        if row.warnings:
+            example = replace(example, warnings=(*row.warnings, *example.warnings))
         self._check_ids(row, example)
         return fit(example, max_length=self._data.max_length, overflow=self._data.overflow, bos=self._bos)
 
@@ -146,31 +146,31 @@ class Collected:
     """
 
     def __init__(self, file_number: int, dtype: np.dtype[Any]) -> None:
-        self.num_records, self.dropped, self.noted = 0, Tally(), Tally()
+        self.num_records, self.dropped, self.warned = 0, ReasonCounts(), ReasonCounts()
         self.systems: Counter[str] = Counter()
         self._file_number, self._dtype = file_number, dtype
         self._examples: list[Example] = []
         self._rows: list[tuple[int, int, int, tuple[int, int], int, int]] = []
-        self._notes: list[bytes] = []
-        self._num_tokens = self._note_bytes = 0
+        self._metadata: list[bytes] = []
+        self._num_tokens = self._metadata_bytes = 0
 
     def add(self, record: Record, example: Example, digest: bytes, part: int, *, keep: bool) -> None:
         """Take a row, or piece `part` of one; its prompt and answer only if `keep` says so."""
-        for note in example.notes:
-            self.noted.add(note, f"{self._file_number}{end_of_place(record.where)}")
-        place = end_of_place(record.where)
-        if keep or example.notes:
+        for warning in example.warnings:
+            self.warned.add(warning, f"{self._file_number}{location_suffix(record.where)}")
+        place = location_suffix(record.where)
+        if keep or example.warnings:
             texts = [example.prompt, example.answer] if keep else [None, None]
-            line = json.dumps([self._file_number, place, *texts, *example.notes]).encode() + b"\n"
+            line = json.dumps([self._file_number, place, *texts, *example.warnings]).encode() + b"\n"
         else:
             line = b'[%d,"%s",null,null]\n' % (self._file_number, place.encode())  # the same, for most rows
         halves = (int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
         num_labels = int(np.count_nonzero(example.loss_mask))
-        self._rows.append((self._num_tokens, len(example.input_ids), num_labels, halves, part, self._note_bytes))
+        self._rows.append((self._num_tokens, len(example.input_ids), num_labels, halves, part, self._metadata_bytes))
         self._examples.append(example)
-        self._notes.append(line)
+        self._metadata.append(line)
         self._num_tokens += len(example.input_ids)
-        self._note_bytes += len(line)
+        self._metadata_bytes += len(line)
 
     def chunk(self, *, num_bytes: int, unseen: frozenset[str]) -> TokenizedChunk:
         """Return them as bytes."""
@@ -182,16 +182,16 @@ class Collected:
             tokens=tokens.astype(self._dtype).tobytes(),
             mask=mask.tobytes(),
             rows=np.array(self._rows, ROW),
-            notes=b"".join(self._notes),
+            metadata=b"".join(self._metadata),
             num_records=self.num_records,
             num_bytes=num_bytes,
             dropped=self.dropped,
-            noted=self.noted,
+            warned=self.warned,
             unseen=unseen,
             systems=self.systems,
         )
 
 
-def end_of_place(where: str) -> str:
+def location_suffix(where: str) -> str:
     """Return what stands behind the file's name: ``:12`` or ``:row 12``."""
     return where[where.rindex(":") :]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 LONGEST_REASON = 200
 """Characters of the reason why a row cannot be used."""
-NUM_PLACES = 5
+NUM_LOCATIONS = 5
 """Places that are kept of rows counted together."""
 
 TokenArray = npt.NDArray[np.int32]
@@ -50,7 +50,7 @@ class Row:
         untrained: indices of assistant turns that the row itself says not to learn.
         tools: JSON schemas of the functions that the assistant may call.
         chat_template_kwargs: more variables for the chat template.
-        notes: see `Example.notes`.
+        notes: see `Example.warnings`.
         input_ids: a row that came as tokens, (seq,).
         loss_mask: its labels, (seq,).
     """
@@ -63,7 +63,7 @@ class Row:
     untrained: frozenset[int] = frozenset()
     tools: tuple[Mapping[str, Any], ...] = ()
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     input_ids: tuple[int, ...] | None = None
     loss_mask: tuple[bool, ...] | None = None
 
@@ -79,11 +79,11 @@ class UnusableRowError(Exception):
 
 
 @dataclass(slots=True)
-class Tally:
+class ReasonCounts:
     """Rows counted by reason, with the first few places of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    locations: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, where: str) -> None:
         """Count one row."""
@@ -92,12 +92,12 @@ class Tally:
     def merge(self, other: Self) -> None:
         """Count what another one has counted, later in the data."""
         for reason, count in other.counts.items():
-            self._add(reason, count, other.places[reason])
+            self._add(reason, count, other.locations[reason])
 
-    def _add(self, reason: str, count: int, places: Iterable[str]) -> None:
+    def _add(self, reason: str, count: int, locations: Iterable[str]) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + count
-        known = self.places.setdefault(reason, [])
-        known.extend(list(places)[: NUM_PLACES - len(known)])
+        known = self.locations.setdefault(reason, [])
+        known.extend(list(locations)[: NUM_LOCATIONS - len(known)])
 
     @property
     def total(self) -> int:
@@ -117,7 +117,7 @@ class Example:
     `answer` are for generation: the turns before the last assistant turn and that turn's text; the texts of a plain
     prompt and its completion; both None for text without a prompt, tokens, conversations with tools or with
     `chat_template_kwargs`, and where nobody will generate. The first token is never a label, since nothing predicts it.
-    `notes` are things to know about the row that do not keep it from being used; rows with the same note are counted
+    `warnings` are things to know about the row that do not keep it from being used; rows with the same note are counted
     together.
     """
 
@@ -126,4 +126,4 @@ class Example:
     loss_mask: MaskArray
     prompt: Prompt | None = None
     answer: str | None = None
-    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -402,8 +402,8 @@ def test_thoughts_that_the_prompt_opens_are_learnt_once(name: str) -> None:
 
 def test_reasoning_in_the_content_is_noted_and_stays_there_for_templates_without_a_place_for_it() -> None:
     row = read({"messages": CASES["inline thoughts"]})
-    assert renderer_for("nemotron").render(row).notes == (INLINE_REASONING,)
-    assert renderer_for("chatml").render(row).notes == ()
+    assert renderer_for("nemotron").render(row).warnings == (INLINE_REASONING,)
+    assert renderer_for("chatml").render(row).warnings == ()
     assert trained(SHAPES["chatml"].jinja, CASES["inline thoughts"]) == [f"{THINK}It is cold.{IM}"]
 
 

@@ -22,15 +22,15 @@ from qlora_train.data.reason_counts import tally_of
 from qlora_train.data.rendered_rows import RenderedRow, render_rows
 from qlora_train.data.terminal_view import LONGEST_SEGMENT, shown_rows
 from qlora_train.data.token_store import SourceSummary
-from qlora_train.data.types import Example, Tally
+from qlora_train.data.types import Example, ReasonCounts
 from qlora_train.utils.errors import DataError
 from tests.support.pico import build_tokenizer
 
 
-def tally(**places: list[str]) -> Tally:
+def tally(**locations: list[str]) -> ReasonCounts:
     """Count a row a place, by the reason that is the keyword."""
-    counted = Tally()
-    for reason, wheres in places.items():
+    counted = ReasonCounts()
+    for reason, wheres in locations.items():
         for where in wheres:
             counted.add(reason.replace("_", " "), where)
     return counted
@@ -47,14 +47,14 @@ def source(key: str = "data.train", *, num_taken: int = 10, cached: bool = False
 
 
 def report(
-    *sources: SourceReport, overlap: Tally | None = None, overflow: str = "drop", **parts: PartReport
+    *sources: SourceReport, overlap: ReasonCounts | None = None, overflow: str = "drop", **parts: PartReport
 ) -> DataReport:
     named = {f"data.{name}": counted for name, counted in parts.items()}
-    return DataReport(100, overflow, sources, named, overlap or Tally(), ())
+    return DataReport(100, overflow, sources, named, overlap or ReasonCounts(), ())
 
 
-def example(ids: list[int], mask: list[bool], where: str = "a.jsonl:1", notes: tuple[str, ...] = ()) -> Example:
-    return Example(where, np.array(ids, np.int32), np.array(mask, np.bool_), notes=notes)
+def example(ids: list[int], mask: list[bool], where: str = "a.jsonl:1", warnings: tuple[str, ...] = ()) -> Example:
+    return Example(where, np.array(ids, np.int32), np.array(mask, np.bool_), warnings=warnings)
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_a_report_of_untouched_data_has_nothing_to_look_at() -> None:
 
 
 def test_a_report_of_a_stream_says_that_it_is_of_the_beginning() -> None:
-    made = DataReport(100, "drop", (), {"data.train": part([10], [5])}, Tally(), (), is_streamed=True)
+    made = DataReport(100, "drop", (), {"data.train": part([10], [5])}, ReasonCounts(), (), is_streamed=True)
     first, second = made.lines()
     assert first == "data.train: streamed; what follows is its beginning"
     assert second.startswith("data.train: 1 rows")
@@ -121,19 +121,20 @@ def test_system_prompts_count_by_the_rows_that_are_taken_of_each_source() -> Non
 
 
 def test_the_json_of_a_report_holds_all_its_counts() -> None:
-    dropped, noted = tally(rare=["a:1"], frequent=[f"a:{i}" for i in range(2, 9)]), tally(cut=["a:9"])
+    dropped, warned = tally(rare=["a:1"], frequent=[f"a:{i}" for i in range(2, 9)]), tally(cut=["a:9"])
     rows = render_rows([example([5, 6, 7], [False, True, True])], build_tokenizer())
     made = DataReport(
-        100, "split", (source(dropped=dropped, noted=noted),), {"data.train": part([10, 30], [5, 5])}, Tally(), rows
+        100, "split", (source(dropped=dropped, warned=warned),), {"data.train": part([10, 30], [5, 5])},
+        ReasonCounts(), rows,
     )  # fmt: skip
     read = json.loads(json.dumps(made.to_json(), allow_nan=False))
     [first] = read["sources"]
     assert (first["num_records"], first["num_rows"], first["num_dropped"], first["cached"]) == (10, 10, 8, False)
     assert first["dropped"] == [
-        {"reason": "frequent", "count": 7, "places": [f"a:{i}" for i in range(2, 7)]},
-        {"reason": "rare", "count": 1, "places": ["a:1"]},
+        {"reason": "frequent", "count": 7, "locations": [f"a:{i}" for i in range(2, 7)]},
+        {"reason": "rare", "count": 1, "locations": ["a:1"]},
     ]
-    assert first["noted"] == [{"reason": "cut", "count": 1, "places": ["a:9"]}]
+    assert first["warned"] == [{"reason": "cut", "count": 1, "locations": ["a:9"]}]
     assert read["parts"]["data.train"]["lengths"] == {"min": 10, "median": 10, "p90": 30, "p99": 30, "max": 30}
     assert read["parts"]["data.train"]["label_share"] == 0.25
     assert (read["max_length"], read["overflow"], read["overlap"]) == (100, "split", [])
@@ -185,8 +186,8 @@ def test_no_usable_row_is_an_error_even_where_every_drop_is_allowed() -> None:
 
 def test_dropped_rows_and_notes_of_all_sources_of_a_part_are_counted_together() -> None:
     sources = (
-        source(dropped=tally(empty=["a:1"]), noted=tally(the_answer_is_cut=["a:5"])),
-        source(dropped=tally(empty=["b:1"], odd=["b:2"]), noted=tally(the_answer_is_cut=["b:5"])),
+        source(dropped=tally(empty=["a:1"]), warned=tally(the_answer_is_cut=["a:5"])),
+        source(dropped=tally(empty=["b:1"], odd=["b:2"]), warned=tally(the_answer_is_cut=["b:5"])),
         source("data.eval", dropped=tally(empty=["c:1"])),
     )
     findings = report(*sources, train=part([10], [5]), eval=part([10], [5])).findings()
@@ -218,7 +219,7 @@ def test_rows_that_were_probably_cut_are_found(overflow: str, num_full: int, fou
 def test_rows_in_both_parts_are_found_and_named() -> None:
     held_out = [example([1], [False], f"eval.jsonl:{line}") for line in range(1, 10)]
     overlap = tally_of(held_out, np.array([False, *[True] * 6, False, False]), "in data.train too")
-    assert overlap.places == {"in data.train too": [f"eval.jsonl:{line}" for line in range(2, 7)]}
+    assert overlap.locations == {"in data.train too": [f"eval.jsonl:{line}" for line in range(2, 7)]}
     findings = report(source(), overlap=overlap, train=part([10], [5]), eval=part([10] * 9, [5] * 9)).findings()
     assert [finding.text for finding in findings] == [
         "6 of 9 rows of data.eval stand in data.train too, so the evaluation flatters: eval.jsonl:2, eval.jsonl:3, "
@@ -318,9 +319,9 @@ def test_special_tokens_are_part_of_the_text() -> None:
     ids = tokenizer.encode("<|im_start|>assistant\nyes<|im_end|>\n", add_special_tokens=False)
     start = len(tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False))
     mask = [start <= i < len(ids) - 1 for i in range(len(ids))]
-    [row] = render_rows([example(ids, mask, notes=("a note",))], tokenizer)
+    [row] = render_rows([example(ids, mask, warnings=("a note",))], tokenizer)
     assert row.segments == (("<|im_start|>assistant\n", False), ("yes<|im_end|>", True), ("\n", False))
-    assert (row.where, row.notes) == ("a.jsonl:1", ("a note",))
+    assert (row.where, row.warnings) == ("a.jsonl:1", ("a note",))
 
 
 # --- rows on a terminal -----------------------------------------------------------------------------------------------
@@ -331,8 +332,8 @@ HOSTILE = (
 )
 
 
-def rendered(*segments: tuple[str, bool], where: str = "a.jsonl:7", notes: tuple[str, ...] = ()) -> RenderedRow:
-    return RenderedRow(where, 9, 4, segments, notes)
+def rendered(*segments: tuple[str, bool], where: str = "a.jsonl:7", warnings: tuple[str, ...] = ()) -> RenderedRow:
+    return RenderedRow(where, 9, 4, segments, warnings)
 
 
 def coloured() -> Console:
@@ -344,10 +345,10 @@ def plain() -> Console:
 
 
 def test_without_a_terminal_brackets_enclose_what_is_trained() -> None:
-    rows = [rendered(("user: hi\n", False), ("hello<|im_end|>", True), ("\n", False), notes=("the answer is cut",))]
+    rows = [rendered(("user: hi\n", False), ("hello<|im_end|>", True), ("\n", False), warnings=("the answer is cut",))]
     assert shown_rows(rows, plain()) == (
         "row 1: a.jsonl:7: 9 tokens, 4 of them with loss\n"
-        "note: the answer is cut\n"
+        "warning: the answer is cut\n"
         "user: hi↵\n⟦hello<|im_end|>⟧↵\n\n\n"
         "⟦with loss⟧ without loss ↵ line break\n"
     )

@@ -167,7 +167,7 @@ def test_every_bundled_row_is_usable_and_says_something_of_its_own(file: str, na
     rows = [read(json.loads(line)) for line in lines]
     assert recognise(Record("", json.loads(lines[0])), "auto", {}) == name
     assert len(rows) == len({repr(row) for row in rows}) >= 20
-    assert not any(row.notes for row in rows)
+    assert not any(row.warnings for row in rows)
 
 
 def test_prompt_and_completion_lists_are_one_conversation_with_loss_on_the_completion() -> None:
@@ -220,7 +220,7 @@ def test_an_answer_that_is_not_wanted_is_refused_and_one_that_is_noted(name: str
                 "keep rows whose label is true only"
             )
         for value in (True, "True"):
-            assert read(ROWS[name] | {column: value}).notes == (
+            assert read(ROWS[name] | {column: value}).warnings == (
                 f"{column} is true, and the row is trained as any other (there is no preference training)",
             )
 
@@ -250,10 +250,10 @@ OF_TURNS = {
 @pytest.mark.parametrize("column", OF_TURNS)
 def test_a_column_that_may_matter_is_noted_where_a_row_fills_it(column: str) -> None:
     row = read(ROWS["messages"] | {column: "x", "id": "7", "source": "y"})
-    assert row.notes == (f"the column {column} is not used: {OF_TURNS[column]}",)
-    assert read(ROWS["text"] | {column: "x"}).notes == (f"the column {column} is not used",)
-    assert read(ROWS["messages"] | {column: ""}).notes == ()
-    assert read({"messages": [HI, HELLO], "answers": [1]} | {column: ""}, {"system": column}).notes == ()
+    assert row.warnings == (f"the column {column} is not used: {OF_TURNS[column]}",)
+    assert read(ROWS["text"] | {column: "x"}).warnings == (f"the column {column} is not used",)
+    assert read(ROWS["messages"] | {column: ""}).warnings == ()
+    assert read({"messages": [HI, HELLO], "answers": [1]} | {column: ""}, {"system": column}).warnings == ()
 
 
 PREFERENCE = (
@@ -325,8 +325,8 @@ def test_known_shapes_are_answered_with_renames_that_read_all_of_them(name: str)
     said = [text for text in texts if text in json.dumps(values)]
     assert all(text in text_of(row) for text in said)
     assert "No." not in text_of(row)
-    noted = [note.split(" is not used")[0] for note in row.notes]
-    assert noted == (["the column rejected"] if name in PAIRS and values["rejected"] else [])
+    warned = [note.split(" is not used")[0] for note in row.warnings]
+    assert warned == (["the column rejected"] if name in PAIRS and values["rejected"] else [])
 
 
 def test_a_conversation_whose_answer_stands_in_a_preference_pair_is_refused_as_such() -> None:

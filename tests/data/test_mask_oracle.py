@@ -251,7 +251,7 @@ def check(name: str, kind: str, turns: tuple[Message, ...]) -> None:
     assert len(truth.ends) >= len(answers)
     assert all(example.loss_mask[end] for end in truth.ends)
     check_beginning(name, kind, truth.ids)
-    check_inference(name, kind, turns, truth, reaches_over=REACHES_OVER in example.notes)
+    check_inference(name, kind, turns, truth, reaches_over=REACHES_OVER in example.warnings)
 
 
 def check_beginning(name: str, kind: str, ids: Sequence[int]) -> None:

@@ -60,17 +60,17 @@ def test_cuts_keep_the_tokens_that_they_say() -> None:
 
 
 def test_notes_say_what_was_cut_once_a_row() -> None:
-    def notes(mask: str, overflow: Any, max_length: int) -> list[tuple[str, ...]]:
-        return [piece.notes for piece in fit(example(mask), max_length=max_length, overflow=overflow, bos=None)]
+    def warnings(mask: str, overflow: Any, max_length: int) -> list[tuple[str, ...]]:
+        return [piece.warnings for piece in fit(example(mask), max_length=max_length, overflow=overflow, bos=None)]
 
-    assert notes("..xx..", "truncate", 4) == [("before", "cut at the end to data.max_length")]
-    assert notes("..xx..", "truncate", 3) == [("before", "cut at the end to data.max_length", "the answer is cut")]
-    assert notes("....xx", "keep_end", 4) == [("before", "cut at the beginning to data.max_length")]
-    assert notes("..xxxx", "keep_end", 3)[0][-1] == "the answer is cut"
-    assert notes(".x..xx", "keep_answer", 3)[0][1:] == (
+    assert warnings("..xx..", "truncate", 4) == [("before", "cut at the end to data.max_length")]
+    assert warnings("..xx..", "truncate", 3) == [("before", "cut at the end to data.max_length", "the answer is cut")]
+    assert warnings("....xx", "keep_end", 4) == [("before", "cut at the beginning to data.max_length")]
+    assert warnings("..xxxx", "keep_end", 3)[0][-1] == "the answer is cut"
+    assert warnings(".x..xx", "keep_answer", 3)[0][1:] == (
         "cut before the last answer to data.max_length", "earlier answers are cut",
     )  # fmt: skip
-    assert notes(".x.x", "split", 2) == [("before", "split into pieces of data.max_length"), ()]
+    assert warnings(".x.x", "split", 2) == [("before", "split into pieces of data.max_length"), ()]
 
 
 def test_pieces_of_one_row_are_asked_for_once() -> None:

@@ -91,10 +91,10 @@ def test_columns_that_may_matter_are_warned_of_with_their_count(
         with caplog.at_level(logging.WARNING, "qlora_train"):
             prepared = prepare(train=file, cache_dir=str(tmp_path / "cache"))
         assert cached(prepared) == [is_cached]
-        places = ", ".join(f"{file}:{line}" for line in range(1, 6))
+        locations = ", ".join(f"{file}:{line}" for line in range(1, 6))
         assert [record.getMessage() for record in caplog.records] == [
             "data.train: 7 rows: label is true, and the row is trained as any other (there is no preference training) "
-            f"({places} and 2 more)",
+            f"({locations} and 2 more)",
             f"data.train: 1 rows: the column context is not used: answers may depend on it ({file}:4)",
         ]
 
@@ -289,7 +289,7 @@ def test_data_is_tokenised_again_only_when_something_that_matters_changes(tmp_pa
     prepare(train=bad, cache_dir=cache_dir, max_dropped=0.5)
     renamed = prepare(train=str(shutil.move(bad, tmp_path / "new.jsonl")), cache_dir=cache_dir, max_dropped=0.5)
     assert cached(renamed) == [True]
-    assert renamed.report.sources[0].dropped.places == {"text is empty": [f"{tmp_path / 'new.jsonl'}:2"]}
+    assert renamed.report.sources[0].dropped.locations == {"text is empty": [f"{tmp_path / 'new.jsonl'}:2"]}
     moved = prepare(train=elsewhere, cache_dir=cache_dir)
     assert moved.fingerprint == first.fingerprint
     assert moved.train[3].where == f"{elsewhere}:4"

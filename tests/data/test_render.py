@@ -165,7 +165,7 @@ def test_the_prompts_tokens_are_those_of_inference(name: str) -> None:
     example = it.render(Row("row", conversation("one", "two", "three", "four", system="kind")))
     inference = tokenizer.apply_chat_template(list(example.prompt or ()), add_generation_prompt=True)["input_ids"]
     assert inference == list(example.input_ids[: list(example.loss_mask).index(True)])
-    assert (example.answer, example.notes) == ("four", ())
+    assert (example.answer, example.warnings) == ("four", ())
 
 
 def test_loss_on_chooses_last_every_or_all_tokens() -> None:
@@ -295,14 +295,14 @@ def test_a_rows_own_template_variables_are_rendered_and_noted_where_they_matter(
         "'\\n' + message", "'\\n' -}}{% if message['role'] == 'assistant' %}" + thinks + "{% endif %}{{ message"
     )
     note = 'rendered with chat_template_kwargs {"enable_thinking": false}, which inference must pass too'
-    for name, text, notes in (
+    for name, text, warnings in (
         ("own", "Reply: b<|im_end|>", (note,)), ("chatml", "b<|im_end|>", ()),
     ):  # fmt: skip
         tokenizer = tokenizer_for(name, jinja if name == "own" else None)
         row = Row("row", conversation("a", "b"), chat_template_kwargs={"enable_thinking": False})
         example = renderer(tokenizer).render(row)
         expected = tokenizer.apply_chat_template(list(row.messages or ()), tokenize=False, enable_thinking=False)
-        assert (tokenizer.decode(example.input_ids), example.notes) == (expected, notes)
+        assert (tokenizer.decode(example.input_ids), example.warnings) == (expected, warnings)
         assert text in expected
         assert learnt_texts(tokenizer, example) == ["b<|im_end|>"]
         assert (example.prompt, example.answer) == (None, None), "evaluation would ask without the variables"
@@ -338,7 +338,7 @@ def test_prompt_and_completion_are_joined_as_they_are(adds_bos: bool) -> None:
     assert list(example.input_ids[:first]) == tokenizer("Q: why 😀?\nA:")["input_ids"]
     assert tokenizer.decode(example.input_ids[first:]) == " because<|im_end|>"
     assert all(example.loss_mask[first:])
-    assert example.notes == ()
+    assert example.warnings == ()
 
 
 def test_loss_on_all_learns_the_prompt_of_plain_text_too() -> None:
@@ -357,7 +357,7 @@ def test_a_token_over_the_border_counts_as_the_answers_and_is_reported(trim_offs
     learnt = example.input_ids[example.loss_mask].tolist()
     assert tokenizer.convert_ids_to_tokens(learnt[0]) == "Ġthe"
     assert tokenizer.decode(learnt) == " the fox<|im_end|>"
-    assert example.notes == (REACHES_OVER,)
+    assert example.warnings == (REACHES_OVER,)
 
 
 def metaspace_tokenizer() -> Any:
@@ -388,7 +388,7 @@ def test_masks_are_right_with_a_sentencepiece_like_tokenizer(name: str) -> None:
     learnt = example.input_ids[example.loss_mask].tolist()
     end = CHAT_TEMPLATES[name].end_of_turn or ""
     assert "".join(tokenizer.decode(learnt).split()) == f"Parisis{end}lazy😀dog{end}"
-    assert example.notes == ()
+    assert example.warnings == ()
 
 
 def learnt_texts(tokenizer: Any, example: Example) -> list[str]:
@@ -465,7 +465,7 @@ def test_a_row_of_tokens_keeps_its_own_labels(train_on: str) -> None:
     it = renderer(TOKENIZERS["chatml"], train_on)
     example = it.render(Row("row", input_ids=(5, 6, 7, 8), loss_mask=(True, False, True, False)))
     assert (example.input_ids.tolist(), example.loss_mask.tolist()) == ([5, 6, 7, 8], [False, False, True, False])
-    assert (example.prompt, example.answer, example.notes) == (None, None, ())
+    assert (example.prompt, example.answer, example.warnings) == (None, None, ())
     assert it.render(Row("row", input_ids=(5, 6, 7))).loss_mask.tolist() == [False, True, True]
     with pytest.raises(UnusableRowError, match=r"^no trained token$"):
         it.render(Row("row", input_ids=(5, 6), loss_mask=(True, False)))
@@ -476,7 +476,7 @@ def test_the_beginning_token_comes_once_and_a_row_of_tokens_with_two_is_noted() 
     bos = tokenizer.bos_token_id
     example = renderer(tokenizer).render(Row("row", text="<s><s><s>hello"))
     assert tokenizer.decode(example.input_ids) == "<s>hello<|im_end|>"
-    assert renderer(tokenizer).render(Row("row", input_ids=(bos, bos, 5))).notes == (TWO_BEGINNINGS,)
+    assert renderer(tokenizer).render(Row("row", input_ids=(bos, bos, 5))).warnings == (TWO_BEGINNINGS,)
     tokenizer.chat_template = "{{ bos_token + bos_token }}" + TEMPLATES["chatml"].replace("bos_token", "no_token")
     with pytest.raises(DataError, match="chat template writes the beginning token twice"):
         renderer(tokenizer).render(Row("row", conversation("a", "b")))
