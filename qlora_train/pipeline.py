@@ -27,12 +27,20 @@ from qlora_train.export.merging.merge_run import library_versions, merge_run
 from qlora_train.export.model_card import adapter_loading, clean_adapter_config, write_card
 from qlora_train.export.vllm import export_vllm
 from qlora_train.inference.eval_report import EvalSettings, evaluate_run
-from qlora_train.inference.finished_run import commit_of, date_of, finished_config
+from qlora_train.inference.finished_run import finished_config, start_date, with_pinned_revision
 from qlora_train.models import BaseSource, LoadedModel, load_model, resolve_base
 from qlora_train.models.tokenizer import check_can_be_saved, save_tokenizer
-from qlora_train.planning.disk import check_room, disk_need
-from qlora_train.planning.inspect_data import data_of
-from qlora_train.runs import RunFolder, begin, changed_settings, check_same_facts, check_same_settings, held, open_run
+from qlora_train.planning.disk import check_disk_space, plan_disk
+from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
+from qlora_train.runs import (
+    RunFolder,
+    changed_settings,
+    check_same_metadata,
+    check_same_settings,
+    open_run,
+    record_metadata,
+    run_lock,
+)
 from qlora_train.training import train
 from qlora_train.training.optimizer import choose_optimizer
 from qlora_train.utils import atomic_io, signals
@@ -73,8 +81,8 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
                 keep_num_threads(folder)
             check_machine(config)
             source, data = prepare(config, folder)
-            begin(folder, config, facts(config, source, data, device, date_of(folder)))
-            if doomed := folder.results_there():
+            record_metadata(folder, config, facts(config, source, data, device, start_date(folder)))
+            if doomed := folder.existing_results():
                 names = ", ".join(path.name for path in doomed)
                 logger.warning("%s: training further will replace the adapter and delete %s", folder.path, names)
             data.report.log()
@@ -101,15 +109,15 @@ def train_adapter(
     batches = [] if checkpoint else initial_batches(config, data, loaded)
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, batches=batches)
     if checkpoint:
-        folder.forget_after(checkpoint)
+        folder.delete_checkpoints_after(checkpoint)
     optim = choose_optimizer(config.train.optim, adapted, checkpoint)
     settled = config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})})
-    need = disk_need(folder, adapted, settled, data, checkpoint)
-    check_room(folder, need, shutil.disk_usage(folder.path).free)
+    need = plan_disk(folder, adapted, settled, data, checkpoint)
+    check_disk_space(folder, need, shutil.disk_usage(folder.path).free)
     logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
     result = train(adapted, data, settled, folder, checkpoint)
     write_adapter(folder, adapted, config, data, result)
-    return measure_adapter(folder, config, data, adapted.model, adapted.loaded, date_of(folder))
+    return measure_adapter(folder, config, data, adapted.model, adapted.loaded, start_date(folder))
 
 
 def measure_again(folder: RunFolder, config: RunConfig) -> AdapterReference:
@@ -117,20 +125,20 @@ def measure_again(folder: RunFolder, config: RunConfig) -> AdapterReference:
     source, data = prepare_again(config, folder)
     config = finished_config(config, folder)
     loaded = load_model(config.model, config.quantization, source=source)
-    return measure_adapter(folder, config, data, load_trained(loaded, folder.adapter), loaded, date_of(folder))
+    return measure_adapter(folder, config, data, load_trained(loaded, folder.adapter), loaded, start_date(folder))
 
 
 def merge(folder: RunFolder, config: RunConfig, *, device: str | None = None) -> None:
     """Merge a finished run; `config` may differ from the run's in its export section. `device` is `merge_run`'s."""
     check_same_settings(folder, config)
-    with held(folder):
+    with run_lock(folder):
         _merge(folder, config, device)
 
 
 def _merge(folder: RunFolder, config: RunConfig, device: str | None = None) -> None:
     free_memory()
     merge_run(
-        folder, finished_config(config, folder), *prepare_again(config, folder), date_of(folder),
+        folder, finished_config(config, folder), *prepare_again(config, folder), start_date(folder),
         device or str(select_device()),
     )  # fmt: skip
 
@@ -159,7 +167,7 @@ def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) 
         export_merged,
     )
 
-    with held(folder):
+    with run_lock(folder):
         if form == "gguf":
             if not folder.has_merged():
                 logger.info("%s is not there, or damaged: merging first", folder.merged)
@@ -171,7 +179,7 @@ def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) 
 
 
 def _export_vllm(folder: RunFolder, config: RunConfig) -> Path:
-    with held(folder):
+    with run_lock(folder):
         output = folder.exports / "vllm"
         logger.info("serve it: %s", export_vllm(folder, config, _same_base(folder, config, weights=False), output))
         return output
@@ -196,23 +204,23 @@ def planned_upload(folder: RunFolder, repo: str, *, what: str, private: bool) ->
 
 def _same_base(folder: RunFolder, config: RunConfig, *, weights: bool) -> BaseSource:
     """Return the base of a finished run, which must be the one that it was trained on."""
-    source = resolve_base(commit_of(config.model, folder), weights=weights)
-    check_same_facts(folder, {"base_identity": source.identity()})
+    source = resolve_base(with_pinned_revision(config.model, folder), weights=weights)
+    check_same_metadata(folder, {"base_identity": source.identity()})
     return source
 
 
 def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
     """Measure base, adapter and merged model of a finished run on its held-out rows."""
     config = load_config(folder.config_file)
-    with held(folder):
+    with run_lock(folder):
         config = finished_config(config, folder)
         source, rows = prepare_again(config, folder)
-        return evaluate_run(folder, config, source, rows, replace(settings, date=date_of(folder)))
+        return evaluate_run(folder, config, source, rows, replace(settings, date=start_date(folder)))
 
 
 def keep_num_threads(folder: RunFolder) -> None:
     """Compute with as many threads as the run began with: how sums are split decides how they are rounded."""
-    recorded = folder.facts().get("num_threads")
+    recorded = folder.metadata().get("num_threads")
     if recorded not in (None, torch.get_num_threads()):
         logger.info("threads: %d, as this run began, instead of %d", recorded, torch.get_num_threads())
         torch.set_num_threads(recorded)
@@ -220,12 +228,12 @@ def keep_num_threads(folder: RunFolder) -> None:
 
 def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:
     """Make base and data ready before the model is loaded: everything that can be wrong with either shows here."""
-    model = commit_of(config.model, folder)
+    model = with_pinned_revision(config.model, folder)
     described = resolve_base(model, weights=False)
     check_target_modules(detect(described.config), config.lora.target_modules)
     if config.export.merge:
         check_mergeable(described.config, config)
-    data, tokenizer = data_of(config, described, date=date_of(folder))
+    data, tokenizer = prepare_tokenizer_and_data(config, described, date=start_date(folder))
     check_can_be_saved(
         tokenizer, described.folder, merged=config.export.merge, trust_remote_code=config.model.trust_remote_code
     )
@@ -284,8 +292,8 @@ def write_adapter(
     """Save the adapter in PEFT's format, with its tokenizer and a filled card: the run is finished when this is there."""
     source = adapted.loaded.source
     metrics = {key: float(result[key]) for key in ("train_loss", "eval_loss") if result[key] is not None}
-    folder.forget_results()
-    about = {"run_id": folder.facts()["run_id"], "num_changes": len(folder.facts()["changes"])}
+    folder.delete_results()
+    about = {"run_id": folder.metadata()["run_id"], "num_changes": len(folder.metadata()["changes"])}
     with atomic_io.staged_folder(folder.adapter, about) as staging:
         # "auto" guesses offline that resized embeddings were not modified; new rows are saved by their own tensors
         adapted.model.save_pretrained(str(staging), save_embedding_layers=False)

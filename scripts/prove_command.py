@@ -50,7 +50,7 @@ def checks(folder: Path) -> Iterator[tuple[str, bool]]:
     log = folder / "log"
     first = watched(train, log, stop=signal.SIGTERM, when=lambda: len(logged_steps(run)) >= STEPS_BEFORE_STOP)
     yield "train: stops on SIGTERM with status 143", first["status"] == STOPPED
-    yield "train: has a checkpoint of the last step", run.steps()[-1:] == logged_steps(run)[-1:] != []
+    yield "train: has a checkpoint of the last step", run.checkpoint_steps()[-1:] == logged_steps(run)[-1:] != []
     resumed = watched(train, log)
     yield "resume: ends with status 0", resumed["status"] == 0
     yield "resume: continues from the checkpoint", re.search(r"training: resumes from \S+", resumed["log"]) is not None

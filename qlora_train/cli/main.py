@@ -466,12 +466,12 @@ def _eval_rows(options: argparse.Namespace) -> int:
 
 def _eval_tasks(options: argparse.Namespace) -> int:
     prepare_libraries(offline=options.offline)
-    from qlora_train.inference.finished_run import open_finished
+    from qlora_train.inference.finished_run import open_finished_run
     from qlora_train.inference.lm_eval import TaskSettings, check_harness, measure_tasks
-    from qlora_train.runs import held
+    from qlora_train.runs import run_lock
 
     check_harness()
-    run = open_finished(options.run)
+    run = open_finished_run(options.run)
     settings = TaskSettings(
         names=options.tasks,
         models=tuple(options.models),
@@ -480,7 +480,7 @@ def _eval_tasks(options: argparse.Namespace) -> int:
         path=options.task_path,
         chat_template=options.chat_template,
     )
-    with held(run.folder):
+    with run_lock(run.folder):
         measure_tasks(run, settings)
     return 0
 
@@ -488,13 +488,13 @@ def _eval_tasks(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     prepare_libraries(offline=options.offline)
     from qlora_train.inference.chat import ChatSettings, chat
-    from qlora_train.inference.finished_run import open_finished
+    from qlora_train.inference.finished_run import open_finished_run
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     with _any_text():
         settings = ChatSettings(options.merged, options.max_new_tokens, options.temperature, options.system)
-        chat(open_finished(options.run), settings)
+        chat(open_finished_run(options.run), settings)
     return 0
 
 

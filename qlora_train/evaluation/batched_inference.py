@@ -3,7 +3,11 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
+
+import torch
 
 from qlora_train.utils.device import attempt
 from qlora_train.utils.errors import ModelError
@@ -74,3 +78,21 @@ def compute_in_batches(
 def row_too_long(num_tokens: int, reason: str | None, advice: str) -> ModelError:
     """Return the error for one row that does not fit into memory by itself."""
     return ModelError(f"out of memory: one row of {num_tokens} tokens does not fit ({reason}); {advice}")
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Put every module into evaluation mode and back into the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def input_device(model: Any) -> torch.device:
+    """Return where token ids go: to the embedding; from the CPU they are brought to one that waits outside the device."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -20,7 +20,7 @@ import torch
 from qlora_train.config import RunConfig
 from qlora_train.data import Example
 from qlora_train.data.held_out_rows import RunRows
-from qlora_train.evaluation.held_out import held_out_loss
+from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.export.fresh_process import Check, check_in_fresh_process
 from qlora_train.export.loading_code import adapter_code
 from qlora_train.export.predictions import NUM_LIKELIEST, Predictions, Reference, compared_rows

@@ -28,7 +28,7 @@ import peft  # noqa: F401 - imported for the processes that the fork server star
 import torch
 import transformers
 
-from qlora_train.evaluation.held_out import held_out_loss
+from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.export.predictions import Agreement, agreement, compared_rows, load_reference
 from qlora_train.models.dynamic_rope import reset_dynamic_rope
 from qlora_train.models.token_probes import differences

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
 from qlora_train.config.schema import RunConfig
-from qlora_train.evaluation.held_out import stop_token_ids
+from qlora_train.evaluation.generation import stop_token_ids
 from qlora_train.export.loading_code import adapter_code, needs_package, usage_code
 from qlora_train.export.merging.adapter_deltas import ADAPTER_CONFIG
 from qlora_train.models import LoadedModel

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_train.data.types import Example
-from qlora_train.evaluation.held_out import HeldOutLoss, label_log_probabilities
+from qlora_train.evaluation.held_out_loss import HeldOutLoss, label_log_probabilities
 from qlora_train.models.token_probes import TokenProbe, load_probes, save_probes
 
 NUM_COMPARED = 2048

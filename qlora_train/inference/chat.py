@@ -22,7 +22,7 @@ from transformers.generation import BaseStreamer
 from qlora_train.architectures import detect, max_positions
 from qlora_train.data.chat_template import encode_chat
 from qlora_train.data.types import Message
-from qlora_train.evaluation.held_out import decoding, stop_token_ids, tokens_beyond_embedding
+from qlora_train.evaluation.generation import make_generation_config, stop_token_ids, tokens_beyond_embedding
 from qlora_train.inference.finished_run import FinishedRun
 from qlora_train.utils import signals
 from qlora_train.utils.device import attempt
@@ -173,7 +173,9 @@ class Chat:
         return max_positions(config, detect(config)) or sys.maxsize
 
     def _answer(self, ids: list[int], max_new_tokens: int) -> str:
-        how = decoding(self.model, self.tokenizer, max_new_tokens=max_new_tokens, temperature=self.settings.temperature)
+        how = make_generation_config(
+            self.model, self.tokenizer, max_new_tokens=max_new_tokens, temperature=self.settings.temperature
+        )
         shown = _Shown(self.tokenizer, how.eos_token_id or [], self.write)
         tokens = torch.tensor([ids], device=self.model.device)
         self.answering, self.interrupted = True, False

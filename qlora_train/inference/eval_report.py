@@ -14,14 +14,10 @@ from qlora_train.adapters import load_trained
 from qlora_train.config import RunConfig
 from qlora_train.data.held_out_rows import RunRows
 from qlora_train.data.types import Example, Prompt
-from qlora_train.evaluation.held_out import (
-    compare_row_by_row,
-    few_shot_prompt,
-    generate_answers,
-    held_out_loss,
-    score_answers,
-)
-from qlora_train.inference.finished_run import merged_model, models_there
+from qlora_train.evaluation.generation import generate_answers
+from qlora_train.evaluation.held_out_loss import held_out_loss
+from qlora_train.evaluation.scoring import compare_row_by_row, few_shot_prompt, score_answers
+from qlora_train.inference.finished_run import existing_models, merged_model
 from qlora_train.models import BaseSource, load_model
 from qlora_train.runs import RunFolder
 from qlora_train.utils import atomic_io
@@ -64,7 +60,7 @@ def evaluate_run(
         DataError: the config has no held-out rows.
         CheckpointError: only the merged model is asked for, and there is none.
     """
-    settings = replace(settings, models=models_there(folder, settings.models))
+    settings = replace(settings, models=existing_models(folder, settings.models))
     if not data.eval:
         raise DataError(
             f"{folder.path}: data.eval is not set, so that there is nothing to evaluate on; set it and train"

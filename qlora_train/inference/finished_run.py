@@ -19,7 +19,7 @@ from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.config.schema import CHAT_TEMPLATE_NAMES, COMMIT
 from qlora_train.export.merging.merged_model import load_merged
 from qlora_train.models import BaseSource, load_model, resolve_base
-from qlora_train.runs import RunFolder, check_same_facts, finished_run
+from qlora_train.runs import RunFolder, check_same_metadata, finished_run
 from qlora_train.utils.device import free_memory, select_device
 from qlora_train.utils.errors import CheckpointError, first_line
 
@@ -44,7 +44,7 @@ class FinishedRun:
             ModelError, ConfigError: base or adapter cannot be loaded.
             CheckpointError: only the merged model is asked for and there is none, or it cannot be loaded.
         """
-        names = models_there(self.folder, names)
+        names = existing_models(self.folder, names)
         if {"base", "adapter"} & set(names):
             loaded = load_model(self.config.model, self.config.quantization, source=self.source)
             loaded.model.eval()
@@ -59,7 +59,7 @@ class FinishedRun:
             yield "merged", model.eval(), tokenizer
 
 
-def open_finished(path: Path) -> FinishedRun:
+def open_finished_run(path: Path) -> FinishedRun:
     """Open a run folder whose training has finished.
 
     Raises:
@@ -69,11 +69,11 @@ def open_finished(path: Path) -> FinishedRun:
     folder = finished_run(path)
     config = finished_config(load_config(folder.config_file), folder)
     source = resolve_base(config.model)
-    check_same_facts(folder, {"base_identity": source.identity()})
-    return FinishedRun(folder, config, source, date_of(folder))
+    check_same_metadata(folder, {"base_identity": source.identity()})
+    return FinishedRun(folder, config, source, start_date(folder))
 
 
-def models_there(folder: RunFolder, names: Sequence[str]) -> tuple[str, ...]:
+def existing_models(folder: RunFolder, names: Sequence[str]) -> tuple[str, ...]:
     """Return the models that are asked for without the merged one where there is none, which is said.
 
     Raises:
@@ -107,19 +107,19 @@ def merged_model(folder: RunFolder, *, trust_remote_code: bool) -> tuple[Any, An
 
 def finished_config(config: RunConfig, folder: RunFolder) -> RunConfig:
     """Return the settings with which a finished run is used: its base's commit, and its own copy of a template file."""
-    model = commit_of(config.model, folder)
+    model = with_pinned_revision(config.model, folder)
     if model.chat_template not in (None, *CHAT_TEMPLATE_NAMES):
         model = model.model_copy(update={"chat_template": str(folder.adapter / CHAT_TEMPLATE_FILE)})
     return config.model_copy(update={"model": model})
 
 
-def date_of(folder: RunFolder) -> datetime.date:
+def start_date(folder: RunFolder) -> datetime.date:
     """Return the day the run began: chat templates that print the date go on printing that one."""
-    recorded: str | None = folder.facts().get("date")
+    recorded: str | None = folder.metadata().get("date")
     return datetime.date.fromisoformat(recorded) if recorded else datetime.date.today()
 
 
-def commit_of(model: ModelSection, folder: RunFolder) -> ModelSection:
+def with_pinned_revision(model: ModelSection, folder: RunFolder) -> ModelSection:
     """Return the model section at the commit that the run began with: a branch of the Hub moves on, a run does not."""
-    identity = str(folder.facts().get("base_identity", ""))
+    identity = str(folder.metadata().get("base_identity", ""))
     return model.model_copy(update={"revision": identity}) if COMMIT.fullmatch(identity) else model

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_train.inference.finished_run import FinishedRun, models_there
+from qlora_train.inference.finished_run import FinishedRun, existing_models
 from qlora_train.utils.device import attempt
 from qlora_train.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line, is_out_of_memory
 
@@ -69,7 +69,7 @@ def measure_tasks(run: FinishedRun, settings: TaskSettings) -> dict[str, dict[st
         DataError: a task that cannot be prepared or measured.
         ModelError, CheckpointError: a model that cannot be loaded, or does not fit into memory with this batch.
     """
-    models = models_there(run.folder, settings.models)
+    models = existing_models(run.folder, settings.models)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _find(settings)
     system = run.folder.system_prompt() if settings.chat_template else ""

@@ -38,7 +38,7 @@ TOKEN_BYTES = 160
 
 
 @dataclass(frozen=True, slots=True)
-class DiskNeed:
+class DiskPlan:
     """Bytes that a run will add to its disk at most.
 
     Attributes:
@@ -74,7 +74,7 @@ class DiskNeed:
         return [(name, size_bytes) for name, size_bytes in parts if size_bytes]
 
 
-def check_room(run: RunFolder, need: DiskNeed, free_bytes: int) -> None:
+def check_disk_space(run: RunFolder, need: DiskPlan, free_bytes: int) -> None:
     """Refuse to begin what will not fit.
 
     Args:
@@ -100,9 +100,9 @@ def check_room(run: RunFolder, need: DiskNeed, free_bytes: int) -> None:
     )
 
 
-def disk_need(
+def plan_disk(
     run: RunFolder, adapted: AdaptedModel, config: RunConfig, data: PreparedData, checkpoint: Path | None
-) -> DiskNeed:
+) -> DiskPlan:
     """Count what is left to write of a run.
 
     Args:
@@ -113,12 +113,12 @@ def disk_need(
         checkpoint: what it goes on from, or None.
     """
     tensors = trained_tensors(adapted)
-    num_here = sum(run.problem_of(step) is None for step in run.steps())
+    num_here = sum(run.checkpoint_problem(step) is None for step in run.checkpoint_steps())
     done = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
     steps = num_steps(config.train, data.num_train_rows)
     tokenizer_bytes = TOKEN_BYTES * len(adapted.loaded.tokenizer) + SMALL_FILES_BYTES
     kept = config.train.save_total_limit + config.train.load_best_model_at_end
-    return DiskNeed(
+    return DiskPlan(
         num_checkpoints=num_more_checkpoints(kept, num_saves(config, data.num_train_rows, steps, done), num_here),
         checkpoint_bytes=checkpoint_bytes(tensors, config.train.optim, _num_logged(config.train, steps)),
         adapter_bytes=adapter_bytes(tensors) + tokenizer_bytes,

@@ -25,13 +25,15 @@ def inspect(config: RunConfig, *, num_shown: int) -> PreparedData:
         UserError: the tokenizer or the data cannot be had or used.
     """
     described = resolve_base(config.model, weights=False)
-    data, tokenizer = data_of(config, described, date=datetime.date.today())
+    data, tokenizer = prepare_tokenizer_and_data(config, described, date=datetime.date.today())
     rows = data.train.head() if isinstance(data.train, RowStream) else data.train
     shown = render_rows(rows[:num_shown], tokenizer)
     return replace(data, report=replace(data.report, first_rows=shown))
 
 
-def data_of(config: RunConfig, described: BaseSource, *, date: datetime.date) -> tuple[PreparedData, Any]:
+def prepare_tokenizer_and_data(
+    config: RunConfig, described: BaseSource, *, date: datetime.date
+) -> tuple[PreparedData, Any]:
     """Prepare the data for a base, and return it with the tokenizer.
 
     Args:

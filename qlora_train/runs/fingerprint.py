@@ -40,7 +40,7 @@ def check_same_settings(run: RunFolder, config: RunConfig) -> None:
     _refuse(run, changed_settings(run, config), config.run.allow_changed)
 
 
-def check_same_facts(run: RunFolder, facts: Mapping[str, Any]) -> None:
+def check_same_metadata(run: RunFolder, facts: Mapping[str, Any]) -> None:
     """Refuse to go on with a run some of whose facts have changed.
 
     Args:
@@ -53,7 +53,7 @@ def check_same_facts(run: RunFolder, facts: Mapping[str, Any]) -> None:
     _refuse(run, _changed_facts(run, facts), ())
 
 
-def begin(run: RunFolder, config: RunConfig, facts: Mapping[str, Any]) -> None:
+def record_metadata(run: RunFolder, config: RunConfig, facts: Mapping[str, Any]) -> None:
     """Record what decides a run when it begins; compare it when it goes on, and record the changes that are allowed.
 
     Args:
@@ -64,14 +64,14 @@ def begin(run: RunFolder, config: RunConfig, facts: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: something has changed that `run.allow_changed` does not name.
     """
-    recorded = run.facts()
+    recorded = run.metadata()
     if not recorded:
         _write(run, {"run_id": uuid.uuid4().hex, **facts, "changes": []})
         return
     changes = [*changed_settings(run, config), *_changed_facts(run, facts)]
     _refuse(run, changes, config.run.allow_changed)
     if changes:
-        step = (run.steps() or [0])[-1]
+        step = (run.checkpoint_steps() or [0])[-1]
         entries = [{"after_step": step, **asdict(change)} for change in changes]
         # first the list of changes: from then on the old adapter no longer counts as the result
         _write(run, {**recorded, **facts, "changes": [*recorded["changes"], *entries]})
@@ -79,11 +79,11 @@ def begin(run: RunFolder, config: RunConfig, facts: Mapping[str, Any]) -> None:
 
 
 def _write(run: RunFolder, facts: Mapping[str, Any]) -> None:
-    atomic_io.write_text(run.facts_file, json.dumps(facts, indent=2) + "\n")
+    atomic_io.write_text(run.metadata_file, json.dumps(facts, indent=2) + "\n")
 
 
 def _changed_facts(run: RunFolder, facts: Mapping[str, Any]) -> list[Change]:
-    recorded = run.facts()
+    recorded = run.metadata()
     return _differences({key: recorded.get(key) for key in facts}, facts)
 
 

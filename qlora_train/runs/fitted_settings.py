@@ -16,14 +16,14 @@ from qlora_train.utils.errors import CheckpointError
 from qlora_train.config.memory_fallbacks import KEYS, overrides
 
 
-def record_fit(run: RunFolder, asked: TrainSection, fitted: TrainSection, why: str) -> None:
+def record_fitted_settings(run: RunFolder, asked: TrainSection, fitted: TrainSection, why: str) -> None:
     """Record what a run trains with instead of what was asked for, and why."""
     before = {key: getattr(asked, key) for key in KEYS}
     entry = {"asked": before, "applied": overrides(asked, fitted), "why": why}
-    atomic_io.write_text(run.fit_file, json.dumps(entry, indent=2) + "\n")
+    atomic_io.write_text(run.fitted_settings_file, json.dumps(entry, indent=2) + "\n")
 
 
-def with_recorded_fit(run: RunFolder, asked: TrainSection) -> TrainSection:
+def apply_fitted_settings(run: RunFolder, asked: TrainSection) -> TrainSection:
     """Return the training settings with what was recorded for them.
 
     What decides a run must be asked for as it was then, or nothing is taken; a free setting that has changed since is left
@@ -32,7 +32,7 @@ def with_recorded_fit(run: RunFolder, asked: TrainSection) -> TrainSection:
     Raises:
         CheckpointError: fit.json cannot be read.
     """
-    entry = run.fit()
+    entry = run.fitted_settings()
     if not entry:
         return asked
     try:
@@ -43,4 +43,4 @@ def with_recorded_fit(run: RunFolder, asked: TrainSection) -> TrainSection:
         applied = {key: value for key, value in entry["applied"].items() if key not in changed}
         return TrainSection.model_validate({**asked.model_dump(), **applied})
     except (KeyError, TypeError, AttributeError, ValidationError):
-        raise CheckpointError(f"{run.fit_file}: is not as it was written; restore it, or delete it") from None
+        raise CheckpointError(f"{run.fitted_settings_file}: is not as it was written; restore it, or delete it") from None

@@ -37,7 +37,7 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
     assert config.run.output_dir is not None, "the CLI fills in run.output_dir"
     run = RunFolder(Path(config.run.output_dir))
     _refuse_foreign(run)
-    with held(run):
+    with run_lock(run):
         if not run.config_file.is_file() or not run.has_begun():
             _claim(run, config)
         elif resume == "never":
@@ -45,12 +45,12 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
                 f"{run.path}: holds a run already and --resume never would overwrite it; choose another run.output_dir or "
                 "delete the folder"
             )
-        elif not run.facts():
-            raise CheckpointError(f"{run.facts_file}: is missing; restore it, or choose another run.output_dir")
+        elif not run.metadata():
+            raise CheckpointError(f"{run.metadata_file}: is missing; restore it, or choose another run.output_dir")
         else:
             check_same_settings(run, config)
         if resume in ("auto", "never"):
-            yield run, run.newest_whole_checkpoint()
+            yield run, run.latest_checkpoint()
         else:
             yield run, _named_checkpoint(run, Path(resume))
 
@@ -70,7 +70,7 @@ def finished_run(path: Path) -> RunFolder:
 
 
 @contextmanager
-def held(run: RunFolder) -> Iterator[None]:
+def run_lock(run: RunFolder) -> Iterator[None]:
     """Hold a run folder against other processes; the lock ends with the process, however it ends.
 
     Raises:
@@ -95,7 +95,7 @@ def held(run: RunFolder) -> Iterator[None]:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
-        run.sweep()
+        run.remove_stale_files()
         yield
     finally:
         os.close(descriptor)
@@ -113,8 +113,8 @@ def _refuse_foreign(run: RunFolder) -> None:
 
 def _claim(run: RunFolder, config: RunConfig) -> None:
     """Take an empty folder, or that of a run that stopped on a mistake which the user has mended in the config since."""
-    run.facts_file.unlink(missing_ok=True)
-    run.forget_results()
+    run.metadata_file.unlink(missing_ok=True)
+    run.delete_results()
     atomic_io.write_text(run.config_file, to_yaml(with_absolute_paths(config)))
 
 
@@ -125,8 +125,8 @@ def _named_checkpoint(run: RunFolder, folder: Path) -> Path:
         )
     if run.is_finished():
         raise CheckpointError(f"--resume {folder}: the run has finished; delete {run.adapter} to train on from there")
-    steps = {run.checkpoint(step).name: step for step in run.steps()}
-    problem = run.problem_of(steps[folder.name]) if folder.name in steps else "it is not there"
+    steps = {run.checkpoint(step).name: step for step in run.checkpoint_steps()}
+    problem = run.checkpoint_problem(steps[folder.name]) if folder.name in steps else "it is not there"
     if problem is not None:
         raise CheckpointError(f"--resume {folder}: {problem}; choose another of {run.checkpoints}")
     return folder

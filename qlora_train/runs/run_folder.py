@@ -42,12 +42,12 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
-    def facts_file(self) -> Path:
+    def metadata_file(self) -> Path:
         """What decides the run besides its config."""
         return self.path / "run.json"
 
     @property
-    def fit_file(self) -> Path:
+    def fitted_settings_file(self) -> Path:
         """What the run trains with where what was asked for did not fit into memory."""
         return self.path / "fit.json"
 
@@ -110,7 +110,7 @@ class RunFolder:
         """Whether training is done and its adapter is whole: the one of all changes that were accepted since."""
         if not self.adapter.is_dir() or atomic_io.damage(self.adapter) is not None:
             return False
-        return atomic_io.about(self.adapter).get("num_changes") == len(self.facts().get("changes", []))
+        return atomic_io.about(self.adapter).get("num_changes") == len(self.metadata().get("changes", []))
 
     def has_merged(self) -> bool:
         """Whether there is a whole merged model."""
@@ -118,26 +118,26 @@ class RunFolder:
 
     def has_begun(self) -> bool:
         """Whether there is anything to continue or to lose; a run that stopped before its first checkpoint has not."""
-        return bool(self.steps()) or self.adapter.is_dir()
+        return bool(self.checkpoint_steps()) or self.adapter.is_dir()
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after optimizer step `step`."""
         return self.checkpoints / f"step-{step:08d}"
 
-    def steps(self) -> list[int]:
+    def checkpoint_steps(self) -> list[int]:
         """Steps of the checkpoints that are there, oldest first, whole or not."""
         if not self.checkpoints.is_dir():
             return []
         return sorted(int(match[1]) for path in self.checkpoints.iterdir() if (match := _STEP.fullmatch(path.name)))
 
-    def about_checkpoint(self, step: int) -> dict[str, Any]:
+    def checkpoint_metadata(self, step: int) -> dict[str, Any]:
         """Return what the manifest of the checkpoint after `step` says of it: whose it is, and its step."""
-        return {"run_id": self.facts().get("run_id"), "step": step}
+        return {"run_id": self.metadata().get("run_id"), "step": step}
 
-    def problem_of(self, step: int) -> str | None:
+    def checkpoint_problem(self, step: int) -> str | None:
         """Return why the checkpoint after `step` cannot be gone on from, or None when it is whole and of this run."""
         folder = self.checkpoint(step)
-        found, wanted = atomic_io.about(folder), self.about_checkpoint(step)
+        found, wanted = atomic_io.about(folder), self.checkpoint_metadata(step)
         problem = atomic_io.damage(folder)
         if problem is not None or found == wanted:
             return problem
@@ -145,36 +145,36 @@ class RunFolder:
             return "it is of another run"
         return f"it holds step {found.get('step')}"
 
-    def newest_whole_checkpoint(self) -> Path | None:
+    def latest_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that verifies, saying which were skipped and why."""
-        for step in reversed(self.steps()):
-            problem = self.problem_of(step)
+        for step in reversed(self.checkpoint_steps()):
+            problem = self.checkpoint_problem(step)
             if problem is None:
                 return self.checkpoint(step)
             logger.warning("checkpoint %s is skipped: %s", self.checkpoint(step).name, problem)
-        if self.steps():
+        if self.checkpoint_steps():
             logger.warning("%s: no checkpoint is whole; the run begins again at step 0", self.checkpoints)
         return None
 
-    def results_there(self) -> list[Path]:
+    def existing_results(self) -> list[Path]:
         """Return what was made of the adapter: its merge, exports, evaluations and answers, as far as they are there."""
         return [path for path in (self.merged, self.exports, self.results_file, self.answers_file) if path.exists()]
 
-    def forget_results(self) -> None:
+    def delete_results(self) -> None:
         """Delete what was made of an adapter that is replaced by another."""
-        for path in self.results_there():
+        for path in self.existing_results():
             if path.is_dir():
                 atomic_io.remove_folder(path)
             else:
                 path.unlink()
 
-    def forget_after(self, checkpoint: Path) -> None:
+    def delete_checkpoints_after(self, checkpoint: Path) -> None:
         """Delete the checkpoints after one that is resumed from: they are damaged, or of a course that is given up.
 
         Those of another run are left alone.
         """
-        run_id = self.facts().get("run_id")
-        for step in self.steps():
+        run_id = self.metadata().get("run_id")
+        for step in self.checkpoint_steps():
             folder = self.checkpoint(step)
             if folder.name > checkpoint.name and atomic_io.about(folder).get("run_id", run_id) == run_id:
                 logger.warning("checkpoint %s is deleted: the run goes on from %s", folder.name, checkpoint.name)
@@ -182,7 +182,7 @@ class RunFolder:
 
     def rotate(self, *, keep: int, best: int | None) -> None:
         """Delete all but the newest `keep` whole checkpoints of this run and the best one; what is damaged stays."""
-        problems = {step: self.problem_of(step) for step in self.steps()}
+        problems = {step: self.checkpoint_problem(step) for step in self.checkpoint_steps()}
         for step, problem in problems.items():
             if problem is not None:
                 logger.warning("checkpoint %s does not count: %s", self.checkpoint(step).name, problem)
@@ -191,27 +191,27 @@ class RunFolder:
             if step != best:
                 atomic_io.remove_folder(self.checkpoint(step))
 
-    def sweep(self) -> None:
+    def remove_stale_files(self) -> None:
         """Clear what a process that was killed left half done."""
         atomic_io.sweep(self.path)
         atomic_io.sweep(self.checkpoints)
         atomic_io.sweep(self.exports)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return what run.json recorded when the run began, empty when there is none.
 
         Raises:
             CheckpointError: it is not readable.
         """
-        return _read_json(self.facts_file)
+        return _read_json(self.metadata_file)
 
-    def fit(self) -> dict[str, Any]:
+    def fitted_settings(self) -> dict[str, Any]:
         """Return fit.json, empty when there is none.
 
         Raises:
             CheckpointError: it is not readable.
         """
-        return _read_json(self.fit_file)
+        return _read_json(self.fitted_settings_file)
 
     def fused_kernels(self) -> dict[str, Any]:
         """Return fused_kernels.json, empty when there is none.
@@ -254,7 +254,7 @@ class RunFolder:
         """
         return _read_json(self.results_file)
 
-    def forget_merged_results(self) -> None:
+    def delete_merged_results(self) -> None:
         """Delete what was measured of a merged model that is replaced: losses, scores, tasks and answers."""
         results = self.read_results()
         unmerged = ("num_rows", "base", "adapter")

@@ -25,7 +25,7 @@ _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
+def checkpoint_errors(folder: Path) -> Iterator[None]:
     """Take what a checkpoint holds over; whatever nonsense in it leads to is one line: a manifest vouches for bytes alone.
 
     Raises:

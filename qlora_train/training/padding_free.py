@@ -118,7 +118,7 @@ def choose_padding_free(
     if obstacle:
         logger.info("padding-free: off (%s)", obstacle)
         return None
-    run_id = run.facts().get("run_id", "")
+    run_id = run.metadata().get("run_id", "")
     parity = load_parity(run.padding_free_file, run.padding_free(), run_id)
     if parity is not None:
         min_tokens = parity.min_tokens

@@ -33,16 +33,16 @@ from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.collate import Batch, PackCollator
-from qlora_train.evaluation.held_out import held_out_loss
+from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels import host_copies
 from qlora_train.objectives.router_loss import BALANCE, choose_router_aux_loss_coef
 from qlora_train.objectives.sft_loss import LabelLosses, chunk_tokens_of, label_losses
 from qlora_train.runs import (
     RunFolder,
+    checkpoint_errors,
     load_parameters,
     load_tree,
     random_state,
-    reading,
     restore_random_state,
     save_tree,
 )
@@ -311,7 +311,7 @@ class QloraTrainer(SFTTrainer):
         started = time.perf_counter()
         step = self.state.global_step
         refuse_non_finite(step, trainable_state(self.model), self.optimizer.state)
-        with atomic_io.staged_folder(self.run.checkpoint(step), self.run.about_checkpoint(step)) as folder:
+        with atomic_io.staged_folder(self.run.checkpoint(step), self.run.checkpoint_metadata(step)) as folder:
             save_tree(folder, "adapter", dict(trainable_state(self.model)))
             save_tree(folder, "optimizer", self.optimizer.state_dict())
             save_tree(folder, "random", random_state())
@@ -355,14 +355,14 @@ class QloraTrainer(SFTTrainer):
 
     def load_adapter_of(self, step: int) -> None:
         """Load the adapter of one of this run's checkpoints."""
-        folder, problem = self.run.checkpoint(step), self.run.problem_of(step)
+        folder, problem = self.run.checkpoint(step), self.run.checkpoint_problem(step)
         if problem is not None:
             raise CheckpointError(f"{folder}: the best checkpoint is damaged: {problem}; restore it, or train again")
         load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        with reading(folder):
+        with checkpoint_errors(folder):
             load_parameters(trainable_state(self.model), load_tree(folder, "adapter"), str(folder))
             loop = load_tree(folder, "loop")
             self.numbers.restore(loop["numbers"])
@@ -372,7 +372,7 @@ class QloraTrainer(SFTTrainer):
         """Take over the optimizer's state; rates and the like come from the settings, their schedule from the step."""
         if checkpoint is None:
             return
-        with reading(Path(checkpoint)):
+        with checkpoint_errors(Path(checkpoint)):
             stored = load_tree(Path(checkpoint), "optimizer")
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": stored["state"]})
             page_restored_state(self.optimizer)
@@ -381,14 +381,14 @@ class QloraTrainer(SFTTrainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
-            with reading(Path(checkpoint)):
+            with checkpoint_errors(Path(checkpoint)):
                 self.accelerator.scaler.load_state_dict(load_tree(Path(checkpoint), "loop")["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the generators and those counters of the loop that the Trainer resets after loading the rest."""
         if checkpoint is None:
             return
-        with reading(Path(checkpoint)):
+        with checkpoint_errors(Path(checkpoint)):
             restore_random_state(load_tree(Path(checkpoint), "random"))
             loop = load_tree(Path(checkpoint), "loop")
             self._tr_loss = loop["tr_loss"].to(self.args.device)

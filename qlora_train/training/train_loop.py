@@ -7,7 +7,7 @@ from typing import Any
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.runs import RunFolder, reading
+from qlora_train.runs import RunFolder, checkpoint_errors
 from qlora_train.training.memory.activation_checkpointing import Recomputation
 from qlora_train.training.memory.auto_batch_size import rung_below, trainer_that_fits
 from qlora_train.training.memory.dequantized_cache import fill_cache
@@ -89,7 +89,7 @@ def train(
 def _train_on(trainer: QloraTrainer, progress: Progress, resume_from: Path | None) -> None:
     """Do the steps that are left, and the evaluation that a stop left out before them."""
     if resume_from is not None:
-        with reading(resume_from):
+        with checkpoint_errors(resume_from):
             trainer.restore(resume_from)
             progress.rewrite_metrics(trainer.state.log_history)
             owes_evaluation = trainer.owes_evaluation()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.adapters import AdaptedModel, attach_adapter, load_trained, trainable_state
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
-from qlora_train.evaluation.held_out import held_out_loss
+from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.inference.eval_report import EvalSettings
 from qlora_train.models import LoadedModel, load_model
 from qlora_train.pipeline import evaluate, initial_batches, merge, prepare
@@ -39,7 +39,7 @@ def load(config: RunConfig) -> LoadedModel:
     return load_model(config.model, config.quantization)
 
 
-def data_of(config: RunConfig) -> PreparedData:
+def prepare_tokenizer_and_data(config: RunConfig) -> PreparedData:
     return prepare(config, RunFolder(Path(str(config.run.output_dir))))[1]
 
 
@@ -237,7 +237,7 @@ def test_adapted_model_with_a_trained_head_works_outside_the_trainer(pico_llama:
     config = make_config(
         tmp_path, pico_llama, "lora.modules_to_save=[lm_head]", "quantization.bnb_4bit_compute_dtype=bfloat16"
     )
-    data = data_of(config)
+    data = prepare_tokenizer_and_data(config)
     adapted = attach_adapter(load(config), config.lora, seed=1)
     assert held_out_loss(adapted.model, data.eval, batch_size=2, pad_token_id=0).loss > 0
     assert adapted.model.generate(input_ids=IDS, max_new_tokens=2, do_sample=False).shape == (2, 22)
@@ -279,7 +279,7 @@ def eva(pico_llama: Path, tmp_path: Path) -> tuple[RunConfig, AdaptedModel, list
         tmp_path, pico_llama, "lora.init_lora_weights=eva", "quantization.bnb_4bit_compute_dtype=float32"
     )
     loaded = load(config)
-    batches = initial_batches(config, data_of(config), loaded)
+    batches = initial_batches(config, prepare_tokenizer_and_data(config), loaded)
     return config, attach_adapter(loaded, config.lora, seed=1, batches=batches), batches
 
 
@@ -362,7 +362,7 @@ def test_warm_start_is_exact_even_after_the_trainers_constructor(
         tmp_path, pico_llama, "lora.modules_to_save=[lm_head]", f"lora.adapter_path={stored}",
         "quantization.bnb_4bit_compute_dtype=bfloat16",
     )  # fmt: skip
-    data = data_of(config)
+    data = prepare_tokenizer_and_data(config)
     adapted = attach_adapter(load(config), config.lora, seed=1)
     trainer = QloraTrainer(adapted, data, config, RunFolder(tmp_path), [])
     state = trainable_state(trainer.model)

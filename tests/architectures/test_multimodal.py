@@ -19,7 +19,7 @@ from qlora_train.architectures import TEXT_PARTS, TEXT_TYPES, check_packing, det
 from qlora_train.config import ModelSection, load_config
 from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.export.merging.merge_run import merge_run
-from qlora_train.inference.finished_run import date_of
+from qlora_train.inference.finished_run import start_date
 from qlora_train.models import load_model, resolve_base
 from qlora_train.models.loading import model_config
 from qlora_train.models.moe import expert_parameters, routers
@@ -220,7 +220,7 @@ def test_no_text_part_of_the_table_sees_the_future(model_type: str, whole: Calla
 def test_run_on_a_text_part_is_merged_and_measured_as_any_other(whole: Callable[[str], Path], tmp_path: Path) -> None:
     run = train_run(tmp_path, whole("llava"), *SETTINGS, "export.max_loss_increase=10")
     config = load_config(run.config_file)
-    choice = merge_run(run, config, *prepare_again(config, run), date_of(run), "cpu")
+    choice = merge_run(run, config, *prepare_again(config, run), start_date(run), "cpu")
     assert set(choice.losses) == {"original", "dequantized"}
     assert AutoConfig.from_pretrained(run.merged).architectures == ["LlavaForConditionalGeneration"]
     for folder in (run.adapter, run.merged):

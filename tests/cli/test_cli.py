@@ -521,7 +521,7 @@ def test_resume_of_a_finished_run_by_name_is_refused_and_deletes_nothing(pico_ll
     run = train_run(tmp_path, pico_llama, "train.max_steps=2", "train.save_steps=1")
     with pytest.raises(CheckpointError, match="the run has finished"):
         train_run(tmp_path, pico_llama, "train.max_steps=2", "train.save_steps=1", resume=str(run.checkpoint(1)))
-    assert run.steps() == [1, 2]
+    assert run.checkpoint_steps() == [1, 2]
 
 
 def test_refused_resume_deletes_no_checkpoint(pico_llama: Path, tmp_path: Path) -> None:
@@ -531,7 +531,7 @@ def test_refused_resume_deletes_no_checkpoint(pico_llama: Path, tmp_path: Path) 
     rows.write_text("\n".join(rows.read_text().splitlines()[1:]) + "\n")
     with pytest.raises(CheckpointError, match="data_fingerprint was"):
         train_run(tmp_path, pico_llama, "train.max_steps=2", "train.save_steps=1", resume=str(run.checkpoint(1)))
-    assert run.steps() == [1, 2]
+    assert run.checkpoint_steps() == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from qlora_train.cli.main import main
 from qlora_train.data.held_out_rows import NUM_ROWS, keep_rows, kept_rows
 from qlora_train.models import resolve_base
-from qlora_train.planning.inspect_data import data_of
+from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
 from qlora_train.utils.errors import CheckpointError
 from tests.support.pico import CHATML
 from tests.support.runs import make_config, write_rows
@@ -28,7 +28,7 @@ def test_kept_rows_are_the_held_out_ones_and_the_first_to_train_on(share, pico_l
     write_rows(tmp_path / "more.jsonl", count=600, seed=1)
     files = f"data.train=[{tmp_path}/rows.jsonl, {tmp_path}/more.jsonl]"
     config = make_config(tmp_path, pico_llama, files, f"data.eval={share}", "train.eval_steps=null")
-    data, _ = data_of(config, resolve_base(config.model), date=None)
+    data, _ = prepare_tokenizer_and_data(config, resolve_base(config.model), date=None)
     keep_rows(tmp_path / "rows", data, data.fingerprint)
     kept = kept_rows(tmp_path / "rows")
     assert kept.num_train_rows == data.num_train_rows

@@ -14,9 +14,10 @@ from bitsandbytes.nn import Linear4bit
 from transformers import TrainerCallback
 
 from qlora_train.adapters import attach_adapter
-from qlora_train.evaluation.held_out import generate_answers, held_out_loss
+from qlora_train.evaluation.generation import generate_answers
+from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.models import load_model
-from qlora_train.pipeline import date_of, prepare
+from qlora_train.pipeline import prepare, start_date
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer
 from tests.support.runs import make_config
@@ -75,7 +76,7 @@ def evaluate(trainer: QloraTrainer) -> None:
     held_out_loss(trainer.model, held_out, batch_size=4, pad_token_id=0)
     prompts = [example.prompt for example in held_out if example.prompt is not None][:2]
     assert prompts
-    generate_answers(trainer.model, tokenizer, prompts, max_new_tokens=6, batch_size=2, date=date_of(trainer.run))
+    generate_answers(trainer.model, tokenizer, prompts, max_new_tokens=6, batch_size=2, date=start_date(trainer.run))
 
 
 def trained(folder: Path, base: Path, act: Act, *settings: str, repack: bool = False) -> dict[str, bytes | list[float]]:

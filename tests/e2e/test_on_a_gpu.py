@@ -18,7 +18,7 @@ from qlora_train.export import adapter_check, fresh_process
 from qlora_train.export.merging import verify
 from qlora_train.inference.chat import Chat, ChatSettings
 from qlora_train.inference.eval_report import EvalSettings
-from qlora_train.inference.finished_run import open_finished
+from qlora_train.inference.finished_run import open_finished_run
 from qlora_train.kernels.packed import varlen
 from qlora_train.objectives import sft_loss
 from qlora_train.pipeline import evaluate
@@ -63,7 +63,7 @@ def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_
     run = train_run(tmp_path, pico(family), *MERGED)
     assert all(map(math.isfinite, losses(run)))
     assert run.fused_kernels()["on"], run.fused_kernels()
-    assert run.facts()["device"] == torch.cuda.get_device_name()
+    assert run.metadata()["device"] == torch.cuda.get_device_name()
     results = evaluate(run, EvalSettings(max_new_tokens=4, batch_size=2))
     assert {"base", "adapter", "merged"} < results.keys()
     assert run.read_results()["adapter_check"]["passed"]
@@ -136,7 +136,7 @@ def test_a_stopped_run_resumes_merges_and_talks(
     run = train_run(tmp_path, pico_llama, *settings, name="stopped")
     assert losses(run) == pytest.approx(losses(straight), rel=1e-2)
     assert run.has_merged()
-    finished = open_finished(run.path)
+    finished = open_finished_run(run.path)
     [(_, model, tokenizer)] = finished.models(["adapter"])
     written: list[str] = []
     Chat(model, tokenizer, ChatSettings(max_new_tokens=4), finished, written.append).hear("1 + 1")

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from qlora_train import pipeline
 from qlora_train.config import load_config
-from qlora_train.pipeline import commit_of, merge, run
-from qlora_train.runs import RunFolder, held
+from qlora_train.pipeline import merge, run, with_pinned_revision
+from qlora_train.runs import RunFolder, run_lock
 from qlora_train.utils.errors import CheckpointError
 from tests.support.runs import adapter_bytes, losses, make_config, metrics, train_run
 
@@ -39,7 +39,7 @@ def stopped_after(step: int, run: RunFolder, copy: Path) -> RunFolder:
     stopped = RunFolder(copy)
     shutil.rmtree(stopped.adapter)
     stopped.results_file.unlink()
-    for later in [number for number in stopped.steps() if number > step]:
+    for later in [number for number in stopped.checkpoint_steps() if number > step]:
         shutil.rmtree(stopped.checkpoint(later))
     return stopped
 
@@ -88,12 +88,12 @@ def test_killed_process_goes_on_with_the_same_command(pico_llama: Path, tmp_path
     killed = RunFolder(Path(str(config.run.output_dir)))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "2"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while not killed.steps() and process.poll() is None:
+    while not killed.checkpoint_steps() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert killed.steps(), "the process wrote no checkpoint before it ended"
-    assert killed.steps()[-1] < 40, "the process was too fast to be killed in training"
+    assert killed.checkpoint_steps(), "the process wrote no checkpoint before it ended"
+    assert killed.checkpoint_steps()[-1] < 40, "the process was too fast to be killed in training"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "resumes from" in done.stderr
@@ -110,7 +110,7 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(
     content[-1] ^= 1
     file.write_bytes(content)
     with caplog.at_level("WARNING", logger="qlora_train"):
-        assert stopped.newest_whole_checkpoint() == stopped.checkpoint(3)
+        assert stopped.latest_checkpoint() == stopped.checkpoint(3)
     assert "optimizer.safetensors has changed" in caplog.text
     resumed = train_run(tmp_path, pico_llama, *EVERY_STEP, name="damaged")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
@@ -170,7 +170,7 @@ def test_rotation_keeps_the_newest_and_the_best_which_is_what_the_run_ends_with(
     evaluations = {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line}
     best = min(evaluations, key=lambda step: evaluations[step])
     assert best < 3, "the learning rate should have made the last steps worse"
-    assert run.steps() == [best, 3]
+    assert run.checkpoint_steps() == [best, 3]
     assert training(run)["taken_from_step"] == best
     assert training(run)["eval_loss"] == evaluations[best]
     stored = load_file(run.checkpoint(best) / "adapter.safetensors")
@@ -193,10 +193,10 @@ def test_run_killed_after_early_stopping_does_not_train_on(pico_llama: Path, tmp
         "train.learning_rate=0.02", "train.lr_scheduler_type=constant",
     )  # fmt: skip
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
-    assert straight.steps()[-1] < 30
-    stopped = stopped_after(straight.steps()[-1], straight, tmp_path / "stopped")
+    assert straight.checkpoint_steps()[-1] < 30
+    stopped = stopped_after(straight.checkpoint_steps()[-1], straight, tmp_path / "stopped")
     resumed = train_run(tmp_path, pico_llama, *settings, name=stopped.path.name)
-    assert resumed.steps() == straight.steps()
+    assert resumed.checkpoint_steps() == straight.checkpoint_steps()
     assert adapter_bytes(resumed) == adapter_bytes(straight)
 
 
@@ -206,7 +206,7 @@ def test_named_checkpoint_is_resumed_from_and_later_ones_are_forgotten(pico_llam
     settings = (*EVERY_STEP, "train.save_total_limit=2")
     resumed = train_run(tmp_path, pico_llama, *settings, name="again", resume=str(again.checkpoint(2)))
     assert adapter_bytes(resumed) == adapter_bytes(straight)
-    assert resumed.steps() == [5, 6]
+    assert resumed.checkpoint_steps() == [5, 6]
     assert losses(resumed) == losses(straight)
 
 
@@ -228,7 +228,7 @@ def test_torn_last_line_of_the_metrics_does_not_stop_a_resume(pico_llama: Path, 
 
 def test_run_folder_belongs_to_one_process(pico_llama: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, pico_llama)
-    with held(RunFolder(tmp_path / "run")), pytest.raises(CheckpointError, match=rf"process {os.getpid()} on"):
+    with run_lock(RunFolder(tmp_path / "run")), pytest.raises(CheckpointError, match=rf"process {os.getpid()} on"):
         run(config)
 
 
@@ -271,6 +271,6 @@ def test_run_stays_at_the_commit_of_the_hub_that_it_began_with(pico_llama: Path,
     commit = "0123456789abcdef0123456789abcdef01234567"
     model = make_config(tmp_path, pico_llama).model
     folder = RunFolder(tmp_path)
-    assert commit_of(model, folder).revision is None
-    folder.facts_file.write_text(f'{{"base_identity": "{commit}"}}')
-    assert commit_of(model, folder).revision == commit
+    assert with_pinned_revision(model, folder).revision is None
+    folder.metadata_file.write_text(f'{{"base_identity": "{commit}"}}')
+    assert with_pinned_revision(model, folder).revision == commit

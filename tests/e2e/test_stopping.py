@@ -71,7 +71,7 @@ def test_step_is_finished_and_saved(
     straight = train_run(tmp_path, pico_llama, *SETTINGS, name="straight")
     hook = at_call(5, asked, training=True)  # two micro-batches a step: step 3 has begun
     stopped = run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *SETTINGS, name="stopped")
-    assert stopped.steps()[-1] == 3
+    assert stopped.checkpoint_steps()[-1] == 3
     assert not stopped.adapter.exists()
     resumed = train_run(tmp_path, pico_llama, *SETTINGS, name="stopped")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
@@ -84,10 +84,10 @@ def test_evaluation_is_left_and_made_up_for_before_the_next_step(
 ) -> None:
     settings = (*SETTINGS, "train.per_device_eval_batch_size=1", "train.load_best_model_at_end=true")
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
-    num_eval = straight.facts()["num_eval_rows"]  # one at a time
+    num_eval = straight.metadata()["num_eval_rows"]  # one at a time
     hook = at_call(num_eval * (evaluation - 1) + 2, signal.SIGTERM, training=False)
     stopped = run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *settings, name="stopped")
-    assert stopped.steps()[-1] == 2 * evaluation
+    assert stopped.checkpoint_steps()[-1] == 2 * evaluation
     assert len([line for line in metrics(stopped) if "eval_loss" in line]) == evaluation - 1
     resumed = train_run(tmp_path, pico_llama, *settings, name="stopped")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
@@ -105,11 +105,11 @@ def test_patience_that_runs_out_in_an_evaluation_that_was_left_ends_the_run(
         "train.learning_rate=0.02", "train.lr_scheduler_type=constant", "train.per_device_eval_batch_size=1",
     )  # fmt: skip
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
-    last = straight.steps()[-1]
-    hook = at_call(straight.facts()["num_eval_rows"] * (last - 1) + 2, signal.SIGTERM, training=False)
+    last = straight.checkpoint_steps()[-1]
+    hook = at_call(straight.metadata()["num_eval_rows"] * (last - 1) + 2, signal.SIGTERM, training=False)
     run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *settings, name="stopped")
     resumed = train_run(tmp_path, pico_llama, *settings, name="stopped")
-    assert resumed.steps() == straight.steps()
+    assert resumed.checkpoint_steps() == straight.checkpoint_steps()
     assert adapter_bytes(resumed) == adapter_bytes(straight)
 
 
@@ -120,12 +120,12 @@ def evaluations(run: RunFolder) -> list[tuple[int, float]]:
 def test_settings_of_what_is_reported_apply_from_the_resume_on(pico_llama: Path, tmp_path: Path) -> None:
     """Transformers would go by the intervals that the checkpoint was written with."""
     whole = train_run(tmp_path, pico_llama, "train.save_steps=2", "train.save_total_limit=9")
-    assert whole.steps() == [2, 4, 6]
+    assert whole.checkpoint_steps() == [2, 4, 6]
     (whole.adapter / "adapter_model.safetensors").unlink()
     for later in (4, 6):
         (whole.checkpoint(later) / "loop.json").unlink()
     train_run(tmp_path, pico_llama, "train.save_steps=1", "train.save_total_limit=9", "train.logging_steps=2")
-    assert whole.steps() == [2, 3, 4, 5, 6]
+    assert whole.checkpoint_steps() == [2, 3, 4, 5, 6]
     assert [line["step"] for line in metrics(whole) if "loss" in line] == [1, 2, 4, 6]
 
 
@@ -136,7 +136,7 @@ def test_clock_stops_a_run_in_a_program_that_handles_no_signals(pico_llama: Path
     config = make_config(tmp_path, pico_llama, "train.max_steps=5000", "train.save_steps=5000", "run.max_minutes=0.05")
     with pytest.raises(signals.Stop, match=r"run\.max_minutes"):
         pipeline.run(config)
-    assert len(RunFolder(tmp_path / "run").steps()) == 1
+    assert len(RunFolder(tmp_path / "run").checkpoint_steps()) == 1
     assert signals.requested() is None, "the next run is not stopped"
 
 

@@ -58,7 +58,7 @@ def test_an_epoch_of_a_stream_trains_on_every_row_once(
     assert sorted(places) == sorted(f"{tmp_path / 'rows.jsonl'}:{number + 1}" for number in range(24))
     report = json.loads(run.data_report_file.read_text())
     assert report["is_streamed"]
-    assert json.loads(run.facts_file.read_text())["num_train_rows"] is None
+    assert json.loads(run.metadata_file.read_text())["num_train_rows"] is None
 
 
 def test_a_resumed_stream_tokenises_only_what_it_will_read(

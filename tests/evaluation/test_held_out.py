@@ -18,18 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_train.config import DataSection
 from qlora_train.data import prepare_data
 from qlora_train.data.types import Example, Message
-from qlora_train.evaluation import held_out
+from qlora_train.evaluation import generation
+from qlora_train.evaluation import held_out_loss as held_out_module
 from qlora_train.evaluation.batched_inference import batches_by_length, compute_in_batches
-from qlora_train.evaluation.held_out import (
-    AnswerScores,
-    compare_row_by_row,
-    few_shot_prompt,
-    generate_answers,
-    held_out_loss,
-    label_log_probabilities,
-    score_answers,
-    stop_token_ids,
-)
+from qlora_train.evaluation.generation import generate_answers, stop_token_ids
+from qlora_train.evaluation.held_out_loss import held_out_loss, label_log_probabilities
+from qlora_train.evaluation.scoring import AnswerScores, compare_row_by_row, few_shot_prompt, score_answers
 from qlora_train.objectives import sft_loss
 from qlora_train.utils.errors import DataError, ModelError
 from tests.support.pico import CHATML, VOCAB_SIZE
@@ -156,7 +150,7 @@ def test_logits_are_made_for_labels_alone_and_bounded_in_a_batch(
 ) -> None:
     model = load(pico_llama)
     expected = held_out_loss(model, ragged_examples(), batch_size=1, pad_token_id=0)
-    monkeypatch.setattr(held_out, "MAX_LOGITS", max_labels * VOCAB_SIZE)
+    monkeypatch.setattr(held_out_module, "MAX_LOGITS", max_labels * VOCAB_SIZE)
     seen = head_rows(model)
     result = held_out_loss(model, ragged_examples(), batch_size=batch_size, pad_token_id=0)
     of_rows = [row.num_tokens for row in result.per_example]
@@ -359,7 +353,7 @@ def test_plain_prompt_is_sent_as_it_was_trained(pico_llama: Path, tmp_path: Path
     example = data.train[0]
     assert (example.prompt, example.answer) == ("the quick brown", " fox jumps")
     num_prompt = example.loss_mask.tolist().index(True)
-    [sent] = held_out._encode_prompts(tokenizer, [example.prompt], datetime.date(2026, 1, 1))
+    [sent] = generation._encode_prompts(tokenizer, [example.prompt], datetime.date(2026, 1, 1))
     assert sent == example.input_ids[:num_prompt].tolist()
     assert len(generate_answers(load(pico_llama), tokenizer, [example.prompt] * 2, max_new_tokens=4, batch_size=2)) == 2
 

@@ -12,7 +12,7 @@ from qlora_train import pipeline
 from qlora_train.cli.main import main
 from qlora_train.config.writer import to_yaml
 from qlora_train.export import adapter_check, fresh_process
-from qlora_train.inference.finished_run import open_finished
+from qlora_train.inference.finished_run import open_finished_run
 from qlora_train.utils.atomic_io import damage
 from qlora_train.utils.errors import ExportError
 from tests.support.runs import adapter_bytes, make_config, train_run
@@ -64,7 +64,7 @@ def test_card_that_loads_another_model_ends_in_one_line_and_keeps_the_adapter(
             r"adapter: loaded as its card says, it is not the model that was trained: its predictions", error
         )
         assert "where float32 allows 1e-05" in error
-    run = open_finished(tmp_path / "run").folder
+    run = open_finished_run(tmp_path / "run").folder
     assert damage(run.adapter) is None
     assert run.read_results()["adapter_check"]["passed"] is False
     assert not run.has_merged(), "nothing is made of it unseen"

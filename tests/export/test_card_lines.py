@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_train.adapters import AdaptedModel
-from qlora_train.evaluation.held_out import generate_answers
+from qlora_train.evaluation.generation import generate_answers
 from qlora_train.inference.finished_run import merged_model
 from tests.models.test_gguf_base import write_gguf
 from tests.models.test_remote_code import TRUSTED

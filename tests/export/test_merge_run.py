@@ -12,7 +12,7 @@ from qlora_train.config import load_config
 from qlora_train.export.merging import merge_run as run_module
 from qlora_train.export.merging.merge_run import merge_run
 from qlora_train.export.merging.verify import MergeChoice, MergeRun
-from qlora_train.inference.finished_run import date_of
+from qlora_train.inference.finished_run import start_date
 from qlora_train.pipeline import prepare_again
 from qlora_train.runs import RunFolder
 from qlora_train.utils.atomic_io import MANIFEST, damage
@@ -21,7 +21,7 @@ from tests.support.runs import train_run
 
 def merge(run: RunFolder) -> MergeChoice:
     config = load_config(run.config_file)
-    return merge_run(run, config, *prepare_again(config, run), date_of(run), "cpu")
+    return merge_run(run, config, *prepare_again(config, run), start_date(run), "cpu")
 
 
 def test_a_merged_run_is_whole_with_its_card_and_its_numbers(

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.config.schema import ExportSection
 from qlora_train.data.types import Example
-from qlora_train.evaluation.held_out import ExampleLoss, HeldOutLoss, held_out_loss, label_log_probabilities
+from qlora_train.evaluation.held_out_loss import ExampleLoss, HeldOutLoss, held_out_loss, label_log_probabilities
 from qlora_train.export import fresh_process
 from qlora_train.export.merging import check_budget, merged_model, verify
 from qlora_train.export.merging.check_budget import bounded_reference

@@ -83,7 +83,7 @@ def test_no_damaged_checkpoint_is_gone_on_from(
         if how == "of another step" and content[name] == before[name]:
             same += 1  # two steps have this file in common: there is no damage
             continue
-        if run.newest_whole_checkpoint() != run.checkpoint(NEWEST - 1):
+        if run.latest_checkpoint() != run.checkpoint(NEWEST - 1):
             accepted.append((name, how))
         shutil.rmtree(run.path)
     num_cells = len(cases) - same
@@ -135,8 +135,8 @@ def test_checkpoint_under_the_name_of_another_step_is_noticed(runs: Runs, stoppe
     run = runs.copy(stopped)
     shutil.rmtree(run.checkpoint(NEWEST))
     shutil.copytree(run.checkpoint(NEWEST - 1), run.checkpoint(NEWEST))
-    assert run.problem_of(NEWEST) == f"it holds step {NEWEST - 1}"
-    assert run.newest_whole_checkpoint() == run.checkpoint(NEWEST - 1)
+    assert run.checkpoint_problem(NEWEST) == f"it holds step {NEWEST - 1}"
+    assert run.latest_checkpoint() == run.checkpoint(NEWEST - 1)
 
 
 def test_checkpoint_of_another_run_is_neither_gone_on_from_nor_deleted(
@@ -147,14 +147,14 @@ def test_checkpoint_of_another_run_is_neither_gone_on_from_nor_deleted(
     run = runs.copy(stopped)
     foreign = run.checkpoint(1000)
     shutil.copytree(other.checkpoint(4), foreign)
-    assert run.problem_of(1000) == "it is of another run"
+    assert run.checkpoint_problem(1000) == "it is of another run"
     assert runs.finished(run, *SETTINGS, "train.save_total_limit=1") == adapter_bytes(straight)
-    assert run.steps() == [4, 1000], "rotation deletes only what is this run's"
+    assert run.checkpoint_steps() == [4, 1000], "rotation deletes only what is this run's"
 
 
 def test_run_without_any_whole_checkpoint_begins_again(runs: Runs, stopped: RunFolder, straight: RunFolder) -> None:
     run = runs.copy(stopped)
-    for step in run.steps():
+    for step in run.checkpoint_steps():
         (run.checkpoint(step) / "loop.json").unlink()
     ended = runs.to_the_end(run, *SETTINGS)
     assert ended.status == 0

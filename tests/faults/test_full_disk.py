@@ -54,7 +54,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_step_and_one_as_large
     line = assert_one_line(runs.to_the_end(run, *SETTINGS, *MERGING))
     assert "3 checkpoints" in line
     assert "2 merged models" in line
-    assert run.steps() == []
+    assert run.checkpoint_steps() == []
     assert not run.metrics_file.exists(), "no step was taken"
     disk.leave(bytes_needed(line))
     runs.finished(run, *SETTINGS, *MERGING)
@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_on_a_disk_where_a_new_one_would_not(runs: Runs, disk
 
 PHASES: dict[str, Callable[[RunFolder], bool]] = {
     "metrics": lambda run: run.metrics_file.exists(),
-    "first checkpoint": lambda run: bool(run.steps()),
+    "first checkpoint": lambda run: bool(run.checkpoint_steps()),
     "adapter and results": lambda run: run.adapter.with_name(".adapter.staging").exists() or run.adapter.exists(),
 }
 """What is there when the disk fills up."""
@@ -99,7 +99,7 @@ def test_a_disk_that_fills_up_at_any_time_gives_one_line(phase: str, runs: Runs,
     ended = child.end()
     if ended.status != 0:
         assert "No space left on device" in assert_one_line(ended)
-    assert all(run.problem_of(step) is None for step in run.steps())
+    assert all(run.checkpoint_problem(step) is None for step in run.checkpoint_steps())
     disk.make_room()
     runs.finished(run, *settings)
 

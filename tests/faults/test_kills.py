@@ -93,7 +93,7 @@ def test_first_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(runs: 
         if ended.status:
             assert "the same command goes on" in ended.log.splitlines()[-1]
             if "training: starts" in ended.log and "step 1/" in ended.log:
-                assert run.steps(), ended.log
+                assert run.checkpoint_steps(), ended.log
         return runs.finished(run, *settings) == wanted, ended.status
 
     found = list(side_by_side(try_case, cases))
@@ -153,8 +153,8 @@ def test_run_is_gone_before_its_minutes_are_over_and_goes_on_in_the_next(runs: R
         seconds.append(time.monotonic() - begun)
         assert ended.status == 75, ended
         assert "run.max_minutes: stopped; the same command goes on" in ended.log.splitlines()[-1]
-        assert run.steps()[-1] > steps[-1], "each part of the run takes it further"
-        steps.append(run.steps()[-1])
+        assert run.checkpoint_steps()[-1] > steps[-1], "each part of the run takes it further"
+        steps.append(run.checkpoint_steps()[-1])
     in_time = sum(second < 60 * minutes for second in seconds)
     table.add("run.max_minutes", in_time, len(seconds), f"gone before {60 * minutes:g} s were over, with a checkpoint")
     assert in_time == len(seconds)

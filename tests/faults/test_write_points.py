@@ -29,7 +29,7 @@ STRIDES = {"kill": 1, "short": 4, "enospc": 3, "perm": 6}
 
 def whole_checkpoints(run: RunFolder) -> set[str]:
     """Return the names of the checkpoints that verify."""
-    return {run.checkpoint(step).name for step in run.steps() if run.problem_of(step) is None}
+    return {run.checkpoint(step).name for step in run.checkpoint_steps() if run.checkpoint_problem(step) is None}
 
 
 def leftovers(run: RunFolder) -> list[str]:
@@ -64,7 +64,7 @@ def test_a_fault_at_every_write_point_costs_nothing(
         assert ended.status == status, f"{kind}@{point}: {ended}"
         if status == 2:
             assert_one_line(ended)
-        last = max((step for step in run.steps()), default=None)
+        last = max((step for step in run.checkpoint_steps()), default=None)
         assert last is None or whole_checkpoints(run), f"{kind}@{point} left no whole checkpoint"
         adapter = runs.finished(run, *SETTINGS)
         assert leftovers(run) == []
@@ -95,7 +95,7 @@ def longer(runs: Runs) -> RunFolder:
 
 def has_checkpoint(run: RunFolder, process: Child) -> bool:
     """Wait for the first checkpoint; False when the process ended before it was seen."""
-    while not run.steps() and process.is_alive():
+    while not run.checkpoint_steps() and process.is_alive():
         time.sleep(0.002)
     return process.is_alive()
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from qlora_train.data.types import Message
-from qlora_train.evaluation.held_out import generate_answers
+from qlora_train.evaluation.generation import generate_answers
 from qlora_train.inference.chat import Chat, ChatSettings
-from qlora_train.inference.finished_run import FinishedRun, open_finished
+from qlora_train.inference.finished_run import FinishedRun, open_finished_run
 from qlora_train.runs import RunFolder
 from tests.support.pico import build_pico
 from tests.support.runs import train_run, write_rows
@@ -50,7 +50,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def run(run_folder: RunFolder) -> FinishedRun:
-    return open_finished(run_folder.path)
+    return open_finished_run(run_folder.path)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_temperature_draws_and_near_0_is_greedy(run: FinishedRun, model: Any) ->
 
 
 def test_adapter_with_biases_is_not_switched_off(pico: Any, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    run = open_finished(train_run(tmp_path, pico("qwen2"), "train.max_steps=1", "lora.bias=lora_only").path)
+    run = open_finished_run(train_run(tmp_path, pico("qwen2"), "train.max_steps=1", "lora.bias=lora_only").path)
     talk = Talk(run, next(iter(run.models(["adapter"]))))
     talk("/adapter off")
     assert "trained the base's biases (lora.bias) and cannot be switched off" in said.text

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from qlora_train.cli.main import main
-from qlora_train.inference.finished_run import FinishedRun, open_finished
+from qlora_train.inference.finished_run import FinishedRun, open_finished_run
 from qlora_train.inference.lm_eval import TaskSettings, _measure, check_harness, measure_tasks
 from qlora_train.utils.errors import ConfigError, DataError, ModelError
 from tests.support.runs import train_run, write_rows
@@ -32,7 +32,7 @@ Capture = pytest.CaptureFixture[str]
 def run(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("tasks")
     overrides = ("train.max_steps=3", "export.merge=true", "export.max_loss_increase=1")
-    return open_finished(train_run(folder, pico("llama"), *overrides).path)
+    return open_finished_run(train_run(folder, pico("llama"), *overrides).path)
 
 
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
@@ -177,7 +177,7 @@ def test_turns_have_the_system_prompt_of_the_training_rows(
     system = {"role": "system", "content": "Add up the numbers. Answer as JSON."}
     (tmp_path / "run").mkdir()
     write_rows(tmp_path / "run" / "rows.jsonl", system=system["content"])
-    run = open_finished(train_run(tmp_path / "run", pico("llama"), "train.max_steps=2").path)
+    run = open_finished_run(train_run(tmp_path / "run", pico("llama"), "train.max_steps=2").path)
     [(_, model, tokenizer)] = run.models(["adapter"])
     rows = [{"q": f"{number} + 5", "a": "seven"} for number in range(3)]
 
@@ -210,7 +210,7 @@ def test_head_that_training_has_parted_from_the_embedding_stays_parted(
     pico: Callable[..., Path], tmp_path: Path
 ) -> None:
     overrides = ("train.max_steps=2", "lora.modules_to_save=[lm_head]")
-    run = open_finished(train_run(tmp_path / "run", pico("gemma"), *overrides).path)
+    run = open_finished_run(train_run(tmp_path / "run", pico("gemma"), *overrides).path)
     question, answers = "1 + 2 =", ["Paris", "fox", "the quick brown fox", "3"]
     [(_, model, tokenizer)] = run.models(["adapter"])
     assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)

@@ -11,13 +11,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import ModelSection, load_config
-from qlora_train.evaluation.held_out import generate_answers
+from qlora_train.evaluation.generation import generate_answers
 from qlora_train.export.merging.auxiliary_files import write_companions
 from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.export.vllm import export_vllm
 from qlora_train.inference.chat import Chat, ChatSettings
 from qlora_train.inference.eval_report import EvalSettings
-from qlora_train.inference.finished_run import merged_model, open_finished
+from qlora_train.inference.finished_run import merged_model, open_finished_run
 from qlora_train.models import load_tokenizer, resolve_base
 from qlora_train.models.token_probes import TokenProbe, differences, encode, hard_texts
 from qlora_train.models.tokenizer import check_can_be_saved, save_tokenizer
@@ -166,7 +166,7 @@ def test_pad_beyond_the_embedding_passes_training_merging_and_evaluating(
     assert encode(tokenizer, "[PAD]") == (320,)
     with pytest.raises(DataError, match=r"no rows for: '\[PAD\]' \(320\)"):
         generate_answers(model, tokenizer, ["a [PAD]"], max_new_tokens=1, batch_size=1)
-    talk = Chat(model, tokenizer, ChatSettings(), open_finished(run.path), lambda text: None)
+    talk = Chat(model, tokenizer, ChatSettings(), open_finished_run(run.path), lambda text: None)
     talk.hear("a [PAD]")
     assert "the model's embedding has no rows for '[PAD]' (320); write the question without" in messages.text
     assert talk.turns == []
@@ -186,7 +186,7 @@ def test_named_token_beyond_the_embedding_is_trained_and_merged_as_it_was_traine
         tmp_path, longer, "model.new_tokens=['<|tool|>']", "train.max_steps=2", "quantization.load_in_4bit=false",
         "quantization.bnb_4bit_compute_dtype=float32", "export.merge=false",
     )  # fmt: skip
-    finished = open_finished(run.path)
+    finished = open_finished_run(run.path)
     [(_, adapter, tokenizer)] = finished.models(["adapter"])
     ids = torch.tensor([tokenizer("a <|tool|>[PAD] b")["input_ids"]])
     assert {320, 321} <= set(ids[0].tolist())

@@ -14,7 +14,7 @@ from qlora_train.config import RunConfig
 from qlora_train.config.schema import OPTIMIZERS
 from qlora_train.models import load_model
 from qlora_train.pipeline import prepare, run
-from qlora_train.planning.disk import DiskNeed, check_room, disk_need, num_more_checkpoints, num_saves, num_steps
+from qlora_train.planning.disk import DiskPlan, check_disk_space, num_more_checkpoints, num_saves, num_steps, plan_disk
 from qlora_train.runs import RunFolder
 from qlora_train.training.optimizer import choose_optimizer
 from qlora_train.training.step_end import make_schedule
@@ -24,14 +24,14 @@ from tests.support.runs import make_config, train_run
 NAMED = sorted(set(get_args(OPTIMIZERS)) - {"auto"})
 
 
-def need_of(config: RunConfig, folder: RunFolder, checkpoint: Path | None = None) -> DiskNeed:
+def need_of(config: RunConfig, folder: RunFolder, checkpoint: Path | None = None) -> DiskPlan:
     """Return what is counted before the first step of a run."""
     source, data = prepare(config, folder)
     loaded = load_model(config.model, config.quantization, source=source)
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
     optim = choose_optimizer(config.train.optim, adapted)
     config = config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})})
-    return disk_need(folder, adapted, config, data, checkpoint)
+    return plan_disk(folder, adapted, config, data, checkpoint)
 
 
 def sizes_of(folder: Path) -> tuple[int, int]:
@@ -146,10 +146,10 @@ def test_the_best_checkpoint_is_one_more(tmp_path: Path, pico_llama: Path) -> No
 
 
 def test_what_does_not_fit_is_said_in_one_line() -> None:
-    need = DiskNeed(2, 1_050_000_000, 200_000_000, 1, 900_000_000)
-    check_room(RunFolder(Path("runs/x")), need, 3_200_000_000)
+    need = DiskPlan(2, 1_050_000_000, 200_000_000, 1, 900_000_000)
+    check_disk_space(RunFolder(Path("runs/x")), need, 3_200_000_000)
     with pytest.raises(TrainingError) as error:
-        check_room(RunFolder(Path("runs/x")), need, 3_199_999_999)
+        check_disk_space(RunFolder(Path("runs/x")), need, 3_199_999_999)
     assert str(error.value) == (
         "run.output_dir: needs 3.2 GB on the disk of runs/x (2 checkpoints 2.1 GB, adapter 0.2 GB, merged model 0.9 GB) "
         "and 3.1 GB are free; make room, lower train.save_total_limit, or choose another run.output_dir"

@@ -21,7 +21,7 @@ TREES = st.dictionaries(st.tuples(NAMES) | st.tuples(NAMES, NAMES), st.binary(ma
 
 
 ABOUT = {"run_id": "0f", "step": 3}
-"""What a manifest says of its folder; its reader compares it with what it expects, as `RunFolder.problem_of` does."""
+"""What a manifest says of its folder; its reader compares it with what it expects, as `RunFolder.checkpoint_problem` does."""
 
 
 def write_tree(folder: Path, tree: dict[tuple[str, ...], bytes]) -> list[Path]:
@@ -169,7 +169,7 @@ class Rotation(RuleBasedStateMachine):
     @rule(content=st.binary(min_size=1, max_size=20), steps=st.integers(1, 3))
     def save(self, content: bytes, steps: int) -> None:
         self.step += steps
-        with atomic_io.staged_folder(self.run.checkpoint(self.step), self.run.about_checkpoint(self.step)) as folder:
+        with atomic_io.staged_folder(self.run.checkpoint(self.step), self.run.checkpoint_metadata(self.step)) as folder:
             (folder / "adapter.safetensors").write_bytes(content)
             (folder / "loop.json").write_text("{}")
         self.whole[self.step] = content
@@ -203,7 +203,7 @@ class Rotation(RuleBasedStateMachine):
         self.run.rotate(keep=keep, best=self.best)
         stays = {step: content for step, content in self.whole.items() if step in newest or step == self.best}
         gone = self.whole.keys() - stays.keys()
-        assert set(self.run.steps()) == stays.keys() | self.damaged, "whole older ones go, nothing else"
+        assert set(self.run.checkpoint_steps()) == stays.keys() | self.damaged, "whole older ones go, nothing else"
         assert all(step < min(newest) for step in gone)
         self.whole = stays
 
@@ -216,7 +216,7 @@ class Rotation(RuleBasedStateMachine):
     @invariant()
     def the_newest_whole_one_is_gone_on_from(self) -> None:
         expected = self.run.checkpoint(max(self.whole)) if self.whole else None
-        assert self.run.newest_whole_checkpoint() == expected
+        assert self.run.latest_checkpoint() == expected
 
     @invariant()
     def nothing_half_done_is_left(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from qlora_train.runs import RunFolder, begin, check_same_settings
+from qlora_train.runs import RunFolder, record_metadata, check_same_settings
 from qlora_train.config import RunConfig
 from qlora_train.config.resume_policy import FACTS, SHAPES, effect_of, is_free
 from qlora_train.utils.errors import CheckpointError
@@ -92,21 +92,21 @@ def test_settings_that_decide_nothing_of_the_weights_may_differ(key: str, begun:
 @pytest.mark.parametrize("key", list(FACTS))
 def test_every_fact_that_decides_a_run_is_named(key: str, begun: tuple[RunFolder, RunConfig]) -> None:
     run, config = begun
-    facts = {name: value for name, value in run.facts().items() if name in FACTS}
+    facts = {name: value for name, value in run.metadata().items() if name in FACTS}
     assert facts.keys() == FACTS.keys(), "a run records every fact"
-    begin(run, config, facts)
+    record_metadata(run, config, facts)
     changed = {**facts[key], "torch": "0.1"} if isinstance(facts[key], dict) else "other"
-    before = run.facts_file.read_bytes()
+    before = run.metadata_file.read_bytes()
     with pytest.raises(CheckpointError, match=rf"{key}\S* was .* now: {FACTS[key]}; .*run\.allow_changed=\[{key}\]"):
-        begin(run, config, {**facts, key: changed})
-    assert run.facts_file.read_bytes() == before, "what is refused leaves no trace"
+        record_metadata(run, config, {**facts, key: changed})
+    assert run.metadata_file.read_bytes() == before, "what is refused leaves no trace"
 
 
 def test_only_the_version_that_differs_is_named(begun: tuple[RunFolder, RunConfig]) -> None:
     run, config = begun
-    facts = {name: value for name, value in run.facts().items() if name in FACTS}
+    facts = {name: value for name, value in run.metadata().items() if name in FACTS}
     with pytest.raises(CheckpointError) as caught:
-        begin(run, config, {**facts, "versions": {**facts["versions"], "torch": "0.1"}})
+        record_metadata(run, config, {**facts, "versions": {**facts["versions"], "torch": "0.1"}})
     (line,) = caught.value.problems
     assert "versions.torch was" in line
     assert "is '0.1' now" in line
@@ -115,7 +115,7 @@ def test_only_the_version_that_differs_is_named(begun: tuple[RunFolder, RunConfi
 def stop_after(step: int, run: RunFolder) -> None:
     """Make a finished run one that was killed after `step`."""
     shutil.rmtree(run.adapter)
-    for later in [number for number in run.steps() if number > step]:
+    for later in [number for number in run.checkpoint_steps() if number > step]:
         shutil.rmtree(run.checkpoint(later))
 
 
@@ -164,7 +164,7 @@ def test_an_accepted_change_is_recorded_and_is_what_the_run_is_compared_with_fro
     stop_after(3, run)
     allowed = "run.allow_changed=[train.learning_rate]"
     train_run(tmp_path, pico_llama, *EVERY_STEP, "train.learning_rate=1e-3", allowed)
-    (entry,) = json.loads(run.facts_file.read_text())["changes"]
+    (entry,) = json.loads(run.metadata_file.read_text())["changes"]
     assert entry == {"after_step": 3, "key": "train.learning_rate", "before": 0.01, "now": 0.001}
     train_run(tmp_path, pico_llama, *EVERY_STEP, "train.learning_rate=1e-3")
     with pytest.raises(CheckpointError, match=r"train\.learning_rate was 0\.001"):
@@ -176,11 +176,11 @@ def test_a_finished_run_whose_change_was_accepted_is_not_finished_any_more(
 ) -> None:
     """As after a kill between the acceptance and the first new step: the old adapter is not taken for the result."""
     run = train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=2")
-    facts = run.facts()
+    facts = run.metadata()
     assert run.is_finished()
     run.merged.mkdir()
     longer = make_config(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=3", "run.allow_changed=[train.max_steps]")
-    begin(run, longer, {name: facts[name] for name in FACTS})
+    record_metadata(run, longer, {name: facts[name] for name in FACTS})
     assert not run.is_finished()
     train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=3")
     assert run.is_finished()

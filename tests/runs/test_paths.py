@@ -156,14 +156,14 @@ def test_deletions_do_not_follow_a_link_even_where_none_is_looked_for(
     outside = link(name)
     before = snapshot(outside)
     run = RunFolder(tmp_path / "run")
-    run.sweep()
+    run.remove_stale_files()
     run.rotate(keep=1, best=None)
-    run.forget_results()
-    run.forget_after(run.checkpoint(0))
-    run.sweep()
+    run.delete_results()
+    run.delete_checkpoints_after(run.checkpoint(0))
+    run.remove_stale_files()
     for path in (run.adapter, run.merged, run.checkpoints):
         atomic_io.remove_folder(path)
-    run.sweep()
+    run.remove_stale_files()
     if name != "checkpoints":  # that one is the folder whose entries are deleted, which is why it is refused
         assert snapshot(outside) == before
 
@@ -175,7 +175,7 @@ def test_links_inside_a_checkpoint_and_an_adapter_are_deleted_as_links(pico_llam
     (outside / "canary.txt").write_text("canary\n", encoding="utf-8")
     before = snapshot(outside)
     run = RunFolder(tmp_path / "run")
-    for folder in (run.adapter, run.merged, *(run.checkpoint(step) for step in run.steps())):
+    for folder in (run.adapter, run.merged, *(run.checkpoint(step) for step in run.checkpoint_steps())):
         folder.mkdir(exist_ok=True)
         (folder / "linked").symlink_to(outside)
     for leftover in (run.path / ".adapter.staging", run.checkpoints / ".step-00000001.deleted"):
@@ -184,6 +184,6 @@ def test_links_inside_a_checkpoint_and_an_adapter_are_deleted_as_links(pico_llam
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoint(3))
     train_run(tmp_path, pico_llama, *SETTINGS, "export.merge=true", "export.max_loss_increase=1")
-    assert run.steps() == [3]
+    assert run.checkpoint_steps() == [3]
     assert run.has_merged()
     assert snapshot(outside) == before

@@ -70,7 +70,7 @@ def written_adapter(folder: Path, adapted: AdaptedModel, config: RunConfig, *, s
     """Write an adapter as a run writes it, and return its folder."""
     run = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    run.facts_file.write_text(json.dumps({"run_id": "a-run", "changes": []}))
+    run.metadata_file.write_text(json.dumps({"run_id": "a-run", "changes": []}))
     if system:
         run.data_report_file.write_text(json.dumps({"system_prompt": {"text": system, "share": 1.0}}))
     result = {"train_loss": 1.0, "eval_loss": None, "taken_from_step": 1}

@@ -68,7 +68,7 @@ def stopped_copy(finished: RunFolder, path: Path) -> RunFolder:
     """Copy a finished run as it would be if it had been stopped before its newest checkpoint."""
     run_folder = RunFolder(Path(shutil.copytree(finished.path, path)))
     shutil.rmtree(run_folder.adapter)
-    shutil.rmtree(run_folder.checkpoint(run_folder.steps()[-1]))
+    shutil.rmtree(run_folder.checkpoint(run_folder.checkpoint_steps()[-1]))
     return run_folder
 
 

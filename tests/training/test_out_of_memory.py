@@ -23,8 +23,8 @@ from qlora_train.data.collate import Collator, RowOrder
 from qlora_train.data.streaming import RowStream
 from qlora_train.models import load_model, resolve_base
 from qlora_train.objectives.sft_loss import IGNORED
-from qlora_train.planning.inspect_data import data_of
-from qlora_train.runs import RunFolder, random_state, record_fit, with_recorded_fit
+from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
+from qlora_train.runs import RunFolder, apply_fitted_settings, random_state, record_fitted_settings
 from qlora_train.training import train_loop
 from qlora_train.training.memory.memory_probe import try_largest_batch
 from qlora_train.training.memory.worst_case_batch import largest_micro_batch
@@ -51,7 +51,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the address space
 def trainer_of(config: RunConfig) -> tuple[QloraTrainer, PreparedData]:
     source = resolve_base(config.model)
     loaded = load_model(config.model, config.quantization, source=source)
-    data, _ = data_of(config, source, date=DATE)
+    data, _ = prepare_tokenizer_and_data(config, source, date=DATE)
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
     assert config.run.output_dir is not None
     return QloraTrainer(adapted, data, config, RunFolder(Path(config.run.output_dir)), []), data
@@ -154,7 +154,7 @@ def test_no_batch_of_a_run_is_larger_than_the_one_tried(
 def test_of_a_stream_full_rows_are_tried(pico_llama: Path, tmp_path: Path) -> None:
     streamed = ("data.streaming=true", "data.eval=null", "train.eval_steps=null", "train.save_steps=1")
     config = make_config(tmp_path, pico_llama, *streamed, "train.per_device_train_batch_size=3")
-    data, _ = data_of(config, resolve_base(config.model), date=DATE)
+    data, _ = prepare_tokenizer_and_data(config, resolve_base(config.model), date=DATE)
     assert isinstance(data.train, RowStream)
     tried = Collator(0)(list(enumerate(largest_micro_batch(data, config))))
     assert tried["input_ids"].shape == (3, config.data.max_length)
@@ -192,43 +192,43 @@ def test_a_run_that_goes_on_with_a_smaller_micro_batch_has_the_same_result(
     whole = train_run(tmp_path, pico_llama, *exact, *asked, name="whole")
     run = RunFolder(tmp_path / "resumed")
     shutil.copytree(whole.path, run.path)
-    for later in run.steps()[-3:]:
+    for later in run.checkpoint_steps()[-3:]:
         shutil.rmtree(run.checkpoint(later))
     shutil.rmtree(run.adapter)
     config = make_config(tmp_path, pico_llama, *exact, *asked, name="resumed")
     smaller = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-    record_fit(run, config.train, config.train.model_copy(update=smaller), "a test")
+    record_fitted_settings(run, config.train, config.train.model_copy(update=smaller), "a test")
     train_run(tmp_path, pico_llama, *exact, *asked, name="resumed")
     np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-4)
     for name, wanted in load_file(whole.adapter / "adapter_model.safetensors").items():
         found = load_file(run.adapter / "adapter_model.safetensors")[name]
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-    assert json.loads(run.fit_file.read_text())["applied"] == smaller
+    assert json.loads(run.fitted_settings_file.read_text())["applied"] == smaller
     assert "per_device_train_batch_size: 4" in run.config_file.read_text()
 
 
 def test_what_was_recorded_counts_for_the_settings_it_was_recorded_for(pico_llama: Path, tmp_path: Path) -> None:
     asked = make_config(tmp_path, pico_llama, "train.per_device_train_batch_size=4").train
     run = RunFolder(tmp_path)
-    assert with_recorded_fit(run, asked) == asked
+    assert apply_fitted_settings(run, asked) == asked
     fitted = asked.model_copy(update={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
-    record_fit(run, asked, fitted, "a test")
-    assert with_recorded_fit(run, asked) == fitted
+    record_fitted_settings(run, asked, fitted, "a test")
+    assert apply_fitted_settings(run, asked) == fitted
     other = asked.model_copy(update={"gradient_accumulation_steps": 3})
-    assert with_recorded_fit(run, other) == other
+    assert apply_fitted_settings(run, other) == other
     free = {"per_device_eval_batch_size": 1}
-    assert with_recorded_fit(run, asked.model_copy(update=free)) == fitted.model_copy(update=free)
+    assert apply_fitted_settings(run, asked.model_copy(update=free)) == fitted.model_copy(update=free)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"asked": 3}', '{"asked": {}, "applied": {}}'])
 def test_a_record_that_is_damaged_is_named(content: str, pico_llama: Path, tmp_path: Path) -> None:
     asked, run = make_config(tmp_path, pico_llama).train, RunFolder(tmp_path)
-    run.fit_file.write_text(content)
+    run.fitted_settings_file.write_text(content)
     if content == "[]":
-        assert with_recorded_fit(run, asked) == asked
+        assert apply_fitted_settings(run, asked) == asked
         return
     with pytest.raises(CheckpointError, match=r"fit\.json: .* delete"):
-        with_recorded_fit(run, asked)
+        apply_fitted_settings(run, asked)
 
 
 # --- memory really runs out -------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_a_batch_that_does_not_fit_stops_with_one_line_and_what_does(arguments: 
     assert line.startswith("out of memory: training on 4 x ")
     assert "train.per_device_train_batch_size=1 train.gradient_accumulation_steps=4; repeat the command with" in line
     assert "Traceback" not in ended.log
-    assert not RunFolder(tmp_path / "run").steps()
+    assert not RunFolder(tmp_path / "run").checkpoint_steps()
 
 
 @on_linux
@@ -300,7 +300,7 @@ def test_auto_fit_trains_with_what_fits_to_the_same_weights(
         moment="trainer_that_fits", spare_bytes=SPARE[spare],
     )  # fmt: skip
     assert ended.status == 0, ended.log
-    assert run.fit()["applied"] == applied
+    assert run.fitted_settings()["applied"] == applied
     assert_same_weights(run, unlimited)
 
 

@@ -20,7 +20,7 @@ from qlora_train.architectures import ARCHITECTURES, check_packing
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.collate import PackCollator
-from qlora_train.evaluation.held_out import held_out_loss
+from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels.packed import attention as document_attention
 from qlora_train.models import load_model
 from qlora_train.objectives.sft_loss import IGNORED, label_losses
@@ -330,7 +330,7 @@ def test_packed_run_that_was_stopped_ends_in_the_same_bits(pico_llama: Path, tmp
         shutil.copytree(straight.path, stopped.path)
         shutil.rmtree(stopped.adapter)
         stopped.results_file.unlink()
-        for later in [number for number in stopped.steps() if number > step]:
+        for later in [number for number in stopped.checkpoint_steps() if number > step]:
             shutil.rmtree(stopped.checkpoint(later))
         resumed = train_run(tmp_path, pico_llama, *settings, name=stopped.path.name)
         assert adapter_bytes(resumed) == adapter_bytes(straight), f"resumed after step {step}"

@@ -45,7 +45,7 @@ def trainer_of(config: RunConfig, callbacks: Any = ()) -> QloraTrainer:
 def resumed(config: RunConfig, step: int | None = None) -> QloraTrainer:
     """Return a new trainer that went on from a checkpoint, the newest by default, to the end."""
     trainer = trainer_of(config)
-    checkpoint = trainer.run.newest_whole_checkpoint() if step is None else trainer.run.checkpoint(step)
+    checkpoint = trainer.run.latest_checkpoint() if step is None else trainer.run.checkpoint(step)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     return trainer
 
@@ -134,7 +134,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update_and_the_last_checkpo
     PLACES[place](trainer, step, value)
     with pytest.raises(TrainingError, match=rf"^step {step}: .*; nothing was updated; rows of this step: \S+:\d+"):
         trainer.train()
-    assert trainer.run.steps() == list(range(1, step))
+    assert trainer.run.checkpoint_steps() == list(range(1, step))
     found, kept = weights(trainer), load_tree(trainer.run.checkpoint(step - 1), "adapter")
     if place == "weight":
         name = list(found)[4]
@@ -270,7 +270,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(value: float, pico_llama: Path
     trainer.add_callback(spoiling_weight(trainer, 3, value, after=True))
     with pytest.raises(TrainingError, match=r"^step 3: \S*lora_[AB]\S* has 1 of 512 values that are not finite after"):
         trainer.train()
-    assert trainer.run.steps() == [1, 2]
+    assert trainer.run.checkpoint_steps() == [1, 2]
 
 
 def test_a_moment_that_is_not_finite_is_not_saved(pico_llama: Path, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_moment_that_is_not_finite_is_not_saved(pico_llama: Path, tmp_path: Pa
     trainer.add_callback(Spoiler(3, spoil, after=True))
     with pytest.raises(TrainingError, match=r"^step 3: the optimizer's exp_avg_sq of \S*lora_A\S* has 1 of 512 values"):
         trainer.train()
-    assert trainer.run.steps() == [1, 2]
+    assert trainer.run.checkpoint_steps() == [1, 2]
 
 
 def test_an_adapter_that_is_not_finite_is_not_the_result(
@@ -372,7 +372,7 @@ def test_a_loss_scaler_that_overflows_on_and_on_stops_the_run(pico_llama: Path, 
     ):
         trainer.train()
     assert equal(weights(trainer), before)
-    assert trainer.run.steps() == list(range(1, MAX_SCALER_SKIPS))
+    assert trainer.run.checkpoint_steps() == list(range(1, MAX_SCALER_SKIPS))
 
 
 @pytest.mark.usefixtures("own_accelerate")
@@ -435,7 +435,7 @@ def test_a_spike_stops_the_run_before_the_update_where_the_config_says_so(pico_l
         match=r"^step 21: the loss is .*, after a median of .*; nothing was updated; .*on_loss_spike=warn",
     ):
         trainer.train()
-    assert trainer.run.steps() == list(range(1, 21))
+    assert trainer.run.checkpoint_steps() == list(range(1, 21))
     assert equal(weights(trainer), load_tree(trainer.run.checkpoint(20), "adapter"))
 
 

@@ -106,7 +106,7 @@ def test_a_budget_that_does_not_fit_is_lowered_to_the_settings(
     longest = int(trainer.examples.train.lengths.max())  # type: ignore[union-attr]
     assert fitted.budgets == [raised, longest]
     assert Fitting.budget(trainer) == longest
-    assert not fitted.run.fit_file.exists(), "no setting is changed"
+    assert not fitted.run.fitted_settings_file.exists(), "no setting is changed"
     assert "padding-free: micro-batches of the settings' size (CUDA out of memory)" in messages.text
     assert json.loads(fitted.run.padding_free_file.read_text())["min_tokens"] == 0
 

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_train.architectures import text_part
-from qlora_train.evaluation.held_out import answer_ends
+from qlora_train.evaluation.generation import answer_end_ids
 from qlora_train.export.merging.auxiliary_files import SENTENCEPIECE
 from qlora_train.export.merging.legacy_config import for_converter
 from qlora_train.models.tokenizer_files import FILE_CLASS
@@ -46,7 +46,7 @@ def adds_bos(tokenizer: Any) -> bool:
 
 def answer_end(tokenizer: Any) -> str | None:
     """Return the token that a program must stop at: what ends a turn, or else a text; None where there is neither."""
-    ends = answer_ends(tokenizer)
+    ends = answer_end_ids(tokenizer)
     return str(tokenizer.convert_ids_to_tokens(ends[-1])) if ends else None
 
 

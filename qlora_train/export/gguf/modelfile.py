@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from qlora_train.data.chat_template import render_chat
-from qlora_train.evaluation.held_out import answer_ends
+from qlora_train.evaluation.generation import answer_end_ids
 from qlora_train.export.gguf.go_template import NotOfThisFormError, find_joints
 
 logger = logging.getLogger(__name__)
@@ -71,5 +71,5 @@ def _system(text: str) -> list[str]:
 
 
 def _stops(tokenizer: Any) -> list[str]:
-    texts = tokenizer.convert_ids_to_tokens(answer_ends(tokenizer))
+    texts = tokenizer.convert_ids_to_tokens(answer_end_ids(tokenizer))
     return [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in texts]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from qlora_train.evaluation.held_out import answer_ends
+from qlora_train.evaluation.generation import answer_end_ids
 from qlora_train.export.merging.merged_config import write_config
 from qlora_train.models.tokenizer_files import (
     READ_ERRORS,
@@ -96,7 +96,7 @@ def _special_ids(tokenizer: Any, text_config: Any, generation: dict[str, Any]) -
     special: dict[str, int | list[int]] = {}
     ends = [*_ids(generation.get("eos_token_id")), *_ids(getattr(text_config, "eos_token_id", None))]
     if tokenizer is not None:
-        ends = [*answer_ends(tokenizer), *ends]
+        ends = [*answer_end_ids(tokenizer), *ends]
         # an id beyond the embedding would keep the model from loading
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < text_config.vocab_size:
             special["pad_token_id"] = tokenizer.pad_token_id

@@ -14,7 +14,7 @@ from qlora_train.architectures import detect
 from qlora_train.config import RunConfig
 from qlora_train.data.held_out_rows import RunRows
 from qlora_train.data.types import Example
-from qlora_train.evaluation.held_out import held_out_loss
+from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.export.loading_code import needed_attention
 from qlora_train.export.merging.merge_quality import Comparison
 from qlora_train.export.merging.verify import MergeChoice, MergeRun, choose_merge_base
@@ -86,7 +86,7 @@ def merge_run(
         finish=write_merged_card,
     )
     comparison = Comparison(choice)
-    folder.forget_merged_results()
+    folder.delete_merged_results()
     folder.add_results(merge=comparison.results())
     for line in comparison.lines():
         logger.info("%s", line)

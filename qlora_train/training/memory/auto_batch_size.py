@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from qlora_train.config import RunConfig
 from qlora_train.config.memory_fallbacks import Able, next_rung, overrides, typed
 from qlora_train.config.schema import TrainSection
-from qlora_train.runs import RunFolder, record_fit, with_recorded_fit
+from qlora_train.runs import RunFolder, apply_fitted_settings, record_fitted_settings
 from qlora_train.training.memory.activation_checkpointing import kept_bytes, plan_levels
 from qlora_train.training.memory.memory_probe import Trial, compute_largest_batch, try_largest_batch
 from qlora_train.training.padding_free import lower_token_budget
@@ -36,9 +36,11 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
     Raises:
         TrainingError: what was asked for does not fit, with what does; or nothing does.
     """
-    train = recorded = with_recorded_fit(run, config.train) if config.train.auto_find_batch_size else config.train
+    train = recorded = apply_fitted_settings(run, config.train) if config.train.auto_find_batch_size else config.train
     if recorded != config.train:
-        logger.warning("memory: goes on with %s (%s)", typed(overrides(config.train, recorded)), run.fit_file)
+        logger.warning(
+            "memory: goes on with %s (%s)", typed(overrides(config.train, recorded)), run.fitted_settings_file
+        )
     trainer = make(_with(config, train))
     first = trial = try_largest_batch(trainer)
     problem = trial.problem or _too_little_left(trainer, trial)
@@ -98,7 +100,7 @@ def _too_little_left(trainer: QloraTrainer, tried: Trial) -> str | None:
 
 def _take_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: Trial) -> None:
     changes = typed(overrides(config.train, fitted))
-    record_fit(run, config.train, fitted, f"{first.tried} did not fit: {first.problem}")
+    record_fitted_settings(run, config.train, fitted, f"{first.tried} did not fit: {first.problem}")
     if config.train.auto_find_batch_size:
         logger.warning("memory: %s did not fit; the run trains with %s", first.tried, changes)
         return
@@ -132,7 +134,7 @@ def rung_below(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iter
     if smaller is None:
         raise TrainingError(f"{where}; {NOTHING_SMALLER}")
     changes = typed(overrides(config.train, smaller))
-    record_fit(run, config.train, smaller, f"step {step}: {reason}")
+    record_fitted_settings(run, config.train, smaller, f"step {step}: {reason}")
     how = "" if config.train.auto_find_batch_size else f" with {AUTO_FIT}"
     raise TrainingError(f"{where}; repeat the command{how}: the run goes on with {changes}")
 

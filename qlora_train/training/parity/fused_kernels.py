@@ -53,7 +53,7 @@ def choose_fused_kernels(
     if not config.train.fused_kernels:
         logger.info("fast path: off (train.fused_kernels: false)")
         return None
-    run_id = run.facts().get("run_id", "")
+    run_id = run.metadata().get("run_id", "")
     known = load_parity(run.fused_kernels_file, run.fused_kernels(), run_id)
 
     def chosen(num_rows: int, num_tokens: int) -> tuple[ParityResult, FastPath | None]:

@@ -1,0 +1,121 @@
+"""Held-out loss: total negative log-likelihood over total label tokens, in nats/token."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from qlora_train.data.collate import Collator
+from qlora_train.data.types import Example
+from qlora_train.evaluation.batched_inference import (
+    batches_by_length,
+    compute_in_batches,
+    evaluation_mode,
+    input_device,
+    row_too_long,
+)
+from qlora_train.objectives.sft_loss import FLOAT32_BYTES, label_logits, label_losses
+from qlora_train.utils import signals
+from qlora_train.utils.device import attempt
+from qlora_train.utils.errors import DataError
+
+MAX_LOGITS = 1 << 28
+"""Most logits of one batch of several rows; 1 GiB where something turns a model's outputs into float32."""
+ONE_ROW_ADVICE = "lower data.max_length, or free memory that others use"
+
+
+@dataclass(frozen=True)
+class ExampleLoss:
+    """Total negative log-likelihood of an example's labels in nats, and their number."""
+
+    nll: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Loss over examples; `per_example` is in their order."""
+
+    nll: float
+    num_tokens: int
+    per_example: tuple[ExampleLoss, ...]
+
+    @property
+    def loss(self) -> float:
+        """Nats a label token."""
+        return self.nll / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinity where that is beyond a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @classmethod
+    def of(cls, per_example: Sequence[ExampleLoss]) -> Self:
+        """Add up examples."""
+        return cls(math.fsum(e.nll for e in per_example), sum(e.num_tokens for e in per_example), tuple(per_example))
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> HeldOutLoss:
+    """Return the loss of a causal language model on examples; its training mode is restored.
+
+    A label at position 0 has nothing before it that could predict it, and is not counted; training does not count it
+    either. A batch has fewer than `batch_size` rows where its labels' logits would be more than MAX_LOGITS, or where memory
+    runs out.
+
+    Raises:
+        DataError: there is no example, or none with a label.
+        ModelError: one row does not fit into memory.
+        Stop: the process was asked to stop.
+    """
+    sizes = [(len(example.input_ids), int(np.count_nonzero(example.loss_mask[1:]))) for example in examples]
+    lengths, num_labels = [length for length, _ in sizes], [count for _, count in sizes]
+    if not any(num_labels):
+        raise DataError(f"held-out loss: {len(examples)} rows and none with a label token; data.eval needs answers")
+    nll = torch.zeros(len(examples), dtype=torch.float64)
+    collate = Collator(pad_token_id)
+    device = input_device(model)
+    max_labels = MAX_LOGITS // model.config.get_text_config().vocab_size
+
+    def compute(batch: Sequence[int]) -> None:
+        signals.check()
+        tensors = collate([(index, examples[index]) for index in batch])
+        inputs: dict[str, Any] = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask")}
+        losses = label_losses(model, **inputs, labels=tensors["labels"])
+        nll.index_add_(0, tensors["row"][losses.of_row], losses.nats.double().cpu())
+
+    with evaluation_mode(model):
+        compute_in_batches(
+            batches_by_length(lengths, batch_size, num_labels, max_labels), compute, lengths,
+            setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
+        )  # fmt: skip
+    return HeldOutLoss.of([ExampleLoss(*row) for row in zip(nll.tolist(), num_labels, strict=True)])
+
+
+@torch.no_grad()
+def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
+    """Yield what a causal language model predicts at the labels of examples, one example after the other.
+
+    Yields:
+        Log-probabilities of all tokens at some of the labels, float32 (some, vocabulary), in the order of the labels.
+
+    Raises:
+        ModelError: one row does not fit into memory.
+        Stop: the process was asked to stop.
+    """
+    collate, device = Collator(0), input_device(model)
+    with evaluation_mode(model):
+        for example in examples:
+            signals.check()
+            tensors = collate([(0, example)])
+            input_ids = tensors["input_ids"].to(device)
+            logits, reason = attempt(partial(label_logits, model, input_ids=input_ids, labels=tensors["labels"]))
+            if logits is None:
+                raise row_too_long(len(example.input_ids), reason, ONE_ROW_ADVICE)
+            for some in logits.split(max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))):
+                yield torch.log_softmax(some.float(), dim=-1)
