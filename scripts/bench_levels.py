@@ -22,7 +22,7 @@ from model_flops import model_shape, step_flops
 from peers.timing import row_lengths
 
 from qlora_train.config import RunConfig, load_config
-from qlora_train.objectives.sft_loss import IGNORED
+from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.training.memory.activation_checkpointing import LEVELS, Recomputation
 from qlora_train.utils.errors import first_line
 
@@ -62,7 +62,7 @@ def operations(steps: Steps, config: RunConfig) -> tuple[list[float], list[int],
     flops, num_tokens = [], []
     for number in range(len(steps)):
         lengths = [length for batch in steps.batches(number) for length in row_lengths(batch)]
-        num_labels = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in steps.batches(number))
+        num_labels = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in steps.batches(number))
         flops.append(step_flops(shape, r=config.lora.r, row_lengths=lengths, num_labels=num_labels).total)
         num_tokens.append(sum(lengths))
     return flops, num_tokens, shape.linears
@@ -78,7 +78,7 @@ def levels(steps: Steps) -> Iterator[tuple[str, Callable[[], None]]]:
     def dequantize() -> None:
         layers.set("none")
         for weight in fast.weights:
-            weight.keep()
+            weight.cache()
 
     yield FLOOR, dequantize
 

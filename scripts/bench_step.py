@@ -26,11 +26,11 @@ from transformers import TrainerState
 from qlora_train.adapters import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.config import RunConfig, load_config
 from qlora_train.data import PreparedData
-from qlora_train.kernels.install import FastPath, install
+from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.kernels.lora_dropout import lora_dropout_off, rate_of
 from qlora_train.kernels.packed import attention
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import IGNORED, chunk_tokens_of, label_losses
+from qlora_train.objectives.sft_loss import IGNORE_INDEX, choose_chunk_tokens, label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import Feed, RowFeed, make_feed
@@ -62,7 +62,7 @@ class Steps:
         self.model = adapted.model.train()
         set_up(adapted, data, config)
         self._attention = self.loaded.model.config._attn_implementation
-        self._chunk_tokens = chunk_tokens_of(self.model)
+        self._chunk_tokens = choose_chunk_tokens(self.model)
         self._feeds = feeds_of(adapted, data, config, in_chunks=self._chunk_tokens is not None)
         self._batches = [list(islice(feed.loader(Start()), num_steps)) for feed in self._feeds]
         self._optimizer = torch.optim.AdamW(
@@ -77,7 +77,7 @@ class Steps:
         """Return the micro-batches of a step as the config asks for them."""
         return self._batches[0][number]
 
-    def install(self) -> FastPath:
+    def install(self) -> FusedKernels:
         """Install the fused kernels."""
         tokens = torch.arange(1, 9, device=self.loaded.device)[None]
         return install(self.model, lambda: label_losses(self.model, input_ids=tokens, labels=tokens))
@@ -88,12 +88,12 @@ class Steps:
         self.loaded.model.set_attn_implementation(attention.NAME if end_to_end else self._attention)
         num_tokens = sum(map(self._feeds[0].num_tokens, self._batches[0][number]))
         batches = self._batches[end_to_end][number]
-        num_labels = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
+        num_labels = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
         started = time.perf_counter()
         for each in batches:
             batch = {name: tensor.to(device) for name, tensor in each.items() if name != "row"}
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = label_losses(self.model, self._chunk_tokens, **batch).nats.sum() / num_labels
+                loss = label_losses(self.model, self._chunk_tokens, **batch).nll.sum() / num_labels
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable_state(self.model).values(), 1.0)
         self._optimizer.step()
@@ -167,7 +167,7 @@ def measured(steps: Steps, num_rounds: int) -> dict[str, list[float]]:
         fast = steps.install()
         found["fused kernels"] = steps.take(number)
         for weight in fast.weights:
-            weight.keep()
+            weight.cache()
         found["+ dequantized weights"] = steps.take(number)
         if steps.end_to_end:
             steps.take(number, end_to_end=True)  # a CPU makes kernels for new lengths

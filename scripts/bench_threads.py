@@ -79,7 +79,7 @@ def _work(config: Path, num_steps: int) -> None:
 
     steps = Steps(load_config(config), num_steps + 1)
     for weight in steps.install().weights:
-        weight.keep()
+        weight.cache()
     steps.take(0, end_to_end=steps.end_to_end)
     print("ready", flush=True)
     for _ in sys.stdin:

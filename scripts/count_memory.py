@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops import dequantize, dispatch
-from qlora_train.objectives.sft_loss import CHUNK_BYTES, LABEL_MULTIPLE, chunk_tokens_of, label_losses
+from qlora_train.objectives.sft_loss import CHUNK_BYTES, LABEL_MULTIPLE, choose_chunk_tokens, label_losses
 from qlora_train.training.memory import memory_probe
 from qlora_train.training.memory.activation_checkpointing import Recomputation
 from qlora_train.training.parity import fused_kernels, preserve_state
@@ -203,7 +203,7 @@ def evaluate(adapted: Any, batch: dict[str, Tensor]) -> None:
 
 def trainer_of(adapted: Any, accumulation: int) -> Any:
     """Return what the memory probe reads of a trainer; the optimizer's state counts as resident, though it may be paged."""
-    chunk_tokens = chunk_tokens_of(adapted.model)
+    chunk_tokens = choose_chunk_tokens(adapted.model)
     return SimpleNamespace(
         adapted=adapted,
         model=adapted.model,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qlora_train.config import LoraSection
 from qlora_train.kernels.expert_linear import experts_forward, follows_interface
-from qlora_train.kernels.expert_weights import LowRankStack, stored
+from qlora_train.kernels.expert_weights import LowRankStack, quantized_experts
 from qlora_train.models.moe import expert_parameters, stacks
 from qlora_train.utils.errors import ConfigError
 
@@ -83,7 +83,7 @@ def bind_experts(model: nn.Module) -> None:
         setattr(parent, name, inner)
         if follows_interface(experts):
             inner.forward = _expert_by_expert(experts, ordered)
-        elif all(stored(experts, wrapper.parameter_name) for wrapper in ordered):
+        elif all(quantized_experts(experts, wrapper.parameter_name) for wrapper in ordered):
             inner.forward = _on_changed_weights(experts, ordered)
 
 
@@ -112,7 +112,7 @@ def _expert_by_expert(experts: nn.Module, wrappers: list[Wrapper]) -> Any:
 
 def _on_changed_weights(experts: nn.Module, wrappers: list[Wrapper]) -> Any:
     def forward(*arguments: Any, **keywords: Any) -> Any:
-        held = {wrapper: stored(experts, wrapper.parameter_name) for wrapper in wrappers}
+        held = {wrapper: quantized_experts(experts, wrapper.parameter_name) for wrapper in wrappers}
         weights = {wrapper: found[1] for wrapper, found in held.items() if found is not None}
         try:
             for wrapper, stack in weights.items():

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from qlora_train.data.types import Example
-from qlora_train.objectives.sft_loss import IGNORED
+from qlora_train.objectives.sft_loss import IGNORE_INDEX
 
 MEGABATCH_BATCHES = 50
 """Batches whose rows are sorted together by `group_by_length`: wide enough to match lengths, narrow enough to mix."""
@@ -62,7 +62,7 @@ class Collator:
         longest = max(len(example.input_ids) for _, example in rows)
         shape = (len(rows), -(-longest // self.multiple_of) * self.multiple_of)
         input_ids, present = np.full(shape, self.pad_token_id, np.int64), np.zeros(shape, np.int64)
-        labels = np.full(shape, IGNORED, np.int64)
+        labels = np.full(shape, IGNORE_INDEX, np.int64)
         for place, (_, example) in enumerate(rows):
             length = len(example.input_ids)
             input_ids[place, :length], present[place, :length] = example.input_ids, 1
@@ -104,7 +104,7 @@ class PackCollator:
         missing = -sum(len(tokens) for tokens, _, _ in documents) % self.multiple_of
         while missing:
             length = min(missing, len(documents[0][0]))
-            documents.append((np.full(length, self.pad_token_id), np.full(length, IGNORED), np.arange(length)))
+            documents.append((np.full(length, self.pad_token_id), np.full(length, IGNORE_INDEX), np.arange(length)))
             missing -= length
         input_ids, labels, position_ids = (
             np.concatenate(parts, dtype=np.int64)[None] for parts in zip(*documents, strict=True)
@@ -190,7 +190,7 @@ def _filled(rows: Sequence[NumberedExample], most: Capacity) -> list[list[Number
 
 def labels_of(example: Example) -> npt.NDArray[np.int32]:
     """Return a row's labels, (seq,): its tokens, IGNORED where the mask is false."""
-    return np.where(example.loss_mask, example.input_ids, np.int32(IGNORED))
+    return np.where(example.loss_mask, example.input_ids, np.int32(IGNORE_INDEX))
 
 
 def _tensors(rows: Sequence[NumberedExample], **arrays: npt.NDArray[np.int64]) -> Batch:

@@ -12,7 +12,7 @@ from qlora_train.data.readers import kind_of
 from qlora_train.data.types import Row, UnusableRowError
 
 MASKS = ("loss_mask", "completion_mask", "assistant_masks")
-IGNORED = -100
+IGNORE_INDEX = -100
 """A label without loss."""
 LARGEST_ID = 2**31 - 1
 
@@ -65,10 +65,10 @@ def _binary(mask: list[int], name: str) -> list[int]:
 
 
 def _labelled(labels: list[int], input_ids: list[int]) -> list[bool]:
-    loss = [label != IGNORED for label in labels]
-    if labels != [token if has_loss else IGNORED for token, has_loss in zip(input_ids, loss, strict=True)]:
+    loss = [label != IGNORE_INDEX for label in labels]
+    if labels != [token if has_loss else IGNORE_INDEX for token, has_loss in zip(input_ids, loss, strict=True)]:
         raise UnusableRowError(
-            f"labels are not the tokens of input_ids; expected each its own token, not shifted, or {IGNORED}"
+            f"labels are not the tokens of input_ids; expected each its own token, not shifted, or {IGNORE_INDEX}"
         )
     return loss
 

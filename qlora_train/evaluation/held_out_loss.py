@@ -87,7 +87,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
         tensors = collate([(index, examples[index]) for index in batch])
         inputs: dict[str, Any] = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask")}
         losses = label_losses(model, **inputs, labels=tensors["labels"])
-        nll.index_add_(0, tensors["row"][losses.of_row], losses.nats.double().cpu())
+        nll.index_add_(0, tensors["row"][losses.row_index], losses.nll.double().cpu())
 
     with evaluation_mode(model):
         compute_in_batches(

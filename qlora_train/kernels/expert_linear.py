@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_train.kernels.expert_weights import LowRankStack, reader
+from qlora_train.kernels.expert_weights import LowRankStack, expert_reader
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -82,7 +82,7 @@ def experts_forward(
 
 
 def _project(experts: Any, name: str, change: LowRankStack | None, x: Tensor, index: int) -> Tensor:
-    read = reader(experts, name)
+    read = expert_reader(experts, name)
     result: Tensor = _FrozenProduct.apply(x, lambda: read(index), experts.is_transposed)
     if experts.has_bias:
         result = result + getattr(experts, f"{name}_bias")[index]

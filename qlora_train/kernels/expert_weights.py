@@ -128,13 +128,13 @@ class ExpertWeights(nn.Module):
         return (self.code, self.absmax_code) if self.nested else (self.code,)
 
 
-def install(module: nn.Module, name: str, states: tuple[QuantState, ...]) -> None:
+def parametrize_experts(module: nn.Module, name: str, states: tuple[QuantState, ...]) -> None:
     """Make `module.<name>`, which holds packed codes, read as the stack that they stand for."""
     # unsafe: the parametrisation changes shape and dtype on purpose, and nothing is assigned through it
     parametrize.register_parametrization(module, name, ExpertWeights(states), unsafe=True)
 
 
-def stored(module: nn.Module, name: str) -> tuple[Tensor, ExpertWeights] | None:
+def quantized_experts(module: nn.Module, name: str) -> tuple[Tensor, ExpertWeights] | None:
     """Return the packed codes and the scales of `module.<name>`; None where it is not in 4 bits."""
     if not parametrize.is_parametrized(module, name):
         return None
@@ -143,9 +143,9 @@ def stored(module: nn.Module, name: str) -> tuple[Tensor, ExpertWeights] | None:
     return None if weights is None else (chain.original, weights)
 
 
-def reader(module: nn.Module, name: str) -> Callable[[int], Tensor]:
+def expert_reader(module: nn.Module, name: str) -> Callable[[int], Tensor]:
     """Return the function that gives the weights of one expert, (a, b), whether they are in 4 bits or not."""
-    found = stored(module, name)
+    found = quantized_experts(module, name)
     if found is not None:
         codes, weights = found
         return lambda index: weights.matrix(codes, index)

@@ -1,4 +1,4 @@
-"""The weight of a frozen layer in its compute dtype: dequantized when it is needed, or cached."""
+"""The weight of a frozen layer in its compute dtype: dequantized on every read, or cached."""
 
 from typing import Any
 
@@ -10,40 +10,39 @@ from qlora_train.kernels.ops.dequantize import dequantize
 
 
 class FrozenWeight:
-    """The weight of a linear layer, in 4 bits or not, as (out, in).
+    """The weight (out, in) of a linear layer, in 4 bits or not.
 
     Attributes:
-        dtype: what the layer computes in.
-        kept: a copy in `dtype`, where the memory for it was given; its numbers are those of `read` without it.
+        dtype: compute dtype of the layer.
+        cached: the dequantized weight; None: every `read` dequantizes. Both give the same bits.
     """
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self.is_quantized = isinstance(layer, Linear4bit)
         self.dtype: torch.dtype = layer.compute_dtype if self.is_quantized else layer.weight.dtype
-        self.kept: Tensor | None = None
+        self.cached: Tensor | None = None
 
     @property
     def bias(self) -> Tensor | None:
-        """The layer's bias, (out,)."""
         bias: Tensor | None = self._layer.bias
         return bias
 
     @property
-    def copy_bytes(self) -> int:
-        """What a kept copy takes; 0 for a layer that is stored in the dtype it computes in."""
+    def dequantized_bytes(self) -> int:
+        """Size of the cached weight; 0 for a layer that is stored in its compute dtype."""
         size: int = self._layer.in_features * self._layer.out_features
         return size * self.dtype.itemsize if self.is_quantized else 0
 
-    def keep(self) -> None:
-        """Cache the dequantized weight from now on."""
-        self.kept = self.read()
+    def cache(self) -> None:
+        """Dequantize the weight once, for all later reads."""
+        self.cached = self.read()
 
     @torch.no_grad()
     def read(self) -> Tensor:
         """Return the weight in `dtype`, (out, in)."""
-        if self.kept is not None:
-            return self.kept
+        if self.cached is not None:
+            return self.cached
         weight: Tensor = self._layer.weight
         if not self.is_quantized:
             return weight.detach()

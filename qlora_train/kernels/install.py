@@ -25,28 +25,28 @@ Bound = Callable[..., Any]
 
 
 @dataclass
-class FastPath:
+class FusedKernels:
     """What was put into a model.
 
     Attributes:
         counts: modules by operation.
-        left_out: adapted layers that compute as PEFT does, by reason.
+        skipped: adapted layers that compute as PEFT does, by reason.
         weights: of the adapted layers, in the order of the model.
         mlps: that compute with their last layer.
         hooks: on the model.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
-    left_out: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     weights: list[FrozenWeight] = field(default_factory=list)
     mlps: list[GatedMlp] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     _bound: list[nn.Module] = field(default_factory=list)
 
-    def described(self) -> str:
+    def summary(self) -> str:
         """Say what was put in and what was left out."""
         parts = [f"{count} {operation}" for operation, count in self.counts.items()]
-        parts += [f"{count} adapted layers as PEFT computes them ({why})" for why, count in self.left_out.items()]
+        parts += [f"{count} adapted layers as PEFT computes them ({why})" for why, count in self.skipped.items()]
         return ", ".join(parts) or "nothing of it applies to this model"
 
     def bind(self, module: nn.Module, forward: Bound) -> None:
@@ -65,7 +65,7 @@ class FastPath:
         self.hooks.clear()
 
 
-def install(model: nn.Module, run: Callable[[], Any]) -> FastPath:
+def install(model: nn.Module, run: Callable[[], Any]) -> FusedKernels:
     """Put every operation where it applies.
 
     Args:
@@ -79,7 +79,7 @@ def install(model: nn.Module, run: Callable[[], Any]) -> FastPath:
         for found in looked_up:
             watching.enter_context(found.watched())
         run()
-    fast = FastPath(left_out=by_input.left_out)
+    fast = FusedKernels(skipped=by_input.skipped)
     norms = [(module, variant) for module in model.modules() if (variant := find_variant(module)) is not None]
     with lora_dropout_off(by_input.layers):
         mlps = [mlp for module in model.modules() if (mlp := GatedMlp.of(module)) is not None]
@@ -92,7 +92,7 @@ def install(model: nn.Module, run: Callable[[], Any]) -> FastPath:
     return fast
 
 
-def _put_linears(fast: FastPath, model: nn.Module, groups: list[Group], mlps: list[GatedMlp]) -> None:
+def _put_linears(fast: FusedKernels, model: nn.Module, groups: list[Group], mlps: list[GatedMlp]) -> None:
     for group in groups:
         fast.weights += group.weights
         fast.counts["adapted linear layers"] += len(group.layers)
@@ -114,7 +114,7 @@ def _put_linears(fast: FastPath, model: nn.Module, groups: list[Group], mlps: li
             fast.bind(mlp.module, mlp.forward_with(down))
 
 
-def _put_looked_up(fast: FastPath, found: LookedUp) -> None:
+def _put_looked_up(fast: FusedKernels, found: LookedUp) -> None:
     functions = found.replaced()
     if not functions:
         return

@@ -74,11 +74,11 @@ class InputGroups:
     """The adapted layers of a model by the input they read.
 
     Attributes:
-        left_out: layers that compute as PEFT does, by reason.
+        skipped: layers that compute as PEFT does, by reason.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.left_out: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         self.layers: list[Any] = []
         self._calls: list[tuple[Any, int]] = []
         # numbers of inputs: the tensors themselves would keep all layers' inputs alive
@@ -88,7 +88,7 @@ class InputGroups:
             if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
                 reason = _reason_against(module)
                 if reason:
-                    self.left_out[reason] += 1
+                    self.skipped[reason] += 1
                 else:
                     self.layers.append(module)
 

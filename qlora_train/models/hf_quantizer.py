@@ -20,7 +20,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_train.kernels.expert_linear import experts_forward, follows_interface
-from qlora_train.kernels.expert_weights import install, quantize_stack
+from qlora_train.kernels.expert_weights import parametrize_experts, quantize_stack
 from qlora_train.models.malloc_trim import MemoryTrimmer
 from qlora_train.models.moe import expert_modules, expert_parameters, routers
 
@@ -65,7 +65,7 @@ class Quantizer(Bnb4BitHfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> Any:
         for name in self.expert_names:
             module_name, _, parameter = name.rpartition(".")
-            install(model.get_submodule(module_name), parameter, self.states.pop(name))
+            parametrize_experts(model.get_submodule(module_name), parameter, self.states.pop(name))
         modules = [module for _, module in expert_modules(model)]
         if modules and all(follows_interface(module) for module in modules):
             model.set_experts_implementation(EXPERTS_IMPLEMENTATION)

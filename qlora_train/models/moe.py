@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.utils import parametrize
 
-from qlora_train.kernels.expert_weights import stored
+from qlora_train.kernels.expert_weights import quantized_experts
 
 _ROUTER_NAME = re.compile(r"router|gate")
 
@@ -31,14 +31,14 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Module]:
 def stacks(module: nn.Module) -> list[str]:
     """Return the names of a module's own stacks of experts, in the order that its class defines them."""
     plain = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
-    quantized = [name for name in getattr(module, "parametrizations", ()) if stored(module, name)]
+    quantized = [name for name in getattr(module, "parametrizations", ()) if quantized_experts(module, name)]
     return [*plain, *quantized]
 
 
 def num_experts(module: nn.Module) -> int:
     """Return how many experts a module of `expert_modules` holds."""
     name = stacks(module)[0]
-    found = stored(module, name)
+    found = quantized_experts(module, name)
     return int(found[1].shape[0] if found else getattr(module, name).shape[0])
 
 

@@ -14,7 +14,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 
-from qlora_train.kernels.expert_weights import ExpertWeights, stored
+from qlora_train.kernels.expert_weights import ExpertWeights, quantized_experts
 from qlora_train.models.moe import expert_parameters
 from qlora_train.utils.errors import ModelError
 
@@ -88,7 +88,7 @@ def summarize_quantization(model: nn.Module, heads: set[nn.Module]) -> Quantizat
 
 def _expert_stacks(model: nn.Module) -> Iterator[tuple[torch.Tensor, ExpertWeights]]:
     for name, module in expert_parameters(model).items():
-        found = stored(module, name.rpartition(".")[2])
+        found = quantized_experts(module, name.rpartition(".")[2])
         if found is not None:
             yield found
 

@@ -7,12 +7,12 @@ https://arxiv.org/abs/2101.03961). Routers are frozen here: it acts on the adapt
 import logging
 from typing import Any
 
-from qlora_train.objectives.sft_loss import can_balance
+from qlora_train.objectives.sft_loss import has_aux_loss
 from qlora_train.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-BALANCE = "router_aux_loss"
+ROUTER_AUX_LOSS = "router_aux_loss"
 """Its name in the metrics."""
 
 
@@ -30,7 +30,7 @@ def choose_router_aux_loss_coef(asked: float | None, model: Any) -> float:
     coefficient = _of_config(config) if asked is None else asked
     if coefficient == 0:
         return 0.0
-    if not can_balance(model):
+    if not has_aux_loss(model):
         if asked is None:
             logger.info(
                 "experts: config.json turns a load-balancing loss on, which Transformers has not for this model"

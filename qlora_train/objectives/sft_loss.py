@@ -26,7 +26,7 @@ from qlora_train.kernels import host_copies
 from qlora_train.kernels.ops.cross_entropy import losses_and_gradient_
 from qlora_train.kernels.packed.attention import attends_by_documents, positions_of_row
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """Label of a token without loss, as torch's cross-entropy and Transformers have it."""
 
 FLOAT32_BYTES = 64 << 20
@@ -56,7 +56,7 @@ def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
     Returns:
         (batch, seq); the last column is IGNORED.
     """
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def _at(hidden_states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 def _label_places(targets: torch.Tensor) -> torch.Tensor:
     """Return where there is a label, counted over the tokens of all rows, (num_labels,)."""
-    return (targets != IGNORED).flatten().nonzero()[:, 0]
+    return (targets != IGNORE_INDEX).flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,9 @@ class LabelLosses:
         balance: how unevenly the batch's tokens use the experts, a scalar; None unless it was asked for.
     """
 
-    nats: torch.Tensor
-    of_row: torch.Tensor
-    balance: torch.Tensor | None = None
+    nll: torch.Tensor
+    row_index: torch.Tensor
+    aux_loss: torch.Tensor | None = None
 
 
 def label_losses(
@@ -109,13 +109,13 @@ def label_losses(
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
-    with_balance: bool = False,
+    with_aux_loss: bool = False,
 ) -> LabelLosses:
     """Return the loss of every label token.
 
     Args:
         model: a causal language model, with or without an adapter.
-        chunk_tokens: labels whose logits exist at a time, for a model that `can_chunk`; None: all.
+        chunk_tokens: labels whose logits exist at a time, for a model that `supports_chunking`; None: all.
         input_ids: (batch, seq).
         labels: (batch, seq), IGNORED where a token carries no loss; so is the first token of each packed document, which
             nothing predicts. Where they are on the host, as `position_ids`, the host does not wait for the device.
@@ -131,20 +131,20 @@ def label_losses(
     if position_ids is not None:
         positions = position_ids.cpu()
         inputs["position_ids"] = host_copies.to_device(positions, device)
-        if attends_by_documents(model) and not with_balance:
+        if attends_by_documents(model) and not with_aux_loss:
             # Transformers then does not ask the device whether documents are packed
             inputs["attention_mask"] = torch.ones_like(input_ids)
-    if with_balance:
+    if with_aux_loss:
         inputs["output_router_logits"] = True
     if chunk_tokens is not None:
         with positions_of_row(positions):
             hidden_states, output = _hidden_states(model, places, inputs)
-        nats = _losses_in_chunks(model, hidden_states, wanted, chunk_tokens)
+        nll = _losses_in_chunks(model, hidden_states, wanted, chunk_tokens)
     else:
         with positions_of_row(positions), _head_sees_only(model, places):
             output = model(**inputs)
-        nats = _negative_log_likelihoods(output.logits, wanted.to(output.logits.device))
-    return LabelLosses(nats, at // targets.shape[1], output.aux_loss if with_balance else None)
+        nll = _negative_log_likelihoods(output.logits, wanted.to(output.logits.device))
+    return LabelLosses(nll, at // targets.shape[1], output.aux_loss if with_aux_loss else None)
 
 
 def label_logits(model: nn.Module, *, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -296,15 +296,15 @@ class _FrozenHead(torch.autograd.Function):
         return (gradients * grad[:, None]).to(gradients.dtype), None, None, None
 
 
-def chunk_tokens_of(model: Any) -> int | None:
+def choose_chunk_tokens(model: Any) -> int | None:
     """Return how many labels' logits a training step makes at a time; None for a model that cannot but make all."""
-    if not can_chunk(model):
+    if not supports_chunking(model):
         return None
     most = CHUNK_BYTES[model.device.type] // (4 * model.config.get_text_config().vocab_size)
     return max(MIN_CHUNK_TOKENS, most)
 
 
-def can_chunk(model: Any) -> bool:
+def supports_chunking(model: Any) -> bool:
     """Say whether the loss in chunks is the loss on this very model, which is run on a few tokens.
 
     With an adapter on it, gradients are made too: they take the place of the logits, which some operations would need. Both
@@ -313,18 +313,18 @@ def can_chunk(model: Any) -> bool:
     whole, chunks = (_on_a_few_tokens(model, chunk_tokens, with_gradients=True) for chunk_tokens in (None, 3))
     if whole is None or chunks is None:
         return False  # an outermost module that is built otherwise
-    return torch.allclose(whole.nats.detach(), chunks.nats.detach(), rtol=CHUNK_TOLERANCE, atol=CHUNK_TOLERANCE)
+    return torch.allclose(whole.nll.detach(), chunks.nll.detach(), rtol=CHUNK_TOLERANCE, atol=CHUNK_TOLERANCE)
 
 
-def can_balance(model: Any) -> bool:
+def has_aux_loss(model: Any) -> bool:
     """Say whether the architecture of this very model, which is run on a few tokens, has a load-balancing loss."""
-    losses = _on_a_few_tokens(model, None, with_balance=True)
-    return losses is not None and losses.balance is not None
+    losses = _on_a_few_tokens(model, None, with_aux_loss=True)
+    return losses is not None and losses.aux_loss is not None
 
 
 @torch.no_grad()
 def _on_a_few_tokens(
-    model: Any, chunk_tokens: int | None, *, with_balance: bool = False, with_gradients: bool = False
+    model: Any, chunk_tokens: int | None, *, with_aux_loss: bool = False, with_gradients: bool = False
 ) -> LabelLosses | None:
     """Return the losses of a short text; None for a model that cannot make them in this way."""
     device, num_tokens = next(model.parameters()).device, model.config.get_text_config().vocab_size
@@ -333,7 +333,7 @@ def _on_a_few_tokens(
     model.eval()
     try:
         with torch.set_grad_enabled(with_gradients):
-            return label_losses(model, chunk_tokens, input_ids=tokens, labels=tokens, with_balance=with_balance)
+            return label_losses(model, chunk_tokens, input_ids=tokens, labels=tokens, with_aux_loss=with_aux_loss)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):

@@ -5,7 +5,7 @@ The step is a formula. Its terms are what autograd keeps for one decoder layer, 
 and what the loss needs; a test holds it against an allocation-by-allocation count of real steps. A GB is 10**9 bytes.
 
 Counted is the plain path with all logits of a micro-batch at once; a step takes less where the loss is made in pieces
-(`loss.chunk_tokens_of`), and more where dequantised weights are kept.
+(`loss.choose_chunk_tokens`), and more where dequantised weights are kept.
 
 Attention is taken to keep no scores, as flash and sdpa kernels do; `eager` needs a square of the length on top. Not
 counted either: the CUDA context (0.3 to 0.6 GB), the fragmentation of the allocator, and whatever else uses the device.
@@ -25,7 +25,7 @@ from qlora_train.adapters.targets import is_target
 from qlora_train.architectures import Architecture, detect
 from qlora_train.config import LoraSection
 from qlora_train.config.optimizers import TrainedTensor, automatic_optimizer
-from qlora_train.kernels.nf4_reference import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
+from qlora_train.kernels.expert_weights import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
 from qlora_train.models.moe import expert_parameters, routers
 from qlora_train.models.text_only import text_model
 from qlora_train.utils.errors import ModelError

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from transformers import TrainerCallback
 
-from qlora_train.objectives.router_loss import BALANCE
+from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS
 from qlora_train.runs import RunFolder
 from qlora_train.utils import atomic_io
 
@@ -27,9 +27,9 @@ _SHOWN = {
     "eval_loss": "eval_loss {:.4f}",
     "learning_rate": "lr {:.2e}",
     "grad_norm": "grad {:.3f}",
-    BALANCE: "balance {:.3f}",
+    ROUTER_AUX_LOSS: "balance {:.3f}",
 }
-_KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", BALANCE, "eval_runtime_seconds")
+_KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", ROUTER_AUX_LOSS, "eval_runtime_seconds")
 
 
 class Progress(TrainerCallback):

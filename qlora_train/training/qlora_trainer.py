@@ -35,8 +35,8 @@ from qlora_train.data import PreparedData
 from qlora_train.data.collate import Batch, PackCollator
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels import host_copies
-from qlora_train.objectives.router_loss import BALANCE, choose_router_aux_loss_coef
-from qlora_train.objectives.sft_loss import LabelLosses, chunk_tokens_of, label_losses
+from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS, choose_router_aux_loss_coef
+from qlora_train.objectives.sft_loss import LabelLosses, choose_chunk_tokens, label_losses
 from qlora_train.runs import (
     RunFolder,
     checkpoint_errors,
@@ -98,7 +98,7 @@ class QloraTrainer(SFTTrainer):
             grouped_rows=grouped_rows or config.train.per_device_train_batch_size,
         )  # fmt: skip
         self.balance_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
-        self.loss_chunk_tokens = chunk_tokens_of(adapted.model)
+        self.loss_chunk_tokens = choose_chunk_tokens(adapted.model)
         if self.loss_chunk_tokens is None:
             logger.info("loss: the logits of all labels at once, as this model's head does not run by itself")
         if isinstance(self._feed, RowFeed):
@@ -227,10 +227,10 @@ class QloraTrainer(SFTTrainer):
         assert not return_outputs, "evaluation goes through `evaluate`"
         assert num_items_in_batch is not None
         losses = self.label_losses(model, inputs)
-        total = losses.nats.sum()
-        if losses.balance is not None:
-            total = total + self.balance_weight * losses.balance * losses.nats.numel()
-            self._micro_balances.append(losses.balance.detach())
+        total = losses.nll.sum()
+        if losses.aux_loss is not None:
+            total = total + self.balance_weight * losses.aux_loss * losses.nll.numel()
+            self._micro_balances.append(losses.aux_loss.detach())
         loss = total / num_items_in_batch
         if not self._micro_losses:
             self._loss_before_step = self._tr_loss.clone()
@@ -242,7 +242,7 @@ class QloraTrainer(SFTTrainer):
         """Return the losses of a micro-batch, made as the settings say."""
         named = {name: tensor for name, tensor in inputs.items() if name != "row"}
         with self._activations(model):
-            return label_losses(model, self.loss_chunk_tokens, with_balance=self.balance_weight > 0, **named)
+            return label_losses(model, self.loss_chunk_tokens, with_aux_loss=self.balance_weight > 0, **named)
 
     # --- numbers -----------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class QloraTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log metrics, the steps' with the mean load-balancing loss of their micro-batches."""
         if "loss" in logs and self._balances:
-            logs[BALANCE] = sum(self._balances) / len(self._balances)
+            logs[ROUTER_AUX_LOSS] = sum(self._balances) / len(self._balances)
             self._balances = []
         super().log(logs, start_time)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_train.data.collate import (
-    IGNORED,
+    IGNORE_INDEX,
     MEGABATCH_BATCHES,
     Capacity,
     Collator,
@@ -49,7 +49,7 @@ def test_the_collator_pads_right_and_never_labels_padding() -> None:
     }  # fmt: skip
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     assert batch["input_ids"][0].tolist() == [5, 6, 7] + [7] * 13
-    assert batch["labels"][0].tolist() == [IGNORED, 6, 7] + [IGNORED] * 13
+    assert batch["labels"][0].tolist() == [IGNORE_INDEX, 6, 7] + [IGNORE_INDEX] * 13
     assert batch["attention_mask"].sum(1).tolist() == [3, 9]
     assert batch["row"].tolist() == [0, 1]
 
@@ -90,7 +90,7 @@ def test_micro_batches_are_filled_up_to_the_most_that_they_hold(most: Capacity, 
     assert [[number for number, _ in group] for group in groups] == wanted
     for batch in StepCollator(PackCollator(), most)(micro_batches):
         assert batch["input_ids"].numel() <= most.num_tokens
-        assert int((batch["labels"] != IGNORED).sum()) <= most.num_labels
+        assert int((batch["labels"] != IGNORE_INDEX).sum()) <= most.num_labels
 
 
 def test_a_step_that_cannot_be_put_together_in_fewer_micro_batches_stays_as_it_is() -> None:
@@ -103,7 +103,7 @@ def test_packed_rows_lie_end_to_end_with_positions_and_labels_of_their_own() -> 
     batch = PackCollator()([(4, EXAMPLES[0]), (2, EXAMPLES[1])])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 5, 6, 7]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]]
-    assert batch["labels"].tolist() == [[IGNORED] * 8 + [9] + [IGNORED, 6, 7]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX] * 8 + [9] + [IGNORE_INDEX, 6, 7]]
     assert batch["row"].tolist() == [2, 4], "the longest first"
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     assert "attention_mask" not in batch, "with a mask Transformers would not look for documents"
@@ -199,7 +199,7 @@ def test_batches_with_enough_labels_take_the_rows_they_need() -> None:
     seen = [row for batch in batches for row in batch["row"].tolist()]
     assert seen == order[: len(seen)].tolist()
     for batch in batches:
-        num_labels = (batch["labels"] != IGNORED).sum(1)
+        num_labels = (batch["labels"] != IGNORE_INDEX).sum(1)
         assert num_labels.sum() >= 10
         assert num_labels[:-1].sum() < 10, "no row more than it takes"
     too_few = labelled_batches(rows[:1], np.arange(1), Collator(0), min_labels=100, max_batches=3)

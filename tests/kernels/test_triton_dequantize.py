@@ -6,9 +6,9 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
-from qlora_train.kernels import nf4_reference
 from qlora_train.kernels.ops import dequantize as dispatch
 from tests.kernels.interpreted import DEVICE, needs_its_device
+from tests.support import nf4_reference
 
 pytestmark = needs_its_device
 SINGLE_OR_DOUBLE = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])

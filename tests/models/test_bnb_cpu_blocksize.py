@@ -9,11 +9,11 @@ from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 
-from qlora_train.kernels import nf4_reference
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops.dequantize import dequantize
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training.parity.gradients import difference, gradients_of
+from tests.support import nf4_reference
 from tests.support.runs import adapted_model, train_run
 
 Pico = Callable[..., Path]

@@ -72,7 +72,7 @@ def test_base_in_4_bits_is_transformers_model_of_its_weights(model_type: str, pi
     loaded = load(tmp_path, pico(model_type))
     stacks = expert_parameters(loaded.model)
     assert stacks
-    held = [expert_weights.stored(module, name.rpartition(".")[2]) for name, module in stacks.items()]
+    held = [expert_weights.quantized_experts(module, name.rpartition(".")[2]) for name, module in stacks.items()]
     assert all(held), "every stack is in 4 bits"
     for found in held:
         assert found is not None

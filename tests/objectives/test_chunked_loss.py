@@ -16,7 +16,7 @@ from qlora_train.adapters import choose_targets, find_linears
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.config import LoraSection
 from qlora_train.kernels.ops.cross_entropy import PIECE_BYTES
-from qlora_train.objectives.sft_loss import IGNORED, can_chunk, label_losses
+from qlora_train.objectives.sft_loss import IGNORE_INDEX, label_losses, supports_chunking
 from qlora_train.training.memory.activation_offloading import but_for_weights
 from tests.support.pico import FAMILIES, build_config
 
@@ -44,14 +44,14 @@ def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(4, 300, (3, 20), generator=generator)
     labels, attention_mask = input_ids.clone(), torch.ones_like(input_ids)
-    labels[0, :7] = IGNORED
-    labels[1, 15:], attention_mask[1, 15:] = IGNORED, 0
+    labels[0, :7] = IGNORE_INDEX
+    labels[1, 15:], attention_mask[1, 15:] = IGNORE_INDEX, 0
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
 
 
 def losses_and_gradients(model: Any, chunk_tokens: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
-    losses = label_losses(model, chunk_tokens, **batch()).nats
+    losses = label_losses(model, chunk_tokens, **batch()).nll
     (losses.sum() / 7).backward()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return losses.detach(), {name: parameter.grad.clone() for name, parameter in trained.items()}
@@ -67,7 +67,7 @@ def test_loss_and_gradients_in_chunks_are_those_of_the_whole(family: str, chunk_
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-5, msg=name)
-    assert can_chunk(model)
+    assert supports_chunking(model)
 
 
 @pytest.mark.parametrize("family", SCALED_HEADS)
@@ -92,7 +92,7 @@ def test_the_gradient_of_logits_is_made_where_they_are(family: str, monkeypatch:
     """No operation but the head's product, and the soft-capping there is, makes a tensor of their size."""
     monkeypatch.setitem(PIECE_BYTES, "cpu", 1)  # a row at a time
     model = adapted(family)
-    num_labels = int((batch()["labels"][:, 1:] != IGNORED).sum())
+    num_labels = int((batch()["labels"][:, 1:] != IGNORE_INDEX).sum())
     large: list[str] = []
 
     class Watch(TorchDispatchMode):
@@ -154,7 +154,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_a_model_that_is_built_otherwise_is_recognised() -> None:
-    assert not can_chunk(adapted(NOT_IN_CHUNKS))
+    assert not supports_chunking(adapted(NOT_IN_CHUNKS))
 
 
 class _LogitsOfItsOwn(nn.Module):
@@ -179,7 +179,7 @@ class _LogitsOfItsOwn(nn.Module):
 
 
 def test_a_model_whose_logits_need_more_than_hidden_states_is_recognised() -> None:
-    assert not can_chunk(_LogitsOfItsOwn(adapted("llama").get_base_model()))
+    assert not supports_chunking(_LogitsOfItsOwn(adapted("llama").get_base_model()))
 
 
 def test_a_head_that_needs_its_logits_for_the_gradient_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +188,9 @@ def test_a_head_that_needs_its_logits_for_the_gradient_is_recognised(monkeypatch
     head = model.get_output_embeddings()
     monkeypatch.setattr(head, "forward", lambda hidden: nn.functional.linear(hidden, head.weight).tanh())
     with torch.no_grad():
-        whole, chunks = (label_losses(model, chunk_tokens, **batch()).nats for chunk_tokens in (None, 5))
+        whole, chunks = (label_losses(model, chunk_tokens, **batch()).nll for chunk_tokens in (None, 5))
     torch.testing.assert_close(chunks, whole)
-    assert not can_chunk(model)
+    assert not supports_chunking(model)
 
 
 def test_a_model_that_rounds_otherwise_with_gradients_can_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_a_model_that_rounds_otherwise_with_gradients_can_chunk(monkeypatch: pyt
     mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
     own = mlp.forward
     monkeypatch.setattr(mlp, "forward", lambda x: own(x) * (2 if torch.is_grad_enabled() else 1))
-    assert can_chunk(model)
+    assert supports_chunking(model)
 
 
 def test_activations_are_moved_to_the_host_and_weights_are_not() -> None:

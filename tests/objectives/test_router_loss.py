@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_train.objectives.sft_loss import IGNORED, can_balance, label_losses
+from qlora_train.objectives.sft_loss import IGNORE_INDEX, has_aux_loss, label_losses
 from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ConfigError
 from tests.support.pico import build_config
@@ -43,16 +43,16 @@ def test_it_is_the_published_formula_over_real_tokens(model_type: str, chunk_tok
     model = AutoModelForCausalLM.from_config(build_config(model_type)).eval()
     ids = torch.randint(4, 300, (3, 20), generator=torch.Generator().manual_seed(1))
     mask, labels = torch.ones_like(ids), ids.clone()
-    mask[1, 12:], labels[1, 12:] = 0, IGNORED
-    found = label_losses(model, chunk_tokens, input_ids=ids, labels=labels, attention_mask=mask, with_balance=True)
+    mask[1, 12:], labels[1, 12:] = 0, IGNORE_INDEX
+    found = label_losses(model, chunk_tokens, input_ids=ids, labels=labels, attention_mask=mask, with_aux_loss=True)
     plain = label_losses(model, chunk_tokens, input_ids=ids, labels=labels, attention_mask=mask)
     output = model(input_ids=ids, attention_mask=mask, output_router_logits=True, use_cache=False)
     wanted = switch_loss(output.router_logits, mask.bool(), model.config.num_experts_per_tok)
-    assert found.balance is not None
-    torch.testing.assert_close(found.balance, wanted, rtol=1e-5, atol=1e-5)
-    assert found.balance > 1.9  # two choices a token: 2 is perfect balance
-    assert torch.equal(found.nats, plain.nats)
-    assert plain.balance is None
+    assert found.aux_loss is not None
+    torch.testing.assert_close(found.aux_loss, wanted, rtol=1e-5, atol=1e-5)
+    assert found.aux_loss > 1.9  # two choices a token: 2 is perfect balance
+    assert torch.equal(found.nll, plain.nll)
+    assert plain.aux_loss is None
 
 
 def test_a_step_adds_it_with_its_weight_however_the_batch_is_split(pico: Pico, tmp_path: Path) -> None:
@@ -60,10 +60,10 @@ def test_a_step_adds_it_with_its_weight_however_the_batch_is_split(pico: Pico, t
     base = pico("qwen3_moe")
     plain = train_run(tmp_path, base, *one_step, name="plain")
     weighed = train_run(tmp_path, base, *one_step, "train.router_aux_loss_coef=0.5", name="weighed")
-    [balance] = metrics(weighed, "router_aux_loss")
+    [aux_loss] = metrics(weighed, "router_aux_loss")
     assert metrics(plain, "router_aux_loss") == []
     difference = metrics(weighed, "loss")[0] - metrics(plain, "loss")[0]
-    assert difference == pytest.approx(0.5 * balance, rel=0.05)  # micro-batches differ in labels
+    assert difference == pytest.approx(0.5 * aux_loss, rel=0.05)  # micro-batches differ in labels
     assert metrics(weighed, "eval_loss") == pytest.approx(metrics(plain, "eval_loss"), abs=1e-4)
 
 
@@ -106,5 +106,5 @@ def test_model_without_one_is_refused(model_type: str, pico: Pico, tmp_path: Pat
 def test_most_mixtures_have_one() -> None:
     torch.manual_seed(0)
     names = ("olmoe", "qwen3_moe", "granitemoe", "phimoe", "jetmoe", "glm4_moe")
-    found = {name: can_balance(AutoModelForCausalLM.from_config(build_config(name))) for name in names}
+    found = {name: has_aux_loss(AutoModelForCausalLM.from_config(build_config(name))) for name in names}
     assert found == {**dict.fromkeys(names, True), "glm4_moe": False}

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from qlora_train.kernels import nf4_reference
 from qlora_train.planning.memory import memory_plan, optimizer_bytes, quantization_state_bytes
 from qlora_train.utils.errors import ModelError
+from tests.support import nf4_reference
 from tests.support.fake_cuda import IS_FAKE
 from tests.support.live_bytes import LiveBytes
 from tests.support.pico import FAMILIES, build_config

@@ -32,7 +32,7 @@ from model_flops import model_shape, step_flops
 
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import IGNORED, label_losses
+from qlora_train.objectives.sft_loss import IGNORE_INDEX, label_losses
 from tests.support.pico import build_config
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +44,9 @@ def counted_flops(config: Any, *, r: int, length: int, num_labels: int) -> int:
     model.enable_input_require_grads()  # the input's gradient is counted in every layer
     model = get_peft_model(model, LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM"))
     input_ids = torch.arange(2 * length).reshape(2, length) % config.vocab_size
-    labels = input_ids.masked_fill(torch.arange(length) < length - num_labels, IGNORED)
+    labels = input_ids.masked_fill(torch.arange(length) < length - num_labels, IGNORE_INDEX)
     with FlopCounterMode(display=False) as counter:
-        label_losses(model, input_ids=input_ids, labels=labels).nats.sum().backward()
+        label_losses(model, input_ids=input_ids, labels=labels).nll.sum().backward()
     return counter.get_total_flops()
 
 

@@ -82,7 +82,7 @@ def test_a_layer_keeps_less_from_level_to_level_and_as_much_as_is_counted(
     adapted, layers = on_the_fused_kernels(model_type, pico, tmp_path)
 
     def run() -> Any:  # in chunks, whose gradient is made in the forward pass
-        return label_losses(adapted.model, 3, **BATCH).nats
+        return label_losses(adapted.model, 3, **BATCH).nll
 
     adapted.model.train()
     counted = kept_bytes(adapted.model, layers, run)
@@ -128,7 +128,7 @@ def test_tiles_are_computed_once_more_and_no_two_at_a_time(
         return gate
 
     monkeypatch.setattr(gate_proj, "forward", counted)
-    label_losses(adapted.model.train(), **BATCH).nats.sum().backward()
+    label_losses(adapted.model.train(), **BATCH).nll.sum().backward()
     num_tiles = math.ceil(IDS.numel() / 7)
     assert len(alive) == 2 * num_tiles
     assert max(alive) <= 1

@@ -48,9 +48,9 @@ def test_a_model_has_the_same_bits(level: Level, pico: Pico, tmp_path: Path) -> 
 
     def run() -> Tensor:
         with moving.forward_pass(model):
-            return label_losses(model, **BATCH).nats
+            return label_losses(model, **BATCH).nll
 
-    wanted = gradients(model, lambda: label_losses(model, **BATCH).nats)
+    wanted = gradients(model, lambda: label_losses(model, **BATCH).nll)
     for _ in range(2):
         found = gradients(model, run)
         assert found.keys() == wanted.keys()

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 
 from qlora_train.adapters import AdaptedModel
 from qlora_train.kernels import shared_input
-from qlora_train.kernels.install import FastPath, install
+from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training.memory.dequantized_cache import fill_cache
 from qlora_train.training.parity.gradients import difference, gradients_of
@@ -28,7 +28,7 @@ IDS = torch.arange(60).reshape(3, 20) * 5 % 300 + 4
 BATCH: dict[str, Any] = {"input_ids": IDS, "labels": IDS}
 
 
-def put_in(model: AdaptedModel) -> FastPath:
+def put_in(model: AdaptedModel) -> FusedKernels:
     return install(model.model, lambda: label_losses(model.model, **BATCH))
 
 
@@ -39,7 +39,7 @@ def test_layers_that_read_the_same_input_are_one_group(pico_llama: Path, tmp_pat
         "adapted linear layers": 7 * layers, pairs: 2 * layers, "gated MLPs": layers, "RMS norms": 2 * layers + 1,
         "rotary embeddings": layers,
     }  # fmt: skip
-    assert not fast.left_out
+    assert not fast.skipped
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "gpt2", "mixtral"])
@@ -78,7 +78,7 @@ def test_what_it_does_not_compute_is_left_to_peft(setting: str, reason: str, pic
     model = adapted_model(tmp_path, pico("qwen2"), setting)
     wanted = gradients_of(model, BATCH)
     fast = put_in(model)
-    assert fast.left_out[reason] > 0
+    assert fast.skipped[reason] > 0
     assert difference(wanted, gradients_of(model, BATCH)).gradient < 1e-5
 
 
@@ -130,12 +130,12 @@ def test_kept_copies_are_the_same_numbers(pico_llama: Path, tmp_path: Path, mess
     model = adapted_model(tmp_path, pico_llama)
     fast = put_in(model)
     wanted = gradients_of(model, BATCH)
-    one = fast.weights[0].copy_bytes
+    one = fast.weights[0].dequantized_bytes
     fill_cache(fast.weights, 3.5 * one / 1e9, torch.device("cpu"))
-    assert 0 < sum(weight.kept is not None for weight in fast.weights) < len(fast.weights)
-    assert sum(weight.kept.nbytes for weight in fast.weights if weight.kept is not None) <= 3.5 * one
+    assert 0 < sum(weight.cached is not None for weight in fast.weights) < len(fast.weights)
+    assert sum(weight.cached.nbytes for weight in fast.weights if weight.cached is not None) <= 3.5 * one
     fill_cache(fast.weights, "auto", torch.device("cpu"))
-    assert all(weight.kept is not None for weight in fast.weights)
+    assert all(weight.cached is not None for weight in fast.weights)
     assert difference(wanted, gradients_of(model, BATCH)).gradient == 0
     assert "dequantised weights: 14 of 14 kept" in messages.text
 

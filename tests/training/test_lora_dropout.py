@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_train.adapters import AdaptedModel
 from qlora_train.kernels import tiled
-from qlora_train.kernels.install import FastPath, install
+from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.lora_linear import LoraLayers
 from qlora_train.objectives.sft_loss import label_losses
@@ -41,7 +41,7 @@ class Masked(nn.Module):
         return x * self._mask.view(x.shape) / (1 - RATE)
 
 
-def put_in(model: AdaptedModel) -> FastPath:
+def put_in(model: AdaptedModel) -> FusedKernels:
     return install(model.model, lambda: label_losses(model.model, **BATCH))
 
 
@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_those_of_peft_with_the_same_masks(
 ) -> None:
     model = adapted_model(tmp_path, pico(model_type), DROPOUT)
     fast = put_in(model)
-    assert not fast.left_out
+    assert not fast.skipped
     layers = Recomputation(model.model, fast.mlps)
     if not layers.can(level):
         pytest.skip("no MLP of it is fused")
@@ -114,10 +114,10 @@ def test_evaluation_mode_drops_nothing(pico_llama: Path, tmp_path: Path) -> None
     fast = put_in(model)
     state = torch.get_rng_state()
     model.model.eval()
-    found = label_losses(model.model, **BATCH).nats
+    found = label_losses(model.model, **BATCH).nll
     assert torch.equal(state, torch.get_rng_state())
     fast.uninstall()
-    torch.testing.assert_close(found, label_losses(model.model, **BATCH).nats, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, label_losses(model.model, **BATCH).nll, rtol=1e-5, atol=1e-5)
 
 
 def test_parity_check_of_a_run_is_without_dropout(pico_llama: Path, tmp_path: Path) -> None:

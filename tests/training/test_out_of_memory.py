@@ -22,7 +22,7 @@ from qlora_train.data import PreparedData
 from qlora_train.data.collate import Collator, RowOrder
 from qlora_train.data.streaming import RowStream
 from qlora_train.models import load_model, resolve_base
-from qlora_train.objectives.sft_loss import IGNORED
+from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
 from qlora_train.runs import RunFolder, apply_fitted_settings, random_state, record_fitted_settings
 from qlora_train.training import train_loop
@@ -140,9 +140,9 @@ def test_no_batch_of_a_run_is_larger_than_the_one_tried(
         trainer.state.global_step = epoch * steps
         for batch in chain.from_iterable(trainer.get_train_dataloader()):
             tokens.append(batch["input_ids"].numel())
-            labels.append(int((batch["labels"] != IGNORED).sum()))
+            labels.append(int((batch["labels"] != IGNORE_INDEX).sum()))
             documents.append(len(batch["row"]))
-    num_tried = int((tried["labels"] != IGNORED).sum())
+    num_tried = int((tried["labels"] != IGNORE_INDEX).sum())
     assert tried["input_ids"].numel() >= max(tokens)
     assert num_tried >= max(labels)
     assert num_documents >= max(documents)
@@ -159,7 +159,7 @@ def test_of_a_stream_full_rows_are_tried(pico_llama: Path, tmp_path: Path) -> No
     tried = Collator(0)(list(enumerate(largest_micro_batch(data, config))))
     assert tried["input_ids"].shape == (3, config.data.max_length)
     share = max(np.count_nonzero(row.loss_mask) / len(row.input_ids) for row in data.train.head())
-    num_labels = int((tried["labels"] != IGNORED).sum())
+    num_labels = int((tried["labels"] != IGNORE_INDEX).sum())
     assert share * 3 * config.data.max_length <= num_labels < share * 3 * config.data.max_length + 3
 
 

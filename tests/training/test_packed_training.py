@@ -23,7 +23,7 @@ from qlora_train.data.collate import PackCollator
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels.packed import attention as document_attention
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import IGNORED, label_losses
+from qlora_train.objectives.sft_loss import IGNORE_INDEX, label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer
@@ -56,7 +56,7 @@ def documents(*, seed: int = 0) -> list[torch.Tensor]:
 
 def labels_of(document: torch.Tensor) -> torch.Tensor:
     labels = document.clone()
-    labels[0] = IGNORED
+    labels[0] = IGNORE_INDEX
     return labels
 
 
@@ -70,7 +70,7 @@ def packed_batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 def losses_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses of all labels and the gradient of their sum, of all that trains."""
     model.zero_grad()
-    found = torch.cat([label_losses(model, **batch).nats for batch in batches])
+    found = torch.cat([label_losses(model, **batch).nll for batch in batches])
     found.sum().backward()
     gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return found.detach(), torch.cat(gradients)

@@ -21,7 +21,7 @@ from qlora_train.data.collate import FEWEST_SHARED, PackCollator, num_shared, ro
 from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import IGNORED
+from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer, padding_free
@@ -78,7 +78,7 @@ def one_by_one(rows: Sequence[Example]) -> list[dict[str, torch.Tensor]]:
             "input_ids": torch.from_numpy(each.input_ids).long()[None],
             "labels": torch.from_numpy(each.input_ids)
             .long()
-            .masked_fill(~torch.from_numpy(each.loss_mask), IGNORED)[None],
+            .masked_fill(~torch.from_numpy(each.loss_mask), IGNORE_INDEX)[None],
         }
         for each in rows
     ]
@@ -92,7 +92,7 @@ def test_a_shared_prefix_stands_in_a_row_once() -> None:
     batch = PackCollator(shares=True)([(3, row(prefix, [6, 7], 2)), (8, row(prefix, [7, 8, 9], 1))])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 7, 8, 9, 5, 6, 7]], "5 predicts the label 6"
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6]]
-    assert batch["labels"].tolist() == [[IGNORED] * 7 + [9, IGNORED, 6, 7]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX] * 7 + [9, IGNORE_INDEX, 6, 7]]
     assert batch["row"].tolist() == [8, 3]
 
 
@@ -105,7 +105,7 @@ def test_padding_is_documents_without_labels_that_are_no_longer_than_the_longest
     batch = PackCollator(pad_token_id=9, multiple_of=16)([(0, row([], [1, 2, 3, 4, 5], 2))])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5] + [9] * 11]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]]
-    assert batch["labels"].tolist() == [[IGNORED] * 3 + [4, 5] + [IGNORED] * 11]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX] * 3 + [4, 5] + [IGNORE_INDEX] * 11]
 
 
 @st.composite
@@ -130,17 +130,19 @@ def test_every_row_can_be_read_from_the_row_that_all_are_laid_into(rows: list[Ex
     for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
         if positions[begin] == 0:
             root = begin
-        assert labels[begin] == IGNORED, "nothing of its own predicts it"
+        assert labels[begin] == IGNORE_INDEX, "nothing of its own predicts it"
         shared = positions[begin]
-        found.append((ids[root : root + shared] + ids[begin:end], [IGNORED] * shared + labels[begin:end]))
+        found.append((ids[root : root + shared] + ids[begin:end], [IGNORE_INDEX] * shared + labels[begin:end]))
         assert shared == 0 or shared >= FEWEST_SHARED
     for number, (read_ids, read_labels) in zip(batch["row"].tolist(), found[: len(rows)], strict=True):
         wanted = rows[number]
         assert read_ids == wanted.input_ids.tolist()
         assert read_labels == [
-            token if label else IGNORED for token, label in zip(wanted.input_ids, wanted.loss_mask, strict=True)
+            token if label else IGNORE_INDEX for token, label in zip(wanted.input_ids, wanted.loss_mask, strict=True)
         ]
-    assert all(set(read_ids) == {7} and set(read_labels) == {IGNORED} for read_ids, read_labels in found[len(rows) :])
+    assert all(
+        set(read_ids) == {7} and set(read_labels) == {IGNORE_INDEX} for read_ids, read_labels in found[len(rows) :]
+    )
     assert sorted(batch["row"].tolist()) == list(range(len(rows)))
 
 

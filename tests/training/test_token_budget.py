@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_train.objectives.sft_loss import IGNORED
+from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.runs import RunFolder
 from qlora_train.training import padding_free
 from qlora_train.training.memory import auto_batch_size
@@ -92,7 +92,7 @@ def test_a_step_has_fewer_micro_batches_none_larger_than_the_one_tried(pico_llam
     batches = trainer.largest_batches()
     steps = list(trainer.get_train_dataloader())
     assert {len(step) for step in steps} == {1}
-    for count in (lambda batch: batch["input_ids"].numel(), lambda batch: int((batch["labels"] != IGNORED).sum())):
+    for count in (lambda batch: batch["input_ids"].numel(), lambda batch: int((batch["labels"] != IGNORE_INDEX).sum())):
         assert max(map(count, batches)) >= max(map(count, chain.from_iterable(steps)))
     assert max(len(batch["row"]) for batch in batches) >= 6
 

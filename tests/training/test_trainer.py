@@ -52,7 +52,7 @@ def test_without_the_handling_an_evaluation_would_damage_gradients(pico_llama: P
 
     def gradient() -> torch.Tensor:
         adapted.model.train().zero_grad()
-        label_losses(adapted.model, **batch).nats.sum().backward()
+        label_losses(adapted.model, **batch).nll.sum().backward()
         return torch.cat([p.grad.flatten() for p in trainable_state(adapted.model).values() if p.grad is not None])
 
     before = gradient()
@@ -75,7 +75,7 @@ def test_loss_of_labels_equals_the_plain_one(family: str, pico: Any, tmp_path: P
         ids[i, :length], mask[i, :length] = torch.tensor(row.input_ids), 1
         labels[i, :length] = torch.where(torch.tensor(row.loss_mask), ids[i, :length], -100)
     losses = label_losses(adapted.model, input_ids=ids, attention_mask=mask, labels=labels)
-    found, of_row = losses.nats, losses.of_row
+    found, row_index = losses.nll, losses.row_index
     logits = adapted.model(input_ids=ids, attention_mask=mask).logits.float()
     wanted = []
     for i in range(3):
@@ -83,7 +83,7 @@ def test_loss_of_labels_equals_the_plain_one(family: str, pico: Any, tmp_path: P
             if labels[i, position] != -100:
                 wanted.append(-torch.log_softmax(logits[i, position - 1], 0)[labels[i, position]])
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-5)
-    assert of_row.bincount().tolist() == [sum(row.loss_mask) for row in rows]
+    assert row_index.bincount().tolist() == [sum(row.loss_mask) for row in rows]
 
 
 def test_every_split_of_the_batch_gives_the_same_update(pico_llama: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     w_i = codebook[code_i] * absmax_b          absmax_b = table[index_b] * scale_(b // 256) + offset  where double-quantised
 
 A block's scale lives in registers alone; bitsandbytes writes all of them to memory as float32 and reads them back. The
-formulas are those of `qlora_train.kernels.nf4_reference`, with each product and sum rounded to float32 as there.
+formulas are those of `tests.support.nf4_reference`, with each product and sum rounded to float32 as there.
 """
 
 from collections.abc import Callable

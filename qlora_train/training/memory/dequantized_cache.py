@@ -27,9 +27,9 @@ def fill_cache(weights: Sequence[FrozenWeight], budget_gb: Literal["auto"] | flo
     kept = kept_bytes = 0
     quantized = [weight for weight in weights if weight.is_quantized]
     for weight in quantized:
-        if weight.copy_bytes <= left - kept_bytes:
-            weight.keep()
-            kept, kept_bytes = kept + 1, kept_bytes + weight.copy_bytes
+        if weight.dequantized_bytes <= left - kept_bytes:
+            weight.cache()
+            kept, kept_bytes = kept + 1, kept_bytes + weight.dequantized_bytes
     if kept:
         logger.info("dequantised weights: %d of %d kept, %.2f GB (train.dequantized_cache_gb: %s)", kept, len(quantized),
                     kept_bytes / 1e9, budget_gb)  # fmt: skip

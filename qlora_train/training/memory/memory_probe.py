@@ -13,7 +13,7 @@ from torch import nn
 from qlora_train.adapters import trainable_state
 from qlora_train.config.optimizers import TrainedTensor, optimizer_state_bytes
 from qlora_train.data.collate import Batch
-from qlora_train.objectives.sft_loss import IGNORED
+from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.training.parity.gradients import enable_checkpointing
 from qlora_train.training.parity.preserve_state import without_trace
 from qlora_train.training.qlora_trainer import QloraTrainer
@@ -82,12 +82,12 @@ def _train(trainer: QloraTrainer, model: nn.Module, batches: Sequence[Batch]) ->
 def _mean_loss(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> torch.Tensor:
     inputs = {name: tensor.to(trainer.adapted.loaded.device) for name, tensor in batch.items()}
     with trainer.compute_loss_context_manager():
-        return trainer.label_losses(model, inputs).nats.mean()
+        return trainer.label_losses(model, inputs).nll.mean()
 
 
 def _size(batch: Batch) -> str:
     rows, tokens = batch["input_ids"].shape
-    num_labels = int(np.count_nonzero(batch["labels"].numpy() != IGNORED))
+    num_labels = int(np.count_nonzero(batch["labels"].numpy() != IGNORE_INDEX))
     return f"{rows} x {tokens} tokens with {num_labels} labels"
 
 

@@ -16,7 +16,7 @@ from qlora_train.architectures import check_packing
 from qlora_train.config import RunConfig
 from qlora_train.data.collate import NumberedRows
 from qlora_train.kernels.packed import attention
-from qlora_train.objectives.sft_loss import IGNORED, label_losses
+from qlora_train.objectives.sft_loss import IGNORE_INDEX, label_losses
 from qlora_train.utils.errors import ConfigError, first_line
 
 CHECK_TOKENS = 32
@@ -112,7 +112,7 @@ class _Check:
     def _losses(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Return the losses of the last document of a row of tokens (seq,), (CHECK_TOKENS - 1,)."""
         labels = tokens.clone()
-        labels[: 1 - CHECK_TOKENS] = IGNORED
+        labels[: 1 - CHECK_TOKENS] = IGNORE_INDEX
         inputs: dict[str, Any] = {"input_ids": tokens, "labels": labels}
         inputs |= {"attention_mask": torch.ones_like(tokens)} if positions is None else {"position_ids": positions}
         was_training = self._model.training
@@ -120,7 +120,7 @@ class _Check:
         try:
             return label_losses(
                 self._model, **{name: tensor[None].to(self._device) for name, tensor in inputs.items()}
-            ).nats
+            ).nll
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:

@@ -14,8 +14,8 @@ from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.collate import Collator, padding_multiple
 from qlora_train.data.streaming import RowStream
-from qlora_train.kernels.install import FastPath, install
-from qlora_train.objectives.sft_loss import IGNORED, label_losses
+from qlora_train.kernels.install import FusedKernels, install
+from qlora_train.objectives.sft_loss import IGNORE_INDEX, label_losses
 from qlora_train.runs import RunFolder
 from qlora_train.training.parity.gradients import (
     BOUNDS,
@@ -37,7 +37,7 @@ SIZES = ((4, 128), (2, 128), (1, 128), (1, 32))
 
 def choose_fused_kernels(
     adapted: AdaptedModel, data: PreparedData, config: RunConfig, run: RunFolder
-) -> FastPath | None:
+) -> FusedKernels | None:
     """Install fused kernels if they match the reference; return None if the model keeps the reference.
 
     Args:
@@ -56,7 +56,7 @@ def choose_fused_kernels(
     run_id = run.metadata().get("run_id", "")
     known = load_parity(run.fused_kernels_file, run.fused_kernels(), run_id)
 
-    def chosen(num_rows: int, num_tokens: int) -> tuple[ParityResult, FastPath | None]:
+    def chosen(num_rows: int, num_tokens: int) -> tuple[ParityResult, FusedKernels | None]:
         rows = min(num_rows, config.train.per_device_train_batch_size)
         batch = first_tokens(adapted, data, rows, num_tokens)
         parity = known or _compare(adapted, batch, run_id)
@@ -72,11 +72,11 @@ def choose_fused_kernels(
         )
         return None
     logger.info("fast path: %s; differs from the plain one by %.1g of the loss and %.1g of the gradients",
-                fast.described(), parity.loss, parity.gradient)  # fmt: skip
+                fast.summary(), parity.loss, parity.gradient)  # fmt: skip
     return fast
 
 
-def _install(adapted: AdaptedModel, batch: dict[str, Any]) -> FastPath:
+def _install(adapted: AdaptedModel, batch: dict[str, Any]) -> FusedKernels:
     def run() -> None:
         with without_trace(adapted.model):
             label_losses(adapted.model, **batch)
@@ -95,13 +95,13 @@ def first_tokens(
         for row in islice(rows, min(num_rows, data.num_train_rows or num_rows))
     ]
     batch = Collator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))(list(enumerate(taken)))
-    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
     return {name: tensor.to(loaded.device) for name, tensor in batch.items() if name != "row"}
 
 
 def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> ParityResult:
     """Compute the batch with both, under full activation checkpointing; the model keeps the reference."""
-    fast: FastPath | None = None
+    fast: FusedKernels | None = None
     try:
         with full_checkpointing(adapted.loaded.model):
             wanted = gradients_of(adapted, batch)

@@ -102,7 +102,7 @@ def gradients_of(adapted: AdaptedModel, batch: Mapping[str, Any]) -> Gradients:
         torch.manual_seed(0)
         model.train()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = label_losses(model, **batch).nats.mean()
+            loss = label_losses(model, **batch).nll.mean()
         loss.backward()
         found = {name: parameter.grad.cpu() for name, parameter in trained.items() if parameter.grad is not None}
     return Gradients(float(loss.detach()), found)
