@@ -69,7 +69,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
     """
     device = select_device()
     with (
-        signals.clock(config.run.max_minutes),
+        signals.time_limit(config.run.max_minutes),
         deterministic_algorithms(config.run.deterministic),
         open_run(config, resume=resume) as (folder, checkpoint),
     ):
@@ -294,7 +294,7 @@ def write_adapter(
     metrics = {key: float(result[key]) for key in ("train_loss", "eval_loss") if result[key] is not None}
     folder.delete_results()
     about = {"run_id": folder.metadata()["run_id"], "num_changes": len(folder.metadata()["changes"])}
-    with atomic_io.staged_folder(folder.adapter, about) as staging:
+    with atomic_io.atomic_folder(folder.adapter, about) as staging:
         # "auto" guesses offline that resized embeddings were not modified; new rows are saved by their own tensors
         adapted.model.save_pretrained(str(staging), save_embedding_layers=False)
         save_tokenizer(adapted.loaded.tokenizer, staging, trust_remote_code=config.model.trust_remote_code)

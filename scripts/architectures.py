@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, logging
 
 from qlora_train.adapters import choose_targets, find_linears
-from qlora_train.architectures import ARCHITECTURES, OBSTACLES, Architecture, detect
+from qlora_train.architectures import ARCHITECTURES, NEEDS_ENCODERS, Architecture, detect
 from qlora_train.config import LoraSection
 from qlora_train.kernels.expert_linear import follows_interface
 from qlora_train.models.moe import expert_modules, expert_parameters
@@ -89,7 +89,7 @@ def line_of(row: Architecture) -> str:
         ", ".join(f"`{name}`" for name in carried),
         ", ".join(f"`{name}`" for name in row.keep_16bit),
         ("one at a time" if one_by_one else "a layer at a time") if stacks else "",
-        f"refused: {row.packing_obstacle}" if row.packing_obstacle else "yes",
+        f"refused: {row.packing_error}" if row.packing_error else "yes",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -102,14 +102,14 @@ def line_of_whole(model_type: str) -> str:
         model_type,
         f"`{text.language_model}` ({row.model_type})",
         ", ".join(f"`{module.name}`" for module in text.omitted_modules),
-        f"refused: {row.packing_obstacle}" if row.packing_obstacle else "yes",
+        f"refused: {row.packing_error}" if row.packing_error else "yes",
     )
     return f"| {' | '.join(cells)} |"
 
 
 def wholes() -> str:
     """Return the section on multimodal checkpoints."""
-    refused = "; ".join(f"`{model_type}`: {reason}" for model_type, reason in OBSTACLES.items())
+    refused = "; ".join(f"`{model_type}`: {reason}" for model_type, reason in NEEDS_ENCODERS.items())
     return WHOLE_HEAD + "\n".join(map(line_of_whole, sorted(WHOLE))) + f"\n\nRefused: {refused}.\n"
 
 

@@ -90,7 +90,9 @@ def _every_layer(model: nn.Module, linears: Mapping[str, nn.Module], architectur
 
 def _without_adapter(model: nn.Module, names: set[str], architecture: Architecture) -> dict[str, str]:
     """Return those of the short names that PEFT cannot put an adapter on in this model, with the reason."""
-    refused = {name: architecture.no_adapter_reason for name in sorted(names) if name in architecture.no_adapter}
+    refused = {
+        name: architecture.lora_unsupported_reason for name in sorted(names) if name in architecture.lora_unsupported
+    }
     translated = [name for name in sorted(names) if _peft_takes_for_experts(model, name)]
     reason = "PEFT takes this name for the experts that earlier versions of Transformers kept as layers"
     return refused | dict.fromkeys(translated, reason)

@@ -7,15 +7,22 @@ table holds the rest. A `model_type` without a row trains on the generic row, wh
 from collections.abc import Container, Mapping
 from typing import Any
 
-from qlora_train.architectures.multimodal import OBSTACLES, TEXT_PARTS, TEXT_TYPES, row_of, text_part, text_type
+from qlora_train.architectures.multimodal import (
+    NEEDS_ENCODERS,
+    TEXT_ARCHITECTURES,
+    TEXT_TYPES,
+    row_of,
+    text_config,
+    text_type,
+)
 from qlora_train.architectures.row import Architecture
 from qlora_train.architectures.table import ARCHITECTURES, EVERY_LINEAR_NAME
 from qlora_train.utils.errors import ConfigError, ModelError
 
 __all__ = [
     "ARCHITECTURES",
-    "OBSTACLES",
-    "TEXT_PARTS",
+    "NEEDS_ENCODERS",
+    "TEXT_ARCHITECTURES",
     "TEXT_TYPES",
     "Architecture",
     "check_max_length",
@@ -24,7 +31,7 @@ __all__ = [
     "default_chat_template",
     "detect",
     "max_positions",
-    "text_part",
+    "text_config",
 ]
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -64,7 +71,7 @@ def max_positions(config: Mapping[str, Any], architecture: Architecture) -> int 
     A rope scaling inside config.json counts only when it names the length it starts from; otherwise the number of
     positions is taken to include it, as the checkpoints of its authors do.
     """
-    config = text_part(config)
+    config = text_config(config)
     if architecture.unlimited_key and config.get(architecture.unlimited_key):
         return None
     found = (config[key] for key in POSITION_KEYS if isinstance(config.get(key), int))
@@ -81,7 +88,7 @@ def _scaled_positions(config: Mapping[str, Any], positions: int, rope_scaling: M
     start = rope_scaling.get("original_max_position_embeddings", positions)
     if rope_scaling["rope_type"] in ROPES_FROM_ORIGINAL:
         # Transformers lets this key of a config (Phi-3 has it) win over the one inside the rope settings
-        start = text_part(config).get("original_max_position_embeddings", start)
+        start = text_config(config).get("original_max_position_embeddings", start)
     return int(start * rope_scaling["factor"])
 
 
@@ -139,10 +146,10 @@ def check_packing(architecture: Architecture) -> None:
     Raises:
         ConfigError: the architecture cannot keep them apart.
     """
-    if architecture.packing_obstacle:
+    if architecture.packing_error:
         raise ConfigError(
             f"data.packing: true, but the documents of a pack would see each other in a {architecture.model_type} model: "
-            f"{architecture.packing_obstacle}; set data.packing to false"
+            f"{architecture.packing_error}; set data.packing to false"
         )
 
 

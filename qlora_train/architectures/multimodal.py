@@ -49,7 +49,7 @@ TEXT_TYPES = {
     "voxtral": "llama",
 }
 """`model_type` of a whole checkpoint -> that of its text part where config.json names none: the config class's default."""
-OBSTACLES = {
+NEEDS_ENCODERS = {
     "paligemma": "it reads a text in both directions, so that each token would see those it is to learn",
     "qwen2_audio": "its code asks the audio tower for its device, even for text",
 }
@@ -66,19 +66,19 @@ _ROWS = (
         "glm4v_text",
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
         32768,
-        packing_obstacle=NO_POSITIONS,
+        packing_error=NO_POSITIONS,
     ),
-    Architecture("glm4v_moe_text", LLAMA, 65536, packing_obstacle=NO_POSITIONS),
-    Architecture("qwen2_vl_text", LLAMA, 32768, packing_obstacle=NO_POSITIONS),
-    Architecture("qwen2_5_vl_text", LLAMA, 32768, packing_obstacle=NO_POSITIONS),
+    Architecture("glm4v_moe_text", LLAMA, 65536, packing_error=NO_POSITIONS),
+    Architecture("qwen2_vl_text", LLAMA, 32768, packing_error=NO_POSITIONS),
+    Architecture("qwen2_5_vl_text", LLAMA, 32768, packing_error=NO_POSITIONS),
     Architecture("qwen3_vl_text", LLAMA, 128000),
     Architecture("qwen3_vl_moe_text", ("q_proj", "k_proj", "v_proj", "o_proj"), 128000),
 )
-TEXT_PARTS = {row.model_type: row for row in _ROWS}
+TEXT_ARCHITECTURES = {row.model_type: row for row in _ROWS}
 """Rows of language models that are tried inside a whole checkpoint alone."""
 
 
-def text_part(config: Mapping[str, Any]) -> Any:
+def text_config(config: Mapping[str, Any]) -> Any:
     """Return what config.json says of the text model: its own part in a multimodal checkpoint, else all of it."""
     part = config.get(TEXT_CONFIG)
     return part if isinstance(part, Mapping) else config
@@ -87,12 +87,12 @@ def text_part(config: Mapping[str, Any]) -> Any:
 def row_of(config: Mapping[str, Any]) -> Architecture | None:
     """Return the row of a config's text model, if there is one."""
     model_type = text_type(config)
-    return ARCHITECTURES.get(model_type) or TEXT_PARTS.get(model_type)
+    return ARCHITECTURES.get(model_type) or TEXT_ARCHITECTURES.get(model_type)
 
 
 def text_type(config: Mapping[str, Any]) -> str:
     """Return the `model_type` of a config's text model, which is the config's own where nothing lies inside it."""
     whole = config["model_type"]
-    part = text_part(config)
+    part = text_config(config)
     named = None if part is config else part.get("model_type")
     return named if isinstance(named, str) else TEXT_TYPES.get(whole, whole)

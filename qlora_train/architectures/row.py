@@ -17,10 +17,10 @@ class Architecture:
         unlimited_key: a true value under this key of config.json means that positions do not end.
         linear_classes: subclasses of nn.Linear that compute the plain product; the library quantises none of them, so the
             loader does.
-        packing_obstacle: why documents that are packed into one row would see each other; empty where they do not.
+        packing_error: why documents that are packed into one row would see each other; empty where they do not.
         keep_16bit: last names of linear layers whose weight is read past the layer, so that it cannot be in 4 bits.
-        no_adapter: last names of linear layers that cannot carry LoRA.
-        no_adapter_reason: why they cannot.
+        lora_unsupported: last names of linear layers that cannot carry LoRA.
+        lora_unsupported_reason: why they cannot.
         known: False for the generic row.
     """
 
@@ -32,8 +32,8 @@ class Architecture:
     attention_reason: str = ""
     unlimited_key: str | None = None
     linear_classes: tuple[str, ...] = ()
-    packing_obstacle: str = ""
+    packing_error: str = ""
     keep_16bit: tuple[str, ...] = ()
-    no_adapter: tuple[str, ...] = ()
-    no_adapter_reason: str = ""
+    lora_unsupported: tuple[str, ...] = ()
+    lora_unsupported_reason: str = ""
     known: bool = True

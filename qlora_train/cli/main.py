@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from qlora_train import __version__
 from qlora_train.utils import network, signals
 from qlora_train.utils.errors import ConfigError, UserError, did_you_mean, explain
-from qlora_train.utils.launcher import leave_launcher
+from qlora_train.utils.launcher import clear_launcher_environment
 from qlora_train.utils.secrets import RedactingFormatter, redact
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ def prepare_libraries(*, offline: bool = False) -> None:
     """
     import warnings
 
-    leave_launcher()
+    clear_launcher_environment()
     if offline or network.is_offline():
         network.go_offline()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a wholly local run would call the Hub
@@ -326,7 +326,7 @@ def prepare_libraries(*, offline: bool = False) -> None:
 
     with redirect_stdout(io.StringIO()):  # at import it prints there how W&B runs, whether or not it is used
         from transformers.integrations import integration_utils  # noqa: F401
-    network.limit_waiting()
+    network.limit_hub_retries()
     for library in ("bitsandbytes", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|accelerate|bitsandbytes|torch|datasets)\.")

@@ -4,7 +4,7 @@ import glob
 from pathlib import Path
 from typing import Any
 
-from qlora_train.config.path_checks import names_a_base_on_disk, names_a_data_file
+from qlora_train.config.path_checks import is_local_data, is_local_model
 from qlora_train.config.schema import CHAT_TEMPLATE_NAMES, RunConfig, Source
 
 
@@ -15,7 +15,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     changes: dict[str, dict[str, Any]] = {
         "model": {
             "model_name_or_path": _absolute(model.model_name_or_path)
-            if names_a_base_on_disk(model.model_name_or_path)
+            if is_local_model(model.model_name_or_path)
             else model.model_name_or_path,
             "chat_template": template if template in (None, *CHAT_TEMPLATE_NAMES) else _absolute(str(template)),
         },
@@ -33,7 +33,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _absolute_sources(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     return tuple(
-        source.model_copy(update={"path": _absolute_pattern(source.path)}) if names_a_data_file(source.path) else source
+        source.model_copy(update={"path": _absolute_pattern(source.path)}) if is_local_data(source.path) else source
         for source in sources
     )
 

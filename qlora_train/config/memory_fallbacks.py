@@ -18,7 +18,7 @@ KEYS = (
 
 
 @dataclass(frozen=True)
-class Able:
+class Capabilities:
     """What can be done for a model where it is.
 
     Attributes:
@@ -32,10 +32,10 @@ class Able:
     recomputes_all: bool
 
 
-Rung = Callable[[TrainSection, Able], TrainSection | None]
+Fallback = Callable[[TrainSection, Capabilities], TrainSection | None]
 
 
-def split_micro_batch(train: TrainSection, _able: Able) -> TrainSection | None:
+def smaller_micro_batch(train: TrainSection, _able: Capabilities) -> TrainSection | None:
     """Halve the micro-batch, or divide it by the smallest number that it can be divided by; accumulate more of them."""
     rows = train.per_device_train_batch_size
     smaller = _largest_divisor_below(rows)
@@ -45,41 +45,41 @@ def split_micro_batch(train: TrainSection, _able: Able) -> TrainSection | None:
     return train.model_copy(update={"per_device_train_batch_size": smaller, "gradient_accumulation_steps": steps})
 
 
-def recompute(train: TrainSection, able: Able) -> TrainSection | None:
+def recompute(train: TrainSection, able: Capabilities) -> TrainSection | None:
     """Keep a layer's input alone, and compute the layer again in the backward pass."""
     if train.gradient_checkpointing is True or able.recomputes_all or not able.recomputes:
         return None
     return train.model_copy(update={"gradient_checkpointing": True, "recompute": "auto"})
 
 
-def offload(train: TrainSection, able: Able) -> TrainSection | None:
+def offload_activations(train: TrainSection, able: Capabilities) -> TrainSection | None:
     """Keep what the backward pass needs in the host's memory."""
     if train.activation_offloading or not able.on_gpu:
         return None
     return train.model_copy(update={"activation_offloading": True})
 
 
-RUNGS: tuple[Rung, ...] = (split_micro_batch, recompute, offload)
+FALLBACKS: tuple[Fallback, ...] = (smaller_micro_batch, recompute, offload_activations)
 """From the one that costs least to the one that costs most."""
 
 
-def next_rung(train: TrainSection, able: Able) -> TrainSection | None:
+def next_fallback(train: TrainSection, able: Capabilities) -> TrainSection | None:
     """Return the settings one rung further down, or None at the bottom.
 
     Args:
         train: settings that do not fit.
         able: what can be done.
     """
-    rungs = (rung(train, able) for rung in RUNGS)
+    rungs = (rung(train, able) for rung in FALLBACKS)
     return next((settings for settings in rungs if settings is not None), None)
 
 
-def overrides(asked: TrainSection, fitted: TrainSection) -> dict[str, Any]:
+def changed_settings(asked: TrainSection, fitted: TrainSection) -> dict[str, Any]:
     """Return the settings that a ladder changed, by key of the train section."""
     return {key: getattr(fitted, key) for key in KEYS if getattr(fitted, key) != getattr(asked, key)}
 
 
-def typed(changes: Mapping[str, Any]) -> str:
+def as_overrides(changes: Mapping[str, Any]) -> str:
     """Return changes as they are typed on the command line."""
     return " ".join(f"train.{key}={str(value).lower()}" for key, value in changes.items())
 

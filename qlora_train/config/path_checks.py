@@ -13,7 +13,7 @@ ALIASES = {"ndjson": "jsonl"}
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{2,}")
 
 
-def checked_path(value: str | None) -> str | None:
+def validate_path(value: str | None) -> str | None:
     """Return a path as it is, when a file system could hold it.
 
     Raises:
@@ -36,7 +36,7 @@ def checked_path(value: str | None) -> str | None:
     return value
 
 
-def checked_source(value: str) -> str:
+def validate_source(value: str) -> str:
     """Return the path of a data set as it is, when it is no URL.
 
     Raises:
@@ -47,11 +47,11 @@ def checked_source(value: str) -> str:
             f"a URL ({match.group()}...) is not read; allowed: a local file, folder or pattern, or the Hub id of a data "
             "set such as owner/name; fetch the file first and give its path"
         )
-    checked_path(value)
+    validate_path(value)
     return value
 
 
-def kind_of(path: Path) -> tuple[str, str] | None:
+def data_file_type(path: Path) -> tuple[str, str] | None:
     """Return what the suffixes of a data file say, (kind, compression), or None where they are not known."""
     words = [ALIASES.get(word, word) for word in path.name.lower().split(".")[1:]]
     if words and words[-1] in KINDS:
@@ -61,13 +61,13 @@ def kind_of(path: Path) -> tuple[str, str] | None:
     return None
 
 
-def names_a_data_file(text: str) -> bool:
+def is_local_data(text: str) -> bool:
     """Say whether a data source is local: it exists, or is written as no Hub id is."""
     path = Path(text).expanduser()
-    return path.exists() or glob.has_magic(text) or kind_of(path) is not None or _is_written_as_path(text)
+    return path.exists() or glob.has_magic(text) or data_file_type(path) is not None or _is_written_as_path(text)
 
 
-def names_a_base_on_disk(text: str) -> bool:
+def is_local_model(text: str) -> bool:
     """Say whether `model.model_name_or_path` is local: it exists, or is written as no Hub id is."""
     path = Path(text).expanduser()
     return path.exists() or path.suffix == ".gguf" or _is_written_as_path(text)

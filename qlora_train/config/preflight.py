@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qlora_train.config import RunConfig, Source
-from qlora_train.config.path_checks import names_a_base_on_disk, names_a_data_file
+from qlora_train.config.path_checks import is_local_data, is_local_model
 from qlora_train.config.schema import CHAT_TEMPLATE_NAMES
 from qlora_train.utils import network
-from qlora_train.utils.errors import ConfigError, did_you_mean, nearest
+from qlora_train.utils.errors import ConfigError, did_you_mean, nearest_names
 
 FLASH_ATTENTION = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -30,7 +30,7 @@ def check_machine(config: RunConfig) -> None:
 
 def _problems(config: RunConfig) -> Iterator[str]:
     model, adapter = config.model, config.lora.adapter_path
-    if problem := missing_base(model.model_name_or_path):
+    if problem := missing_model(model.model_name_or_path):
         yield f"model.model_name_or_path: {problem}"
     if model.chat_template is not None and (problem := unknown_template(model.chat_template)):
         yield f"model.chat_template: {problem}"
@@ -45,10 +45,10 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from tracker_problems(config.run.report_to)
 
 
-def missing_base(name: str) -> str | None:
+def missing_model(name: str) -> str | None:
     """Return why a local base cannot be there, or None; what may be on the Hub is not looked for."""
     path = Path(name).expanduser()
-    if not names_a_base_on_disk(name) or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+    if not is_local_model(name) or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return None
     return (
         f"{name} {'is a file' if path.is_file() else 'does not exist'}; give a folder with config.json and safetensors, a "
@@ -85,7 +85,7 @@ def _missing_source(source: Source) -> str | None:
 def missing_data(text: str) -> str | None:
     """Return that a local file, folder or pattern is not there, with the nearest name; None for what is, or on the Hub."""
     path = Path(text).expanduser()
-    if path.exists() or not names_a_data_file(text):
+    if path.exists() or not is_local_data(text):
         return None
     if glob.has_magic(text):
         return None if any(glob.iglob(str(path), recursive=True)) else no_match(path)  # noqa: PTH207
@@ -101,7 +101,7 @@ def _nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; its folder {path.parent} does not exist either"
     by_stem = {entry.name.partition(".")[0]: entry for entry in path.parent.iterdir()}
-    close = nearest(path.name.partition(".")[0], by_stem)
+    close = nearest_names(path.name.partition(".")[0], by_stem)
     found = " or ".join(str(path.parent / by_stem[stem].name) for stem in close)
     return f"; did you mean {found}?" if found else f"; the folder is {path.parent.resolve()}"
 
@@ -109,7 +109,7 @@ def _nearest_file(path: Path) -> str:
 def tracker_problems(names: Sequence[str]) -> Iterator[str]:
     """Yield a line for each tracker that is not installed, or would leave this machine offline."""
     for name in names:
-        variable = network.remote_tracker(name)
+        variable = network.remote_tracker_variable(name)
         if importlib.util.find_spec(name) is None:
             yield f"run.report_to: {name} is not installed; run: pip install {name}, or drop it"
         elif network.is_offline() and variable:

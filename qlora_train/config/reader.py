@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from qlora_train.config.schema import RunConfig
 from qlora_train.config.secret_check import secrets_in, secrets_typed
-from qlora_train.config.source_location import Place, Problem
+from qlora_train.config.source_location import Problem, SourceLocation
 from qlora_train.config.validation_errors import found_value, problems_of
 from qlora_train.config.yaml_reader import Node, read_yaml
-from qlora_train.utils.errors import ConfigError, nearest
+from qlora_train.utils.errors import ConfigError, nearest_names
 
 MAX_BYTES = 1_000_000
 MAX_LINES = 200
@@ -36,10 +36,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one line for every problem, each beginning with ``file:line: section.key`` or the override.
     """
-    return load_with_places(path, overrides)[0]
+    return load_with_locations(path, overrides)[0]
 
 
-def load_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Node]:
+def load_with_locations(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Node]:
     """Return the checked config and the tree it was read from, whose nodes know where they were written.
 
     Raises:
@@ -71,7 +71,7 @@ def _lines(problems: Sequence[Problem]) -> list[str]:
 def _read_file(path: Path) -> tuple[Node, list[Problem]]:
     """Return the tree of the file; what makes it unreadable as a whole is raised, what is wrong inside is listed."""
     text = _decode(path, _read_bytes(path))
-    root, problems = read_yaml(text, lambda line: Place(str(path), line))
+    root, problems = read_yaml(text, lambda line: SourceLocation(str(path), line))
     if secrets := list(secrets_in(root)):
         raise ConfigError(_lines(secrets))
     if problems and root.value is None:
@@ -104,7 +104,7 @@ def _nearest_file(path: Path) -> str:
     folders = [folder for folder in (path.parent, Path("configs"), Path("recipes")) if folder.is_dir()]
     files = {file.name: file for folder in reversed(folders) for file in folder.iterdir() if file.is_file()}
     stems = {file.stem: file for file in files.values()}
-    close = nearest(path.stem, stems)
+    close = nearest_names(path.stem, stems)
     return f"; did you mean {' or '.join(str(stems[stem]) for stem in close)}?" if close else ""
 
 
@@ -123,7 +123,7 @@ def _decode(path: Path, content: bytes) -> str:
 def _apply_override(root: Node, override: str) -> list[Problem]:
     """Set one value in the tree; return what is wrong with the override."""
     name, equals, text = override.partition("=")
-    place = Place("override " + " ".join(override.split()))
+    place = SourceLocation("override " + " ".join(override.split()))
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
         return [Problem(place, "", "not an override; write section.key=value, such as train.learning_rate=1e-4")]

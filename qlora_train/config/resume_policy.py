@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_train.utils.errors import did_you_mean
 
-FREE = (
+MUTABLE = (
     "run.output_dir", "run.report_to", "run.max_minutes", "run.allow_changed", "export.",
     "train.logging_steps", "train.save_steps", "train.save_total_limit",
     "train.on_nonfinite", "train.max_skipped_steps", "train.on_loss_spike",
@@ -19,13 +19,13 @@ FREE = (
 )  # fmt: skip
 """Settings, or sections of them, that may differ between the parts of one run."""
 
-SHAPES = (
+FIXED_SHAPE = (
     "lora.r", "lora.target_modules", "lora.use_dora", "lora.bias", "lora.modules_to_save", "model.new_tokens",
     "train.optim",
 )  # fmt: skip
 """Settings that decide what a checkpoint holds: they cannot change in a run."""
 
-FACTS = {
+RUN_METADATA = {
     "base": "the adapter was trained on another base model",
     "base_identity": "the adapter was trained on other weights of the base model",
     "data_fingerprint": "some rows would be trained twice, others never",
@@ -61,9 +61,9 @@ _EFFECTS = {
 """What a change of a setting would do, by key or section; the longest that fits counts."""
 
 
-def is_free(key: str) -> bool:
+def is_mutable(key: str) -> bool:
     """Say whether a setting may differ between the parts of a run."""
-    return key.startswith(FREE)
+    return key.startswith(MUTABLE)
 
 
 def why_not_allowed(key: str, settings: Sequence[str]) -> str | None:
@@ -73,26 +73,28 @@ def why_not_allowed(key: str, settings: Sequence[str]) -> str | None:
         key: what it names.
         settings: every setting, as ``section.key``.
     """
-    if key in SHAPES:
+    if key in FIXED_SHAPE:
         return (
             "decides what a checkpoint holds and cannot change in a run; begin a new run, with lora.adapter_path where it "
             "should start from this one's adapter"
         )
     if key in settings:
-        return "may always differ; drop it here" if is_free(key) else None
-    if key in FACTS:
+        return "may always differ; drop it here" if is_mutable(key) else None
+    if key in RUN_METADATA:
         return None
-    allowed = [*FACTS, *(name for name in settings if not is_free(name) and name not in SHAPES)]
+    allowed = [*RUN_METADATA, *(name for name in settings if not is_mutable(name) and name not in FIXED_SHAPE)]
     if hint := did_you_mean(key, allowed):
         return f"is not known{hint}"
-    return f"is not known; allowed: {', '.join(FACTS)}, and settings that decide a run, such as train.learning_rate"
+    return (
+        f"is not known; allowed: {', '.join(RUN_METADATA)}, and settings that decide a run, such as train.learning_rate"
+    )
 
 
 def effect_of(key: str) -> str:
     """Return what a change of a setting or fact would do."""
     fact = key.partition(".")[0]
-    if fact in FACTS:
-        return FACTS[fact]
+    if fact in RUN_METADATA:
+        return RUN_METADATA[fact]
     return _EFFECTS[max((start for start in _EFFECTS if key.startswith(start)), key=len, default="train.")]
 
 

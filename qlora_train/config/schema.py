@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from qlora_train.config.path_checks import checked_path, checked_source
+from qlora_train.config.path_checks import validate_path, validate_source
 from qlora_train.config.resume_policy import why_not_allowed
 from qlora_train.config.rope_scaling import check_rope_scaling
 
@@ -74,7 +74,7 @@ class ModelSection(Section):
             raise ValueError("trust_remote_code: true runs code from the Hub; set revision to a 40-digit commit hash")
         return self
 
-    _paths = field_validator("model_name_or_path", "chat_template")(checked_path)
+    _paths = field_validator("model_name_or_path", "chat_template")(validate_path)
 
     @field_validator("rope_scaling")
     @classmethod
@@ -125,7 +125,7 @@ class LoraSection(Section):
     adapter_path: str | None = None
     """Start from this adapter (a local PEFT folder) instead of a fresh one."""
 
-    _paths = field_validator("adapter_path")(checked_path)
+    _paths = field_validator("adapter_path")(validate_path)
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
@@ -187,7 +187,7 @@ class Source(Section):
     num_rows: int | None = Field(None, ge=1)
     """Take exactly this many rows an epoch: a sample, or every row as often as it takes; instead of `weight`."""
 
-    _paths = field_validator("path")(checked_source)
+    _paths = field_validator("path")(validate_source)
 
     @model_validator(mode="after")
     def _amount_is_given_once(self) -> Self:
@@ -264,7 +264,7 @@ class DataSection(Section):
     cache_limit: str = Field("50GB", pattern=r"^[1-9]\d*(MB|GB)$")
     """Largest size of that folder: data sets that were not used for longest make room."""
 
-    _paths = field_validator("cache_dir")(checked_path)
+    _paths = field_validator("cache_dir")(validate_path)
 
     @model_validator(mode="after")
     def _amounts_are_of_training_rows(self) -> Self:
@@ -407,7 +407,7 @@ class RunSection(Section):
     """What may differ from the run that is continued, by name: settings such as `train.num_train_epochs`, or `versions`,
     `device`, `num_threads`, `data_fingerprint`, `base_identity`."""
 
-    _paths = field_validator("output_dir")(checked_path)
+    _paths = field_validator("output_dir")(validate_path)
 
 
 class ExportSection(Section):

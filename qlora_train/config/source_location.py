@@ -6,7 +6,7 @@ from qlora_train.utils.secrets import redact
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SourceLocation:
     """A line, from 1, of a file, or an override (`source` is then ``override section.key=value``, without a line)."""
 
     source: str
@@ -25,7 +25,7 @@ class Place:
 class Problem:
     """What is wrong with the value called `name` (`section.key`, or empty for the file as a whole)."""
 
-    place: Place
+    place: SourceLocation
     name: str
     text: str
 

@@ -11,9 +11,9 @@ from pydantic_core import ErrorDetails
 from qlora_train.config.allowed_values import allowed_values, choices, is_section, key_models, takes_any_text
 from qlora_train.config.other_trainers import OTHER_NAMES, UNSUPPORTED
 from qlora_train.config.schema import RunConfig
-from qlora_train.config.source_location import Place, Problem
+from qlora_train.config.source_location import Problem, SourceLocation
 from qlora_train.config.yaml_reader import Node, core_scalar
-from qlora_train.utils.errors import nearest
+from qlora_train.utils.errors import nearest_names
 
 RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 LENGTH_ERRORS = {"too_short", "string_too_short"}
@@ -26,7 +26,7 @@ class Located:
     """A Pydantic error led back to the node it is about; `place` is that node's, or its parent's when it is missing."""
 
     path: tuple[str | int, ...]
-    place: Place
+    place: SourceLocation
     details: ErrorDetails
 
 
@@ -71,7 +71,7 @@ def nearest_keys(path: Sequence[str | int]) -> list[str]:
     section, _, key = OTHER_NAMES.get(str(path[-1]).lower(), "").partition(".")
     if path[:-1] == (section,):
         return [key]
-    return nearest(str(path[-1]), [name for model in key_models(path[:-1]) for name in model.model_fields])
+    return nearest_names(str(path[-1]), [name for model in key_models(path[:-1]) for name in model.model_fields])
 
 
 def _locate(details: ErrorDetails, root: Node) -> Located:
@@ -171,7 +171,7 @@ def _allowed(path: Sequence[str | int], value: Any) -> str:
     text = f"allowed: {allowed_values(path)}"
     if not isinstance(value, str):
         return f"{text}, in quotes" if isinstance(value, int | float) and takes_any_text(path) else text
-    close = nearest(value, choices(path))
+    close = nearest_names(value, choices(path))
     if close:
         return f"did you mean {' or '.join(close)}? {text}"
     return f"{text}, without quotes" if isinstance(core_scalar(value), int | float) else text

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from qlora_train.config.reader import load_with_places
+from qlora_train.config.reader import load_with_locations
 from qlora_train.config.schema import RunConfig
 from qlora_train.config.yaml_reader import UNUSUAL_SPACE, Node, core_scalar
 
@@ -64,7 +64,7 @@ def provenance(path: str | Path, overrides: Sequence[str] = ()) -> list[Setting]
     Raises:
         ConfigError: the config is wrong; one line a problem.
     """
-    config, root = load_with_places(path, overrides)
+    config, root = load_with_locations(path, overrides)
     return list(_settings(config, root))
 
 

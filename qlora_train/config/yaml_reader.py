@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qlora_train.config.source_location import Place, Problem
+from qlora_train.config.source_location import Problem, SourceLocation
 
 MAX_DEPTH = 12
 MAX_DIGITS = 400
@@ -56,7 +56,7 @@ class Node:
     """
 
     value: Any
-    place: Place
+    place: SourceLocation
 
     def plain(self) -> Any:
         """Return the value without places: dicts, tuples (a YAML list never changes) and scalars."""
@@ -96,7 +96,7 @@ class TreeBuilder:
     """
 
     events: Iterator[yaml.Event]
-    place_of: Callable[[int], Place]
+    place_of: Callable[[int], SourceLocation]
     problems: list[Problem] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
 
@@ -188,7 +188,7 @@ def _line(event: yaml.Event) -> int:
     return event.start_mark.line + 1
 
 
-def read_yaml(text: str, place_of: Callable[[int], Place]) -> tuple[Node, list[Problem]]:
+def read_yaml(text: str, place_of: Callable[[int], SourceLocation]) -> tuple[Node, list[Problem]]:
     """Return the tree of the one document in `text`, and the problems found on the way.
 
     Args:
@@ -219,7 +219,7 @@ def _read_document(builder: TreeBuilder) -> Node:
     return root or Node(None, builder.place_of(1))
 
 
-def _syntax_problem(error: yaml.YAMLError, text: str, place_of: Callable[[int], Place]) -> Problem:
+def _syntax_problem(error: yaml.YAMLError, text: str, place_of: Callable[[int], SourceLocation]) -> Problem:
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return Problem(place_of(line), "", f"character U+{error.character:04X} is not allowed in YAML; remove it")

@@ -54,10 +54,10 @@ def keep_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:
         fingerprint: of the data.
     """
     about = {"num_train_rows": rows.num_train_rows, "data_fingerprint": fingerprint}
-    if atomic_io.about(folder) == about and atomic_io.damage(folder) is None:
+    if atomic_io.read_metadata(folder) == about and atomic_io.verify_manifest(folder) is None:
         return
     dtype = np.dtype(np.int32)
-    with atomic_io.staged_folder(folder, about) as staging:
+    with atomic_io.atomic_folder(folder, about) as staging:
         for part, examples in zip(PARTS, (_first(rows.first_rows()), rows.eval), strict=True):
             store = staging / part
             store.mkdir()
@@ -78,7 +78,7 @@ def kept_rows(folder: Path) -> RunRows:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    problem = atomic_io.damage(folder)
+    problem = atomic_io.verify_manifest(folder)
     if problem is not None:
         raise CheckpointError(f"{folder}: the rows that this run is measured on: {problem}; restore the folder")
     try:
@@ -88,7 +88,7 @@ def kept_rows(folder: Path) -> RunRows:
         )
     except (DataError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: is not as it was written ({error}); restore the folder") from None
-    return RunRows(train, held_out, atomic_io.about(folder)["num_train_rows"])
+    return RunRows(train, held_out, atomic_io.read_metadata(folder)["num_train_rows"])
 
 
 def _first(rows: Sequence[Example]) -> Iterator[Example]:

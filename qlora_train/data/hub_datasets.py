@@ -37,7 +37,7 @@ def hub_files(source: Source, key: str) -> list[DataFile]:
         ranges = datasets.ReadInstruction.from_spec(source.split).to_absolute(num_rows)
         return _files_of(name, [(loaded[it.splitname], it.from_, it.to) for it in ranges])
     except ConnectionError:
-        raise DataError(f"{key}: the Hub data set {name} {network.unreachable()}") from None
+        raise DataError(f"{key}: the Hub data set {name} {network.unreachable_reason()}") from None
     except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise their own kinds
         raise DataError(
             f"{key}: the Hub data set {name} cannot be loaded: {type(error).__name__}: {first_line(error).rstrip('.;')}; "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_train.config.path_checks import ALIASES, COMPRESSIONS, TEXT_KINDS, kind_of, names_a_data_file
+from qlora_train.config.path_checks import ALIASES, COMPRESSIONS, TEXT_KINDS, data_file_type, is_local_data
 from qlora_train.config.preflight import missing_data, no_match
 from qlora_train.config.schema import Source
 from qlora_train.utils.errors import DataError
@@ -68,7 +68,7 @@ def find_files(source: Source, key: str) -> list[DataFile]:
     """
     path = Path(source.path).expanduser()
     try:
-        if names_a_data_file(source.path):
+        if is_local_data(source.path):
             return _local_files(source, path, key)
     except OSError as error:
         raise DataError(f"{key}: {source.path} cannot be read: {error.strerror}") from None
@@ -101,7 +101,7 @@ def _refuse_idle_settings(source: Source, settings: Iterable[str], key: str) -> 
 
 
 def _known(path: Path, key: str) -> DataFile:
-    known = kind_of(path)
+    known = data_file_type(path)
     if known is None:
         found = "".join(path.suffixes[-2:]) if path.suffix[1:].lower() in COMPRESSIONS else path.suffix
         raise DataError(f"{key}: {path} cannot be read: found {found or 'no suffix'}; expected {SUFFIX_LIST}")
@@ -112,7 +112,7 @@ def _known(path: Path, key: str) -> DataFile:
 def _files_of_folder(folder: Path, key: str) -> list[DataFile]:
     entries = sorted(folder.iterdir())
     visible = [entry for entry in entries if not entry.name.startswith(".") and not entry.is_dir()]
-    files = [_known(entry, key) for entry in visible if kind_of(entry) is not None]
+    files = [_known(entry, key) for entry in visible if data_file_type(entry) is not None]
     if not files:
         found = ", ".join(entry.name + "/" * entry.is_dir() for entry in entries[:5]) or "no files"
         raise DataError(f"{key}: folder {folder} holds no data file: found {found}; expected {SUFFIX_LIST}")

@@ -59,11 +59,11 @@ class StoreCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked(key):
-                problem = atomic_io.damage(final) if final.exists() else "absent"
+                problem = atomic_io.verify_manifest(final) if final.exists() else "absent"
                 if problem not in (None, "absent"):
                     log.warning("%s: tokenised data is damaged (%s) and is made again", final, problem)
                 if problem is not None:
-                    with atomic_io.staged_folder(final) as staging:
+                    with atomic_io.atomic_folder(final) as staging:
                         make(staging)
                 os.utime(final)
                 store = opened(final)

@@ -76,7 +76,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], num_proc
                 yield waiting.popleft().result()
             reading.finish()
         except BrokenProcessPool:
-            signals.check()  # a signal to the whole group ends the workers too
+            signals.raise_if_requested()  # a signal to the whole group ends the workers too
             raise DataError(
                 "data: a process that tokenises was killed, probably for want of memory; set data.num_proc below "
                 f"{num_proc}"

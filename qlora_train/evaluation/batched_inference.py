@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qlora_train.utils.device import attempt
+from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def compute_in_batches(
         while left:
             length = lengths[left[0]]
             rows = left[: int(max(1, min(len(left), max_tokens // length)))]
-            _, reason = attempt(partial(compute, rows))
+            _, reason = catch_out_of_memory(partial(compute, rows))
             if reason is None:
                 left = left[len(rows) :]
                 continue

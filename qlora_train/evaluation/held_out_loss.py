@@ -20,7 +20,7 @@ from qlora_train.evaluation.batched_inference import (
 )
 from qlora_train.objectives.sft_loss import FLOAT32_BYTES, label_logits, label_losses
 from qlora_train.utils import signals
-from qlora_train.utils.device import attempt
+from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import DataError
 
 MAX_LOGITS = 1 << 28
@@ -83,7 +83,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
     max_labels = MAX_LOGITS // model.config.get_text_config().vocab_size
 
     def compute(batch: Sequence[int]) -> None:
-        signals.check()
+        signals.raise_if_requested()
         tensors = collate([(index, examples[index]) for index in batch])
         inputs: dict[str, Any] = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask")}
         losses = label_losses(model, **inputs, labels=tensors["labels"])
@@ -111,10 +111,12 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
     collate, device = Collator(0), input_device(model)
     with evaluation_mode(model):
         for example in examples:
-            signals.check()
+            signals.raise_if_requested()
             tensors = collate([(0, example)])
             input_ids = tensors["input_ids"].to(device)
-            logits, reason = attempt(partial(label_logits, model, input_ids=input_ids, labels=tensors["labels"]))
+            logits, reason = catch_out_of_memory(
+                partial(label_logits, model, input_ids=input_ids, labels=tensors["labels"])
+            )
             if logits is None:
                 raise row_too_long(len(example.input_ids), reason, ONE_ROW_ADVICE)
             for some in logits.split(max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))):

@@ -99,13 +99,13 @@ def start_method() -> str:
 def _answer(process: BaseProcess, connection: Connection) -> dict[str, Any]:
     """Return what the process says; a problem when it dies without a word."""
     while not multiprocessing.connection.wait([connection, process.sentinel], POLL_SECONDS):
-        signals.check()
+        signals.raise_if_requested()
     with suppress(EOFError, OSError):
         if connection.poll():
             answer: dict[str, Any] = json.loads(connection.recv_bytes())
             return answer
     process.join()
-    signals.check()  # a signal to the whole group ends it too
+    signals.raise_if_requested()  # a signal to the whole group ends it too
     status = process.exitcode or 0
     how = f"was ended by signal {-status}, as a system does that runs out of memory" if status < 0 else (
         f"ended with status {status}; a script that uses this package starts it under if __name__ == '__main__'"

@@ -18,9 +18,9 @@ from typing import Any
 
 from qlora_train.export.merging.auxiliary_files import NAMED_TEMPLATES
 from qlora_train.utils import network
-from qlora_train.utils.atomic_io import MANIFEST, damage
+from qlora_train.utils.atomic_io import MANIFEST, verify_manifest
 from qlora_train.utils.errors import ExportError, first_line
-from qlora_train.utils.secrets import complaint
+from qlora_train.utils.secrets import secret_error
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
     """
     if not _REPO.fullmatch(repo) or "--" in repo or ".." in repo:
         raise ExportError(f"--push {repo}: is no repository; give owner/name, for example my-name/my-model")
-    if problem := damage(folder):
+    if problem := verify_manifest(folder):
         raise ExportError(f"{folder}: {problem}; it is not sent as it is: train or merge again")
     templates = folder / NAMED_TEMPLATES
     paths = sorted(path for path in folder.rglob("*") if path.name != MANIFEST and path != templates)
@@ -138,7 +138,7 @@ def _private_things(path: Path) -> Iterator[str]:
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".json":
         text = "\n".join(_strings(_parsed(path, text)))
-    if found := complaint(text):
+    if found := secret_error(text):
         yield f"{path}: {found}"
     if path.suffix != ".py" and (match := _PATH.search(text)):
         yield f"{path}: names a path of a machine, {match[0]}; take it out, then push again"

@@ -107,7 +107,7 @@ def export_vllm(folder: RunFolder, config: RunConfig, source: BaseSource, output
     base = str(source.folder) if source.revision is None else source.name
     name, system = folder.path.resolve().name, folder.system_prompt()
     serve = partial(_command, config, source.revision, kept["r"], name)
-    with atomic_io.staged_folder(output, {"format": "vllm"}) as staging:
+    with atomic_io.atomic_folder(output, {"format": "vllm"}) as staging:
         for path in folder.adapter.iterdir():
             if path.is_dir():
                 shutil.copytree(path, staging / path.name)

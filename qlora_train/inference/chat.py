@@ -25,7 +25,7 @@ from qlora_train.data.types import Message
 from qlora_train.evaluation.generation import make_generation_config, stop_token_ids, tokens_beyond_embedding
 from qlora_train.inference.finished_run import FinishedRun
 from qlora_train.utils import signals
-from qlora_train.utils.device import attempt
+from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def chat(run: FinishedRun, settings: ChatSettings) -> None:
     ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(stop_token_ids(model, tokenizer))))
     logger.info("chat: %s model of %s; answers are %s, of at most %d tokens, and end with %s; /help lists the commands",
                 name, run.folder.path, how, settings.max_new_tokens, ends)  # fmt: skip
-    with signals.interrupts_to(talk.interrupt):
+    with signals.on_interrupt(talk.interrupt):
         for line in _lines():
             if line.strip() == "/quit":
                 break
@@ -161,7 +161,7 @@ class Chat:
                            len(ids), self._positions())  # fmt: skip
             return
         max_new_tokens = min(room, self.settings.max_new_tokens)
-        answer, reason = attempt(partial(self._answer, ids, max_new_tokens))
+        answer, reason = catch_out_of_memory(partial(self._answer, ids, max_new_tokens))
         if answer is None:
             logger.warning("out of memory: %d tokens and %d new ones do not fit (%s); /reset begins a new conversation, "
                            "--max-new-tokens shortens answers", len(ids), max_new_tokens, reason)  # fmt: skip

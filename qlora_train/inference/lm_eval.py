@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_train.inference.finished_run import FinishedRun, existing_models
-from qlora_train.utils.device import attempt
+from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,9 @@ def _measure(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings, s
     """Return the scores of a model by task; where memory runs out, from the start with half the batch."""
     batch_size = settings.batch_size
     while True:  # little is computed twice: each type of request begins with its longest rows
-        measured, reason = attempt(partial(_simple_evaluate, model, tokenizer, manager, settings, system, batch_size))
+        measured, reason = catch_out_of_memory(
+            partial(_simple_evaluate, model, tokenizer, manager, settings, system, batch_size)
+        )
         if measured is not None:
             asked = {"chat_template": settings.chat_template, "system_prompt": system}
             return {task: _scores(task, measured) | asked for task in measured["results"]}

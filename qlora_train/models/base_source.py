@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.config import ModelSection
-from qlora_train.config.preflight import missing_base
+from qlora_train.config.preflight import missing_model
 from qlora_train.models.gguf_base import convert_gguf
 from qlora_train.models.legacy_bin import convert_legacy_bin, has_legacy_bin
 from qlora_train.models.remote_code import check_trusted_code
@@ -78,7 +78,7 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
     if path.is_dir():
         source = BaseSource(path, path.resolve().name, None, _read_config(path, model.model_name_or_path))
     else:
-        if problem := missing_base(model.model_name_or_path):
+        if problem := missing_model(model.model_name_or_path):
             raise ModelError(f"model.model_name_or_path: {problem}")
         source = _download(model, weights=weights)
     if (weights or source.revision is None) and has_legacy_bin(source.folder):
@@ -159,4 +159,4 @@ def hub_errors(where: str) -> Iterator[None]:
         ) from None
     # HTTPError is the base of whatever the Hub client's HTTP library raises on the way
     except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
-        raise ModelError(f"{where} {network.unreachable()}") from None
+        raise ModelError(f"{where} {network.unreachable_reason()}") from None

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_train.models.safetensors_writer import TensorSpec, write_safetensors
-from qlora_train.utils.atomic_io import damage, sha256_of, staged_folder
+from qlora_train.utils.atomic_io import atomic_folder, sha256_of, verify_manifest
 from qlora_train.utils.errors import ModelError
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -48,13 +48,13 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
     """
     _check_file(path)
     folder = cache_dir / f"{path.stem}-{path.stat().st_size}-{sha256_of(path)[:16]}"
-    if folder.exists() and (problem := damage(folder)) is None:
+    if folder.exists() and (problem := verify_manifest(folder)) is None:
         logger.info("gguf: %s was converted before, in %s", path.name, folder)
         return folder
     elif folder.exists():
         logger.warning("gguf: %s is damaged (%s) and is made again", folder, problem)
     logger.info("gguf: %s is converted to bfloat16 safetensors in %s", path.name, folder)
-    with staged_folder(folder) as staging:
+    with atomic_folder(folder) as staging:
         _convert(path, staging)
     return folder
 

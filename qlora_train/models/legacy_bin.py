@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.models.safetensors_writer import NAMES, TensorSpec, write_safetensors
-from qlora_train.utils.atomic_io import damage, sha256_of, staged_folder
+from qlora_train.utils.atomic_io import atomic_folder, sha256_of, verify_manifest
 from qlora_train.utils.errors import ModelError, first_line
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -56,13 +56,13 @@ def convert_legacy_bin(folder: Path, cache_dir: Path, where: str) -> Path:
     for path in (*weights, *companions):
         digest.update(f"{path.relative_to(folder)} {sha256_of(path)}".encode())
     converted = cache_dir / f"{folder.resolve().name}-{digest.hexdigest()[:16]}"
-    if converted.exists() and (problem := damage(converted)) is None:
+    if converted.exists() and (problem := verify_manifest(converted)) is None:
         logger.info("pickled weights: %s were converted before, in %s", weights[0].name, converted)
         return converted
     elif converted.exists():
         logger.warning("pickled weights: %s is damaged (%s) and is made again", converted, problem)
     logger.info("pickled weights: %s is converted to safetensors in %s", weights[0].name, converted)
-    with staged_folder(converted) as staging:
+    with atomic_folder(converted) as staging:
         for path in companions:
             copy = staging / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qlora_train.architectures import Architecture, detect, text_part
+from qlora_train.architectures import Architecture, detect, text_config
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.kernels import grouped_sdpa
 from qlora_train.models.base_source import BaseSource, resolve_base
@@ -262,7 +262,7 @@ def model_config(source: BaseSource, model: ModelSection) -> Any:
 def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], name: str) -> Any:
     """Replace a config's own RoPE scaling by `scaling`, keeping only what the trained weights fix (base, share)."""
     whole = config.to_dict()
-    content = text_part(whole)
+    content = text_config(whole)
     own, positions = content.get("rope_parameters"), content.get("max_position_embeddings")
     if not own or not positions:
         raise ConfigError(f"model.rope_scaling: {name} has no rotary positions to scale; drop it")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM
 
-from qlora_train.architectures import OBSTACLES
+from qlora_train.architectures import NEEDS_ENCODERS
 from qlora_train.utils.errors import ModelError, first_line
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def text_model(config: Any) -> TextModel:
     whole = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
     if whole is None:
         return TextModel(AutoModelForCausalLM)
-    if obstacle := OBSTACLES.get(config.model_type):
+    if obstacle := NEEDS_ENCODERS.get(config.model_type):
         raise _refusal(config, obstacle)
     text = config.get_text_config(decoder=True)
     if text is config:

@@ -10,7 +10,7 @@ from qlora_train.utils import atomic_io
 from qlora_train.runs.run_folder import RunFolder
 from qlora_train.config import RunConfig, load_config
 from qlora_train.config.absolute_paths import with_absolute_paths
-from qlora_train.config.resume_policy import SHAPES, effect_of, flat_settings, is_free
+from qlora_train.config.resume_policy import FIXED_SHAPE, effect_of, flat_settings, is_mutable
 from qlora_train.config.writer import to_yaml
 from qlora_train.utils.errors import CheckpointError
 
@@ -28,7 +28,7 @@ def changed_settings(run: RunFolder, config: RunConfig) -> list[Change]:
     """Return the settings that decide a run and differ from those that it was begun with."""
     items = load_config(run.config_file), with_absolute_paths(config)
     before, now = (flat_settings(item.model_dump(mode="json")) for item in items)
-    return [change for change in _differences(before, now) if not is_free(change.key)]
+    return [change for change in _differences(before, now) if not is_mutable(change.key)]
 
 
 def check_same_settings(run: RunFolder, config: RunConfig) -> None:
@@ -118,9 +118,9 @@ def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
 
 def _line(run: RunFolder, change: Change) -> str:
     ways = ["set it back", "choose another run.output_dir for a new run"]
-    if change.key not in SHAPES:
+    if change.key not in FIXED_SHAPE:
         ways.insert(1, f"accept that with run.allow_changed=[{_allowed_name(change.key)}]")
-    effect = effect_of(change.key) if change.key not in SHAPES else "checkpoints of this run do not fit it"
+    effect = effect_of(change.key) if change.key not in FIXED_SHAPE else "checkpoints of this run do not fit it"
     return (
         f"{run.path}: {change.key} was {change.before!r} when this run began and is {change.now!r} now: {effect}; "
         f"{', '.join(ways[:-1])} or {ways[-1]}"

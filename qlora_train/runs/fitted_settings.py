@@ -10,16 +10,16 @@ from pydantic import ValidationError
 
 from qlora_train.utils import atomic_io
 from qlora_train.runs.run_folder import RunFolder
-from qlora_train.config.resume_policy import is_free
+from qlora_train.config.resume_policy import is_mutable
 from qlora_train.config.schema import TrainSection
 from qlora_train.utils.errors import CheckpointError
-from qlora_train.config.memory_fallbacks import KEYS, overrides
+from qlora_train.config.memory_fallbacks import KEYS, changed_settings
 
 
 def record_fitted_settings(run: RunFolder, asked: TrainSection, fitted: TrainSection, why: str) -> None:
     """Record what a run trains with instead of what was asked for, and why."""
     before = {key: getattr(asked, key) for key in KEYS}
-    entry = {"asked": before, "applied": overrides(asked, fitted), "why": why}
+    entry = {"asked": before, "applied": changed_settings(asked, fitted), "why": why}
     atomic_io.write_text(run.fitted_settings_file, json.dumps(entry, indent=2) + "\n")
 
 
@@ -38,7 +38,7 @@ def apply_fitted_settings(run: RunFolder, asked: TrainSection) -> TrainSection:
     try:
         before: dict[str, Any] = entry["asked"]
         changed = {key for key in KEYS if before[key] != getattr(asked, key)}
-        if not all(is_free(f"train.{key}") for key in changed):
+        if not all(is_mutable(f"train.{key}") for key in changed):
             return asked
         applied = {key: value for key, value in entry["applied"].items() if key not in changed}
         return TrainSection.model_validate({**asked.model_dump(), **applied})

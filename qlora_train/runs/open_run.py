@@ -105,7 +105,7 @@ def _refuse_foreign(run: RunFolder) -> None:
     if run.config_file.is_file():
         return
     names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
-    if run.path.is_file() or any(name != LOCK and not atomic_io.is_leftover(name) for name in names):
+    if run.path.is_file() or any(name != LOCK and not atomic_io.is_stale(name) for name in names):
         raise CheckpointError(
             f"{run.path}: run.output_dir is not empty and holds no run (no config.yaml); choose another run.output_dir"
         )

@@ -108,13 +108,13 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         """Whether training is done and its adapter is whole: the one of all changes that were accepted since."""
-        if not self.adapter.is_dir() or atomic_io.damage(self.adapter) is not None:
+        if not self.adapter.is_dir() or atomic_io.verify_manifest(self.adapter) is not None:
             return False
-        return atomic_io.about(self.adapter).get("num_changes") == len(self.metadata().get("changes", []))
+        return atomic_io.read_metadata(self.adapter).get("num_changes") == len(self.metadata().get("changes", []))
 
     def has_merged(self) -> bool:
         """Whether there is a whole merged model."""
-        return self.merged.is_dir() and atomic_io.damage(self.merged) is None
+        return self.merged.is_dir() and atomic_io.verify_manifest(self.merged) is None
 
     def has_begun(self) -> bool:
         """Whether there is anything to continue or to lose; a run that stopped before its first checkpoint has not."""
@@ -137,8 +137,8 @@ class RunFolder:
     def checkpoint_problem(self, step: int) -> str | None:
         """Return why the checkpoint after `step` cannot be gone on from, or None when it is whole and of this run."""
         folder = self.checkpoint(step)
-        found, wanted = atomic_io.about(folder), self.checkpoint_metadata(step)
-        problem = atomic_io.damage(folder)
+        found, wanted = atomic_io.read_metadata(folder), self.checkpoint_metadata(step)
+        problem = atomic_io.verify_manifest(folder)
         if problem is not None or found == wanted:
             return problem
         if found.get("run_id") != wanted["run_id"]:
@@ -176,7 +176,7 @@ class RunFolder:
         run_id = self.metadata().get("run_id")
         for step in self.checkpoint_steps():
             folder = self.checkpoint(step)
-            if folder.name > checkpoint.name and atomic_io.about(folder).get("run_id", run_id) == run_id:
+            if folder.name > checkpoint.name and atomic_io.read_metadata(folder).get("run_id", run_id) == run_id:
                 logger.warning("checkpoint %s is deleted: the run goes on from %s", folder.name, checkpoint.name)
                 atomic_io.remove_folder(folder)
 
@@ -193,9 +193,9 @@ class RunFolder:
 
     def remove_stale_files(self) -> None:
         """Clear what a process that was killed left half done."""
-        atomic_io.sweep(self.path)
-        atomic_io.sweep(self.checkpoints)
-        atomic_io.sweep(self.exports)
+        atomic_io.remove_stale_files(self.path)
+        atomic_io.remove_stale_files(self.checkpoints)
+        atomic_io.remove_stale_files(self.exports)
 
     def metadata(self) -> dict[str, Any]:
         """Return what run.json recorded when the run began, empty when there is none.

@@ -43,7 +43,7 @@ from qlora_train.training.parity.gradients import (
     within_memory,
 )
 from qlora_train.training.parity.parity_result import ParityResult, load_parity, save_parity
-from qlora_train.utils.errors import CheckpointError, ConfigError, first_line, not_deterministic
+from qlora_train.utils.errors import CheckpointError, ConfigError, first_line, nondeterministic_operation
 
 logger = logging.getLogger(__name__)
 
@@ -188,8 +188,8 @@ def _obstacle(adapted: AdaptedModel, config: RunConfig, balances: bool) -> str:
         return "" if packs else f"attention is {model.config._attn_implementation}"
     if train.per_device_train_batch_size * train.gradient_accumulation_steps == 1:
         return "a step is one row"
-    if adapted.loaded.architecture.packing_obstacle:
-        return f"rows in one would see each other: {adapted.loaded.architecture.packing_obstacle}"
+    if adapted.loaded.architecture.packing_error:
+        return f"rows in one would see each other: {adapted.loaded.architecture.packing_error}"
     if config.model.attn_implementation == "eager" or model.config._attn_implementation not in (
         "sdpa",
         attention.NAME,
@@ -235,7 +235,7 @@ def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: s
     try:
         found = within_memory("padding-free", SIZES, compared)
     except FAILURES as error:
-        if not_deterministic(error):
+        if nondeterministic_operation(error):
             raise
         return ParityResult(run_id, False, f"it fails on this model ({first_line(error)})")
     bounds = BOUNDS[adapted.loaded.compute_dtype]

@@ -311,7 +311,7 @@ class QloraTrainer(SFTTrainer):
         started = time.perf_counter()
         step = self.state.global_step
         refuse_non_finite(step, trainable_state(self.model), self.optimizer.state)
-        with atomic_io.staged_folder(self.run.checkpoint(step), self.run.checkpoint_metadata(step)) as folder:
+        with atomic_io.atomic_folder(self.run.checkpoint(step), self.run.checkpoint_metadata(step)) as folder:
             save_tree(folder, "adapter", dict(trainable_state(self.model)))
             save_tree(folder, "optimizer", self.optimizer.state_dict())
             save_tree(folder, "random", random_state())
@@ -319,13 +319,13 @@ class QloraTrainer(SFTTrainer):
             atomic_io.write_file(folder / STATE_FILE, lambda path: self.state.save_to_json(str(path)))
         best = best_step(self.state.log_history) if self.config.train.load_best_model_at_end else None
         self.run.rotate(keep=self.config.train.save_total_limit, best=best)
-        signals.reserve(RESERVED_SAVES * (time.perf_counter() - started))
+        signals.reserve_time(RESERVED_SAVES * (time.perf_counter() - started))
 
     def make_up_evaluation(self, checkpoint: Path) -> None:
         """Do the evaluation that a stop left out after a checkpoint, and write the checkpoint again with its result."""
         with self.accelerator.autocast():  # as inside the training loop, which begins later
             self.evaluate()
-        with atomic_io.staged_folder(checkpoint, atomic_io.about(checkpoint)) as folder:
+        with atomic_io.atomic_folder(checkpoint, atomic_io.read_metadata(checkpoint)) as folder:
             for file in checkpoint.iterdir():
                 if file.name not in (STATE_FILE, atomic_io.MANIFEST):
                     shutil.copyfile(file, folder / file.name)
@@ -350,7 +350,7 @@ class QloraTrainer(SFTTrainer):
         """Take over the adapter and the history of a checkpoint, as far as they tell what is left to do."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-        if self.state.global_step != atomic_io.about(checkpoint)["step"]:
+        if self.state.global_step != atomic_io.read_metadata(checkpoint)["step"]:
             raise ValueError(f"{STATE_FILE} is that of step {self.state.global_step}")
 
     def load_adapter_of(self, step: int) -> None:

@@ -148,4 +148,4 @@ class Boundaries(TrainerCallback):
     def _watch_the_clock(self) -> None:
         self._longest_step_seconds = max(self._longest_step_seconds, time.monotonic() - self._step_began)
         if signals.seconds_left() < self._longest_step_seconds:
-            signals.request_by_clock()
+            signals.request_timeout()

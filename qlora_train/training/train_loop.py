@@ -52,7 +52,7 @@ def train(
             on_fused_kernels=fast is not None,
         )  # fmt: skip
 
-    with signals.at_boundaries():
+    with signals.stops_deferred():
         fast = choose_fused_kernels(adapted, data, config, run)
         if fast is not None:
             fill_cache(fast.weights, config.train.dequantized_cache_gb, adapted.loaded.device)

@@ -5,8 +5,8 @@ the disk, a manifest with the sha256 of each file is written last, and one renam
 a manifest that verifies does not count as written. Deletion begins with a rename too, so that nothing half deleted is ever
 taken for something damaged.
 
-What a process that was killed left behind (``.NAME.staging``, ``.NAME.old``, ``.NAME.deleted``) is cleared by `sweep`: a
-folder that was being replaced is put back when its successor did not get there.
+What a killed process left behind (``.NAME.staging``, ``.NAME.old``, ``.NAME.deleted``) is removed by
+`remove_stale_files`; a folder that was being replaced is restored if its successor is not complete.
 
 Every change is a numbered point of `faults`, so that tests can let each of them fail.
 """
@@ -78,33 +78,33 @@ def append_line(path: Path, line: str) -> None:
 # --- whole folders ----------------------------------------------------------------------------------------------------
 
 
-def write_manifest(folder: Path, about: Mapping[str, Any] | None = None) -> None:
+def write_manifest(folder: Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Flush every file of a folder and write the manifest that vouches for them.
 
     Args:
         folder: its files, in folders of its own as well.
-        about: what the folder is, as JSON values; `about` of the folder reads it back.
+        metadata: what the folder is, as JSON values; `read_metadata` of the folder reads it back.
     """
     entries = {}
     for path in _files(folder):
         with writing(path):
             _flush(path)
         entries[path.relative_to(folder).as_posix()] = {"sha256": sha256_of(path), "size_bytes": path.stat().st_size}
-    write_text(folder / MANIFEST, _render({"about": dict(about or {}), "files": entries}))
+    write_text(folder / MANIFEST, _render({"metadata": dict(metadata or {}), "files": entries}))
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         _flush(inner)
 
 
-def about(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """Return what the manifest of a folder says of it, empty when there is no manifest that can be read."""
     try:
-        return dict(_read_manifest(folder)["about"])
+        return dict(_read_manifest(folder)["metadata"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def damage(folder: Path) -> str | None:
-    """Return what is wrong with a folder written by `staged_folder`, or None when every file is as it was written."""
+def verify_manifest(folder: Path) -> str | None:
+    """Return what is wrong with a folder written by `atomic_folder`, or None when every file is as it was written."""
     try:
         files = _read_manifest(folder)["files"]
         wanted = {name: (str(entry["sha256"]), int(entry["size_bytes"])) for name, entry in files.items()}
@@ -125,7 +125,7 @@ def damage(folder: Path) -> str | None:
 
 
 @contextmanager
-def staged_folder(final: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+def atomic_folder(final: Path, metadata: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """Yield an empty folder beside `final`; on success flush it, write its manifest and rename it to `final`.
 
     A previous folder of that name is replaced only after the new one is whole. On an exception the staging folder is
@@ -133,7 +133,7 @@ def staged_folder(final: Path, about: Mapping[str, Any] | None = None) -> Iterat
 
     Args:
         final: the destination.
-        about: what the folder is, for its manifest.
+        metadata: what the folder is, for its manifest.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = _beside(final, STAGING)
@@ -142,7 +142,7 @@ def staged_folder(final: Path, about: Mapping[str, Any] | None = None) -> Iterat
         with changing(staging):
             staging.mkdir()
         yield staging
-        write_manifest(staging, about)
+        write_manifest(staging, metadata)
         _replace_folder(staging, final)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -162,15 +162,15 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(deleted, ignore_errors=True)
 
 
-def is_leftover(name: str) -> bool:
+def is_stale(name: str) -> bool:
     """Say whether a file or folder of this name is something that was being written, replaced or deleted."""
     return name.startswith(".") and name.endswith((STAGING, OLD, DELETED, TEMPORARY))
 
 
-def sweep(folder: Path) -> None:
+def remove_stale_files(folder: Path) -> None:
     """Clear what a killed process left half done inside a folder that this process owns."""
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    for path in (item for item in found if is_leftover(item.name)):
+    for path in (item for item in found if is_stale(item.name)):
         replaced = path.with_name(path.name.removeprefix(".").removesuffix(OLD))
         if path.name.endswith(OLD) and not replaced.exists():
             path.rename(replaced)

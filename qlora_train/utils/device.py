@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from qlora_train.utils.errors import ModelError, first_line, is_out_of_memory
-from qlora_train.utils.launcher import leave_launcher
+from qlora_train.utils.launcher import clear_launcher_environment
 from qlora_train.utils.nvidia_driver import GET_TORCH, HIDDEN, ON_CPU, driver_version, gpu_problem
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def select_device() -> torch.device:
     Raises:
         ModelError: the process is one of several, or the machine has a GPU that cannot be used.
     """
-    leave_launcher()
+    clear_launcher_environment()
     expand_segments()
     if torch.cuda.is_available():
         device = torch.device("cuda", 0)
@@ -171,7 +171,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def attempt(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
+def catch_out_of_memory(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
     """Return the result of `action`, or None and the error message if memory ran out; its memory is then free again."""
     try:
         return action(), None

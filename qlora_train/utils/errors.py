@@ -59,7 +59,7 @@ MAX_CONTAINING = 3
 """Names that contain a word and are suggested for it; more of them are no suggestion."""
 
 
-def nearest(word: str, names: Iterable[str]) -> list[str]:
+def nearest_names(word: str, names: Iterable[str]) -> list[str]:
     """Return the names that `word` may be a slip of, several where they are equally near.
 
     One other character is a slip, in long words up to 3 behind the same first letter. Where no name is so near, those that
@@ -83,7 +83,7 @@ def _num_wrong(word: str, name: str) -> int:
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return `; did you mean a or b?` for the end of a message, or nothing where no name is near."""
-    found = nearest(word, names)
+    found = nearest_names(word, names)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
@@ -109,7 +109,7 @@ CUBLAS_CONFIG = "CUBLAS_WORKSPACE_CONFIG"
 """Variable that torch reads once in a process, at its first matrix product on a GPU, and names where it is missing."""
 
 
-def not_deterministic(error: BaseException) -> str | None:
+def nondeterministic_operation(error: BaseException) -> str | None:
     """Return the operation that torch refuses while deterministic algorithms are on; None for another error."""
     if not isinstance(error, RuntimeError):
         return None
@@ -148,7 +148,7 @@ def explain(error: BaseException) -> str | None:
             "run.deterministic: true, but this process used the GPU before without it; repeat in a new process, or set "
             f"{CUBLAS_CONFIG}=:4096:8 before its first use"
         )
-    if operation := not_deterministic(error):
+    if operation := nondeterministic_operation(error):
         return (
             f"run.deterministic: true, but {operation} has no deterministic algorithm on this device; set it to false, and "
             "reruns agree within rounding"

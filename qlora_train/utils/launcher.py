@@ -16,7 +16,7 @@ NUM_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WOR
 _READ_BY_ACCELERATE = re.compile(r"(ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG)_.+|(LOCAL_)?(RANK|WORLD_SIZE)")
 
 
-def leave_launcher() -> None:
+def clear_launcher_environment() -> None:
     """Remove the variables of launchers from the environment.
 
     Raises:

@@ -32,11 +32,11 @@ def go_offline() -> None:
             os.environ[name] = value
 
 
-def limit_waiting() -> None:
+def limit_hub_retries() -> None:
     """Give every request to the Hub an end, those included that ask for none, and their repetitions as well."""
     import huggingface_hub
 
-    usual, patience = huggingface_hub.get_session(), Patience()
+    usual, patience = huggingface_hub.get_session(), RetryBudget()
     client, hooks = type(usual), usual.event_hooks
     limited = {
         "request": [*hooks.get("request", ()), patience.ask],
@@ -45,7 +45,7 @@ def limit_waiting() -> None:
     huggingface_hub.set_client_factory(lambda: client(event_hooks=limited, follow_redirects=True))
 
 
-class Patience:
+class RetryBudget:
     """How long the Hub is asked again and again without an answer: after that it counts as absent for a while.
 
     The libraries' own repetitions take minutes; absent, they look into their caches as they do offline.
@@ -79,7 +79,7 @@ class Patience:
         self._first = self._last = float("-inf")
 
 
-def unreachable() -> str:
+def unreachable_reason() -> str:
     """Return why something that is not here cannot be had, and what to do, for the end of a message."""
     if is_offline():
         return (
@@ -89,7 +89,7 @@ def unreachable() -> str:
     return "is not in the local cache and the Hub cannot be reached: check the network, or give a local path"
 
 
-def remote_tracker(name: str) -> str | None:
+def remote_tracker_variable(name: str) -> str | None:
     """Return the variable that sends what a tracker is told over the network, or None when it stays on this machine."""
     variables = {"mlflow": "MLFLOW_TRACKING_URI", "trackio": "TRACKIO_SPACE_ID"}
     value = os.environ.get(variables.get(name, ""), "")

@@ -73,7 +73,7 @@ KINDS = (
 """Every look that is known; a line of its own for each provider."""
 
 
-def complaint(text: str) -> str | None:
+def secret_error(text: str) -> str | None:
     """Return what is wrong with a text that holds a secret and what to do instead, without the secret; None for others."""
     for kind in KINDS:
         if kind.pattern.search(text):

@@ -1,7 +1,7 @@
 """Stopping in time: what a signal or the clock asks of this process, and when it is done.
 
 The first SIGTERM, SIGINT or SIGUSR1 asks for a stop. While a run trains, the stop waits for the end of the step
-(`at_boundaries`), where the trainer saves and raises `Stop`; at any other time `Stop` is raised at once, like
+(`stops_deferred`), where the trainer saves and raises `Stop`; at any other time `Stop` is raised at once, like
 KeyboardInterrupt: whatever is being written is whole or absent anyway. The second signal ends the process on the spot, from
 a thread that hears it even while the main thread is deep in a library.
 
@@ -63,26 +63,26 @@ def requested() -> Stop | None:
     return _process.requested
 
 
-def check() -> None:
+def raise_if_requested() -> None:
     """Raise the stop that was asked for: a place at which a long piece of work can be left."""
     if _process.requested is not None:
         raise _process.requested
 
 
 @contextmanager
-def at_boundaries() -> Iterator[None]:
+def stops_deferred() -> Iterator[None]:
     """Let a stop wait inside until the work reaches a boundary and raises it itself; at the end it is raised.
 
     Raises:
         Stop: one was asked for before or meanwhile.
     """
-    check()
+    raise_if_requested()
     _process.waits = True
     try:
         yield
     finally:
         _process.waits = False
-    check()
+    raise_if_requested()
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def handle_signals() -> Iterator[None]:
 
 
 @contextmanager
-def interrupts_to(answer: Callable[[], None]) -> Iterator[None]:
+def on_interrupt(answer: Callable[[], None]) -> Iterator[None]:
     """Let every Ctrl-C inside call `answer` instead of ending the process; where it is ignored, it stays so."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield
@@ -131,11 +131,11 @@ def interrupts_to(answer: Callable[[], None]) -> Iterator[None]:
 
 def _on_signal(number: int, _frame: Any) -> None:
     if _process.requested is None:
-        clock = number == signal.SIGALRM
-        status = STATUS_OF_CLOCK if clock else STATUS[signal.Signals(number)]
-        _process.requested = Stop("run.max_minutes" if clock else signal.Signals(number).name, status)
+        timed_out = number == signal.SIGALRM
+        status = STATUS_OF_CLOCK if timed_out else STATUS[signal.Signals(number)]
+        _process.requested = Stop("run.max_minutes" if timed_out else signal.Signals(number).name, status)
         when = "after this step" if _process.waits else "now"
-        again = "" if clock else "; once more ends it at once"
+        again = "" if timed_out else "; once more ends it at once"
         line = f"\n{_process.requested.cause}: stopping {when}{again}\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())  # print may be interrupted in itself
     if not _process.waits and not _process.forks:
@@ -183,7 +183,7 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 
 @contextmanager
-def clock(minutes: float | None) -> Iterator[None]:
+def time_limit(minutes: float | None) -> Iterator[None]:
     """Ask for a stop inside in time for the process to be gone `minutes` after it began; None never does.
 
     Where no signals are handled, time counts from here, and the clock is looked at between steps alone.
@@ -193,7 +193,7 @@ def clock(minutes: float | None) -> Iterator[None]:
         return
     _process.deadline = (_process.began if _process.handles else time.monotonic()) + 60 * minutes
     _process.reserve_seconds = 0.0
-    reserve(min(LEAST_RESERVE_SECONDS, LARGEST_RESERVE_SHARE * 60 * minutes))
+    reserve_time(min(LEAST_RESERVE_SECONDS, LARGEST_RESERVE_SHARE * 60 * minutes))
     try:
         yield
     finally:
@@ -204,7 +204,7 @@ def clock(minutes: float | None) -> Iterator[None]:
         _process.deadline = None
 
 
-def reserve(seconds: float) -> None:
+def reserve_time(seconds: float) -> None:
     """Keep at least this long free before the deadline, for the last checkpoint and the way out."""
     if _process.deadline is not None:
         _process.reserve_seconds = max(_process.reserve_seconds, seconds)
@@ -219,7 +219,7 @@ def seconds_left() -> float:
     return _process.deadline - _process.reserve_seconds - time.monotonic()
 
 
-def request_by_clock() -> None:
+def request_timeout() -> None:
     """Ask for a stop now because what comes next would not be done in time."""
     if _process.requested is None:
         _process.requested = Stop("run.max_minutes", STATUS_OF_CLOCK)

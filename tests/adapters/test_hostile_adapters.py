@@ -43,7 +43,7 @@ def edit(adapter: Path, **changes: Any) -> None:
     """Change an adapter's settings as an attacker would, manifest included."""
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    atomic_io.write_manifest(adapter, atomic_io.about(adapter))
+    atomic_io.write_manifest(adapter, atomic_io.read_metadata(adapter))
 
 
 def warm_start(adapter: Path, base: Path, *overrides: str) -> None:

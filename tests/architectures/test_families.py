@@ -89,13 +89,13 @@ def test_stopped_run_of_a_family_ends_in_the_same_bits(
 def test_family_packs_or_says_why_not(model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table) -> None:
     """The losses and gradients of packs are compared in tests/training/test_packed_training.py."""
     row = ARCHITECTURES[model_type]
-    if row.packing_obstacle:
+    if row.packing_error:
         with pytest.raises(ConfigError, match="documents of a pack would see each other"):
             check_packing(row)
     elif LONG:
         run = train_run(tmp_path, pico(model_type), *SETTINGS, "data.packing=true")
         assert losses(run)[-1] < losses(run)[0]
-    table[model_type]["packed"] = f"refused: {row.packing_obstacle}" if row.packing_obstacle else "isolated"
+    table[model_type]["packed"] = f"refused: {row.packing_error}" if row.packing_error else "isolated"
 
 
 def test_mixtures_of_the_table_are_mixtures(pico: Callable[..., Path]) -> None:

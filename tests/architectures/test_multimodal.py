@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
 from qlora_train.adapters import find_linears, load_trained
-from qlora_train.architectures import TEXT_PARTS, TEXT_TYPES, check_packing, detect, max_positions
+from qlora_train.architectures import TEXT_ARCHITECTURES, TEXT_TYPES, check_packing, detect, max_positions
 from qlora_train.config import ModelSection, load_config
 from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.export.merging.merge_run import merge_run
@@ -100,9 +100,9 @@ def test_text_types_are_those_of_the_config_classes(model_type: str) -> None:
     assert AutoConfig.for_model(model_type).get_text_config().model_type == TEXT_TYPES[model_type]
 
 
-@pytest.mark.parametrize("model_type", [name for name in sorted(WHOLE) if TEXT_TYPES[name] in TEXT_PARTS])
+@pytest.mark.parametrize("model_type", [name for name in sorted(WHOLE) if TEXT_TYPES[name] in TEXT_ARCHITECTURES])
 def test_rows_of_text_parts_describe_their_models(model_type: str) -> None:
-    config, row = build_whole_config(model_type), TEXT_PARTS[TEXT_TYPES[model_type]]
+    config, row = build_whole_config(model_type), TEXT_ARCHITECTURES[TEXT_TYPES[model_type]]
     with torch.device("meta"):
         model = text_model(config).build(config)
     beside = routers(model)
@@ -176,7 +176,7 @@ def test_stopped_run_of_a_text_part_ends_in_the_same_bits(
 @pytest.mark.parametrize("model_type", TRIED)
 def test_text_part_packs_or_says_why_not(model_type: str, whole: Callable[[str], Path], tmp_path: Path) -> None:
     row = detect(build_whole_config(model_type).to_dict())
-    if row.packing_obstacle:
+    if row.packing_error:
         with pytest.raises(ConfigError, match="documents of a pack would see each other"):
             check_packing(row)
     else:

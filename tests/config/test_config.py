@@ -26,7 +26,7 @@ from qlora_train.config.rope_scaling import KEYS as KEYS_OF_ROPES
 from qlora_train.config.schema import POLYNOMIAL_END, SCHEDULES
 from qlora_train.config.writer import provenance, to_yaml
 from qlora_train.config.yaml_reader import core_scalar
-from qlora_train.utils.errors import ConfigError, nearest
+from qlora_train.utils.errors import ConfigError, nearest_names
 
 MALFORMED = Path(__file__).parents[1] / "files" / "malformed_configs"
 SMALLEST = "model:\n  model_name_or_path: some/model\ndata:\n  train: rows.jsonl\n"
@@ -215,7 +215,7 @@ def test_names_of_other_trainers_lead_to_settings_that_there_are():
     ],
 )
 def test_suggestion_needs_a_real_likeness(word, names, expected):
-    assert nearest(word, names) == expected
+    assert nearest_names(word, names) == expected
 
 
 def test_key_of_another_section_is_sent_home(write):

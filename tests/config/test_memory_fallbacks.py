@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_train.config.memory_fallbacks import Able, next_rung, overrides, typed
+from qlora_train.config.memory_fallbacks import Capabilities, as_overrides, changed_settings, next_fallback
 from qlora_train.config.schema import TrainSection
 
-EVERYTHING = Able(on_gpu=True, recomputes=True, recomputes_all=False)
-CPU = Able(on_gpu=False, recomputes=True, recomputes_all=False)
-NOTHING = Able(on_gpu=False, recomputes=False, recomputes_all=False)
+EVERYTHING = Capabilities(on_gpu=True, recomputes=True, recomputes_all=False)
+CPU = Capabilities(on_gpu=False, recomputes=True, recomputes_all=False)
+NOTHING = Capabilities(on_gpu=False, recomputes=False, recomputes_all=False)
 
 
 def settings(rows: int, steps: int, **others: object) -> TrainSection:
@@ -18,11 +18,11 @@ def settings(rows: int, steps: int, **others: object) -> TrainSection:
     )
 
 
-def ladder(train: TrainSection, able: Able) -> list[dict[str, object]]:
+def ladder(train: TrainSection, able: Capabilities) -> list[dict[str, object]]:
     """Return what each rung changes, from the top to the bottom."""
     changes = []
-    while (smaller := next_rung(train, able)) is not None:
-        changes.append(overrides(train, smaller))
+    while (smaller := next_fallback(train, able)) is not None:
+        changes.append(changed_settings(train, smaller))
         train = smaller
     return changes
 
@@ -36,7 +36,7 @@ def test_a_micro_batch_is_divided_until_it_is_one_row_and_a_step_keeps_its_rows(
     rows: int, sizes: list[int], steps: int
 ) -> None:
     train, found = settings(rows, steps), []
-    while (smaller := next_rung(train, NOTHING)) is not None:
+    while (smaller := next_fallback(train, NOTHING)) is not None:
         train = smaller
         found.append(train.per_device_train_batch_size)
         assert train.per_device_train_batch_size * train.gradient_accumulation_steps == rows * steps
@@ -66,7 +66,7 @@ def test_layers_that_keep_more_than_their_input_are_recomputed_and_no_others() -
 
 
 def test_changes_are_shown_as_they_are_typed() -> None:
-    changes = overrides(settings(4, 8), settings(2, 16, gradient_checkpointing=True))
-    assert typed(changes) == (
+    changes = changed_settings(settings(4, 8), settings(2, 16, gradient_checkpointing=True))
+    assert as_overrides(changes) == (
         "train.per_device_train_batch_size=2 train.gradient_accumulation_steps=16 train.gradient_checkpointing=true"
     )

@@ -67,8 +67,8 @@ def exchange(file: Path, canary: Canary, folder: Path) -> None:
     """Put a pickle in the place of a file, and vouch for it."""
     assert file.is_file()
     file.write_bytes(pickle.dumps(canary))
-    atomic_io.write_manifest(folder, atomic_io.about(folder))
-    assert atomic_io.damage(folder) is None
+    atomic_io.write_manifest(folder, atomic_io.read_metadata(folder))
+    assert atomic_io.verify_manifest(folder) is None
 
 
 def answered(action: Callable[[], Any]) -> None:
@@ -112,10 +112,10 @@ def test_pickle_beside_our_files_is_not_read(name: str, own: RunFolder, canary: 
     shutil.rmtree(own.adapter)
     for folder in (own.checkpoint(1), own.checkpoint(2), own.merged):
         (folder / name).write_bytes(pickle.dumps(canary))
-        atomic_io.write_manifest(folder, atomic_io.about(folder))
+        atomic_io.write_manifest(folder, atomic_io.read_metadata(folder))
     run_config(_of(own))
     (own.adapter / name).write_bytes(pickle.dumps(canary))
-    atomic_io.write_manifest(own.adapter, atomic_io.about(own.adapter))
+    atomic_io.write_manifest(own.adapter, atomic_io.read_metadata(own.adapter))
     merge(own, _of(own))
     assert main(["eval", str(own.path), "--loss-only"]) == 0
 

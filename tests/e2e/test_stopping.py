@@ -157,7 +157,7 @@ def test_stop_that_waited_is_raised_at_the_end() -> None:
     reached = []
 
     def ask_and_work() -> None:
-        with signals.at_boundaries():
+        with signals.stops_deferred():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
             reached.append(signals.requested())
@@ -171,7 +171,7 @@ def test_stop_that_waited_is_raised_at_the_end() -> None:
 STUCK = """
 import os, signal, sys, time
 from qlora_train.utils import signals
-with signals.handle_signals(), signals.at_boundaries():
+with signals.handle_signals(), signals.stops_deferred():
     print("ready", flush=True)
     sys.stdin.readline()
     import hashlib

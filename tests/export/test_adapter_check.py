@@ -13,7 +13,7 @@ from qlora_train.cli.main import main
 from qlora_train.config.writer import to_yaml
 from qlora_train.export import adapter_check, fresh_process
 from qlora_train.inference.finished_run import open_finished_run
-from qlora_train.utils.atomic_io import damage
+from qlora_train.utils.atomic_io import verify_manifest
 from qlora_train.utils.errors import ExportError
 from tests.support.runs import adapter_bytes, make_config, train_run
 
@@ -65,7 +65,7 @@ def test_card_that_loads_another_model_ends_in_one_line_and_keeps_the_adapter(
         )
         assert "where float32 allows 1e-05" in error
     run = open_finished_run(tmp_path / "run").folder
-    assert damage(run.adapter) is None
+    assert verify_manifest(run.adapter) is None
     assert run.read_results()["adapter_check"]["passed"] is False
     assert not run.has_merged(), "nothing is made of it unseen"
 

@@ -40,7 +40,7 @@ def own(trained: RunFolder, tmp_path: Path) -> RunFolder:
 def rewrite(folder: Path, name: str, content: str) -> None:
     """Change a file of a whole folder, which is whole afterwards."""
     (folder / name).write_text(content, encoding="utf-8")
-    atomic_io.write_manifest(folder, atomic_io.about(folder))
+    atomic_io.write_manifest(folder, atomic_io.read_metadata(folder))
 
 
 class Hub:
@@ -225,7 +225,7 @@ def test_damage_a_missing_card_and_a_missing_merge_are_refused(
     (own.adapter / "README.md").unlink()
     with pytest.raises(ExportError, match=r"README.md is missing; it is not sent"):
         plan_upload(own.adapter, REPO, private=True)
-    atomic_io.write_manifest(own.adapter, atomic_io.about(own.adapter))
+    atomic_io.write_manifest(own.adapter, atomic_io.read_metadata(own.adapter))
     with pytest.raises(ExportError, match="not sent without its card"):
         plan_upload(own.adapter, REPO, private=True)
     shutil.rmtree(own.merged)

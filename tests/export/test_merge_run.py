@@ -15,7 +15,7 @@ from qlora_train.export.merging.verify import MergeChoice, MergeRun
 from qlora_train.inference.finished_run import start_date
 from qlora_train.pipeline import prepare_again
 from qlora_train.runs import RunFolder
-from qlora_train.utils.atomic_io import MANIFEST, damage
+from qlora_train.utils.atomic_io import MANIFEST, verify_manifest
 from tests.support.runs import train_run
 
 
@@ -49,7 +49,7 @@ def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
         assert f" | {100 * same:.1f} % |" in card
     assert results["rows"] == "held-out"
     assert 0 <= results["divergence merged onto dequantized"] < results["divergence merged onto original"]
-    assert damage(run.merged) is None
+    assert verify_manifest(run.merged) is None
     assert "README.md" in json.loads((run.merged / MANIFEST).read_text())["files"]
 
     def full_disk(*_: Any, **__: Any) -> None:
@@ -59,7 +59,7 @@ def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
     monkeypatch.setattr(run_module, "write_card", full_disk)
     with pytest.raises(OSError, match="No space"):
         merge(run)
-    assert damage(run.merged) is None
+    assert verify_manifest(run.merged) is None
     assert sorted(path.name for path in run.path.iterdir()) == before
 
 

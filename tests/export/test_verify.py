@@ -30,7 +30,7 @@ from qlora_train.export.merging.merged_model import load_merged, place_for, stre
 from qlora_train.export.merging.verify import Finish, MergeChoice, MergeRun, choose_merge_base
 from qlora_train.export.predictions import Predictions, Reference, agreement, compared_rows, load_reference
 from qlora_train.utils import signals
-from qlora_train.utils.atomic_io import MANIFEST, damage
+from qlora_train.utils.atomic_io import MANIFEST, verify_manifest
 from qlora_train.utils.errors import MergeError
 from tests.support.merging import IDS, NF4, quantized, save_adapter
 
@@ -90,7 +90,7 @@ def test_what_is_added_to_a_merge_is_part_of_the_whole(tuned: Tuned, tmp_path: P
     output = tmp_path / "merged"
     choice = choose(tuned, output, merge_base="original")
     assert json.loads((output / "note.json").read_text()) == {"kept": "original", **choice.losses}
-    assert damage(output) is None
+    assert verify_manifest(output) is None
     assert "note.json" in json.loads((output / MANIFEST).read_text())["files"]
 
 

@@ -40,7 +40,7 @@ def run(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder
 def test_exported_folder_is_the_adapter_with_its_template(run: RunFolder, pico_llama: Path) -> None:
     command = export(run)
     folder = run.path / "export" / "vllm"
-    assert atomic_io.damage(folder) is None
+    assert atomic_io.verify_manifest(folder) is None
     ids = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     logits = []
     for adapter in (run.adapter, folder):

@@ -35,7 +35,7 @@ def whole_checkpoints(run: RunFolder) -> set[str]:
 def leftovers(run: RunFolder) -> list[str]:
     """Return what no finished run should have lying about."""
     found = (path.name for folder in (run.path, run.checkpoints) for path in folder.iterdir())
-    return [name for name in found if atomic_io.is_leftover(name)]
+    return [name for name in found if atomic_io.is_stale(name)]
 
 
 @pytest.fixture(scope="module")

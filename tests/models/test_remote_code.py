@@ -147,7 +147,7 @@ def test_code_that_came_into_a_merged_model_never_runs(
 ) -> None:
     run = train_run(tmp_path, pico_llama, "train.max_steps=1", "export.merge=true", "export.merge_base=dequantized")
     plant(run.merged, canary, config={"auto_map": OWN}, tokenizer_config={"auto_map": OWN, "tokenizer_class": "Own"})
-    atomic_io.write_manifest(run.merged, atomic_io.about(run.merged))
+    atomic_io.write_manifest(run.merged, atomic_io.read_metadata(run.merged))
     assert main(["eval", str(run.path), "--models", "merged", "--loss-only"]) in (0, 2)
     assert "Traceback" not in capsys.readouterr().err
     assert not canary.exists()

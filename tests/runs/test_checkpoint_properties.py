@@ -99,13 +99,13 @@ def test_every_damage_to_a_file_or_to_the_manifest_is_seen(
 ) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "folder"
-        with atomic_io.staged_folder(folder, ABOUT) as staging:
+        with atomic_io.atomic_folder(folder, ABOUT) as staging:
             files = write_tree(staging, tree)
-        assert atomic_io.damage(folder) is None
-        assert atomic_io.about(folder) == ABOUT
+        assert atomic_io.verify_manifest(folder) is None
+        assert atomic_io.read_metadata(folder) == ABOUT
         assert all((folder / Path(*names)).read_bytes() == content for names, content in tree.items())
         spoil(folder, [*files, Path(atomic_io.MANIFEST)], data.draw)
-        assert atomic_io.damage(folder) is not None or atomic_io.about(folder) != ABOUT
+        assert atomic_io.verify_manifest(folder) is not None or atomic_io.read_metadata(folder) != ABOUT
 
 
 @settings(max_examples=50, deadline=None)
@@ -114,10 +114,10 @@ def test_a_file_that_was_added_is_no_damage(tree: dict[tuple[str, ...], bytes], 
     """A card or a note that someone lays beside the files takes nothing from them."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "folder"
-        with atomic_io.staged_folder(folder) as staging:
+        with atomic_io.atomic_folder(folder) as staging:
             write_tree(staging, tree)
         (folder / "another file.txt").write_bytes(content)
-        assert atomic_io.damage(folder) is None
+        assert atomic_io.verify_manifest(folder) is None
 
 
 @settings(max_examples=100, deadline=None)
@@ -127,16 +127,16 @@ def test_a_folder_is_replaced_by_the_new_one_or_stays_the_old_one(
 ) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "folder"
-        with atomic_io.staged_folder(folder) as staging:
+        with atomic_io.atomic_folder(folder) as staging:
             write_tree(staging, old)
         try:
-            with atomic_io.staged_folder(folder) as staging:
+            with atomic_io.atomic_folder(folder) as staging:
                 write_tree(staging, new)
                 if fails:
                     fail()
         except InterruptedError:
             pass
-        assert atomic_io.damage(folder) is None
+        assert atomic_io.verify_manifest(folder) is None
         wanted = {Path(*names): content for names, content in (old if fails else new).items()}
         found = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         del found[Path(atomic_io.MANIFEST)]
@@ -169,7 +169,7 @@ class Rotation(RuleBasedStateMachine):
     @rule(content=st.binary(min_size=1, max_size=20), steps=st.integers(1, 3))
     def save(self, content: bytes, steps: int) -> None:
         self.step += steps
-        with atomic_io.staged_folder(self.run.checkpoint(self.step), self.run.checkpoint_metadata(self.step)) as folder:
+        with atomic_io.atomic_folder(self.run.checkpoint(self.step), self.run.checkpoint_metadata(self.step)) as folder:
             (folder / "adapter.safetensors").write_bytes(content)
             (folder / "loop.json").write_text("{}")
         self.whole[self.step] = content
@@ -210,7 +210,7 @@ class Rotation(RuleBasedStateMachine):
     @invariant()
     def what_is_whole_is_there_as_it_was_written(self) -> None:
         for step, content in self.whole.items():
-            assert atomic_io.damage(self.run.checkpoint(step)) is None
+            assert atomic_io.verify_manifest(self.run.checkpoint(step)) is None
             assert (self.run.checkpoint(step) / "adapter.safetensors").read_bytes() == content
 
     @invariant()

@@ -11,14 +11,14 @@ import pytest
 
 from qlora_train.runs import RunFolder, record_metadata, check_same_settings
 from qlora_train.config import RunConfig
-from qlora_train.config.resume_policy import FACTS, SHAPES, effect_of, is_free
+from qlora_train.config.resume_policy import RUN_METADATA, FIXED_SHAPE, effect_of, is_mutable
 from qlora_train.utils.errors import CheckpointError
 from tests.support.runs import adapter_bytes, losses, make_config, metrics, train_run
 
 KEYS = [
     f"{section}.{name}" for section, spec in RunConfig.model_fields.items() for name in spec.annotation.model_fields
 ]  # fmt: skip
-DECISIVE = [key for key in KEYS if not is_free(key)]
+DECISIVE = [key for key in KEYS if not is_mutable(key)]
 EVERY_STEP = ("train.save_steps=1",)
 FLAT = ("train.lr_scheduler_type=constant", "train.warmup_ratio=0")
 
@@ -64,7 +64,7 @@ def begun(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
 
 def test_the_list_of_settings_is_not_empty() -> None:
     assert len(DECISIVE) > 40
-    assert set(SHAPES) <= set(DECISIVE)
+    assert set(FIXED_SHAPE) <= set(DECISIVE)
 
 
 @pytest.mark.parametrize("key", DECISIVE)
@@ -77,34 +77,34 @@ def test_every_setting_that_decides_a_run_is_named_with_both_values_and_what_it_
     (line,) = caught.value.problems
     assert re.match(rf"{re.escape(f'{run.path}: {key}')}(\.other)? was ", line), "a mapping is named entry by entry"
     assert " when this run began and is " in line
-    if key in SHAPES:
+    if key in FIXED_SHAPE:
         assert "checkpoints of this run do not fit it; set it back or choose another run.output_dir" in line
     else:
         assert f"{effect_of(key)}; set it back, accept that with run.allow_changed=[{key}] or choose another" in line
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if is_free(key)])
+@pytest.mark.parametrize("key", [key for key in KEYS if is_mutable(key)])
 def test_settings_that_decide_nothing_of_the_weights_may_differ(key: str, begun: tuple[RunFolder, RunConfig]) -> None:
     run, config = begun
     check_same_settings(run, with_other(config, key))
 
 
-@pytest.mark.parametrize("key", list(FACTS))
+@pytest.mark.parametrize("key", list(RUN_METADATA))
 def test_every_fact_that_decides_a_run_is_named(key: str, begun: tuple[RunFolder, RunConfig]) -> None:
     run, config = begun
-    facts = {name: value for name, value in run.metadata().items() if name in FACTS}
-    assert facts.keys() == FACTS.keys(), "a run records every fact"
+    facts = {name: value for name, value in run.metadata().items() if name in RUN_METADATA}
+    assert facts.keys() == RUN_METADATA.keys(), "a run records every fact"
     record_metadata(run, config, facts)
     changed = {**facts[key], "torch": "0.1"} if isinstance(facts[key], dict) else "other"
     before = run.metadata_file.read_bytes()
-    with pytest.raises(CheckpointError, match=rf"{key}\S* was .* now: {FACTS[key]}; .*run\.allow_changed=\[{key}\]"):
+    with pytest.raises(CheckpointError, match=rf"{key}\S* was .* now: {RUN_METADATA[key]}; .*run\.allow_changed=\[{key}\]"):
         record_metadata(run, config, {**facts, key: changed})
     assert run.metadata_file.read_bytes() == before, "what is refused leaves no trace"
 
 
 def test_only_the_version_that_differs_is_named(begun: tuple[RunFolder, RunConfig]) -> None:
     run, config = begun
-    facts = {name: value for name, value in run.metadata().items() if name in FACTS}
+    facts = {name: value for name, value in run.metadata().items() if name in RUN_METADATA}
     with pytest.raises(CheckpointError) as caught:
         record_metadata(run, config, {**facts, "versions": {**facts["versions"], "torch": "0.1"}})
     (line,) = caught.value.problems
@@ -180,7 +180,7 @@ def test_a_finished_run_whose_change_was_accepted_is_not_finished_any_more(
     assert run.is_finished()
     run.merged.mkdir()
     longer = make_config(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=3", "run.allow_changed=[train.max_steps]")
-    record_metadata(run, longer, {name: facts[name] for name in FACTS})
+    record_metadata(run, longer, {name: facts[name] for name in RUN_METADATA})
     assert not run.is_finished()
     train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=3")
     assert run.is_finished()

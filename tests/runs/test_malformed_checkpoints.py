@@ -37,7 +37,7 @@ def stopped(straight: RunFolder, tmp_path: Path) -> RunFolder:
 
 def goes_on(run: RunFolder, base: Path) -> None:
     """Vouch for what the checkpoint holds now, and go on from it."""
-    atomic_io.write_manifest(run.checkpoint(STEP), atomic_io.about(run.checkpoint(STEP)))
+    atomic_io.write_manifest(run.checkpoint(STEP), atomic_io.read_metadata(run.checkpoint(STEP)))
     assert run.checkpoint_problem(STEP) is None
     train_run(run.path.parent, base, *SETTINGS, "run.allow_changed=[data.train]")
 

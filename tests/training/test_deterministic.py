@@ -11,7 +11,7 @@ from qlora_train import pipeline
 from qlora_train.training import padding_free
 from qlora_train.training.parity import fused_kernels
 from qlora_train.utils.device import DETERMINISTIC_ENVIRONMENT, deterministic_algorithms
-from qlora_train.utils.errors import explain, not_deterministic
+from qlora_train.utils.errors import explain, nondeterministic_operation
 from tests.support.runs import adapter_bytes, stopped_copy, train_run, write_rows
 
 ON = "run.deterministic=true"
@@ -69,7 +69,7 @@ def test_a_process_that_used_the_gpu_before_is_no_fault_of_the_model() -> None:
         "and you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment variable "
         "before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8 or CUBLAS_WORKSPACE_CONFIG=:16:8."
     )
-    assert not_deterministic(error) == "cuBLAS"
+    assert nondeterministic_operation(error) == "cuBLAS"
     assert "repeat in a new process" in str(explain(error))
 
 

@@ -35,7 +35,7 @@ from tests.support.stores import example
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
 PACKED = (*EXACT, "data.packing=true")
-PACKABLE = sorted(name for name, row in ARCHITECTURES.items() if not row.packing_obstacle)
+PACKABLE = sorted(name for name, row in ARCHITECTURES.items() if not row.packing_error)
 WINDOWS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "phi3": {"sliding_window": 8},
@@ -215,7 +215,7 @@ def test_the_check_finds_a_model_that_the_table_does_not_know_to_leak(
 ) -> None:
     adapted, config = adapted_pico(pico("falcon", alibi=alibi), tmp_path, f"model.attn_implementation={attention}")
     with pytest.raises(ConfigError, match=r"does not keep the documents of a pack apart: a document changes the loss"):
-        isolate_documents(with_table_row(adapted, packing_obstacle=""), config, ROWS)
+        isolate_documents(with_table_row(adapted, packing_error=""), config, ROWS)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "mpt"])
@@ -225,7 +225,7 @@ def test_a_model_without_positions_is_refused_in_one_line(
     base = pico(model_type, n_head=4, n_heads=4, n_layer=2, n_layers=2, d_model=64)
     adapted, config = adapted_pico(base, tmp_path, "model.attn_implementation=eager")
     with pytest.raises(ConfigError, match=rf"this {model_type} model does not keep .* apart: it takes no position_ids"):
-        isolate_documents(with_table_row(adapted, packing_obstacle=""), config, ROWS)
+        isolate_documents(with_table_row(adapted, packing_error=""), config, ROWS)
 
 
 def test_the_check_finds_an_attention_function_that_computes_something_else(

@@ -453,7 +453,7 @@ def test_model_that_leaks_although_the_table_does_not_know_is_found(
     folder = RunFolder(Path(str(config.run.output_dir)))
     source, data = prepare(config, folder)
     loaded = load_model(config.model, config.quantization, source=source)
-    loaded = replace(loaded, architecture=replace(loaded.architecture, packing_obstacle=""))
+    loaded = replace(loaded, architecture=replace(loaded.architecture, packing_error=""))
     adapted = attach_adapter(loaded, config.lora, seed=1)
     trainer = QloraTrainer(adapted, data, config, folder, [])
     assert "padding-free: OFF" in messages.text

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_train.utils import atomic_io, fault_injection
-from qlora_train.utils.atomic_io import MANIFEST, damage, sha256_of, staged_folder, write_manifest, write_text
+from qlora_train.utils.atomic_io import MANIFEST, atomic_folder, sha256_of, verify_manifest, write_manifest, write_text
 
 FILES = {"adapter.safetensors": b"\x00\x01\x02weights", "state.json": b'{"step": 3}', "deep/er/empty.txt": b""}
 
@@ -26,7 +26,7 @@ def fill(folder: Path, suffix: bytes = b"") -> None:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    with staged_folder(tmp_path / "runs" / "step-1") as staging:
+    with atomic_folder(tmp_path / "runs" / "step-1") as staging:
         fill(staging)
     return tmp_path / "runs" / "step-1"
 
@@ -36,7 +36,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_folder_appears_whole_with_a_manifest_of_every_file(written: Path) -> None:
-    assert damage(written) is None
+    assert verify_manifest(written) is None
     found = content(written)
     entries = json.loads(found.pop(MANIFEST))["files"]
     assert found == FILES
@@ -47,7 +47,7 @@ def test_folder_appears_whole_with_a_manifest_of_every_file(written: Path) -> No
 
 
 def test_nothing_is_there_before_the_block_has_ended(tmp_path: Path) -> None:
-    with staged_folder(tmp_path / "new") as staging:
+    with atomic_folder(tmp_path / "new") as staging:
         fill(staging)
         assert not (tmp_path / "new").exists()
     assert (tmp_path / "new").is_dir()
@@ -62,7 +62,7 @@ def test_exception_leaves_the_old_folder_and_no_staging(
     before = content(written.parent)
 
     def fail() -> None:
-        with staged_folder(target) as staging:
+        with atomic_folder(target) as staging:
             fill(staging, b"new")
             raise error
 
@@ -77,18 +77,18 @@ def test_manifest_that_cannot_be_written_leaves_the_old_folder(written: Path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(atomic_io, "write_text", disk_full)
-    with pytest.raises(OSError, match="No space left"), staged_folder(written) as staging:
+    with pytest.raises(OSError, match="No space left"), atomic_folder(written) as staging:
         fill(staging, b"new")
-    assert damage(written) is None
+    assert verify_manifest(written) is None
     assert content(written)["state.json"] == FILES["state.json"]
     assert [path.name for path in written.parent.iterdir()] == ["step-1"]
 
 
 def test_new_folder_replaces_the_old_one_as_a_whole(written: Path) -> None:
-    with staged_folder(written) as staging:
+    with atomic_folder(written) as staging:
         (staging / "other.txt").write_text("new")
     assert content(written).keys() == {"other.txt", MANIFEST}
-    assert damage(written) is None
+    assert verify_manifest(written) is None
     assert [path.name for path in written.parent.iterdir()] == ["step-1"]
 
 
@@ -96,10 +96,10 @@ def test_leftovers_of_a_killed_process_do_not_hinder(written: Path) -> None:
     for leftover in (".step-1.staging", ".step-1.old"):
         fill(written.with_name(leftover), b"half")
         (written.with_name(leftover) / "stray.bin").write_bytes(b"stray")
-    with staged_folder(written) as staging:
+    with atomic_folder(written) as staging:
         assert list(staging.iterdir()) == []
         fill(staging, b"2")
-    assert damage(written) is None
+    assert verify_manifest(written) is None
     assert content(written)["state.json"] == FILES["state.json"] + b"2"
     assert [path.name for path in written.parent.iterdir()] == ["step-1"]
 
@@ -113,12 +113,12 @@ def test_every_flipped_byte_is_noticed(name: str, written: Path) -> None:
             file.write_bytes(original[:position] + bytes([original[position] ^ bit]) + original[position + 1 :])
             assert _noticed(written), f"{name}: byte {position} ^ {bit:#x}"
     file.write_bytes(original)
-    assert damage(written) is None
+    assert verify_manifest(written) is None
 
 
 def _noticed(folder: Path) -> bool:
     """Whether damage is reported, or the manifest still says the same to the reader (white space, mostly)."""
-    problem = damage(folder)
+    problem = verify_manifest(folder)
     if problem is not None:
         return bool(problem.strip()) and "\n" not in problem
     entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -133,7 +133,7 @@ def test_every_truncation_is_noticed(name: str, written: Path) -> None:
     original = file.read_bytes()
     for length in range(len(original.rstrip())):
         file.write_bytes(original[:length])
-        problem = damage(written)
+        problem = verify_manifest(written)
         assert problem is not None
         assert name in problem
 
@@ -153,7 +153,7 @@ def test_missing_grown_and_replaced_files_are_noticed_by_name(
     harm: Callable[[Path], None], name: str, written: Path
 ) -> None:
     harm(written / name)
-    problem = damage(written)
+    problem = verify_manifest(written)
     assert problem is not None
     assert name in problem
 
@@ -165,24 +165,24 @@ def test_missing_grown_and_replaced_files_are_noticed_by_name(
 )  # fmt: skip
 def test_manifest_that_makes_no_sense_is_damage(text: str, written: Path) -> None:
     (written / MANIFEST).write_text(text)
-    assert damage(written) == f"{MANIFEST} is not readable"
+    assert verify_manifest(written) == f"{MANIFEST} is not readable"
 
 
 def test_manifest_that_is_missing_or_no_text_is_damage(written: Path) -> None:
     (written / MANIFEST).write_bytes(b"\xff\xfe\x00")
-    assert damage(written) == f"{MANIFEST} is not readable"
+    assert verify_manifest(written) == f"{MANIFEST} is not readable"
     (written / MANIFEST).unlink()
-    assert damage(written) == f"{MANIFEST} is missing"
+    assert verify_manifest(written) == f"{MANIFEST} is missing"
     shutil.rmtree(written)
-    assert damage(written) == f"{MANIFEST} is missing"
+    assert verify_manifest(written) == f"{MANIFEST} is missing"
 
 
 def test_changed_folder_is_whole_again_after_a_new_manifest(written: Path) -> None:
     (written / "card.md").write_text("more")
     (written / "state.json").write_text("{}")
-    assert damage(written) is not None
+    assert verify_manifest(written) is not None
     write_manifest(written)
-    assert damage(written) is None
+    assert verify_manifest(written) is None
 
 
 def test_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +242,6 @@ def test_sweep_puts_back_what_was_being_replaced_and_clears_the_rest(written: Pa
     fill(parent / "step-2")
     (parent / ".run.json.99.tmp").write_text("half")
     (parent / ".lock").write_text("")
-    atomic_io.sweep(parent)
+    atomic_io.remove_stale_files(parent)
     assert sorted(path.name for path in parent.iterdir()) == [".lock", "step-1", "step-2"]
-    assert damage(written) is None
+    assert verify_manifest(written) is None

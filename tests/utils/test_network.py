@@ -166,7 +166,7 @@ class Request:
 def test_silence_is_borne_for_a_time_and_an_answer_begins_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(network, "time", clock)
-    patience = network.Patience()
+    patience = network.RetryBudget()
     for clock.now in (100.0, 130.0, 160.0):
         request = Request(connect=None, read=2.0, write=1000.0)
         patience.ask(request)

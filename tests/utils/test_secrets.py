@@ -19,7 +19,7 @@ from qlora_train.cli.main import main
 from qlora_train.config import RunConfig, load_config
 from qlora_train.config.schema import Section
 from qlora_train.utils.errors import ConfigError
-from qlora_train.utils.secrets import HIDDEN, KINDS, VARIABLES, RedactingFormatter, complaint, redact
+from qlora_train.utils.secrets import HIDDEN, KINDS, VARIABLES, RedactingFormatter, redact, secret_error
 from tests.support.runs import write_rows
 
 Capture = pytest.CaptureFixture[str]
@@ -77,7 +77,7 @@ def seen_of(secret: str, text: str) -> list[str]:
 @pytest.mark.parametrize("around", ["{}", "data/{}/rows.jsonl", "token={}", "'{}'", "a {} b", "x?key={}&y=1"])
 def test_every_providers_secret_is_known_wherever_it_stands_in_a_text(name: str, around: str) -> None:
     text = around.format(CANARIES[name])
-    said = complaint(text)
+    said = secret_error(text)
     assert said is not None
     assert "set " in said
     assert seen_of(CANARIES[name], said + redact(text)) == []
@@ -86,7 +86,7 @@ def test_every_providers_secret_is_known_wherever_it_stands_in_a_text(name: str,
 
 @pytest.mark.parametrize("text", INNOCENT)
 def test_names_that_begin_like_a_secret_are_none(text: str) -> None:
-    assert complaint(text) is None
+    assert secret_error(text) is None
     assert redact(text) == text
 
 
@@ -97,13 +97,13 @@ def test_every_kind_has_a_canary_and_its_own_words() -> None:
 
 @given(st.lists(st.sampled_from([*CANARIES.values(), "eyJ", "sk-proj-", "://", ":", "@", "-", "\n", "a"]), max_size=30))
 def test_what_was_redacted_holds_no_secret_any_more(pieces: list[str]) -> None:
-    assert complaint(redact("".join(pieces))) is None
+    assert secret_error(redact("".join(pieces))) is None
 
 
 def test_a_value_of_the_environment_is_known_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert complaint("runs/correct horse") is None
+    assert secret_error("runs/correct horse") is None
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse")
-    assert "holds the value of MLFLOW_TRACKING_PASSWORD" in str(complaint("runs/correct horse"))
+    assert "holds the value of MLFLOW_TRACKING_PASSWORD" in str(secret_error("runs/correct horse"))
     assert redact("password correct horse!") == f"password {HIDDEN}!"
 
 
@@ -111,7 +111,7 @@ def test_an_empty_or_tiny_variable_hides_nothing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WANDB_API_KEY", "")
     monkeypatch.setenv("HF_TOKEN", " a ")
     assert redact("a plain text") == "a plain text"
-    assert complaint("a plain text") is None
+    assert secret_error("a plain text") is None
 
 
 # --- in a config -------------------------------------------------------------------------------------------------------

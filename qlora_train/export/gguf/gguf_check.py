@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import torch
 
-from qlora_train.architectures import text_part
+from qlora_train.architectures import text_config
 from qlora_train.utils.errors import ExportError
 
 TOLERANCES: Mapping[str, float] = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 1 / 127}
@@ -114,7 +114,7 @@ class GGUFFile:
         Raises:
             ExportError: the model would run with positions that are not scaled.
         """
-        content = text_part(config)
+        content = text_config(config)
         rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
         rope = rope.get("full_attention", rope)
         kind, key = rope.get("rope_type", rope.get("type")), f"{self.setting('general.architecture')}.rope.scaling"

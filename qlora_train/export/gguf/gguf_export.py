@@ -61,7 +61,7 @@ def export_merged(folder: RunFolder, config: RunConfig, converter: Converter, qu
     """
     final, name = folder.exports / f"gguf-{quant}", _run_name(folder)
     _check_scaling(config)
-    with atomic_io.staged_folder(final, {"format": "gguf", "quant": quant}) as staging:
+    with atomic_io.atomic_folder(final, {"format": "gguf", "quant": quant}) as staging:
         path = staging / f"{name}-{quant}.gguf"
         tokenizer = _tokenizer(folder.merged, config)
         file, check = write_model(folder.merged, tokenizer, path, name, converter, quant, texts=_texts(folder))
@@ -92,7 +92,7 @@ def export_base(folder: RunFolder, config: RunConfig, source: BaseSource, conver
     """
     final = folder.exports / f"base-gguf-{quant}"
     _check_scaling(config)
-    with atomic_io.staged_folder(final, {"format": "base-gguf", "quant": quant}) as staging:
+    with atomic_io.atomic_folder(final, {"format": "base-gguf", "quant": quant}) as staging:
         path = staging / _base_file(source, quant)
         tokenizer = _tokenizer(source.folder, config)
         scaled = model_config(source, config.model).to_dict() if config.model.rope_scaling else None
@@ -123,7 +123,7 @@ def export_adapter(folder: RunFolder, config: RunConfig, source: BaseSource, con
     _check_scaling(config)
     skeleton = skeleton_of(model_config(source, config.model), trust_remote_code=config.model.trust_remote_code)
     base_file = folder.exports / "base-gguf-f16" / _base_file(source, "f16")
-    with atomic_io.staged_folder(final, {"format": "lora-gguf", "quant": quant}) as staging:
+    with atomic_io.atomic_folder(final, {"format": "lora-gguf", "quant": quant}) as staging:
         path = staging / f"{name}-lora-{quant}.gguf"
         with tempfile.TemporaryDirectory(dir=staging) as plain:
             tensors = write_plain_adapter(AdapterFile(folder.adapter, skeleton), Path(plain), name)

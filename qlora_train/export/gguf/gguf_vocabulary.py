@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qlora_train.architectures import text_part
+from qlora_train.architectures import text_config
 from qlora_train.evaluation.generation import answer_end_ids
 from qlora_train.export.merging.auxiliary_files import SENTENCEPIECE
 from qlora_train.export.merging.legacy_config import for_converter
@@ -87,7 +87,7 @@ def link_model(model: Path, view: Path, tokenizer: Any, config: Mapping[str, Any
 
 def tokens_without_rows(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, int]:
     """Return the tokens that the embedding has no rows for."""
-    num_rows = text_part(config).get("vocab_size") or len(tokenizer)
+    num_rows = text_config(config).get("vocab_size") or len(tokenizer)
     return {token: i for token, i in tokenizer.get_vocab().items() if i >= num_rows}
 
 

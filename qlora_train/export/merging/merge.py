@@ -33,7 +33,7 @@ from qlora_train.export.merging.merge_plan import MergePlan, PlannedUnit, plan_m
 from qlora_train.export.merging.meta_model import Skeleton, skeleton_of
 from qlora_train.export.merging.shard_writer import bytes_of_size, write_shards
 from qlora_train.export.merging.tensor_layout import Names, Unit, units_of
-from qlora_train.utils.atomic_io import sha256_of, staged_folder
+from qlora_train.utils.atomic_io import atomic_folder, sha256_of
 from qlora_train.utils.errors import ConfigError, MergeError
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def merge_adapter(
         rounding = Rounding(held_in_4bit - base.stored_4bit, turned, quantization, load_dtype, device)
         plan = plan_merge(base, adapter, skeleton, names, units, rounding.names, dtype)
         _report_mismatch(plan, skeleton)
-        with staged_folder(output) as staging:
+        with atomic_folder(output) as staging:
             outputs = [tensor.name for tensor in plan.outputs]
             sizes_bytes = [tensor.size_bytes for tensor in plan.outputs]
             num_shards = write_shards(

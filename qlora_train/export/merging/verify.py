@@ -23,7 +23,7 @@ from qlora_train.export.loading_code import THIS_MODEL, merged_code
 from qlora_train.export.merging.check_budget import bounded_reference
 from qlora_train.export.merging.merge import MergeBase, MergeReport, is_stored_in_4bit, merge_adapter, refuse_places
 from qlora_train.export.predictions import Reference
-from qlora_train.utils.atomic_io import STAGING, remove_folder, staged_folder
+from qlora_train.utils.atomic_io import STAGING, atomic_folder, remove_folder
 from qlora_train.utils.errors import MergeError
 
 logger = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ def _refuse_other(where: Path, check: Check, export: ExportSection) -> None:
 
 def _move(candidate: Path, output: Path, finish: Callable[[Path], None]) -> None:
     """Make a whole candidate folder, finished, the output; the staging folder's manifest replaces the candidate's."""
-    with staged_folder(output) as staging:
+    with atomic_folder(output) as staging:
         for path in candidate.iterdir():
             path.rename(staging / path.name)
         finish(staging)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from qlora_train.config import RunConfig
-from qlora_train.config.memory_fallbacks import Able, next_rung, overrides, typed
+from qlora_train.config.memory_fallbacks import Capabilities, as_overrides, changed_settings, next_fallback
 from qlora_train.config.schema import TrainSection
 from qlora_train.runs import RunFolder, apply_fitted_settings, record_fitted_settings
 from qlora_train.training.memory.activation_checkpointing import kept_bytes, plan_levels
 from qlora_train.training.memory.memory_probe import Trial, compute_largest_batch, try_largest_batch
 from qlora_train.training.padding_free import lower_token_budget
 from qlora_train.training.qlora_trainer import QloraTrainer
-from qlora_train.utils.device import attempt, spare_bytes
+from qlora_train.utils.device import catch_out_of_memory, spare_bytes
 from qlora_train.utils.errors import TrainingError, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,9 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
     train = recorded = apply_fitted_settings(run, config.train) if config.train.auto_find_batch_size else config.train
     if recorded != config.train:
         logger.warning(
-            "memory: goes on with %s (%s)", typed(overrides(config.train, recorded)), run.fitted_settings_file
+            "memory: goes on with %s (%s)",
+            as_overrides(changed_settings(config.train, recorded)),
+            run.fitted_settings_file,
         )
     trainer = make(_with(config, train))
     first = trial = try_largest_batch(trainer)
@@ -47,10 +49,10 @@ def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConf
     if problem is not None and lower_token_budget(run, problem):
         return trainer_that_fits(make, config, run)
     while trial.problem is not None:
-        smaller = next_rung(train, _able(trainer))
+        smaller = next_fallback(train, _able(trainer))
         if smaller is None:
             raise TrainingError(f"out of memory: {trial.tried} does not fit ({trial.problem}); {NOTHING_SMALLER}")
-        logger.warning("memory: %s does not fit; tries %s", trial.tried, typed(overrides(train, smaller)))
+        logger.warning("memory: %s does not fit; tries %s", trial.tried, as_overrides(changed_settings(train, smaller)))
         train = smaller
         trainer = make(_with(config, train))
         trial = try_largest_batch(trainer)
@@ -77,7 +79,9 @@ def keep_more(trainer: QloraTrainer, trial: Trial, budget_bytes: float) -> Trial
     layers = trainer.recomputation
     if not layers.can("layer"):
         return trial
-    kept, problem = attempt(lambda: kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer)))
+    kept, problem = catch_out_of_memory(
+        lambda: kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer))
+    )
     for share in SHARES_OF_BUDGET:
         if kept is None:
             break
@@ -99,7 +103,7 @@ def _too_little_left(trainer: QloraTrainer, tried: Trial) -> str | None:
 
 
 def _take_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: Trial) -> None:
-    changes = typed(overrides(config.train, fitted))
+    changes = as_overrides(changed_settings(config.train, fitted))
     record_fitted_settings(run, config.train, fitted, f"{first.tried} did not fit: {first.problem}")
     if config.train.auto_find_batch_size:
         logger.warning("memory: %s did not fit; the run trains with %s", first.tried, changes)
@@ -130,17 +134,17 @@ def rung_below(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iter
     where = f"step {step}: out of memory ({reason}); the last checkpoint is whole"
     if lower_token_budget(run, reason):
         raise TrainingError(f"{where}; repeat the command: the run resumes with smaller micro-batches")
-    smaller = next_rung(trainer.config.train, _able(trainer))
+    smaller = next_fallback(trainer.config.train, _able(trainer))
     if smaller is None:
         raise TrainingError(f"{where}; {NOTHING_SMALLER}")
-    changes = typed(overrides(config.train, smaller))
+    changes = as_overrides(changed_settings(config.train, smaller))
     record_fitted_settings(run, config.train, smaller, f"step {step}: {reason}")
     how = "" if config.train.auto_find_batch_size else f" with {AUTO_FIT}"
     raise TrainingError(f"{where}; repeat the command{how}: the run goes on with {changes}")
 
 
-def _able(trainer: QloraTrainer) -> Able:
-    return Able(
+def _able(trainer: QloraTrainer) -> Capabilities:
+    return Capabilities(
         on_gpu=trainer.adapted.loaded.device.type == "cuda",
         recomputes=trainer.adapted.loaded.model.supports_gradient_checkpointing,
         recomputes_all=trainer.args.gradient_checkpointing or trainer.recomputation.keeps_inputs_alone,

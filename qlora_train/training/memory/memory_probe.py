@@ -17,7 +17,7 @@ from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.training.parity.gradients import enable_checkpointing
 from qlora_train.training.parity.preserve_state import without_trace
 from qlora_train.training.qlora_trainer import QloraTrainer
-from qlora_train.utils.device import attempt, free_memory
+from qlora_train.utils.device import catch_out_of_memory, free_memory
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def try_largest_batch(trainer: QloraTrainer) -> Trial:
     # as the training loop will do, which leaves a model as it is that is prepared already
     model = trainer.accelerator.prepare_model(trainer.model)
     with without_trace(model):
-        _, problem = attempt(lambda: _train(trainer, model, batches))
+        _, problem = catch_out_of_memory(lambda: _train(trainer, model, batches))
     return Trial(f"training on {_size(batches[0])}", problem, _peak_bytes(device))
 
 

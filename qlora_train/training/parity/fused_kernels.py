@@ -27,7 +27,7 @@ from qlora_train.training.parity.gradients import (
 )
 from qlora_train.training.parity.parity_result import ParityResult, load_parity, save_parity
 from qlora_train.training.parity.preserve_state import without_trace
-from qlora_train.utils.errors import first_line, is_out_of_memory, not_deterministic
+from qlora_train.utils.errors import first_line, is_out_of_memory, nondeterministic_operation
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Parit
             fast = _install(adapted, batch)
             found = difference(wanted, gradients_of(adapted, batch))
     except FAILURES as error:
-        if is_out_of_memory(error) or not_deterministic(error):  # says nothing about the model
+        if is_out_of_memory(error) or nondeterministic_operation(error):  # says nothing about the model
             raise
         return ParityResult(run_id, False, f"it fails on this model ({first_line(error)})")
     finally:

@@ -16,7 +16,7 @@ from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training.parity.preserve_state import without_trace
-from qlora_train.utils.device import attempt
+from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def within_memory(what: str, sizes: Sequence[tuple[int, int]], compare: Callable
         TrainingError: the smallest size does not fit.
     """
     for num_rows, num_tokens in sizes:
-        found, reason = attempt(partial(compare, num_rows, num_tokens))
+        found, reason = catch_out_of_memory(partial(compare, num_rows, num_tokens))
         if reason is None:
             return found  # type: ignore[return-value]
         logger.warning("%s: parity check on %d x %d tokens: out of memory", what, num_rows, num_tokens)
