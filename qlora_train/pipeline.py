@@ -16,8 +16,9 @@ from qlora_train.architectures import check_target_modules, detect
 from qlora_train.config import RunConfig, load_config
 from qlora_train.config.preflight import check_machine
 from qlora_train.data import PreparedData
-from qlora_train.data.collate import Collator, epoch_order, labelled_batches, padding_multiple
-from qlora_train.data.held_out_rows import RunRows, keep_rows, kept_rows
+from qlora_train.data.batch_order import epoch_order
+from qlora_train.data.collate import PaddingCollator, batches_with_labels, padding_multiple
+from qlora_train.data.held_out_rows import RunRows, load_rows, save_rows
 from qlora_train.data.token_store import Rows
 from qlora_train.export.adapter_check import AdapterReference, check_adapter, measure_adapter
 from qlora_train.export.gguf.converter import check_quant, find_converter
@@ -87,7 +88,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
                 logger.warning("%s: training further will replace the adapter and delete %s", folder.path, names)
             data.report.log()
             atomic_io.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
-            keep_rows(folder.rows, data, data.fingerprint)
+            save_rows(folder.rows, data, data.fingerprint)
             reference = train_adapter(folder, config, source, data, checkpoint)
         if not folder.read_results().get("adapter_check", {}).get("passed"):
             reference = reference or measure_again(folder, config)
@@ -246,7 +247,7 @@ def prepare_again(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, Run
     Raises:
         CheckpointError: the base has changed since, or the rows are damaged.
     """
-    return _same_base(folder, config, weights=True), kept_rows(folder.rows)
+    return _same_base(folder, config, weights=True), load_rows(folder.rows)
 
 
 def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:
@@ -255,8 +256,10 @@ def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) 
         return []
     assert isinstance(data.train, Rows), "the config refuses eva with a stream"
     order = epoch_order(data.train.lengths, seed=config.run.seed, epoch=0, batch_size=1, group_by_length=False)
-    collate = Collator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))
-    return labelled_batches(data.train, order, collate, min_labels=2 * config.lora.r, max_batches=NUM_INITIAL_BATCHES)
+    collate = PaddingCollator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))
+    return batches_with_labels(
+        data.train, order, collate, min_labels=2 * config.lora.r, max_batches=NUM_INITIAL_BATCHES
+    )
 
 
 def facts(

@@ -75,7 +75,8 @@ def ours(data: Path, tokenizer_path: Path, cache: Path, num_proc: int) -> dict[s
 
     from qlora_train.config.schema import DataSection
     from qlora_train.data import prepare_data
-    from qlora_train.data.collate import Collator, RowDataset, epoch_order
+    from qlora_train.data.batch_order import epoch_order
+    from qlora_train.data.collate import PaddingCollator, RowDataset
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     section = DataSection(
@@ -87,7 +88,7 @@ def ours(data: Path, tokenizer_path: Path, cache: Path, num_proc: int) -> dict[s
     order = epoch_order(prepared.train.lengths, seed=42, epoch=0, batch_size=BATCH_SIZE, group_by_length=False)
     batches = [order[i : i + BATCH_SIZE] for i in range(0, len(order), BATCH_SIZE)]
     loader: Any = DataLoader(
-        RowDataset(prepared.train), sampler=batches, batch_size=None, collate_fn=Collator(tokenizer.pad_token_id)
+        RowDataset(prepared.train), sampler=batches, batch_size=None, collate_fn=PaddingCollator(tokenizer.pad_token_id)
     )
     num_tokens = sum(int(batch["attention_mask"].sum()) for batch in loader)
     end = time.perf_counter()

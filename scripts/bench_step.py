@@ -30,13 +30,14 @@ from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.kernels.lora_dropout import lora_dropout_off, rate_of
 from qlora_train.kernels.packed import attention
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import IGNORE_INDEX, choose_chunk_tokens, label_losses
+from qlora_train.objectives.sft_loss import choose_chunk_tokens, label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import Feed, RowFeed, make_feed
 from qlora_train.training.memory.activation_checkpointing import Recomputation, choose_recomputation
 from qlora_train.training.padding_free import choose_padding_free
 from qlora_train.training.parity.document_isolation import isolate_documents
+from qlora_train.utils.constants import IGNORE_INDEX
 
 
 @dataclass
@@ -145,7 +146,7 @@ def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None
 def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in_chunks: bool) -> list[Feed]:
     """Return the steps of a run of the config, padded and, if it trains padding-free, flattened."""
     size, loaded = config.train.per_device_train_batch_size, adapted.loaded
-    feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, grouped_rows=size)
+    feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, group_batch_size=size)
     if not isinstance(feed, RowFeed):
         return [feed]
     with tempfile.TemporaryDirectory() as nowhere:

@@ -18,7 +18,7 @@ FOUNDATIONS = {
     "utils": set(), "config": {"utils"}, "architectures": {"utils"}, "kernels": set(), "runs": {"config", "utils"},
 }  # fmt: skip
 """Packages that everything builds on, and all that they may import of this package."""
-FORBIDDEN = {"data": {"kernels", "models"}, "training": {"export"}, "runs": {"training"}}
+FORBIDDEN = {"data": {"kernels", "models", "objectives"}, "training": {"export"}, "runs": {"training"}}
 """Packages that must stay independent of an earlier one."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}
 """Libraries that take seconds to load."""

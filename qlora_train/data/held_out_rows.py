@@ -36,7 +36,7 @@ class RunRows:
     eval: Rows
     num_train_rows: int | None
 
-    def solved(self, count: int) -> list[Example]:
+    def few_shot_examples(self, count: int) -> list[Example]:
         """Return the first training rows whose answer was kept as text, at most `count`."""
         return list(itertools.islice((row for row in self.first_rows() if row.answer is not None), count))
 
@@ -45,7 +45,7 @@ class RunRows:
         return self.train.head() if isinstance(self.train, RowStream) else self.train
 
 
-def keep_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:
+def save_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:
     """Write what is kept of a run's rows; a resumed run, which may have a full disk, has them already.
 
     Args:
@@ -72,8 +72,8 @@ def keep_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:
             (store / FILES).write_text(json.dumps(list(files)), encoding="utf-8")
 
 
-def kept_rows(folder: Path) -> RunRows:
-    """Read what `keep_rows` wrote.
+def load_rows(folder: Path) -> RunRows:
+    """Read what `save_rows` wrote.
 
     Raises:
         CheckpointError: it is missing or damaged.

@@ -133,7 +133,7 @@ class PackOrder:
     def __len__(self) -> int:
         return math.ceil(self.num_packs / self._batch_size)
 
-    def of_epoch(self, epoch: int) -> Iterator[list[int]]:
+    def epoch_batches(self, epoch: int) -> Iterator[list[int]]:
         """Yield the rows of each micro-batch of an epoch, pack by pack."""
         rows, starts = self.packs(epoch)
         for first in range(0, self.num_packs, self._batch_size):

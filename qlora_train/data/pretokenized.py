@@ -10,10 +10,9 @@ from typing import Any
 
 from qlora_train.data.readers import kind_of
 from qlora_train.data.types import Row, UnusableRowError
+from qlora_train.utils.constants import IGNORE_INDEX
 
 MASKS = ("loss_mask", "completion_mask", "assistant_masks")
-IGNORE_INDEX = -100
-"""A label without loss."""
 LARGEST_ID = 2**31 - 1
 
 

@@ -23,7 +23,7 @@ from qlora_train.data.token_cache import StoreCache, key_of
 from qlora_train.data.token_store import Store, StoreWriter, token_dtype
 from qlora_train.data.tokenize_chunk import ChunkTokenizer, TextsKept
 from qlora_train.data.types import Record
-from qlora_train.data.worker_pool import in_order, num_processes
+from qlora_train.data.worker_pool import num_processes, ordered_map
 from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
@@ -183,7 +183,7 @@ class _Making:
         num_records = [0] * len(self.files)
         unseen: frozenset[str] | None = None
         with shown_progress(self.key, num_bytes) as advance:
-            for chunk in in_order(tokenize, self._chunks(), num_proc):
+            for chunk in ordered_map(tokenize, self._chunks(), num_proc):
                 writer.append(chunk)
                 num_records[chunk.file_number] += chunk.num_records
                 unseen = chunk.unseen if unseen is None else unseen & chunk.unseen

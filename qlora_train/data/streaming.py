@@ -20,7 +20,7 @@ from qlora_train.data.shuffle import permutation
 from qlora_train.data.token_store import SourceSummary, TokenizedChunk, token_dtype
 from qlora_train.data.tokenize_chunk import ChunkTokenizer
 from qlora_train.data.types import Example
-from qlora_train.data.worker_pool import in_order
+from qlora_train.data.worker_pool import ordered_map
 from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
@@ -103,7 +103,7 @@ class RowStream:
         """Yield the rows of each window from number `first` on, shuffled."""
         plan = map(self._plan, itertools.count(first))
         waiting, ahead = itertools.tee(plan)
-        results = in_order(self._tokenize, itertools.chain.from_iterable(ahead), self._num_proc)
+        results = ordered_map(self._tokenize, itertools.chain.from_iterable(ahead), self._num_proc)
         for number, chunks in zip(itertools.count(first), waiting, strict=False):
             rows: list[Example] = []
             seen: list[tuple[int, int]] = []

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from qlora_train.data.collate import Collator
+from qlora_train.data.collate import PaddingCollator
 from qlora_train.data.types import Example
 from qlora_train.evaluation.batched_inference import (
     batches_by_length,
@@ -78,7 +78,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
     if not any(num_labels):
         raise DataError(f"held-out loss: {len(examples)} rows and none with a label token; data.eval needs answers")
     nll = torch.zeros(len(examples), dtype=torch.float64)
-    collate = Collator(pad_token_id)
+    collate = PaddingCollator(pad_token_id)
     device = input_device(model)
     max_labels = MAX_LOGITS // model.config.get_text_config().vocab_size
 
@@ -108,7 +108,7 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
         ModelError: one row does not fit into memory.
         Stop: the process was asked to stop.
     """
-    collate, device = Collator(0), input_device(model)
+    collate, device = PaddingCollator(0), input_device(model)
     with evaluation_mode(model):
         for example in examples:
             signals.raise_if_requested()

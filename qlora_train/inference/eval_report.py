@@ -101,7 +101,7 @@ def _models(
     if {"base", "adapter"} & set(settings.models):
         loaded = load_model(config.model, config.quantization, source=source)
         if "base" in settings.models:
-            shots = data.solved(settings.num_shots)
+            shots = data.few_shot_examples(settings.num_shots)
             if len(shots) < settings.num_shots:
                 logger.warning("base: shown %d solved examples, the data has no more of them as text", len(shots))
             shown = [few_shot_prompt(prompt, shots) for prompt in plain]

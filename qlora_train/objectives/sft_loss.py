@@ -25,9 +25,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from qlora_train.kernels import host_copies
 from qlora_train.kernels.ops.cross_entropy import losses_and_gradient_
 from qlora_train.kernels.packed.attention import attends_by_documents, positions_of_row
-
-IGNORE_INDEX = -100
-"""Label of a token without loss, as torch's cross-entropy and Transformers have it."""
+from qlora_train.utils.constants import IGNORE_INDEX
 
 FLOAT32_BYTES = 64 << 20
 """Most float32 logits that an evaluation makes at once, however large batch and vocabulary are."""
@@ -120,7 +118,7 @@ def label_losses(
         labels: (batch, seq), IGNORED where a token carries no loss; so is the first token of each packed document, which
             nothing predicts. Where they are on the host, as `position_ids`, the host does not wait for the device.
         attention_mask: (batch, seq), 1 for real tokens; None where all are.
-        position_ids: (1, seq), those in each document of a packed row, as `data.batches.PackCollator` makes them; None for
+        position_ids: (1, seq), those in each document of a packed row, as `FlatteningCollator` makes them; None for
             rows that are not packed.
         with_balance: also return the architecture's own load-balancing loss of a mixture of experts, over all real tokens.
     """

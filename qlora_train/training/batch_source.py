@@ -19,18 +19,17 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerState
 
 from qlora_train.config import RunConfig
+from qlora_train.data.batch_order import BatchOrder, RowOrder
 from qlora_train.data.collate import (
     Batch,
-    BatchOrder,
-    Capacity,
-    Collator,
-    NumberedExample,
-    PackCollator,
+    FlatteningCollator,
+    IndexedExample,
+    PaddingCollator,
     RowDataset,
-    RowOrder,
     StepCollator,
+    TokenBudget,
+    flattened_multiple,
     padding_multiple,
-    row_multiple,
 )
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.streaming import RowStream
@@ -73,18 +72,19 @@ class Standing(Protocol):
 
 
 def make_feed(
-    rows: Rows | RowStream, config: RunConfig, pad_token_id: int, device: torch.device, *, grouped_rows: int
+    rows: Rows | RowStream, config: RunConfig, pad_token_id: int, device: torch.device, *, group_batch_size: int
 ) -> "RowFeed | StreamFeed":
-    """Return the feed that a config asks for; how full packs are is logged. `grouped_rows` is explained in `RowOrder`."""
+    """Return the feed that a config asks for, and log how full packs are; see `RowOrder` for `group_batch_size`."""
     if isinstance(rows, RowStream):
-        return StreamFeed(rows, config, Collator(pad_token_id, padding_multiple(device)))
+        return StreamFeed(rows, config, PaddingCollator(pad_token_id, padding_multiple(device)))
     if config.data.packing:
-        return RowFeed(rows, pack_order(rows.lengths, config), config, PackCollator(pad_token_id, row_multiple(device)))
+        collate = FlatteningCollator(pad_token_id, flattened_multiple(device))
+        return RowFeed(rows, pack_order(rows.lengths, config), config, collate)
     train = config.train
     order = RowOrder(
-        rows.lengths, config.run.seed, train.per_device_train_batch_size, train.group_by_length, grouped_rows
+        rows.lengths, config.run.seed, train.per_device_train_batch_size, train.group_by_length, group_batch_size
     )
-    return RowFeed(rows, order, config, Collator(pad_token_id, padding_multiple(device)))
+    return RowFeed(rows, order, config, PaddingCollator(pad_token_id, padding_multiple(device)))
 
 
 def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
@@ -113,20 +113,20 @@ class RowFeed:
         rows: Rows,
         order: BatchOrder,
         config: RunConfig,
-        collate: Collator | PackCollator,
-        most: Capacity | None = None,
+        collate: PaddingCollator | FlatteningCollator,
+        most: TokenBudget | None = None,
     ) -> None:
         self.rows, self._order, self._config = rows, order, config
         self.collate = StepCollator(collate, most)
 
-    def laid_out(self, collate: PackCollator, most: Capacity | None = None) -> "RowFeed":
+    def laid_out(self, collate: FlatteningCollator, most: TokenBudget | None = None) -> "RowFeed":
         """Return the same steps, laid out in another way; `most` is explained in `StepCollator`."""
         return RowFeed(self.rows, self._order, self._config, collate, most)
 
-    def steps(self) -> Iterator[list[list[NumberedExample]]]:
+    def steps(self) -> Iterator[list[list[IndexedExample]]]:
         """Yield the rows of each step of the first epoch, in the micro-batches that the settings ask for."""
         rows = RowDataset(self.rows)
-        for numbers in self._batches().of_epoch(0):
+        for numbers in self._batches().epoch_batches(0):
             yield [rows[micro_batch] for micro_batch in numbers]
 
     @property
@@ -149,7 +149,7 @@ class RowFeed:
     def batch_of(self, rows: Sequence[Example]) -> Batch:
         """Return rows as a micro-batch in which nothing is shared."""
         collate = self.collate.collate
-        apart = replace(collate, shares=False) if isinstance(collate, PackCollator) else collate
+        apart = replace(collate, share_prefixes=False) if isinstance(collate, FlatteningCollator) else collate
         return apart(list(enumerate(rows)))
 
     def num_tokens(self, batch: Batch) -> int:
@@ -174,9 +174,9 @@ class StepOrder:
     def __len__(self) -> int:
         return math.ceil(len(self.order) / self.accumulation)
 
-    def of_epoch(self, epoch: int) -> Iterator[list[list[int]]]:
+    def epoch_batches(self, epoch: int) -> Iterator[list[list[int]]]:
         """Yield the row numbers of each micro-batch of each step."""
-        micro_batches = self.order.of_epoch(epoch)
+        micro_batches = self.order.epoch_batches(epoch)
         while step := list(islice(micro_batches, self.accumulation)):
             yield step
 
@@ -197,7 +197,7 @@ class EpochSteps:
         return len(self._order)
 
     def __iter__(self) -> Iterator[list[list[int]]]:
-        return self._order.of_epoch(self._trainer.state.global_step // len(self._order))
+        return self._order.epoch_batches(self._trainer.state.global_step // len(self._order))
 
 
 class StreamFeed(IterableDataset[list[Batch]]):
@@ -209,7 +209,7 @@ class StreamFeed(IterableDataset[list[Batch]]):
         collate: makes a micro-batch of rows.
     """
 
-    def __init__(self, stream: RowStream, config: RunConfig, collate: Collator) -> None:
+    def __init__(self, stream: RowStream, config: RunConfig, collate: PaddingCollator) -> None:
         self._stream, self._collate = stream, collate
         self._batch_size = config.train.per_device_train_batch_size
         self._rows_a_step = self._batch_size * config.train.gradient_accumulation_steps

@@ -1,7 +1,7 @@
 """Decide whether to train padding-free: flatten each step's rows into one sequence and compute shared prefixes once.
 
 A micro-batch must be small enough for the longest row, so that shorter rows leave most of its memory unused. Flattened
-(`data.batches.PackCollator`), where each row attends to itself only, a micro-batch holds as many rows as the largest one of
+(`FlatteningCollator`), where each row attends to itself only, a micro-batch holds as many rows as the largest one of
 the settings has tokens and labels. A step then has fewer micro-batches and dequantizes weights less often, in the same
 memory.
 
@@ -25,7 +25,7 @@ from torch import nn
 
 from qlora_train.adapters import AdaptedModel
 from qlora_train.config import RunConfig
-from qlora_train.data.collate import Collator, NumberedExample, PackCollator, row_multiple
+from qlora_train.data.collate import FlatteningCollator, IndexedExample, PaddingCollator, flattened_multiple
 from qlora_train.data.types import Example
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.packed import attention
@@ -134,7 +134,7 @@ def choose_padding_free(
     if parity is None:
         problem = _isolate(adapted, config, feed)
         parity = ParityResult(run_id, False, problem) if problem else _compare(adapted, laid_out, num_steps, run_id)
-        raised = laid_out.collate.most != _laid_out(adapted, feed, config, in_chunks, 0).collate.most
+        raised = laid_out.collate.budget != _laid_out(adapted, feed, config, in_chunks, 0).collate.budget
         save_parity(run.padding_free_file, replace(parity, min_tokens=min_tokens if raised and parity.on else 0))
     elif parity.on and (problem := _isolate(adapted, config, feed)):
         raise CheckpointError(
@@ -167,8 +167,8 @@ def lower_token_budget(run: RunFolder, reason: str) -> bool:
 def _laid_out(adapted: AdaptedModel, feed: RowFeed, config: RunConfig, in_chunks: bool, min_tokens: int) -> RowFeed:
     loaded = adapted.loaded
     # dropout of a shared prefix would be the same for all rows that have it
-    shares = config.lora.lora_dropout == 0
-    collate = PackCollator(loaded.tokenizer.pad_token_id, row_multiple(loaded.device), shares)
+    share_prefixes = config.lora.lora_dropout == 0
+    collate = FlatteningCollator(loaded.tokenizer.pad_token_id, flattened_multiple(loaded.device), share_prefixes)
     if config.data.packing:
         return feed.laid_out(collate)  # packs are full
     return feed.laid_out(collate, capacity(feed.rows, config, in_chunks=in_chunks, min_tokens=min_tokens))
@@ -218,8 +218,8 @@ def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
 
 def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: str) -> ParityResult:
     """Compute a few rows in both ways, every layer recomputed."""
-    assert isinstance(laid_out.collate.collate, PackCollator)
-    collate = PackCollator(shares=laid_out.collate.collate.shares)
+    assert isinstance(laid_out.collate.collate, FlatteningCollator)
+    collate = FlatteningCollator(share_prefixes=laid_out.collate.collate.share_prefixes)
     groups = [rows for step in islice(laid_out.steps(), num_steps) for rows in laid_out.collate.grouped(step)]
     device = adapted.loaded.device
 
@@ -230,7 +230,7 @@ def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: s
         candidates = [rows for group in groups if (rows := _beginnings(group[:num_rows], num_tokens))]
         rows = next((rows for rows in candidates if not _is_whole(collate, rows)), candidates[0])
         with full_checkpointing(adapted.loaded.model):
-            return difference(computed(Collator(0)(rows)), computed(collate(rows)))
+            return difference(computed(PaddingCollator(0)(rows)), computed(collate(rows)))
 
     try:
         found = within_memory("padding-free", SIZES, compared)
@@ -242,11 +242,11 @@ def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: s
     return ParityResult.of(run_id, found, replace(bounds, loss=LOSS_SLACK * bounds.loss))
 
 
-def _is_whole(collate: PackCollator, rows: Sequence[NumberedExample]) -> bool:
+def _is_whole(collate: FlatteningCollator, rows: Sequence[IndexedExample]) -> bool:
     return collate(rows)["input_ids"].numel() == sum(len(example.input_ids) for _, example in rows)
 
 
-def _beginnings(batch: Sequence[NumberedExample], num_tokens: int) -> list[NumberedExample]:
+def _beginnings(batch: Sequence[IndexedExample], num_tokens: int) -> list[IndexedExample]:
     """Return the first tokens of the rows, the last half of them labels."""
 
     def cut(row: Example) -> Example:

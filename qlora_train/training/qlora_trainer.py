@@ -32,7 +32,7 @@ from trl import SFTTrainer
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.collate import Batch, PackCollator
+from qlora_train.data.collate import Batch, FlatteningCollator
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels import host_copies
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS, choose_router_aux_loss_coef
@@ -86,7 +86,7 @@ class QloraTrainer(SFTTrainer):
         run: RunFolder,
         callbacks: list[TrainerCallback],
         *,
-        grouped_rows: int | None = None,
+        group_batch_size: int | None = None,
         recomputation: Recomputation | None = None,
         on_fused_kernels: bool = True,
     ) -> None:
@@ -95,7 +95,7 @@ class QloraTrainer(SFTTrainer):
         loaded = adapted.loaded
         self._feed: Feed = make_feed(
             data.train, config, loaded.tokenizer.pad_token_id, loaded.device,
-            grouped_rows=grouped_rows or config.train.per_device_train_batch_size,
+            group_batch_size=group_batch_size or config.train.per_device_train_batch_size,
         )  # fmt: skip
         self.balance_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
         self.loss_chunk_tokens = choose_chunk_tokens(adapted.model)
@@ -170,7 +170,7 @@ class QloraTrainer(SFTTrainer):
             if found is not None:
                 return found
         counts_padding = config.data.packing and balances  # the load-balancing loss does
-        return feed.laid_out(PackCollator(loaded.tokenizer.pad_token_id)) if counts_padding else feed
+        return feed.laid_out(FlatteningCollator(loaded.tokenizer.pad_token_id)) if counts_padding else feed
 
     def largest_batches(self) -> list[Batch]:
         """Return micro-batches as large as any of this run's: of most tokens and labels, and of these in most documents.
@@ -179,9 +179,9 @@ class QloraTrainer(SFTTrainer):
         """
         rows = largest_micro_batch(self.examples, self.config)
         feed = self._feed
-        if not isinstance(feed, RowFeed) or not isinstance(feed.collate.collate, PackCollator):
+        if not isinstance(feed, RowFeed) or not isinstance(feed.collate.collate, FlatteningCollator):
             return [feed.batch_of(rows)]
-        most = feed.collate.most
+        most = feed.collate.budget
         if most is not None:
             rows = filled(rows[0], most)
         num_documents = most_documents(feed.rows, self.config, most)

@@ -48,7 +48,7 @@ def train(
     def make(fitted: RunConfig) -> QloraTrainer:
         asked_rows = config.train.per_device_train_batch_size
         return QloraTrainer(
-            adapted, data, fitted, run, [progress], grouped_rows=asked_rows, recomputation=recomputation,
+            adapted, data, fitted, run, [progress], group_batch_size=asked_rows, recomputation=recomputation,
             on_fused_kernels=fast is not None,
         )  # fmt: skip
 

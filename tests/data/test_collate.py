@@ -10,20 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_train.data.batch_order import MEGABATCH_BATCHES, RowOrder, epoch_order
 from qlora_train.data.collate import (
-    IGNORE_INDEX,
-    MEGABATCH_BATCHES,
-    Capacity,
-    Collator,
-    PackCollator,
+    FlatteningCollator,
+    PaddingCollator,
     RowDataset,
-    RowOrder,
     StepCollator,
-    epoch_order,
-    labelled_batches,
+    TokenBudget,
+    batches_with_labels,
     padding_multiple,
 )
 from qlora_train.data.types import Example
+from qlora_train.utils.constants import IGNORE_INDEX
 from tests.support.stores import example, rows_of
 
 EXAMPLES = [example((5, 6, 7), (0, 1, 1)), example(range(1, 10), (0,) * 8 + (1,))]
@@ -43,7 +41,7 @@ def test_the_data_set_reads_rows_of_a_store_with_their_numbers(tmp_path: Path) -
 
 
 def test_the_collator_pads_right_and_never_labels_padding() -> None:
-    batch = Collator(pad_token_id=7, multiple_of=8)(NUMBERED)
+    batch = PaddingCollator(pad_token_id=7, pad_to_multiple_of=8)(NUMBERED)
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
         "input_ids": (2, 16), "attention_mask": (2, 16), "labels": (2, 16), "row": (2,),
     }  # fmt: skip
@@ -56,7 +54,7 @@ def test_the_collator_pads_right_and_never_labels_padding() -> None:
 
 def test_rows_are_padded_to_lengths_that_come_again() -> None:
     lengths = {
-        device: Collator(0, padding_multiple(torch.device(device)))(NUMBERED)["input_ids"].shape[1]
+        device: PaddingCollator(0, padding_multiple(torch.device(device)))(NUMBERED)["input_ids"].shape[1]
         for device in ("cpu", "cuda")
     }
     assert lengths == {"cpu": 12, "cuda": 16}
@@ -70,7 +68,7 @@ def of_sizes(*sizes: tuple[int, int]) -> list[tuple[int, Example]]:
 
 def test_a_step_has_the_micro_batches_that_it_is_given() -> None:
     rows = of_sizes((3, 1), (5, 2), (4, 1))
-    batches = StepCollator(Collator(0))([rows[:2], rows[2:]])
+    batches = StepCollator(PaddingCollator(0))([rows[:2], rows[2:]])
     assert [batch["row"].tolist() for batch in batches] == [[0, 1], [2]]
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 5), (1, 4)]
 
@@ -78,29 +76,29 @@ def test_a_step_has_the_micro_batches_that_it_is_given() -> None:
 @pytest.mark.parametrize(
     ("most", "wanted"),
     [
-        (Capacity(9, 9), [[1, 2], [3, 4, 0]]),
-        (Capacity(9, 3), [[1, 2], [3, 4], [0]]),  # labels of 3 and 4: all that fit
-        (Capacity(19, 9), [[1, 2, 3, 4, 0]]),
+        (TokenBudget(9, 9), [[1, 2], [3, 4, 0]]),
+        (TokenBudget(9, 3), [[1, 2], [3, 4], [0]]),  # labels of 3 and 4: all that fit
+        (TokenBudget(19, 9), [[1, 2, 3, 4, 0]]),
     ],
 )
-def test_micro_batches_are_filled_up_to_the_most_that_they_hold(most: Capacity, wanted: list[list[int]]) -> None:
+def test_micro_batches_are_filled_up_to_the_most_that_they_hold(most: TokenBudget, wanted: list[list[int]]) -> None:
     rows = of_sizes((2, 1), (5, 2), (4, 1), (3, 2), (3, 1))
     micro_batches = [[row] for row in rows]
-    groups = StepCollator(PackCollator(), most).grouped(micro_batches)
+    groups = StepCollator(FlatteningCollator(), most).grouped(micro_batches)
     assert [[number for number, _ in group] for group in groups] == wanted
-    for batch in StepCollator(PackCollator(), most)(micro_batches):
-        assert batch["input_ids"].numel() <= most.num_tokens
-        assert int((batch["labels"] != IGNORE_INDEX).sum()) <= most.num_labels
+    for batch in StepCollator(FlatteningCollator(), most)(micro_batches):
+        assert batch["input_ids"].numel() <= most.max_tokens
+        assert int((batch["labels"] != IGNORE_INDEX).sum()) <= most.max_labels
 
 
 def test_a_step_that_cannot_be_put_together_in_fewer_micro_batches_stays_as_it_is() -> None:
     rows = of_sizes((5, 1), (6, 1), (4, 1), (5, 1))
     micro_batches = [rows[:2], rows[2:]]
-    assert StepCollator(PackCollator(), Capacity(12, 9)).grouped(micro_batches) is micro_batches
+    assert StepCollator(FlatteningCollator(), TokenBudget(12, 9)).grouped(micro_batches) is micro_batches
 
 
 def test_packed_rows_lie_end_to_end_with_positions_and_labels_of_their_own() -> None:
-    batch = PackCollator()([(4, EXAMPLES[0]), (2, EXAMPLES[1])])
+    batch = FlatteningCollator()([(4, EXAMPLES[0]), (2, EXAMPLES[1])])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 5, 6, 7]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * 8 + [9] + [IGNORE_INDEX, 6, 7]]
@@ -111,7 +109,7 @@ def test_packed_rows_lie_end_to_end_with_positions_and_labels_of_their_own() -> 
 
 def test_a_label_that_the_document_before_would_predict_is_refused() -> None:
     with pytest.raises(AssertionError, match="nothing predicts the first token"):
-        PackCollator()([(0, EXAMPLES[0]), (1, example((5, 6), (1, 1)))])
+        FlatteningCollator()([(0, EXAMPLES[0]), (1, example((5, 6), (1, 1)))])
 
 
 def order_in_plain_python(lengths: list[int], *, seed: int, epoch: int, batch_size: int, group: bool) -> list[int]:
@@ -166,8 +164,8 @@ def test_the_order_depends_on_seed_and_epoch_and_leaves_the_global_generator_alo
 
 def test_micro_batches_are_cut_from_the_order_of_their_epoch() -> None:
     lengths = array([3, 1, 4, 1, 5, 9, 2])
-    order = RowOrder(lengths, seed=3, batch_size=3, group_by_length=False, grouped_rows=3)
-    batches = list(order.of_epoch(2))
+    order = RowOrder(lengths, seed=3, batch_size=3, group_by_length=False, group_batch_size=3)
+    batches = list(order.epoch_batches(2))
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert len(order) == 3
     flat = epoch_order(lengths, seed=3, epoch=2, batch_size=3, group_by_length=False)
@@ -194,7 +192,7 @@ def test_batches_with_enough_labels_take_the_rows_they_need() -> None:
     generator = random.Random(0)
     rows = [example(range(1, 8), [0, *(generator.randint(0, 1) for _ in range(6))]) for _ in range(40)]
     order = np.arange(39, -1, -1)
-    batches = labelled_batches(rows, order, Collator(0), min_labels=10, max_batches=3)
+    batches = batches_with_labels(rows, order, PaddingCollator(0), min_labels=10, max_batches=3)
     assert len(batches) == 3
     seen = [row for batch in batches for row in batch["row"].tolist()]
     assert seen == order[: len(seen)].tolist()
@@ -202,5 +200,5 @@ def test_batches_with_enough_labels_take_the_rows_they_need() -> None:
         num_labels = (batch["labels"] != IGNORE_INDEX).sum(1)
         assert num_labels.sum() >= 10
         assert num_labels[:-1].sum() < 10, "no row more than it takes"
-    too_few = labelled_batches(rows[:1], np.arange(1), Collator(0), min_labels=100, max_batches=3)
+    too_few = batches_with_labels(rows[:1], np.arange(1), PaddingCollator(0), min_labels=100, max_batches=3)
     assert [batch["row"].tolist() for batch in too_few] == [[0]]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qlora_train.cli.main import main
-from qlora_train.data.held_out_rows import NUM_ROWS, keep_rows, kept_rows
+from qlora_train.data.held_out_rows import NUM_ROWS, load_rows, save_rows
 from qlora_train.models import resolve_base
 from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
 from qlora_train.utils.errors import CheckpointError
@@ -29,19 +29,19 @@ def test_kept_rows_are_the_held_out_ones_and_the_first_to_train_on(share, pico_l
     files = f"data.train=[{tmp_path}/rows.jsonl, {tmp_path}/more.jsonl]"
     config = make_config(tmp_path, pico_llama, files, f"data.eval={share}", "train.eval_steps=null")
     data, _ = prepare_tokenizer_and_data(config, resolve_base(config.model), date=None)
-    keep_rows(tmp_path / "rows", data, data.fingerprint)
-    kept = kept_rows(tmp_path / "rows")
+    save_rows(tmp_path / "rows", data, data.fingerprint)
+    kept = load_rows(tmp_path / "rows")
     assert kept.num_train_rows == data.num_train_rows
     assert len(kept.eval) == len(data.eval)
     assert NUM_ROWS < len(kept.train) < len(data.train)
     assert all(same(row, kept.eval[i]) for i, row in enumerate(data.eval))
     assert all(same(row, data.train[i]) for i, row in enumerate(kept.train))
-    assert all(same(*pair) for pair in zip(kept.solved(3), data.solved(3), strict=True))
+    assert all(same(*pair) for pair in zip(kept.few_shot_examples(3), data.few_shot_examples(3), strict=True))
     (tmp_path / "rows" / "eval" / "tokens.bin").write_bytes(b"x")
     with pytest.raises(
         CheckpointError, match=r"rows: the rows that this run is measured on: eval/tokens.bin has 1 bytes"
     ):
-        kept_rows(tmp_path / "rows")
+        load_rows(tmp_path / "rows")
 
 
 def test_run_folder_is_enough_to_merge_evaluate_and_chat(pico_llama, tmp_path, monkeypatch, capsys):

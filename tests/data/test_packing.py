@@ -58,7 +58,7 @@ def test_an_epoch_holds_every_row_once_and_no_pack_is_too_long(
     assert sorted(chain(*packs)) == list(range(len(lengths)))
     assert all(0 < sum(lengths[row] for row in pack) <= CAPACITY for pack in packs)
     assert len(packs) == order.num_packs == len(rooms_row_by_row(lengths, CAPACITY))
-    batches = list(order.of_epoch(epoch))
+    batches = list(order.epoch_batches(epoch))
     assert len(batches) == len(order)
     assert batches == [[*chain(*packs[i : i + batch_size])] for i in range(0, len(packs), batch_size)]
     assert order.efficiency == pytest.approx(sum(lengths) / (len(packs) * CAPACITY))
@@ -75,7 +75,7 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
     lengths = log_normal(3000, capacity=2048)
 
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return list(PackOrder(lengths, max_length=2048, seed=seed, batch_size=2).of_epoch(epoch))
+        return list(PackOrder(lengths, max_length=2048, seed=seed, batch_size=2).epoch_batches(epoch))
 
     state = np.random.get_state()[1].tolist()
     assert order(1, 3) == order(1, 3)
@@ -92,7 +92,7 @@ def test_every_epoch_puts_other_rows_together() -> None:
     order = PackOrder(log_normal(30_000, capacity=2048), max_length=2048, seed=1, batch_size=1)
 
     def neighbours(epoch: int) -> set[tuple[int, int]]:
-        return {(a, b) for pack in order.of_epoch(epoch) for a in pack for b in pack if a < b}
+        return {(a, b) for pack in order.epoch_batches(epoch) for a in pack for b in pack if a < b}
 
     first, second = neighbours(0), neighbours(1)
     assert len(first & second) < 0.2 * len(first)

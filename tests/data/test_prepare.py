@@ -180,8 +180,8 @@ def test_rows_that_are_held_out_keep_their_texts_for_generation(tmp_path: Path) 
     prepared = prepare(train=file, eval=0.2)
     assert all((row.prompt or "").startswith("p ") and (row.answer or "").startswith("c ") for row in prepared.eval)
     assert 0 < sum(row.answer is not None for row in prepared.train) <= 64
-    assert [row.answer is not None for row in prepared.solved(3)] == [True] * 3
-    assert len(prepared.solved(1000)) <= 64
+    assert [row.answer is not None for row in prepared.few_shot_examples(3)] == [True] * 3
+    assert len(prepared.few_shot_examples(1000)) <= 64
     everything = prepare(train=file, eval=file).eval
     assert [row.answer for row in everything] == [row["completion"] for row in rows]
 

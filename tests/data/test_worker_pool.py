@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.data.worker_pool import in_order, num_cores, num_processes
+from qlora_train.data.worker_pool import num_cores, num_processes, ordered_map
 from qlora_train.utils.errors import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def slow_square(number: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("num_proc", [1, 2, 3])
 def test_results_come_in_the_order_of_the_items(num_proc: int) -> None:
-    results = list(in_order(slow_square, range(20), num_proc))
+    results = list(ordered_map(slow_square, range(20), num_proc))
     assert [square for square, _ in results] == [number * number for number in range(20)]
     processes = {process for _, process in results}
     assert (processes == {os.getpid()}) == (num_proc == 1)
@@ -39,7 +39,7 @@ def test_items_are_read_only_as_they_are_needed() -> None:
             read.append(number)
             yield number
 
-    results = in_order(slow_square, items(), 2)
+    results = ordered_map(slow_square, items(), 2)
     for _ in range(10):
         next(results)
     results.close()
@@ -54,7 +54,7 @@ def refuse_seven(number: int) -> int:
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_an_error_is_raised_in_its_place_with_all_its_problems(num_proc: int) -> None:
-    results = in_order(refuse_seven, range(100), num_proc)
+    results = ordered_map(refuse_seven, range(100), num_proc)
     assert [next(results) for _ in range(7)] == list(range(7))
     with pytest.raises(DataError) as caught:
         next(results)
@@ -68,7 +68,7 @@ def test_an_error_of_the_items_waits_for_the_results_before_it(num_proc: int) ->
         raise DataError("the file is cut short")
 
     for first_bad, expected in ((5, "the file is cut short"), (8, "line 7 is wrong")):
-        results = in_order(refuse_seven, items(first_bad), num_proc)
+        results = ordered_map(refuse_seven, items(first_bad), num_proc)
         assert [next(results) for _ in range(min(first_bad, 7))] == list(range(min(first_bad, 7)))
         with pytest.raises(DataError, match=expected):
             next(results)
@@ -82,7 +82,7 @@ def die_at_three(number: int) -> int:
 
 def test_a_killed_process_is_one_line_and_not_a_hang() -> None:
     with pytest.raises(DataError, match=r"a process that tokenises was killed, .* set data.num_proc below 2"):
-        list(in_order(die_at_three, range(10), 2))
+        list(ordered_map(die_at_three, range(10), 2))
 
 
 def test_small_data_stays_in_this_process_unless_processes_are_asked_for() -> None:
@@ -93,11 +93,11 @@ def test_small_data_stays_in_this_process_unless_processes_are_asked_for() -> No
 
 KILLED = """
 import os, sys, time
-from qlora_train.data.worker_pool import in_order
+from qlora_train.data.worker_pool import ordered_map
 def work(item):
     os.write(1, b"%d\\n" % os.getpid())
     time.sleep(0.2)
-for _ in in_order(work, range(10_000), 2):
+for _ in ordered_map(work, range(10_000), 2):
     pass
 """
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qlora_train import pipeline
-from qlora_train.data.worker_pool import in_order
+from qlora_train.data.worker_pool import ordered_map
 from qlora_train.runs import RunFolder
 from qlora_train.training import train_loop
 from qlora_train.utils import signals
@@ -224,20 +224,20 @@ def test_a_signal_in_a_fork_hook_stops_the_process_too() -> None:
 
 def test_workers_leave_signals_to_the_process_that_started_them() -> None:
     with signals.handle_signals():
-        assert set(in_order(dispositions, range(4), 2)) == {(True, True)}
+        assert set(ordered_map(dispositions, range(4), 2)) == {(True, True)}
 
 
 TOKENISING = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from qlora_train.utils import signals
-from qlora_train.data.worker_pool import in_order
+from qlora_train.data.worker_pool import ordered_map
 def work(item):
     os.write(1, b"%d\\n" % os.getpid())
     time.sleep(0.2)
 try:
     with signals.handle_signals():
-        for _ in in_order(work, range(10_000), 2):
+        for _ in ordered_map(work, range(10_000), 2):
             pass
 except signals.Stop as stop:
     sys.exit(stop.status)

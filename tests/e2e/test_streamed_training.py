@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_train.data import source_store, streaming
-from qlora_train.data.worker_pool import in_order
+from qlora_train.data.worker_pool import ordered_map
 from qlora_train.inference.eval_report import EvalSettings
 from qlora_train.pipeline import evaluate
 from qlora_train.training.qlora_trainer import QloraTrainer
@@ -70,11 +70,11 @@ def test_a_resumed_stream_tokenises_only_what_it_will_read(
     tokenised = []
 
     def counting(function, items, num_proc):  # type: ignore[no-untyped-def]
-        for result in in_order(function, items, num_proc):
+        for result in ordered_map(function, items, num_proc):
             tokenised.append(result)
             yield result
 
-    monkeypatch.setattr(streaming, "in_order", counting)
+    monkeypatch.setattr(streaming, "ordered_map", counting)
     train_run(tmp_path, pico_llama, *settings, name=stopped.path.name)
     assert 0 < len(tokenised) < 12  # of the 14 chunks and more that lie before; the first window is always looked at
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_train.objectives.sft_loss import IGNORE_INDEX, has_aux_loss, label_losses
+from qlora_train.objectives.sft_loss import has_aux_loss, label_losses
 from qlora_train.runs import RunFolder
+from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import ConfigError
 from tests.support.pico import build_config
 from tests.support.runs import adapter_bytes, stopped_copy, train_run

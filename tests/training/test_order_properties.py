@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_train.config import RunConfig
-from qlora_train.data.collate import BatchOrder, PackCollator, RowOrder
+from qlora_train.data.batch_order import BatchOrder, RowOrder
+from qlora_train.data.collate import FlatteningCollator
 from qlora_train.data.packing import PackOrder
 from qlora_train.training.batch_source import RowFeed
 
@@ -49,7 +50,7 @@ def steps_from(order: BatchOrder, accumulation: int, step: int) -> Iterator[list
     micro-batches.
     """
     standing = SimpleNamespace(state=SimpleNamespace(global_step=step))
-    feed = RowFeed(NO_ROWS, order, config_of(accumulation), PackCollator())
+    feed = RowFeed(NO_ROWS, order, config_of(accumulation), FlatteningCollator())
     steps = feed.loader(standing).batch_sampler
     assert steps is not None
     assert len(steps) == feed.steps_per_epoch == math.ceil(len(order) / accumulation)
@@ -73,7 +74,7 @@ def test_the_batches_after_a_resume_are_the_rest_of_the_straight_order(
 @given(orders(), st.integers(0, 5), st.integers(1, 5))
 def test_every_row_is_seen_exactly_once_an_epoch(drawn: tuple[BatchOrder, int], epoch: int, accumulation: int) -> None:
     order, num_rows = drawn
-    batches = list(order.of_epoch(epoch))
+    batches = list(order.epoch_batches(epoch))
     assert len(batches) == len(order)
     assert Counter(row for batch in batches for row in batch) == Counter(range(num_rows))
     steps_an_epoch = math.ceil(len(order) / accumulation)
@@ -92,15 +93,15 @@ def test_the_order_of_an_epoch_depends_on_its_arguments_alone(
         return [RowOrder(array, seed, batch_size, grouped, batch_size), packs]
 
     for one, other in zip(made(), made(), strict=True):
-        list(other.of_epoch(epoch + 1))  # what was asked for before has no part in it
+        list(other.epoch_batches(epoch + 1))  # what was asked for before has no part in it
         np.random.default_rng().random()
-        assert list(one.of_epoch(epoch)) == list(other.of_epoch(epoch))
+        assert list(one.epoch_batches(epoch)) == list(other.epoch_batches(epoch))
 
 
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, SEEDS, st.integers(0, 5))
 def test_no_pack_has_more_tokens_than_it_holds(lengths: list[int], seed: int, epoch: int) -> None:
     order = PackOrder(np.array(lengths, np.int32), max_length=MAX_LENGTH, seed=seed, batch_size=1)
-    packs = list(order.of_epoch(epoch))
+    packs = list(order.epoch_batches(epoch))
     assert max(sum(lengths[row] for row in pack) for pack in packs) <= MAX_LENGTH
     assert len(packs) == order.num_packs

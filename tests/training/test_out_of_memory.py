@@ -19,16 +19,17 @@ from safetensors.torch import load_file
 from qlora_train.adapters import attach_adapter
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.collate import Collator, RowOrder
+from qlora_train.data.batch_order import RowOrder
+from qlora_train.data.collate import PaddingCollator
 from qlora_train.data.streaming import RowStream
 from qlora_train.models import load_model, resolve_base
-from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
 from qlora_train.runs import RunFolder, apply_fitted_settings, random_state, record_fitted_settings
 from qlora_train.training import train_loop
 from qlora_train.training.memory.memory_probe import try_largest_batch
 from qlora_train.training.memory.worst_case_batch import largest_micro_batch
 from qlora_train.training.qlora_trainer import QloraTrainer
+from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import CheckpointError, is_out_of_memory
 from tests.support.memory_limit import WITHOUT_LIMIT, run_limited
 from tests.support.runs import adapter_bytes, losses, make_config, train_run, write_rows
@@ -156,7 +157,7 @@ def test_of_a_stream_full_rows_are_tried(pico_llama: Path, tmp_path: Path) -> No
     config = make_config(tmp_path, pico_llama, *streamed, "train.per_device_train_batch_size=3")
     data, _ = prepare_tokenizer_and_data(config, resolve_base(config.model), date=DATE)
     assert isinstance(data.train, RowStream)
-    tried = Collator(0)(list(enumerate(largest_micro_batch(data, config))))
+    tried = PaddingCollator(0)(list(enumerate(largest_micro_batch(data, config))))
     assert tried["input_ids"].shape == (3, config.data.max_length)
     share = max(np.count_nonzero(row.loss_mask) / len(row.input_ids) for row in data.train.head())
     num_labels = int((tried["labels"] != IGNORE_INDEX).sum())
@@ -169,12 +170,12 @@ def test_of_a_stream_full_rows_are_tried(pico_llama: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("num_rows", [37, 48])
 def test_groups_of_like_length_are_those_of_the_batch_that_was_asked_for(num_rows: int) -> None:
     lengths = np.random.default_rng(3).integers(5, 99, num_rows).astype(np.int32)
-    asked = RowOrder(lengths, seed=3, batch_size=8, group_by_length=True, grouped_rows=8)
-    fitted = RowOrder(lengths, seed=3, batch_size=2, group_by_length=True, grouped_rows=8)
+    asked = RowOrder(lengths, seed=3, batch_size=8, group_by_length=True, group_batch_size=8)
+    fitted = RowOrder(lengths, seed=3, batch_size=2, group_by_length=True, group_batch_size=8)
     for epoch in range(3):
-        batches = fitted.of_epoch(epoch), asked.of_epoch(epoch)
+        batches = fitted.epoch_batches(epoch), asked.epoch_batches(epoch)
         assert len(set(map(tuple, map(itertools.chain.from_iterable, batches)))) == 1
-        assert len(list(fitted.of_epoch(epoch))) == len(fitted)
+        assert len(list(fitted.epoch_batches(epoch))) == len(fitted)
 
 
 @pytest.mark.parametrize("settings", [("train.group_by_length=true",), ("data.packing=true", "data.max_length=64")])

@@ -19,16 +19,17 @@ from qlora_train.adapters import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.architectures import ARCHITECTURES, check_packing
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.collate import PackCollator
+from qlora_train.data.collate import FlatteningCollator
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels.packed import attention as document_attention
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import IGNORE_INDEX, label_losses
+from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer
 from qlora_train.training.batch_source import pack_order
 from qlora_train.training.parity.document_isolation import isolate_documents
+from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import ConfigError, TrainingError
 from tests.support.runs import adapter_bytes, losses, make_config, train_run
 from tests.support.stores import example
@@ -62,7 +63,7 @@ def labels_of(document: torch.Tensor) -> torch.Tensor:
 
 def packed_batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     examples = [example(row.tolist(), [0, *[1] * (len(row) - 1)]) for row in rows]
-    batch = PackCollator()(list(enumerate(examples)))
+    batch = FlatteningCollator()(list(enumerate(examples)))
     del batch["row"]
     return batch
 

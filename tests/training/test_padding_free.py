@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from qlora_train.adapters import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import collate as batches
-from qlora_train.data.collate import FEWEST_SHARED, PackCollator, num_shared, row_multiple
+from qlora_train.data.collate import MIN_SHARED_PREFIX, FlatteningCollator, flattened_multiple, shared_prefix_length
 from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer, padding_free
 from qlora_train.training.parity.document_isolation import isolate_documents
+from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import CheckpointError
 from tests.kernels.varlen import put_plain_kernel
 from tests.support.runs import adapted_model, adapter_bytes, losses, make_config, stopped_copy, train_run
@@ -59,7 +59,7 @@ ROWS = [
 ]
 
 
-def batch_of(rows: Sequence[Example], collate: PackCollator) -> dict[str, torch.Tensor]:
+def batch_of(rows: Sequence[Example], collate: FlatteningCollator) -> dict[str, torch.Tensor]:
     batch = collate(list(enumerate(rows)))
     del batch["row"]
     return batch
@@ -89,7 +89,7 @@ def one_by_one(rows: Sequence[Example]) -> list[dict[str, torch.Tensor]]:
 
 def test_a_shared_prefix_stands_in_a_row_once() -> None:
     prefix = [1, 2, 3, 4, 5]
-    batch = PackCollator(shares=True)([(3, row(prefix, [6, 7], 2)), (8, row(prefix, [7, 8, 9], 1))])
+    batch = FlatteningCollator(share_prefixes=True)([(3, row(prefix, [6, 7], 2)), (8, row(prefix, [7, 8, 9], 1))])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 7, 8, 9, 5, 6, 7]], "5 predicts the label 6"
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * 7 + [9, IGNORE_INDEX, 6, 7]]
@@ -98,11 +98,11 @@ def test_a_shared_prefix_stands_in_a_row_once() -> None:
 
 def test_a_few_tokens_in_common_are_not_worth_it() -> None:
     rows = [(0, row([1, 2, 3], [4, 5], 1)), (1, row([1, 2, 3], [6, 7], 1))]
-    assert PackCollator(shares=True)(rows)["input_ids"].numel() == 10
+    assert FlatteningCollator(share_prefixes=True)(rows)["input_ids"].numel() == 10
 
 
 def test_padding_is_documents_without_labels_that_are_no_longer_than_the_longest() -> None:
-    batch = PackCollator(pad_token_id=9, multiple_of=16)([(0, row([], [1, 2, 3, 4, 5], 2))])
+    batch = FlatteningCollator(pad_token_id=9, pad_to_multiple_of=16)([(0, row([], [1, 2, 3, 4, 5], 2))])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5] + [9] * 11]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * 3 + [4, 5] + [IGNORE_INDEX] * 11]
@@ -122,7 +122,7 @@ def conversations(draw: st.DrawFn) -> list[Example]:
 @given(conversations(), st.integers(1, 9))
 @settings(max_examples=300, deadline=None)
 def test_every_row_can_be_read_from_the_row_that_all_are_laid_into(rows: list[Example], multiple: int) -> None:
-    batch = PackCollator(7, multiple, shares=True)(list(enumerate(rows)))
+    batch = FlatteningCollator(7, multiple, share_prefixes=True)(list(enumerate(rows)))
     ids, labels, positions = (batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids"))
     assert len(ids) % multiple == 0
     begins = [place for place in range(len(ids)) if place == 0 or positions[place] != positions[place - 1] + 1]
@@ -133,7 +133,7 @@ def test_every_row_can_be_read_from_the_row_that_all_are_laid_into(rows: list[Ex
         assert labels[begin] == IGNORE_INDEX, "nothing of its own predicts it"
         shared = positions[begin]
         found.append((ids[root : root + shared] + ids[begin:end], [IGNORE_INDEX] * shared + labels[begin:end]))
-        assert shared == 0 or shared >= FEWEST_SHARED
+        assert shared == 0 or shared >= MIN_SHARED_PREFIX
     for number, (read_ids, read_labels) in zip(batch["row"].tolist(), found[: len(rows)], strict=True):
         wanted = rows[number]
         assert read_ids == wanted.input_ids.tolist()
@@ -148,10 +148,10 @@ def test_every_row_can_be_read_from_the_row_that_all_are_laid_into(rows: list[Ex
 
 def test_no_more_is_shared_than_a_row_can_do_without() -> None:
     one = row([1, 2, 3, 4, 5, 6], [], 2)
-    assert num_shared(one, row([1, 2, 3, 4, 5, 6, 7], [], 1)) == 3, "the token in front of the first label is its own"
-    assert num_shared(one, row([1, 2], [9], 1)) == 2
-    assert num_shared(row([1, 2, 3], [], 0), row([1, 2, 3], [], 0)) == 2, "something is left of every row"
-    assert num_shared(row([1, 2], [], 1), one) == 0
+    assert shared_prefix_length(one, row([1, 2, 3, 4, 5, 6, 7], [], 1)) == 3, "predicts the first label"
+    assert shared_prefix_length(one, row([1, 2], [9], 1)) == 2
+    assert shared_prefix_length(row([1, 2, 3], [], 0), row([1, 2, 3], [], 0)) == 2, "something is left of every row"
+    assert shared_prefix_length(row([1, 2], [], 1), one) == 0
 
 
 # --- what is computed -------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_losses_and_lora_gradients_are_those_of_the_rows_one_by_one(
     model = adapted.model.eval()
     wanted = losses_and_gradients(model, one_by_one(ROWS))
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
-    batch = batch_of(ROWS, PackCollator(multiple_of=32, shares=True))
+    batch = batch_of(ROWS, FlatteningCollator(pad_to_multiple_of=32, share_prefixes=True))
     assert batch["input_ids"].numel() < sum(len(each.input_ids) for each in ROWS)
     found = losses_and_gradients(model, [batch])
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
@@ -180,7 +180,7 @@ def test_documents_longer_than_what_a_cpu_computes_with_all_scores(pico_llama: P
     assert len(rows[0].input_ids) > attention.LONGEST_WITH_SCORES > len(rows[2].input_ids)
     wanted = losses_and_gradients(model, one_by_one(rows))
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), rows)
-    found = losses_and_gradients(model, [batch_of(rows, PackCollator(shares=True))])
+    found = losses_and_gradients(model, [batch_of(rows, FlatteningCollator(share_prefixes=True))])
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
 
@@ -195,7 +195,9 @@ def test_with_a_kernel_for_any_lengths_they_are_too(
     wanted = losses_and_gradients(model, one_by_one(ROWS))
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
     calls.clear()
-    found = losses_and_gradients(model, [batch_of(ROWS, PackCollator(multiple_of=32, shares=True))])
+    found = losses_and_gradients(
+        model, [batch_of(ROWS, FlatteningCollator(pad_to_multiple_of=32, share_prefixes=True))]
+    )
     assert len(calls) == (0 if model_type == "gemma2" else 2), "every layer, unless scores are soft-capped"
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
@@ -211,7 +213,9 @@ def test_a_gpu_computes_the_same(pico_llama: Path, tmp_path: Path) -> None:
 
     wanted = losses_and_gradients(adapted.model.eval(), [on_gpu(each) for each in one_by_one(ROWS)])
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
-    found = losses_and_gradients(adapted.model, [on_gpu(batch_of(ROWS, PackCollator(multiple_of=8, shares=True)))])
+    found = losses_and_gradients(
+        adapted.model, [on_gpu(batch_of(ROWS, FlatteningCollator(pad_to_multiple_of=8, share_prefixes=True)))]
+    )
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-3, atol=1e-4 * float(wanted[1].abs().max()))
 
@@ -222,7 +226,7 @@ def test_a_prefix_that_is_forgotten_is_seen(pico_llama: Path, tmp_path: Path, mo
     wanted = losses_and_gradients(adapted.model.eval(), one_by_one(ROWS))
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
     monkeypatch.setattr(attention, "shared_of", lambda *_: None)
-    found = losses_and_gradients(adapted.model, [batch_of(ROWS, PackCollator(shares=True))])
+    found = losses_and_gradients(adapted.model, [batch_of(ROWS, FlatteningCollator(share_prefixes=True))])
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     assert (found[1] - wanted[1]).norm() > 1e-2 * wanted[1].norm(), "gradients of prefixes"
 
@@ -233,7 +237,7 @@ def test_recomputed_layers_share_too(pico: Callable[..., Path], tmp_path: Path) 
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
     adapted.model.enable_input_require_grads()
     adapted.loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = losses_and_gradients(adapted.model.train(), [batch_of(ROWS, PackCollator(shares=True))])
+    found = losses_and_gradients(adapted.model.train(), [batch_of(ROWS, FlatteningCollator(share_prefixes=True))])
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
 
 
@@ -361,7 +365,7 @@ def test_run_that_began_with_and_cannot_go_on_so_is_one_line(
 def test_rows_of_ragged_length_that_share_nothing_are_not_padded(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
-    monkeypatch.setattr(batches, "FEWEST_SHARED", 1000)
+    monkeypatch.setattr(batches, "MIN_SHARED_PREFIX", 1000)
     ragged = (*EXACT, "train.per_device_train_batch_size=6")
     alone = train_run(tmp_path, pico_llama, *ragged, "train.padding_free=false", name="alone")
     together = train_run(tmp_path, pico_llama, *ragged, name="together")
@@ -406,7 +410,7 @@ def test_dropout_is_padding_free_and_shares_no_prefix(pico_llama: Path, tmp_path
     assert ON in messages.text
     for batch in chain.from_iterable(trainer.get_train_dataloader()):
         num_tokens = sum(len(trainer.examples.train[number].input_ids) for number in batch["row"].tolist())
-        assert num_tokens <= batch["input_ids"].numel() < num_tokens + row_multiple(torch.device("cpu"))
+        assert num_tokens <= batch["input_ids"].numel() < num_tokens + flattened_multiple(torch.device("cpu"))
 
 
 def test_dropout_of_the_model_itself_computes_rows_apart(

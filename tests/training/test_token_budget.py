@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.runs import RunFolder
 from qlora_train.training import padding_free
 from qlora_train.training.memory import auto_batch_size
@@ -20,6 +19,7 @@ from qlora_train.training.memory.memory_probe import Trial, try_largest_batch
 from qlora_train.training.memory.worst_case_batch import capacity
 from qlora_train.training.padding_free import min_tokens_on
 from qlora_train.training.qlora_trainer import QloraTrainer
+from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import TrainingError
 from tests.support.runs import adapter_bytes, losses, make_config, stopped_copy, train_run
 from tests.training.test_out_of_memory import trainer_of
@@ -62,7 +62,7 @@ class Fitting:
 
     @staticmethod
     def budget(trainer: QloraTrainer) -> int:
-        return trainer._feed.collate.most.num_tokens  # type: ignore[attr-defined]
+        return trainer._feed.collate.budget.max_tokens  # type: ignore[attr-defined]
 
 
 def test_only_a_gpu_raises_it() -> None:
@@ -75,15 +75,15 @@ def test_it_is_raised_to_what_a_step_has_at_most(pico_llama: Path, tmp_path: Pat
     lengths = np.sort(data.train.lengths)[::-1]  # type: ignore[union-attr]
     assert Fitting.budget(trainer) == lengths[:6].sum()
     few = capacity(data.train, trainer.config, in_chunks=True, min_tokens=2 * int(lengths[0]) + 1)  # type: ignore[arg-type]
-    assert few.num_tokens == 2 * lengths[0] + 1
+    assert few.max_tokens == 2 * lengths[0] + 1
     for in_chunks, min_tokens in ((True, 0), (True, 3), (False, BUDGET)):  # without chunks more labels take more memory
         same = capacity(data.train, trainer.config, in_chunks=in_chunks, min_tokens=min_tokens)  # type: ignore[arg-type]
-        assert same.num_tokens == lengths[0]
+        assert same.max_tokens == lengths[0]
 
 
 def test_deterministic_runs_do_not_depend_on_free_memory(pico_llama: Path, tmp_path: Path) -> None:
     trainer, _ = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME, "run.deterministic=true"))
-    assert trainer._feed.collate.most is None, "the micro-batches of the settings"  # type: ignore[union-attr]
+    assert trainer._feed.collate.budget is None, "the micro-batches of the settings"  # type: ignore[union-attr]
 
 
 def test_a_step_has_fewer_micro_batches_none_larger_than_the_one_tried(pico_llama: Path, tmp_path: Path) -> None:

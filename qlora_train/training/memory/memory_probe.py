@@ -13,10 +13,10 @@ from torch import nn
 from qlora_train.adapters import trainable_state
 from qlora_train.config.optimizers import TrainedTensor, optimizer_state_bytes
 from qlora_train.data.collate import Batch
-from qlora_train.objectives.sft_loss import IGNORE_INDEX
 from qlora_train.training.parity.gradients import enable_checkpointing
 from qlora_train.training.parity.preserve_state import without_trace
 from qlora_train.training.qlora_trainer import QloraTrainer
+from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.device import catch_out_of_memory, free_memory
 
 

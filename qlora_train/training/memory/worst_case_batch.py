@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.collate import Capacity
+from qlora_train.data.collate import TokenBudget
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.streaming import RowStream
 from qlora_train.data.token_store import Rows
@@ -38,7 +38,7 @@ def largest_micro_batch(data: PreparedData, config: RunConfig) -> list[Example]:
     return _fullest_packs(data.train, config, num_rows) if config.data.packing else _padded(data.train, num_rows)
 
 
-def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool, min_tokens: int = 0) -> Capacity:
+def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool, min_tokens: int = 0) -> TokenBudget:
     """Return the most that a micro-batch holds which is filled with rows: the tokens of the largest that the settings make.
 
     Args:
@@ -52,21 +52,21 @@ def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool, min_tokens: int 
     largest = _padded(rows, num_rows)
     num_tokens = sum(len(row.input_ids) for row in largest)
     if not in_chunks:
-        return Capacity(num_tokens, sum(int(np.count_nonzero(row.loss_mask)) for row in largest))
+        return TokenBudget(num_tokens, sum(int(np.count_nonzero(row.loss_mask)) for row in largest))
     rows_per_step = num_rows * config.train.gradient_accumulation_steps
     num_tokens = max(num_tokens, min(min_tokens, _sum_of_largest(rows.lengths, rows_per_step)))
-    return Capacity(num_tokens, min(_sum_of_largest(rows.num_labels, rows_per_step), _most_labels(rows, num_tokens)))
+    return TokenBudget(num_tokens, min(_sum_of_largest(rows.num_labels, rows_per_step), _most_labels(rows, num_tokens)))
 
 
-def filled(row: Example, most: Capacity) -> list[Example]:
+def filled(row: Example, most: TokenBudget) -> list[Example]:
     """Return as many copies of a row as a micro-batch holds, the last one cut, with as many labels as it holds."""
-    tokens = np.resize(row.input_ids, most.num_tokens)
+    tokens = np.resize(row.input_ids, most.max_tokens)
     size = len(row.input_ids)
-    parts = [tokens[begin : begin + size] for begin in range(0, most.num_tokens, size)]
-    return with_labels([replace(row, input_ids=part) for part in parts], most.num_labels)
+    parts = [tokens[begin : begin + size] for begin in range(0, most.max_tokens, size)]
+    return with_labels([replace(row, input_ids=part) for part in parts], most.max_labels)
 
 
-def most_documents(rows: Rows, config: RunConfig, most: Capacity | None) -> int:
+def most_documents(rows: Rows, config: RunConfig, most: TokenBudget | None) -> int:
     """Return the most documents that a flattened micro-batch has; `most` is what it is filled to, None: it is not."""
     num_rows = config.train.per_device_train_batch_size
     if config.data.packing:
@@ -75,7 +75,7 @@ def most_documents(rows: Rows, config: RunConfig, most: Capacity | None) -> int:
     if most is None:
         return num_rows
     shortest = np.sort(rows.lengths)[: num_rows * config.train.gradient_accumulation_steps]
-    return int(np.searchsorted(np.cumsum(shortest, dtype=np.int64), most.num_tokens, side="right"))
+    return int(np.searchsorted(np.cumsum(shortest, dtype=np.int64), most.max_tokens, side="right"))
 
 
 def as_documents(rows: Sequence[Example], num_documents: int) -> list[Example]:

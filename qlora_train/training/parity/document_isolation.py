@@ -6,6 +6,7 @@
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from qlora_train.adapters import AdaptedModel
 from qlora_train.architectures import check_packing
 from qlora_train.config import RunConfig
-from qlora_train.data.collate import NumberedRows
+from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention
-from qlora_train.objectives.sft_loss import IGNORE_INDEX, label_losses
+from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import ConfigError, first_line
 
 CHECK_TOKENS = 32
@@ -29,7 +31,7 @@ LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0
 """Nats a token between the loss of packed and of separate documents, by the dtype of the products."""
 
 
-def isolate_documents(adapted: AdaptedModel, config: RunConfig, rows: NumberedRows) -> str:
+def isolate_documents(adapted: AdaptedModel, config: RunConfig, rows: Sequence[Example]) -> str:
     """Let a model attend within the documents of a pack alone, check that it does, and say how.
 
     Args:
@@ -72,7 +74,7 @@ class _Check:
     measured against how far it moves when the two are one text.
     """
 
-    def __init__(self, adapted: AdaptedModel, rows: NumberedRows) -> None:
+    def __init__(self, adapted: AdaptedModel, rows: Sequence[Example]) -> None:
         self._model, self._architecture = adapted.model, adapted.loaded.architecture
         self._device, self._dtype = adapted.loaded.device, adapted.loaded.compute_dtype
         text = np.concatenate([rows[i].input_ids for i in range(min(len(rows), 2 * CHECK_TOKENS))])

@@ -12,10 +12,10 @@ from typing import Any
 from qlora_train.adapters import AdaptedModel
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.data.collate import Collator, padding_multiple
+from qlora_train.data.collate import PaddingCollator, padding_multiple
 from qlora_train.data.streaming import RowStream
 from qlora_train.kernels.install import FusedKernels, install
-from qlora_train.objectives.sft_loss import IGNORE_INDEX, label_losses
+from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.runs import RunFolder
 from qlora_train.training.parity.gradients import (
     BOUNDS,
@@ -27,6 +27,7 @@ from qlora_train.training.parity.gradients import (
 )
 from qlora_train.training.parity.parity_result import ParityResult, load_parity, save_parity
 from qlora_train.training.parity.preserve_state import without_trace
+from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import first_line, is_out_of_memory, nondeterministic_operation
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def first_tokens(
         replace(row, input_ids=row.input_ids[cut], loss_mask=row.loss_mask[cut])
         for row in islice(rows, min(num_rows, data.num_train_rows or num_rows))
     ]
-    batch = Collator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))(list(enumerate(taken)))
+    batch = PaddingCollator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))(list(enumerate(taken)))
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
     return {name: tensor.to(loaded.device) for name, tensor in batch.items() if name != "row"}
 
