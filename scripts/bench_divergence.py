@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.data.types import Example
-from qlora_train.export.predictions import Predictions, agreement, compared_rows
+from qlora_train.export.predictions import Predictions, compared_rows, measure_divergence
 from qlora_train.models import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -58,9 +58,9 @@ def rows_of_text(tokenizer: Any) -> list[Example]:
 
 def report(what: str, model: Any, rows: list[Example], wanted: Predictions) -> None:
     """Print how far a model is from what was predicted."""
-    found = agreement(model, rows, wanted)
+    found = measure_divergence(model, rows, wanted)
     print(
-        f"{what:36} {found.divergence:8.4f} nats/token, {100 * found.same_choice:5.1f} % of {found.num_tokens} first "
+        f"{what:36} {found.kl:8.4f} nats/token, {100 * found.top1_agreement:5.1f} % of {found.num_tokens} first "
         "choices the same",
         flush=True,
     )

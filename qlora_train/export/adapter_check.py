@@ -21,7 +21,7 @@ from qlora_train.config import RunConfig
 from qlora_train.data import Example
 from qlora_train.data.held_out_rows import RunRows
 from qlora_train.evaluation.held_out_loss import held_out_loss
-from qlora_train.export.fresh_process import Check, check_in_fresh_process
+from qlora_train.export.fresh_process import ReloadCheck, check_in_fresh_process
 from qlora_train.export.loading_code import adapter_code
 from qlora_train.export.predictions import NUM_LIKELIEST, Predictions, Reference, compared_rows
 from qlora_train.models import LoadedModel
@@ -106,15 +106,15 @@ def check_adapter(run: RunFolder, config: RunConfig, reference: AdapterReference
         shutil.rmtree(reference.file.parent, ignore_errors=True)
     limit = FLOAT32_LIMIT if reference.compute_dtype == torch.float32 else config.export.max_divergence
     dtype = str(reference.compute_dtype).removeprefix("torch.")
-    found = check.agreement
+    found = check.divergence
     problem = _problem(check, limit, dtype)
     run.add_results(
         adapter_check={
             "passed": problem is None,
-            "divergence": found.divergence,
+            "divergence": found.kl,
             "max_divergence": limit,
             "max_difference": found.max_difference,
-            "same_first_choice": found.same_choice,
+            "same_first_choice": found.top1_agreement,
             "num_tokens": found.num_tokens,
             "num_texts": reference.num_texts,
             "token_differences": check.token_differences,
@@ -128,20 +128,20 @@ def check_adapter(run: RunFolder, config: RunConfig, reference: AdapterReference
     logger.info(
         "adapter check: loaded as its card says: %d texts, the same tokens; KL %.2g nats/token (limit %g, %s), max "
         "difference %.2g, top-1 equal at %.1f %% of %d tokens",
-        reference.num_texts, found.divergence, limit, dtype, found.max_difference, 100 * found.same_choice,
+        reference.num_texts, found.kl, limit, dtype, found.max_difference, 100 * found.top1_agreement,
         found.num_tokens,
     )  # fmt: skip
 
 
-def _problem(check: Check, limit: float, dtype: str) -> str | None:
+def _problem(check: ReloadCheck, limit: float, dtype: str) -> str | None:
     if check.token_differences:
         return f"its tokenizer makes other tokens than the run trained on: {check.token_differences[0]}"
-    found = check.agreement
-    if found.divergence <= limit:  # false for what is not a number
+    found = check.divergence
+    if found.kl <= limit:  # false for what is not a number
         return None
     return (
-        f"its predictions are {found.divergence:.2g} nats/token (KL) from the run's, where {dtype} allows {limit:g}; the "
-        f"first choice is the same at {100 * found.same_choice:.1f} % of {found.num_tokens} tokens"
+        f"its predictions are {found.kl:.2g} nats/token (KL) from the run's, where {dtype} allows {limit:g}; the "
+        f"first choice is the same at {100 * found.top1_agreement:.1f} % of {found.num_tokens} tokens"
     )
 
 

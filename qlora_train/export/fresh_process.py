@@ -29,7 +29,7 @@ import torch
 import transformers
 
 from qlora_train.evaluation.held_out_loss import held_out_loss
-from qlora_train.export.predictions import Agreement, agreement, compared_rows, load_reference
+from qlora_train.export.predictions import Divergence, compared_rows, load_reference, measure_divergence
 from qlora_train.models.dynamic_rope import reset_dynamic_rope
 from qlora_train.models.token_probes import differences
 from qlora_train.utils import signals
@@ -43,23 +43,23 @@ POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Check:
+class ReloadCheck:
     """How a saved model compares with the run.
 
     Attributes:
         loss: NLL per label token on the rows of the reference.
-        agreement: of its predictions.
+        divergence: of its predictions.
         token_differences: texts of which its tokenizer makes other tokens; empty where all are equal.
     """
 
     loss: float
-    agreement: Agreement
+    divergence: Divergence
     token_differences: tuple[str, ...]
 
 
 def check_in_fresh_process(
     where: Path, code: str, reference: Path, *, batch_size: int, error: type[UserError]
-) -> Check:
+) -> ReloadCheck:
     """Load a saved model by its card's lines in a fresh process, and compare it with the run.
 
     Args:
@@ -88,7 +88,7 @@ def check_in_fresh_process(
         ours.close()
     if "problem" in answer:
         raise error(f"{where}: loaded as its card says, it fails in a process of its own: {answer['problem']}")
-    return Check(answer["loss"], Agreement(**answer["agreement"]), tuple(answer["token_differences"]))
+    return ReloadCheck(answer["loss"], Divergence(**answer["divergence"]), tuple(answer["token_differences"]))
 
 
 def start_method() -> str:
@@ -136,8 +136,8 @@ def _measure(code: str, reference: Path, batch_size: int) -> dict[str, Any]:
     reset_dynamic_rope(model)  # rows are compared in an order of their own
     # Padding is masked everywhere, so that any id of the vocabulary will do.
     loss = held_out_loss(model, rows, batch_size=batch_size, pad_token_id=0).loss
-    found = agreement(model, compared_rows(rows), predictions)
-    return {"loss": loss, "agreement": asdict(found), "token_differences": token_differences}
+    found = measure_divergence(model, compared_rows(rows), predictions)
+    return {"loss": loss, "divergence": asdict(found), "token_differences": token_differences}
 
 
 def load_by(code: str) -> tuple[Any, Any]:

@@ -44,23 +44,23 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Divergence:
     """How near a model is to another.
 
     Attributes:
-        divergence: Kullback-Leibler, in nats a token.
-        same_choice: share of labels with the same first choice.
+        kl: Kullback-Leibler divergence in nats per token, a lower bound.
+        top1_agreement: share of labels with the same most likely token.
         num_tokens: labels that were compared.
         max_difference: the largest one of log-probabilities that were kept.
     """
 
-    divergence: float
-    same_choice: float
+    kl: float
+    top1_agreement: float
     num_tokens: int
     max_difference: float
 
 
-def agreement(model: Any, rows: Sequence[Example], wanted: Predictions) -> Agreement:
+def measure_divergence(model: Any, rows: Sequence[Example], wanted: Predictions) -> Divergence:
     """Compare a model with predictions on the same rows; what is not a number in it is not a number in the result."""
     divergence, num_same, at, differences = 0.0, 0, 0, [0.0]
     for found in label_log_probabilities(model, rows):
@@ -72,7 +72,7 @@ def agreement(model: Any, rows: Sequence[Example], wanted: Predictions) -> Agree
         num_same += int((found.argmax(-1).cpu() == tokens[:, 0]).sum())
         at += len(found)
     assert at == len(wanted.tokens), "the predictions belong to other rows"
-    return Agreement(divergence / at, num_same / at, at, max(differences))
+    return Divergence(divergence / at, num_same / at, at, max(differences))
 
 
 def _divergences(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:

@@ -44,10 +44,12 @@ MERGED = (*SHORT, "export.merge=true")
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Check saved models in this process, and fail on a mismatch of devices that the product catches."""
 
-    def check_here(_where: Path, code: str, reference: Path, *, batch_size: int, error: Any) -> fresh_process.Check:
+    def check_here(
+        _where: Path, code: str, reference: Path, *, batch_size: int, error: Any
+    ) -> fresh_process.ReloadCheck:
         answer = fresh_process._measure(code, reference, batch_size)
-        agreement = fresh_process.Agreement(**answer["agreement"])
-        return fresh_process.Check(answer["loss"], agreement, tuple(answer["token_differences"]))
+        divergence = fresh_process.Divergence(**answer["divergence"])
+        return fresh_process.ReloadCheck(answer["loss"], divergence, tuple(answer["token_differences"]))
 
     for module in (adapter_check, verify):
         monkeypatch.setattr(module, "check_in_fresh_process", check_here)

@@ -18,7 +18,7 @@ from qlora_train.export.gguf.converter import INSTALL, LORA_SCRIPT, MODEL_SCRIPT
 from qlora_train.export.gguf.plain_lora import write_plain_adapter
 from qlora_train.export.gguf.reference_tokens import tokenize
 from qlora_train.export.merging.adapter_deltas import AdapterFile
-from qlora_train.export.merging.meta_model import skeleton_of
+from qlora_train.export.merging.meta_model import build_meta_model
 from qlora_train.models import resolve_base
 from qlora_train.models.loading import model_config
 from qlora_train.pipeline import export
@@ -459,7 +459,9 @@ def test_adapter_with_scales_of_its_own_is_the_adapter_of_peft(base: Path, base_
     settings = {"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"down_proj": 2}}
     saved = save_adapter(plain(base), tmp_path / "adapter", **settings)
     (tmp_path / "plain").mkdir()
-    write_plain_adapter(AdapterFile(saved, skeleton_of(AutoConfig.from_pretrained(base))), tmp_path / "plain", "rs")
+    write_plain_adapter(
+        AdapterFile(saved, build_meta_model(AutoConfig.from_pretrained(base))), tmp_path / "plain", "rs"
+    )
     lora = tmp_path / "lora.gguf"
     settings_of_script = ["--base", str(base), "--outfile", str(lora)]
     find_converter(None).run(LORA_SCRIPT, [str(tmp_path / "plain"), *settings_of_script], what=saved)
@@ -588,14 +590,14 @@ def test_vocabulary_without_its_scores_is_refused(run: RunFolder) -> None:
 def test_adapter_that_is_more_than_lora_is_refused(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     saved = save_adapter(plain(base), tmp_path / "adapter", **settings)
     with pytest.raises(ExportError, match="export the merged model: --format gguf"):
-        write_plain_adapter(AdapterFile(saved, skeleton_of(AutoConfig.from_pretrained(base))), tmp_path, "x")
+        write_plain_adapter(AdapterFile(saved, build_meta_model(AutoConfig.from_pretrained(base))), tmp_path, "x")
 
 
 def test_adapter_over_transposed_weights_is_refused(pico: Any, tmp_path: Path) -> None:
     base = pico("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=256)
     saved = save_adapter(plain(base), tmp_path / "adapter", target_modules=["c_fc"], fan_in_fan_out=True)
     with pytest.raises(ExportError, match="2 changes that llama"):
-        write_plain_adapter(AdapterFile(saved, skeleton_of(AutoConfig.from_pretrained(base))), tmp_path, "x")
+        write_plain_adapter(AdapterFile(saved, build_meta_model(AutoConfig.from_pretrained(base))), tmp_path, "x")
 
 
 def test_k_quants_say_how(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_train.data.chat_template import render_chat
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
-from qlora_train.export.gguf.go_template import NotOfThisFormError, find_joints
+from qlora_train.export.gguf.go_template import UnsupportedTemplateError, find_separators
 from qlora_train.export.gguf.modelfile import modelfile
 from tests.support.go_templates import GoTemplateError, answer_prompt, read_modelfile, render
 from tests.support.pico import CHATML, build_tokenizer
@@ -112,15 +112,17 @@ def test_template_of_another_form_is_not_written(jinja: str, reason: str, caplog
 
 
 def test_beginning_token_that_no_prompt_has_is_no_template() -> None:
-    with pytest.raises(NotOfThisFormError, match="writes none"):
-        find_joints(lambda turns: expected(tokenizer_with(WITH_DEFAULT_SYSTEM), list(turns)), "")[0].without_bos("<s>")
+    with pytest.raises(UnsupportedTemplateError, match="writes none"):
+        find_separators(lambda turns: expected(tokenizer_with(WITH_DEFAULT_SYSTEM), list(turns)), "")[0].without_bos(
+            "<s>"
+        )
 
 
 def test_what_is_not_the_same_for_every_content_is_said() -> None:
     said = {}
     for name in ("chatml", "llama3"):
         tokenizer = tokenizer_with(TEMPLATES[name])
-        said[name] = find_joints(lambda turns, t=tokenizer: expected(t, list(turns)), tokenizer.chat_template)[1]
+        said[name] = find_separators(lambda turns, t=tokenizer: expected(t, list(turns)), tokenizer.chat_template)[1]
     assert said["chatml"] == []
     assert "white space" in said["llama3"][0]
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config.schema import QuantizationSection
-from qlora_train.export.merging.base_checkpoint import BaseFile
+from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
 from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.export.merging.merged_model import load_merged
 from qlora_train.export.merging.shard_writer import bytes_of_size, pack, write_shards
-from qlora_train.export.merging.verify import MergeRun
+from qlora_train.export.merging.verify import MergeSettings
 from qlora_train.utils.errors import MergeError
 from tests.support.merging import (
     IDS,
@@ -165,7 +165,7 @@ def test_sharded_base_and_sharded_output_hold_the_same_tensors(pico_llama: Path,
 def test_files_of_the_base_are_let_go_one_by_one(pico_llama: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(pico_llama).save_pretrained(tmp_path, max_shard_size="60KB")
     shards = {str(file) for file in tmp_path.glob("*.safetensors")}
-    with BaseFile(tmp_path) as base:
+    with BaseCheckpoint(tmp_path) as base:
         for name in base.names:
             assert base.read(name).isfinite().all()
             mapped = Path("/proc/self/maps").read_text().splitlines()
@@ -282,7 +282,7 @@ def test_a_model_with_code_of_its_own_is_merged_with_that_code(pico_llama: Path,
     base = with_own_classes(Path(shutil.copytree(pico_llama, tmp_path / "own")))
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     merged_logits(pico_llama, adapter, tmp_path / "of_llama")
-    run = MergeRun(base, adapter, NF4, torch.float32, trust_remote_code=True)
+    run = MergeSettings(base, adapter, NF4, torch.float32, trust_remote_code=True)
     run.merge(tmp_path / "of_own", "original")
     model = load_merged(tmp_path / "of_own", "cpu", trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
@@ -298,7 +298,7 @@ def test_a_merge_has_the_number_formats_of_the_base(pico: Pico, tmp_path: Path, 
     adapter = save_adapter(plain(base), tmp_path / "adapter")
     for merge_base in ("original", "dequantized"):
         output = tmp_path / merge_base
-        MergeRun(base, adapter, NF4, None, load_dtype=torch.float32).merge(output, merge_base)
+        MergeSettings(base, adapter, NF4, None, load_dtype=torch.float32).merge(output, merge_base)
         written = load_file(output / "model.safetensors")
         assert {name: tensor.dtype for name, tensor in written.items()} == {n: t.dtype for n, t in tensors.items()}
         assert json.loads((output / "config.json").read_text())["dtype"] == stored
@@ -311,7 +311,7 @@ def test_a_change_beyond_the_range_of_the_base_is_refused(pico: Pico, tmp_path: 
     adapter = save_adapter(plain(base), tmp_path / "adapter")
     change_adapter(adapter, lambda tensors: [tensor.mul_(1e4) for tensor in tensors.values()])
     with pytest.raises(MergeError, match=r"the merged weight is beyond the range of torch\.float16"):
-        MergeRun(base, adapter, NF4, None).merge(tmp_path / "merged", "original")
+        MergeSettings(base, adapter, NF4, None).merge(tmp_path / "merged", "original")
 
 
 def test_weights_are_rounded_once(pico_llama: Path, tmp_path: Path) -> None:

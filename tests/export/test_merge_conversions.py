@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, revert_weight_conversion
 
-from qlora_train.export.merging.meta_model import skeleton_of
-from qlora_train.export.merging.tensor_layout import Names, refuse_irreversible, units_of
+from qlora_train.export.merging.meta_model import build_meta_model
+from qlora_train.export.merging.tensor_layout import NameMapping, group_tensors, refuse_irreversible
 from qlora_train.utils.errors import MergeError
 from tests.support.merging import Tensors, logits, merged_logits, plain, save_adapter, tensor_shapes, with_tensors
 
@@ -20,15 +20,15 @@ from tests.support.merging import Tensors, logits, merged_logits, plain, save_ad
 )
 def test_what_transformers_saves_of_a_model_is_understood_and_written_back(model_type: str) -> None:
     """Names and shapes of models of full size; no weights."""
-    skeleton = skeleton_of(AutoConfig.for_model(model_type))
-    saved = revert_weight_conversion(skeleton.model, dict(skeleton.model.state_dict()))
+    meta_model = build_meta_model(AutoConfig.for_model(model_type))
+    saved = revert_weight_conversion(meta_model.model, dict(meta_model.model.state_dict()))
     shapes = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    assert shapes.keys() != skeleton.shapes.keys(), "the file's names are the model's, which proves nothing"
-    names = Names(skeleton.model)
-    units = units_of(names, shapes)
-    assert {parameter for unit in units for parameter in unit.parameters} == skeleton.shapes.keys()
-    for unit in units:
-        refuse_irreversible(unit, names, shapes)
+    assert shapes.keys() != meta_model.shapes.keys(), "the file's names are the model's, which proves nothing"
+    names = NameMapping(meta_model.model)
+    groups = group_tensors(names, shapes)
+    assert {parameter for group in groups for parameter in group.parameters} == meta_model.shapes.keys()
+    for group in groups:
+        refuse_irreversible(group, names, shapes)
 
 
 def converting(monkeypatch: pytest.MonkeyPatch, converter: WeightConverter) -> None:

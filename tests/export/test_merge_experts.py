@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_train.config import ModelSection, QuantizationSection
-from qlora_train.export.merging.meta_model import skeleton_of
+from qlora_train.export.merging.meta_model import build_meta_model
 from qlora_train.models import load_model
 from qlora_train.models.moe import expert_parameters
 from tests.support.merging import (
@@ -220,6 +220,6 @@ def test_what_a_4_bit_load_quantizes_is_known_without_it(pico: Pico) -> None:
     ):
         loaded = load_model(ModelSection(model_name_or_path=str(base)), QuantizationSection()).model
         layers = {name for name, module in loaded.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-        skeleton = skeleton_of(loaded.config)
-        assert skeleton.linears == layers
-        assert skeleton.experts == set(expert_parameters(loaded))
+        meta_model = build_meta_model(loaded.config)
+        assert meta_model.linears == layers
+        assert meta_model.experts == set(expert_parameters(loaded))

@@ -151,7 +151,7 @@ def test_a_failed_merge_leaves_the_previous_one(
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merge_module, "write_companions", full_disk)
+    monkeypatch.setattr(merge_module, "write_auxiliary_files", full_disk)
     with pytest.raises(OSError, match="No space"):
         merged_logits(pico_llama, adapter, tmp_path / "merged")
     torch.testing.assert_close(logits(plain(tmp_path / "merged")), before, atol=0, rtol=0)

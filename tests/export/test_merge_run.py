@@ -11,7 +11,7 @@ from peft import PeftModel
 from qlora_train.config import load_config
 from qlora_train.export.merging import merge_run as run_module
 from qlora_train.export.merging.merge_run import merge_run
-from qlora_train.export.merging.verify import MergeChoice, MergeRun
+from qlora_train.export.merging.verify import MergeResult, MergeSettings
 from qlora_train.inference.finished_run import start_date
 from qlora_train.pipeline import prepare_again
 from qlora_train.runs import RunFolder
@@ -19,7 +19,7 @@ from qlora_train.utils.atomic_io import MANIFEST, verify_manifest
 from tests.support.runs import train_run
 
 
-def merge(run: RunFolder) -> MergeChoice:
+def merge(run: RunFolder) -> MergeResult:
     config = load_config(run.config_file)
     return merge_run(run, config, *prepare_again(config, run), start_date(run), "cpu")
 
@@ -29,13 +29,13 @@ def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
 ) -> None:
     run = train_run(tmp_path, pico_llama, "train.max_steps=2", "quantization.bnb_4bit_compute_dtype=bfloat16")
     alive: list[bool] = []
-    original = MergeRun.merge
+    original = MergeSettings.merge
 
-    def counted(self: MergeRun, *arguments: Any) -> Any:
+    def counted(self: MergeSettings, *arguments: Any) -> Any:
         alive.append(any(isinstance(thing, PeftModel) for thing in gc.get_objects()))
         return original(self, *arguments)
 
-    monkeypatch.setattr(MergeRun, "merge", counted)
+    monkeypatch.setattr(MergeSettings, "merge", counted)
     choice = merge(run)
     assert alive == [False, False], "the measured adapter model is gone before a merge begins"
     results = run.read_results()["merge"]

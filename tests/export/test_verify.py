@@ -27,8 +27,8 @@ from qlora_train.export.merging.check_budget import bounded_reference
 from qlora_train.export.merging.merge import MARKER
 from qlora_train.export.merging.merge_quality import Comparison
 from qlora_train.export.merging.merged_model import load_merged, place_for, streamed_bytes
-from qlora_train.export.merging.verify import Finish, MergeChoice, MergeRun, choose_merge_base
-from qlora_train.export.predictions import Predictions, Reference, agreement, compared_rows, load_reference
+from qlora_train.export.merging.verify import Finish, MergeResult, MergeSettings, choose_merge_base
+from qlora_train.export.predictions import Predictions, Reference, compared_rows, load_reference, measure_divergence
 from qlora_train.utils import signals
 from qlora_train.utils.atomic_io import MANIFEST, verify_manifest
 from qlora_train.utils.errors import MergeError
@@ -43,7 +43,7 @@ def examples() -> list[Example]:
 
 @dataclass
 class Tuned:
-    run: MergeRun
+    run: MergeSettings
     reference: Reference
 
 
@@ -54,7 +54,7 @@ def tuned(pico_llama: Path, tmp_path: Path) -> Tuned:
     model = PeftModel.from_pretrained(quantized(pico_llama), adapter)
     losses = held_out_loss(model, examples(), batch_size=2, pad_token_id=0)
     reference = Reference(examples(), True, losses, Predictions.of(model, compared_rows(examples())))
-    return Tuned(MergeRun(pico_llama, adapter, NF4, torch.bfloat16), reference)
+    return Tuned(MergeSettings(pico_llama, adapter, NF4, torch.bfloat16), reference)
 
 
 def with_loss(reference: Reference, loss: float) -> Reference:
@@ -62,14 +62,14 @@ def with_loss(reference: Reference, loss: float) -> Reference:
     return replace(reference, losses=HeldOutLoss.of(rows))
 
 
-def choose(tuned: Tuned, output: Path, finish: Finish | None = None, **export: Any) -> MergeChoice:
+def choose(tuned: Tuned, output: Path, finish: Finish | None = None, **export: Any) -> MergeResult:
     section = ExportSection(**{"max_loss_increase": 0.5, **export})
     return choose_merge_base(
         tuned.run, output, reference=tuned.reference, export=section, batch_size=2, finish=finish or write_note
     )
 
 
-def write_note(staging: Path, choice: MergeChoice) -> None:
+def write_note(staging: Path, choice: MergeResult) -> None:
     (staging / "note.json").write_text(json.dumps({"kept": choice.report.merge_base, **choice.losses}))
 
 
@@ -95,7 +95,7 @@ def test_what_is_added_to_a_merge_is_part_of_the_whole(tuned: Tuned, tmp_path: P
 
 
 def test_a_merge_that_cannot_be_finished_is_not_there(tuned: Tuned, tmp_path: Path) -> None:
-    def full_disk(staging: Path, choice: MergeChoice) -> None:
+    def full_disk(staging: Path, choice: MergeResult) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
@@ -181,7 +181,7 @@ def test_a_bounded_check_measures_the_same_rows_of_adapter_and_merge(
     rows = tuned.reference.rows[:2]
     assert list(choice.reference.rows) == list(rows)
     assert Comparison(choice).results()["compared rows"] == len(rows) < len(tuned.reference.rows)
-    assert choice.checks["dequantized"].agreement.num_tokens == 9 * len(rows)
+    assert choice.checks["dequantized"].divergence.num_tokens == 9 * len(rows)
     of_adapter = tuned.reference.losses.per_example[: len(rows)]
     assert choice.reference.loss == HeldOutLoss.of(of_adapter).loss
     again = held_out_loss(load_merged(tmp_path / "merged", "cpu"), rows, batch_size=2, pad_token_id=0)
@@ -255,14 +255,14 @@ def test_without_held_out_rows_what_was_trained_is_taken_and_checked_all_the_sam
 
 def change_merges(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
     """Let something happen to each merge after it was written."""
-    original = MergeRun.merge
+    original = MergeSettings.merge
 
-    def changed(self: MergeRun, output: Path, merge_base: Any) -> Any:
+    def changed(self: MergeSettings, output: Path, merge_base: Any) -> Any:
         report = original(self, output, merge_base)
         change(output)
         return report
 
-    monkeypatch.setattr(MergeRun, "merge", changed)
+    monkeypatch.setattr(MergeSettings, "merge", changed)
 
 
 def damage_tensor(how: str) -> Callable[[Path], None]:
@@ -345,11 +345,11 @@ def test_divergence_is_a_lower_bound_of_that_over_the_whole_vocabulary_and_near_
     assert [row.input_ids.tolist() for row in again] == [row.input_ids.tolist() for row in rows]
     p, q = (torch.cat(list(label_log_probabilities(m, rows))).double() for m in (model, other))
     exact = float((p.exp() * (p - q)).sum(-1).mean())
-    found = agreement(other, again, predictions)
-    assert 0.9 * exact < found.divergence <= exact + 1e-6, "256 of 320 tokens are told apart"
-    assert found.same_choice == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    found = measure_divergence(other, again, predictions)
+    assert 0.9 * exact < found.kl <= exact + 1e-6, "256 of 320 tokens are told apart"
+    assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert found.num_tokens == len(p) == 27
-    assert agreement(model, again, predictions).divergence == pytest.approx(0, abs=1e-6)
+    assert measure_divergence(model, again, predictions).kl == pytest.approx(0, abs=1e-6)
 
 
 def test_compared_rows_are_bounded_and_cut_at_their_last_label() -> None:

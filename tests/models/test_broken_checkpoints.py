@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.cli.main import main
 from qlora_train.config.writer import to_yaml
-from qlora_train.export.merging.base_checkpoint import BaseFile
+from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
 from qlora_train.utils.errors import MergeError
 from tests.cli.test_cli import libraries_stay_as_they_were
 from tests.support.pico import build_pico
@@ -243,7 +243,7 @@ def test_two_sets_of_weights_are_refused_by_training_and_merging(
     line = refused(base, tmp_path / "run", capsys)
     assert re.search(expected, line), line
     with pytest.raises(MergeError, match=expected):
-        BaseFile(base)
+        BaseCheckpoint(base)
     assert main(["merge", str(run.path)]) == 2
     assert not run.merged.exists()
 
@@ -253,7 +253,7 @@ def test_two_equal_sets_of_weights_are_one(sharded: Path, tmp_path: Path, capsys
     tensors = {name: tensor for path in base.glob("*.safetensors") for name, tensor in load_file(path).items()}
     save_file(tensors, base / WEIGHTS)
     assert train(base, tmp_path / "run") == 0
-    with BaseFile(base) as weights:
+    with BaseCheckpoint(base) as weights:
         assert set(weights.names) == tensors.keys()
     name, tensor = next(iter(tensors.items()))
     save_file({**tensors, name: tensor + 1}, base / WEIGHTS)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_train.config import ModelSection, QuantizationSection
-from qlora_train.export.merging.base_checkpoint import BaseFile
+from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
 from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.models import LoadedModel, load_model
 from qlora_train.utils.errors import MergeError, ModelError
@@ -240,4 +240,4 @@ def test_other_formats_are_refused_by_load_and_merge(config: Any, pico_llama: Pa
     with pytest.raises(ModelError, match=message):
         load(base)
     with pytest.raises(MergeError, match=message):
-        BaseFile(base)
+        BaseCheckpoint(base)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import ModelSection, load_config
 from qlora_train.evaluation.generation import generate_answers
-from qlora_train.export.merging.auxiliary_files import write_companions
+from qlora_train.export.merging.auxiliary_files import write_auxiliary_files
 from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.export.vllm import export_vllm
 from qlora_train.inference.chat import Chat, ChatSettings
@@ -59,7 +59,7 @@ def write_merged(base: Path, adapter: Path, folder: Path) -> Path:
     """Write all of a merged folder but its weights."""
     folder.mkdir()
     config = build_config(json.loads((base / "config.json").read_text())["model_type"], vocab_size=NUM_ROWS)
-    write_companions(
+    write_auxiliary_files(
         folder, base, adapter, config, tied=False, num_embeddings=NUM_ROWS, dtype=torch.bfloat16,
         trust_remote_code=False,
     )  # fmt: skip

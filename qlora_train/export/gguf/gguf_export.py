@@ -28,8 +28,8 @@ from qlora_train.export.gguf.plain_lora import write_plain_adapter
 from qlora_train.export.gguf.reference_tokens import INSTALL, tokenize
 from qlora_train.export.merging.adapter_deltas import AdapterFile
 from qlora_train.export.merging.auxiliary_files import SENTENCEPIECE
-from qlora_train.export.merging.base_checkpoint import BaseFile
-from qlora_train.export.merging.meta_model import skeleton_of
+from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
+from qlora_train.export.merging.meta_model import build_meta_model
 from qlora_train.export.model_card import public_name
 from qlora_train.models import BaseSource
 from qlora_train.models.loading import model_config
@@ -121,12 +121,12 @@ def export_adapter(folder: RunFolder, config: RunConfig, source: BaseSource, con
     """
     final, name = folder.exports / f"lora-gguf-{quant}", _run_name(folder)
     _check_scaling(config)
-    skeleton = skeleton_of(model_config(source, config.model), trust_remote_code=config.model.trust_remote_code)
+    meta_model = build_meta_model(model_config(source, config.model), trust_remote_code=config.model.trust_remote_code)
     base_file = folder.exports / "base-gguf-f16" / _base_file(source, "f16")
     with atomic_io.atomic_folder(final, {"format": "lora-gguf", "quant": quant}) as staging:
         path = staging / f"{name}-lora-{quant}.gguf"
         with tempfile.TemporaryDirectory(dir=staging) as plain:
-            tensors = write_plain_adapter(AdapterFile(folder.adapter, skeleton), Path(plain), name)
+            tensors = write_plain_adapter(AdapterFile(folder.adapter, meta_model), Path(plain), name)
             settings = ["--base", str(source.folder), "--outfile", str(path), "--outtype", quant]
             converter.run(LORA_SCRIPT, [plain, *settings], what=folder.adapter)
         check = GGUFFile(path).check([_lora_source(key, tensor) for key, tensor in tensors.items()], quant)
@@ -184,7 +184,7 @@ def write_model(
     _check_vocabulary(file, model, tokenizer)
     file.check_added_tokens(tokenizer)
     _check_tokens(path, tokenizer, texts)
-    with BaseFile(model) as weights:
+    with BaseCheckpoint(model) as weights:
         return file, file.check([Source(key, partial(weights.read, key)) for key in weights.names], quant)
 
 

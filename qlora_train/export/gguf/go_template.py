@@ -2,7 +2,7 @@
 
 Most chat templates write text between the turns that depends on nothing but the roles on either side. That text is found
 by rendering conversations of marks: what stands before the first content (`begins`, by its role), between two contents
-(`joints`, by both roles) and behind the last one, generation prompt included (`ends`). A template for which two
+(`separators`, by both roles) and behind the last one, generation prompt included (`ends`). A template for which two
 conversations disagree on it is not of this form, and no Go template is written: a prompt that the model was not trained on
 costs quality without a word.
 
@@ -31,22 +31,22 @@ OPTIONAL = ("su", "suau", "suauau", "s", "sau", "au", "auau")
 CONTENTS = ("What is 2+2?", '"Four", {{ .Role }} said:\n\n- {% raw %}\n- 4 \\n', "Ünïcode 🚀 <b>&amp;</b>", "x")
 
 
-class NotOfThisFormError(Exception):
+class UnsupportedTemplateError(Exception):
     """The chat template cannot be written as such a Go template; the message says why."""
 
 
 @dataclass
-class Joints:
+class Separators:
     """What a chat template writes around contents, by the roles on either side."""
 
     begins: dict[str, str] = field(default_factory=dict)
-    joints: dict[tuple[str, str], str] = field(default_factory=dict)
+    separators: dict[tuple[str, str], str] = field(default_factory=dict)
     ends: dict[str, str] = field(default_factory=dict)
 
     def text(self, turns: Sequence[Message]) -> str:
         """Return the prompt after these turns."""
         roles = [turn["role"] for turn in turns]
-        before = [self.begins[roles[0]], *(self.joints[pair] for pair in pairwise(roles))]
+        before = [self.begins[roles[0]], *(self.separators[pair] for pair in pairwise(roles))]
         written = "".join(piece + turn["content"] for piece, turn in zip(before, turns, strict=True))
         return written + self.ends[roles[-1]]
 
@@ -59,7 +59,7 @@ class Joints:
         before, end = pieces[:-1], pieces[-1]
         _agree(self.begins, roles[0], before[0])
         for pair, piece in zip(pairwise(roles), before[1:], strict=True):
-            _agree(self.joints, pair, piece)
+            _agree(self.separators, pair, piece)
         _agree(self.ends, roles[-1], end)
 
     def go_template(self) -> str:
@@ -69,12 +69,12 @@ class Joints:
         empty question stands before it. Any other order that was not seen is an error rather than a guess.
         """
         cases = [*_cases("", self.begins.items())]
-        for (previous, role), text in self.joints.items():
+        for (previous, role), text in self.separators.items():
             cases += _cases(previous, [(role, text)])
         if "assistant" not in self.begins:
-            cases += _cases("", [("assistant", self.begins["user"] + self.joints["user", "assistant"])])
-        if "system" in self.begins and ("system", "assistant") not in self.joints:
-            cut = self.joints["system", "user"] + self.joints["user", "assistant"]
+            cases += _cases("", [("assistant", self.begins["user"] + self.separators["user", "assistant"])])
+        if "system" in self.begins and ("system", "assistant") not in self.separators:
+            cut = self.separators["system", "user"] + self.separators["user", "assistant"]
             cases += _cases("system", [("assistant", cut)])
         lines = ['{{- $previous := "" }}', "{{- range .Messages }}"]
         for number, (condition, text) in enumerate(cases):
@@ -89,7 +89,7 @@ class Joints:
             lines.append(f"{{{{- if eq $previous {json.dumps(role)} }}}}{_written(text)}{{{{- end }}}}")
         return "\n".join(lines)
 
-    def without_bos(self, bos: str) -> "Joints":
+    def without_bos(self, bos: str) -> "Separators":
         """Return these joints for a program that writes the beginning token itself.
 
         Raises:
@@ -97,13 +97,13 @@ class Joints:
         """
         begins = {role: text.removeprefix(bos) for role, text in self.begins.items() if text.startswith(bos)}
         if self.begins.keys() - begins.keys() - {"assistant"}:
-            raise NotOfThisFormError(
+            raise UnsupportedTemplateError(
                 f"the file makes every program put {bos} before a prompt, and the chat template writes none"
             )
-        return Joints(begins, self.joints, self.ends)
+        return Separators(begins, self.separators, self.ends)
 
 
-def find_joints(render: Render, jinja: str) -> tuple[Joints, list[str]]:
+def find_separators(render: Render, jinja: str) -> tuple[Separators, list[str]]:
     """Find the joints of a chat template, and prove that they write what it writes.
 
     Returns:
@@ -113,32 +113,32 @@ def find_joints(render: Render, jinja: str) -> tuple[Joints, list[str]]:
         NotOfThisFormError: they cannot write it.
     """
     if CLOCK in jinja:
-        raise NotOfThisFormError("the chat template writes today's date")
-    joints, seen = Joints(), []
+        raise UnsupportedTemplateError("the chat template writes today's date")
+    separators, seen = Separators(), []
     for order in (*REQUIRED, *OPTIONAL):
         turns = _turns(order, [f"\ue000{index}\ue001" for index in range(len(order))])
         try:
             text = render(turns)
         except TemplateError as error:
             if order in REQUIRED:
-                raise NotOfThisFormError(f"the chat template refuses a plain conversation: {error}") from None
+                raise UnsupportedTemplateError(f"the chat template refuses a plain conversation: {error}") from None
             continue
         if MARK.findall(text) != [turn["content"] for turn in turns]:
             if order in REQUIRED or order == "su":
-                raise NotOfThisFormError("the chat template leaves out, repeats or moves what a turn says")
+                raise UnsupportedTemplateError("the chat template leaves out, repeats or moves what a turn says")
             continue
-        joints.learn([turn["role"] for turn in turns], MARK.split(text))
+        separators.learn([turn["role"] for turn in turns], MARK.split(text))
         seen.append(order)
     for order in seen:
         turns = _turns(order, [CONTENTS[index % len(CONTENTS)] for index in range(len(order))])
-        if render(turns) != joints.text(turns):
-            raise NotOfThisFormError("the chat template rewrites what a turn says")
-    return joints, list(_differences(render, joints, jinja))
+        if render(turns) != separators.text(turns):
+            raise UnsupportedTemplateError("the chat template rewrites what a turn says")
+    return separators, list(_differences(render, separators, jinja))
 
 
-def _differences(render: Render, joints: Joints, jinja: str) -> Iterator[str]:
+def _differences(render: Render, separators: Separators, jinja: str) -> Iterator[str]:
     spaced: list[Message] = [{"role": "user", "content": " one\n"}]
-    if render(spaced) != joints.text(spaced):
+    if render(spaced) != separators.text(spaced):
         yield "white space at the ends of a turn, which the model's own template trims"
     words = tested_words(jinja)
     if words is None or words:
@@ -151,7 +151,7 @@ def _turns(order: str, contents: Sequence[str]) -> list[Message]:
 
 def _agree(known: dict[Key, str], key: Key, text: str) -> None:
     if known.setdefault(key, text) != text:
-        raise NotOfThisFormError(
+        raise UnsupportedTemplateError(
             "the chat template writes other text around a turn depending on more than its neighbours"
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from qlora_train.data.chat_template import render_chat
 from qlora_train.evaluation.generation import answer_end_ids
-from qlora_train.export.gguf.go_template import NotOfThisFormError, find_joints
+from qlora_train.export.gguf.go_template import UnsupportedTemplateError, find_separators
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +39,19 @@ def _template(tokenizer: Any, adds_bos: bool) -> list[str]:
     jinja = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     today = datetime.date.today()
     try:
-        joints, differences = find_joints(
+        separators, differences = find_separators(
             lambda turns: render_chat(tokenizer, turns, date=today, add_generation_prompt=True), jinja
         )
         if adds_bos:
-            joints = joints.without_bos(tokenizer.bos_token)
-    except NotOfThisFormError as reason:
+            separators = separators.without_bos(tokenizer.bos_token)
+    except UnsupportedTemplateError as reason:
         logger.warning(
             "Modelfile: no TEMPLATE: %s; run the file with llama.cpp (--jinja), which reads its own template", reason
         )
         return [f"# No TEMPLATE: {reason}. llama.cpp (--jinja) reads the template inside the file."]
     for difference in differences:
         logger.warning("Modelfile: TEMPLATE is the model's own but for %s", difference)
-    return ['TEMPLATE """' + joints.go_template() + '"""']
+    return ['TEMPLATE """' + separators.go_template() + '"""']
 
 
 def _system(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from qlora_train.export.merging.meta_model import Skeleton
+from qlora_train.export.merging.meta_model import MetaModel
 from qlora_train.export.merging.peft_wrappers import WrappedParameter, in_wrapping_order, targeted_parameters
 from qlora_train.utils.errors import MergeError
 
@@ -91,16 +91,16 @@ class AdapterFile:
         MergeError: no adapter there, another kind than LoRA, or a tensor or setting whose meaning is not known.
     """
 
-    def __init__(self, folder: Path, skeleton: Skeleton) -> None:
+    def __init__(self, folder: Path, meta_model: MetaModel) -> None:
         self.path = folder / ADAPTER_WEIGHTS
         self.config = _read_config(folder)
         if not self.path.is_file():
             raise MergeError(f"{folder}: no {ADAPTER_WEIGHTS}; point to a folder that PEFT saved an adapter to")
-        self._skeleton = skeleton
+        self._skeleton = meta_model
         self._file = safe_open(str(self.path), framework="pt", device="cpu")
         self._keys = set(self._file.keys())
         self._reads: Counter[str] = Counter()
-        self._wrapped = targeted_parameters(skeleton.model, self.config.get("target_parameters") or [])
+        self._wrapped = targeted_parameters(meta_model.model, self.config.get("target_parameters") or [])
         self.updates = self._understand()
 
     def read(self, key: str) -> torch.Tensor:

@@ -35,7 +35,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_
 """How images and sound are prepared for the towers that the merge copies."""
 
 
-def write_companions(
+def write_auxiliary_files(
     folder: Path,
     base_folder: Path,
     adapter_folder: Path,

@@ -35,7 +35,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-class BaseFile:
+class BaseCheckpoint:
     """The tensors of a checkpoint folder by name; a context manager that closes the file that is open.
 
     Args:

@@ -26,14 +26,14 @@ from transformers import AutoConfig
 
 from qlora_train.config.schema import QuantizationSection, RunConfig
 from qlora_train.export.merging.adapter_deltas import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFile, listed
-from qlora_train.export.merging.auxiliary_files import write_companions
-from qlora_train.export.merging.base_checkpoint import BaseFile, Rounding
+from qlora_train.export.merging.auxiliary_files import write_auxiliary_files
+from qlora_train.export.merging.base_checkpoint import BaseCheckpoint, Rounding
 from qlora_train.export.merging.merge_math import merged_parameter
-from qlora_train.export.merging.merge_plan import MergePlan, PlannedUnit, plan_merge
-from qlora_train.export.merging.meta_model import Skeleton, skeleton_of
+from qlora_train.export.merging.merge_plan import MergePlan, PlannedGroup, plan_merge
+from qlora_train.export.merging.meta_model import MetaModel, build_meta_model
 from qlora_train.export.merging.shard_writer import bytes_of_size, write_shards
-from qlora_train.export.merging.tensor_layout import Names, Unit, units_of
-from qlora_train.utils.atomic_io import atomic_folder, sha256_of
+from qlora_train.export.merging.tensor_layout import NameMapping, TensorGroup, group_tensors
+from qlora_train.utils.atomic_io import sha256_of, atomic_folder
 from qlora_train.utils.errors import ConfigError, MergeError
 
 logger = logging.getLogger(__name__)
@@ -89,23 +89,23 @@ def merge_adapter(
     Raises:
         MergeError: see the message; nothing has been written then.
     """
-    refuse_places(base_folder, adapter_folder, output)
+    check_output_folder(base_folder, adapter_folder, output)
     shard_bytes = bytes_of_size(max_shard_size)
     config = copy.deepcopy(model_config) or AutoConfig.from_pretrained(base_folder, trust_remote_code=trust_remote_code)
     config.__dict__.pop("quantization_config", None)
-    skeleton = skeleton_of(config, trust_remote_code=trust_remote_code)
-    config.architectures = [type(skeleton.model).__name__]  # a base may name a classifier
-    adapter = AdapterFile(adapter_folder, skeleton)
+    meta_model = build_meta_model(config, trust_remote_code=trust_remote_code)
+    config.architectures = [type(meta_model.model).__name__]  # a base may name a classifier
+    adapter = AdapterFile(adapter_folder, meta_model)
     marker = _marker(base_folder, adapter, merge_base)
     load_dtype = load_dtype or dtype or torch.bfloat16
-    with BaseFile(base_folder, load_dtype) as base:
-        names = Names(skeleton.model)
-        units = _units(base, skeleton, names)
-        held_in_4bit = _held_in_4bit(base, skeleton, units, merge_base, quantization)
-        turned = frozenset(f"{name}.weight" for name in skeleton.conv1d)
+    with BaseCheckpoint(base_folder, load_dtype) as base:
+        names = NameMapping(meta_model.model)
+        groups = _units(base, meta_model, names)
+        held_in_4bit = _held_in_4bit(base, meta_model, groups, merge_base, quantization)
+        turned = frozenset(f"{name}.weight" for name in meta_model.conv1d)
         rounding = Rounding(held_in_4bit - base.stored_4bit, turned, quantization, load_dtype, device)
-        plan = plan_merge(base, adapter, skeleton, names, units, rounding.names, dtype)
-        _report_mismatch(plan, skeleton)
+        plan = plan_merge(base, adapter, meta_model, names, groups, rounding.names, dtype)
+        _report_mismatch(plan, meta_model)
         with atomic_folder(output) as staging:
             outputs = [tensor.name for tensor in plan.outputs]
             sizes_bytes = [tensor.size_bytes for tensor in plan.outputs]
@@ -113,7 +113,7 @@ def merge_adapter(
                 staging, outputs, sizes_bytes, shard_bytes, _tensors(base, adapter, plan, rounding)
             )
             adapter.assert_all_read_once()
-            write_companions(
+            write_auxiliary_files(
                 staging, base_folder, adapter_folder, config,
                 tied=plan.tied, num_embeddings=plan.num_embeddings, dtype=dtype, trust_remote_code=trust_remote_code,
             )  # fmt: skip
@@ -121,7 +121,7 @@ def merge_adapter(
     report = MergeReport(
         merge_base=merge_base,
         num_tensors=len(outputs),
-        num_changed=sum(len(planned.outputs) for planned in plan.units if planned.updates),
+        num_changed=sum(len(planned.outputs) for planned in plan.groups if planned.updates),
         num_rounded=len(held_in_4bit),
         num_shards=num_shards,
         total_bytes=sum(sizes_bytes),
@@ -153,48 +153,50 @@ def check_mergeable(source_config: Mapping[str, Any], config: RunConfig) -> None
 
 def is_stored_in_4bit(base_folder: Path) -> bool:
     """Say whether bitsandbytes stored the checkpoint in 4 bits, so that the original weights are not there."""
-    with BaseFile(base_folder) as base:
+    with BaseCheckpoint(base_folder) as base:
         return bool(base.stored_4bit)
 
 
-def _units(base: BaseFile, skeleton: Skeleton, names: Names) -> tuple[Unit, ...]:
+def _units(base: BaseCheckpoint, meta_model: MetaModel, names: NameMapping) -> tuple[TensorGroup, ...]:
     """Return what the base consists of, with the 4-bit tensors of transposed layers turned."""
-    turned = {f"{name}.weight" for name in skeleton.conv1d}
+    turned = {f"{name}.weight" for name in meta_model.conv1d}
     base.turn(frozenset(name for name in base.stored_4bit if names.target(name)[0] in turned))
-    return units_of(names, {name: base.shape(name) for name in base.names})
+    return group_tensors(names, {name: base.shape(name) for name in base.names})
 
 
-def _report_mismatch(plan: MergePlan, skeleton: Skeleton) -> None:
+def _report_mismatch(plan: MergePlan, meta_model: MetaModel) -> None:
     if plan.missing:
         logger.warning(
             "merge: %d parameters of %s are not in the base, and each load draws them anew: %s",
-            len(plan.missing), type(skeleton.model).__name__, listed(plan.missing, 3),
+            len(plan.missing), type(meta_model.model).__name__, listed(plan.missing, 3),
         )  # fmt: skip
-    if plan.strangers:
+    if plan.unmapped:
         logger.info(
             "merge: %d tensors belong to no parameter of the model and are copied as they are: %s",
-            len(plan.strangers), listed(plan.strangers, 3),
+            len(plan.unmapped), listed(plan.unmapped, 3),
         )  # fmt: skip
 
 
-def _tensors(base: BaseFile, adapter: AdapterFile, plan: MergePlan, rounding: Rounding) -> Iterator[torch.Tensor]:
+def _tensors(base: BaseCheckpoint, adapter: AdapterFile, plan: MergePlan, rounding: Rounding) -> Iterator[torch.Tensor]:
     """Yield what is written, in order; a unit is made when its first tensor is asked for."""
-    for planned in plan.units:
+    for planned in plan.groups:
         if planned.is_made:
             yield from _made(base, adapter, planned, rounding)
         else:
-            for source, output in zip(planned.unit.sources, planned.outputs, strict=True):
+            for source, output in zip(planned.group.sources, planned.outputs, strict=True):
                 yield base.read(source).to(output.dtype)
 
 
-def _made(base: BaseFile, adapter: AdapterFile, planned: PlannedUnit, rounding: Rounding) -> Iterator[torch.Tensor]:
+def _made(
+    base: BaseCheckpoint, adapter: AdapterFile, planned: PlannedGroup, rounding: Rounding
+) -> Iterator[torch.Tensor]:
     """Yield a unit's tensors with the adapter's change: read, round through 4 bits, change in float32, round once."""
     dtype = planned.outputs[0].dtype
-    parameters = planned.unit.load(base.read)
-    for name in planned.unit.parameters:
+    parameters = planned.group.load(base.read)
+    for name in planned.group.parameters:
         update = planned.updates.get(name)
         parameters[name] = merged_parameter(adapter, name, parameters[name], update, rounding, dtype)
-    tensors = planned.unit.store(parameters)
+    tensors = planned.group.store(parameters)
     del parameters
     for output in planned.outputs:
         tensor = tensors.pop(output.name)
@@ -206,9 +208,9 @@ def _made(base: BaseFile, adapter: AdapterFile, planned: PlannedUnit, rounding: 
 
 
 def _held_in_4bit(
-    base: BaseFile,
-    skeleton: Skeleton,
-    units: tuple[Unit, ...],
+    base: BaseCheckpoint,
+    meta_model: MetaModel,
+    groups: tuple[TensorGroup, ...],
     merge_base: MergeBase,
     quantization: QuantizationSection,
 ) -> frozenset[str]:
@@ -227,16 +229,16 @@ def _held_in_4bit(
             "export.merge_base is dequantized, but quantization.load_in_4bit is false: the adapter was trained on the "
             "original weights; use original or auto"
         )
-    missing = sorted(skeleton.quantized.difference(*(unit.parameters for unit in units)))
+    missing = sorted(meta_model.quantized.difference(*(group.parameters for group in groups)))
     if missing:
         raise MergeError(
             f"{base.folder}: {len(missing)} weights that the run held in 4 bits are not in the files, e.g. {missing[0]}; "
             f"names there are like {base.names[0]}; save the base with this version of transformers, or use original"
         )
-    return skeleton.quantized
+    return meta_model.quantized
 
 
-def refuse_places(base_folder: Path, adapter_folder: Path, output: Path) -> None:
+def check_output_folder(base_folder: Path, adapter_folder: Path, output: Path) -> None:
     """Refuse an output that would overwrite something else than a previous merge.
 
     Raises:
@@ -275,5 +277,5 @@ __all__ = [
     "check_mergeable",
     "is_stored_in_4bit",
     "merge_adapter",
-    "refuse_places",
+    "check_output_folder",
 ]

@@ -20,9 +20,9 @@ from qlora_train.export.merging.adapter_deltas import (
     Update,
     listed,
 )
-from qlora_train.export.merging.base_checkpoint import BaseFile
-from qlora_train.export.merging.meta_model import Skeleton
-from qlora_train.export.merging.tensor_layout import Names, Unit, refuse_irreversible
+from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
+from qlora_train.export.merging.meta_model import MetaModel
+from qlora_train.export.merging.tensor_layout import NameMapping, TensorGroup, refuse_irreversible
 from qlora_train.utils.errors import MergeError
 
 
@@ -41,17 +41,17 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
-class PlannedUnit:
+class PlannedGroup:
     """Tensors that are read, changed and written together.
 
     Attributes:
         unit: names on both sides.
         updates: what the adapter does to its parameters, by name.
         is_made: some parameter is changed or rounded; what is not is copied.
-        outputs: the tensors to write, in the order of `unit.outputs`.
+        outputs: the tensors to write, in the order of `group.outputs`.
     """
 
-    unit: Unit
+    group: TensorGroup
     updates: dict[str, Update]
     is_made: bool
     outputs: tuple[OutputTensor, ...]
@@ -68,7 +68,7 @@ class MergePlan:
         missing: parameters of the model that nothing in the base makes.
     """
 
-    units: tuple[PlannedUnit, ...]
+    groups: tuple[PlannedGroup, ...]
     tied: bool
     num_embeddings: int
     missing: list[str]
@@ -76,20 +76,20 @@ class MergePlan:
     @property
     def outputs(self) -> list[OutputTensor]:
         """All tensors to write in order."""
-        return [tensor for planned in self.units for tensor in planned.outputs]
+        return [tensor for planned in self.groups for tensor in planned.outputs]
 
     @property
-    def strangers(self) -> list[str]:
+    def unmapped(self) -> list[str]:
         """Names of the tensors that belong to no parameter of the model."""
-        return [name for planned in self.units if not planned.unit.parameters for name in planned.unit.sources]
+        return [name for planned in self.groups if not planned.group.parameters for name in planned.group.sources]
 
 
 def plan_merge(
-    base: BaseFile,
+    base: BaseCheckpoint,
     adapter: AdapterFile,
-    skeleton: Skeleton,
-    names: Names,
-    units: tuple[Unit, ...],
+    meta_model: MetaModel,
+    names: NameMapping,
+    groups: tuple[TensorGroup, ...],
     rounded: frozenset[str],
     dtype: torch.dtype | None,
 ) -> MergePlan:
@@ -104,56 +104,56 @@ def plan_merge(
     Raises:
         MergeError: a change without its tensor, shapes that disagree, token rows that nobody trained.
     """
-    embedding, head = f"{skeleton.embedding}.weight", f"{skeleton.head}.weight"
-    holders = {parameter: unit for unit in units for parameter in unit.parameters}
+    embedding, head = f"{meta_model.embedding}.weight", f"{meta_model.head}.weight"
+    holders = {parameter: group for group in groups for parameter in group.parameters}
     if embedding not in holders:
         raise MergeError(
             f"{base.folder}: no tensor {embedding}; its files do not hold the model that config.json describes"
         )
-    tied = skeleton.tied and (head not in holders or _equal(base, holders, embedding, head))
+    tied = meta_model.tied and (head not in holders or _equal(base, holders, embedding, head))
     if tied and head in holders:
-        units = tuple(unit for unit in units if unit is not holders[head])
+        groups = tuple(group for group in groups if group is not holders[head])
     if tied and _unties(adapter, embedding, head):
         stored = holders[embedding].sources
         name = names.name_in_file(head, embedding, stored[0])
-        units, tied = (*units, Unit(stored, (head,), None, (name,))), False
-    _refuse_unmatched(base, adapter, {parameter for unit in units for parameter in unit.parameters})
+        groups, tied = (*groups, TensorGroup(stored, (head,), None, (name,))), False
+    _refuse_unmatched(base, adapter, {parameter for group in groups for parameter in group.parameters})
     shapes = {
-        parameter: _changed_shape(base, adapter, parameter, skeleton.shapes[parameter], unit, (embedding, head))
-        for unit in units
-        for parameter in unit.parameters
+        parameter: _changed_shape(base, adapter, parameter, meta_model.shapes[parameter], group, (embedding, head))
+        for group in groups
+        for parameter in group.parameters
     }
     _refuse_unequal_vocabularies(shapes, embedding, head)
-    in_float32 = skeleton.kept_in_float32(dtype) if dtype else frozenset()
-    planned = [_planned(base, adapter, unit, shapes, rounded, in_float32, dtype) for unit in units]
+    in_float32 = meta_model.kept_in_float32(dtype) if dtype else frozenset()
+    planned = [_planned(base, adapter, group, shapes, rounded, in_float32, dtype) for group in groups]
     for made in (item for item in planned if item.is_made):
-        refuse_irreversible(made.unit, names, {name: base.shape(name) for name in made.unit.sources})
-    return MergePlan(tuple(planned), tied, shapes[embedding][0], sorted(skeleton.untied - holders.keys()))
+        refuse_irreversible(made.group, names, {name: base.shape(name) for name in made.group.sources})
+    return MergePlan(tuple(planned), tied, shapes[embedding][0], sorted(meta_model.untied - holders.keys()))
 
 
-def _equal(base: BaseFile, holders: Mapping[str, Unit], one: str, other: str) -> bool:
+def _equal(base: BaseCheckpoint, holders: Mapping[str, TensorGroup], one: str, other: str) -> bool:
     first, second = (holders[name].load(base.read)[name] for name in (one, other))
     return torch.equal(first, second)
 
 
 def _planned(
-    base: BaseFile,
+    base: BaseCheckpoint,
     adapter: AdapterFile,
-    unit: Unit,
+    group: TensorGroup,
     shapes: Mapping[str, tuple[int, ...]],
     rounded: frozenset[str],
     in_float32: frozenset[str],
     dtype: torch.dtype | None,
-) -> PlannedUnit:
-    updates = {name: adapter.updates[name] for name in unit.parameters if name in adapter.updates}
-    written = torch.float32 if in_float32.intersection(unit.parameters) else dtype
+) -> PlannedGroup:
+    updates = {name: adapter.updates[name] for name in group.parameters if name in adapter.updates}
+    written = torch.float32 if in_float32.intersection(group.parameters) else dtype
     outputs = []
-    for source, name in zip(unit.sources, unit.outputs, strict=True):
+    for source, name in zip(group.sources, group.outputs, strict=True):
         stored = base.dtype(source)
-        shape = base.shape(source) if unit.conversion or not unit.parameters else shapes[unit.parameters[0]]
-        keeps = not unit.parameters or not stored.is_floating_point
+        shape = base.shape(source) if group.conversion or not group.parameters else shapes[group.parameters[0]]
+        keeps = not group.parameters or not stored.is_floating_point
         outputs.append(OutputTensor(name, shape, stored if keeps or written is None else written))
-    return PlannedUnit(unit, updates, bool(updates) or not rounded.isdisjoint(unit.parameters), tuple(outputs))
+    return PlannedGroup(group, updates, bool(updates) or not rounded.isdisjoint(group.parameters), tuple(outputs))
 
 
 def _unties(adapter: AdapterFile, embedding: str, head: str) -> bool:
@@ -170,7 +170,7 @@ def _unties(adapter: AdapterFile, embedding: str, head: str) -> bool:
     return of_head is not None or not isinstance(of_embedding, TokenRows | None)
 
 
-def _refuse_unmatched(base: BaseFile, adapter: AdapterFile, names: set[str]) -> None:
+def _refuse_unmatched(base: BaseCheckpoint, adapter: AdapterFile, names: set[str]) -> None:
     unmatched = sorted(set(adapter.updates) - names)
     if unmatched:
         raise MergeError(
@@ -181,16 +181,16 @@ def _refuse_unmatched(base: BaseFile, adapter: AdapterFile, names: set[str]) -> 
 
 
 def _changed_shape(
-    base: BaseFile,
+    base: BaseCheckpoint,
     adapter: AdapterFile,
     name: str,
     of_model: tuple[int, ...],
-    unit: Unit,
+    group: TensorGroup,
     vocabulary: tuple[str, str],
 ) -> tuple[int, ...]:
     """Return a parameter's shape with the adapter's change."""
     update = adapter.updates.get(name)
-    shape = base.shape(unit.sources[0]) if unit.conversion is None else of_model
+    shape = base.shape(group.sources[0]) if group.conversion is None else of_model
     if update is None:
         return shape
     if isinstance(update, TokenRows):

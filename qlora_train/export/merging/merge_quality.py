@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_train.export.merging.verify import MergeChoice
+from qlora_train.export.merging.verify import MergeResult
 from qlora_train.export.predictions import Reference
 
 
@@ -12,7 +12,7 @@ from qlora_train.export.predictions import Reference
 class Comparison:
     """The adapter on its base beside every merge of it that was made."""
 
-    choice: MergeChoice
+    choice: MergeResult
 
     @property
     def reference(self) -> Reference:
@@ -35,9 +35,9 @@ class Comparison:
         }
         for kind, check in self.choice.checks.items():
             found[f"loss merged onto {kind}"] = check.loss
-            found[f"divergence merged onto {kind}"] = check.agreement.divergence
-            found[f"same first choice merged onto {kind}"] = check.agreement.same_choice
-            found["compared tokens"] = check.agreement.num_tokens
+            found[f"divergence merged onto {kind}"] = check.divergence.kl
+            found[f"same first choice merged onto {kind}"] = check.divergence.top1_agreement
+            found["compared tokens"] = check.divergence.num_tokens
         return found
 
     def lines(self) -> Iterator[str]:
@@ -46,14 +46,14 @@ class Comparison:
         for kind, check in self.choice.checks.items():
             yield (
                 f"merge: onto {kind}, loaded in a fresh process: loss {check.loss:.4f}, divergence from the adapter "
-                f"{check.agreement.divergence:.2g} nats/token, the same first choice at "
-                f"{100 * check.agreement.same_choice:.1f} % of {check.agreement.num_tokens} tokens"
+                f"{check.divergence.kl:.2g} nats/token, the same first choice at "
+                f"{100 * check.divergence.top1_agreement:.1f} % of {check.divergence.num_tokens} tokens"
             )
 
     def section(self) -> str:
         """Return it for the card."""
         kept = self.choice.report.merge_base
-        num_tokens = self.choice.checks[kept].agreement.num_tokens
+        num_tokens = self.choice.checks[kept].divergence.num_tokens
         rows = [
             "| | Loss | Divergence from the adapter | Same first choice |",
             "|---|---|---|---|",
@@ -61,7 +61,7 @@ class Comparison:
         ]
         rows += [
             f"| merged onto the {kind} base{' (this model)' if kind == kept else ''} | {check.loss:.4g} | "
-            f"{check.agreement.divergence:.2g} | {100 * check.agreement.same_choice:.1f} % |"
+            f"{check.divergence.kl:.2g} | {100 * check.divergence.top1_agreement:.1f} % |"
             for kind, check in self.choice.checks.items()
         ]
         return (

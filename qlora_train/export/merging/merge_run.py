@@ -17,7 +17,7 @@ from qlora_train.data.types import Example
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.export.loading_code import needed_attention
 from qlora_train.export.merging.merge_quality import Comparison
-from qlora_train.export.merging.verify import MergeChoice, MergeRun, choose_merge_base
+from qlora_train.export.merging.verify import MergeResult, MergeSettings, choose_merge_base
 from qlora_train.export.model_card import merged_loading, write_card
 from qlora_train.export.predictions import Predictions, Reference, compared_rows
 from qlora_train.models import BaseSource, load_model
@@ -39,7 +39,7 @@ def library_versions() -> dict[str, str]:
 
 def merge_run(
     folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, date: datetime.date, device: str
-) -> MergeChoice:
+) -> MergeResult:
     """Merge a finished run's adapter into `folder.merged` and record what was measured.
 
     Args:
@@ -61,7 +61,7 @@ def merge_run(
     free_memory()
     merge = _merge_run(folder, config, source, device)
 
-    def write_merged_card(staging: Path, choice: MergeChoice) -> None:
+    def write_merged_card(staging: Path, choice: MergeResult) -> None:
         write_card(
             staging,
             base=source.name,
@@ -94,10 +94,10 @@ def merge_run(
     return choice
 
 
-def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, device: str) -> MergeRun:
+def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, device: str) -> MergeSettings:
     compute_dtype = choose_compute_dtype(config.quantization.bnb_4bit_compute_dtype, select_device())
     dtype = torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
-    return MergeRun(
+    return MergeSettings(
         base_folder=source.folder,
         adapter_folder=folder.adapter,
         quantization=config.quantization,

@@ -16,7 +16,7 @@ from qlora_train.models.text_only import text_model
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class MetaModel:
     """A model on the meta device and what a merge asks of it.
 
     Attributes:
@@ -56,14 +56,14 @@ class Skeleton:
         return frozenset(name for name in self.shapes if any(re.search(pattern, name) for pattern in patterns))
 
 
-def skeleton_of(config: Any, *, trust_remote_code: bool = False) -> Skeleton:
+def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> MetaModel:
     """Build the model of a Transformers config, or the text part of a multimodal one, without memory and name its parts."""
     with torch.device("meta"):
         model = text_model(config).build(config, trust_remote_code=trust_remote_code)
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
     tied = model.all_tied_weights_keys
-    return Skeleton(
+    return MetaModel(
         model=model,
         shapes={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
         embedding=embedding,

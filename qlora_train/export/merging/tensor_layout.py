@@ -71,7 +71,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Unit:
+class TensorGroup:
     """Tensors of the file that are read, changed and written together.
 
     Attributes:
@@ -111,7 +111,7 @@ class Unit:
         return self.conversion.backward(parameters)
 
 
-class Names:
+class NameMapping:
     """Transformers' rules for the names of one model's checkpoints."""
 
     def __init__(self, model: Any) -> None:
@@ -160,7 +160,7 @@ class Names:
         return parameter
 
 
-def units_of(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Unit, ...]:
+def group_tensors(names: NameMapping, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorGroup, ...]:
     """Return what a checkpoint consists of, in the order of its names.
 
     Args:
@@ -170,47 +170,47 @@ def units_of(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Unit,
     Raises:
         MergeError: two tensors make one parameter, or tensors do not make the parameters that they are meant for.
     """
-    units: list[Unit] = []
+    groups: list[TensorGroup] = []
     holders: dict[str, str] = {}
-    groups: dict[str, list[Source]] = {}
+    converted: dict[str, list[Source]] = {}
     for name in sorted(shapes, key=dot_natural_key):
         target, pattern = names.target(name)
         if target not in names.parameters:
-            units.append(Unit((name,), (), None, (name,)))
+            groups.append(TensorGroup((name,), (), None, (name,)))
         elif pattern is not None:
-            groups.setdefault(target, []).append(names.source(name, pattern, target))
+            converted.setdefault(target, []).append(names.source(name, pattern, target))
         elif (holder := holders.setdefault(target, name)) == name:
-            units.append(Unit((name,), (target,), None, (name,)))
+            groups.append(TensorGroup((name,), (target,), None, (name,)))
         else:
             raise _held_twice(holder, name, target)
     order = {name: position for position, name in enumerate(shapes)}
-    for first, sources in groups.items():
+    for first, sources in converted.items():
         conversion = names.conversion(first, sources)
         parameters = _made(conversion, names.parameters, shapes)
         in_file = tuple(sorted((source.name for source in sources), key=order.__getitem__))
         for parameter in parameters:
             if (holder := holders.setdefault(parameter, in_file[0])) != in_file[0]:
                 raise _held_twice(holder, in_file[0], parameter)
-        units.append(Unit(in_file, parameters, conversion, in_file))
-    return tuple(sorted(units, key=lambda unit: order[unit.sources[0]]))
+        groups.append(TensorGroup(in_file, parameters, conversion, in_file))
+    return tuple(sorted(groups, key=lambda group: order[group.sources[0]]))
 
 
-def refuse_irreversible(unit: Unit, names: Names, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def refuse_irreversible(group: TensorGroup, names: NameMapping, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Try on shapes alone that what a unit makes can be written back.
 
     Raises:
         MergeError: it cannot.
     """
-    if unit.conversion is None:
+    if group.conversion is None:
         return
     try:
-        back = unit.conversion.backward({name: torch.empty_like(names.parameters[name]) for name in unit.parameters})
+        back = group.conversion.backward({name: torch.empty_like(names.parameters[name]) for name in group.parameters})
     except _CONVERSION_ERRORS as error:
-        raise _irreversible(unit, repr(error)) from error
-    for name in unit.sources:
+        raise _irreversible(group, repr(error)) from error
+    for name in group.sources:
         found = tuple(back[name].shape) if name in back else "missing"
         if found != shapes[name]:
-            raise _irreversible(unit, f"{name} is {shapes[name]} and would be {found}")
+            raise _irreversible(group, f"{name} is {shapes[name]} and would be {found}")
 
 
 def _made(
@@ -239,8 +239,8 @@ def _held_twice(one: str, other: str, parameter: str) -> MergeError:
     return MergeError(f"{one} and {other} both hold {parameter} of the model; remove one of them from the base")
 
 
-def _irreversible(unit: Unit, reason: str) -> MergeError:
+def _irreversible(group: TensorGroup, reason: str) -> MergeError:
     return MergeError(
-        f"{unit.sources[0]}: what Transformers makes of it, {unit.parameters[0]}, cannot be written back: {reason}; use "
+        f"{group.sources[0]}: what Transformers makes of it, {group.parameters[0]}, cannot be written back: {reason}; use "
         "the adapter unmerged"
     )

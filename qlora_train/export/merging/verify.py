@@ -18,10 +18,16 @@ from typing import Any
 import torch
 
 from qlora_train.config.schema import ExportSection, QuantizationSection
-from qlora_train.export.fresh_process import Check, check_in_fresh_process
+from qlora_train.export.fresh_process import ReloadCheck, check_in_fresh_process
 from qlora_train.export.loading_code import THIS_MODEL, merged_code
 from qlora_train.export.merging.check_budget import bounded_reference
-from qlora_train.export.merging.merge import MergeBase, MergeReport, is_stored_in_4bit, merge_adapter, refuse_places
+from qlora_train.export.merging.merge import (
+    MergeBase,
+    MergeReport,
+    check_output_folder,
+    is_stored_in_4bit,
+    merge_adapter,
+)
 from qlora_train.export.predictions import Reference
 from qlora_train.utils.atomic_io import STAGING, atomic_folder, remove_folder
 from qlora_train.utils.errors import MergeError
@@ -32,7 +38,7 @@ INSTEAD = "try the other export.merge_base, use the adapter unmerged, or raise t
 
 
 @dataclass(frozen=True)
-class MergeRun:
+class MergeSettings:
     """What every candidate merge of a run shares; the fields are those of `merge_adapter` and `merged_code`."""
 
     base_folder: Path
@@ -72,12 +78,12 @@ class MergeRun:
 
 
 @dataclass(frozen=True)
-class MergeChoice:
+class MergeResult:
     """The kept merge, and what was measured of every candidate, by base kind, beside the adapter on the same rows."""
 
     reference: Reference
     report: MergeReport
-    checks: dict[MergeBase, Check]
+    checks: dict[MergeBase, ReloadCheck]
 
     @property
     def losses(self) -> dict[MergeBase, float]:
@@ -85,13 +91,13 @@ class MergeChoice:
         return {kind: check.loss for kind, check in self.checks.items()}
 
 
-Finish = Callable[[Path, MergeChoice], None]
+Finish = Callable[[Path, MergeResult], None]
 """Adds files to the kept merge while its folder is still a staging one."""
 
 
 def choose_merge_base(
-    run: MergeRun, output: Path, *, reference: Reference, export: ExportSection, batch_size: int, finish: Finish
-) -> MergeChoice:
+    run: MergeSettings, output: Path, *, reference: Reference, export: ExportSection, batch_size: int, finish: Finish
+) -> MergeResult:
     """Merge into `output`; for `auto` onto each base there is, keeping the one with the lower held-out loss.
 
     Candidates are written beside `output` under hidden names, so that for a while two merges of `auto` are on the disk.
@@ -108,12 +114,12 @@ def choose_merge_base(
         MergeError: the merge is refused, cannot be loaded, or is further from the adapter than the limits allow; `output`
             is then as it was.
     """
-    refuse_places(run.base_folder, run.adapter_folder, output)
+    check_output_folder(run.base_folder, run.adapter_folder, output)
     kinds = _candidates(run, export.merge_base, measured=reference.held_out)
     folders = {kind: output.with_name(f".{output.name}-{kind}{STAGING}") for kind in kinds}
     asked = output.with_name(f".{output.name}-reference{STAGING}")
     reports: dict[MergeBase, MergeReport] = {}
-    checks: dict[MergeBase, Check] = {}
+    checks: dict[MergeBase, ReloadCheck] = {}
     try:
         remove_folder(asked)  # a merge that was killed may have left it
         asked.mkdir()
@@ -135,7 +141,7 @@ def choose_merge_base(
         _refuse_worse(output, checks[best], reference, export)
         if best == "dequantized" or not run.quantization.load_in_4bit:
             _refuse_other(output, checks[best], export)
-        choice = MergeChoice(reference, reports[best], checks)
+        choice = MergeResult(reference, reports[best], checks)
         _move(folders[best], output, lambda staging: finish(staging, choice))
     finally:
         for folder in (*folders.values(), asked):
@@ -143,7 +149,7 @@ def choose_merge_base(
     return choice
 
 
-def _candidates(run: MergeRun, merge_base: str, *, measured: bool) -> tuple[MergeBase, ...]:
+def _candidates(run: MergeSettings, merge_base: str, *, measured: bool) -> tuple[MergeBase, ...]:
     """Return the kinds of base to try, what was trained first, and log why."""
     kinds, reason = candidate_bases(
         merge_base,
@@ -178,7 +184,7 @@ def candidate_bases(
     return ("dequantized", "original"), ""
 
 
-def _refuse_other_tokens(where: Path, check: Check) -> None:
+def _refuse_other_tokens(where: Path, check: ReloadCheck) -> None:
     if check.token_differences:
         raise MergeError(
             f"{where}: the tokenizer of the merged model makes other tokens than the run trained on: "
@@ -186,7 +192,7 @@ def _refuse_other_tokens(where: Path, check: Check) -> None:
         )
 
 
-def _refuse_worse(where: Path, check: Check, reference: Reference, export: ExportSection) -> None:
+def _refuse_worse(where: Path, check: ReloadCheck, reference: Reference, export: ExportSection) -> None:
     increase = check.loss - reference.loss
     if increase <= export.max_loss_increase:  # false for a loss that is not a number
         return
@@ -197,14 +203,14 @@ def _refuse_worse(where: Path, check: Check, reference: Reference, export: Expor
     )
 
 
-def _refuse_other(where: Path, check: Check, export: ExportSection) -> None:
-    found = check.agreement
-    if found.divergence <= export.max_divergence:
+def _refuse_other(where: Path, check: ReloadCheck, export: ExportSection) -> None:
+    found = check.divergence
+    if found.kl <= export.max_divergence:
         return
     raise MergeError(
-        f"{where}: the merged model is another than the adapter on its base: its predictions are {found.divergence:.4f} "
+        f"{where}: the merged model is another than the adapter on its base: its predictions are {found.kl:.4f} "
         f"nats a token (Kullback-Leibler) from the adapter's at {found.num_tokens} tokens, where export.max_divergence "
-        f"allows {export.max_divergence:g}; {100 * found.same_choice:.1f} % of first choices are the same; {INSTEAD}"
+        f"allows {export.max_divergence:g}; {100 * found.top1_agreement:.1f} % of first choices are the same; {INSTEAD}"
     )
 
 
