@@ -21,12 +21,12 @@ from qlora_train.data.collate import PaddingCollator, batches_with_labels, paddi
 from qlora_train.data.held_out_rows import RunRows, load_rows, save_rows
 from qlora_train.data.token_store import Rows
 from qlora_train.export.adapter_check import AdapterReference, check_adapter, measure_adapter
-from qlora_train.export.gguf.converter import check_quant, find_converter
+from qlora_train.export.export_formats import EXPORT_FORMATS, ExportRequest
+from qlora_train.export.gguf.converter import find_converter
 from qlora_train.export.hub_upload import Upload, plan_upload
 from qlora_train.export.merging.merge import check_mergeable
 from qlora_train.export.merging.merge_run import library_versions, merge_run
 from qlora_train.export.model_card import adapter_loading, clean_adapter_config, write_card
-from qlora_train.export.vllm import export_vllm
 from qlora_train.inference.eval_report import EvalSettings, evaluate_run
 from qlora_train.inference.finished_run import finished_config, start_date, with_pinned_revision
 from qlora_train.models import BaseSource, LoadedModel, load_model, resolve_base
@@ -144,46 +144,28 @@ def _merge(folder: RunFolder, config: RunConfig, device: str | None = None) -> N
     )  # fmt: skip
 
 
-def export(folder: RunFolder, *, form: str, quant: str, llama_cpp: Path | None) -> Path:
-    """Write a finished run as a file for another program, merging it first where that has not been done.
+def export(folder: RunFolder, *, format_name: str, quant: str | None = None, llama_cpp: Path | None = None) -> Path:
+    """Write a finished run in a format of `EXPORT_FORMATS` and return its folder; merges first where the format needs it.
 
     Args:
         folder: the run.
-        form: `gguf`, the merged model; `lora-gguf`, the adapter; `base-gguf`, what the adapter belongs over; `vllm`, the
-            adapter as vLLM serves it.
-        quant: kind of the numbers in a GGUF file.
-        llama_cpp: a checkout of llama.cpp; None is the installed package.
-
-    Returns:
-        The folder that was written.
+        format_name: the format.
+        quant: number format of a GGUF file; None for the default.
+        llama_cpp: a checkout of llama.cpp; None for the installed package.
     """
+    export_format = EXPORT_FORMATS[format_name]
+    quant = export_format.choose_quant(quant)
+    if export_format.quants:
+        find_converter(llama_cpp)  # before a merge that takes long
     config = load_config(folder.config_file)
-    if form == "vllm":
-        return _export_vllm(folder, config)
-    check_quant(quant)
-    converter = find_converter(llama_cpp)
-    from qlora_train.export.gguf.gguf_export import (  # needs gguf, of the extra
-        export_adapter,
-        export_base,
-        export_merged,
-    )
-
     with run_lock(folder):
-        if form == "gguf":
-            if not folder.has_merged():
-                logger.info("%s is not there, or damaged: merging first", folder.merged)
-                _merge(folder, config)
-            return export_merged(folder, config, converter, quant)
-        source = _same_base(folder, config, weights=form == "base-gguf")
-        write = export_base if form == "base-gguf" else export_adapter
-        return write(folder, config, source, converter, quant)
-
-
-def _export_vllm(folder: RunFolder, config: RunConfig) -> Path:
-    with run_lock(folder):
-        output = folder.exports / "vllm"
-        logger.info("serve it: %s", export_vllm(folder, config, _same_base(folder, config, weights=False), output))
-        return output
+        source = None
+        if export_format.needs != "merged model":
+            source = _same_base(folder, config, weights=export_format.needs == "base weights")
+        elif not folder.has_merged():
+            logger.info("%s: missing or damaged (merging first)", folder.merged)
+            _merge(folder, config)
+        return export_format.write(ExportRequest(folder, config, source, quant, llama_cpp))
 
 
 def planned_upload(folder: RunFolder, repo: str, *, what: str, private: bool) -> Upload:

@@ -13,7 +13,8 @@ import torch
 import xllamacpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_train.export.gguf.converter import QUANTS, find_converter
+from qlora_train.export.export_formats import GGUF_QUANTS
+from qlora_train.export.gguf.converter import find_converter
 from qlora_train.export.gguf.gguf_export import write_model
 
 QUESTIONS = ("What is the capital of France?", "Write a haiku about rain.", "Which is larger, 9.9 or 9.11?")
@@ -30,7 +31,7 @@ def main() -> None:
     print(
         "| numbers | MB | seconds | largest difference of log-probabilities | same greedy tokens |\n|---|---|---|---|---|"
     )
-    for quant in QUANTS:
+    for quant in GGUF_QUANTS:
         with tempfile.TemporaryDirectory() as temporary:
             path, began = Path(temporary) / f"{quant}.gguf", time.perf_counter()
             write_model(folder, tokenizer, path, folder.name, find_converter(None), quant)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from qlora_train import __version__
+from qlora_train.export.export_formats import EXPORT_FORMATS
 from qlora_train.utils import network, signals
 from qlora_train.utils.errors import ConfigError, UserError, did_you_mean, explain
 from qlora_train.utils.launcher import clear_launcher_environment
@@ -30,7 +31,6 @@ COMMANDS = ("train", "check", "show", "data", "schema", "merge", "export", "eval
 CONFIG_SUFFIXES = (".yaml", ".yml")
 MODELS = ("base", "adapter", "merged")
 SENT = ("adapter", "merged")
-FORMATS = ("gguf", "lora-gguf", "base-gguf", "vllm")
 EPILOG = """\
 The first word is a command or the path of a config, which is trained.
 Settings are changed with section.key=value, for example train.learning_rate=1e-4 or data.train=my.jsonl.
@@ -162,7 +162,9 @@ def _add_export(commands: "argparse._SubParsersAction[_Parser]") -> None:
     command = commands.add_parser("export", help="write a run for llama.cpp, Ollama or vLLM, or send it to the Hub")
     command.add_argument("run", type=Path, metavar="RUN", help="run folder, for example runs/llama7b")
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--format", choices=FORMATS, help="GGUF of the merged model, the adapter or its base; vLLM")
+    which.add_argument(
+        "--format", choices=EXPORT_FORMATS, help="GGUF of the merged model, the adapter or its base; vLLM"
+    )
     which.add_argument("--push", metavar="OWNER/NAME", help="send adapter or merged model with its card to the Hub")
     _takes_offline(command)
     written = command.add_argument_group("with --format")
@@ -416,8 +418,10 @@ def _export(options: argparse.Namespace) -> int:
     from qlora_train.pipeline import export
     from qlora_train.runs import finished_run
 
-    folder, quant = finished_run(options.run), options.quant or "f16"
-    print(f"exported: {export(folder, form=options.format, quant=quant, llama_cpp=options.llama_cpp)}")
+    written = export(
+        finished_run(options.run), format_name=options.format, quant=options.quant, llama_cpp=options.llama_cpp
+    )
+    print(f"exported: {written}")
     return 0
 
 

@@ -111,10 +111,10 @@ def check_adapter(run: RunFolder, config: RunConfig, reference: AdapterReference
     run.add_results(
         adapter_check={
             "passed": problem is None,
-            "divergence": found.kl,
+            "kl_divergence": found.kl,
             "max_divergence": limit,
             "max_difference": found.max_difference,
-            "same_first_choice": found.top1_agreement,
+            "top1_agreement": found.top1_agreement,
             "num_tokens": found.num_tokens,
             "num_texts": reference.num_texts,
             "token_differences": check.token_differences,

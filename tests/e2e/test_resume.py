@@ -247,7 +247,7 @@ def test_finished_run_is_merged_as_the_command_line_says(pico_llama: Path, tmp_p
     train_run(tmp_path, pico_llama, "train.max_steps=1")
     merging = ("export.merge=true", "export.merge_base=original", "export.max_loss_increase=10")
     merged = train_run(tmp_path, pico_llama, "train.max_steps=1", *merging)
-    assert merged.read_results()["merge"]["kept"] == "original"
+    assert merged.read_results()["merge"]["merge_base"] == "original"
     with pytest.raises(CheckpointError, match=r"lora\.r was 8"):
         merge(merged, load_config(merged.config_file, ["lora.r=4"]))
 

@@ -44,7 +44,7 @@ def test_run_records_that_its_adapter_is_what_was_trained(
     assert result["num_texts"] > 150
     assert result["num_tokens"] > 100
     assert result["max_divergence"] == limit
-    assert result["divergence"] < limit / 10
+    assert result["kl_divergence"] < limit / 10
     assert result["max_difference"] < (2e-3 if dtype == "float32" else 0.2)
     assert "adapter check: loaded as its card says" in messages.text
     assert not list(run.path.glob(".adapter-check*"))

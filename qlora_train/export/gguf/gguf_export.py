@@ -1,12 +1,12 @@
-"""A finished run in a format that another program runs: GGUF for llama.cpp and Ollama, merged or as an adapter.
+"""Export a finished run as GGUF, for llama.cpp and Ollama: the merged model, the adapter or the base.
 
-Each format and quantisation has a folder of its own in ``RUN/export``, written whole or not at all::
+Each format and quantization has its own folder in ``RUN/export``, written atomically::
 
     export/gguf-f16/       NAME-f16.gguf, Modelfile
     export/lora-gguf-f16/  NAME-lora-f16.gguf, Modelfile
-    export/base-gguf-f16/  BASE-f16.gguf, to put the adapter over
+    export/base-gguf-f16/  BASE-f16.gguf, which the adapter is applied to
 
-What is written is opened again and compared with the weights it was made of before it gets its name.
+Every file is read back and compared with its source weights before the folder gets its name.
 """
 
 import json
@@ -20,7 +20,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from qlora_train.config import RunConfig
-from qlora_train.export.gguf.converter import LORA_SCRIPT, MODEL_SCRIPT, Converter
+from qlora_train.export.export_formats import ExportRequest
+from qlora_train.export.gguf.converter import LORA_SCRIPT, MODEL_SCRIPT, Converter, find_converter
 from qlora_train.export.gguf.gguf_check import GGUFCheck, GGUFFile, Source
 from qlora_train.export.gguf.gguf_vocabulary import CONFIG, adds_bos, answer_end, link_model, puts_space_behind_special
 from qlora_train.export.gguf.modelfile import modelfile
@@ -42,116 +43,97 @@ from qlora_train.utils.errors import ExportError
 logger = logging.getLogger(__name__)
 
 MODELFILE = "Modelfile"
+INSTEAD = "use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
 
 
-def export_merged(folder: RunFolder, config: RunConfig, converter: Converter, quant: str) -> Path:
-    """Write the merged model of a run as GGUF.
-
-    Args:
-        folder: a finished run that is merged.
-        config: its settings.
-        converter: llama.cpp's scripts.
-        quant: kind of the numbers.
-
-    Returns:
-        The folder of the file.
+def export_merged(request: ExportRequest) -> Path:
+    """Write the merged model of a run as GGUF, with a Modelfile.
 
     Raises:
-        ExportError: the converter cannot, or what it wrote is not the model.
+        ExportError: the conversion failed, or the file differs from the model.
     """
-    final, name = folder.exports / f"gguf-{quant}", _run_name(folder)
-    _check_scaling(config)
+    run, quant, name = request.run, request.quant, _run_name(request.run)
+    _check_scaling(request.config)
+    final = run.exports / f"gguf-{quant}"
     with atomic_io.atomic_folder(final, {"format": "gguf", "quant": quant}) as staging:
         path = staging / f"{name}-{quant}.gguf"
-        tokenizer = _tokenizer(folder.merged, config)
-        file, check = write_model(folder.merged, tokenizer, path, name, converter, quant, texts=_texts(folder))
+        tokenizer = load_tokenizer(run.merged, request.config)
+        converter = find_converter(request.llama_cpp)
+        file, check = write_model(run.merged, tokenizer, path, name, converter, quant, texts=_texts(run))
         text = modelfile(
-            tokenizer, model=f"./{path.name}", adapter=None, adds_bos=file.adds_bos(), system=folder.system_prompt()
+            tokenizer, model=f"./{path.name}", adapter=None, adds_bos=file.adds_bos(), system=run.system_prompt()
         )
         (staging / MODELFILE).write_text(text, encoding="utf-8")
-    logger.info("%s: %s", final / path.name, check.line())
+    logger.info("%s: %s", final / path.name, check.summary())
     logger.info("Ollama: ollama create %s -f %s", name, final / MODELFILE)
     return final
 
 
-def export_base(folder: RunFolder, config: RunConfig, source: BaseSource, converter: Converter, quant: str) -> Path:
-    """Write the base of a run as GGUF, with the positions of the run, for an adapter over it.
-
-    Args:
-        folder: the run.
-        config: its settings.
-        source: its base, with weights.
-        converter: llama.cpp's scripts.
-        quant: kind of the numbers.
-
-    Returns:
-        The folder of the file.
+def export_base(request: ExportRequest) -> Path:
+    """Write the base of a run as GGUF, with the run's RoPE scaling, for an adapter that is applied to it.
 
     Raises:
-        ExportError: the converter cannot, or what it wrote is not the model.
+        ExportError: the conversion failed, or the file differs from the model.
     """
-    final = folder.exports / f"base-gguf-{quant}"
+    run, config, source, quant = request.run, request.config, request.source, request.quant
+    assert source is not None, "the format needs the base"
     _check_scaling(config)
+    final = run.exports / f"base-gguf-{quant}"
     with atomic_io.atomic_folder(final, {"format": "base-gguf", "quant": quant}) as staging:
         path = staging / _base_file(source, quant)
-        tokenizer = _tokenizer(source.folder, config)
+        tokenizer, converter = load_tokenizer(source.folder, config), find_converter(request.llama_cpp)
         scaled = model_config(source, config.model).to_dict() if config.model.rope_scaling else None
         _, check = write_model(
-            source.folder, tokenizer, path, _last_name(source), converter, quant, texts=_texts(folder), config=scaled
+            source.folder, tokenizer, path, _last_name(source), converter, quant, texts=_texts(run), config=scaled
         )
-    logger.info("%s: %s", final / path.name, check.line())
+    logger.info("%s: %s", final / path.name, check.summary())
     return final
 
 
-def export_adapter(folder: RunFolder, config: RunConfig, source: BaseSource, converter: Converter, quant: str) -> Path:
-    """Write the adapter of a run as GGUF, for ``--lora`` of llama.cpp over the base as GGUF.
-
-    Args:
-        folder: a finished run.
-        config: its settings.
-        source: its base, of which config and tokenizer are read.
-        converter: llama.cpp's scripts.
-        quant: kind of the numbers.
-
-    Returns:
-        The folder of the file.
+def export_adapter(request: ExportRequest) -> Path:
+    """Write the adapter of a run as GGUF, for ``--lora`` of llama.cpp, with a Modelfile.
 
     Raises:
-        ExportError: the adapter is more than LoRA, the converter cannot, or what it wrote is not the adapter.
+        ExportError: the adapter is not plain LoRA, the conversion failed, or the file differs from the adapter.
     """
-    final, name = folder.exports / f"lora-gguf-{quant}", _run_name(folder)
+    run, config, source, quant = request.run, request.config, request.source, request.quant
+    assert source is not None, "the format needs the base"
     _check_scaling(config)
+    final, name = run.exports / f"lora-gguf-{quant}", _run_name(run)
     meta_model = build_meta_model(model_config(source, config.model), trust_remote_code=config.model.trust_remote_code)
-    base_file = folder.exports / "base-gguf-f16" / _base_file(source, "f16")
+    base_file = run.exports / "base-gguf-f16" / _base_file(source, "f16")
     with atomic_io.atomic_folder(final, {"format": "lora-gguf", "quant": quant}) as staging:
         path = staging / f"{name}-lora-{quant}.gguf"
         with tempfile.TemporaryDirectory(dir=staging) as plain:
-            tensors = write_plain_adapter(AdapterFile(folder.adapter, meta_model), Path(plain), name)
+            tensors = write_plain_adapter(AdapterFile(run.adapter, meta_model), Path(plain), name)
             settings = ["--base", str(source.folder), "--outfile", str(path), "--outtype", quant]
-            converter.run(LORA_SCRIPT, [plain, *settings], what=folder.adapter)
+            find_converter(request.llama_cpp).run(LORA_SCRIPT, [plain, *settings], what=run.adapter)
         check = GGUFFile(path).check([_lora_source(key, tensor) for key, tensor in tensors.items()], quant)
-        base = f"../{base_file.parent.name}/{base_file.name}"
-        tokenizer, base_tokenizer = _tokenizer(folder.adapter, config), _tokenizer(source.folder, config)
         text = modelfile(
-            tokenizer, model=base, adapter=f"./{path.name}", adds_bos=adds_bos(base_tokenizer),
-            system=folder.system_prompt(),
+            load_tokenizer(run.adapter, config), model=f"../{base_file.parent.name}/{base_file.name}",
+            adapter=f"./{path.name}", adds_bos=adds_bos(load_tokenizer(source.folder, config)),
+            system=run.system_prompt(),
         )  # fmt: skip
         (staging / MODELFILE).write_text(text, encoding="utf-8")
-    logger.info("%s: %s", final / path.name, check.line())
-    if config.model.rope_scaling:
-        logger.warning(
-            "%s belongs over the base with scaled positions (model.rope_scaling), as --format base-gguf writes it; over "
-            "any other file of the base it is another model", path.name,
-        )  # fmt: skip
-    if not base_file.exists():
-        logger.info("its base as GGUF: qlora-train export %s --format base-gguf", folder.path)
-    if folder.read_results().get("merge", {}).get("kept") == "dequantized":
-        logger.warning(
-            "the merge measured the dequantised base to be better for this adapter than the 16-bit one, which llama.cpp "
-            "puts it over: compare, or take --format gguf"
-        )
+    logger.info("%s: %s", final / path.name, check.summary())
+    _log_limits(run, config, path.name, base_file)
     logger.info("Ollama: ollama create %s -f %s", name, final / MODELFILE)
     return final
+
+
+def _log_limits(run: RunFolder, config: RunConfig, file: str, base_file: Path) -> None:
+    if config.model.rope_scaling:
+        logger.warning(
+            "%s: apply it to the base with the run's RoPE scaling (model.rope_scaling), as --format base-gguf writes it",
+            file,
+        )
+    if not base_file.exists():
+        logger.info("its base as GGUF: qlora-train export %s --format base-gguf", run.path)
+    if run.read_results().get("merge", {}).get("merge_base") == "dequantized":
+        logger.warning(
+            "GGUF: the merge measured a lower loss on the dequantized base than on the 16-bit base, which llama.cpp "
+            "applies the adapter to; compare, or use --format gguf"
+        )
 
 
 def write_model(
@@ -168,11 +150,11 @@ def write_model(
     """Convert a model folder to the file `path` and compare the two.
 
     Args:
-        texts: prompts, whose tokens in llama.cpp must be the tokenizer's.
-        config: content of config.json where it is not the folder's own.
+        texts: prompts that llama.cpp must tokenize as the tokenizer does.
+        config: content of config.json where it differs from the folder's.
 
     Raises:
-        ExportError: the converter cannot, or what it wrote is not the model.
+        ExportError: the conversion failed, or the file differs from the model.
     """
     config = config or json.loads((model / CONFIG).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(dir=path.parent) as view:
@@ -180,7 +162,7 @@ def write_model(
         settings = ["--outfile", str(path), "--outtype", quant, "--model-name", name]
         converter.run(MODEL_SCRIPT, [view, *settings], what=model)
     file = GGUFFile(path)
-    file.check_positions(config)
+    file.check_rope_scaling(config)
     _check_vocabulary(file, model, tokenizer)
     file.check_added_tokens(tokenizer)
     _check_tokens(path, tokenizer, texts)
@@ -188,24 +170,25 @@ def write_model(
         return file, file.check([Source(key, partial(weights.read, key)) for key in weights.names], quant)
 
 
-def _check_scaling(config: RunConfig) -> None:
-    if (config.model.rope_scaling or {}).get("rope_type") == "dynamic":
-        raise ExportError(
-            "model.rope_scaling: llama.cpp has no dynamic scaling, without which the model is another one beyond its own "
-            "positions; use the folder with Transformers or vLLM, or train with linear or yarn"
-        )
-
-
-def _tokenizer(folder: Path, config: RunConfig) -> Any:
+def load_tokenizer(folder: Path, config: RunConfig) -> Any:
+    """Load the tokenizer of a folder as training does, without AutoTokenizer's changes to tokenizer.json."""
     tokenizer = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=config.model.trust_remote_code
     )
-    return follow_tokenizer_json(tokenizer, folder, str(folder))  # as training takes it
+    return follow_tokenizer_json(tokenizer, folder, str(folder))
 
 
-def _texts(folder: RunFolder) -> list[str]:
+def _check_scaling(config: RunConfig) -> None:
+    if (config.model.rope_scaling or {}).get("rope_type") == "dynamic":
+        raise ExportError(
+            "model.rope_scaling: llama.cpp does not support dynamic RoPE scaling; use the folder with Transformers or "
+            "vLLM, or train with linear or yarn"
+        )
+
+
+def _texts(run: RunFolder) -> list[str]:
     """Return the run's first rows as text."""
-    rows = folder.data_report().get("first_rows", [])
+    rows = run.data_report().get("first_rows", [])
     return ["".join(segment["text"] for segment in row["segments"]) for row in rows]
 
 
@@ -217,51 +200,51 @@ def _base_file(source: BaseSource, quant: str) -> str:
     return f"{_last_name(source)}-{quant}.gguf"
 
 
-def _run_name(folder: RunFolder) -> str:
-    return folder.path.resolve().name
+def _run_name(run: RunFolder) -> str:
+    return run.path.resolve().name
 
 
 def _check_vocabulary(file: GGUFFile, model: Path, tokenizer: Any) -> None:
-    """Refuse a file with which a program would split text otherwise than in training, or never stop."""
+    """Refuse a file that would make a program tokenize text differently, or never stop."""
     if file.guesses_merges():
         raise ExportError(
-            f"{model}: the tokenizer is SentencePiece's, and without {SENTENCEPIECE} text would be split into other "
-            f"tokens; put the {SENTENCEPIECE} that belongs to it there and export again"
+            f"{model}: the tokenizer is SentencePiece's, and without {SENTENCEPIECE} llama.cpp would split text into "
+            f"other tokens; add its {SENTENCEPIECE} and export again"
         )
     end = answer_end(tokenizer)
     if end is not None and file.eos() != tokenizer.convert_tokens_to_ids(end):
         raise ExportError(
-            f"{model}: answers end with {end}, and the converter wrote token {file.eos()} as the end, at which no answer "
-            "would stop; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
+            f"{model}: answers end with {end}, but the converter wrote token {file.eos()} as end of text, so that no "
+            f"answer would stop; {INSTEAD}"
         )
     space = file.puts_space_behind_special()
     if space is not None and space != puts_space_behind_special(tokenizer):
         raise ExportError(
-            f"{model}: the converter {'puts a' if space else 'leaves out the'} space behind special tokens, against the "
-            "tokenizer; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
+            f"{model}: the converter {'adds a' if space else 'omits the'} space after special tokens, unlike the "
+            f"tokenizer; {INSTEAD}"
         )
 
 
 def _check_tokens(path: Path, tokenizer: Any, texts: Sequence[str]) -> None:
-    """Refuse a file of which llama.cpp makes other tokens of the run's texts; warn where only hard strings differ."""
+    """Refuse a file if llama.cpp tokenizes the run's texts differently; warn if only hard strings differ."""
     start = tokenizer.bos_token or tokenizer.all_special_tokens[0]  # as every prompt begins
     probes = [TokenProbe.of(tokenizer, text) for text in (*texts, *(start + text for text in HARD_STRINGS))]
-    found = tokenize(path, [probe.text for probe in probes])
-    if found is None:
-        logger.warning("GGUF: tokens were not compared in llama.cpp, which is not installed: %s", INSTALL)
+    actual = tokenize(path, [probe.text for probe in probes])
+    if actual is None:
+        logger.warning("GGUF: tokens not compared with llama.cpp (not installed: %s)", INSTALL)
         return
-    lines = [difference_of(tokenizer, probe, actual) for probe, actual in zip(probes, found, strict=True)]
+    lines = [difference_of(tokenizer, probe, ids) for probe, ids in zip(probes, actual, strict=True)]
     if wrong := [line for line in lines[: len(texts)] if line]:
         raise ExportError(
-            f"{path.name}: llama.cpp makes other tokens of {len(wrong)} of the run's {len(texts)} texts: {wrong[0]}; use "
-            "the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
+            f"{path.name}: llama.cpp tokenizes {len(wrong)} of the run's {len(texts)} texts differently: {wrong[0]}; "
+            f"{INSTEAD}"
         )
     if wrong := [line for line in lines if line]:
         logger.warning(
-            "GGUF: llama.cpp makes other tokens of %d of %d hard strings, which the run's first rows lack: %s",
+            "GGUF: llama.cpp tokenizes %d of %d hard strings differently (none in the run's first rows): %s",
             len(wrong), len(HARD_STRINGS), "; ".join(wrong[:3]),
         )  # fmt: skip
-    logger.info("GGUF: %d texts of the run have the same tokens in llama.cpp", len(texts))
+    logger.info("GGUF: llama.cpp tokenizes %d texts of the run alike", len(texts))
 
 
 def _lora_source(key: str, tensor: Any) -> Source:

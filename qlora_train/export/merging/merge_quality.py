@@ -26,19 +26,24 @@ class Comparison:
         return f"{count} held-out rows" if self.reference.held_out else f"{count} training rows (none were held out)"
 
     def results(self) -> dict[str, Any]:
-        """Return it for results.json; losses and divergences are in nats a token."""
-        found: dict[str, Any] = {
-            "kept": self.choice.report.merge_base,
-            "rows": "held-out" if self.reference.held_out else "training",
-            "compared rows": len(self.reference.rows),
-            "loss with adapter": self.reference.loss,
+        """Return it for results.json; losses and divergences are in nats per token."""
+        candidates = {
+            kind: {
+                "loss": check.loss,
+                "kl_divergence": check.divergence.kl,
+                "top1_agreement": check.divergence.top1_agreement,
+            }
+            for kind, check in self.choice.checks.items()
         }
-        for kind, check in self.choice.checks.items():
-            found[f"loss merged onto {kind}"] = check.loss
-            found[f"divergence merged onto {kind}"] = check.divergence.kl
-            found[f"same first choice merged onto {kind}"] = check.divergence.top1_agreement
-            found["compared tokens"] = check.divergence.num_tokens
-        return found
+        kept = self.choice.report.merge_base
+        return {
+            "merge_base": kept,
+            "rows": "held-out" if self.reference.held_out else "training",
+            "num_rows": len(self.reference.rows),
+            "num_tokens": self.choice.checks[kept].divergence.num_tokens,
+            "adapter_loss": self.reference.loss,
+            "candidates": candidates,
+        }
 
     def lines(self) -> Iterator[str]:
         """Yield it for the log."""
