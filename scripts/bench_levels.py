@@ -22,7 +22,7 @@ from model_flops import model_shape, step_flops
 from peers.timing import row_lengths
 
 from qlora_train.config import RunConfig, load_config
-from qlora_train.training.memory.activation_checkpointing import LEVELS, Recomputation
+from qlora_train.training.memory.activation_checkpointing import LEVELS, LayerCheckpointing
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import first_line
 
@@ -71,8 +71,8 @@ def operations(steps: Steps, config: RunConfig) -> tuple[list[float], list[int],
 def levels(steps: Steps) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield what is measured by name, with what sets it: least memory first, the floor last."""
     fast = steps.install()
-    layers = Recomputation(steps.model, fast.mlps)
-    for level in filter(layers.can, reversed(LEVELS)):
+    layers = LayerCheckpointing(steps.model, fast.mlps)
+    for level in filter(layers.supports, reversed(LEVELS)):
         yield level, partial(layers.set, level)
 
     def dequantize() -> None:

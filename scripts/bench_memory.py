@@ -41,7 +41,7 @@ FIRST_BYTE = 4
 OUT_OF_MEMORY = "out of memory"
 SETTINGS = (
     f"lora.r={RANK}", "data.format=tokens", "data.train_on=all", "train.per_device_train_batch_size=1",
-    "train.gradient_accumulation_steps=1", "train.gradient_checkpointing=true", "train.max_steps=1",
+    "train.gradient_accumulation_steps=1", "train.gradient_checkpointing=full", "train.max_steps=1",
     "train.logging_steps=1",
 )  # fmt: skip
 

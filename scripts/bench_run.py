@@ -75,7 +75,7 @@ def command_of(options: argparse.Namespace, folder: Path, run: RunFolder) -> lis
         "model.model_name_or_path": options.model.resolve(), "data.train": options.rows.resolve(),
         "data.max_length": options.max_length, "lora.r": RANK, "train.max_steps": options.steps,
         "train.save_steps": SAVE_STEPS, "train.logging_steps": 1, "train.gradient_accumulation_steps": 1,
-        "train.recompute": "layer",  # as the plan counts; auto would fill the device
+        "train.gradient_checkpointing": "full",  # as the plan counts; auto would fill the device
         "run.output_dir": run.path,
     }  # fmt: skip
     words = [f"{key}={value}" for key, value in settings.items()]

@@ -33,8 +33,8 @@ from qlora_train.models import load_model
 from qlora_train.objectives.sft_loss import choose_chunk_tokens, label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
-from qlora_train.training.batch_source import Feed, RowFeed, make_feed
-from qlora_train.training.memory.activation_checkpointing import Recomputation, choose_recomputation
+from qlora_train.training.batch_source import BatchSource, RowBatches, make_batch_source
+from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, choose_checkpointing
 from qlora_train.training.padding_free import choose_padding_free
 from qlora_train.training.parity.document_isolation import isolate_documents
 from qlora_train.utils.constants import IGNORE_INDEX
@@ -131,8 +131,8 @@ def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None
     """Let the model attend and recompute as in a run of the config."""
     if config.data.packing:
         isolate_documents(adapted, config, data.train)
-    loaded, layers = adapted.loaded, Recomputation(adapted.model, [])
-    level, checkpoints_all = choose_recomputation(
+    loaded, layers = adapted.loaded, LayerCheckpointing(adapted.model, [])
+    level, checkpoints_all = choose_checkpointing(
         config.train,
         layers,
         on_gpu=loaded.device.type == "cuda",
@@ -143,11 +143,11 @@ def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None
         adapted.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in_chunks: bool) -> list[Feed]:
+def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in_chunks: bool) -> list[BatchSource]:
     """Return the steps of a run of the config, padded and, if it trains padding-free, flattened."""
     size, loaded = config.train.per_device_train_batch_size, adapted.loaded
-    feed = make_feed(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, group_batch_size=size)
-    if not isinstance(feed, RowFeed):
+    feed = make_batch_source(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, group_batch_size=size)
+    if not isinstance(feed, RowBatches):
         return [feed]
     with tempfile.TemporaryDirectory() as nowhere:
         run = RunFolder(Path(nowhere))

@@ -36,7 +36,7 @@ from qlora_train.kernels.install import install
 from qlora_train.kernels.ops import dequantize, dispatch
 from qlora_train.objectives.sft_loss import CHUNK_BYTES, LABEL_MULTIPLE, choose_chunk_tokens, label_losses
 from qlora_train.training.memory import memory_probe
-from qlora_train.training.memory.activation_checkpointing import Recomputation
+from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.parity import fused_kernels, preserve_state
 from tests.support.live_bytes import LiveBytes
 
@@ -186,7 +186,7 @@ def count(config_json: dict[str, Any], num_tokens: int) -> dict[str, int]:
         peak_of("evaluation, 1 row", lambda: evaluate(adapted, batch))
         for path in ("reference", "fused kernels"):
             fast = install(model, lambda: label_losses(model, **batch_of(1, 8))) if path == "fused kernels" else None
-            Recomputation(model, fast.mlps if fast is not None else []).set("layer")
+            LayerCheckpointing(model, fast.mlps if fast is not None else []).set("full")
             for accumulation in (1, 2):
                 probe = partial(memory_probe._train, trainer_of(adapted, accumulation), model, [batch])
                 peak_of(f"memory probe and step, {path}, accumulation {accumulation}", probe)

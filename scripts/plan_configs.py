@@ -1,7 +1,7 @@
-"""Count the memory of every shipped config at its own batch, with full activation checkpointing (`train.recompute: layer`).
+"""Count the memory of every shipped config at its own batch, with `train.gradient_checkpointing: full`.
 
 Micro-batches are full, and the loss is computed in chunks. Not counted: the CUDA context, fragmentation, start-up phases
-(`scripts/count_memory.py` has those). With `train.recompute: auto` a run takes more where the GPU has it.
+(`scripts/count_memory.py` has those). With `train.gradient_checkpointing: auto` a run takes more where the GPU has it.
 
 Example::
 

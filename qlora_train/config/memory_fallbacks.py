@@ -1,7 +1,6 @@
-"""The ladder that a run goes down when a batch does not fit into memory: every rung saves memory and costs time.
+"""Memory fallbacks: training settings that need less memory and more time, tried in order when a batch does not fit.
 
-A rung is a pure function of the training settings. On each of them an optimizer step has the same rows in the same order,
-and a run has the same number of steps.
+A fallback is a pure function of the training settings. Each keeps the rows of every optimizer step and the number of steps.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,78 +10,63 @@ from typing import Any
 from qlora_train.config.schema import TrainSection
 
 KEYS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "recompute",
-    "activation_offloading",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "activation_offloading",
 )  # fmt: skip
-"""Settings that a rung may change."""
+"""Settings that a fallback may change."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What can be done for a model where it is.
-
-    Attributes:
-        on_gpu: it is on a GPU, beside which there is the host's memory.
-        recomputes: its layers can be computed again in the backward pass.
-        recomputes_all: all of them are, from their inputs on.
-    """
+    """What the model and its device support; `checkpoints_all`: full checkpointing is on for every layer."""
 
     on_gpu: bool
-    recomputes: bool
-    recomputes_all: bool
+    can_checkpoint: bool
+    checkpoints_all: bool
 
 
-Fallback = Callable[[TrainSection, Capabilities], TrainSection | None]
-
-
-def smaller_micro_batch(train: TrainSection, _able: Capabilities) -> TrainSection | None:
-    """Halve the micro-batch, or divide it by the smallest number that it can be divided by; accumulate more of them."""
+def smaller_micro_batch(train: TrainSection, _capabilities: Capabilities) -> TrainSection | None:
+    """Divide the micro-batch by its smallest prime factor, and multiply the accumulation steps by it."""
     rows = train.per_device_train_batch_size
-    smaller = _largest_divisor_below(rows)
-    if smaller is None:
+    factor = next((number for number in range(2, rows + 1) if rows % number == 0), None)
+    if factor is None:
         return None
-    steps = train.gradient_accumulation_steps * (rows // smaller)
-    return train.model_copy(update={"per_device_train_batch_size": smaller, "gradient_accumulation_steps": steps})
+    steps = train.gradient_accumulation_steps * factor
+    return train.model_copy(
+        update={"per_device_train_batch_size": rows // factor, "gradient_accumulation_steps": steps}
+    )
 
 
-def recompute(train: TrainSection, able: Capabilities) -> TrainSection | None:
-    """Keep a layer's input alone, and compute the layer again in the backward pass."""
-    if train.gradient_checkpointing is True or able.recomputes_all or not able.recomputes:
+def checkpoint_all(train: TrainSection, capabilities: Capabilities) -> TrainSection | None:
+    """Turn on full activation checkpointing."""
+    if train.gradient_checkpointing == "full" or capabilities.checkpoints_all or not capabilities.can_checkpoint:
         return None
-    return train.model_copy(update={"gradient_checkpointing": True, "recompute": "auto"})
+    return train.model_copy(update={"gradient_checkpointing": "full"})
 
 
-def offload_activations(train: TrainSection, able: Capabilities) -> TrainSection | None:
-    """Keep what the backward pass needs in the host's memory."""
-    if train.activation_offloading or not able.on_gpu:
+def offload_activations(train: TrainSection, capabilities: Capabilities) -> TrainSection | None:
+    """Turn on activation offloading."""
+    if train.activation_offloading or not capabilities.on_gpu:
         return None
     return train.model_copy(update={"activation_offloading": True})
 
 
-FALLBACKS: tuple[Fallback, ...] = (smaller_micro_batch, recompute, offload_activations)
-"""From the one that costs least to the one that costs most."""
+FALLBACKS: tuple[Callable[[TrainSection, Capabilities], TrainSection | None], ...] = (
+    smaller_micro_batch, checkpoint_all, offload_activations,
+)  # fmt: skip
+"""Cheapest first."""
 
 
-def next_fallback(train: TrainSection, able: Capabilities) -> TrainSection | None:
-    """Return the settings one rung further down, or None at the bottom.
-
-    Args:
-        train: settings that do not fit.
-        able: what can be done.
-    """
-    rungs = (rung(train, able) for rung in FALLBACKS)
-    return next((settings for settings in rungs if settings is not None), None)
+def next_fallback(train: TrainSection, capabilities: Capabilities) -> TrainSection | None:
+    """Return the cheapest settings that need less memory than `train`, or None if there are none."""
+    candidates = (fallback(train, capabilities) for fallback in FALLBACKS)
+    return next((settings for settings in candidates if settings is not None), None)
 
 
 def changed_settings(asked: TrainSection, fitted: TrainSection) -> dict[str, Any]:
-    """Return the settings that a ladder changed, by key of the train section."""
+    """Return the settings that fallbacks changed, by key of the train section."""
     return {key: getattr(fitted, key) for key in KEYS if getattr(fitted, key) != getattr(asked, key)}
 
 
 def as_overrides(changes: Mapping[str, Any]) -> str:
-    """Return changes as they are typed on the command line."""
+    """Return changes as command-line arguments."""
     return " ".join(f"train.{key}={str(value).lower()}" for key, value in changes.items())
-
-
-def _largest_divisor_below(number: int) -> int | None:
-    return next((divisor for divisor in range(number // 2, 0, -1) if number % divisor == 0), None)

@@ -15,7 +15,8 @@ MUTABLE = (
     "train.logging_steps", "train.save_steps", "train.save_total_limit",
     "train.on_nonfinite", "train.max_skipped_steps", "train.on_loss_spike",
     "train.per_device_eval_batch_size", "data.num_proc", "data.cache_dir", "data.cache_limit",
-    "train.auto_find_batch_size", "train.activation_offloading", "train.dequantized_cache_gb", "train.recompute",
+    "train.auto_find_batch_size", "train.activation_offloading", "train.dequantized_cache_gb",
+    "train.gradient_checkpointing",
 )  # fmt: skip
 """Settings, or sections of them, that may differ between the parts of one run."""
 

@@ -323,13 +323,9 @@ class TrainSection(Section):
     """Most rows in an evaluation batch; fewer where memory runs out."""
     gradient_accumulation_steps: int = Field(16, ge=1)
     """Micro-batches in an optimizer step; the loss is normalised over all of them together."""
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute the activations of every layer in the backward pass (non-reentrant), or of none; `auto` is as `recompute`
-    says."""
-    recompute: Literal["auto", "none", "mlp", "layer"] = "auto"
-    """What a layer computes again in the backward pass instead of keeping it: nothing, the inside of its MLP, or everything
-    from its input on. `auto` is on a GPU the least for each layer that fits into its memory, and nothing on a CPU; with
-    `activation_offloading` everything."""
+    gradient_checkpointing: Literal["auto", "none", "mlp", "full"] = "auto"
+    """Activation checkpointing (non-reentrant): each layer recomputes nothing, its MLP, or everything in the backward pass.
+    `auto`: as little as the GPU's memory allows, layer by layer; `full` with activation_offloading; `none` on a CPU."""
     activation_offloading: bool = False
     """Keep what the backward pass needs in the host's memory instead of a GPU's, copied while the GPU computes."""
     auto_find_batch_size: bool = False
@@ -366,15 +362,6 @@ class TrainSection(Section):
     """Finish with the adapter of the lowest evaluation loss instead of the last."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a lower loss."""
-
-    @model_validator(mode="after")
-    def _recomputation_is_said_once(self) -> Self:
-        if self.gradient_checkpointing != "auto" and self.recompute != "auto":
-            raise ValueError(
-                f"gradient_checkpointing: {str(self.gradient_checkpointing).lower()} and recompute: {self.recompute} both "
-                "say what is computed again; drop one of them"
-            )
-        return self
 
     @model_validator(mode="after")
     def _polynomial_schedule_falls(self) -> Self:

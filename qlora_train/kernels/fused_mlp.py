@@ -11,8 +11,8 @@ from qlora_train.kernels.ops.gated import ACTIVATIONS, Activation, gated_linear
 from qlora_train.kernels.shared_input import Group
 from qlora_train.kernels.tiled import fill_tiles, in_tiles, recomputed_in_tiles
 
-Level = Literal["none", "mlp", "layer"]
-"""What a layer computes again in the backward pass: nothing, the inside of its MLP, or everything from its input on."""
+CheckpointingLevel = Literal["none", "mlp", "full"]
+"""What a decoder layer recomputes in the backward pass: nothing, its MLP, or everything."""
 
 GATE_AND_UP = (("gate_proj", "up_proj"), ("gate_up_proj",))
 """Names of the layers that make gate and up, in Transformers' files."""
@@ -28,13 +28,13 @@ class GatedMlp:
         makers: its layers that make gate and up, two or one.
         activation: f.
         level: of the layer it is in. At `mlp` it keeps its input alone, and computes gate and up again in the backward
-            pass; at `layer` it does so for inputs of more than a tile, whose inside then exists a tile at a time.
+            pass; at `full` it does so for inputs of more than a tile, whose inside then exists a tile at a time.
     """
 
     module: Any
     makers: tuple[Any, ...]
     activation: Activation
-    level: Level = "none"
+    level: CheckpointingLevel = "none"
 
     @classmethod
     def of(cls, module: nn.Module) -> "GatedMlp | None":
@@ -62,7 +62,7 @@ class GatedMlp:
         def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
             if arguments or keywords or not down.applies(layer):
                 return own(x, *arguments, **keywords)
-            if self.level == "mlp" or (self.level == "layer" and fill_tiles(x)):
+            if self.level == "mlp" or (self.level == "full" and fill_tiles(x)):
                 return recomputed_in_tiles(compute, x, self._trained())
             return in_tiles(compute, x)
 

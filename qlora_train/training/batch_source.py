@@ -39,14 +39,14 @@ from qlora_train.data.types import Example
 logger = logging.getLogger(__name__)
 
 
-class Feed(Protocol):
+class BatchSource(Protocol):
     """The training data as the loop takes it."""
 
     @property
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps of an epoch; None where there is no end."""
 
-    def loader(self, state: "Standing") -> DataLoader[Any]:
+    def loader(self, state: "HasTrainerState") -> DataLoader[Any]:
         """Return the micro-batches of each step; iteration begins after the steps that the trainer has taken by then."""
 
     def where(self, row: int) -> str:
@@ -65,26 +65,27 @@ class Feed(Protocol):
         """Take what a checkpoint held."""
 
 
-class Standing(Protocol):
+class HasTrainerState(Protocol):
     """A trainer, of which a feed reads how far it is."""
 
     state: TrainerState
 
 
-def make_feed(
+def make_batch_source(
     rows: Rows | RowStream, config: RunConfig, pad_token_id: int, device: torch.device, *, group_batch_size: int
-) -> "RowFeed | StreamFeed":
-    """Return the feed that a config asks for, and log how full packs are; see `RowOrder` for `group_batch_size`."""
+) -> "RowBatches | StreamBatches":
+    """Return the batch source of a config. `group_batch_size`: see `RowOrder`."""
     if isinstance(rows, RowStream):
-        return StreamFeed(rows, config, PaddingCollator(pad_token_id, padding_multiple(device)))
+        return StreamBatches(rows, config, PaddingCollator(pad_token_id, padding_multiple(device)))
     if config.data.packing:
-        collate = FlatteningCollator(pad_token_id, flattened_multiple(device))
-        return RowFeed(rows, pack_order(rows.lengths, config), config, collate)
+        return RowBatches(
+            rows, pack_order(rows.lengths, config), config, FlatteningCollator(pad_token_id, flattened_multiple(device))
+        )
     train = config.train
     order = RowOrder(
         rows.lengths, config.run.seed, train.per_device_train_batch_size, train.group_by_length, group_batch_size
     )
-    return RowFeed(rows, order, config, PaddingCollator(pad_token_id, padding_multiple(device)))
+    return RowBatches(rows, order, config, PaddingCollator(pad_token_id, padding_multiple(device)))
 
 
 def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
@@ -100,7 +101,7 @@ def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
     return packs
 
 
-class RowFeed:
+class RowBatches:
     """Rows that are tokenised already, epoch by epoch.
 
     Attributes:
@@ -119,9 +120,9 @@ class RowFeed:
         self.rows, self._order, self._config = rows, order, config
         self.collate = StepCollator(collate, most)
 
-    def laid_out(self, collate: FlatteningCollator, most: TokenBudget | None = None) -> "RowFeed":
+    def laid_out(self, collate: FlatteningCollator, most: TokenBudget | None = None) -> "RowBatches":
         """Return the same steps, laid out in another way; `most` is explained in `StepCollator`."""
-        return RowFeed(self.rows, self._order, self._config, collate, most)
+        return RowBatches(self.rows, self._order, self._config, collate, most)
 
     def steps(self) -> Iterator[list[list[IndexedExample]]]:
         """Yield the rows of each step of the first epoch, in the micro-batches that the settings ask for."""
@@ -137,7 +138,7 @@ class RowFeed:
     def _batches(self) -> "StepOrder":
         return StepOrder(self._order, self._config.train.gradient_accumulation_steps)
 
-    def loader(self, state: Standing) -> DataLoader[Any]:
+    def loader(self, state: HasTrainerState) -> DataLoader[Any]:
         """Return the micro-batches of each step of the epoch that the trainer is in."""
         rows, steps = RowDataset(self.rows), EpochSteps(state, self._batches())
         return DataLoader(rows, batch_sampler=steps, collate_fn=self.collate)
@@ -190,7 +191,7 @@ class EpochSteps:
     batch_size, drop_last = 1, False
     """The loader of a resumed run reads these two of what it skips steps of."""
 
-    def __init__(self, trainer: Standing, order: StepOrder) -> None:
+    def __init__(self, trainer: HasTrainerState, order: StepOrder) -> None:
         self._trainer, self._order = trainer, order
 
     def __len__(self) -> int:
@@ -200,7 +201,7 @@ class EpochSteps:
         return self._order.epoch_batches(self._trainer.state.global_step // len(self._order))
 
 
-class StreamFeed(IterableDataset[list[Batch]]):
+class StreamBatches(IterableDataset[list[Batch]]):
     """An endless stream of rows in steps of micro-batches, all full.
 
     Args:
@@ -214,13 +215,13 @@ class StreamFeed(IterableDataset[list[Batch]]):
         self._batch_size = config.train.per_device_train_batch_size
         self._rows_a_step = self._batch_size * config.train.gradient_accumulation_steps
         self._places: deque[tuple[int, str]] = deque(maxlen=2 * self._rows_a_step)
-        self._trainer: Standing | None = None
+        self._trainer: HasTrainerState | None = None
 
     @property
     def steps_per_epoch(self) -> None:
         """None: it has no end."""
 
-    def loader(self, state: Standing) -> DataLoader[Any]:
+    def loader(self, state: HasTrainerState) -> DataLoader[Any]:
         """Return the micro-batches of each step from the trainer's on."""
         self._trainer = state
         return DataLoader(self, batch_size=None)

@@ -31,7 +31,7 @@ class Spike:
     limit: float
 
 
-class LossWindow:
+class LossSpikeDetector:
     """The losses of the last steps that were taken; it belongs to the checkpoint."""
 
     def __init__(self) -> None:

@@ -30,14 +30,14 @@ from qlora_train.data.types import Example
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.packed import attention
 from qlora_train.runs import RunFolder
-from qlora_train.training.batch_source import RowFeed
-from qlora_train.training.memory.worst_case_batch import capacity
+from qlora_train.training.batch_source import RowBatches
+from qlora_train.training.memory.worst_case_batch import token_budget
 from qlora_train.training.parity.document_isolation import isolate_documents
 from qlora_train.training.parity.gradients import (
-    BOUNDS,
     FAILURES,
-    Difference,
-    difference,
+    TOLERANCES,
+    GradientDifference,
+    compare_gradients,
     full_checkpointing,
     gradients_of,
     within_memory,
@@ -76,7 +76,7 @@ class Savings:
     num_steps: int
 
     @classmethod
-    def of(cls, feed: RowFeed, laid_out: RowFeed, num_steps: int) -> "Savings":
+    def of(cls, feed: RowBatches, laid_out: RowBatches, num_steps: int) -> "Savings":
         """Compare the first steps of a feed."""
         ways = []
         for each in (feed, laid_out):
@@ -97,8 +97,8 @@ class Savings:
 
 
 def choose_padding_free(
-    adapted: AdaptedModel, feed: RowFeed, config: RunConfig, run: RunFolder, *, balances: bool, in_chunks: bool
-) -> RowFeed | None:
+    adapted: AdaptedModel, feed: RowBatches, config: RunConfig, run: RunFolder, *, balances: bool, in_chunks: bool
+) -> RowBatches | None:
     """Return a run's steps padding-free, or None to keep the batches of its settings.
 
     If they are padding-free and the config does not pack, the model's attention becomes that of packed rows.
@@ -164,14 +164,16 @@ def lower_token_budget(run: RunFolder, reason: str) -> bool:
     return True
 
 
-def _laid_out(adapted: AdaptedModel, feed: RowFeed, config: RunConfig, in_chunks: bool, min_tokens: int) -> RowFeed:
+def _laid_out(
+    adapted: AdaptedModel, feed: RowBatches, config: RunConfig, in_chunks: bool, min_tokens: int
+) -> RowBatches:
     loaded = adapted.loaded
     # dropout of a shared prefix would be the same for all rows that have it
     share_prefixes = config.lora.lora_dropout == 0
     collate = FlatteningCollator(loaded.tokenizer.pad_token_id, flattened_multiple(loaded.device), share_prefixes)
     if config.data.packing:
         return feed.laid_out(collate)  # packs are full
-    return feed.laid_out(collate, capacity(feed.rows, config, in_chunks=in_chunks, min_tokens=min_tokens))
+    return feed.laid_out(collate, token_budget(feed.rows, config, in_chunks=in_chunks, min_tokens=min_tokens))
 
 
 def _obstacle(adapted: AdaptedModel, config: RunConfig, balances: bool) -> str:
@@ -204,7 +206,7 @@ def _has_dropout(model: Any) -> bool:
     return modules or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))
 
 
-def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
+def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowBatches) -> str:
     """Let rows in one row attend to themselves alone, and return why they cannot; empty where they do."""
     if config.data.packing:
         return ""  # done
@@ -216,7 +218,7 @@ def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowFeed) -> str:
     return "" if name == attention.NAME else f"attention stays {name}"
 
 
-def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: str) -> ParityResult:
+def _compare(adapted: AdaptedModel, laid_out: RowBatches, num_steps: int, run_id: str) -> ParityResult:
     """Compute a few rows in both ways, every layer recomputed."""
     assert isinstance(laid_out.collate.collate, FlatteningCollator)
     collate = FlatteningCollator(share_prefixes=laid_out.collate.collate.share_prefixes)
@@ -226,11 +228,11 @@ def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: s
     def computed(made: Any) -> Any:
         return gradients_of(adapted, {name: tensor.to(device) for name, tensor in made.items() if name != "row"})
 
-    def compared(num_rows: int, num_tokens: int) -> Difference:
+    def compared(num_rows: int, num_tokens: int) -> GradientDifference:
         candidates = [rows for group in groups if (rows := _beginnings(group[:num_rows], num_tokens))]
         rows = next((rows for rows in candidates if not _is_whole(collate, rows)), candidates[0])
         with full_checkpointing(adapted.loaded.model):
-            return difference(computed(PaddingCollator(0)(rows)), computed(collate(rows)))
+            return compare_gradients(computed(PaddingCollator(0)(rows)), computed(collate(rows)))
 
     try:
         found = within_memory("padding-free", SIZES, compared)
@@ -238,7 +240,7 @@ def _compare(adapted: AdaptedModel, laid_out: RowFeed, num_steps: int, run_id: s
         if nondeterministic_operation(error):
             raise
         return ParityResult(run_id, False, f"it fails on this model ({first_line(error)})")
-    bounds = BOUNDS[adapted.loaded.compute_dtype]
+    bounds = TOLERANCES[adapted.loaded.compute_dtype]
     return ParityResult.of(run_id, found, replace(bounds, loss=LOSS_SLACK * bounds.loss))
 
 

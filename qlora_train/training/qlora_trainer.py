@@ -46,16 +46,21 @@ from qlora_train.runs import (
     restore_random_state,
     save_tree,
 )
-from qlora_train.training.batch_source import Feed, RowFeed, make_feed
+from qlora_train.training.batch_source import BatchSource, RowBatches, make_batch_source
 from qlora_train.training.lr_schedule import fast_forward, make_lr_scheduler
-from qlora_train.training.memory.activation_checkpointing import Recomputation, choose_recomputation
-from qlora_train.training.memory.activation_offloading import Offloading
-from qlora_train.training.memory.worst_case_batch import as_documents, filled, largest_micro_batch, most_documents
+from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, choose_checkpointing
+from qlora_train.training.memory.activation_offloading import ActivationOffloading
+from qlora_train.training.memory.worst_case_batch import (
+    max_documents,
+    repeat_to_budget,
+    split_into_documents,
+    worst_case_rows,
+)
 from qlora_train.training.optimizer import page_restored_state
 from qlora_train.training.padding_free import choose_padding_free
 from qlora_train.training.parity.document_isolation import isolate_documents
-from qlora_train.training.step_end import Boundaries, best_step, evaluations, make_schedule
-from qlora_train.training.step_guard import Numbers, ScheduleFollowsSteps, Step, refuse_non_finite
+from qlora_train.training.step_end import StepEndCallback, best_step, evaluations, make_schedule
+from qlora_train.training.step_guard import AdvanceSkippedSchedule, NonFiniteGuard, Step, check_finite
 from qlora_train.training.trl_arguments import choose_offloading, sft_config
 from qlora_train.utils import atomic_io, signals
 from qlora_train.utils.errors import CheckpointError, TrainingError
@@ -87,13 +92,13 @@ class QloraTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
         *,
         group_batch_size: int | None = None,
-        recomputation: Recomputation | None = None,
+        layer_checkpointing: LayerCheckpointing | None = None,
         on_fused_kernels: bool = True,
     ) -> None:
         self.config, self.run, self.examples = config, run, data
         self.adapted = adapted
         loaded = adapted.loaded
-        self._feed: Feed = make_feed(
+        self._feed: BatchSource = make_batch_source(
             data.train, config, loaded.tokenizer.pad_token_id, loaded.device,
             group_batch_size=group_batch_size or config.train.per_device_train_batch_size,
         )  # fmt: skip
@@ -101,27 +106,27 @@ class QloraTrainer(SFTTrainer):
         self.loss_chunk_tokens = choose_chunk_tokens(adapted.model)
         if self.loss_chunk_tokens is None:
             logger.info("loss: the logits of all labels at once, as this model's head does not run by itself")
-        if isinstance(self._feed, RowFeed):
+        if isinstance(self._feed, RowBatches):
             self._feed = self._laid_out(self._feed, on_fused_kernels=on_fused_kernels)
         offloads = choose_offloading(config.train.activation_offloading, on_gpu=loaded.device.type == "cuda")
-        self._activations = Offloading(loaded.device).forward_pass if offloads else nullcontext
+        self._activations = ActivationOffloading(loaded.device).forward_pass if offloads else nullcontext
         self._schedule = make_schedule(config, self._feed.steps_per_epoch, has_eval=bool(data.eval))
         self._micro_losses: list[torch.Tensor] = []
         self._micro_rows: list[torch.Tensor] = []
         self._micro_balances: list[torch.Tensor] = []
         self._balances: list[float] = []  # since the last log line
-        self.numbers = Numbers(config.train)
-        self.recomputation = recomputation or Recomputation(adapted.model, [])
-        level, checkpoints_all = choose_recomputation(
+        self.numbers = NonFiniteGuard(config.train)
+        self.layer_checkpointing = layer_checkpointing or LayerCheckpointing(adapted.model, [])
+        level, checkpoints_all = choose_checkpointing(
             config.train,
-            self.recomputation,
+            self.layer_checkpointing,
             on_gpu=loaded.device.type == "cuda",
             supported=loaded.model.supports_gradient_checkpointing,
         )
         if checkpoints_all:
-            self.recomputation.leave_to_transformers()
+            self.layer_checkpointing.leave_to_transformers()
         else:
-            self.recomputation.set(level)
+            self.layer_checkpointing.set(level)
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
         super().__init__(
             model=adapted.model,
@@ -129,7 +134,7 @@ class QloraTrainer(SFTTrainer):
             train_dataset=STAND_IN,
             eval_dataset=STAND_IN if data.eval else None,
             processing_class=adapted.loaded.tokenizer,
-            callbacks=[*callbacks, ScheduleFollowsSteps(), Boundaries(self._schedule)],
+            callbacks=[*callbacks, AdvanceSkippedSchedule(), StepEndCallback(self._schedule)],
         )
         self.remove_callback(PrinterCallback)
         for name, parameter in trainable_state(adapted.model).items():
@@ -158,7 +163,7 @@ class QloraTrainer(SFTTrainer):
 
     # --- data and loss -----------------------------------------------------------------------------------------------
 
-    def _laid_out(self, feed: RowFeed, *, on_fused_kernels: bool) -> RowFeed:
+    def _laid_out(self, feed: RowBatches, *, on_fused_kernels: bool) -> RowBatches:
         """Return the feed with its rows laid out as this model and these rows allow, and let the model attend so."""
         config, loaded, balances = self.config, self.adapted.loaded, self.balance_weight > 0
         if config.data.packing:
@@ -172,20 +177,20 @@ class QloraTrainer(SFTTrainer):
         counts_padding = config.data.packing and balances  # the load-balancing loss does
         return feed.laid_out(FlatteningCollator(loaded.tokenizer.pad_token_id)) if counts_padding else feed
 
-    def largest_batches(self) -> list[Batch]:
+    def worst_case_batches(self) -> list[Batch]:
         """Return micro-batches as large as any of this run's: of most tokens and labels, and of these in most documents.
 
         The second is left out where a batch has no more documents than rows. Each row computes all of its tokens.
         """
-        rows = largest_micro_batch(self.examples, self.config)
+        rows = worst_case_rows(self.examples, self.config)
         feed = self._feed
-        if not isinstance(feed, RowFeed) or not isinstance(feed.collate.collate, FlatteningCollator):
+        if not isinstance(feed, RowBatches) or not isinstance(feed.collate.collate, FlatteningCollator):
             return [feed.batch_of(rows)]
         most = feed.collate.budget
         if most is not None:
-            rows = filled(rows[0], most)
-        num_documents = most_documents(feed.rows, self.config, most)
-        batches = [rows] if num_documents <= len(rows) else [rows, as_documents(rows, num_documents)]
+            rows = repeat_to_budget(rows[0], most)
+        num_documents = max_documents(feed.rows, self.config, most)
+        batches = [rows] if num_documents <= len(rows) else [rows, split_into_documents(rows, num_documents)]
         return [feed.batch_of(batch) for batch in batches]
 
     def _track_num_input_tokens(self, inputs: list[Batch]) -> None:
@@ -300,7 +305,7 @@ class QloraTrainer(SFTTrainer):
         """Whether nothing is left to train."""
         return self._schedule.is_over(self.state.global_step, self.state.log_history)
 
-    def owes_evaluation(self) -> bool:
+    def has_pending_evaluation(self) -> bool:
         """Whether an evaluation was due after the last step and a stop left it out."""
         step = self.state.global_step
         return self._schedule.evaluates_after(step) and step not in evaluations(self.state.log_history)
@@ -310,7 +315,7 @@ class QloraTrainer(SFTTrainer):
         assert not self._micro_losses, "this release of transformers takes steps without the check of `_get_grad_norm`"
         started = time.perf_counter()
         step = self.state.global_step
-        refuse_non_finite(step, trainable_state(self.model), self.optimizer.state)
+        check_finite(step, trainable_state(self.model), self.optimizer.state)
         with atomic_io.atomic_folder(self.run.checkpoint(step), self.run.checkpoint_metadata(step)) as folder:
             save_tree(folder, "adapter", dict(trainable_state(self.model)))
             save_tree(folder, "optimizer", self.optimizer.state_dict())
@@ -321,7 +326,7 @@ class QloraTrainer(SFTTrainer):
         self.run.rotate(keep=self.config.train.save_total_limit, best=best)
         signals.reserve_time(RESERVED_SAVES * (time.perf_counter() - started))
 
-    def make_up_evaluation(self, checkpoint: Path) -> None:
+    def run_pending_evaluation(self, checkpoint: Path) -> None:
         """Do the evaluation that a stop left out after a checkpoint, and write the checkpoint again with its result."""
         with self.accelerator.autocast():  # as inside the training loop, which begins later
             self.evaluate()

@@ -101,7 +101,7 @@ def steps_since_best(history: History) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-class Boundaries(TrainerCallback):
+class StepEndCallback(TrainerCallback):
     """Tells the training loop what is due after each step, and to stop where it is asked to or would be late.
 
     Args:

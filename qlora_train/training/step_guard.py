@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from qlora_train.adapters.precision import find_non_finite
 from qlora_train.config.schema import TrainSection
-from qlora_train.training.loss_spikes import WINDOW_STEPS, LossWindow
+from qlora_train.training.loss_spikes import WINDOW_STEPS, LossSpikeDetector
 from qlora_train.utils.errors import TrainingError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Step:
         return f"the gradient norm is {self.norm}" if math.isfinite(self.loss) else f"the loss is {self.loss}"
 
 
-class Numbers:
+class NonFiniteGuard:
     """Judges the steps of a run and counts them.
 
     Args:
@@ -69,7 +69,7 @@ class Numbers:
 
     def __init__(self, train: TrainSection) -> None:
         self._train = train
-        self._window = LossWindow()
+        self._window = LossSpikeDetector()
         self._total_loss = 0.0
         self.num_taken = self.num_skipped = self.num_overflows = self.num_spikes = 0
         self._num_overflows_in_a_row = self._quiet_until = 0
@@ -171,7 +171,7 @@ class Numbers:
         )
 
 
-def refuse_non_finite(
+def check_finite(
     step: int, weights: Mapping[str, nn.Parameter], moments: Mapping[nn.Parameter, Mapping[str, Any]]
 ) -> None:
     """Refuse to keep a state with a number that is not finite.
@@ -198,7 +198,7 @@ def refuse_non_finite(
         )
 
 
-def refuse_untrained(step: int, weights: Mapping[str, nn.Parameter], *, num_updates: int) -> None:
+def check_trained(step: int, weights: Mapping[str, nn.Parameter], *, num_updates: int) -> None:
     """Refuse the adapter of a run that made no update, or whose every lora_B is still zero.
 
     Raises:
@@ -213,7 +213,7 @@ def refuse_untrained(step: int, weights: Mapping[str, nn.Parameter], *, num_upda
     )
 
 
-class ScheduleFollowsSteps(TrainerCallback):
+class AdvanceSkippedSchedule(TrainerCallback):
     """Lets the learning rate be a function of the step count: the loop does not advance it where a loss scaler skipped."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:

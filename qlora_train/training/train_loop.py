@@ -8,14 +8,14 @@ from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.runs import RunFolder, checkpoint_errors
-from qlora_train.training.memory.activation_checkpointing import Recomputation
-from qlora_train.training.memory.auto_batch_size import rung_below, trainer_that_fits
+from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
+from qlora_train.training.memory.auto_batch_size import fitting_trainer, record_fallback
 from qlora_train.training.memory.dequantized_cache import fill_cache
 from qlora_train.training.parity.fused_kernels import choose_fused_kernels
 from qlora_train.training.progress import Progress
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.training.step_end import best_step, evaluations
-from qlora_train.training.step_guard import refuse_non_finite, refuse_untrained
+from qlora_train.training.step_guard import check_finite, check_trained
 from qlora_train.utils import signals
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ def train(
 
     Returns:
         What happened: `steps`, `taken_from_step` (the best one if the config asks for it), `train_loss`, `eval_loss`,
-        `Numbers.counts`, `num_tokens`, `num_trainable` of `num_parameters`, and `since_last_start`: steps, tokens and
-        seconds of training since this process began or resumed the run.
+        `NonFiniteGuard.counts`, `num_tokens`, `num_trainable` of `num_parameters`, and `since_last_start`: steps, tokens
+        and seconds of training since this process began or resumed the run.
 
     Raises:
         TrainingError: out of memory, a number that is not finite, or a spike of the loss, that the config does not bear;
@@ -48,7 +48,7 @@ def train(
     def make(fitted: RunConfig) -> QloraTrainer:
         asked_rows = config.train.per_device_train_batch_size
         return QloraTrainer(
-            adapted, data, fitted, run, [progress], group_batch_size=asked_rows, recomputation=recomputation,
+            adapted, data, fitted, run, [progress], group_batch_size=asked_rows, layer_checkpointing=layer_checkpointing,
             on_fused_kernels=fast is not None,
         )  # fmt: skip
 
@@ -56,10 +56,10 @@ def train(
         fast = choose_fused_kernels(adapted, data, config, run)
         if fast is not None:
             fill_cache(fast.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
-        recomputation = Recomputation(adapted.model, fast.mlps if fast is not None else [])
-        trainer = trainer_that_fits(make, config, run)
+        layer_checkpointing = LayerCheckpointing(adapted.model, fast.mlps if fast is not None else [])
+        trainer = fitting_trainer(make, config, run)
         try:
-            with rung_below(trainer, config, run):
+            with record_fallback(trainer, config, run):
                 _train_on(trainer, progress, resume_from)
         finally:
             progress.stop()
@@ -71,8 +71,8 @@ def train(
         taken_from = best
         trainer.load_adapter_of(best)
         logger.info("best model: step %d (eval_loss %.4f)", best, losses[best])
-    refuse_non_finite(taken_from, trainable_state(adapted.model), {})
-    refuse_untrained(taken_from, trainable_state(adapted.model), num_updates=trainer.numbers.num_taken)
+    check_finite(taken_from, trainable_state(adapted.model), {})
+    check_trained(taken_from, trainable_state(adapted.model), num_updates=trainer.numbers.num_taken)
     return {
         "steps": trainer.state.global_step,
         "taken_from_step": taken_from,
@@ -92,9 +92,9 @@ def _train_on(trainer: QloraTrainer, progress: Progress, resume_from: Path | Non
         with checkpoint_errors(resume_from):
             trainer.restore(resume_from)
             progress.rewrite_metrics(trainer.state.log_history)
-            owes_evaluation = trainer.owes_evaluation()
-        if owes_evaluation:
-            trainer.make_up_evaluation(resume_from)
+            has_pending_evaluation = trainer.has_pending_evaluation()
+        if has_pending_evaluation:
+            trainer.run_pending_evaluation(resume_from)
         if trainer.is_over():
             return
     try:

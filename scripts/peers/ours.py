@@ -36,7 +36,7 @@ def main() -> None:
                 f"train.learning_rate={settings['learning_rate']}",
                 f"train.per_device_train_batch_size={settings['batch_size']}",
                 f"train.max_steps={settings['steps']}",
-                "train.gradient_checkpointing=false",
+                "train.gradient_checkpointing=none",
                 "train.logging_steps=1",
                 f"run.output_dir={folder}",
                 *settings["overrides"],

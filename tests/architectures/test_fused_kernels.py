@@ -9,7 +9,7 @@ import torch
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.kernels.install import install
 from qlora_train.objectives.sft_loss import label_losses
-from qlora_train.training.parity.gradients import difference, gradients_of
+from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from tests.architectures.conftest import Table
 from tests.support.runs import adapted_model
 
@@ -35,13 +35,13 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
     model = adapted_model(tmp_path, pico(model_type))
     wanted = gradients_of(model, BATCH)
     fast = install(model.model, lambda: label_losses(model.model, **BATCH))
-    found = difference(wanted, gradients_of(model, BATCH))
+    found = compare_gradients(wanted, gradients_of(model, BATCH))
     assert found.loss <= 1e-5, found
     assert found.gradient <= 1e-5, found
     assert found.tensor <= 1e-4, found
     assert fast.counts["adapted linear layers"] or fast.skipped
     fast.uninstall()
-    again = difference(wanted, gradients_of(model, BATCH))
+    again = compare_gradients(wanted, gradients_of(model, BATCH))
     assert (again.loss, again.gradient) == (0, 0)
     put_in = ", ".join(
         f"{fast.counts[operation]} {short}" for operation, short in SHORT.items() if fast.counts[operation]
@@ -56,7 +56,7 @@ def test_with_eager_attention_they_are_too(model_type: str, pico: Pico, tmp_path
     fast = install(model.model, lambda: label_losses(model.model, **BATCH))
     if not fast.counts["attentions"]:
         pytest.skip("its attention is another one")
-    found = difference(wanted, gradients_of(model, BATCH))
+    found = compare_gradients(wanted, gradients_of(model, BATCH))
     assert found.gradient <= 1e-5, found
     assert found.tensor <= 1e-4, found
 
@@ -68,9 +68,9 @@ def test_in_bfloat16_it_is_no_further_from_float32_than_the_plain_path(
     eager = "model.attn_implementation=eager"
     exact = gradients_of(adapted_model(tmp_path / "exact", pico(model_type), eager), BATCH)
     rounded = adapted_model(tmp_path / "rounded", pico(model_type), eager, dtype="bfloat16")
-    plain = difference(exact, gradients_of(rounded, BATCH))
+    plain = compare_gradients(exact, gradients_of(rounded, BATCH))
     install(rounded.model, lambda: label_losses(rounded.model, **BATCH))
-    fast = difference(exact, gradients_of(rounded, BATCH))
+    fast = compare_gradients(exact, gradients_of(rounded, BATCH))
     assert 1e-4 < plain.gradient < 0.1
     assert fast.gradient <= 1.5 * plain.gradient
     assert fast.loss <= 1.5 * plain.loss + 5e-4

@@ -378,7 +378,7 @@ configs = st.fixed_dictionaries(
             optional={
                 "learning_rate": positive,
                 "adam_epsilon": positive,
-                "gradient_checkpointing": st.sampled_from(["auto", True, False]),
+                "gradient_checkpointing": st.sampled_from(["auto", "none", "mlp", "full"]),
                 "max_steps": st.none() | st.integers(1, 10**9),
             },
         ),

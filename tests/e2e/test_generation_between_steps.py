@@ -26,7 +26,7 @@ NUM_STEPS = 6
 VARIANTS = {
     "plain": (),
     "dropout and noise": ("lora.lora_dropout=0.1", "train.neftune_noise_alpha=5"),
-    "recomputed activations": ("train.gradient_checkpointing=true", "lora.lora_dropout=0.1"),
+    "recomputed activations": ("train.gradient_checkpointing=full", "lora.lora_dropout=0.1"),
     "8-bit optimizer": ("train.optim=adamw_8bit", "lora.r=64"),
 }
 Act = Callable[[QloraTrainer], None]

@@ -29,7 +29,7 @@ VARIANTS = {
         "train.warmup_ratio=0.7",
     ),
     "paged_adamw_8bit": ("train.optim=paged_adamw_8bit", "lora.r=64", "train.neftune_noise_alpha=5"),
-    "epochs, grouped": ("train.group_by_length=true", "train.logging_steps=3", "train.gradient_checkpointing=true"),
+    "epochs, grouped": ("train.group_by_length=true", "train.logging_steps=3", "train.gradient_checkpointing=full"),
 }  # fmt: skip
 
 

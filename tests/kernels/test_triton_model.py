@@ -15,7 +15,7 @@ from qlora_train.kernels import expert_weights, frozen_weight
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops import dequantize
 from qlora_train.objectives.sft_loss import label_losses
-from qlora_train.training.parity.gradients import difference, gradients_of
+from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from tests.kernels.interpreted import DEVICE, needs_its_device, use_kernels
 from tests.support.runs import adapted_model
 
@@ -69,4 +69,4 @@ def test_gradients_are_those_of_the_plain_path(
     used.clear()
     found = gradients_of(model, batch)
     assert set(used) == operations
-    assert difference(wanted, found).gradient < 1e-5
+    assert compare_gradients(wanted, found).gradient < 1e-5

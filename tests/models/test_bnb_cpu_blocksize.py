@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops.dequantize import dequantize
 from qlora_train.objectives.sft_loss import label_losses
-from qlora_train.training.parity.gradients import difference, gradients_of
+from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from tests.support import nf4_reference
 from tests.support.runs import adapted_model, train_run
 
@@ -62,7 +62,7 @@ def test_a_model_with_such_layers_computes_and_trains_as_one_with_these_weights(
     wanted = gradients_of(whole, batch)
     if fast:
         install(adapted.model, lambda: label_losses(adapted.model, **batch))
-    assert difference(wanted, gradients_of(adapted, batch)).gradient < 1e-2
+    assert compare_gradients(wanted, gradients_of(adapted, batch)).gradient < 1e-2
 
 
 def test_a_merge_of_them_is_the_model_that_was_trained(pico: Pico, tmp_path: Path) -> None:

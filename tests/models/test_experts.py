@@ -204,5 +204,5 @@ def test_adapter_of_another_mixture_is_refused(pico: Pico, tmp_path: Path) -> No
 
 
 def test_architecture_that_cannot_recompute_is_not_asked_to(pico: Pico, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing: true, but Transformers cannot"):
-        train_run(tmp_path, pico("jetmoe"), EXACT, "train.gradient_checkpointing=true")
+    with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing: full, but Transformers does not support"):
+        train_run(tmp_path, pico("jetmoe"), EXACT, "train.gradient_checkpointing=full")

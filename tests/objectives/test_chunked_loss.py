@@ -17,7 +17,7 @@ from qlora_train.architectures import ARCHITECTURES
 from qlora_train.config import LoraSection
 from qlora_train.kernels.ops.cross_entropy import PIECE_BYTES
 from qlora_train.objectives.sft_loss import label_losses, supports_chunking
-from qlora_train.training.memory.activation_offloading import but_for_weights
+from qlora_train.training.memory.activation_offloading import ignoring_weights
 from qlora_train.utils.constants import IGNORE_INDEX
 from tests.support.pico import FAMILIES, build_config
 
@@ -207,7 +207,7 @@ def test_activations_are_moved_to_the_host_and_weights_are_not() -> None:
     moved: list[torch.Tensor] = []
     hooks = saved_tensors_hooks(lambda tensor: (moved.append(tensor), (tensor,))[1], lambda kept: kept[0])
     layer, x = nn.Linear(4, 3), torch.randn(2, 4, requires_grad=True)
-    with but_for_weights(layer, hooks):
+    with ignoring_weights(layer, hooks):
         layer(x).sum().backward()  # x is saved for the gradient of the weight, the weight for that of x
     assert [tensor.data_ptr() for tensor in moved] == [x.data_ptr()]
     assert torch.equal(x.grad, layer.weight.detach().sum(0).expand(2, 4))

@@ -74,7 +74,7 @@ def test_it_trains_the_adapter_towards_balance_also_when_activations_are_recompu
         (EXACT[0], "train.router_aux_loss_coef=1", "train.max_steps=12", "train.logging_steps=1"),
     )
     kept = train_run(tmp_path, base, *heavy, name="kept")
-    recomputed = train_run(tmp_path, base, *heavy, "train.gradient_checkpointing=true", name="recomputed")
+    recomputed = train_run(tmp_path, base, *heavy, "train.gradient_checkpointing=full", name="recomputed")
     ignored = train_run(tmp_path, base, EXACT[0], "train.router_aux_loss_coef=1e-9", *heavy[2:], name="ignored")
     assert metrics(recomputed, "router_aux_loss") == pytest.approx(metrics(kept, "router_aux_loss"), rel=1e-4)
     assert metrics(kept, "router_aux_loss")[-1] < metrics(ignored, "router_aux_loss")[-1] - 0.01

@@ -406,7 +406,7 @@ def test_dry_run_of_the_gpu_parts_passes(tmp_path: Path) -> None:
     results = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
     found = {line["part"]: line["result"] for line in map(json.loads, results)}
     assert found.keys() == {"main", "levels", "trl"} & set(parts)
-    assert found["levels"]["levels"].keys() == {"layer", "mlp", "none", bench_levels.FLOOR}
+    assert found["levels"]["levels"].keys() == {"full", "mlp", "none", bench_levels.FLOOR}
     assert len(list((tmp_path / "results").iterdir())) == 3
 
 
@@ -415,7 +415,7 @@ def test_dry_run_of_the_gpu_parts_passes(tmp_path: Path) -> None:
 
 def test_level_that_runs_out_of_memory_is_a_line_of_the_table() -> None:
     levels = {
-        "layer": {"tokens_per_second": [50.0, 60.0], "peak_bytes": 10**9},
+        "full": {"tokens_per_second": [50.0, 60.0], "peak_bytes": 10**9},
         "none": {"failed": "CUDA out of memory"},
         bench_levels.FLOOR: {"tokens_per_second": [100.0, 100.0], "peak_bytes": 2 * 10**9},
     }

@@ -18,11 +18,17 @@ from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training.memory import memory_probe as trial
-from qlora_train.training.memory.activation_checkpointing import LEVELS, Level, Recomputation, kept_bytes, plan_levels
-from qlora_train.training.memory.activation_offloading import but_for_weights
-from qlora_train.training.memory.auto_batch_size import keep_more
-from qlora_train.training.memory.memory_probe import compute_largest_batch, try_largest_batch
-from qlora_train.training.parity.gradients import difference, gradients_of
+from qlora_train.training.memory.activation_checkpointing import (
+    LEVELS,
+    CheckpointingLevel,
+    LayerCheckpointing,
+    plan_levels,
+    saved_bytes,
+)
+from qlora_train.training.memory.activation_offloading import ignoring_weights
+from qlora_train.training.memory.auto_batch_size import relax_checkpointing
+from qlora_train.training.memory.memory_probe import forward_worst_case, probe_memory
+from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.errors import ConfigError
 from tests.support.runs import adapted_model, adapter_bytes, make_config, train_run
@@ -33,10 +39,10 @@ BATCH: dict[str, Any] = {"input_ids": IDS, "labels": IDS}
 FAMILIES = ("llama", "gemma2", "qwen3", "phi3", "qwen2_moe", "granitemoehybrid", "gpt_neox")
 
 
-def on_the_fused_kernels(model_type: str, pico: Pico, folder: Path, *settings: str) -> tuple[Any, Recomputation]:
+def on_the_fused_kernels(model_type: str, pico: Pico, folder: Path, *settings: str) -> tuple[Any, LayerCheckpointing]:
     adapted = adapted_model(folder, pico(model_type), *settings)
     fast = install(adapted.model, lambda: label_losses(adapted.model, **BATCH))
-    return adapted, Recomputation(adapted.model, fast.mlps)
+    return adapted, LayerCheckpointing(adapted.model, fast.mlps)
 
 
 def bytes_saved(model: Any, run: Callable[[], Any]) -> int:
@@ -47,7 +53,7 @@ def bytes_saved(model: Any, run: Callable[[], Any]) -> int:
         kept.append(tensor)
         return tensor
 
-    with but_for_weights(model, saved_tensors_hooks(pack, lambda tensor: tensor)):
+    with ignoring_weights(model, saved_tensors_hooks(pack, lambda tensor: tensor)):
         _graph = run()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(storages.values())
@@ -62,16 +68,16 @@ def test_every_level_has_the_same_bits(
     monkeypatch.setattr(tiled, "TILE_ROWS", tile_rows)
     adapted = adapted_model(tmp_path, pico(model_type), dtype=dtype)
     fast = install(adapted.model, lambda: label_losses(adapted.model, **BATCH))
-    layers = Recomputation(adapted.model, fast.mlps)
+    layers = LayerCheckpointing(adapted.model, fast.mlps)
     wanted = gradients_of(adapted, BATCH)
-    for level in (level for level in LEVELS if layers.can(level)):
+    for level in (level for level in LEVELS if layers.supports(level)):
         layers.set(level)
-        found = difference(wanted, gradients_of(adapted, BATCH))
+        found = compare_gradients(wanted, gradients_of(adapted, BATCH))
         assert (found.loss, found.gradient) == (0, 0), level
-    assert layers.can("layer")
+    assert layers.supports("full")
     adapted.model.gradient_checkpointing_enable({"use_reentrant": False})
     layers.leave_to_transformers()
-    found = difference(wanted, gradients_of(adapted, BATCH))
+    found = compare_gradients(wanted, gradients_of(adapted, BATCH))
     assert (found.loss, found.gradient) == (0, 0)
 
 
@@ -85,7 +91,7 @@ def test_a_layer_keeps_less_from_level_to_level_and_as_much_as_is_counted(
         return label_losses(adapted.model, 3, **BATCH).nll
 
     adapted.model.train()
-    counted = kept_bytes(adapted.model, layers, run)
+    counted = saved_bytes(adapted.model, layers, run)
     assert layers.levels == ["none"] * len(layers.layers)
     saved = {}
     for level in counted:
@@ -95,23 +101,23 @@ def test_a_layer_keeps_less_from_level_to_level_and_as_much_as_is_counted(
         assert all(more >= less for more, less in zip(counted[one], counted[other], strict=True))
         wanted = saved[one] - saved[other]
         assert sum(counted[one]) - sum(counted[other]) == pytest.approx(wanted, rel=0.05)
-    assert all(more > less for more, less in zip(counted["none"], counted["layer"], strict=True))
+    assert all(more > less for more, less in zip(counted["none"], counted["full"], strict=True))
     x = IDS.numel() * 64 * 4
-    assert all(x <= each <= 3 * x for each in counted["layer"])  # the input, and a mask or angles that all layers read
+    assert all(x <= each <= 3 * x for each in counted["full"])  # the input, and a mask or angles that all layers read
 
 
 def test_the_inside_of_the_mlp_is_what_the_middle_level_leaves_out(pico: Pico, tmp_path: Path) -> None:
     adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     adapted.model.train()
-    counted = kept_bytes(adapted.model, layers, lambda: label_losses(adapted.model, **BATCH))
+    counted = saved_bytes(adapted.model, layers, lambda: label_losses(adapted.model, **BATCH))
     gate_and_up = 2 * IDS.numel() * 128 * 4
     for everything, rest in zip(counted["none"], counted["mlp"], strict=True):
         assert gate_and_up <= everything - rest <= 1.5 * gate_and_up
 
 
-@pytest.mark.parametrize("level", ["mlp", "layer"])
+@pytest.mark.parametrize("level", ["mlp", "full"])
 def test_tiles_are_computed_once_more_and_no_two_at_a_time(
-    level: Level, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    level: CheckpointingLevel, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiled, "TILE_ROWS", 7)
     adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
@@ -134,16 +140,16 @@ def test_tiles_are_computed_once_more_and_no_two_at_a_time(
     assert max(alive) <= 1
 
 
-KEPT: dict[Level, list[int]] = {"none": [100] * 6, "mlp": [40] * 6, "layer": [10] * 6}
-WORK = {"none": 0.0, "mlp": 0.7, "layer": 1.0}
+KEPT: dict[CheckpointingLevel, list[int]] = {"none": [100] * 6, "mlp": [40] * 6, "full": [10] * 6}
+WORK = {"none": 0.0, "mlp": 0.7, "full": 1.0}
 
 
 @pytest.mark.parametrize("budget", range(0, 601, 45))
 def test_plan_keeps_to_its_budget_and_is_as_good_as_any(budget: int) -> None:
-    def work(levels: tuple[Level, ...]) -> float:
+    def work(levels: tuple[CheckpointingLevel, ...]) -> float:
         return sum(WORK[level] for level in levels)
 
-    def more(levels: tuple[Level, ...]) -> int:
+    def more(levels: tuple[CheckpointingLevel, ...]) -> int:
         return sum(KEPT[level][0] - 10 for level in levels)
 
     plan = tuple(plan_levels(KEPT, lambda _, level: WORK[level], budget))
@@ -153,26 +159,26 @@ def test_plan_keeps_to_its_budget_and_is_as_good_as_any(budget: int) -> None:
 
 
 def test_plan_without_a_middle_level_and_with_layers_of_many_sizes() -> None:
-    kept: dict[Level, list[int]] = {"none": [30, 20, 90], "layer": [1, 1, 1]}
-    assert plan_levels(kept, lambda _, level: WORK[level], 50) == ["none", "none", "layer"]
-    assert plan_levels(kept, lambda _, level: WORK[level], 28) == ["layer", "none", "layer"]
+    kept: dict[CheckpointingLevel, list[int]] = {"none": [30, 20, 90], "full": [1, 1, 1]}
+    assert plan_levels(kept, lambda _, level: WORK[level], 50) == ["none", "none", "full"]
+    assert plan_levels(kept, lambda _, level: WORK[level], 28) == ["full", "none", "full"]
 
 
 def test_memory_that_is_left_goes_to_layers_and_is_tried(pico: Pico, tmp_path: Path) -> None:
-    config = make_config(tmp_path, pico("llama"), "train.recompute=layer")
+    config = make_config(tmp_path, pico("llama"), "train.gradient_checkpointing=full")
     adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
     _, data = prepare(config, folder)
-    trainer = QloraTrainer(adapted, data, config, folder, [], recomputation=layers)
-    assert layers.levels == ["layer", "layer"]
-    trial = try_largest_batch(trainer)
-    assert keep_more(trainer, trial, 0).problem is None
-    assert layers.levels == ["layer", "layer"]
-    keep_more(trainer, trial, 1e12)
+    trainer = QloraTrainer(adapted, data, config, folder, [], layer_checkpointing=layers)
+    assert layers.levels == ["full", "full"]
+    trial = probe_memory(trainer)
+    assert relax_checkpointing(trainer, trial, 0).problem is None
+    assert layers.levels == ["full", "full"]
+    relax_checkpointing(trainer, trial, 1e12)
     assert layers.levels == ["none", "none"]
-    layers.set("layer")
-    kept = kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer))
-    keep_more(trainer, trial, sum(kept["none"]) / 2)
+    layers.set("full")
+    kept = saved_bytes(trainer.model, layers, lambda: forward_worst_case(trainer))
+    relax_checkpointing(trainer, trial, sum(kept["none"]) / 2)
     assert layers.levels[-1] == "none"
     assert layers.levels[0] != "none"
 
@@ -182,35 +188,35 @@ def test_layers_that_cannot_keep_more_after_all_keep_their_input_and_say_so(
     moment: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A GPU's memory runs out where layers keep more than their input, whatever was counted."""
-    config = make_config(tmp_path, pico("llama"), "train.recompute=layer")
+    config = make_config(tmp_path, pico("llama"), "train.gradient_checkpointing=full")
     adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
-    trainer = QloraTrainer(adapted, prepare(config, folder)[1], config, folder, [], recomputation=layers)
-    trial = try_largest_batch(trainer)
+    trainer = QloraTrainer(adapted, prepare(config, folder)[1], config, folder, [], layer_checkpointing=layers)
+    trial = probe_memory(trainer)
     where, name = (trainer, "label_losses") if moment == "counting" else (trainer.accelerator, "backward")
     own = getattr(where, name)
 
     def limited(*arguments: Any) -> Any:
-        if layers.levels != ["layer", "layer"]:
+        if layers.levels != ["full", "full"]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return own(*arguments)
 
     monkeypatch.setattr(where, name, limited)
     monkeypatch.setattr(logging.getLogger("qlora_train"), "propagate", True)
     with caplog.at_level(logging.WARNING, logger="qlora_train"):
-        assert keep_more(trainer, trial, 1e12) is trial
-    assert layers.levels == ["layer", "layer"]
-    assert "recompute: layer; letting layers keep more was tried and did not fit (CUDA out of memory)" in caplog.text
+        assert relax_checkpointing(trainer, trial, 1e12) is trial
+    assert layers.levels == ["full", "full"]
+    assert "gradient_checkpointing: full (anything less did not fit: CUDA out of memory)" in caplog.text
 
 
 def test_layers_keep_no_more_than_leaves_room_for_fragmentation(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     """What fits without the margin is given up: later batches have other lengths, and memory between them is lost."""
-    config = make_config(tmp_path, pico("llama"), "train.recompute=layer")
+    config = make_config(tmp_path, pico("llama"), "train.gradient_checkpointing=full")
     adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
-    trainer = QloraTrainer(adapted, prepare(config, folder)[1], config, folder, [], recomputation=layers)
+    trainer = QloraTrainer(adapted, prepare(config, folder)[1], config, folder, [], layer_checkpointing=layers)
     total = 8_000_000_000
 
     def reserved(_device: Any) -> int:
@@ -220,15 +226,15 @@ def test_layers_keep_no_more_than_leaves_room_for_fragmentation(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (total, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    kept = kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer))
+    kept = saved_bytes(trainer.model, layers, lambda: forward_worst_case(trainer))
     one_layer_at_half = 1.1 * sum(kept["none"])
-    keep_more(trainer, try_largest_batch(trainer), one_layer_at_half)
+    relax_checkpointing(trainer, probe_memory(trainer), one_layer_at_half)
     assert layers.levels.count("none") == 1
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
-    layers.set("layer")
-    keep_more(trainer, try_largest_batch(trainer), one_layer_at_half)
-    assert layers.levels == ["layer", "layer"]
-    assert "0.2 GB too little are left for fragmentation" in messages.text
+    layers.set("full")
+    relax_checkpointing(trainer, probe_memory(trainer), one_layer_at_half)
+    assert layers.levels == ["full", "full"]
+    assert "0.2 GB short for fragmentation" in messages.text
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------
@@ -236,17 +242,15 @@ def test_layers_keep_no_more_than_leaves_room_for_fragmentation(
 
 def test_levels_change_no_bit_of_a_run(pico_llama: Path, tmp_path: Path) -> None:
     kept = train_run(tmp_path, pico_llama, name="kept")
-    for level in ("mlp", "layer"):
-        again = train_run(tmp_path, pico_llama, f"train.recompute={level}", name=level)
+    for level in ("mlp", "full"):
+        again = train_run(tmp_path, pico_llama, f"train.gradient_checkpointing={level}", name=level)
         assert adapter_bytes(again) == adapter_bytes(kept)
 
 
 def test_what_a_model_cannot_do_is_one_line(pico: Pico, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"train\.recompute: layer, but Transformers cannot recompute the activations"
-    ):
-        train_run(tmp_path, pico("jetmoe"), "train.recompute=layer")
-    with pytest.raises(ConfigError, match=r"train\.recompute: mlp, but no MLP of this model computes on the fast path"):
-        train_run(tmp_path, pico("gpt_neox"), "train.recompute=mlp", name="other")
-    with pytest.raises(ConfigError, match="recompute: mlp both say what is computed again; drop one of them"):
-        make_config(tmp_path, pico("llama"), "train.recompute=mlp", "train.gradient_checkpointing=true")
+    with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing: full, but Transformers does not support it"):
+        train_run(tmp_path, pico("jetmoe"), "train.gradient_checkpointing=full")
+    with pytest.raises(ConfigError, match="gradient_checkpointing: mlp, but no MLP of this model has fused kernels"):
+        train_run(tmp_path, pico("gpt_neox"), "train.gradient_checkpointing=mlp", name="other")
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing=true: .*; allowed: auto, none, mlp or full"):
+        make_config(tmp_path, pico("llama"), "train.gradient_checkpointing=true")

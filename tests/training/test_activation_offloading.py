@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from qlora_train.kernels.install import install
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training.memory import activation_offloading
-from qlora_train.training.memory.activation_checkpointing import Level, Recomputation
-from qlora_train.training.memory.activation_offloading import Offloading, Slabs
+from qlora_train.training.memory.activation_checkpointing import CheckpointingLevel, LayerCheckpointing
+from qlora_train.training.memory.activation_offloading import ActivationOffloading, Slabs
 from qlora_train.utils.errors import TrainingError, is_out_of_memory
 from tests.support.fake_cuda import IS_FAKE
 from tests.support.runs import adapted_model
@@ -39,12 +39,12 @@ def gradients(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
     return {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.grad is not None}
 
 
-@pytest.mark.parametrize("level", ["none", "mlp", "layer"])
-def test_a_model_has_the_same_bits(level: Level, pico: Pico, tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", ["none", "mlp", "full"])
+def test_a_model_has_the_same_bits(level: CheckpointingLevel, pico: Pico, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico("llama")).model
     fast = install(model, lambda: label_losses(model, **BATCH))
-    Recomputation(model.train(), fast.mlps).set(level)
-    moving = Offloading(CPU)
+    LayerCheckpointing(model.train(), fast.mlps).set(level)
+    moving = ActivationOffloading(CPU)
 
     def run() -> Tensor:
         with moving.forward_pass(model):
@@ -70,18 +70,18 @@ class Chain(nn.Module):
         return x
 
 
-def run_chain(chain: Chain, moving: Offloading) -> Tensor:
+def run_chain(chain: Chain, moving: ActivationOffloading) -> Tensor:
     with moving.forward_pass(chain):
         y: Tensor = chain(torch.ones(50, 32))
     return y
 
 
-def num_here(moving: Offloading) -> int:
+def num_here(moving: ActivationOffloading) -> int:
     return sum(moved.here is not None for moved in moving._moved)
 
 
 def test_two_at_most_are_here_at_a_time_and_the_host_has_room_for_one_pass() -> None:
-    chain, moving, seen = Chain(6), Offloading(CPU), []
+    chain, moving, seen = Chain(6), ActivationOffloading(CPU), []
     for step in chain.steps:
         step.register_forward_pre_hook(lambda *_: seen.append(num_here(moving)))
         step.register_full_backward_hook(lambda *_: seen.append(num_here(moving)))
@@ -95,7 +95,7 @@ def test_two_at_most_are_here_at_a_time_and_the_host_has_room_for_one_pass() -> 
 
 
 def test_what_left_last_does_not_have_to_come_back() -> None:
-    chain, moving = Chain(3), Offloading(CPU)
+    chain, moving = Chain(3), ActivationOffloading(CPU)
     y = run_chain(chain, moving)
     here = [moved.here for moved in moving._moved]
     assert [tensor is None for tensor in here] == [True, True, False]
@@ -128,7 +128,7 @@ def test_tensors_come_back_with_their_numbers_and_the_order_of_their_memory(shap
             found.append(ctx.saved_tensors[0])
             return grad
 
-    with Offloading(CPU).forward_pass(nn.Linear(1, 1)):
+    with ActivationOffloading(CPU).forward_pass(nn.Linear(1, 1)):
         y = Save.apply(torch.ones(2, requires_grad=True))
     y.sum().backward()
     assert torch.equal(found[0], saved)
@@ -141,7 +141,7 @@ def test_a_gradient_that_is_made_in_the_forward_pass_takes_its_tensors_back() ->
     """As the loss of a frozen head does, chunk by chunk, behind all layers."""
     chain, head = Chain(3), nn.Linear(32, 8)
 
-    def run(moving: Offloading | None) -> list[Tensor]:
+    def run(moving: ActivationOffloading | None) -> list[Tensor]:
         chain.zero_grad()
         made = []
         with moving.forward_pass(chain) if moving else nullcontext():
@@ -153,19 +153,19 @@ def test_a_gradient_that_is_made_in_the_forward_pass_takes_its_tensors_back() ->
         return [step.weight.grad.clone() for step in chain.steps]
 
     wanted = run(None)
-    for found, other in zip(run(Offloading(CPU)), wanted, strict=True):
+    for found, other in zip(run(ActivationOffloading(CPU)), wanted, strict=True):
         assert torch.equal(found, other)
 
 
 def test_small_tensors_and_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_offloading, "SMALLEST_BYTES", 50 * 32 * 4 + 1)
-    moving = Offloading(CPU)
+    moving = ActivationOffloading(CPU)
     run_chain(Chain(3), moving).sum().backward()
     assert not moving._moved
 
 
 def test_a_graph_whose_host_memory_another_pass_has_taken_is_refused() -> None:
-    chain, moving = Chain(3), Offloading(CPU)
+    chain, moving = Chain(3), ActivationOffloading(CPU)
     early = run_chain(chain, moving)
     run_chain(chain, moving)
     with pytest.raises(RuntimeError, match="another forward pass took the host memory"):
@@ -173,7 +173,7 @@ def test_a_graph_whose_host_memory_another_pass_has_taken_is_refused() -> None:
 
 
 def test_a_tensor_that_is_changed_in_place_is_refused() -> None:
-    moving, x = Offloading(CPU), torch.ones(50, 32)
+    moving, x = ActivationOffloading(CPU), torch.ones(50, 32)
     chain = Chain(2)
 
     def run() -> None:
@@ -201,7 +201,7 @@ def test_on_a_gpu_it_takes_less_memory_for_the_same_bits(monkeypatch: pytest.Mon
     monkeypatch.setattr(activation_offloading, "SLAB_BYTES", 64 << 20)
     device, depth, width, rows = torch.device("cuda", 0), 24, 2048, 8192
     chain = Chain(depth, width).to(device)
-    moving = Offloading(device)
+    moving = ActivationOffloading(device)
     x = torch.randn(rows, width, device=device)
 
     def run() -> Tensor:

@@ -17,7 +17,7 @@ from qlora_train.kernels import shared_input
 from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training.memory.dequantized_cache import fill_cache
-from qlora_train.training.parity.gradients import difference, gradients_of
+from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from qlora_train.utils.errors import CheckpointError
 from tests.support.runs import adapted_model, adapter_bytes, stopped_copy, train_run
 
@@ -79,7 +79,7 @@ def test_what_it_does_not_compute_is_left_to_peft(setting: str, reason: str, pic
     wanted = gradients_of(model, BATCH)
     fast = put_in(model)
     assert fast.skipped[reason] > 0
-    assert difference(wanted, gradients_of(model, BATCH)).gradient < 1e-5
+    assert compare_gradients(wanted, gradients_of(model, BATCH)).gradient < 1e-5
 
 
 @pytest.mark.parametrize("settings", [(), ("quantization.load_in_4bit=false",), ("lora.use_rslora=true",)])
@@ -89,7 +89,7 @@ def test_recomputed_layers_have_the_same_gradients(settings: tuple[str, ...], pi
     put_in(model)
     model.model.enable_input_require_grads()
     model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert difference(wanted, gradients_of(model, BATCH)).gradient < 1e-5
+    assert compare_gradients(wanted, gradients_of(model, BATCH)).gradient < 1e-5
 
 
 def test_recomputation_ends_before_the_product_that_nothing_reads(pico_llama: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_kept_copies_are_the_same_numbers(pico_llama: Path, tmp_path: Path, mess
     assert sum(weight.cached.nbytes for weight in fast.weights if weight.cached is not None) <= 3.5 * one
     fill_cache(fast.weights, "auto", torch.device("cpu"))
     assert all(weight.cached is not None for weight in fast.weights)
-    assert difference(wanted, gradients_of(model, BATCH)).gradient == 0
+    assert compare_gradients(wanted, gradients_of(model, BATCH)).gradient == 0
     assert "dequantised weights: 14 of 14 kept" in messages.text
 
 

@@ -17,9 +17,9 @@ from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.lora_linear import LoraLayers
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.planning.memory import memory_plan
-from qlora_train.training.memory.activation_checkpointing import LEVELS, Recomputation, kept_bytes
+from qlora_train.training.memory.activation_checkpointing import LEVELS, LayerCheckpointing, saved_bytes
 from qlora_train.training.parity import gradients
-from qlora_train.training.parity.gradients import difference, gradients_of
+from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from tests.support.runs import adapted_model, adapter_bytes, losses, stopped_copy, train_run
 
 Pico = Callable[..., Path]
@@ -76,8 +76,8 @@ def test_loss_and_gradients_are_those_of_peft_with_the_same_masks(
     model = adapted_model(tmp_path, pico(model_type), DROPOUT)
     fast = put_in(model)
     assert not fast.skipped
-    layers = Recomputation(model.model, fast.mlps)
-    if not layers.can(level):
+    layers = LayerCheckpointing(model.model, fast.mlps)
+    if not layers.supports(level):
         pytest.skip("no MLP of it is fused")
     layers.set(level)
     masks = drawn_masks(monkeypatch)
@@ -87,7 +87,7 @@ def test_loss_and_gradients_are_those_of_peft_with_the_same_masks(
     for layer in (module for module in model.model.modules() if isinstance(module, LoraLayer)):
         layer.lora_dropout["default"] = Masked(masks.pop(layer.get_base_layer()))
     assert not masks
-    differs = difference(gradients_of(model, BATCH), found)
+    differs = compare_gradients(gradients_of(model, BATCH), found)
     assert differs.loss <= 1e-5, differs
     assert differs.gradient <= 1e-5, differs
     assert differs.tensor <= 1e-4, differs
@@ -101,11 +101,11 @@ def test_every_checkpointing_level_has_the_same_bits(
     monkeypatch.setattr(tiled, "TILE_ROWS", tile_rows)
     model = adapted_model(tmp_path, pico(model_type), DROPOUT, dtype="bfloat16")
     fast = put_in(model)
-    layers = Recomputation(model.model, fast.mlps)
+    layers = LayerCheckpointing(model.model, fast.mlps)
     wanted = gradients_of(model, BATCH)
-    for level in (level for level in LEVELS if layers.can(level)):
+    for level in (level for level in LEVELS if layers.supports(level)):
         layers.set(level)
-        found = difference(wanted, gradients_of(model, BATCH))
+        found = compare_gradients(wanted, gradients_of(model, BATCH))
         assert (found.loss, found.gradient) == (0, 0), level
 
 
@@ -124,7 +124,7 @@ def test_parity_check_of_a_run_is_without_dropout(pico_llama: Path, tmp_path: Pa
     model = adapted_model(tmp_path, pico_llama, DROPOUT)
     wanted = gradients_of(model, BATCH)
     fast = put_in(model)
-    found = difference(wanted, gradients_of(model, BATCH))
+    found = compare_gradients(wanted, gradients_of(model, BATCH))
     assert (found.loss < 1e-5, found.gradient < 1e-5) == (True, True)
     assert fast.mlps
     rates = {m.lora_dropout["default"].p for m in model.model.modules() if isinstance(m, LoraLayer)}
@@ -133,11 +133,11 @@ def test_parity_check_of_a_run_is_without_dropout(pico_llama: Path, tmp_path: Pa
 
 def test_memory_plan_counts_the_masks(pico_llama: Path, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico_llama, DROPOUT)
-    layers = Recomputation(model.model, put_in(model).mlps)
+    layers = LayerCheckpointing(model.model, put_in(model).mlps)
     model.model.train()
-    kept = kept_bytes(model.model, layers, lambda: label_losses(model.model, **BATCH))["none"]
+    kept = saved_bytes(model.model, layers, lambda: label_losses(model.model, **BATCH))["none"]
     with lora_dropout_off(model.model.modules()):
-        without = kept_bytes(model.model, layers, lambda: label_losses(model.model, **BATCH))["none"]
+        without = saved_bytes(model.model, layers, lambda: label_losses(model.model, **BATCH))["none"]
     mask_bytes = kept[0] - without[0]
     hidden, inner = 64, 128
     assert mask_bytes == IDS.numel() * (3 * hidden + inner)  # read by q, k and v; o; gate and up; down
@@ -151,7 +151,7 @@ def test_memory_plan_counts_the_masks(pico_llama: Path, tmp_path: Path) -> None:
 def test_resumed_run_ends_in_the_same_bits(recompute: str, pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     settings = (
         DROPOUT, "train.max_steps=4", "train.save_steps=2", "train.per_device_train_batch_size=6",
-        f"train.recompute={recompute}",
+        f"train.gradient_checkpointing={recompute}",
     )  # fmt: skip
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
     assert "fast path: 14 adapted linear layers" in messages.text

@@ -15,7 +15,7 @@ from qlora_train.config import RunConfig
 from qlora_train.data.batch_order import BatchOrder, RowOrder
 from qlora_train.data.collate import FlatteningCollator
 from qlora_train.data.packing import PackOrder
-from qlora_train.training.batch_source import RowFeed
+from qlora_train.training.batch_source import RowBatches
 
 MAX_LENGTH = 32
 LENGTHS = st.lists(st.integers(1, MAX_LENGTH), min_size=1, max_size=60)
@@ -50,7 +50,7 @@ def steps_from(order: BatchOrder, accumulation: int, step: int) -> Iterator[list
     micro-batches.
     """
     standing = SimpleNamespace(state=SimpleNamespace(global_step=step))
-    feed = RowFeed(NO_ROWS, order, config_of(accumulation), FlatteningCollator())
+    feed = RowBatches(NO_ROWS, order, config_of(accumulation), FlatteningCollator())
     steps = feed.loader(standing).batch_sampler
     assert steps is not None
     assert len(steps) == feed.steps_per_epoch == math.ceil(len(order) / accumulation)

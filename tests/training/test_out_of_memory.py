@@ -26,8 +26,8 @@ from qlora_train.models import load_model, resolve_base
 from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
 from qlora_train.runs import RunFolder, apply_fitted_settings, random_state, record_fitted_settings
 from qlora_train.training import train_loop
-from qlora_train.training.memory.memory_probe import try_largest_batch
-from qlora_train.training.memory.worst_case_batch import largest_micro_batch
+from qlora_train.training.memory.memory_probe import probe_memory
+from qlora_train.training.memory.worst_case_batch import worst_case_rows
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import CheckpointError, is_out_of_memory
@@ -65,7 +65,7 @@ def trainer_of(config: RunConfig) -> tuple[QloraTrainer, PreparedData]:
     "settings",
     [
         ("lora.lora_dropout=0.1", "train.neftune_noise_alpha=5"),
-        ("lora.lora_dropout=0.1", "train.optim=adamw_8bit", "lora.r=64", "train.gradient_checkpointing=true"),
+        ("lora.lora_dropout=0.1", "train.optim=adamw_8bit", "lora.r=64", "train.gradient_checkpointing=full"),
         ("data.packing=true", "lora.lora_dropout=0.1"),
     ],
     ids=["dropout and NEFTune", "8-bit optimizer and recomputation", "packs"],
@@ -74,7 +74,7 @@ def test_a_run_whose_largest_batch_was_tried_has_the_bits_of_one_without(
     settings: tuple[str, ...], pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = train_run(tmp_path, pico_llama, *settings, name="tried")
-    monkeypatch.setattr(train_loop, "trainer_that_fits", lambda make, config, _run: make(config))
+    monkeypatch.setattr(train_loop, "fitting_trainer", lambda make, config, _run: make(config))
     untried = train_run(tmp_path, pico_llama, *settings, name="untried")
     assert losses(tried) == losses(untried)
     assert adapter_bytes(tried) == adapter_bytes(untried)
@@ -100,7 +100,7 @@ def test_nothing_is_left_of_the_trial(pico: Callable[..., Path], tmp_path: Path)
     model(input_ids=torch.ones(1, 40, dtype=torch.long))  # the trial's rows are longer still
     assert rotary.max_seq_len_cached == 40
     before = state()
-    assert try_largest_batch(trainer).problem is None
+    assert probe_memory(trainer).problem is None
     for old, new in zip(before, state(), strict=True):
         assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
 
@@ -131,7 +131,7 @@ def test_no_batch_of_a_run_is_larger_than_the_one_tried(
     rows.write_text(rows.read_text() + json.dumps({"messages": long_question}) + "\n")  # most tokens, fewest labels
     config = make_config(tmp_path, pico_llama, "data.eval=null", "train.eval_steps=null", *settings)
     trainer, _ = trainer_of(config)
-    tried, *others = trainer.largest_batches()
+    tried, *others = trainer.worst_case_batches()
     assert all(other["input_ids"].numel() == tried["input_ids"].numel() for other in others)
     num_documents = max(len(batch["row"]) for batch in (tried, *others))
     steps = trainer._feed.steps_per_epoch
@@ -157,7 +157,7 @@ def test_of_a_stream_full_rows_are_tried(pico_llama: Path, tmp_path: Path) -> No
     config = make_config(tmp_path, pico_llama, *streamed, "train.per_device_train_batch_size=3")
     data, _ = prepare_tokenizer_and_data(config, resolve_base(config.model), date=DATE)
     assert isinstance(data.train, RowStream)
-    tried = PaddingCollator(0)(list(enumerate(largest_micro_batch(data, config))))
+    tried = PaddingCollator(0)(list(enumerate(worst_case_rows(data, config))))
     assert tried["input_ids"].shape == (3, config.data.max_length)
     share = max(np.count_nonzero(row.loss_mask) / len(row.input_ids) for row in data.train.head())
     num_labels = int((tried["labels"] != IGNORE_INDEX).sum())
@@ -253,7 +253,7 @@ def arguments(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactor
 def unlimited(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     run = RunFolder(tmp_path_factory.mktemp("unlimited") / "run")
     ended = run_limited(
-        [*arguments, f"run.output_dir={run.path}"], run.path.with_suffix(".log"), moment="trainer_that_fits",
+        [*arguments, f"run.output_dir={run.path}"], run.path.with_suffix(".log"), moment="fitting_trainer",
         spare_bytes=WITHOUT_LIMIT,
     )  # fmt: skip
     assert ended.status == 0, ended.log
@@ -269,7 +269,7 @@ def assert_same_weights(run: RunFolder, wanted: RunFolder) -> None:
 @on_linux
 def test_a_batch_that_does_not_fit_stops_with_one_line_and_what_does(arguments: list[str], tmp_path: Path) -> None:
     ended = run_limited(
-        [*arguments, f"run.output_dir={tmp_path / 'run'}"], tmp_path / "log", moment="trainer_that_fits",
+        [*arguments, f"run.output_dir={tmp_path / 'run'}"], tmp_path / "log", moment="fitting_trainer",
         spare_bytes=SPARE["a row"],
     )  # fmt: skip
     assert ended.status == 2, ended.log
@@ -287,7 +287,7 @@ def test_a_batch_that_does_not_fit_stops_with_one_line_and_what_does(arguments: 
         ("a row", {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}),
         (
             "a layer",
-            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": "full"},
         ),
     ],
     ids=["a row fits", "a layer fits"],
@@ -298,7 +298,7 @@ def test_auto_fit_trains_with_what_fits_to_the_same_weights(
     run = RunFolder(tmp_path / "run")
     ended = run_limited(
         [*arguments, "train.auto_find_batch_size=true", f"run.output_dir={run.path}"], tmp_path / "log",
-        moment="trainer_that_fits", spare_bytes=SPARE[spare],
+        moment="fitting_trainer", spare_bytes=SPARE[spare],
     )  # fmt: skip
     assert ended.status == 0, ended.log
     assert run.fitted_settings()["applied"] == applied
@@ -316,7 +316,7 @@ def test_memory_that_runs_out_in_mid_run_is_met_by_the_next_rung_when_the_comman
     assert ended.status == 2, ended.log
     line = ended.log.splitlines()[-1]
     assert line.startswith("step 1: out of memory (")
-    assert "repeat the command: the run goes on with train.per_device_train_batch_size=1" in line
+    assert "repeat the command: the run resumes with train.per_device_train_batch_size=1" in line
     ended = run_limited(typed, tmp_path / "log", moment="_train_on", spare_bytes=SPARE["a row"])
     assert ended.status == 0, ended.log
     assert_same_weights(run, unlimited)

@@ -23,7 +23,7 @@ from qlora_train.models import load_model
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder, load_tree
 from qlora_train.training import QloraTrainer
-from qlora_train.training.loss_spikes import MIN_STEPS, WINDOW_STEPS, LossWindow, Spike
+from qlora_train.training.loss_spikes import MIN_STEPS, WINDOW_STEPS, LossSpikeDetector, Spike
 from qlora_train.training.step_guard import MAX_SCALER_SKIPS
 from qlora_train.utils.errors import ConfigError, TrainingError
 from tests.support.runs import make_config, train_run
@@ -454,8 +454,8 @@ def test_a_spike_that_is_to_be_ignored_changes_nothing(
     assert equal(*ends)
 
 
-def window_of(values: list[float]) -> LossWindow:
-    window = LossWindow()
+def window_of(values: list[float]) -> LossSpikeDetector:
+    window = LossSpikeDetector()
     for value in values:
         window.add(value)
     return window
@@ -485,7 +485,7 @@ def test_spikes_are_judged_by_the_median_and_the_spread_of_the_last_losses() -> 
 @given(st.lists(st.floats(0, 20), max_size=150), st.integers(0, 150))
 def test_a_restored_window_judges_as_the_one_that_was_saved(values: list[float], cut: int) -> None:
     straight = window_of(values)
-    saved = LossWindow()
+    saved = LossSpikeDetector()
     saved.restore(json.loads(json.dumps(window_of(values[:cut]).state())))
     for value in values[cut:]:
         saved.add(value)

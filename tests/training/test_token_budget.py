@@ -14,9 +14,9 @@ import torch
 from qlora_train.runs import RunFolder
 from qlora_train.training import padding_free
 from qlora_train.training.memory import auto_batch_size
-from qlora_train.training.memory.auto_batch_size import rung_below, trainer_that_fits
-from qlora_train.training.memory.memory_probe import Trial, try_largest_batch
-from qlora_train.training.memory.worst_case_batch import capacity
+from qlora_train.training.memory.auto_batch_size import fitting_trainer, record_fallback
+from qlora_train.training.memory.memory_probe import MemoryProbe, probe_memory
+from qlora_train.training.memory.worst_case_batch import token_budget
 from qlora_train.training.padding_free import min_tokens_on
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.constants import IGNORE_INDEX
@@ -48,15 +48,15 @@ class Fitting:
         self.budgets: list[int] = []
         self._patch = monkeypatch
 
-    def trainer(self, tried: Callable[[int], Trial]) -> QloraTrainer:
+    def trainer(self, tried: Callable[[int], MemoryProbe]) -> QloraTrainer:
         """Fit a trainer; `tried` says what a micro-batch of so many tokens leads to."""
 
-        def attempted(trainer: QloraTrainer) -> Trial:
+        def attempted(trainer: QloraTrainer) -> MemoryProbe:
             self.budgets.append(self.budget(trainer))
             return tried(self.budgets[-1])
 
-        self._patch.setattr(auto_batch_size, "try_largest_batch", attempted)
-        return trainer_that_fits(
+        self._patch.setattr(auto_batch_size, "probe_memory", attempted)
+        return fitting_trainer(
             lambda config: QloraTrainer(self.first.adapted, self._data, config, self.run, []), self.config, self.run
         )
 
@@ -74,10 +74,10 @@ def test_it_is_raised_to_what_a_step_has_at_most(pico_llama: Path, tmp_path: Pat
     trainer, data = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME))
     lengths = np.sort(data.train.lengths)[::-1]  # type: ignore[union-attr]
     assert Fitting.budget(trainer) == lengths[:6].sum()
-    few = capacity(data.train, trainer.config, in_chunks=True, min_tokens=2 * int(lengths[0]) + 1)  # type: ignore[arg-type]
+    few = token_budget(data.train, trainer.config, in_chunks=True, min_tokens=2 * int(lengths[0]) + 1)  # type: ignore[arg-type]
     assert few.max_tokens == 2 * lengths[0] + 1
     for in_chunks, min_tokens in ((True, 0), (True, 3), (False, BUDGET)):  # without chunks more labels take more memory
-        same = capacity(data.train, trainer.config, in_chunks=in_chunks, min_tokens=min_tokens)  # type: ignore[arg-type]
+        same = token_budget(data.train, trainer.config, in_chunks=in_chunks, min_tokens=min_tokens)  # type: ignore[arg-type]
         assert same.max_tokens == lengths[0]
 
 
@@ -88,8 +88,8 @@ def test_deterministic_runs_do_not_depend_on_free_memory(pico_llama: Path, tmp_p
 
 def test_a_step_has_fewer_micro_batches_none_larger_than_the_one_tried(pico_llama: Path, tmp_path: Path) -> None:
     trainer, _ = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME))
-    assert isinstance(try_largest_batch(trainer), Trial)
-    batches = trainer.largest_batches()
+    assert isinstance(probe_memory(trainer), MemoryProbe)
+    batches = trainer.worst_case_batches()
     steps = list(trainer.get_train_dataloader())
     assert {len(step) for step in steps} == {1}
     for count in (lambda batch: batch["input_ids"].numel(), lambda batch: int((batch["labels"] != IGNORE_INDEX).sum())):
@@ -102,7 +102,7 @@ def test_a_budget_that_does_not_fit_is_lowered_to_the_settings(
 ) -> None:
     fitted = Fitting(tmp_path, pico_llama, monkeypatch)
     raised = Fitting.budget(fitted.first)
-    trainer = fitted.trainer(lambda tokens: Trial("a batch", "CUDA out of memory" if tokens == raised else None))
+    trainer = fitted.trainer(lambda tokens: MemoryProbe("a batch", "CUDA out of memory" if tokens == raised else None))
     longest = int(trainer.examples.train.lengths.max())  # type: ignore[union-attr]
     assert fitted.budgets == [raised, longest]
     assert Fitting.budget(trainer) == longest
@@ -117,8 +117,8 @@ def test_a_budget_that_leaves_too_little_is_lowered(
     fitted = Fitting(tmp_path, pico_llama, monkeypatch)
     raised = Fitting.budget(fitted.first)
     monkeypatch.setattr(auto_batch_size, "spare_bytes", lambda _device, peak_bytes: 100 - peak_bytes)
-    monkeypatch.setattr(auto_batch_size, "keep_more", lambda _trainer, trial, _budget: trial)
-    fitted.trainer(lambda tokens: Trial("a batch", None, 101 if tokens == raised else 50))
+    monkeypatch.setattr(auto_batch_size, "relax_checkpointing", lambda _trainer, trial, _budget: trial)
+    fitted.trainer(lambda tokens: MemoryProbe("a batch", None, 101 if tokens == raised else 50))
     assert len(fitted.budgets) == 2
 
 
@@ -129,13 +129,13 @@ def test_activations_are_kept_before_it_is_raised(
     fitted = Fitting(tmp_path, pico_llama, monkeypatch)
     raised = Fitting.budget(fitted.first)
 
-    def keep_more(trainer: QloraTrainer, trial: Trial, _budget: float) -> Trial:
-        trainer.recomputation.set("layer" if recomputed and Fitting.budget(trainer) == raised else "none")
-        return replace(trial, tried="kept")
+    def relax_checkpointing(trainer: QloraTrainer, trial: MemoryProbe, _budget: float) -> MemoryProbe:
+        trainer.layer_checkpointing.set("full" if recomputed and Fitting.budget(trainer) == raised else "none")
+        return replace(trial, batch="relaxed")
 
     monkeypatch.setattr(auto_batch_size, "spare_bytes", lambda *_: 100)
-    monkeypatch.setattr(auto_batch_size, "keep_more", keep_more)
-    trainer = fitted.trainer(lambda _: Trial("a batch", None, 50))
+    monkeypatch.setattr(auto_batch_size, "relax_checkpointing", relax_checkpointing)
+    trainer = fitted.trainer(lambda _: MemoryProbe("a batch", None, 50))
     assert (Fitting.budget(trainer) == raised) is not recomputed
     assert len(fitted.budgets) == 1 + recomputed
 
@@ -145,7 +145,7 @@ def test_memory_that_runs_out_in_mid_run_lowers_it_first(
 ) -> None:
     fitted = Fitting(tmp_path, pico_llama, monkeypatch)
     for message in ("the run resumes with smaller micro-batches", "no smaller setting is left|gradient_checkpointing"):
-        with pytest.raises(TrainingError, match=message), rung_below(fitted.first, fitted.config, fitted.run):
+        with pytest.raises(TrainingError, match=message), record_fallback(fitted.first, fitted.config, fitted.run):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 

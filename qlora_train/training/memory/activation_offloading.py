@@ -106,7 +106,7 @@ class _Moved:
     came_back: bool = False
 
 
-class Offloading:
+class ActivationOffloading:
     """Keeps what autograd saves on the host; one for all forward passes of a trainer, each before the next begins.
 
     Args:
@@ -131,7 +131,7 @@ class Offloading:
         self._streams.current_stream().wait_stream(self._copying)
         self._moved.clear()
         self._slabs.clear()
-        with but_for_weights(model, saved_tensors_hooks(self._leave, self._come_back)):
+        with ignoring_weights(model, saved_tensors_hooks(self._leave, self._come_back)):
             yield
 
     def _leave(self, tensor: Tensor) -> Any:
@@ -195,7 +195,7 @@ def _bytes_of(dense: Tensor) -> Tensor:
     return dense.view(-1).view(torch.uint8)
 
 
-def but_for_weights(model: nn.Module, hooks: saved_tensors_hooks) -> saved_tensors_hooks:
+def ignoring_weights(model: nn.Module, hooks: saved_tensors_hooks) -> saved_tensors_hooks:
     """Return hooks that leave a model's weights, and views of them, alone."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

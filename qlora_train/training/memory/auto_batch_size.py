@@ -1,4 +1,4 @@
-"""A trainer whose largest batch fits into memory: as asked for, or on the first rung of the ladder that does."""
+"""A trainer whose worst-case batch fits: with the settings of the config, or with the first memory fallback that does."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -8,8 +8,8 @@ from qlora_train.config import RunConfig
 from qlora_train.config.memory_fallbacks import Capabilities, as_overrides, changed_settings, next_fallback
 from qlora_train.config.schema import TrainSection
 from qlora_train.runs import RunFolder, apply_fitted_settings, record_fitted_settings
-from qlora_train.training.memory.activation_checkpointing import kept_bytes, plan_levels
-from qlora_train.training.memory.memory_probe import Trial, compute_largest_batch, try_largest_batch
+from qlora_train.training.memory.activation_checkpointing import plan_levels, saved_bytes
+from qlora_train.training.memory.memory_probe import MemoryProbe, forward_worst_case, probe_memory
 from qlora_train.training.padding_free import lower_token_budget
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.device import catch_out_of_memory, spare_bytes
@@ -17,110 +17,106 @@ from qlora_train.utils.errors import TrainingError, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-SHARES_OF_BUDGET = (1.0, 0.75, 0.5)
-"""Of the memory that is free, what layers are given to keep: less where more turns out not to fit."""
-AUTO_FIT = "train.auto_find_batch_size=true"
+BUDGET_SHARES = (1.0, 0.75, 0.5)
+"""Shares of the free memory that layers may save, tried in order."""
+AUTO_FIND = "train.auto_find_batch_size=true"
 NOTHING_SMALLER = (
-    "no smaller setting is left; lower data.max_length or lora.r, take a smaller model, or free memory that others use"
+    "no smaller setting is left; lower data.max_length or lora.r, use a smaller model, or free memory that others use"
 )
 
 
-def trainer_that_fits(make: Callable[[RunConfig], QloraTrainer], config: RunConfig, run: RunFolder) -> QloraTrainer:
-    """Return a trainer whose largest micro-batch has been tried and fits.
+def fitting_trainer(make: Callable[[RunConfig], QloraTrainer], config: RunConfig, run: RunFolder) -> QloraTrainer:
+    """Return a trainer whose worst-case batch was probed and fits.
 
     Args:
-        make: makes a trainer; its training settings may be those of a rung.
-        config: what the user asked for.
-        run: remembers the rung.
+        make: makes a trainer for a config.
+        config: the config of the user.
+        run: stores the fitted settings.
 
     Raises:
-        TrainingError: what was asked for does not fit, with what does; or nothing does.
+        TrainingError: the settings of the config do not fit; names those that do, if any.
     """
     train = recorded = apply_fitted_settings(run, config.train) if config.train.auto_find_batch_size else config.train
     if recorded != config.train:
-        logger.warning(
-            "memory: goes on with %s (%s)",
-            as_overrides(changed_settings(config.train, recorded)),
-            run.fitted_settings_file,
-        )
+        logger.warning("memory: fitted settings %s (%s)", _changes(config.train, recorded), run.fitted_settings_file)
     trainer = make(_with(config, train))
-    first = trial = try_largest_batch(trainer)
-    problem = trial.problem or _too_little_left(trainer, trial)
+    first = probe = probe_memory(trainer)
+    problem = probe.problem or _fragmentation_problem(trainer, probe)
     if problem is not None and lower_token_budget(run, problem):
-        return trainer_that_fits(make, config, run)
-    while trial.problem is not None:
-        smaller = next_fallback(train, _able(trainer))
+        return fitting_trainer(make, config, run)
+    while probe.problem is not None:
+        smaller = next_fallback(train, _capabilities(trainer))
         if smaller is None:
-            raise TrainingError(f"out of memory: {trial.tried} does not fit ({trial.problem}); {NOTHING_SMALLER}")
-        logger.warning("memory: %s does not fit; tries %s", trial.tried, as_overrides(changed_settings(train, smaller)))
+            raise TrainingError(f"out of memory: {probe.batch} does not fit ({probe.problem}); {NOTHING_SMALLER}")
+        logger.warning("memory: %s does not fit; trying %s", probe.batch, _changes(train, smaller))
         train = smaller
         trainer = make(_with(config, train))
-        trial = try_largest_batch(trainer)
+        probe = probe_memory(trainer)
     if train != recorded:
-        _take_or_refuse(config, run, train, first)
-    chooses = "auto" == train.gradient_checkpointing == train.recompute and not train.activation_offloading
-    if trial.peak_bytes is not None and chooses:
-        trial = keep_more(trainer, trial, spare_bytes(trainer.adapted.loaded.device, trial.peak_bytes))
-        recomputes = set(trainer.recomputation.levels) != {"none"}
-        if recomputes and not run.has_begun() and lower_token_budget(run, "memory goes to activations first"):
-            return trainer_that_fits(make, config, run)
-    logger.info("memory: %s: fits%s", trial.tried, trial.memory)
+        _accept_or_refuse(config, run, train, first)
+    if probe.peak_bytes is not None and train.gradient_checkpointing == "auto" and not train.activation_offloading:
+        probe = relax_checkpointing(trainer, probe, spare_bytes(trainer.adapted.loaded.device, probe.peak_bytes))
+        checkpoints = set(trainer.layer_checkpointing.levels) != {"none"}
+        if checkpoints and not run.has_begun() and lower_token_budget(run, "less recomputation comes first"):
+            return fitting_trainer(make, config, run)
+    logger.info("memory: %s fits%s", probe.batch, probe.memory)
     return trainer
 
 
-def keep_more(trainer: QloraTrainer, trial: Trial, budget_bytes: float) -> Trial:
-    """Let as many layers as a budget holds keep what they would compute again, and try that; return the last trial.
+def relax_checkpointing(trainer: QloraTrainer, probe: MemoryProbe, budget_bytes: float) -> MemoryProbe:
+    """Let layers recompute less as far as memory allows, and return the last probe that fits.
 
     Args:
-        trainer: its layers keep their inputs alone.
-        trial: of that, which fits.
-        budget_bytes: what the layers may keep in all beyond that.
+        trainer: with full checkpointing.
+        probe: of full checkpointing; it fits.
+        budget_bytes: for the activations of all layers, beyond full checkpointing.
     """
-    layers = trainer.recomputation
-    if not layers.can("layer"):
-        return trial
-    kept, problem = catch_out_of_memory(
-        lambda: kept_bytes(trainer.model, layers, lambda: compute_largest_batch(trainer))
+    layers = trainer.layer_checkpointing
+    if not layers.supports("full"):
+        return probe
+    saved, problem = catch_out_of_memory(
+        lambda: saved_bytes(trainer.model, layers, lambda: forward_worst_case(trainer))
     )
-    for share in SHARES_OF_BUDGET:
-        if kept is None:
-            break
-        layers.set(plan_levels(kept, layers.work, share * budget_bytes))
-        tried = try_largest_batch(trainer)
-        problem = tried.problem or _too_little_left(trainer, tried)
+    for share in BUDGET_SHARES if saved is not None else ():
+        assert saved is not None
+        layers.set(plan_levels(saved, layers.recompute_cost, share * budget_bytes))
+        relaxed = probe_memory(trainer)
+        problem = relaxed.problem or _fragmentation_problem(trainer, relaxed)
         if problem is None:
-            logger.info("recompute: %s (train.recompute: auto)", layers.described())
-            return tried
-    layers.set("layer")
-    logger.warning("recompute: layer; letting layers keep more was tried and did not fit (%s)", problem)
-    return trial
+            logger.info("gradient_checkpointing: %s", layers.summary())
+            return relaxed
+    layers.set("full")
+    logger.warning("gradient_checkpointing: full (anything less did not fit: %s)", problem)
+    return probe
 
 
-def _too_little_left(trainer: QloraTrainer, tried: Trial) -> str | None:
-    """Return why what fits once may not fit at every step; None where it will."""
-    spare = 0 if tried.peak_bytes is None else spare_bytes(trainer.adapted.loaded.device, tried.peak_bytes)
-    return None if spare >= 0 else f"{-spare / 1e9:.1f} GB too little are left for fragmentation"
+def _fragmentation_problem(trainer: QloraTrainer, probe: MemoryProbe) -> str | None:
+    """Return a message if a batch that fits once leaves too little memory for fragmentation."""
+    spare = 0 if probe.peak_bytes is None else spare_bytes(trainer.adapted.loaded.device, probe.peak_bytes)
+    return None if spare >= 0 else f"{-spare / 1e9:.1f} GB short for fragmentation"
 
 
-def _take_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: Trial) -> None:
-    changes = as_overrides(changed_settings(config.train, fitted))
-    record_fitted_settings(run, config.train, fitted, f"{first.tried} did not fit: {first.problem}")
+def _accept_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: MemoryProbe) -> None:
+    changes = _changes(config.train, fitted)
+    record_fitted_settings(run, config.train, fitted, f"{first.batch} did not fit: {first.problem}")
     if config.train.auto_find_batch_size:
-        logger.warning("memory: %s did not fit; the run trains with %s", first.tried, changes)
+        logger.warning("memory: %s did not fit; training with %s", first.batch, changes)
         return
-    ways = f"{AUTO_FIT}, which takes these" if run.has_begun() else f"these settings, or {AUTO_FIT}, which takes them"
+    options = (
+        f"{AUTO_FIND}, which uses these" if run.has_begun() else f"these settings, or {AUTO_FIND}, which uses them"
+    )
     raise TrainingError(
-        f"out of memory: {first.tried} does not fit ({first.problem}); what fits was tried: {changes}; repeat the command "
-        f"with {ways}"
+        f"out of memory: {first.batch} does not fit ({first.problem}); these settings fit: {changes}; repeat the command "
+        f"with {options}"
     )
 
 
 @contextmanager
-def rung_below(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iterator[None]:
-    """Name and record the next rung when memory runs out in the middle of a run, for the next time.
+def record_fallback(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iterator[None]:
+    """If training runs out of memory, record the next fallback, which the next start uses.
 
     Raises:
-        TrainingError: memory ran out; the checkpoints are whole.
+        TrainingError: out of memory; checkpoints are complete.
     """
     try:
         yield
@@ -131,24 +127,27 @@ def rung_below(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iter
     else:
         return
     step = trainer.state.global_step + 1
-    where = f"step {step}: out of memory ({reason}); the last checkpoint is whole"
+    what = f"step {step}: out of memory ({reason}); the last checkpoint is complete"
     if lower_token_budget(run, reason):
-        raise TrainingError(f"{where}; repeat the command: the run resumes with smaller micro-batches")
-    smaller = next_fallback(trainer.config.train, _able(trainer))
+        raise TrainingError(f"{what}; repeat the command: the run resumes with smaller micro-batches")
+    smaller = next_fallback(trainer.config.train, _capabilities(trainer))
     if smaller is None:
-        raise TrainingError(f"{where}; {NOTHING_SMALLER}")
-    changes = as_overrides(changed_settings(config.train, smaller))
+        raise TrainingError(f"{what}; {NOTHING_SMALLER}")
     record_fitted_settings(run, config.train, smaller, f"step {step}: {reason}")
-    how = "" if config.train.auto_find_batch_size else f" with {AUTO_FIT}"
-    raise TrainingError(f"{where}; repeat the command{how}: the run goes on with {changes}")
+    how = "" if config.train.auto_find_batch_size else f" with {AUTO_FIND}"
+    raise TrainingError(f"{what}; repeat the command{how}: the run resumes with {_changes(config.train, smaller)}")
 
 
-def _able(trainer: QloraTrainer) -> Capabilities:
+def _capabilities(trainer: QloraTrainer) -> Capabilities:
     return Capabilities(
         on_gpu=trainer.adapted.loaded.device.type == "cuda",
-        recomputes=trainer.adapted.loaded.model.supports_gradient_checkpointing,
-        recomputes_all=trainer.args.gradient_checkpointing or trainer.recomputation.keeps_inputs_alone,
+        can_checkpoint=trainer.adapted.loaded.model.supports_gradient_checkpointing,
+        checkpoints_all=trainer.args.gradient_checkpointing or trainer.layer_checkpointing.is_full,
     )
+
+
+def _changes(before: TrainSection, after: TrainSection) -> str:
+    return as_overrides(changed_settings(before, after))
 
 
 def _with(config: RunConfig, train: TrainSection) -> RunConfig:

@@ -1,7 +1,4 @@
-"""The largest micro-batches of a run, tried before its first step and without a trace: what does not fit shows at once.
-
-Afterwards the run is as if nothing had been: no gradient, no step, every random generator and every buffer as before.
-"""
+"""Run the worst-case micro-batches before step 1, so that out of memory shows at once. The model's state is preserved."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,67 +10,67 @@ from torch import nn
 from qlora_train.adapters import trainable_state
 from qlora_train.config.optimizers import TrainedTensor, optimizer_state_bytes
 from qlora_train.data.collate import Batch
-from qlora_train.training.parity.gradients import enable_checkpointing
-from qlora_train.training.parity.preserve_state import without_trace
+from qlora_train.training.parity.gradients import enable_full_checkpointing
+from qlora_train.training.parity.preserve_state import preserve_model_state
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.device import catch_out_of_memory, free_memory
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What was tried and whether it fits.
+class MemoryProbe:
+    """Result of a probe.
 
     Attributes:
-        tried: the largest batch, for people.
-        problem: the message of the out-of-memory error; None where it fits.
-        peak_bytes: most of a GPU's memory that torch reserved, fragmentation included; None without one.
+        batch: description of the largest batch.
+        problem: message of the out-of-memory error; None if the batch fits.
+        peak_bytes: peak of the GPU memory that torch reserved, fragmentation included; None on a CPU.
     """
 
-    tried: str
+    batch: str
     problem: str | None = None
     peak_bytes: int | None = None
 
     @property
     def memory(self) -> str:
-        """The memory it took, where that is known."""
-        return "" if self.peak_bytes is None else f", {self.peak_bytes / 1e9:.1f} GB at most"
+        """Peak memory for the log; empty if unknown."""
+        return "" if self.peak_bytes is None else f" (peak {self.peak_bytes / 1e9:.1f} GB)"
 
 
-def try_largest_batch(trainer: QloraTrainer) -> Trial:
-    """Run the largest micro-batches forward and backward. Evaluation adapts its batches to memory by itself."""
-    device, batches = trainer.adapted.loaded.device, trainer.largest_batches()
+def probe_memory(trainer: QloraTrainer) -> MemoryProbe:
+    """Run the worst-case micro-batches forward and backward. Evaluation has its own batch size search."""
+    device, batches = trainer.adapted.loaded.device, trainer.worst_case_batches()
     if device.type == "cuda":
-        free_memory()  # what start-up reserved and no longer uses
+        free_memory()  # reserved by start-up and no longer used
         torch.cuda.reset_peak_memory_stats(device)
-    # as the training loop will do, which leaves a model as it is that is prepared already
+    # as the training loop does; a prepared model stays as it is
     model = trainer.accelerator.prepare_model(trainer.model)
-    with without_trace(model):
+    with preserve_model_state(model):
         _, problem = catch_out_of_memory(lambda: _train(trainer, model, batches))
-    return Trial(f"training on {_size(batches[0])}", problem, _peak_bytes(device))
+    return MemoryProbe(f"training on {_size(batches[0])}", problem, _peak_bytes(device))
 
 
-def compute_largest_batch(trainer: QloraTrainer) -> None:
-    """Run the largest micro-batch forward, as in training, without a trace."""
-    batch, *_ = trainer.largest_batches()
-    with without_trace(trainer.model):
+def forward_worst_case(trainer: QloraTrainer) -> None:
+    """Run the largest micro-batch forward in training mode; the model's state is preserved."""
+    batch, *_ = trainer.worst_case_batches()
+    with preserve_model_state(trainer.model):
         trainer.model.train()
         _mean_loss(trainer, trainer.model, batch)
 
 
 def _train(trainer: QloraTrainer, model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Make gradients of each micro-batch beside the memory that the optimizer's state will take."""
+    """Compute gradients of each micro-batch, with as much memory allocated as the optimizer's state will need."""
     args, device = trainer.args, trainer.adapted.loaded.device
     tensors = [TrainedTensor(tuple(parameter.shape)) for parameter in trainable_state(model).values()]
-    optim = str(trainer.args.optim.value)
+    optim = str(args.optim.value)
     paged = optim.startswith("paged") and device.type == "cuda"
     state_bytes = 0 if paged else sum(optimizer_state_bytes(optim, tensor) for tensor in tensors)
     _state = torch.empty(state_bytes, dtype=torch.uint8, device=device)
     if args.gradient_checkpointing:
-        enable_checkpointing(trainer.model)
+        enable_full_checkpointing(trainer.model)
     model.train()
     for batch in batches:
-        # the second time beside the gradients of the first
+        # the second micro-batch runs while the gradients of the first exist
         for _ in range(min(2, trainer.config.train.gradient_accumulation_steps)):
             trainer.accelerator.backward(_mean_loss(trainer, model, batch))
         model.zero_grad(set_to_none=True)

@@ -26,7 +26,7 @@ NUM_EPOCHS = 8
 """Epochs whose packs are looked at: rows of equal length change places between them, and their labels with them."""
 
 
-def largest_micro_batch(data: PreparedData, config: RunConfig) -> list[Example]:
+def worst_case_rows(data: PreparedData, config: RunConfig) -> list[Example]:
     """Return the rows of a micro-batch as large as any of the run's, where each row computes all of its tokens.
 
     Of a stream, whose rows are not known, it is full rows of `data.max_length`, with the largest share of labels that its
@@ -38,7 +38,7 @@ def largest_micro_batch(data: PreparedData, config: RunConfig) -> list[Example]:
     return _fullest_packs(data.train, config, num_rows) if config.data.packing else _padded(data.train, num_rows)
 
 
-def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool, min_tokens: int = 0) -> TokenBudget:
+def token_budget(rows: Rows, config: RunConfig, *, in_chunks: bool, min_tokens: int = 0) -> TokenBudget:
     """Return the most that a micro-batch holds which is filled with rows: the tokens of the largest that the settings make.
 
     Args:
@@ -58,7 +58,7 @@ def capacity(rows: Rows, config: RunConfig, *, in_chunks: bool, min_tokens: int 
     return TokenBudget(num_tokens, min(_sum_of_largest(rows.num_labels, rows_per_step), _most_labels(rows, num_tokens)))
 
 
-def filled(row: Example, most: TokenBudget) -> list[Example]:
+def repeat_to_budget(row: Example, most: TokenBudget) -> list[Example]:
     """Return as many copies of a row as a micro-batch holds, the last one cut, with as many labels as it holds."""
     tokens = np.resize(row.input_ids, most.max_tokens)
     size = len(row.input_ids)
@@ -66,7 +66,7 @@ def filled(row: Example, most: TokenBudget) -> list[Example]:
     return with_labels([replace(row, input_ids=part) for part in parts], most.max_labels)
 
 
-def most_documents(rows: Rows, config: RunConfig, most: TokenBudget | None) -> int:
+def max_documents(rows: Rows, config: RunConfig, most: TokenBudget | None) -> int:
     """Return the most documents that a flattened micro-batch has; `most` is what it is filled to, None: it is not."""
     num_rows = config.train.per_device_train_batch_size
     if config.data.packing:
@@ -78,7 +78,7 @@ def most_documents(rows: Rows, config: RunConfig, most: TokenBudget | None) -> i
     return int(np.searchsorted(np.cumsum(shortest, dtype=np.int64), most.max_tokens, side="right"))
 
 
-def as_documents(rows: Sequence[Example], num_documents: int) -> list[Example]:
+def split_into_documents(rows: Sequence[Example], num_documents: int) -> list[Example]:
     """Return the tokens of rows cut into so many documents of one length, with as many labels in all."""
     ids = np.concatenate([row.input_ids for row in rows])
     documents = [

@@ -18,15 +18,15 @@ from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.runs import RunFolder
 from qlora_train.training.parity.gradients import (
-    BOUNDS,
     FAILURES,
-    difference,
+    TOLERANCES,
+    compare_gradients,
     full_checkpointing,
     gradients_of,
     within_memory,
 )
 from qlora_train.training.parity.parity_result import ParityResult, load_parity, save_parity
-from qlora_train.training.parity.preserve_state import without_trace
+from qlora_train.training.parity.preserve_state import preserve_model_state
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import first_line, is_out_of_memory, nondeterministic_operation
 
@@ -79,7 +79,7 @@ def choose_fused_kernels(
 
 def _install(adapted: AdaptedModel, batch: dict[str, Any]) -> FusedKernels:
     def run() -> None:
-        with without_trace(adapted.model):
+        with preserve_model_state(adapted.model):
             label_losses(adapted.model, **batch)
 
     return install(adapted.model, run)
@@ -107,7 +107,7 @@ def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Parit
         with full_checkpointing(adapted.loaded.model):
             wanted = gradients_of(adapted, batch)
             fast = _install(adapted, batch)
-            found = difference(wanted, gradients_of(adapted, batch))
+            found = compare_gradients(wanted, gradients_of(adapted, batch))
     except FAILURES as error:
         if is_out_of_memory(error) or nondeterministic_operation(error):  # says nothing about the model
             raise
@@ -115,4 +115,4 @@ def _compare(adapted: AdaptedModel, batch: dict[str, Any], run_id: str) -> Parit
     finally:
         if fast is not None:
             fast.uninstall()
-    return ParityResult.of(run_id, found, BOUNDS[adapted.loaded.compute_dtype])
+    return ParityResult.of(run_id, found, TOLERANCES[adapted.loaded.compute_dtype])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.objectives.sft_loss import label_losses
-from qlora_train.training.parity.preserve_state import without_trace
+from qlora_train.training.parity.preserve_state import preserve_model_state
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import TrainingError
 
@@ -41,7 +41,7 @@ class Gradients:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class GradientDifference:
     """Relative differences, not a number or infinite where one of the two is.
 
     Attributes:
@@ -65,22 +65,22 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class Tolerances:
     """Largest relative differences: of the loss, of all gradients together, of the gradient of any one tensor."""
 
     loss: float
     gradient: float
     tensor: float
 
-    def hold(self, found: Difference) -> bool:
+    def hold(self, found: GradientDifference) -> bool:
         """Say whether a difference is within them; false for what is not a number."""
         return found.loss <= self.loss and found.gradient <= self.gradient and found.tensor <= self.tensor
 
 
-BOUNDS = {
-    torch.float32: Bounds(1e-5, 1e-4, 1e-2),
-    torch.bfloat16: Bounds(2e-2, 0.15, 0.5),
-    torch.float16: Bounds(5e-3, 0.1, 0.5),
+TOLERANCES = {
+    torch.float32: Tolerances(1e-5, 1e-4, 1e-2),
+    torch.bfloat16: Tolerances(2e-2, 0.15, 0.5),
+    torch.float16: Tolerances(5e-3, 0.1, 0.5),
 }
 """By compute dtype. Rounding alone makes up to 0.07 in bfloat16, where tokens near the border between two experts go to the
 other one, and 0.01 without experts (tests/architectures); a wrong scale or a lost gradient makes 1 or more."""
@@ -98,7 +98,7 @@ def gradients_of(adapted: AdaptedModel, batch: Mapping[str, Any]) -> Gradients:
     """
     model, dtype, device = adapted.model, adapted.loaded.compute_dtype, adapted.loaded.device
     trained = trainable_state(model)
-    with without_trace(model), lora_dropout_off(model.modules()), _nothing_is_zero(trained):
+    with preserve_model_state(model), lora_dropout_off(model.modules()), _nothing_is_zero(trained):
         torch.manual_seed(0)
         model.train()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -125,18 +125,18 @@ def _nothing_is_zero(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
                 parameter.zero_()
 
 
-def difference(wanted: Gradients, found: Gradients) -> Difference:
+def compare_gradients(wanted: Gradients, found: Gradients) -> GradientDifference:
     """Return by how much `found` differs from `wanted`; a gradient that only one of them has differs without bound."""
     loss = abs(found.loss - wanted.loss) / abs(wanted.loss)
     odd = sorted(wanted.by_name.keys() ^ found.by_name.keys())
     if odd:
-        return Difference(loss, math.inf, math.inf, odd[0])
+        return GradientDifference(loss, math.inf, math.inf, odd[0])
     norms = {name: float(gradient.norm()) for name, gradient in wanted.by_name.items()}
     errors = {name: float((found.by_name[name] - gradient).norm()) for name, gradient in wanted.by_name.items()}
     whole = math.hypot(*norms.values())
     relative = {name: errors[name] / norm for name, norm in norms.items() if not norm <= NEGLIGIBLE * whole}
     worst = max(relative, key=lambda name: (math.isnan(relative[name]), relative[name]))
-    return Difference(loss, math.hypot(*errors.values()) / whole, relative[worst], worst)
+    return GradientDifference(loss, math.hypot(*errors.values()) / whole, relative[worst], worst)
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def full_checkpointing(model: Any) -> Iterator[None]:
     modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     before = [module.gradient_checkpointing for module in modules]
     if model.supports_gradient_checkpointing:
-        enable_checkpointing(model)
+        enable_full_checkpointing(model)
     try:
         yield
     finally:
@@ -156,7 +156,7 @@ def full_checkpointing(model: Any) -> Iterator[None]:
             module.gradient_checkpointing = enabled
 
 
-def enable_checkpointing(model: Any) -> None:
+def enable_full_checkpointing(model: Any) -> None:
     """Let Transformers recompute every layer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it

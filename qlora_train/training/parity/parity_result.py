@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_train.training.parity.gradients import Bounds, Difference
+from qlora_train.training.parity.gradients import GradientDifference, Tolerances
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError
 
@@ -19,7 +19,7 @@ class ParityResult:
         run_id: of the run that it belongs to.
         on: whether the run uses what was checked.
         problem: why not.
-        loss, gradient, tensor, worst: those of `Difference`; None if the check failed.
+        loss, gradient, tensor, worst: those of `GradientDifference`; None if the check failed.
         min_tokens: token budget of padding-free micro-batches; 0: that of the settings.
     """
 
@@ -33,7 +33,7 @@ class ParityResult:
     min_tokens: int = 0
 
     @classmethod
-    def of(cls, run_id: str, found: Difference, bounds: Bounds) -> "ParityResult":
+    def of(cls, run_id: str, found: GradientDifference, bounds: Tolerances) -> "ParityResult":
         """Compare a difference with its bounds."""
         problem = "" if bounds.hold(found) else found.said()
         return cls(run_id, not problem, problem, **asdict(found))

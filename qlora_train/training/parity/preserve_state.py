@@ -33,7 +33,7 @@ class _Known:
 
 
 @contextmanager
-def without_trace(model: nn.Module) -> Iterator[None]:
+def preserve_model_state(model: nn.Module) -> Iterator[None]:
     """Leave generators, gradients, modes and buffers as they were, and what modules with buffers know of these."""
     state, training = random_state(), [module for module in model.modules() if module.training]
     known = [_Known.of(module) for module in model.modules() if module._buffers]
