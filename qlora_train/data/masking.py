@@ -2,14 +2,15 @@
 
 import json
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from qlora_train.data.char_offsets import TextTokens
 from qlora_train.data.types import Message, TokenArray, UnusableRowError
 
 REWRITTEN = (
@@ -32,27 +33,43 @@ MOST_OPENED = 40
 """Characters at the end of a prompt in which thoughts are opened or closed."""
 
 
-class Rendering:
-    """A text and its tokens.
-
-    Args:
-        text: with its special tokens.
-        tokens: what `Encoder` made of it.
+class TokenizedText:
+    """A text with its special tokens, its tokens, and which characters each token covers.
 
     Attributes:
-        input_ids: int32 (seq,).
+        ids: the tokens.
+        input_ids: the same, int32 (seq,).
     """
 
-    def __init__(self, text: str, tokens: TextTokens) -> None:
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        encoding = tokenize(tokenizer, text)
         self.text = text
-        self.ids = tokens.ids
+        self.ids: list[int] = encoding.ids
         self.input_ids: TokenArray = np.array(self.ids, np.int32)
-        self.chars_of = tokens.chars_of
-        self._first_token_after = tokens.first_token_after
+        self._encoding = encoding
+
+    @cached_property
+    def _offsets(self) -> list[tuple[int, int]]:
+        offsets: list[tuple[int, int]] = self._encoding.offsets
+        return offsets
 
     def first_token_after(self, position: int) -> int:
         """Return the index of the first token with a character at or after `position`; (seq,) if there is none."""
-        return len(self.ids) if position >= len(self.text) else self._first_token_after(position)
+        if position == 0:  # a tokenizer that prepends a space may give it the empty range at 0
+            return 0
+        if position >= len(self.text):
+            return len(self.ids)
+        return bisect_right(self._offsets, position, key=itemgetter(1))
+
+    def chars_of(self, token: int) -> tuple[int, int]:
+        """Return the characters [begin, end) that a token covers."""
+        return self._offsets[token]
+
+
+def tokenize(tokenizer: Any, text: str) -> Any:
+    """Return the `tokenizers.Encoding` of a text to which nothing is added."""
+    # verbose=False: no warning about the tokenizer's model_max_length; data.max_length decides
+    return tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +90,7 @@ class AnswerPlace:
 
 
 def answer_span(
-    whole: Rendering, place: AnswerPlace, turn: Message, special_places: Sequence[int], eos: int
+    whole: TokenizedText, place: AnswerPlace, turn: Message, special_places: Sequence[int], eos: int
 ) -> tuple[int, int]:
     """Return the first token of an answer and its last: the special token that ends the turn.
 
@@ -106,7 +123,7 @@ def answer_span(
 
 
 def _before_next_turn(
-    whole: Rendering, place: AnswerPlace, ends: Sequence[int], openers: Container[int]
+    whole: TokenizedText, place: AnswerPlace, ends: Sequence[int], openers: Container[int]
 ) -> Sequence[int]:
     """Return the special tokens behind an answer up to the header of the next turn.
 

@@ -29,11 +29,10 @@ from jinja2.exceptions import TemplateError
 
 from qlora_train.data.chat_template import generation_blocks, has_generation_block, render_chat
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
-from qlora_train.data.masking import AnswerPlace, Rendering, answer_span, refuse_lost
+from qlora_train.data.masking import AnswerPlace, TokenizedText, answer_span, refuse_lost, tokenize
 from qlora_train.data.reasoning import with_reasoning
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.template_layout import Skeletons, places_by_prompts
-from qlora_train.data.text_encoder import Encoder
 from qlora_train.data.tool_calls import as_json, refuse_misread_arguments, with_text_arguments
 from qlora_train.data.types import Example, MaskArray, Message, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
@@ -109,7 +108,6 @@ class Renderer:
             raise DataError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
         self.special = SpecialTokens(tokenizer)
         self._tokenizer, self._train_on, self._date = tokenizer, train_on, date
-        self._encode = Encoder(tokenizer)
         self._tails: dict[str, list[int]] = {}
         self._is_reasoning: dict[str, bool] = {}
         self._skeletons: Skeletons | None = None
@@ -141,7 +139,7 @@ class Renderer:
 
     def _plain(self, row: Row, text: str) -> Example:
         prompt = row.prompt or ""
-        whole = Rendering(prompt + text, self._encode(prompt + text))
+        whole = TokenizedText(self._tokenizer, prompt + text)
         first = whole.first_token_after(len(prompt))
         ends = [len(prompt)] if prompt else []
         warnings = self._notes(whole, ends, self.special.places_in(whole.input_ids))
@@ -205,7 +203,7 @@ class Renderer:
         return Example(row.where, whole.input_ids, mask, turns[:-1], row.messages[-1]["content"], warnings)
 
     def _span(
-        self, whole: Rendering, place: AnswerPlace, turn: Message, special_places: Sequence[int]
+        self, whole: TokenizedText, place: AnswerPlace, turn: Message, special_places: Sequence[int]
     ) -> tuple[int, int]:
         return answer_span(whole, place, turn, special_places, self.special.eos)
 
@@ -240,16 +238,14 @@ class Renderer:
 
     def _places(
         self, turns: Sequence[Message], wanted: Sequence[int], chat: TokenizerChat
-    ) -> tuple[Rendering, Mapping[int, AnswerPlace]]:
+    ) -> tuple[TokenizedText, Mapping[int, AnswerPlace]]:
         """Return the conversation as text and tokens, and where the answers `wanted` stand in it."""
         assert self._skeletons is not None
         text = chat.text(turns)
         is_special = bool(chat.tools or chat.chat_template_kwargs)
         skeleton, order, is_new = (None, "", False) if is_special else self._skeletons.find(turns)
         places = skeleton.places(turns, text) if skeleton else None
-        if places is not None and is_new:
-            self._encode.check(text)
-        whole = Rendering(text, self._encode(text))
+        whole = TokenizedText(self._tokenizer, text)
         if places is not None and is_new:
             if self._is_confirmed(chat, turns, whole, places):
                 self._skeletons.trust(order)
@@ -262,7 +258,7 @@ class Renderer:
         return whole, places
 
     def _is_confirmed(
-        self, chat: TokenizerChat, turns: Sequence[Message], whole: Rendering, places: Mapping[int, AnswerPlace]
+        self, chat: TokenizerChat, turns: Sequence[Message], whole: TokenizedText, places: Mapping[int, AnswerPlace]
     ) -> bool:
         """Say whether the last answer and one before it stand where their own prompts say."""
         answers = list(places)
@@ -278,11 +274,11 @@ class Renderer:
         except (TemplateError, UnusableRowError):
             return False
 
-    def _notes(self, whole: Rendering, prompt_ends: Iterable[int], special: Sequence[int]) -> tuple[str, ...]:
+    def _notes(self, whole: TokenizedText, prompt_ends: Iterable[int], special: Sequence[int]) -> tuple[str, ...]:
         """Return a note if a prompt alone has other tokens than it has here, with an answer behind it."""
         return (REACHES_OVER,) if any(self._reaches_over(whole, end, special) for end in prompt_ends) else ()
 
-    def _reaches_over(self, whole: Rendering, prompt_end: int, special: Sequence[int]) -> bool:
+    def _reaches_over(self, whole: TokenizedText, prompt_end: int, special: Sequence[int]) -> bool:
         """Compare the tokens of a prompt from its last special token on: what stands before that one is the same."""
         first = whole.first_token_after(prompt_end)
         number = bisect_left(special, first) - 1
@@ -290,13 +286,13 @@ class Renderer:
         from_char = whole.chars_of(from_token)[0] if number >= 0 else 0
         if self._encoded(whole.text[from_char:prompt_end]) == whole.ids[from_token:first]:
             return False
-        return from_char == 0 or self._encode(whole.text[:prompt_end]).ids != whole.ids[:first]
+        return from_char == 0 or tokenize(self._tokenizer, whole.text[:prompt_end]).ids != whole.ids[:first]
 
     def _encoded(self, text: str) -> list[int]:
         """Return the tokens of the end of a prompt; most prompts end in the same few ways."""
         ids = self._tails.get(text)
         if ids is None:
-            ids = self._encode(text).ids
+            ids = tokenize(self._tokenizer, text).ids
             if len(self._tails) < MOST_TAILS:
                 self._tails[text] = ids
         return ids
@@ -331,7 +327,7 @@ class Renderer:
 
     def _probed(self, chat: TokenizerChat, turns: Sequence[Message]) -> list[int]:
         text = chat.text(turns)
-        whole = Rendering(text, self._encode(text))
+        whole = TokenizedText(self._tokenizer, text)
         place = places_by_prompts(chat, turns, text, [1])[1]
         self._span(whole, place, turns[1], self.special.places_in(whole.input_ids))
         return whole.ids

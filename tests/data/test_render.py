@@ -679,12 +679,11 @@ class RewritingTokenizer(PreTrainedTokenizerFast):
         return super().__call__(text.replace("fox", "dog"), **options)
 
 
-def test_a_tokenizer_with_a_way_of_its_own_is_followed_and_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_are_tokenised_by_the_call_that_inference_makes() -> None:
     tokenizer = RewritingTokenizer(tokenizer_object=build_tokenizer().backend_tokenizer, eos_token="<|im_end|>")
     tokenizer.chat_template = TEMPLATES["chatml"]
     example = renderer(tokenizer).render(Row("row", conversation("a fox", "the fox")))
     assert learnt_texts(tokenizer, example) == ["the dog<|im_end|>"]
-    assert "RewritingTokenizer changes what its Rust tokenizer makes of a text" in caplog.text
 
 
 def test_a_chat_template_is_found_by_name_or_file(tmp_path: Path) -> None:
