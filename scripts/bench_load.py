@@ -20,9 +20,9 @@ import torch
 from transformers import AutoConfig
 
 from qlora_train.config import ModelSection, QuantizationSection
-from qlora_train.export.merging.shard_writer import write_shards
 from qlora_train.models.base_source import resolve_base
 from qlora_train.models.loading import load_model
+from qlora_train.models.shard_writer import write_shards
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # beside a script lie only scripts
 from tests.support.pico import build_tokenizer

@@ -100,8 +100,8 @@ def needs_package(loaded: LoadedModel, config: RunConfig) -> str:
     """Return why Transformers and PEFT alone would load another model than the run's; empty where they load the same."""
     if config.model.model_name_or_path.endswith(".gguf"):
         return "the base is a GGUF file, which Transformers does not quantise to 4 bits"
-    if release := prequantized_format(loaded.source.config, loaded.source.name):
-        return f"the base is stored in {release.description} and was trained on in {_bits(config)} bits"
+    if stored_format := prequantized_format(loaded.source.config, loaded.source.name):
+        return f"the base is stored in {stored_format.description} and was trained on in {_bits(config)} bits"
     if loaded.source.config.keys() & {"attn_implementation", "_attn_implementation"}:
         return (
             "the base's config.json names an attention kernel, which Transformers would fetch and the run did not use"

@@ -7,7 +7,6 @@ refuses comes back as one line that says what to do.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 from qlora_train.config import ModelSection
 from qlora_train.config.preflight import missing_model
+from qlora_train.models.conversion_cache import conversion_cache
 from qlora_train.models.gguf_base import convert_gguf
 from qlora_train.models.legacy_bin import convert_legacy_bin, has_legacy_bin
 from qlora_train.models.remote_code import check_trusted_code
@@ -73,7 +73,7 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
     """
     path = Path(model.model_name_or_path).expanduser()
     if path.suffix == ".gguf":
-        folder = convert_gguf(path, _cache("gguf"))
+        folder = convert_gguf(path, conversion_cache("gguf"))
         return BaseSource(folder, path.stem, None, _read_config(folder, model.model_name_or_path))
     if path.is_dir():
         source = BaseSource(path, path.resolve().name, None, _read_config(path, model.model_name_or_path))
@@ -83,15 +83,10 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
         source = _download(model, weights=weights)
     if (weights or source.revision is None) and has_legacy_bin(source.folder):
         where = f"model.model_name_or_path: {model.model_name_or_path}"
-        source = replace(source, folder=convert_legacy_bin(source.folder, _cache("pickled"), where))
+        source = replace(source, folder=convert_legacy_bin(source.folder, conversion_cache("legacy_bin"), where))
     if model.trust_remote_code:
         check_trusted_code(source.folder, source.name, source.revision)
     return source
-
-
-def _cache(kind: str) -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qlora-train" / kind
 
 
 def _read_config(folder: Path, asked: str) -> dict[str, Any]:

@@ -1,13 +1,11 @@
-"""The tensors of a checkpoint by name, each read when it is asked for and not before.
+"""Read a checkpoint folder: its safetensors files and their tensors, of which none is read before it is needed.
 
-Transformers takes such a mapping in place of files: it slices a tensor with `[...]` when its turn comes, quantises it and
-lets it go. Two things follow from handing it over open. Files are read and not mapped, so that what was read does not
-stay in the memory of the process, as the pages of a mapped file do until it is closed. And weights that a release
-stores in 8 or 4 bits appear under the names, and as the values, of the 16-bit weights they stand for, so that all after it
-knows them as nothing else.
+Training, merging and export read the same files in the same way. Pre-quantized weights appear under the names, and with
+the values, of the 16-bit weights that they represent.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,101 +13,193 @@ from types import EllipsisType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from qlora_train.models.malloc_trim import MemoryTrimmer
-from qlora_train.models.prequantized import Parts, PrequantizedFormat
-from qlora_train.models.weight_files import weight_files
-from qlora_train.utils.errors import ModelError
+from qlora_train.models.prequantized import PrequantizedFormat
+from qlora_train.utils.errors import ModelError, first_line
 
-SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a file, read whenever it is sliced."""
-
-    part: Any
-    memory: MemoryTrimmer
-
-    def __getitem__(self, whole: EllipsisType) -> torch.Tensor:
-        return self.memory.count(self.part[whole])
-
-    def get_shape(self) -> list[int]:
-        """Return its shape."""
-        shape: list[int] = self.part.get_shape()
-        return shape
-
-    def get_dtype(self) -> str:
-        """Return its dtype in the words of safetensors."""
-        dtype: str = self.part.get_dtype()
-        return dtype
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Dtypes of tensors that are not pre-quantized, by their names in safetensors."""
+LFS_POINTER = b"version https://git-lfs"
+NUM_LISTED = 3
 
 
 @dataclass(frozen=True)
-class Dequantized:
-    """A weight of a release, multiplied out whenever it is sliced; it answers as a slice of safetensors does."""
+class StoredTensor:
+    """Where a tensor is stored; `dtype` is its name in safetensors."""
 
-    name: str
-    codes: Any
-    scales: Any
-    release: PrequantizedFormat
-    dtype: torch.dtype
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
-    def __getitem__(self, whole: EllipsisType) -> torch.Tensor:
-        try:
-            return self.release.dequantize(self.codes[whole], self.scales[whole], self.dtype)
-        except ModelError as error:
-            raise ModelError(f"{self.name}: {error}; fetch the files again, or give the 16-bit model") from None
 
-    def get_shape(self) -> list[int]:
-        """Return the shape of the weight."""
-        return list(self.release.shape(tuple(self.codes.get_shape())))
+def list_tensors(folder: Path, where: str) -> dict[str, StoredTensor]:
+    """Return every tensor of a checkpoint by name, from the headers of its weight files.
 
-    def get_dtype(self) -> str:
-        """Return the dtype of the weight in the words of safetensors."""
-        return SAFETENSORS_DTYPES[self.dtype]
+    Args:
+        where: prefix of error messages, such as the setting and the base's name.
+
+    Raises:
+        ModelError: no weights, two different sets of weights, or a file that is missing, damaged or incomplete.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path, indexed in _weight_files(folder, where).items():
+        tensors = _read_header(path, where)
+        if missing := sorted(indexed - tensors.keys()):
+            raise ModelError(
+                f"{where}: {path.name} lacks {listed(missing)}, which {INDEX} names; download both files again"
+            )
+        found |= tensors
+    return found
+
+
+def open_file(path: Path) -> Any:
+    """Open a safetensors file as a context manager."""
+    # pages of a mapped file ("mmap") stay resident for as long as it is open
+    return safe_open(str(path), framework="pt", backend="pread")
 
 
 @contextmanager
 def open_tensors(
-    folder: Path, release: PrequantizedFormat | None, dtype: torch.dtype, where: str
+    folder: Path, stored_format: PrequantizedFormat | None, dtype: torch.dtype, where: str
 ) -> Iterator[dict[str, Any]]:
-    """Open a checkpoint's files and yield a slice for each tensor by name; nothing is read before it is sliced.
+    """Open a checkpoint and yield lazy tensors by name, each read when `from_pretrained` slices it.
 
     Args:
-        folder: the base on disk.
-        release: how its weights are stored; None for plain ones, and for those that bitsandbytes stored.
-        dtype: of the weights that are multiplied out.
-        where: begins every message: the setting and the base's name.
+        stored_format: of pre-quantized weights; None for all others, including those that bitsandbytes stored.
+        dtype: of dequantized weights.
+        where: prefix of error messages.
 
     Raises:
-        ModelError: the release lacks scales.
+        ModelError: as `list_tensors`, or pre-quantized weights without scales.
     """
-    with ExitStack() as files:
-        slices: dict[str, Any] = {}
-        memory = MemoryTrimmer()
-        for path in weight_files(folder, where):
-            # "pread" and not "mmap": pages of a mapped file stay resident for as long as it is open
-            file = files.enter_context(safe_open(str(path), framework="pt", backend="pread"))
-            slices |= {name: Stored(file.get_slice(name), memory) for name in file.keys()}  # noqa: SIM118 - no mapping
-        yield slices if release is None else _as_16bit(slices, release, dtype, where)
+    with ExitStack() as stack:
+        stored = list_tensors(folder, where)
+        files = {path: stack.enter_context(open_file(path)) for path in {each.file for each in stored.values()}}
+        slices = {name: files[each.file].get_slice(name) for name, each in stored.items()}
+        if stored_format is None:
+            yield slices
+            return
+        try:
+            plain, weights = stored_format.split({name: each.dtype for name, each in stored.items()})
+        except ModelError as error:
+            raise ModelError(f"{where}: {error}") from None
+        yield {name: slices[name] for name in plain} | {
+            name: _Dequantized(f"{where}: {name}", slices[codes], slices[scales], stored_format, dtype)
+            for name, (codes, scales) in weights.items()
+        }
 
 
-def _as_16bit(slices: dict[str, Any], release: PrequantizedFormat, dtype: torch.dtype, where: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Dequantized:
+    """A lazy tensor with the interface of a safetensors slice."""
+
+    where: str
+    codes: Any
+    scales: Any
+    stored_format: PrequantizedFormat
+    dtype: torch.dtype
+
+    def __getitem__(self, whole: EllipsisType) -> torch.Tensor:
+        try:
+            return self.stored_format.dequantize(self.codes[whole], self.scales[whole], self.dtype)
+        except ModelError as error:
+            raise ModelError(f"{self.where}: {error}; download the files again, or use the 16-bit model") from None
+
+    def get_shape(self) -> list[int]:
+        return list(self.stored_format.shape(tuple(self.codes.get_shape())))
+
+    def get_dtype(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+
+def _weight_files(folder: Path, where: str) -> dict[Path, set[str]]:
+    """Return the weight files, each with the tensors that the index names in it (none without an index)."""
+    single = folder / WEIGHTS
+    if not (folder / INDEX).is_file():
+        if not single.is_file():
+            raise _no_weights(folder, where)
+        return {single: set()}
+    files = _indexed_files(folder, where)
+    if not single.is_file() or single in files:
+        return files
+    if not _are_equal(single, files):
+        raise ModelError(
+            f"{where}: {folder} holds two sets of weights, {WEIGHTS} and the {len(files)} files of {INDEX}, and it is "
+            "unknown which one belongs to the model; move one of them out of the folder"
+        )
+    return {single: set()}
+
+
+def _indexed_files(folder: Path, where: str) -> dict[Path, set[str]]:
+    files: dict[Path, set[str]] = {}
     try:
-        parts = release.parts({name: part.get_dtype() for name, part in slices.items()})
-    except ModelError as error:
-        raise ModelError(f"{where}: {error}") from None
-    plain = {name: slices[name] for name in plain_tensors(slices, release, parts)}
-    weights = {
-        name: Dequantized(f"{where}: {name}", slices[codes], slices[scales], release, dtype)
-        for name, (codes, scales) in parts.items()
-    }
-    return plain | weights
+        for tensor, file in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(folder / file, set()).add(tensor)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{where}: {INDEX} cannot be read ({type(error).__name__}: {first_line(error)}); download it again"
+        ) from None
+    if not files:
+        raise ModelError(f"{where}: {INDEX} names no tensor; download it again")
+    return files
 
 
-def plain_tensors(names: Mapping[str, Any], release: PrequantizedFormat, parts: Mapping[str, Parts]) -> list[str]:
-    """Return the names of tensors that stand for themselves: neither codes nor scales, nor anything unused."""
-    used = {part for pair in parts.values() for part in pair}
-    return [name for name in names if name not in used and not name.endswith(release.unused)]
+def _are_equal(single: Path, shards: Mapping[Path, Collection[str]]) -> bool:
+    """Whether a file holds exactly the tensors of the shards, bit for bit."""
+    try:
+        with open_file(single) as one:
+            if set(one.keys()) != {name for names in shards.values() for name in names}:
+                return False
+            for path, names in shards.items():
+                with open_file(path) as shard:
+                    if not all(_same_bits(one.get_tensor(name), shard.get_tensor(name)) for name in names):
+                        return False
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(
+        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+    )
+
+
+def _no_weights(folder: Path, where: str) -> ModelError:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return ModelError(
+            f"{where}: {pickles[0]} is a pickle other than pytorch_model.bin, which is not read, and there is no "
+            f"{WEIGHTS}; choose a revision with safetensors, or convert it if you trust it (save_pretrained does)"
+        )
+    return ModelError(f"{where}: {folder} holds neither {WEIGHTS} nor {INDEX}; download the weights")
+
+
+def _read_header(path: Path, where: str) -> dict[str, StoredTensor]:
+    try:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ModelError(
+                    f"{where}: {path.name} is a Git LFS pointer and not the weights; run: git lfs pull, in {path.parent}"
+                )
+        with open_file(path) as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+            return {name: StoredTensor(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except FileNotFoundError:
+        raise ModelError(f"{where}: {path.name} is missing, which {INDEX} names; download it") from None
+    except (OSError, SafetensorError) as error:
+        size = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
+        raise ModelError(
+            f"{where}: {path.name} ({size}) is truncated or damaged: {first_line(error)}; download it again"
+        ) from None
+
+
+def listed(names: Collection[str]) -> str:
+    """Return the first names as text, and the number of the others."""
+    shown = ", ".join(list(names)[:NUM_LISTED])
+    return shown if len(names) <= NUM_LISTED else f"{shown} and {len(names) - NUM_LISTED} more tensors"

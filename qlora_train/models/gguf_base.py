@@ -11,7 +11,6 @@ Gemma 2 and 3 (the attention scale is not in the file) and StarCoder 2 (its rope
 """
 
 import importlib.util
-import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,15 +20,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qlora_train.models.safetensors_writer import TensorSpec, write_safetensors
-from qlora_train.utils.atomic_io import atomic_folder, sha256_of, verify_manifest
+from qlora_train.models.conversion_cache import SHARD_BYTES, convert_once
+from qlora_train.models.shard_writer import write_shards
+from qlora_train.utils.atomic_io import sha256_of
 from qlora_train.utils.errors import ModelError
 
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The published rope settings of Llama 3.1 to 3.3, whose GGUF files hold only the factors computed from them."""
-
-logger = logging.getLogger(__name__)
 
 Layout = Callable[[str, Tensor, Any], Tensor]
 """`(GGUF name, stored tensor, config) -> tensor as Transformers has it`."""
@@ -48,15 +46,7 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
     """
     _check_file(path)
     folder = cache_dir / f"{path.stem}-{path.stat().st_size}-{sha256_of(path)[:16]}"
-    if folder.exists() and (problem := verify_manifest(folder)) is None:
-        logger.info("gguf: %s was converted before, in %s", path.name, folder)
-        return folder
-    elif folder.exists():
-        logger.warning("gguf: %s is damaged (%s) and is made again", folder, problem)
-    logger.info("gguf: %s is converted to bfloat16 safetensors in %s", path.name, folder)
-    with atomic_folder(folder) as staging:
-        _convert(path, staging)
-    return folder
+    return convert_once(folder, path.name, lambda staging: _convert(path, staging))
 
 
 def _check_file(path: Path) -> None:
@@ -79,13 +69,9 @@ def _convert(path: Path, folder: Path) -> None:
     parameters = {name: parameter.shape for name, parameter in model.named_parameters()}
     sources = _match(path, parameters, tensors, metadata["general.architecture"], config.num_hidden_layers)
     layout = _LAYOUTS[metadata["general.architecture"]]
-
-    def make(name: str) -> Tensor:
-        stored = sources[name]
-        return layout(stored.name, _dequantize(stored), config).to(torch.bfloat16)
-
-    described = {name: TensorSpec(shape, torch.bfloat16) for name, shape in parameters.items()}
-    write_safetensors(folder / "model.safetensors", described, make)
+    made = (layout(source.name, _dequantize(source), config).to(torch.bfloat16) for source in sources.values())
+    sizes = [shape.numel() * torch.bfloat16.itemsize for shape in parameters.values()]
+    write_shards(folder, [*parameters], sizes, SHARD_BYTES, made)
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)

@@ -92,6 +92,8 @@ class _Quantize(ConversionOps):
     def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, torch.Tensor]:
         result: dict[str, torch.Tensor] = {}
         for name, value in input_dict.items():
+            for tensor in value if isinstance(value, list) else [value]:
+                self.memory.count(tensor)
             if name in self.quantizer.expert_names:
                 result[name] = self._stack(name, value[0] if isinstance(value, list) else value)
             else:

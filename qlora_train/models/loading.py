@@ -27,11 +27,12 @@ from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.kernels import grouped_sdpa
 from qlora_train.models.base_source import BaseSource, resolve_base
 from qlora_train.models.bnb_cpu_blocksize import fix_partial_blocks
-from qlora_train.models.checkpoint_tensors import open_tensors
+from qlora_train.models.checkpoint_tensors import list_tensors, open_tensors
 from qlora_train.models.config_file import read_config
 from qlora_train.models.dynamic_rope import reset_dynamic_rope
 from qlora_train.models.hardware import choose_attention, choose_compute_dtype
 from qlora_train.models.hf_quantizer import QuantizationConfig
+from qlora_train.models.loading_checks import check_dtypes, check_loaded
 from qlora_train.models.prequantized import prequantized_format
 from qlora_train.models.quantization_summary import (
     QuantizationSummary,
@@ -42,7 +43,6 @@ from qlora_train.models.quantization_summary import (
 from qlora_train.models.quantize_linears import quantize_linears
 from qlora_train.models.text_only import OmittedModule, check_causal, text_model
 from qlora_train.models.tokenizer import load_tokenizer
-from qlora_train.models.weight_files import check_loaded, check_weight_files
 from qlora_train.utils.device import select_device
 from qlora_train.utils.errors import ConfigError, ModelError, first_line
 
@@ -191,20 +191,20 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     where = f"model.model_name_or_path: {source.name}"
-    release = prequantized_format(source.config, where)
-    check_weight_files(source.folder, source.config, where)
+    stored_format = prequantized_format(source.config, where)
+    check_dtypes(list_tensors(source.folder, where), source.config, where)
     config = model_config(source, model)
     attention = choose_attention(model.attn_implementation, architecture, device, dtype, has_sdpa=supports_sdpa(config))
     grouped_sdpa.register()
     text = text_model(config)
     text.report(config.model_type)
-    if release is not None:
-        del config.quantization_config  # what Transformers is given are 16-bit weights
-        logger.info("weights: stored in %s; each is turned into %s when it is read", release.description, dtype)
+    if stored_format is not None:
+        del config.quantization_config  # Transformers reads 16-bit weights
+        logger.info("weights: stored in %s, dequantized to %s as they are read", stored_format.description, dtype)
     try:
         with torch.device("meta"):  # for its class, and the config that this class takes
             skeleton = text.build(config, trust_remote_code=model.trust_remote_code)
-        with open_tensors(source.folder, release, dtype, where) as tensors:
+        with open_tensors(source.folder, stored_format, dtype, where) as tensors:
             _refuse_experts_apart(tensors, where)
             loaded, info = type(skeleton).from_pretrained(
                 None,

@@ -131,15 +131,16 @@ def without_vocabulary(base: Path) -> None:
 
 
 LAYER_1 = r"model\.layers\.1\.input_layernorm\.weight, .* and 6 more tensors"
-ONE_MODEL = "give config.json and weights of one model$"
+ONE_MODEL = "use config.json and weights of one model$"
+DAMAGED = "is truncated or damaged: .*; download it again$"
 BROKEN: dict[str, tuple[Damage, str]] = {
-    "weights cut in the head": (cut(0.001), r"model\.safetensors \(\d+ bytes\) is cut or damaged: .*; fetch it again$"),
-    "weights cut in the middle": (cut(0.5), r"model\.safetensors \([\d,]+ bytes\) is cut or damaged: .*; fetch it again$"),
-    "weights cut at the end": (cut(0.999), r"model\.safetensors \([\d,]+ bytes\) is cut or damaged: .*; fetch it again$"),
-    "weights empty": (written(WEIGHTS, ""), r"model\.safetensors \(0 bytes\) is cut or damaged"),
-    "weights a pointer": (written(WEIGHTS, POINTER), r"model\.safetensors is a pointer of Git LFS .*; run: git lfs pull"),
-    "weights nowhere": (without(WEIGHTS), r"holds neither model\.safetensors nor \S+\.index\.json; fetch the weights$"),
-    "weights pickled": (pickled, r"model\.pt is a pickle of another kind .*; choose a revision with"),
+    "weights cut in the head": (cut(0.001), rf"model\.safetensors \(\d+ bytes\) {DAMAGED}"),
+    "weights cut in the middle": (cut(0.5), rf"model\.safetensors \([\d,]+ bytes\) {DAMAGED}"),
+    "weights cut at the end": (cut(0.999), rf"model\.safetensors \([\d,]+ bytes\) {DAMAGED}"),
+    "weights empty": (written(WEIGHTS, ""), r"model\.safetensors \(0 bytes\) is truncated or damaged"),
+    "weights a pointer": (written(WEIGHTS, POINTER), r"model\.safetensors is a Git LFS pointer .*; run: git lfs pull"),
+    "weights nowhere": (without(WEIGHTS), r"holds neither model\.safetensors nor \S+\.index\.json; download the weights$"),
+    "weights pickled": (pickled, r"model\.pt is a pickle other than .*; choose a revision with"),
     "config without a type": (edited("config.json", model_type=None), r"config\.json: model_type: found None.*; use a "),
     "config no JSON": (written("config.json", "{model"), r"config\.json cannot be read \("),
     "config of an unknown type": (
@@ -176,30 +177,30 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     ),
     "one tensor of another shape": (
         having("model.layers.1.self_attn.q_proj.weight", 32, 64),
-        rf"1 tensor has .*: model\.layers\.1\.self_attn\.q_proj\.weight is \(32, 64\) in .* and \(64, 64\) .*; {ONE_MODEL}",
+        rf"1 tensors have .*: model\.layers\.1\.self_attn\.q_proj\.weight is \(32, 64\) in .* \(64, 64\) .*; {ONE_MODEL}",
     ),
-    "a layer missing": (lacking("layers.1."), f"the weights lack {LAYER_1}, which would be random; fetch them again"),
+    "a layer missing": (lacking("layers.1."), f"the weights lack {LAYER_1}, which would be random; download them again"),
     "one norm missing": (lacking("model.norm"), r"the weights lack model\.norm\.weight, which would be random"),
     "the head missing": (lacking("lm_head"), r"the weights lack lm_head\.weight, which would be random"),
     "a layer too many": (
         edited("config.json", num_hidden_layers=1),
-        f"the weights hold {LAYER_1}, but config.json says 1 layers .*; {ONE_MODEL}",
+        f"the weights hold {LAYER_1}, but config.json has 1 layers .*; {ONE_MODEL}",
     ),
-    "weights in fp8": (linears_as(torch.float8_e4m3fn), r"holds model\.layers\.0\..* as F8_E4M3, .*; give the original"),
-    "weights in int8": (linears_as(torch.int8), r"holds model\.layers\.0\..* as I8, .*; give the original 16-bit model$"),
+    "weights in fp8": (linears_as(torch.float8_e4m3fn), r"holds model\.layers\.0\..* as F8_E4M3, .*; use the original"),
+    "weights in int8": (linears_as(torch.int8), r"holds model\.layers\.0\..* as I8, .*; use the original 16-bit model$"),
     "no tokenizer": (without("tokenizer.json"), r"no usable tokenizer: .*; fetch tokenizer\.json and tokenizer_config"),
     "a tokenizer cut": (written("tokenizer.json", '{"version'), r"no usable tokenizer: .*; fetch tokenizer\.json and "),
     "a tokenizer without vocabulary": (without_vocabulary, r"no vocabulary beside its 4 added .*; fetch tokenizer\.json"),
 }  # fmt: skip
 BROKEN_SHARDS: dict[str, tuple[Damage, str]] = {
-    "a shard missing": (without(SHARD), rf"{SHARD} is missing, which {INDEX} names; fetch it$"),
-    "a shard cut": (written(SHARD, "{"), rf"{SHARD} \(1 bytes\) is cut or damaged"),
+    "a shard missing": (without(SHARD), rf"{SHARD} is missing, which {INDEX} names; download it$"),
+    "a shard cut": (written(SHARD, "{"), rf"{SHARD} \(1 bytes\) is truncated or damaged"),
     "an index that names more": (
-        index_that_names_more, rf"{SHARD} lacks model\.layers\.0\.mlp\.gate_proj\.bias, which {INDEX} says it holds; fetch",
+        index_that_names_more, rf"{SHARD} lacks model\.layers\.0\.mlp\.gate_proj\.bias, which {INDEX} names; download",
     ),
-    "an index no JSON": (written(INDEX, "{"), rf"{INDEX} cannot be read \(JSONDecodeError: .*\); fetch it again$"),
-    "an index without a map": (written(INDEX, "{}"), rf"{INDEX} cannot be read \(KeyError: 'weight_map'\); fetch it"),
-    "an index of nothing": (written(INDEX, '{"weight_map": {}}'), rf"{INDEX} names no tensor; fetch it again$"),
+    "an index no JSON": (written(INDEX, "{"), rf"{INDEX} cannot be read \(JSONDecodeError: .*\); download it again$"),
+    "an index without a map": (written(INDEX, "{}"), rf"{INDEX} cannot be read \(KeyError: 'weight_map'\); download it"),
+    "an index of nothing": (written(INDEX, '{"weight_map": {}}'), rf"{INDEX} names no tensor; download it again$"),
 }  # fmt: skip
 
 
@@ -270,7 +271,7 @@ def test_whole_base_without_a_generation_config_trains(
     base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
     damage(base)
     assert train(base, tmp_path / "run") == 0
-    assert "have no place in the model" not in capsys.readouterr().err
+    assert "unused tensors" not in capsys.readouterr().err
 
 
 def test_an_index_of_one_file_is_one_set_of_weights(pico_llama: Path, tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_tensors_without_a_place_are_named(pico_llama: Path, tmp_path: Path, cap
     base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
     having("vision_tower.layers.30.weight", 8, 8)(base)
     assert train(base, tmp_path / "run") == 0
-    said = "weights: vision_tower.layers.30.weight in the files have no place in the model and are not used\n"
+    said = "weights: unused tensors in the files: vision_tower.layers.30.weight (not part of the model)\n"
     assert capsys.readouterr().err.count(said) == 1
 
 

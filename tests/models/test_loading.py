@@ -251,7 +251,7 @@ def test_stored_settings_that_are_not_named_are_the_defaults_of_transformers(
 def test_other_quantisation_is_refused(pico_llama: Path, tmp_path: Path) -> None:
     folder = copy_of(pico_llama, tmp_path / "gptq")
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ModelError, match="quantised already with gptq"):
+    with pytest.raises(ModelError, match="already quantized with gptq"):
         load(folder)
 
 
@@ -318,9 +318,9 @@ def no_tokenizer(folder: Path) -> None:
         (foreign_model_type, "perceptron"),
         (no_config, "holds no config.json"),
         (no_weights, "holds neither model.safetensors nor"),
-        (pickled_weights, "consolidated.00.pth is a pickle of another kind"),
-        (cut_weights, "model.safetensors .* is cut or damaged"),
-        (rubbish_weights, "model.safetensors .* is cut or damaged"),
+        (pickled_weights, "consolidated.00.pth is a pickle other than"),
+        (cut_weights, "model.safetensors .* is truncated or damaged"),
+        (rubbish_weights, "model.safetensors .* is truncated or damaged"),
         (no_tokenizer, "no usable tokenizer"),
     ],
 )

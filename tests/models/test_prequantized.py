@@ -234,9 +234,8 @@ def test_other_formats_are_refused_by_load_and_merge(config: Any, pico_llama: Pa
     base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
     content = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**content, "quantization_config": config}))
-    message = (
-        rf"is quantised already with {config['quant_method']}.* which is not read .*; give the original 16-bit model"
-    )
+    method = config["quant_method"]
+    message = rf"is already quantized with {method}.* which is not supported .*; use the original 16-bit model"
     with pytest.raises(ModelError, match=message):
         load(base)
     with pytest.raises(MergeError, match=message):

@@ -7,6 +7,7 @@ One file is open at a time: the pages of a file that was read count as memory of
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +15,11 @@ from typing import Any, Self
 
 import torch
 from bitsandbytes.functional import QuantState, quantize_4bit
-from safetensors import safe_open
 
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.kernels.ops.dequantize import by_bitsandbytes
-from qlora_train.models.checkpoint_tensors import plain_tensors
+from qlora_train.models.checkpoint_tensors import DTYPES, StoredTensor, list_tensors, open_file
 from qlora_train.models.prequantized import Parts, PrequantizedFormat, prequantized_format
-from qlora_train.models.weight_files import INDEX, weight_files
 from qlora_train.utils.errors import MergeError, ModelError
 
 BLOCK_SIZE = 64
@@ -29,10 +28,6 @@ _STATE = ".quant_state.bitsandbytes__"
 _STATE_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _FOREIGN = (".SCB", ".qweight", ".weight_scale", ".weight_scale_inv", "_blocks")
 """Ends of names in quantised formats, which none of the tensors has that are read."""
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 class BaseCheckpoint:
@@ -53,14 +48,12 @@ class BaseCheckpoint:
     def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         self.folder = folder
         self._released_dtype = dtype
-        self._where = _files_by_tensor(folder)
-        self._open: tuple[str, Any] | None = None
-        self._headers = _headers(folder, self._where)
-        self._state_key = {key.partition(_STATE)[0]: key for key in self._where if _STATE in key}
+        self._open: tuple[Path, Any] | None = None
+        self._tensors = _list_tensors(folder)
+        self._state_key = {key.partition(_STATE)[0]: key for key in self._tensors if _STATE in key}
         self.stored_4bit = frozenset(self._state_key)
         self._turned: frozenset[str] = frozenset()
-        self._release, self._parts = _release(folder, {name: dtype for name, (_, dtype) in self._headers.items()})
-        plain = self._where if self._release is None else plain_tensors(self._where, self._release, self._parts)
+        self._stored_format, plain, self._parts = _prequantized(folder, self._tensors)
         self.names = (*(key for key in plain if not self._is_side_tensor(key)), *self._parts)
         foreign = [key for key in self.names if key.endswith(_FOREIGN)]
         if foreign:
@@ -83,10 +76,10 @@ class BaseCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape; that of a quantised one is its dequantised shape."""
-        if self._release is not None and name in self._parts:
-            return self._release.shape(self._headers[self._parts[name][0]][0])
+        if self._stored_format is not None and name in self._parts:
+            return self._stored_format.shape(self._tensors[self._parts[name][0]].shape)
         if name not in self.stored_4bit:
-            return self._headers[name][0]
+            return self._tensors[name].shape
         shape = tuple(self._quant_state(name).shape)
         return shape[::-1] if name in self._turned else shape
 
@@ -100,18 +93,18 @@ class BaseCheckpoint:
             return self._quant_state(name).dtype
         if name in self._parts:
             return self._released_dtype
-        stored = self._headers[name][1]
-        if stored not in _DTYPES:
+        stored = self._tensors[name].dtype
+        if stored not in DTYPES:
             raise MergeError(
                 f"{self.folder}: {name} is stored as {stored}, which the merge does not read; give 16 bits"
             )
-        return _DTYPES[stored]
+        return DTYPES[stored]
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor in its stored dtype, quantised ones dequantised."""
-        if self._release is not None and name in self._parts:
+        if self._stored_format is not None and name in self._parts:
             codes, scales = (self._stored(part) for part in self._parts[name])
-            return self._release.dequantize(codes, scales, self._released_dtype)
+            return self._stored_format.dequantize(codes, scales, self._released_dtype)
         if name not in self.stored_4bit:
             return self._stored(name)
         weight = by_bitsandbytes(self._file(name).get_tensor(name), self._quant_state(name))
@@ -122,10 +115,10 @@ class BaseCheckpoint:
         return tensor
 
     def _file(self, key: str) -> Any:
-        file = self._where[key]
+        file = self._tensors[key].file
         if self._open is None or self._open[0] != file:
             self._close()
-            self._open = file, safe_open(str(self.folder / file), "pt", device="cpu").__enter__()
+            self._open = file, open_file(file).__enter__()
         return self._open[1]
 
     def _close(self) -> None:
@@ -137,50 +130,29 @@ class BaseCheckpoint:
         return _STATE in key or any(key.endswith(p) and key.removesuffix(p) in self.stored_4bit for p in _STATE_PARTS)
 
     def _quant_state(self, name: str) -> QuantState:
-        parts = [name + part for part in _STATE_PARTS if name + part in self._where] + [self._state_key[name]]
+        parts = [name + part for part in _STATE_PARTS if name + part in self._tensors] + [self._state_key[name]]
         return QuantState.from_dict({k: self._file(k).get_tensor(k) for k in parts}, device=torch.device("cpu"))
 
 
-def _files_by_tensor(folder: Path) -> dict[str, str]:
+def _list_tensors(folder: Path) -> dict[str, StoredTensor]:
     try:
-        files = weight_files(folder, str(folder))
+        return list_tensors(folder, str(folder))
     except ModelError as error:
         raise MergeError(str(error)) from None
-    missing = sorted(path.name for path in files if not path.is_file())
-    if missing:
-        raise MergeError(f"{folder}: {missing[0]} is named in {INDEX} but not there; download the base again")
-    return {tensor: path.name for path, tensors in files.items() for tensor in tensors or _tensor_names(path)}
 
 
-def _tensor_names(path: Path) -> list[str]:
-    with safe_open(str(path), "pt", device="cpu") as file:
-        return list(file.keys())
-
-
-def _release(folder: Path, dtypes: dict[str, str]) -> tuple[PrequantizedFormat | None, dict[str, Parts]]:
-    """Return how the release stores its weights, and the parts of each; nothing for any other checkpoint."""
+def _prequantized(
+    folder: Path, tensors: Mapping[str, StoredTensor]
+) -> tuple[PrequantizedFormat | None, list[str], dict[str, Parts]]:
+    """Return the format of a pre-quantized checkpoint, its plain tensors, and the parts of each quantized weight."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
-        release = prequantized_format(config, str(folder))
-        return release, {} if release is None else release.parts(dtypes)
+        stored_format = prequantized_format(config, str(folder))
+        if stored_format is None:
+            return None, list(tensors), {}
+        return stored_format, *stored_format.split({name: each.dtype for name, each in tensors.items()})
     except ModelError as error:
         raise MergeError(str(error)) from None
-
-
-def _headers(folder: Path, where: dict[str, str]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shape and the stored dtype of every tensor."""
-    headers = {}
-    for name in sorted(set(where.values())):
-        with safe_open(str(folder / name), "pt", device="cpu") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                part = file.get_slice(key)
-                headers[key] = tuple(part.get_shape()), str(part.get_dtype())
-    missing = sorted(set(where) - set(headers))
-    if missing:
-        raise MergeError(
-            f"{folder}: {missing[0]} is named in {INDEX} but not in {where[missing[0]]}; download the base again"
-        )
-    return headers
 
 
 @dataclass(frozen=True)
