@@ -1,9 +1,10 @@
 """The data stage: files -> rows -> tokens and loss mask -> batches.
 
-`sources` finds files, `readers` cut them into chunks of records, `formats` understands rows, `template` makes tokens and
-masks of them; `tokenized` does all that for a chunk, in `workers`; `store` holds the result in the `cache`; `prepare` runs
-it all and chooses what is trained on and held out, `report` says what became of every row. `batches` and `packing`, which
-alone import torch, feed the trainer.
+In this order: `sources` finds files, `readers` split them into chunks of records, `formats` turns records into rows,
+`render` turns rows into tokens and loss masks, `overflow` cuts long ones. `tokenize_chunk` does all that for one chunk, in
+the processes of `worker_pool`; `token_store` and `token_cache` keep the result. `prepare` runs it and selects the rows to
+train on and to hold out, `data_report` counts what became of each row. `collate` and `packing` build batches; only they
+import torch.
 """
 
 from qlora_train.data.chat_template import encode_chat, render_chat

@@ -1,40 +1,32 @@
-"""Where the answers of a rendered conversation begin and end: characters -> tokens."""
+"""Character spans of answers -> the tokens to train on, and the checks that an answer is complete in them."""
 
 import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
+from qlora_train.data.answer_spans import LOST_CALL, REWRITTEN, THINK_WINDOW, AnswerSpan
+from qlora_train.data.reasoning import THINK_END, THINK_START
 from qlora_train.data.types import Message, TokenArray, UnusableRowError
 
-REWRITTEN = (
-    "the chat template leaves out or rewrites part of an assistant turn (reasoning of earlier turns?); "
-    "data.train_on: last looks at the last turn only"
-)
-LOST_CALL = "the chat template leaves out or rewrites a call"
 NO_END = (
     "the chat template ends an assistant turn without a special token (or with another one than when it comes last), so "
-    "no end can be learnt"
+    "the model cannot learn to stop"
 )
-
-TWO_THOUGHTS = (
+TWO_THINK_BLOCKS = (
     "the chat template writes thoughts of its own around an assistant turn whose content has <think> or </think> in it; "
     "write them as reasoning_content"
 )
-THOUGHT_TAGS = ("<think>", "</think>")
-OPENED = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
-MOST_OPENED = 40
-"""Characters at the end of a prompt in which thoughts are opened or closed."""
+PROMPT_OPENS_THINKING = re.compile(rf"{THINK_START}\s*(?:{THINK_END}\s*)?\Z")
 
 
 class TokenizedText:
-    """A text with its special tokens, its tokens, and which characters each token covers.
+    """A text with its special tokens, its tokens, and the characters that each covers.
 
     Attributes:
         ids: the tokens.
@@ -53,7 +45,7 @@ class TokenizedText:
         offsets: list[tuple[int, int]] = self._encoding.offsets
         return offsets
 
-    def first_token_after(self, position: int) -> int:
+    def first_token_from(self, position: int) -> int:
         """Return the index of the first token with a character at or after `position`; (seq,) if there is none."""
         if position == 0:  # a tokenizer that prepends a space may give it the empty range at 0
             return 0
@@ -72,117 +64,97 @@ def tokenize(tokenizer: Any, text: str) -> Any:
     return tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerPlace:
-    """Where an answer stands in the text of its conversation, in characters.
-
-    Attributes:
-        prompt_end: where the text that inference sends ends, the generation prompt included.
-        begin: where learning begins: there, or later where the template's ``{% generation %}`` block does.
-        said_end: where the turn's content ends; the name of its last call where it has calls.
-        end: where all that the template writes for the turn ends.
-    """
-
-    prompt_end: int
-    begin: int
-    said_end: int
-    end: int
-
-
-def answer_span(
-    whole: TokenizedText, place: AnswerPlace, turn: Message, special_places: Sequence[int], eos: int
+def answer_tokens(
+    whole: TokenizedText, span: AnswerSpan, turn: Message, special: Sequence[int], eos: int
 ) -> tuple[int, int]:
-    """Return the first token of an answer and its last: the special token that ends the turn.
+    """Return the first and the last token of an answer; the last is the special token that ends the turn.
 
     Special tokens that follow each other without anything between them end the turn together.
 
     Args:
         whole: the conversation.
-        place: of the answer.
-        turn: what the row says there.
-        special_places: indices of all special tokens of `whole`, in order.
+        span: of the answer.
+        turn: the answer as the row has it.
+        special: indices of all special tokens of `whole`, in order.
         eos: the end-of-sequence token.
 
     Raises:
-        UnusableRowError: no special token ends the turn, or the template left out part of what the row says.
+        UnusableRowError: no special token ends the turn, or the text lacks a part of it.
     """
-    start = whole.first_token_after(place.begin)
-    first, behind = (
-        bisect_left(special_places, whole.first_token_after(position)) for position in (place.said_end, place.end)
-    )
-    num_leading = next((i for i, token in enumerate(special_places) if token != i), len(special_places))
-    openers = {whole.ids[token] for token in special_places[:num_leading]} - {eos}
-    ends = _before_next_turn(whole, place, special_places[first:behind], openers)
+    first, behind = (bisect_left(special, whole.first_token_from(it)) for it in (span.content_end, span.end))
+    ends = _before_next_header(whole, span, special[first:behind], special, eos)
     if not ends:
         raise UnusableRowError(NO_END)
-    last = len(ends) - 1 if turn.get("tool_calls") else 0  # special tokens may stand around calls
+    last = len(ends) - 1 if turn.get("tool_calls") else 0  # special tokens may enclose calls
     while last + 1 < len(ends) and ends[last + 1] == ends[last] + 1:
         last += 1
-    _refuse_unsaid(whole.text, place, whole.chars_of(ends[last])[0], turn)
-    return start, ends[last]
+    _refuse_incomplete(whole.text, span, whole.chars_of(ends[last])[0], turn)
+    return whole.first_token_from(span.begin), ends[last]
 
 
-def _before_next_turn(
-    whole: TokenizedText, place: AnswerPlace, ends: Sequence[int], openers: Container[int]
+def _before_next_header(
+    whole: TokenizedText, span: AnswerSpan, ends: Sequence[int], special: Sequence[int], eos: int
 ) -> Sequence[int]:
     """Return the special tokens behind an answer up to the header of the next turn.
 
-    Some templates write that header even where no turn follows. It begins as the conversation does (`openers`), or is
-    the end of the answer's own prompt once more.
+    Some templates write that header even where no turn follows. It begins with a token that begins the conversation, or
+    repeats the end of the answer's own prompt.
     """
+    num_leading = next((i for i, token in enumerate(special) if token != i), len(special))
+    openers: Container[int] = {whole.ids[token] for token in special[:num_leading]} - {eos}
     for index, token in enumerate(ends[1:], start=1):
         rest = whole.text[whole.chars_of(token)[0] :]
-        if whole.ids[token] in openers or whole.text.endswith(rest, 0, place.prompt_end):
+        if whole.ids[token] in openers or whole.text.endswith(rest, 0, span.prompt_end):
             return ends[:index]
     return ends
 
 
-def _refuse_unsaid(text: str, place: AnswerPlace, end: int, turn: Message) -> None:
-    """Check that the text of an answer has what the row says there, and thoughts once.
+def _refuse_incomplete(text: str, span: AnswerSpan, end: int, turn: Message) -> None:
+    """Check that the text of an answer up to `end` has all that the row has, and reasoning once.
 
-    A prompt may open the thoughts with which the answer begins.
+    A prompt may open the think block with which the answer begins.
     """
-    opened = OPENED.search(text, max(0, place.prompt_end - MOST_OPENED), place.prompt_end)
-    written = text[opened.start() if opened else place.prompt_end : end]
+    opened = PROMPT_OPENS_THINKING.search(text, max(0, span.prompt_end - THINK_WINDOW), span.prompt_end)
+    written = text[opened.start() if opened else span.prompt_end : end]
     content = turn["content"]
-    is_with_tags = any(tag in content for tag in THOUGHT_TAGS)
-    if is_with_tags and _has_more_thoughts(written, content, num_before=int("reasoning_content" in turn)):
-        raise UnusableRowError(TWO_THOUGHTS)
-    learnt = squeezed(written if is_with_tags and place.begin == place.prompt_end else text[place.begin : end])
-    leaves = (leaf for call in turn.get("tool_calls", []) for leaf in _leaves(call))
-    parts = (content, turn.get("reasoning_content", ""))
-    if not (all(squeezed(part) in learnt for part in parts) and all(_is_said(leaf, learnt) for leaf in leaves)):
+    has_tags = THINK_START in content or THINK_END in content
+    if has_tags and _has_more_thoughts(written, content, num_before=int("reasoning_content" in turn)):
+        raise UnusableRowError(TWO_THINK_BLOCKS)
+    trained = squeezed(written if has_tags and span.begin == span.prompt_end else text[span.begin : end])
+    is_complete = all(squeezed(part) in trained for part in (content, turn.get("reasoning_content", "")))
+    if not is_complete or not _has_calls(turn, trained):
         raise UnusableRowError(REWRITTEN)
 
 
 def _has_more_thoughts(written: str, content: str, num_before: int) -> bool:
-    opened, closed = THOUGHT_TAGS
-    num_closed = content.count(closed)
+    num_closed = content.count(THINK_END)
     return (
-        written.count(closed) > num_closed + num_before
-        or written.count(opened) > max(content.count(opened), num_closed) + num_before
+        written.count(THINK_END) > num_closed + num_before
+        or written.count(THINK_START) > max(content.count(THINK_START), num_closed) + num_before
     )
 
 
-def refuse_lost(text: str, without_tools: str, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
-    """Check that a conversation's text has what a template for plain chats leaves out in silence.
+def refuse_lost_tools(
+    text: str, without_tools: str, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+) -> None:
+    """Check that a text has the tools, calls and results of its conversation, which many templates leave out silently.
 
     Args:
-        text: the conversation's.
-        without_tools: that of the same conversation without functions.
+        text: of the conversation.
+        without_tools: the same conversation rendered without `tools`.
         turns: the conversation.
         tools: functions that may be called.
 
     Raises:
-        UnusableRowError: it lacks a function, a call, or what a function returned.
+        UnusableRowError: one is missing.
     """
     everything = squeezed(text)
-    if tools and (text == without_tools or not all(_is_said(it["function"]["name"], everything) for it in tools)):
+    if tools and (text == without_tools or not all(_is_in(it["function"]["name"], everything) for it in tools)):
         raise UnusableRowError("the chat template does not print tools; set model.chat_template to one that does")
     for turn in turns:
-        if turn["role"] == "tool" and not _is_said(turn["content"], everything):
+        if turn["role"] == "tool" and not _is_in(turn["content"], everything):
             raise UnusableRowError("the chat template leaves out or rewrites what a tool returned")
-        if not all(_is_said(leaf, everything) for call in turn.get("tool_calls", []) for leaf in _leaves(call)):
+        if not _has_calls(turn, everything):
             raise UnusableRowError(LOST_CALL)
 
 
@@ -191,11 +163,14 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _leaves(call: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the name of a tool call, and every name and value of its arguments."""
-    function = call.get("function", call)
+def _has_calls(turn: Message, text: str) -> bool:
+    """Return whether a squeezed text has every name and value of a turn's tool calls."""
+    return all(_is_in(leaf, text) for call in turn.get("tool_calls", []) for leaf in _leaves(call["function"]))
+
+
+def _leaves(function: Mapping[str, Any]) -> Iterator[Any]:
     yield function["name"]
-    pending = [function.get("arguments")]
+    pending = [function["arguments"]]
     while pending:
         value = pending.pop()
         if isinstance(value, Mapping):
@@ -207,8 +182,8 @@ def _leaves(call: Mapping[str, Any]) -> Iterator[Any]:
             yield value
 
 
-def _is_said(leaf: Any, text: str) -> bool:
-    """Say whether a name or value stands in a squeezed text, as it is or as JSON has it."""
+def _is_in(leaf: Any, text: str) -> bool:
+    """Return whether a squeezed text has a name or value, as it is or as JSON."""
     if not isinstance(leaf, str):
         return json.dumps(leaf) in text
     forms = (leaf, json.dumps(leaf, ensure_ascii=False)[1:-1], json.dumps(leaf)[1:-1])

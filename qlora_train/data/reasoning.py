@@ -1,22 +1,21 @@
-"""Thoughts inside the content of an answer -> `reasoning_content`, for chat templates that write reasoning themselves."""
+"""``<think>`` blocks in answers -> `reasoning_content`, for chat templates that write reasoning themselves."""
 
 import re
 
 from qlora_train.data.types import Message, UnusableRowError
 
-END_OF_THOUGHTS = "</think>"
-INLINE = re.compile(rf"\A\s*<think>(.*?){END_OF_THOUGHTS}(.*)\Z", re.DOTALL)
+THINK_START, THINK_END = "<think>", "</think>"
+THINK_BLOCK = re.compile(rf"\A\s*{THINK_START}(.*?){THINK_END}(.*)\Z", re.DOTALL)
+"""A text that begins with a think block: its reasoning, and the answer behind it."""
 
 
 def with_reasoning(turn: Message) -> Message:
-    """Return an answer whose content begins with ``<think>...</think>`` with these as its reasoning; empty ones as none.
+    """Move a think block at the start of an answer to its `reasoning_content`; an empty block is removed.
 
     Raises:
-        UnusableRowError: nothing follows the thoughts, or the turn has reasoning beside them.
+        UnusableRowError: nothing follows the block, or the turn has reasoning beside it.
     """
-    if turn["role"] != "assistant":
-        return turn
-    found = INLINE.fullmatch(turn["content"])
+    found = THINK_BLOCK.fullmatch(turn["content"]) if turn["role"] == "assistant" else None
     if found is None:
         return turn
     reasoning, content = found[1].strip("\n"), found[2].lstrip("\n")

@@ -32,7 +32,7 @@ class SpecialTokens:
         self._pattern = re.compile("|".join(re.escape(text) for text in sorted(self.by_text, key=len, reverse=True)))
         self._beginning = _beginning(tokenizer)
 
-    def places_in(self, input_ids: TokenArray) -> list[int]:
+    def indices_in(self, input_ids: TokenArray) -> list[int]:
         """Return the indices of the special tokens in `input_ids` (seq,), in order."""
         places: list[int] = np.flatnonzero(self._is_special[input_ids]).tolist()
         return places
@@ -61,11 +61,11 @@ class SpecialTokens:
             if match:
                 raise UnusableRowError(f"{name} holds the special token {match.group()}")
 
-    def begins_twice(self, input_ids: Sequence[int]) -> bool:
+    def starts_with_two_bos(self, input_ids: Sequence[int]) -> bool:
         """Say whether a row begins with two beginning tokens."""
         return self.bos is not None and list(input_ids[:2]) == [self.bos, self.bos]
 
-    def beginning_for(self, input_ids: list[int]) -> list[int]:
+    def bos_for(self, input_ids: list[int]) -> list[int]:
         """Return what the tokenizer puts before a plain text: its bos token or nothing; never a second one."""
         return [] if input_ids[:1] == self._beginning else list(self._beginning)
 

@@ -88,7 +88,7 @@ def _encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], date: datetime.da
             raise DataError(f"prompt {number} is empty; every prompt needs at least one turn, or text")
         if isinstance(prompt, str):
             ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            encoded.append(SpecialTokens(tokenizer).beginning_for(ids) + ids)
+            encoded.append(SpecialTokens(tokenizer).bos_for(ids) + ids)
         else:
             encoded.append(encode_chat(tokenizer, prompt, date=date, add_generation_prompt=True))
     return encoded

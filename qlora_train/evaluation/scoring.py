@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlora_train.data.reasoning import END_OF_THOUGHTS, INLINE
+from qlora_train.data.reasoning import THINK_BLOCK, THINK_END
 from qlora_train.data.types import Example, Prompt
 from qlora_train.utils.errors import DataError
 
@@ -41,7 +41,7 @@ def score_answers(expected: Sequence[str], got: Sequence[str]) -> AnswerScores:
         raise ValueError(f"{len(expected)} expected answers and {len(got)} answers")
     if not expected:
         raise DataError("no answers to score; give data.eval rows with an assistant turn")
-    expected = [INLINE.sub(r"\2", text) for text in expected]
+    expected = [THINK_BLOCK.sub(r"\2", text) for text in expected]
     got = [_behind_thoughts(answer, text) for text, answer in zip(expected, got, strict=True)]
     wanted, found = [_pairs(text) for text in expected], [_pairs(text) for text in got]
     matches = tuple(
@@ -57,9 +57,9 @@ def score_answers(expected: Sequence[str], got: Sequence[str]) -> AnswerScores:
 
 def _behind_thoughts(answer: str, expected: str) -> str:
     """Return a generated answer without its thoughts, whose opening tag may stand in the prompt."""
-    if END_OF_THOUGHTS in expected:  # there it is text
-        return INLINE.sub(r"\2", answer)
-    return answer.partition(END_OF_THOUGHTS)[2] or answer
+    if THINK_END in expected:  # there it is text
+        return THINK_BLOCK.sub(r"\2", answer)
+    return answer.partition(THINK_END)[2] or answer
 
 
 Pairs = frozenset[tuple[str, str]]

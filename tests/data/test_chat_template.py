@@ -13,7 +13,7 @@ from jinja2.exceptions import TemplateError
 
 from qlora_train.config import DataSection
 from qlora_train.data import encode_chat, prepare_data, render_chat
-from qlora_train.data.chat_template import DIRECTIVES, generation_blocks
+from qlora_train.data.chat_template import DIRECTIVES, ChatRenderer
 from qlora_train.data.render import Renderer
 from qlora_train.data.types import Message, Row
 from qlora_train.utils.errors import DataError
@@ -61,7 +61,7 @@ def test_a_date_gives_the_same_data_again_and_another_date_does_not(tmp_path: Pa
 def test_generation_blocks_are_characters_of_the_dated_text() -> None:
     tokenizer = tokenizer_with(WITH_BLOCK)
     text = render_chat(tokenizer, TURNS, date=DATE)
-    ((begin, end),) = generation_blocks(tokenizer, TURNS, date=DATE)
+    ((begin, end),) = ChatRenderer(tokenizer, DATE).generation_blocks(TURNS) or ()
     assert text[begin:end] == "hello<|im_end|>"
     assert text.startswith(DATE.isoformat())
 

@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
-from qlora_train.data.render import REACHES_OVER, Renderer
+from qlora_train.data.render import CROSSES_PROMPT_END, Renderer
 from qlora_train.data.types import Message, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
 from tests.data.test_render import metaspace_tokenizer
@@ -251,7 +251,7 @@ def check(name: str, kind: str, turns: tuple[Message, ...]) -> None:
     assert len(truth.ends) >= len(answers)
     assert all(example.loss_mask[end] for end in truth.ends)
     check_beginning(name, kind, truth.ids)
-    check_inference(name, kind, turns, truth, reaches_over=REACHES_OVER in example.warnings)
+    check_inference(name, kind, turns, truth, reaches_over=CROSSES_PROMPT_END in example.warnings)
 
 
 def check_beginning(name: str, kind: str, ids: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_train.config.schema import CHAT_TEMPLATE_NAMES
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES, resolve_chat_template
-from qlora_train.data.render import REACHES_OVER, TWO_BEGINNINGS, Renderer
+from qlora_train.data.render import CROSSES_PROMPT_END, TWO_BOS, Renderer
 from qlora_train.data.types import Example, Message, Row, UnusableRowError
 from qlora_train.utils.errors import ConfigError, DataError
 from tests.support.pico import CORPUS, build_tokenizer
@@ -209,7 +209,7 @@ def test_a_generation_prompt_that_training_text_lacks_is_refused() -> None:
 def test_a_template_without_an_end_of_turn_token_is_refused() -> None:
     jinja = "{% for m in messages %}" + EVERY_TURN + "{{ '\n' }}{% endfor %}" + GENERATION_PROMPT
     with pytest.raises(
-        DataError, match=r"without a special token .* so no end can be learnt; set model.chat_template to"
+        DataError, match=r"without a special token .* so the model cannot learn to stop; set model.chat_template to"
     ):
         renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b")))
 
@@ -357,7 +357,7 @@ def test_a_token_over_the_border_counts_as_the_answers_and_is_reported(trim_offs
     learnt = example.input_ids[example.loss_mask].tolist()
     assert tokenizer.convert_ids_to_tokens(learnt[0]) == "Ġthe"
     assert tokenizer.decode(learnt) == " the fox<|im_end|>"
-    assert example.warnings == (REACHES_OVER,)
+    assert example.warnings == (CROSSES_PROMPT_END,)
 
 
 def metaspace_tokenizer() -> Any:
@@ -476,7 +476,7 @@ def test_the_beginning_token_comes_once_and_a_row_of_tokens_with_two_is_noted() 
     bos = tokenizer.bos_token_id
     example = renderer(tokenizer).render(Row("row", text="<s><s><s>hello"))
     assert tokenizer.decode(example.input_ids) == "<s>hello<|im_end|>"
-    assert renderer(tokenizer).render(Row("row", input_ids=(bos, bos, 5))).warnings == (TWO_BEGINNINGS,)
+    assert renderer(tokenizer).render(Row("row", input_ids=(bos, bos, 5))).warnings == (TWO_BOS,)
     tokenizer.chat_template = "{{ bos_token + bos_token }}" + TEMPLATES["chatml"].replace("bos_token", "no_token")
     with pytest.raises(DataError, match="chat template writes the beginning token twice"):
         renderer(tokenizer).render(Row("row", conversation("a", "b")))

@@ -18,7 +18,7 @@ from typing import TypeVar
 from jinja2.exceptions import TemplateError
 
 from qlora_train.data.chat_template import CLOCK
-from qlora_train.data.template_layout import MARK, ROLES, tested_words
+from qlora_train.data.template_layout import MARKER, ROLES, tested_words
 from qlora_train.data.types import Message
 
 Key = TypeVar("Key")
@@ -123,11 +123,11 @@ def find_separators(render: Render, jinja: str) -> tuple[Separators, list[str]]:
             if order in REQUIRED:
                 raise UnsupportedTemplateError(f"the chat template refuses a plain conversation: {error}") from None
             continue
-        if MARK.findall(text) != [turn["content"] for turn in turns]:
+        if MARKER.findall(text) != [turn["content"] for turn in turns]:
             if order in REQUIRED or order == "su":
                 raise UnsupportedTemplateError("the chat template leaves out, repeats or moves what a turn says")
             continue
-        separators.learn([turn["role"] for turn in turns], MARK.split(text))
+        separators.learn([turn["role"] for turn in turns], MARKER.split(text))
         seen.append(order)
     for order in seen:
         turns = _turns(order, [CONTENTS[index % len(CONTENTS)] for index in range(len(order))])
