@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qlora-train-tests-")  # not the user's
 # one folder a process: Python keeps the package that is first imported from it
@@ -94,3 +95,19 @@ def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO, logger="qlora_train"):
         yield caplog
     logger.propagate = before
+
+
+@pytest.fixture
+def preserve_library_settings() -> Iterator[None]:
+    """Restore logging, warnings and progress bars after `cli.main` ran in this process."""
+    import transformers
+
+    logger = logging.getLogger("qlora_train")
+    before = logger.handlers[:], logger.level, logger.propagate
+    bitsandbytes, verbosity = logging.getLogger("bitsandbytes").level, transformers.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield
+    logger.handlers[:], logger.level, logger.propagate = before
+    logging.getLogger("bitsandbytes").setLevel(bitsandbytes)
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()

@@ -1,6 +1,6 @@
 """The configuration of a run: read from YAML with line numbers, checked as a whole, without torch."""
 
-from qlora_train.config.reader import load_config
+from qlora_train.config.reader import load_config, load_run_config
 from qlora_train.config.schema import (
     DataSection,
     ExportSection,
@@ -14,6 +14,6 @@ from qlora_train.config.schema import (
 )
 
 __all__ = [
-    "load_config", "RunConfig", "ModelSection", "QuantizationSection", "LoraSection", "DataSection", "Source",
-    "TrainSection", "RunSection", "ExportSection",
+    "load_config", "load_run_config", "RunConfig", "ModelSection", "QuantizationSection", "LoraSection",
+    "DataSection", "Source", "TrainSection", "RunSection", "ExportSection",
 ]  # fmt: skip

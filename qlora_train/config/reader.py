@@ -39,6 +39,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return load_with_locations(path, overrides)[0]
 
 
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a config; `run.output_dir` defaults to runs/<name of the file>.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    config = load_config(path, overrides)
+    output_dir = config.run.output_dir or f"runs/{path.stem}"
+    return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": output_dir})})
+
+
 def load_with_locations(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Node]:
     """Return the checked config and the tree it was read from, whose nodes know where they were written.
 

@@ -91,7 +91,7 @@ def test_first_signal_saves_the_step_and_the_run_goes_on_to_the_same_bits(runs: 
         assert ended.status in (statuses[asked], 0), ended
         assert "Traceback" not in ended.log, ended.log
         if ended.status:
-            assert "the same command goes on" in ended.log.splitlines()[-1]
+            assert "the same command resumes" in ended.log.splitlines()[-1]
             if "training: starts" in ended.log and "step 1/" in ended.log:
                 assert run.checkpoint_steps(), ended.log
         return runs.finished(run, *settings) == wanted, ended.status
@@ -152,7 +152,7 @@ def test_run_is_gone_before_its_minutes_are_over_and_goes_on_in_the_next(runs: R
         ended = process.end()
         seconds.append(time.monotonic() - begun)
         assert ended.status == 75, ended
-        assert "run.max_minutes: stopped; the same command goes on" in ended.log.splitlines()[-1]
+        assert "run.max_minutes: stopped; the same command resumes" in ended.log.splitlines()[-1]
         assert run.checkpoint_steps()[-1] > steps[-1], "each part of the run takes it further"
         steps.append(run.checkpoint_steps()[-1])
     in_time = sum(second < 60 * minutes for second in seconds)

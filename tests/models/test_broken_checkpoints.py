@@ -17,11 +17,10 @@ from qlora_train.cli.main import main
 from qlora_train.config.writer import to_yaml
 from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
 from qlora_train.utils.errors import MergeError
-from tests.cli.test_cli import libraries_stay_as_they_were
 from tests.support.pico import build_pico
 from tests.support.runs import make_config, train_run
 
-__all__ = ["libraries_stay_as_they_were"]  # a fixture that is applied here too
+pytestmark = pytest.mark.usefixtures("preserve_library_settings")
 
 LOG = re.compile(
     r":\d+: format \w+$|^device: |^data\.|^tokenizer: |^compute dtype: |^attention: |^quantization: "

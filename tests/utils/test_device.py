@@ -217,8 +217,8 @@ def initialises(*_):
     return 0
 torch.cuda.device_count = initialises
 torch.cuda.is_available = lambda: bool(initialises())
-from qlora_train.cli import main as cli
-cli.prepare_libraries()
+from qlora_train.cli import libraries
+libraries.prepare_libraries()
 import bitsandbytes
 """
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
