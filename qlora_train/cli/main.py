@@ -107,7 +107,7 @@ def _program(
 def _check_is_config(word: str) -> None:
     if Path(word).suffix in CONFIG_SUFFIXES or "/" in word or Path(word).exists():
         return  # the config reader reports what is wrong with it
-    hint = did_you_mean(word, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+    hint = did_you_mean(word, list(COMMANDS)) or f"; the commands are {', '.join(COMMANDS)}"
     raise ConfigError(f"{word}: neither a command nor a config{hint}")
 
 

@@ -1,21 +1,19 @@
-"""From a YAML file and `section.key=value` overrides to a checked `RunConfig`, with every problem reported at once.
+"""Read a YAML file and `section.key=value` overrides into a validated `RunConfig`; report all problems at once.
 
-Checks that compare several settings run after each of them is right by itself: a comparison with a value that is wrong
-anyway would only mislead.
+A config holds no secrets: it is saved with every run. Secrets are checked first, because other messages quote values.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from qlora_train.config.schema import RunConfig
-from qlora_train.config.secret_check import secrets_in, secrets_typed
-from qlora_train.config.source_location import Problem, SourceLocation
-from qlora_train.config.validation_errors import found_value, problems_of
+from qlora_train.config.source_location import Problem, SourceLocation, found_value
 from qlora_train.config.yaml_reader import Node, read_yaml
-from qlora_train.utils.errors import ConfigError, nearest_names
+from qlora_train.utils.errors import ConfigError, did_you_mean
+from qlora_train.utils.secrets import redact, secret_error
 
 MAX_BYTES = 1_000_000
 MAX_LINES = 200
@@ -27,14 +25,14 @@ BYTE_ORDER_MARKS = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, override and check a config.
+    """Read a config and apply overrides.
 
     Args:
         path: the YAML file.
-        overrides: `section.key=value`, the value as YAML; later ones win. A value is replaced as a whole.
+        overrides: `section.key=value`, the value as YAML; later ones win and replace the whole value.
 
     Raises:
-        ConfigError: one line for every problem, each beginning with ``file:line: section.key`` or the override.
+        ConfigError: one line per problem, each with ``file:line: section.key`` or the override.
     """
     return load_with_locations(path, overrides)[0]
 
@@ -51,12 +49,12 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_with_locations(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Node]:
-    """Return the checked config and the tree it was read from, whose nodes know where they were written.
+    """Return the config and the tree of nodes with their source locations.
 
     Raises:
-        ConfigError: as `load_config`; secrets are said alone, for what is said of other problems may quote them.
+        ConfigError: as `load_config`; if there are secrets, only these are reported.
     """
-    if secrets := list(secrets_typed(str(path), overrides)):
+    if secrets := list(_secrets_in_arguments(str(path), overrides)):
         raise ConfigError(_lines(secrets))
     root, problems = _read_file(Path(path))
     for override in overrides:
@@ -65,25 +63,27 @@ def load_with_locations(path: str | Path, overrides: Sequence[str] = ()) -> tupl
     try:
         config = RunConfig.model_validate(root.plain(), strict=True)
     except ValidationError as error:
-        answered = {(problem.place, problem.name) for problem in problems}
-        problems += [item for item in problems_of(error, root) if (item.place, item.name) not in answered]
+        from qlora_train.config.validation_errors import problems_of
+
+        known = {(problem.location, problem.name) for problem in problems}
+        problems += [item for item in problems_of(error, root) if (item.location, item.name) not in known]
     if problems:
         raise ConfigError(_lines(problems))
     return config, root
 
 
 def _lines(problems: Sequence[Problem]) -> list[str]:
-    ordered = sorted(problems, key=lambda problem: problem.place.order)
+    ordered = sorted(problems, key=lambda problem: problem.location.order)
     lines = list(dict.fromkeys(str(problem) for problem in ordered[:MAX_LINES]))
     more = len(ordered) - MAX_LINES
     return [*lines, f"and {more} more problems, not listed"] if more > 0 else lines
 
 
 def _read_file(path: Path) -> tuple[Node, list[Problem]]:
-    """Return the tree of the file; what makes it unreadable as a whole is raised, what is wrong inside is listed."""
+    """Return the tree of the file and the problems inside; raise if the file is unreadable as a whole."""
     text = _decode(path, _read_bytes(path))
     root, problems = read_yaml(text, lambda line: SourceLocation(str(path), line))
-    if secrets := list(secrets_in(root)):
+    if secrets := list(_secrets_in(root)):
         raise ConfigError(_lines(secrets))
     if problems and root.value is None:
         raise ConfigError(_lines(problems))
@@ -91,7 +91,9 @@ def _read_file(path: Path) -> tuple[Node, list[Problem]]:
         raise ConfigError(f"{path}: empty; a config needs at least model.model_name_or_path and data.train")
     if not isinstance(root.value, dict):
         sections = ", ".join(RunConfig.model_fields)
-        raise ConfigError(f"{root.place}: not a mapping (found {found_value(root.plain())}); sections are {sections}")
+        raise ConfigError(
+            f"{root.location}: not a mapping (found {found_value(root.plain())}); sections are {sections}"
+        )
     return root, problems
 
 
@@ -114,9 +116,7 @@ def _read_bytes(path: Path) -> bytes:
 def _nearest_file(path: Path) -> str:
     folders = [folder for folder in (path.parent, Path("configs"), Path("recipes")) if folder.is_dir()]
     files = {file.name: file for folder in reversed(folders) for file in folder.iterdir() if file.is_file()}
-    stems = {file.stem: file for file in files.values()}
-    close = nearest_names(path.stem, stems)
-    return f"; did you mean {' or '.join(str(stems[stem]) for stem in close)}?" if close else ""
+    return did_you_mean(path.stem, {file.stem: str(file) for file in files.values()})
 
 
 def _decode(path: Path, content: bytes) -> str:
@@ -132,32 +132,52 @@ def _decode(path: Path, content: bytes) -> str:
 
 
 def _apply_override(root: Node, override: str) -> list[Problem]:
-    """Set one value in the tree; return what is wrong with the override."""
     name, equals, text = override.partition("=")
-    place = SourceLocation("override " + " ".join(override.split()))
+    location = SourceLocation("override " + " ".join(override.split()))
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
-        return [Problem(place, "", "not an override; write section.key=value, such as train.learning_rate=1e-4")]
-    value, problems = read_yaml(text, lambda _: place)
+        return [Problem(location, "", "not an override; write section.key=value, such as train.learning_rate=1e-4")]
+    value, problems = read_yaml(text, lambda _: location)
     if problems:
         return problems
     node = root
     for depth, key in enumerate(keys[:-1], start=1):
         child = node.child(key)
         if child is None or child.value is None:
-            child = node.value[key] = Node({}, place)
+            child = node.value[key] = Node({}, location)
         if not isinstance(child.value, dict):
             parent = ".".join(keys[:depth])
             found = found_value(child.plain())
-            return [Problem(place, "", f"{parent} is not a mapping (found {found}); give {parent} as a whole")]
+            return [Problem(location, "", f"{parent} is not a mapping (found {found}); give {parent} as a whole")]
         node = child
     node.value[keys[-1]] = value
     return []
 
 
 def _fill_empty_sections(root: Node) -> None:
-    """Read a section without keys as all defaults: people comment all of its lines out."""
     for name in RunConfig.model_fields:
         section = root.child(name)
         if section is not None and section.value is None:
-            section.value = {}
+            section.value = {}  # all of its lines are commented out
+
+
+def _secrets_in(node: Node, name: str = "") -> Iterator[Problem]:
+    if isinstance(node.value, str) and (text := secret_error(node.value)):
+        yield Problem(node.location, name, text)
+    elif isinstance(node.value, dict):
+        for key, child in node.value.items():
+            if text := secret_error(key):
+                yield Problem(child.location, name, f"a key {text}")
+            yield from _secrets_in(child, f"{name}.{redact(key)}" if name else redact(key))
+    elif isinstance(node.value, list):
+        for index, child in enumerate(node.value):
+            yield from _secrets_in(child, f"{name}[{index}]")
+
+
+def _secrets_in_arguments(path: str, overrides: Sequence[str]) -> Iterator[Problem]:
+    if text := secret_error(path):
+        yield Problem(SourceLocation("the name of the config file"), "", text)
+    for override in overrides:
+        if text := secret_error(override):
+            key = redact(" ".join(override.partition("=")[0].split()))
+            yield Problem(SourceLocation(f"override {key}"), "", text)

@@ -1,44 +1,46 @@
-"""Every setting of a run: its name, type, default, bounds and meaning. Nothing else in the package holds a default.
+"""Every setting of a run: name, type, default, bounds and documentation. No other module holds a default.
 
-Names are those that users of Transformers, PEFT and TRL already type; the string under a field is its documentation
-and its help text. The sections are frozen and refuse unknown keys. No torch here: ``check`` answers in milliseconds.
+Names follow Transformers, PEFT and TRL. The string under a field is its documentation in `show`, `schema` and README.
+Sections are frozen and refuse unknown keys. This module imports no torch.
 """
 
 import re
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from qlora_train.config.optimizers import OPTIMIZERS
 from qlora_train.config.path_checks import validate_path, validate_source
 from qlora_train.config.resume_policy import why_not_allowed
 from qlora_train.config.rope_scaling import check_rope_scaling
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REFUSED_INITS = {
-    "pissa": "PiSSA rewrites the base weights, which 4-bit storage cannot hold",
-    "corda": "CorDA rewrites the base weights, which 4-bit storage cannot hold",
+    "pissa": "PiSSA changes the base weights, which are already rounded to 4 bits",
+    "corda": "CorDA changes the base weights, which are already rounded to 4 bits",
     "orthogonal": "orthogonal initialisation raises on 4-bit weights",
-    "olora": "OLoRA rewrites the 4-bit base, so that merging onto the original weights is wrong",
+    "olora": "OLoRA changes the 4-bit base, so that a merge onto the original weights is wrong",
     "loftq": "LoftQ needs the 16-bit weights and replaces the 4-bit ones",
 }
 INITS = {"default": True, "gaussian": "gaussian", "eva": "eva"}
 
 
 def _as_names(value: Any) -> Any:
-    """Take a single name for a list of one; Transformers calls an empty list of trackers `none`."""
     return (value,) if isinstance(value, str) else value
 
 
 def _as_trackers(value: Any) -> Any:
-    return () if value == "none" else _as_names(value)
+    return () if value == "none" else _as_names(value)  # as in Transformers
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 
 
 class Section(BaseModel):
-    """A section of the YAML file: frozen, no unknown keys, docstrings under fields are their help text."""
+    """A section of the YAML file."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
@@ -49,25 +51,26 @@ CHAT_TEMPLATE_NAMES = ("chatml", "llama2", "llama3", "mistral", "gemma", "alpaca
 
 
 class ModelSection(Section):
-    """Which base model, and how it is loaded."""
+    """The base model."""
 
     model_name_or_path: str = Field(min_length=1)
-    """Hub id (`meta-llama/Llama-2-7b-hf`), local folder, or a `.gguf` file."""
+    """Hub id (`meta-llama/Llama-2-7b-hf`), local folder, or `.gguf` file."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub; None is the default branch."""
+    """Branch, tag or commit on the Hub (default branch if unset)."""
     trust_remote_code: bool = False
-    """Run Python code shipped with the checkpoint. A Hub model needs `revision` to be a 40-digit commit."""
+    """Run Python code from the checkpoint. For Hub models, `revision` must be a 40-digit commit."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention kernel; `auto` is sdpa, or eager where sdpa is wrong or missing. FlashAttention needs its own package."""
+    """Attention implementation. `auto`: sdpa, or eager if the architecture needs it. FlashAttention needs its
+    package."""
     rope_scaling: dict[str, str | int | float] | None = None
-    """How positions beyond the model's own are reached (linear, dynamic, yarn, llama3): `{rope_type: yarn, factor: 2}`."""
+    """RoPE scaling for longer contexts (linear, dynamic, yarn, llama3), e.g. `{rope_type: yarn, factor: 2}`."""
     chat_template: str | None = None
-    """`chatml`, `llama2`, `llama3`, `mistral`, `gemma`, `alpaca`, or a Jinja file; None keeps the tokenizer's own."""
+    """`chatml`, `llama2`, `llama3`, `mistral`, `gemma`, `alpaca`, or a Jinja file (the tokenizer's if unset)."""
     new_tokens: Names = ()
-    """Tokens to add to the vocabulary: their rows begin as the mean of all others, and are trained next to the adapter."""
+    """Tokens to add. Their embeddings start at the mean of all others and are trained with the adapter."""
 
     @model_validator(mode="after")
-    def _remote_code_is_pinned(self) -> Self:
+    def _check_revision_is_pinned(self) -> Self:
         name = self.model_name_or_path
         local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or Path(name).is_dir()
         if self.trust_remote_code and not local and not COMMIT.fullmatch(self.revision or ""):
@@ -78,66 +81,67 @@ class ModelSection(Section):
 
     @field_validator("rope_scaling")
     @classmethod
-    def _rope_scaling_is_complete(cls, value: dict[str, str | int | float] | None) -> Any:
+    def _check_rope_scaling(cls, value: dict[str, str | int | float] | None) -> Any:
         if value is not None:
             check_rope_scaling(value)
         return value
 
 
 class QuantizationSection(Section):
-    """How the base weights are stored (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
+    """Quantization of the base weights (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
 
     load_in_4bit: bool = True
-    """Store the linear layers of the base in 4 bits; `false` is plain 16-bit LoRA."""
+    """Quantize the linear layers of the base to 4 bits; `false` is 16-bit LoRA."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """Code book: 4-bit NormalFloat or 4-bit float."""
+    """Data type: 4-bit NormalFloat or 4-bit float."""
     bnb_4bit_use_double_quant: bool = True
-    """Quantise the block scales too: 4.127 instead of 4.5 bits a weight."""
+    """Quantize the block scales too: 4.127 instead of 4.5 bits per weight."""
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of the matrix products; `auto` is bfloat16 where the hardware has it, and the choice is logged."""
+    """Dtype of matrix products. `auto`: bfloat16 if the hardware supports it; the choice is logged."""
     min_quantized_share: float = Field(0.9, ge=0.0, le=1.0)
-    """Stop when a smaller share of the linear weights than this ended up in 4 bits."""
+    """Stop if a smaller share of the linear weights is stored in 4 bits."""
 
 
 class LoraSection(Section):
     """The adapter (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
     r: int = Field(16, ge=1, le=4096)
-    """Rank."""
+    """LoRA rank."""
     lora_alpha: float = Field(32, gt=0)
-    """Scale: updates are multiplied by lora_alpha / r (or / sqrt(r) with use_rslora)."""
+    """LoRA scale: updates are multiplied by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Dropout on the adapter's input, against overfitting; layers that read the same input share a mask."""
+    """Dropout on the adapter's input. Layers that read the same input share a mask."""
     target_modules: Literal["all-linear"] | tuple[str, ...] | str = "all-linear"
-    """`all-linear` (every linear but the head), a list of layer names, or one regular expression on full names."""
+    """`all-linear` (all linear layers except the head), a list of layer names, or a regular expression on full
+    names."""
     target_parameters: Literal["auto"] | tuple[str, ...] = "auto"
-    """Expert weights of a mixture that carry LoRA: all with `all-linear` (`auto`), the ones named, or none (`[]`)."""
+    """Expert weights that get LoRA: all with `all-linear` (`auto`), a list of names, or none (`[]`)."""
     use_rslora: bool = False
     """Rank-stabilised scaling (https://arxiv.org/abs/2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed LoRA (https://arxiv.org/abs/2402.09353)."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which bias vectors of the base are trained too."""
+    """Bias vectors of the base to train."""
     init_lora_weights: Literal["default", "gaussian", "eva"] = "default"
-    """Initialisation; `eva` uses the first training batches (https://arxiv.org/abs/2410.07170), every layer at rank r."""
+    """Initialisation; `eva` uses the first batches (https://arxiv.org/abs/2410.07170), each layer at rank r."""
     modules_to_save: Names = ()
-    """Modules trained in full and saved with the adapter, e.g. `[lm_head]`."""
+    """Modules to train in full and save with the adapter, e.g. `[lm_head]`."""
     adapter_path: str | None = None
-    """Start from this adapter (a local PEFT folder) instead of a fresh one."""
+    """Initialise from this adapter, a local PEFT folder."""
 
     _paths = field_validator("adapter_path")(validate_path)
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
-    def _init_is_right_on_4_bit(cls, value: Any) -> Any:
+    def _check_init(cls, value: Any) -> Any:
         name = str(value).lower().split("_niter_")[0]
         if name in REFUSED_INITS:
-            raise ValueError(f"{value!r} is not right on a 4-bit base: {REFUSED_INITS[name]}; use {', '.join(INITS)}")
+            raise ValueError(f"{value!r} is wrong on a 4-bit base: {REFUSED_INITS[name]}; use {', '.join(INITS)}")
         return value
 
     @field_validator("target_modules")
     @classmethod
-    def _target_pattern_compiles(cls, value: Any) -> Any:
+    def _check_target_modules(cls, value: Any) -> Any:
         if isinstance(value, str) and value != "all-linear":
             try:
                 re.compile(value)
@@ -153,7 +157,7 @@ class LoraSection(Section):
         return value
 
     @model_validator(mode="after")
-    def _initialisation_has_an_effect(self) -> Self:
+    def _check_init_is_used(self) -> Self:
         if self.adapter_path is not None and self.init_lora_weights != "default":
             raise ValueError(
                 f"lora.init_lora_weights: {self.init_lora_weights} has no effect beside lora.adapter_path, whose weights "
@@ -173,24 +177,24 @@ class Source(Section):
     path: str = Field(min_length=1)
     """File (jsonl, json, csv, tsv, parquet, arrow, txt; also .gz or .zst), glob, folder, or Hub id."""
     split: str = "train"
-    """Split of a Hub data set, or of a folder that `datasets` wrote."""
+    """Split of a Hub data set, or of a folder written by `datasets`."""
     subset: str | None = None
     """Configuration name of a Hub data set."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     format: FORMATS | None = None
-    """Shape of this source's rows; None: `data.format`."""
+    """Row format of this source (`data.format` if unset)."""
     columns: dict[str, str] | None = None
-    """This source's column names; None: `data.columns`."""
+    """Column names of this source (`data.columns` if unset)."""
     weight: float | None = Field(None, gt=0, le=1000)
-    """How often each row is seen in an epoch: 0.5 takes half of the rows, 2 takes each twice; None: once."""
+    """Times that each row is used per epoch: 0.5 uses half of the rows, 2 each row twice (once if unset)."""
     num_rows: int | None = Field(None, ge=1)
-    """Take exactly this many rows an epoch: a sample, or every row as often as it takes; instead of `weight`."""
+    """Use exactly this many rows per epoch, sampled or repeated, instead of `weight`."""
 
     _paths = field_validator("path")(validate_source)
 
     @model_validator(mode="after")
-    def _amount_is_given_once(self) -> Self:
+    def _check_amount(self) -> Self:
         if self.weight is not None and self.num_rows is not None:
             raise ValueError("weight and num_rows both say how many rows to take; drop one of them")
         return self
@@ -205,17 +209,12 @@ def _as_sources(value: Any) -> Any:
 
 
 SHARE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*")
-NOTHING = ("none", "no", "off", "false", "nil")
-"""What people write for `null`; quoted or not, YAML reads a text, which could be the name of a data set."""
+NULL_WORDS = ("none", "no", "off", "false", "nil")
 
 
 def _as_sources_or_share(value: Any) -> Any:
-    """Refuse texts that name no data, but would be looked for on the Hub.
-
-    Raises:
-        ValueError: a share in quotes or in percent, or a word for nothing.
-    """
-    if isinstance(value, str) and value.strip().lower() in NOTHING:
+    # refused here, because the Hub would be asked for a data set of this name
+    if isinstance(value, str) and value.strip().lower() in NULL_WORDS:
         raise ValueError(f"{value!r} names no data; for no evaluation write null, or leave data.eval out")
     if isinstance(value, str) and (match := SHARE.fullmatch(value)):
         share = float(match[1]) / (100 if match[2] else 1)
@@ -230,72 +229,73 @@ Sources = Annotated[tuple[Annotated[Source, BeforeValidator(_as_source)], ...], 
 
 
 class DataSection(Section):
-    """What is learnt: rows, their rendering, and which of their tokens carry loss."""
+    """Training and held-out data, its format, and the tokens with loss."""
 
     train: Annotated[Sources, BeforeValidator(_as_sources)]
     """Training data: a path or Hub id, a mapping `{path, split, subset, revision}`, or a list of these."""
     eval: Annotated[Sources | Annotated[float, Field(gt=0, lt=1)] | None, BeforeValidator(_as_sources_or_share)] = None
-    """Held-out data: like `train`, or a share of it such as 0.05 (by a hash of each row); None: no evaluation."""
+    """Held-out data: like `train`, or a share of it such as 0.05, chosen by a hash of each row (no evaluation if
+    unset)."""
     format: FORMATS = "auto"
-    """Shape of a row; `auto` recognises it from the columns."""
+    """Row format; `auto` detects it from the columns."""
     columns: dict[str, str] = {}
-    """The format's column names -> the file's, e.g. `{prompt: question, completion: answer}`."""
+    """Map of the format's column names to the file's, e.g. `{prompt: question, completion: answer}`."""
     max_length: int = Field(2048, ge=8)
-    """Longest row in tokens; longer ones are handled by `overflow`."""
+    """Maximum row length in tokens; `overflow` handles longer rows."""
     overflow: Literal["drop", "refuse", "truncate", "keep_end", "keep_answer", "split"] = "drop"
-    """A row beyond max_length: drop it (counted against max_dropped), refuse it (stop), truncate its end, keep its end,
-    keep its last answer and what fits before it, or split it into several rows."""
+    """On a row longer than max_length: drop it (counts towards max_dropped), refuse it (stop), truncate its end, keep
+    its end, keep its last answer and as much context as fits, or split it into several rows."""
     packing: bool = False
-    """Fill rows of max_length with several short ones, each of which sees itself alone; no padding is computed."""
+    """Pack several short rows into one of max_length tokens, with isolated attention and no padding."""
     train_on: Literal["assistant", "last", "completion", "all"] = "assistant"
-    """Tokens that carry loss: every assistant turn, the last one, all that follows the prompt, or everything."""
+    """Tokens with loss: every assistant turn, the last one, all tokens after the prompt, or all tokens."""
     max_dropped: float = Field(0.01, ge=0.0, le=1.0)
-    """Largest share of rows that may be unusable before the run stops."""
+    """Stop if a larger share of rows cannot be used."""
     max_rows: int | None = Field(None, ge=1)
-    """Train on at most this many rows, a sample of them all; None: on every row."""
+    """Train on a sample of at most this many rows."""
     deduplicate: bool = False
-    """Train once on rows that say exactly the same, and not on rows that are held out too."""
+    """Drop exact duplicates among training rows, and training rows that are also held out."""
     streaming: bool = False
-    """Tokenise while training instead of before, for data that no disk cache should hold; needs train.max_steps."""
+    """Tokenise during training, for data too large for a disk cache; needs train.max_steps."""
     num_proc: int | None = Field(None, ge=1, le=1024)
-    """Processes that tokenise; None: one a CPU core, or none beside this one for small data."""
+    """Tokenisation processes (one per CPU core if unset, none for small data)."""
     cache_dir: str | None = Field(None, min_length=1)
-    """Where tokenised data is kept for the next run; None: `qlora-train` in the user's cache folder."""
+    """Folder of the cache of tokenised data (`qlora-train` in the user's cache folder if unset)."""
     cache_limit: str = Field("50GB", pattern=r"^[1-9]\d*(MB|GB)$")
-    """Largest size of that folder: data sets that were not used for longest make room."""
+    """Maximum size of that folder; the least recently used data sets are deleted."""
 
     _paths = field_validator("cache_dir")(validate_path)
 
     @model_validator(mode="after")
-    def _amounts_are_of_training_rows(self) -> Self:
+    def _check_eval_amounts(self) -> Self:
         if isinstance(self.eval, tuple) and any(source.weight or source.num_rows for source in self.eval):
             raise ValueError("eval: weight and num_rows have an effect in data.train only; drop them here")
         return self
 
 
-OPTIMIZERS = Literal[
-    "auto", "paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw_torch", "adamw_torch_fused",
-    "paged_lion_8bit", "lion_8bit", "adafactor", "sgd",
-]  # fmt: skip
+if TYPE_CHECKING:
+    OptimizerName = str
+else:
+    OptimizerName = Literal[("auto", *OPTIMIZERS)]
 SCHEDULES = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 MIN_ADAM_EPSILON = 1e-20
-"""Optimizers compute in float32, where the squares of smaller gradients are 0 and epsilon alone divides the update."""
+"""In float32 the squares of smaller gradients are 0."""
 POLYNOMIAL_END = 1e-7
-"""Learning rate that the polynomial schedule of Transformers ends at."""
+"""`lr_end` of Transformers' polynomial schedule."""
 
 
 class TrainSection(Section):
-    """The optimisation."""
+    """Optimization, batching, memory and evaluation."""
 
-    optim: OPTIMIZERS = "auto"
-    """Optimizer; `auto` is adamw_torch_fused where its state is at most 2 % of the GPU's memory and on a CPU, else
-    paged_adamw_8bit. A run keeps its own when it resumes."""
+    optim: OptimizerName = "auto"
+    """Optimizer. `auto`: adamw_torch_fused on a CPU, or if its state takes at most 2 % of the GPU's memory; else
+    paged_adamw_8bit. A resumed run keeps its optimizer."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
     lr_scheduler_type: SCHEDULES = "cosine"
-    """Schedule of the learning rate."""
+    """Learning rate schedule."""
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises, the first of them already above 0."""
+    """Share of the steps with linear warm-up; the first step has a learning rate above 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -305,66 +305,63 @@ class TrainSection(Section):
     adam_epsilon: float = Field(1e-8, ge=MIN_ADAM_EPSILON)
     """Denominator term of Adam."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Clip the gradient to this norm; 0 does not clip."""
+    """Clip the gradient to this norm; 0 disables clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is not finite stops the run, or is skipped; either way it changes no weight."""
+    """On a non-finite loss or gradient: stop the run, or skip the step. Weights are unchanged either way."""
     max_skipped_steps: int = Field(5, ge=1)
-    """Steps that `on_nonfinite: skip` may skip in the whole run; one more stops it."""
+    """Stop when `on_nonfinite: skip` has skipped more than this many steps in the run."""
     on_loss_spike: Literal["warn", "stop", "ignore"] = "warn"
-    """A loss far above the median of the last steps is warned of, stops the run before the update, or is no matter."""
+    """On a loss spike: warn, stop before the optimizer step, or ignore it."""
     num_train_epochs: float = Field(1.0, gt=0)
-    """Passes over the training rows; max_steps, when set, decides instead."""
+    """Number of epochs; max_steps overrides it."""
     max_steps: int | None = Field(None, ge=1)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     per_device_train_batch_size: int = Field(1, ge=1)
-    """Rows in a micro-batch, or packs of rows with data.packing; `padding_free` computes more rows at a time where they are
-    short."""
+    """Rows per micro-batch, or packs with data.packing. `padding_free` may compute more short rows at once."""
     per_device_eval_batch_size: int = Field(8, ge=1)
-    """Most rows in an evaluation batch; fewer where memory runs out."""
+    """Maximum rows per evaluation batch; smaller if memory runs out."""
     gradient_accumulation_steps: int = Field(16, ge=1)
-    """Micro-batches in an optimizer step; the loss is normalised over all of them together."""
+    """Micro-batches per optimizer step; the loss is normalised over all of their tokens."""
     gradient_checkpointing: Literal["auto", "none", "mlp", "full"] = "auto"
     """Activation checkpointing (non-reentrant): each layer recomputes nothing, its MLP, or everything in the backward pass.
     `auto`: as little as the GPU's memory allows, layer by layer; `full` with activation_offloading; `none` on a CPU."""
     activation_offloading: bool = False
-    """Keep what the backward pass needs in the host's memory instead of a GPU's, copied while the GPU computes."""
+    """Keep tensors saved for backward in host memory, copied while the GPU computes."""
     auto_find_batch_size: bool = False
-    """Where the largest batch does not fit into memory, train with the first that does of: smaller micro-batches with more
-    accumulation, gradient_checkpointing, activation_offloading; rows and steps stay the same. False:
-    stop and say which does."""
+    """If the worst-case batch runs out of memory, use the first settings that fit: smaller micro-batches with more
+    accumulation, activation checkpointing, activation_offloading. Rows and steps stay the same. `false`: stop and name
+    the settings that fit."""
     group_by_length: bool = False
-    """Batch rows of similar length: less padding, the order stays a pure function of the seed."""
+    """Batch rows of similar length to reduce padding; the order is a pure function of the seed."""
     router_aux_loss_coef: float | None = Field(None, ge=0, le=1)
-    """Weight of the loss that keeps a mixture's experts evenly used, of models that have one. None: what config.json says,
-    where it turns the loss on (output_router_logits)."""
+    """Weight of the load-balancing loss of mixture-of-experts models (config.json decides if unset: its value if
+    output_router_logits is true)."""
     fused_kernels: bool = True
-    """Train with operations of this package where a comparison on the first rows shows that they compute what PEFT's and
-    Transformers' own do."""
+    """Use fused kernels if a parity check on the first batch matches PEFT and Transformers."""
     padding_free: bool = True
-    """Compute the rows of an optimizer step end to end, as many at a time as the largest micro-batch of
-    `per_device_train_batch_size` rows has tokens (on a GPU up to 8,192 where they fit, unless run.deterministic), and the
-    prefix that several of them share once; where that saves anything and a comparison shows that it changes nothing: part
-    of the fast path."""
+    """Train padding-free: flatten each step's rows into one sequence and compute shared prefixes
+    once, if that saves tokens and a parity check matches. A sequence has at most the tokens of the largest padded
+    micro-batch (on a GPU up to 8,192 if they fit, unless run.deterministic). Needs fused_kernels."""
     dequantized_cache_gb: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
-    """Memory for copies of 4-bit weights in the compute dtype, which are then not dequantised in every step; `auto` is up
-    to a quarter of a CPU's free memory, and 0 on GPUs."""
+    """Memory for a cache of weights dequantized to the compute dtype. `auto`: up to a quarter of a CPU's free memory, 0
+    on GPUs."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
     """NEFTune noise on the embeddings (https://arxiv.org/abs/2310.05914)."""
     logging_steps: int = Field(10, ge=1)
-    """Optimizer steps between two lines of metrics; the last step has one too."""
+    """Optimizer steps between log lines; the last step is logged too."""
     eval_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between two evaluations; None: at the end of every epoch."""
+    """Optimizer steps between evaluations (every epoch if unset)."""
     save_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between two checkpoints; None: at the end of every epoch."""
+    """Optimizer steps between checkpoints (every epoch if unset)."""
     save_total_limit: int = Field(2, ge=1)
-    """Checkpoints to keep; the best one is always kept when it will be needed."""
+    """Checkpoints to keep; the best one is kept in addition if it is needed."""
     load_best_model_at_end: bool = False
-    """Finish with the adapter of the lowest evaluation loss instead of the last."""
+    """Finish with the adapter of the lowest evaluation loss."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a lower loss."""
 
     @model_validator(mode="after")
-    def _polynomial_schedule_falls(self) -> Self:
+    def _check_polynomial_schedule(self) -> Self:
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise ValueError(
                 f"learning_rate: {self.learning_rate:g} is where lr_scheduler_type: polynomial ends, or below; allowed "
@@ -374,44 +371,44 @@ class TrainSection(Section):
 
 
 class RunSection(Section):
-    """Where a run lives and how it is made repeatable."""
+    """The run folder, reproducibility and tracking."""
 
     output_dir: str | None = Field(None, min_length=1)
-    """Run folder; None is `runs/<config name>`."""
+    """Run folder (`runs/<config name>` if unset)."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed of initialisation, order, dropout and splits."""
     deterministic: bool = False
-    """Use deterministic algorithms alone: reruns and resumed runs are then bitwise equal on a GPU too, with the same GPU
-    model and library versions. Slower on a GPU; no effect on a CPU."""
+    """Use deterministic algorithms only: on the same GPU model and library versions, reruns and resumed runs are
+    bitwise equal. Slower on a GPU; no effect on a CPU."""
     report_to: Annotated[
         tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_as_trackers)
     ] = ()
-    """Trackers, one or a list, that receive the metrics besides metrics.jsonl."""
+    """Trackers, one or a list, in addition to metrics.jsonl."""
     max_minutes: float | None = Field(None, gt=0, le=1e6)
-    """Stop with a checkpoint and exit status 75 early enough to be gone this long after the start, as for the wall clock of
-    a queue; the same command goes on."""
+    """Stop with a checkpoint and exit status 75 in time to end this many minutes after the start, for the time limit of
+    a job queue; the same command resumes."""
     allow_changed: Names = ()
-    """What may differ from the run that is continued, by name: settings such as `train.num_train_epochs`, or `versions`,
-    `device`, `num_threads`, `data_fingerprint`, `base_identity`."""
+    """Changes to accept on resume, by name: settings such as `train.num_train_epochs`, or `versions`, `device`,
+    `num_threads`, `data_fingerprint`, `base_identity`."""
 
     _paths = field_validator("output_dir")(validate_path)
 
 
 class ExportSection(Section):
-    """What is made of a finished run."""
+    """The merge after training."""
 
     merge: bool = False
-    """Merge the adapter into the base's unquantised weights after training (a 70B merge writes 140 GB)."""
+    """Merge the adapter into the base's 16-bit weights after training (70B writes 140 GB)."""
     merge_base: Literal["auto", "original", "dequantized"] = "auto"
-    """Merge onto the original weights or the dequantised 4-bit ones; `auto` measures both and keeps the better."""
+    """Merge onto the original weights or the dequantized 4-bit ones; `auto` measures both and takes the better."""
     max_loss_increase: float = Field(0.02, ge=0)
-    """Refuse a merge whose loss on held-out rows (training rows where there are none) exceeds the adapter's by more nats a
-    token than this."""
+    """Refuse a merge whose loss on held-out rows (else training rows) exceeds the adapter's by more than this, in nats
+    per token."""
     max_divergence: float = Field(0.02, gt=0)
-    """Refuse a merge onto what was trained whose predictions are more nats a token (Kullback-Leibler) from the adapter's;
-    onto the original weights of a 4-bit run, where rounding alone may be 0.2, they are only reported."""
+    """Refuse a merge onto the trained base if the KL divergence of its predictions from the adapter's is larger, in
+    nats per token. Merges of 4-bit runs onto the original weights only report it: rounding alone can cost 0.2."""
     max_shard_size: str = Field("5GB", pattern=r"^[1-9]\d*(MB|GB)$")
-    """Largest file of the merged model."""
+    """Maximum file size of the merged model."""
 
 
 class RunConfig(Section):
@@ -426,70 +423,56 @@ class RunConfig(Section):
     export: ExportSection = ExportSection()
 
     @model_validator(mode="after")
-    def _evaluation_is_possible(self) -> Self:
-        if self.data.eval is None:
-            for key in ("load_best_model_at_end", "early_stopping_patience", "eval_steps"):
-                if getattr(self.train, key):
-                    raise ValueError(f"train.{key} needs held-out rows; set data.eval to a file or a share like 0.05")
+    def _settings_agree(self) -> Self:
+        if problem := next(chain(_conflicts(self), _streaming_conflicts(self), _refused_changes(self)), None):
+            raise ValueError(problem)
         return self
 
-    @model_validator(mode="after")
-    def _best_model_is_saved(self) -> Self:
-        train = self.train
-        if train.load_best_model_at_end and train.eval_steps != train.save_steps:
-            raise ValueError(
-                f"train.load_best_model_at_end needs a checkpoint at every evaluation; train.save_steps is "
-                f"{train.save_steps} and train.eval_steps {train.eval_steps}; give them the same value"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def _packs_have_no_lengths_to_group(self) -> Self:
-        if self.data.packing and self.train.group_by_length:
-            raise ValueError(
-                "train.group_by_length has no effect with data.packing: true, whose rows all have about max_length "
-                "tokens; drop one of them"
-            )
-        return self
+def _conflicts(config: RunConfig) -> Iterator[str]:
+    data, train = config.data, config.train
+    for key in ("load_best_model_at_end", "early_stopping_patience", "eval_steps"):
+        if data.eval is None and getattr(train, key):
+            yield f"train.{key} needs held-out rows; set data.eval to a file or a share like 0.05"
+    if train.load_best_model_at_end and train.eval_steps != train.save_steps:
+        yield (
+            f"train.load_best_model_at_end needs a checkpoint at every evaluation; train.save_steps is "
+            f"{train.save_steps} and train.eval_steps {train.eval_steps}; give them the same value"
+        )
+    if data.packing and train.group_by_length:
+        yield (
+            "train.group_by_length has no effect with data.packing: true, whose rows all have about max_length "
+            "tokens; drop one of them"
+        )
+    if config.export.merge_base == "dequantized" and not config.quantization.load_in_4bit:
+        yield (
+            "export.merge_base: dequantized, but with quantization.load_in_4bit: false nothing is in 4 bits; use "
+            "original or auto"
+        )
 
-    @model_validator(mode="after")
-    def _a_stream_has_neither_length_nor_end(self) -> Self:
-        if not self.data.streaming:
-            return self
-        needs = {
-            "train.max_steps": self.train.max_steps, "train.save_steps": self.train.save_steps,
-            "train.eval_steps": self.train.eval_steps or self.data.eval is None,
-        }  # fmt: skip
-        if missing := [key for key, value in needs.items() if not value]:
-            raise ValueError(f"data.streaming has no epochs to count by; set {', '.join(missing)}")
-        whole = {
-            "data.packing": self.data.packing, "data.deduplicate": self.data.deduplicate,
-            "data.max_rows": self.data.max_rows,
-            "data.eval as a share": isinstance(self.data.eval, float), "train.group_by_length": self.train.group_by_length,
-            "weight or num_rows of a source": any(source.weight or source.num_rows for source in self.data.train),
-            "lora.init_lora_weights: eva": self.lora.init_lora_weights == "eva",
-        }  # fmt: skip
-        if found := [name for name, value in whole.items() if value]:
-            raise ValueError(
-                f"data.streaming: true never has all rows at once, as {', '.join(found)} would need; drop one or the other"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def _changes_can_be_allowed(self) -> Self:
-        settings = [
-            f"{name}.{key}" for name in type(self).model_fields for key in type(getattr(self, name)).model_fields
-        ]
-        for key in self.run.allow_changed:
-            if problem := why_not_allowed(key, settings):
-                raise ValueError(f"run.allow_changed: {key} {problem}")
-        return self
+def _streaming_conflicts(config: RunConfig) -> Iterator[str]:
+    data, train = config.data, config.train
+    if not data.streaming:
+        return
+    needed = {
+        "train.max_steps": train.max_steps, "train.save_steps": train.save_steps,
+        "train.eval_steps": train.eval_steps or data.eval is None,
+    }  # fmt: skip
+    if missing := [key for key, value in needed.items() if not value]:
+        yield f"data.streaming has no epochs to count by; set {', '.join(missing)}"
+    unsupported = {
+        "data.packing": data.packing, "data.deduplicate": data.deduplicate, "data.max_rows": data.max_rows,
+        "data.eval as a share": isinstance(data.eval, float), "train.group_by_length": train.group_by_length,
+        "weight or num_rows of a source": any(source.weight or source.num_rows for source in data.train),
+        "lora.init_lora_weights: eva": config.lora.init_lora_weights == "eva",
+    }  # fmt: skip
+    if found := [name for name, value in unsupported.items() if value]:
+        yield f"data.streaming: true never has all rows at once, as {', '.join(found)} would need; drop one or the other"
 
-    @model_validator(mode="after")
-    def _merge_base_was_trained_on(self) -> Self:
-        if self.export.merge_base == "dequantized" and not self.quantization.load_in_4bit:
-            raise ValueError(
-                "export.merge_base: dequantized, but with quantization.load_in_4bit: false nothing is in 4 bits; use "
-                "original or auto"
-            )
-        return self
+
+def _refused_changes(config: RunConfig) -> Iterator[str]:
+    settings = [f"{name}.{key}" for name in RunConfig.model_fields for key in type(getattr(config, name)).model_fields]
+    for key in config.run.allow_changed:
+        if problem := why_not_allowed(key, settings):
+            yield f"run.allow_changed: {key} {problem}"

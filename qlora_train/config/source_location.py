@@ -1,13 +1,17 @@
-"""Where a value was written, and a problem said about it in one line."""
+"""Where a value of the config was written, and a problem with it in one line."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_train.utils.secrets import redact
+
+SHOWN_CHARACTERS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class SourceLocation:
-    """A line, from 1, of a file, or an override (`source` is then ``override section.key=value``, without a line)."""
+    """A line of a file, counted from 1, or an override (`override section.key=value`, without a line)."""
 
     source: str
     line: int | None = None
@@ -23,13 +27,25 @@ class SourceLocation:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with the value called `name` (`section.key`, or empty for the file as a whole)."""
+    """An error in the value of `name` (`section.key`, or empty for the whole file)."""
 
-    place: SourceLocation
+    location: SourceLocation
     name: str
     text: str
 
     def __str__(self) -> str:
-        named_by_place = not self.name or self.place.source.startswith(f"override {self.name}=")
-        line = f"{self.place}: {self.text}" if named_by_place else f"{self.place}: {self.name}: {self.text}"
+        named = not self.name or self.location.source.startswith(f"override {self.name}=")
+        line = f"{self.location}: {self.text}" if named else f"{self.location}: {self.name}: {self.text}"
         return redact(" ".join(line.splitlines()))  # a quoted key may hold a line break
+
+
+def found_value(value: Any) -> str:
+    """Return a value for a message: as YAML, shortened."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

@@ -1,161 +1,131 @@
-"""Pydantic's errors as lines for people: one a YAML node, with its place, what was found and what is allowed."""
+"""Pydantic's errors as messages: one per YAML node, with its location, the value found and the values allowed."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from qlora_train.config.allowed_values import allowed_values, choices, is_section, key_models, takes_any_text
+from qlora_train.config.allowed_values import (
+    allowed_values,
+    choices,
+    is_section,
+    required_keys,
+    takes_any_text,
+    valid_keys,
+)
 from qlora_train.config.other_trainers import OTHER_NAMES, UNSUPPORTED
 from qlora_train.config.schema import RunConfig
-from qlora_train.config.source_location import Problem, SourceLocation
+from qlora_train.config.source_location import Problem, SourceLocation, found_value
 from qlora_train.config.yaml_reader import Node, core_scalar
 from qlora_train.utils.errors import nearest_names
 
 RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 LENGTH_ERRORS = {"too_short", "string_too_short"}
-SHOWN_CHARACTERS = 60
+OWN_ERRORS = {"value_error", "assertion_error"}
 MAX_ERRORS = 100
+
+Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Located:
-    """A Pydantic error led back to the node it is about; `place` is that node's, or its parent's when it is missing."""
+class NodeErrors:
+    """Pydantic's errors of one node; `location` is its parent's if the node is missing."""
 
-    path: tuple[str | int, ...]
-    place: SourceLocation
-    details: ErrorDetails
+    location: SourceLocation
+    details: list[ErrorDetails]
+
+    @property
+    def types(self) -> set[str]:
+        """Pydantic's error types."""
+        return {item["type"] for item in self.details}
 
 
 def problems_of(error: ValidationError, root: Node) -> list[Problem]:
-    """Return one problem a YAML node for everything that `error` holds against the tree `root`."""
-    by_node: dict[tuple[str | int, ...], list[Located]] = {}
+    """Return one problem per YAML node of the tree `root` that has errors."""
+    by_path: dict[Path, NodeErrors] = {}
     errors = error.errors(include_url=False)
     for details in errors[:MAX_ERRORS]:
-        located = _locate(details, root)
-        by_node.setdefault(located.path, []).append(located)
-    blamed = _deepest_only(by_node)
-    mistyped = {(*path[:-1], key) for path, found in blamed.items() if _is_unknown(found) for key in nearest_keys(path)}
+        path, location = _locate(details, root)
+        by_path.setdefault(path, NodeErrors(location, [])).details.append(details)
+    by_path = _deepest_only(by_path)
+    unknown = [path for path, found in by_path.items() if "extra_forbidden" in found.types]
+    misspelt = {(*path[:-1], key) for path in unknown for key in nearest_keys(path)}
     problems = [
-        Problem(found[0].place, path_name(path) or "config", _text(path, found, root))
-        for path, found in blamed.items()
-        if not (path in mistyped and _is_missing(found))
+        Problem(found.location, path_name(path) or "config", _text(path, found, root))
+        for path, found in by_path.items()
+        if not (path in misspelt and "missing" in found.types)
     ]
     if len(errors) > MAX_ERRORS:
-        problems.append(Problem(root.place, "", f"and {len(errors) - MAX_ERRORS} more problems, not listed"))
+        problems.append(Problem(root.location, "", f"and {len(errors) - MAX_ERRORS} more problems, not listed"))
     return problems
 
 
-def found_value(value: Any) -> str:
-    """Return a value as a message shows it: as YAML, and short."""
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list" if value else "an empty list"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
-
-
-def path_name(path: Sequence[str | int]) -> str:
+def path_name(path: Path) -> str:
     """Return a path as people write it: `data.train[0].path`."""
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
 
 
-def nearest_keys(path: Sequence[str | int]) -> list[str]:
-    """Return the valid keys that the last one of `path` may be meant for, among those valid there."""
+def nearest_keys(path: Path) -> list[str]:
+    """Return the valid keys that the last key of `path` may be a misspelling of."""
     section, _, key = OTHER_NAMES.get(str(path[-1]).lower(), "").partition(".")
-    if path[:-1] == (section,):
-        return [key]
-    return nearest_names(str(path[-1]), [name for model in key_models(path[:-1]) for name in model.model_fields])
+    return [key] if path[:-1] == (section,) else nearest_names(str(path[-1]), valid_keys(path[:-1]))
 
 
-def _locate(details: ErrorDetails, root: Node) -> Located:
-    """Follow the location through the tree, past what has no node: Pydantic's union tags and wrapped indices."""
-    path: tuple[str | int, ...] = ()
+def _locate(details: ErrorDetails, root: Node) -> tuple[Path, SourceLocation]:
+    path: Path = ()
     node = root
     for key in details["loc"]:
         child = node.child(key)
-        if child is not None:
+        if child is not None:  # Pydantic's union tags have no node
             path, node = (*path, key), child
     if details["type"] == "missing":
         path = (*path, details["loc"][-1])
-    elif details["type"] in ("value_error", "assertion_error"):
-        path, node = _blamed_key(path, node, _message(details))
-    return Located(path, node.place, details)
+    elif details["type"] in OWN_ERRORS and is_section(path):
+        return _named_key(path, node, _message(details))
+    return path, node.location
 
 
-def _blamed_key(path: tuple[str | int, ...], node: Node, message: str) -> tuple[tuple[str | int, ...], Node]:
-    """Return the node that a check over several keys is about: the first that its message names and the file has."""
-    for word in re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", message) if is_section(path) else ():
+def _named_key(path: Path, node: Node, message: str) -> tuple[Path, SourceLocation]:
+    """Return the first key that the message of a check over several keys names and the file has."""
+    for word in re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", message):
         keys = tuple(word.split("."))
-        found: Node | None = node
-        for key in keys:
-            found = found.child(key) if found else None
-        if found is not None:
-            return (*path, *keys), found
-    return path, node
+        if (found := node.descendant(keys)) is not None:
+            return (*path, *keys), found.location
+    return path, node.location
 
 
-def _deepest_only(by_node: dict[tuple[str | int, ...], list[Located]]) -> dict[tuple[str | int, ...], list[Located]]:
-    """Drop a node's errors when one below it has any: they are the other branches of a union."""
+def _deepest_only(by_path: dict[Path, NodeErrors]) -> dict[Path, NodeErrors]:
+    """Drop errors of nodes above others that have errors: they are from other branches of a union."""
     return {
         path: found
-        for path, found in by_node.items()
-        if is_section(path) or not any(len(other) > len(path) and other[: len(path)] == path for other in by_node)
+        for path, found in by_path.items()
+        if is_section(path) or not any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
     }
-
-
-def _is_unknown(found: Sequence[Located]) -> bool:
-    return any(item.details["type"] == "extra_forbidden" for item in found)
-
-
-def _is_missing(found: Sequence[Located]) -> bool:
-    return any(item.details["type"] == "missing" for item in found)
 
 
 def _message(details: ErrorDetails) -> str:
     return str(details.get("ctx", {}).get("error", details["msg"]))
 
 
-def _text(path: tuple[str | int, ...], found: Sequence[Located], root: Node) -> str:
-    if _is_unknown(found):
+def _text(path: Path, found: NodeErrors, root: Node) -> str:
+    if "extra_forbidden" in found.types:
         return _unknown_text(path)
-    if _is_missing(found):
-        return f"missing; {_needed(path)}"
-    for item in found:
-        if item.details["type"] in ("value_error", "assertion_error"):
-            name = str(path[-1]) if path else ""
-            return (
-                re.sub(rf"^(\w+\.)?{re.escape(name)}:? ", "", _message(item.details))
-                if name
-                else _message(item.details)
-            )
-    value = _value(path, root)
-    return f"{_wrong(path, value, found)} (found {found_value(value)}); {_allowed(path, value)}"
+    if "missing" in found.types:
+        if len(path) > 1:
+            return f"missing; allowed: {allowed_values(path)}"
+        return f"missing; the section is needed and must hold {', '.join(required_keys(str(path[0])))}"
+    own = next((_message(item) for item in found.details if item["type"] in OWN_ERRORS), None)
+    if own is not None:
+        return re.sub(rf"^(\w+\.)?{re.escape(str(path[-1]))}:? ", "", own) if path else own
+    node = root.descendant(path)
+    value = node.plain() if node else None
+    return f"{_wrong(path, value, found.types)} (found {found_value(value)}); {_allowed(path, value)}"
 
 
-def _needed(path: Sequence[str | int]) -> str:
-    if len(path) == 1:
-        model = cast(type[BaseModel], RunConfig.model_fields[str(path[0])].annotation)
-        needed = [name for name, spec in model.model_fields.items() if spec.is_required()]
-        return f"the section is needed and must hold {', '.join(needed)}"
-    return f"allowed: {allowed_values(path)}"
-
-
-def _value(path: Sequence[str | int], root: Node) -> Any:
-    node: Node | None = root
-    for key in path:
-        node = node.child(key) if node else None
-    return node.plain() if node else None
-
-
-def _wrong(path: Sequence[str | int], value: Any, found: Sequence[Located]) -> str:
-    types = {item.details["type"] for item in found}
+def _wrong(path: Path, value: Any, types: set[str]) -> str:
     if types & RANGE_ERRORS:
         return "out of range"
     if types & LENGTH_ERRORS and value in ("", ()):
@@ -167,29 +137,27 @@ def _wrong(path: Sequence[str | int], value: Any, found: Sequence[Located]) -> s
     return "not a mapping" if len(path) <= 1 else "the wrong type"
 
 
-def _allowed(path: Sequence[str | int], value: Any) -> str:
+def _allowed(path: Path, value: Any) -> str:
     text = f"allowed: {allowed_values(path)}"
     if not isinstance(value, str):
         return f"{text}, in quotes" if isinstance(value, int | float) and takes_any_text(path) else text
-    close = nearest_names(value, choices(path))
-    if close:
-        return f"did you mean {' or '.join(close)}? {text}"
+    if close := nearest_names(value, choices(path)):
+        return f"{_did_you_mean(close)} {text}"
     return f"{text}, without quotes" if isinstance(core_scalar(value), int | float) else text
 
 
-def _unknown_text(path: Sequence[str | int]) -> str:
+def _unknown_text(path: Path) -> str:
     name = str(path[-1])
-    what = "section" if len(path) == 1 else "key"
-    homes = [section for section in RunConfig.model_fields if name in key_models((section,))[0].model_fields]
-    if homes:
-        return f"unknown {what}; {name} belongs in {' or '.join(homes)}"
-    if name.lower() in UNSUPPORTED:
-        return f"unknown {what}; {UNSUPPORTED[name.lower()]}"
+    what = "unknown section" if len(path) == 1 else "unknown key"
+    if homes := [section for section in RunConfig.model_fields if name in valid_keys((section,))]:
+        return f"{what}; {name} belongs in {' or '.join(homes)}"
+    if reason := UNSUPPORTED.get(name.lower()):
+        return f"{what}; {reason}"
     meant = OTHER_NAMES.get(name.lower())
-    if meant is not None:
-        return f"unknown {what}; did you mean {meant}?"
-    close = nearest_keys(path)
-    if close:
-        return f"unknown {what}; did you mean {' or '.join(close)}?"
-    names = [key for model in key_models(path[:-1]) for key in model.model_fields]
-    return f"unknown {what}; allowed: {', '.join(names)}"
+    if close := [meant] if meant else nearest_keys(path):
+        return f"{what}; {_did_you_mean(close)}"
+    return f"{what}; allowed: {', '.join(valid_keys(path[:-1]))}"
+
+
+def _did_you_mean(names: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(names)}?"

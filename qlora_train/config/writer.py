@@ -1,4 +1,4 @@
-"""The resolved config, written back: as YAML that reads to an equal `RunConfig`, and value by value with its source."""
+"""Write the resolved config: as YAML that loads as an equal `RunConfig`, or as settings with their sources."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ QUOTED_TAG = "tag:yaml.org,2002:null"
 
 
 class CoreDumper(yaml.SafeDumper):
-    """Quotes every string that YAML 1.1 or YAML 1.2 would read as something else, and escapes line breaks."""
+    """Quotes every string that YAML 1.1 or 1.2 would load as another type, and escapes line breaks."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        """Return the tag that `value` would be read with; PyYAML quotes a string whose tag is another."""
+        """Return the tag that `value` would be loaded with; PyYAML quotes a string with another tag."""
         tag = super().resolve(kind, value, implicit)
         if tag == STRING_TAG and kind is yaml.ScalarNode and implicit[0] and not isinstance(core_scalar(value), str):
             return QUOTED_TAG
         return tag
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write a value that occurs twice out twice: the reader refuses aliases."""
+        """Never write aliases, which the reader refuses."""
         return True
 
 
 def _represent_text(dumper: CoreDumper, text: str) -> yaml.ScalarNode:
-    """Escape what `splitlines` knows as a line break: inside single quotes YAML would fold it into a space."""
+    # inside single quotes YAML folds a line break into a space
     plain = len(f"{text}.".splitlines()) == 1 and not UNUSUAL_SPACE.search(text)
     return dumper.represent_scalar(STRING_TAG, text, style=None if plain else '"')
 
@@ -50,7 +50,7 @@ class Setting:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return the config with every value, defaults included; `load_config` reads it back as an equal config."""
+    """Return the config with every value, defaults included."""
     sections = {name: _plain(getattr(config, name)) for name in RunConfig.model_fields}
     return "\n".join(
         yaml.dump({name: values}, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=120)
@@ -59,10 +59,10 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def provenance(path: str | Path, overrides: Sequence[str] = ()) -> list[Setting]:
-    """Return every setting of a config in the order of the schema, each with where its value came from.
+    """Return every setting of a config with its source, in the order of the schema.
 
     Raises:
-        ConfigError: the config is wrong; one line a problem.
+        ConfigError: as `load_config`.
     """
     config, root = load_with_locations(path, overrides)
     return list(_settings(config, root))
@@ -75,12 +75,11 @@ def _settings(config: RunConfig, root: Node) -> Iterator[Setting]:
         for key in type(section).model_fields:
             node = written.child(key) if written else None
             yield Setting(
-                f"{section_name}.{key}", _plain(getattr(section, key)), str(node.place) if node else "default"
+                f"{section_name}.{key}", _plain(getattr(section, key)), str(node.location) if node else "default"
             )
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as YAML has it: models as mappings, tuples as lists."""
     if isinstance(value, BaseModel):
         return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, dict):

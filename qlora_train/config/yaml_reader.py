@@ -1,13 +1,12 @@
-"""YAML text as a tree of nodes that know where they were written, with the scalars of YAML 1.2's core schema.
+"""YAML text as a tree of nodes with source locations and the scalars of YAML 1.2's core schema.
 
-PyYAML's own constructors follow YAML 1.1 (`no` is False, `010` is 8, `2e-4` is a string) and lose line numbers, so the
-tree is built from its parser events. A config is flat and complete, so what hides or repeats values is refused:
-anchors, aliases, merge keys, tags, duplicate keys and several documents in a file.
+PyYAML's constructors follow YAML 1.1 (`no` is False, `010` is 8, `2e-4` is a string) and lose line numbers, so the tree is
+built from its parser events. Anchors, aliases, merge keys, tags, duplicate keys and several documents are errors.
 """
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +29,7 @@ NUMBERS: tuple[tuple[re.Pattern[str], Callable[[str], int | float]], ...] = (
 )
 
 UNUSUAL_SPACE = re.compile(r"[^\S \t\r\n]|[\u200b\u2060\ufeff]")
-"""Looks like a space, or like nothing, and is a letter to YAML: pasted from web pages and chats."""
+"""White space that is a letter in YAML, as pasted from web pages."""
 BLOCK_STYLES = ("|", ">")
 
 SYNTAX_HINTS = {
@@ -50,16 +49,13 @@ Scalar = str | int | float | bool | None
 
 @dataclass
 class Node:
-    """A value and where it stands.
-
-    `value` is a scalar, a dict of nodes or a list of nodes; `place` is the line of the key (of the item, in a list).
-    """
+    """A scalar, a dict of nodes or a list of nodes, with the line of its key (in a list, of the item)."""
 
     value: Any
-    place: SourceLocation
+    location: SourceLocation
 
     def plain(self) -> Any:
-        """Return the value without places: dicts, tuples (a YAML list never changes) and scalars."""
+        """Return the value as dicts, tuples and scalars."""
         if isinstance(self.value, dict):
             return {key: child.plain() for key, child in self.value.items()}
         if isinstance(self.value, list):
@@ -75,9 +71,16 @@ class Node:
             return found
         return None
 
+    def descendant(self, path: Sequence[str | int]) -> "Node | None":
+        """Return the node under a path of keys and indices, or None."""
+        node: Node | None = self
+        for key in path:
+            node = node.child(key) if node else None
+        return node
+
 
 def core_scalar(text: str) -> Scalar:
-    """Return what a plain (unquoted) scalar means in the core schema, https://yaml.org/spec/1.2.2/#103-core-schema."""
+    """Return the value of an unquoted scalar in the core schema, https://yaml.org/spec/1.2.2/#103-core-schema."""
     if NULL.fullmatch(text):
         return None
     if BOOL.fullmatch(text):
@@ -90,29 +93,25 @@ def core_scalar(text: str) -> Scalar:
 
 @dataclass
 class TreeBuilder:
-    """Builds nodes from parser events and collects what a config may not contain.
-
-    `place_of` turns a line number, from 1, into a place; `path` names the node being built.
-    """
+    """Builds nodes from parser events and collects problems; `path` names the node being built."""
 
     events: Iterator[yaml.Event]
-    place_of: Callable[[int], SourceLocation]
+    location_at: Callable[[int], SourceLocation]
     problems: list[Problem] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
 
     def build(self, event: Any, line: int, depth: int = 0) -> Node:
-        """Return the node that begins with `event`; `line` is where it is said to stand."""
-        place = self.place_of(line)
+        location = self.location_at(line)
         if depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=event.start_mark)
         self._refuse_indirection(event)
         if isinstance(event, yaml.SequenceStartEvent):
-            return Node(self._items(depth), place)
+            return Node(self._items(depth), location)
         if isinstance(event, yaml.MappingStartEvent):
-            return Node(self._entries(depth), place)
+            return Node(self._entries(depth), location)
         if isinstance(event, yaml.ScalarEvent):
-            return Node(self._scalar(event), place)
-        return Node(None, place)
+            return Node(self._scalar(event), location)
+        return Node(None, location)
 
     def _refuse_indirection(self, event: Any) -> None:
         line = _line(event)
@@ -128,7 +127,7 @@ class TreeBuilder:
     def _scalar(self, event: yaml.ScalarEvent) -> Scalar:
         text = event.value
         if event.style in BLOCK_STYLES:
-            return str(text).rstrip("\n")  # which ends the block, and is part of no path, name or expression
+            return str(text).rstrip("\n")  # ends the block; no path, name or expression has one
         if not event.implicit[0]:
             return str(text)
         if space := UNUSUAL_SPACE.search(text):
@@ -156,7 +155,7 @@ class TreeBuilder:
             self.path.append(key or "")
             value = self.build(next(self.events), line, depth + 1)
             if key is None:
-                del self.problems[num_problems:]  # the key was refused; its value needs no word of its own
+                del self.problems[num_problems:]  # one error per key is enough
             elif key in entries:
                 self._problem(line, f"given a second time (first on line {first_lines[key]}); keep one of them")
             else:
@@ -180,7 +179,7 @@ class TreeBuilder:
         return str(event.value)
 
     def _problem(self, line: int, text: str) -> None:
-        self.problems.append(Problem(self.place_of(line), ".".join(self.path), text))
+        self.problems.append(Problem(self.location_at(line), ".".join(self.path), text))
 
 
 def _line(event: yaml.Event) -> int:
@@ -188,21 +187,19 @@ def _line(event: yaml.Event) -> int:
     return event.start_mark.line + 1
 
 
-def read_yaml(text: str, place_of: Callable[[int], SourceLocation]) -> tuple[Node, list[Problem]]:
-    """Return the tree of the one document in `text`, and the problems found on the way.
+def read_yaml(text: str, location_at: Callable[[int], SourceLocation]) -> tuple[Node, list[Problem]]:
+    """Return the tree of the document in `text` and its problems; after a syntax error the tree is empty.
 
     Args:
         text: decoded YAML.
-        place_of: turns a line number, from 1, into a place.
-
-    A syntax error ends the reading; the tree is then empty and the error is the last problem.
+        location_at: maps a line number, counted from 1, to a source location.
     """
-    builder = TreeBuilder(iter(()), place_of)
+    builder = TreeBuilder(iter(()), location_at)
     try:
         builder.events = yaml.parse(text, Loader=yaml.SafeLoader)
         root = _read_document(builder)
     except yaml.YAMLError as error:
-        return Node(None, place_of(1)), [*builder.problems, _syntax_problem(error, text, place_of)]
+        return Node(None, location_at(1)), [*builder.problems, _syntax_problem(error, text, location_at)]
     return root, builder.problems
 
 
@@ -211,21 +208,21 @@ def _read_document(builder: TreeBuilder) -> Node:
     for event in builder.events:
         if isinstance(event, yaml.DocumentStartEvent):
             if root is not None:
-                place = builder.place_of(_line(event))
-                builder.problems.append(Problem(place, "", "a second document begins; a config is one document"))
+                location = builder.location_at(_line(event))
+                builder.problems.append(Problem(location, "", "a second document begins; a config is one document"))
                 break
             first = next(builder.events)
             root = builder.build(first, _line(first))
-    return root or Node(None, builder.place_of(1))
+    return root or Node(None, builder.location_at(1))
 
 
-def _syntax_problem(error: yaml.YAMLError, text: str, place_of: Callable[[int], SourceLocation]) -> Problem:
+def _syntax_problem(error: yaml.YAMLError, text: str, location_at: Callable[[int], SourceLocation]) -> Problem:
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return Problem(place_of(line), "", f"character U+{error.character:04X} is not allowed in YAML; remove it")
+        return Problem(location_at(line), "", f"character U+{error.character:04X} is not allowed in YAML; remove it")
     assert isinstance(error, yaml.MarkedYAMLError)
     mark = error.problem_mark or error.context_mark
     line = mark.line + 1 if mark else 1
     detail = ", ".join(part for part in (error.context, error.problem) if part)
     hint = next((hint for words, hint in SYNTAX_HINTS.items() if words in detail), "check quotes and brackets here")
-    return Problem(place_of(line), "", f"not valid YAML ({detail}); {hint}")
+    return Problem(location_at(line), "", f"not valid YAML ({detail}); {hint}")

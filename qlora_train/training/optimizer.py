@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from qlora_train.adapters import AdaptedModel, trainable_state
-from qlora_train.config.optimizers import SMALL_STATE_SHARE, TrainedTensor, automatic_optimizer, optimizer_state_bytes
+from qlora_train.config.optimizers import (
+    OPTIMIZERS,
+    SMALL_STATE_SHARE,
+    TrainedTensor,
+    automatic_optimizer,
+    optimizer_state_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +44,7 @@ def choose_optimizer(setting: str, adapted: AdaptedModel, checkpoint: Path | Non
     """
     device = adapted.loaded.device
     if setting != "auto":
-        if setting.startswith("paged") and device.type == "cpu":
+        if OPTIMIZERS[setting].paged and device.type == "cpu":
             logger.warning("optimizer: %s runs without paging on a CPU", setting)
         return setting
     tensors = trained_tensors(adapted)

@@ -7,7 +7,7 @@ invariant of our own is an ``assert`` or an ordinary exception instead, and show
 import difflib
 import errno
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class UserError(Exception):
@@ -82,8 +82,14 @@ def _num_wrong(word: str, name: str) -> int:
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """Return `; did you mean a or b?` for the end of a message, or nothing where no name is near."""
-    found = nearest_names(word, names)
+    """Return `; did you mean a or b?`, or nothing if no name is near.
+
+    Args:
+        word: the unknown word.
+        names: valid words, or a mapping of them to what the message shows.
+    """
+    shown = names if isinstance(names, Mapping) else {}
+    found = [str(shown.get(name, name)) for name in nearest_names(word, names)]
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 

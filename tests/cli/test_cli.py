@@ -418,7 +418,7 @@ def test_config_trains_merges_and_is_evaluated_with_status_0(pico_llama: Path, t
     assert main([str(config), "train.max_steps=1"]) == 0
     first = capsys.readouterr()
     assert first.out == f"finished: {tmp_path / 'run'}\n"
-    for said in ("compute dtype:", "attention:", "quantisation census:", "adapter:", "training: starts", "step 1/1"):
+    for said in ("compute dtype:", "attention:", "quantization:", "adapter:", "training: starts", "step 1/1"):
         assert said in first.err
     assert main([str(config), "train.max_steps=1"]) == 0
     assert "has finished already" in capsys.readouterr().err

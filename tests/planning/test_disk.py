@@ -5,13 +5,12 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from qlora_train.adapters import attach_adapter
 from qlora_train.config import RunConfig
-from qlora_train.config.schema import OPTIMIZERS
+from qlora_train.config.optimizers import OPTIMIZERS
 from qlora_train.models import load_model
 from qlora_train.pipeline import prepare, run
 from qlora_train.planning.disk import DiskPlan, check_disk_space, num_more_checkpoints, num_saves, num_steps, plan_disk
@@ -21,7 +20,7 @@ from qlora_train.training.step_end import make_schedule
 from qlora_train.utils.errors import TrainingError
 from tests.support.runs import make_config, train_run
 
-NAMED = sorted(set(get_args(OPTIMIZERS)) - {"auto"})
+NAMED = sorted(OPTIMIZERS)
 
 
 def need_of(config: RunConfig, folder: RunFolder, checkpoint: Path | None = None) -> DiskPlan:

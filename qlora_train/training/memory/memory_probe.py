@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qlora_train.adapters import trainable_state
-from qlora_train.config.optimizers import TrainedTensor, optimizer_state_bytes
+from qlora_train.config.optimizers import OPTIMIZERS, TrainedTensor, optimizer_state_bytes
 from qlora_train.data.collate import Batch
 from qlora_train.training.parity.gradients import enable_full_checkpointing
 from qlora_train.training.parity.preserve_state import preserve_model_state
@@ -63,7 +63,7 @@ def _train(trainer: QloraTrainer, model: nn.Module, batches: Sequence[Batch]) ->
     args, device = trainer.args, trainer.adapted.loaded.device
     tensors = [TrainedTensor(tuple(parameter.shape)) for parameter in trainable_state(model).values()]
     optim = str(args.optim.value)
-    paged = optim.startswith("paged") and device.type == "cuda"
+    paged = OPTIMIZERS[optim].paged and device.type == "cuda"
     state_bytes = 0 if paged else sum(optimizer_state_bytes(optim, tensor) for tensor in tensors)
     _state = torch.empty(state_bytes, dtype=torch.uint8, device=device)
     if args.gradient_checkpointing:
