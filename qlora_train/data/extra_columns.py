@@ -1,21 +1,21 @@
-"""Columns beside those of a format that change what a row means: the row is refused, or what is not used is noted.
+"""Columns beside those of a format that change what a row means: the row is refused, or a warning names the column.
 
-Other columns (ids, sources, scores) say nothing about what to train on.
+Other columns (ids, sources, scores) do not matter for training.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from qlora_train.data.field_values import NOTHING
+from qlora_train.data.field_values import EMPTY
 from qlora_train.data.types import UnusableRowError
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 LABELS = ("label", "kto_tag")
-"""Columns in which TRL and LLaMA-Factory say whether an answer is wanted (KTO)."""
-MATTERS = {
+"""Columns in which TRL and LLaMA-Factory mark answers as desirable (KTO)."""
+CONSEQUENCES = {
     **dict.fromkeys(
         ("chosen", "rejected", "chosen_response", "rejected_response", "chosen_messages", "rejected_messages"),
-        "preference pairs have no training of their own here",
+        "preference training is not supported",
     ),
     **dict.fromkeys(
         ("system", "system_prompt", "system_message"), "data.columns: {{system: {0}}} makes it the system turn"
@@ -28,28 +28,28 @@ MATTERS = {
         "reasoning is read in a turn, as reasoning_content",
     ),
     **dict.fromkeys(("weight", "weights", "sample_weight"), "rows of a source weigh the same"),
-    **dict.fromkeys(LABELS, "only false, for an answer that is not wanted, has a meaning here"),
+    **dict.fromkeys(LABELS, "only false, for an undesirable answer, has a meaning here"),
 }
-"""Column -> what its note says."""
+"""Column -> the end of its warning."""
 
 
-def other_columns(used: Collection[str]) -> tuple[str, ...]:
+def extra_columns(used: Collection[str]) -> tuple[str, ...]:
     """Return the names to look for in rows of which the columns `used` are read."""
-    return tuple(name for name in (*MEDIA, *MATTERS) if name not in used)
+    return tuple(name for name in (*MEDIA, *CONSEQUENCES) if name not in used)
 
 
-def check_other_columns(values: Mapping[str, Any], names: Collection[str], *, has_answers: bool) -> tuple[str, ...]:
-    """Return notes on those of the columns `names` that a row fills.
+def check_extra_columns(values: Mapping[str, Any], names: Collection[str], *, has_answers: bool) -> tuple[str, ...]:
+    """Return a warning for each of the columns `names` that a row fills.
 
     Args:
         values: the row's columns.
-        names: from `other_columns`.
-        has_answers: the format tells answers from prompts.
+        names: from `extra_columns`.
+        has_answers: the format separates answers from prompts.
 
     Raises:
-        UnusableRowError: a column turns the meaning of the row round, or holds what its answers are about.
+        UnusableRowError: a column reverses the meaning of the row, or holds what its answers are about.
     """
-    filled = [name for name in names if name in values and values[name] not in NOTHING]
+    filled = [name for name in names if name in values and values[name] not in EMPTY]
     for name in filled:
         if name in MEDIA:
             raise UnusableRowError(
@@ -58,20 +58,20 @@ def check_other_columns(values: Mapping[str, Any], names: Collection[str], *, ha
             )
         if name in LABELS and has_answers and (values[name] is False or values[name] in ("false", "False")):
             raise UnusableRowError(
-                f"{name} is false: training would teach an answer that is not wanted; there is no preference training: "
-                "keep rows whose label is true only"
+                f"{name} is false, which marks an undesirable answer; preference training is not supported: keep rows "
+                "whose label is true only"
             )
         if name == "chosen" and isinstance(values[name], dict):
             raise UnusableRowError(
-                "chosen is the answer of a preference pair, which no training here uses; append it to the conversation to "
-                "train on it and on nothing else"
+                "chosen is the answer of a preference pair; preference training is not supported: append it to the "
+                "conversation to train on it only"
             )
-    return tuple(_note(name, values[name], has_answers=has_answers) for name in filled)
+    return tuple(_warning(name, values[name], has_answers=has_answers) for name in filled)
 
 
-def _note(name: str, value: Any, *, has_answers: bool) -> str:
+def _warning(name: str, value: Any, *, has_answers: bool) -> str:
     if not has_answers:
         return f"the column {name} is not used"
     if name in LABELS and value in (True, "true", "True"):
-        return f"{name} is true, and the row is trained as any other (there is no preference training)"
-    return f"the column {name} is not used: {MATTERS[name].format(name)}"
+        return f"{name} is true, and the row is trained as any other (preference training is not supported)"
+    return f"the column {name} is not used: {CONSEQUENCES[name].format(name)}"

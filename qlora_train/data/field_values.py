@@ -1,6 +1,6 @@
-"""What a column or a field of a row may hold: nothing, text that can be tokenised, JSON.
+"""Checked values of one row's columns and fields: strings that can be tokenised, and JSON.
 
-Everything here concerns one row and raises `UnusableRowError` with a reason that does not quote the row.
+Everything here raises `UnusableRowError` with a reason that does not quote the row.
 """
 
 import json
@@ -10,16 +10,12 @@ from typing import Any
 from qlora_train.data.readers.json_values import DECODER, kind_of
 from qlora_train.data.types import UnusableRowError
 
-NOTHING: tuple[Any, ...] = (None, "", [], {})
-"""Values of a field that say nothing, as data sets with one schema for all turns fill in."""
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values that count as a missing field: data sets with one schema for all turns fill them in."""
 
 
 def read_string(value: Any, name: str) -> str:
-    """Return `value` if it is a string that can be tokenised.
-
-    Raises:
-        UnusableRowError: it is null, of another type, or holds a NUL or half a surrogate pair.
-    """
+    """Return a string without NUL or unpaired surrogates."""
     if not isinstance(value, str):
         raise UnusableRowError(f"{name} is {kind_of(value)}, expected a string")
     if "\0" in value:
@@ -32,8 +28,8 @@ def read_string(value: Any, name: str) -> str:
     return value
 
 
-def read_said(value: Any, name: str) -> str | None:
-    """Return an optional string; None where it is null or blank."""
+def read_optional_string(value: Any, name: str) -> str | None:
+    """Return a string; None for null and blank ones."""
     if value is None:
         return None
     text = read_string(value, name)
@@ -41,14 +37,10 @@ def read_said(value: Any, name: str) -> str | None:
 
 
 def read_json(value: Any, name: str) -> Any:
-    """Return a JSON value that may come as a string with JSON in it.
+    """Return a strict JSON value, which may come as a string with JSON in it.
 
-    In a value that is no string, fields that are null are left out, since Parquet and Arrow give every object the
-    fields of all: the arguments of one function would turn up, null, in the calls of another. Where null is meant, as
-    an argument or in an enum, the string keeps it.
-
-    Raises:
-        UnusableRowError: the string is not strict JSON, or the value holds what JSON cannot say.
+    Null fields are left out of a value that is no string: Parquet and Arrow give every object the fields of all, so the
+    arguments of one function would appear, null, in the calls of another. A string preserves a null that is meant.
     """
     is_text = isinstance(value, str)
     try:

@@ -1,34 +1,33 @@
-"""One row of each format of conversations and plain text, from its columns; `token_rows` has those of tokens.
+"""One row of each format except `tokens`, from its values by the format's column names (`pretokenized` reads tokens).
 
-Each function takes the row's place and its values by the format's column names, and raises `UnusableRowError` for a value
-that cannot be used.
+Each reader takes the row's location and values, and raises `UnusableRowError` for a value that cannot be used.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_train.data.conversation import check_turns, read_turns
-from qlora_train.data.field_values import NOTHING, read_said, read_string
+from qlora_train.data.field_values import EMPTY, read_optional_string, read_string
 from qlora_train.data.readers import kind_of
-from qlora_train.data.sharegpt import as_openai
 from qlora_train.data.tool_calls import read_chat_template_kwargs, read_tools
 from qlora_train.data.types import Message, Row, UnusableRowError
 
+CONVERSATION_COLUMNS = ("tools", "system", "chat_template_kwargs")
+"""Optional columns of every format of conversations."""
+
 
 def from_messages(where: str, values: Mapping[str, Any]) -> Row:
-    """Turns of OpenAI's shape."""
-    turns, untrained = read_turns(values["messages"], "messages")
-    return _conversation(where, values, turns, untrained)
+    """Read turns of OpenAI's shape."""
+    return _conversation(where, values, *read_turns(values["messages"], "messages"))
 
 
 def from_conversations(where: str, values: Mapping[str, Any]) -> Row:
-    """Turns of ShareGPT's shape or of OpenAI's."""
-    turns, untrained = read_turns(values["conversations"], "conversations", shape="from, value", as_openai=as_openai)
-    return _conversation(where, values, turns, untrained)
+    """Read turns of ShareGPT's shape or of OpenAI's."""
+    return _conversation(where, values, *read_turns(values["conversations"], "conversations", sharegpt=True))
 
 
 def from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
-    """Two strings, or two halves of one conversation."""
+    """Read two strings, or two halves of one conversation."""
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         turns, untrained = read_turns(prompt, "prompt")
@@ -43,8 +42,8 @@ def from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
     text = read_string(completion, "completion")
     if not text.strip():
         raise UnusableRowError("completion is empty")
-    for column in ("tools", "system", "chat_template_kwargs"):
-        if values.get(column) not in NOTHING:
+    for column in CONVERSATION_COLUMNS:
+        if values.get(column) not in EMPTY:
             raise UnusableRowError(
                 f"{column} beside a prompt that is a string, to which no chat template is applied; data.columns: "
                 "{question: prompt, answer: completion} makes turns of it"
@@ -53,21 +52,22 @@ def from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
 
 
 def from_alpaca(where: str, values: Mapping[str, Any]) -> Row:
-    """One question and one answer, perhaps with earlier ones."""
+    """Read a question and its answer, perhaps with earlier ones."""
     instruction = read_string(values["instruction"], "instruction")
-    question = _joined(instruction, read_said(values.get("input"), "input"))
+    question = _joined(instruction, read_optional_string(values.get("input"), "input"))
     turns = _history(values.get("history")) + _pair(question, read_string(values["output"], "output"))
     return _conversation(where, values, turns)
 
 
 def from_question_answer(where: str, values: Mapping[str, Any]) -> Row:
-    """One question and one answer, perhaps with the text that the question is about."""
-    question = _joined(read_said(values.get("context"), "context"), read_string(values["question"], "question"))
+    """Read a question and its answer, perhaps with the text that the question is about."""
+    context = read_optional_string(values.get("context"), "context")
+    question = _joined(context, read_string(values["question"], "question"))
     return _conversation(where, values, _pair(question, read_string(values["answer"], "answer")))
 
 
 def from_text(where: str, values: Mapping[str, Any]) -> Row:
-    """Text without a structure."""
+    """Read plain text."""
     text = read_string(values["text"], "text")
     if not text.strip():
         raise UnusableRowError("text is empty")
@@ -75,15 +75,10 @@ def from_text(where: str, values: Mapping[str, Any]) -> Row:
 
 
 def _conversation(
-    where: str,
-    values: Mapping[str, Any],
-    turns: list[Message],
-    untrained: Sequence[int] = (),
-    *,
-    loss_from: int = 0,
+    where: str, values: Mapping[str, Any], turns: list[Message], untrained: Sequence[int] = (), *, loss_from: int = 0
 ) -> Row:
     tools = read_tools(values["tools"]) if "tools" in values else ()
-    system = read_said(values["system"], "system") if "system" in values else None
+    system = read_optional_string(values["system"], "system") if "system" in values else None
     if system is not None and turns[0] != {"role": "system", "content": system}:
         if turns[0]["role"] == "system":
             raise UnusableRowError("the column system and the first turn are two different system prompts")
@@ -102,13 +97,13 @@ def _conversation(
 
 
 def _joined(first: str | None, second: str | None) -> str:
-    """Join two texts by a blank line; one that is blank leaves the other as it is."""
-    said = [text for text in (first, second) if text is not None and text.strip()]
-    return "\n\n".join(said) or first or second or ""
+    """Join two texts by a blank line; a blank one leaves the other unchanged."""
+    texts = [text for text in (first, second) if text is not None and text.strip()]
+    return "\n\n".join(texts) or first or second or ""
 
 
 def _history(value: Any) -> list[Message]:
-    if value in NOTHING:
+    if value in EMPTY:
         return []
     if not isinstance(value, list):
         raise UnusableRowError(f"history is {kind_of(value)}, expected a list of [question, answer]")

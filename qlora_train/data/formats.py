@@ -1,4 +1,4 @@
-"""Records -> Rows: which format the columns are, and what a row of that format says.
+"""Records -> Rows: which format the columns have, and the reader of each format.
 
 ======================  ==============================================================================================
 format                  columns (those in brackets may be missing)
@@ -13,12 +13,12 @@ format                  columns (those in brackets may be missing)
 ======================  ==============================================================================================
 
 (*) is tools, system, chat_template_kwargs: functions, the first turn, and variables for the chat template. `input` follows
-the instruction, `context` stands before the question, each with a blank line between. `history` is a list of [question,
-answer], earlier turns that are trained too. The columns decide which format it is; where they fit several the file
-is refused, because a guess would train on the wrong half.
+the instruction, `context` precedes the question, each with a blank line between. `history` is a list of [question,
+answer], earlier turns that are trained too. The columns decide the format; where they fit several, the file is refused,
+because a guess would train on the wrong half.
 
-A missing column is an error at once: every row has it. A value that cannot be used makes its row unusable, with a
-reason that does not quote the row, so that equal reasons can be counted.
+A missing column is an error at once: every row has it. A value that cannot be used makes its row unusable, with a reason
+that does not quote the row, so that equal reasons can be counted.
 """
 
 import logging
@@ -27,8 +27,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_train.data.column_hints import misspelled, rename_hint
-from qlora_train.data.extra_columns import check_other_columns, other_columns
+from qlora_train.data.extra_columns import check_extra_columns, extra_columns
 from qlora_train.data.format_readers import (
+    CONVERSATION_COLUMNS,
     from_alpaca,
     from_conversations,
     from_messages,
@@ -46,19 +47,22 @@ log = logging.getLogger("qlora_train")
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A shape of rows: the columns that must be there, those that may, and the reader of one row."""
+    """The columns of a format, and the reader of one row by these names."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    to_row: Callable[[str, Mapping[str, Any]], Row]
+    read: Callable[[str, Mapping[str, Any]], Row]
 
     @property
     def columns(self) -> tuple[str, ...]:
         """All of them."""
         return self.required + self.optional
 
-    def files_columns(self, columns: Mapping[str, str]) -> dict[str, str]:
-        """Map the format's columns to the file's; one that a renaming gives to another column is no longer its own."""
+    def file_columns(self, columns: Mapping[str, str]) -> dict[str, str]:
+        """Map the format's columns to the file's, which `data.columns` may rename.
+
+        A column of the file that is renamed to another name is no longer read under its own.
+        """
         renamed = {column: columns[column] for column in self.columns if column in columns}
         taken = set(renamed.values())
         return {
@@ -66,22 +70,17 @@ class Format:
         }
 
     def fits(self, record: Record, columns: Mapping[str, str]) -> bool:
-        """Say whether a record has all columns that must be there."""
-        in_file = self.files_columns(columns)
+        """Return whether a record has all required columns."""
+        in_file = self.file_columns(columns)
         return all(in_file.get(column) in record.values for column in self.required)
 
-    def uses_renamed(self, record: Record, columns: Mapping[str, str]) -> bool:
-        """Say whether a renaming gives this format one of the record's columns."""
-        return any(columns.get(column) in record.values for column in self.columns)
 
-
-OF_CONVERSATIONS = ("tools", "system", "chat_template_kwargs")
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), OF_CONVERSATIONS, from_messages),
-    "conversations": Format(("conversations",), OF_CONVERSATIONS, from_conversations),
-    "prompt_completion": Format(("prompt", "completion"), OF_CONVERSATIONS, from_prompt_completion),
-    "alpaca": Format(("instruction", "output"), ("input", "history", *OF_CONVERSATIONS), from_alpaca),
-    "question_answer": Format(("question", "answer"), ("context", *OF_CONVERSATIONS), from_question_answer),
+    "messages": Format(("messages",), CONVERSATION_COLUMNS, from_messages),
+    "conversations": Format(("conversations",), CONVERSATION_COLUMNS, from_conversations),
+    "prompt_completion": Format(("prompt", "completion"), CONVERSATION_COLUMNS, from_prompt_completion),
+    "alpaca": Format(("instruction", "output"), ("input", "history", *CONVERSATION_COLUMNS), from_alpaca),
+    "question_answer": Format(("question", "answer"), ("context", *CONVERSATION_COLUMNS), from_question_answer),
     "text": Format(("text",), (), from_text),
     "tokens": Format(("input_ids",), ("labels", "attention_mask", "position_ids", *MASKS), read_token_row),
 }
@@ -90,62 +89,56 @@ FORMATS: dict[str, Format] = {
 class RowReader:
     """Reads the records of one source as rows.
 
-    `unseen` maps renamed columns to names in the file that no record so far had: a spelling mistake, if it is still so
-    at the end of the source.
-
     Args:
         name: a format, as `recognise` returns it.
         columns: the format's column names -> the file's; others are ignored.
+
+    Attributes:
+        unseen: renamed columns -> names in the file that no record so far had; at the end of a source, misspelled ones.
     """
 
     def __init__(self, name: str, columns: Mapping[str, str]) -> None:
         self.name = name
         self._format = FORMATS[name]
-        self._columns = tuple(self._format.files_columns(columns).items())
-        self._others = other_columns(self._format.files_columns(columns).values())
-        self._has_answers = self._format.required not in (("text",), ("input_ids",))
+        self._columns = self._format.file_columns(columns)
+        self._extra = extra_columns(self._columns.values())
+        self._has_answers = name not in ("text", "tokens")
         self.unseen = {column: columns[column] for column in self._format.columns if column in columns}
 
     def read(self, record: Record) -> Row:
-        """Return what a record says.
+        """Return a record as a row.
 
         Raises:
             UnusableRowError: a value cannot be used.
-            DataError: a column is missing that every row must have.
+            DataError: a required column is missing.
         """
         found = record.values
         if self.unseen:
             self.unseen = {column: in_file for column, in_file in self.unseen.items() if in_file not in found}
-        values = {column: found[in_file] for column, in_file in self._columns if in_file in found}
+        values = {column: found[in_file] for column, in_file in self._columns.items() if in_file in found}
         for column in self._format.required:
             if column not in values:
                 raise self._missing(record, column)
-        warnings = check_other_columns(found, self._others, has_answers=self._has_answers)
-        row = self._format.to_row(record.where, values)
+        warnings = check_extra_columns(found, self._extra, has_answers=self._has_answers)
+        row = self._format.read(record.where, values)
         return replace(row, warnings=warnings) if warnings else row
 
     def _missing(self, record: Record, column: str) -> DataError:
-        in_file = dict(self._columns).get(column, column)
-        in_files = {file: column for column, file in self._columns}
-        seen = {in_files.get(name, name): value for name, value in record.values.items()}
-        nearest = misspelled(seen, self._format.required).get(column)
+        by_file_column = {in_file: column for column, in_file in self._columns.items()}
+        values = {by_file_column.get(name, name): value for name, value in record.values.items()}
+        nearest = misspelled(values, self._format.required).get(column)
         hint = f"; did you mean data.columns: {{{column}: {listed([nearest])}}}?" if nearest else ""
         return DataError(
-            f"{record.where}: the column {in_file} of the format {self.name} is missing; found "
+            f"{record.where}: the column {self._columns.get(column, column)} of the format {self.name} is missing; found "
             f"{listed(list(record.values)) or 'none'}{hint}"
         )
 
 
 def check_renames(format_name: str, columns: Mapping[str, str], key: str = "data.columns") -> None:
-    """Check column names against the format, or against all formats where it is `auto`.
-
-    Args:
-        format_name: a format or `auto`.
-        columns: the format's column names -> the file's.
-        key: the setting that they come from.
+    """Check the setting `key`, column names -> the file's, against a format, or against all of them for `auto`.
 
     Raises:
-        ConfigError: the format has no such column, or two of its columns are given the same name.
+        ConfigError: the format has no such column, or two of its columns have the same name in the file.
     """
     names = list(FORMATS) if format_name == "auto" else [format_name]
     allowed = list(dict.fromkeys(column for name in names for column in FORMATS[name].columns))
@@ -156,56 +149,25 @@ def check_renames(format_name: str, columns: Mapping[str, str], key: str = "data
                 "(the format's name comes first, then the file's)"
             )
     for name in names:
-        _check_renamed_apart(name, columns, key)
-
-
-def _check_renamed_apart(name: str, columns: Mapping[str, str], key: str) -> None:
-    owners: dict[str, str] = {}
-    for column in FORMATS[name].columns:
-        if column in columns and owners.setdefault(columns[column], column) != column:
-            raise ConfigError(
-                f"{key}: {owners[columns[column]]} and {column} are both called {columns[column]}; expected a column of "
-                "its own for each"
-            )
+        owners: dict[str, str] = {}
+        for column in FORMATS[name].columns:
+            if column in columns and owners.setdefault(columns[column], column) != column:
+                raise ConfigError(
+                    f"{key}: {owners[columns[column]]} and {column} are both called {columns[column]}; expected a column "
+                    "of its own for each"
+                )
 
 
 def recognise(record: Record, format_name: str, columns: Mapping[str, str]) -> str:
-    """Return the format of a source, and log it with the columns that are not used.
+    """Return the format of a source from its first record, and log it with the columns that are not used.
 
-    Args:
-        record: the source's first one.
-        format_name: what the config says, or `auto`.
-        columns: the format's column names -> the file's. Where the columns fit several formats, those that a renaming
-            speaks of go first.
+    Where the columns fit several formats, those with a renamed column (`columns`) are preferred.
 
     Raises:
         DataError: the columns fit no format, or several.
     """
     name = _recognised(record, columns) if format_name == "auto" else format_name
-    _log_recognised(record, name, columns)
-    return name
-
-
-def _recognised(record: Record, columns: Mapping[str, str]) -> str:
-    fitting = [name for name, it in FORMATS.items() if it.fits(record, columns)]
-    meant = [name for name in fitting if FORMATS[name].uses_renamed(record, columns)]
-    fitting = meant or fitting
-    if len(fitting) == 1:
-        return fitting[0]
-    found = listed(list(record.values)) or "none"
-    if fitting:
-        raise DataError(
-            f"{record.where}: the columns {found} fit {' and '.join(fitting)}; set data.format to the one that is meant"
-        )
-    required = [it.required for it in FORMATS.values()]
-    needs = ", or ".join(" + ".join(columns) for columns in required)
-    raise DataError(
-        f"{record.where}: found the columns {found}; expected {needs}{rename_hint(record.values, required)}"
-    )
-
-
-def _log_recognised(record: Record, name: str, columns: Mapping[str, str]) -> None:
-    used = FORMATS[name].files_columns(columns).values()
+    used = FORMATS[name].file_columns(columns).values()
     unused = listed([column for column in record.values if column not in used])
     log.info("%s: format %s%s", record.where, name, f"; columns not used: {unused}" * bool(unused))
     idle = ", ".join(f"{column}: {file}" for column, file in columns.items() if column not in FORMATS[name].columns)
@@ -214,3 +176,24 @@ def _log_recognised(record: Record, name: str, columns: Mapping[str, str]) -> No
             "%s: read as %s, where data.columns {%s} has no effect; set data.format if another one is meant",
             record.where, name, idle,
         )  # fmt: skip
+    return name
+
+
+def _recognised(record: Record, columns: Mapping[str, str]) -> str:
+    fitting = [name for name, it in FORMATS.items() if it.fits(record, columns)]
+    renamed = [
+        name for name in fitting if any(columns.get(column) in record.values for column in FORMATS[name].columns)
+    ]
+    fitting = renamed or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    found = listed(list(record.values)) or "none"
+    if fitting:
+        raise DataError(
+            f"{record.where}: the columns {found} fit {' and '.join(fitting)}; set data.format to the one that is meant"
+        )
+    required = [it.required for it in FORMATS.values()]
+    expected = ", or ".join(" + ".join(columns) for columns in required)
+    raise DataError(
+        f"{record.where}: found the columns {found}; expected {expected}{rename_hint(record.values, required)}"
+    )

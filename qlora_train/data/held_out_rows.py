@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_train.data.streaming import RowStream
 from qlora_train.data.token_store import Rows, Store, StoreWriter
-from qlora_train.data.tokenize_chunk import Collected, location_suffix
+from qlora_train.data.tokenize_chunk import ChunkBuilder, location_suffix
 from qlora_train.data.types import Example, Record
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError, DataError
@@ -65,9 +65,9 @@ def save_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:
             files: dict[str, int] = {}
             for example in examples:
                 name = example.where.removesuffix(location_suffix(example.where))
-                collected = Collected(files.setdefault(name, len(files)), dtype)
-                collected.add(Record(example.where, {}), example, b"", 0, keep=True)
-                writer.append(collected.chunk(num_bytes=0, unseen=frozenset()))
+                builder = ChunkBuilder(files.setdefault(name, len(files)), dtype)
+                builder.add(Record(example.where, {}), example, b"", 0, with_texts=True)
+                writer.append(builder.build(num_bytes=0, unseen=frozenset()))
             writer.close()
             (store / FILES).write_text(json.dumps(list(files)), encoding="utf-8")
 

@@ -29,7 +29,7 @@ from qlora_train.data.selection import first_of_equals, is_among, mix, num_repea
 from qlora_train.data.source_store import SourceStore, StoreMaker
 from qlora_train.data.streaming import RowStream
 from qlora_train.data.token_store import Rows
-from qlora_train.data.tokenize_chunk import TextsKept
+from qlora_train.data.tokenize_chunk import StoredTexts
 from qlora_train.data.types import ReasonCounts
 from qlora_train.data.worker_pool import num_cores
 from qlora_train.utils.errors import DataError
@@ -76,9 +76,9 @@ def prepare_data(
     share = data.eval if isinstance(data.eval, float) else 0.0
     maker = StoreMaker(data, tokenizer, day, vocabulary_size or len(tokenizer))
     share = data.eval if isinstance(data.eval, float) else 0.0
-    kept = TextsKept(share=share, seed=seed if share else 0)
+    kept = StoredTexts(share=share, seed=seed if share else 0)
     sources = data.eval if isinstance(data.eval, tuple) else ()
-    held_out = _read("data.eval", sources, maker, TextsKept(everything=True), data.max_dropped)
+    held_out = _read("data.eval", sources, maker, StoredTexts(everything=True), data.max_dropped)
     train = [] if data.streaming else _read("data.train", data.train, maker, kept, data.max_dropped)
     if is_dated(tokenizer) and (data.streaming or any(not each.is_plain for each in (*train, *held_out))):
         log.info("chat template: writes the current date; every row is rendered for %s", day.isoformat())
@@ -92,7 +92,7 @@ def prepare_data(
 
 
 def _read(
-    key: str, sources: Sequence[Source], maker: StoreMaker, kept: TextsKept, max_dropped: float
+    key: str, sources: Sequence[Source], maker: StoreMaker, kept: StoredTexts, max_dropped: float
 ) -> list[SourceStore]:
     """Return the stores of all sources of a part, which together keep to `data.max_dropped`."""
     stores = [maker.store(key, source, kept) for source in sources]

@@ -9,21 +9,16 @@ import numpy as np
 
 from qlora_train.data.types import Example
 
-MOST_BYTES = 4
-"""Bytes of a character in UTF-8, and so the most tokens that one can be made of."""
+MAX_TOKENS_PER_CHARACTER = 4
+"""Bytes of a character in UTF-8, and so the most tokens that it can consist of."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedRow:
     """A row for people to read.
 
-    Attributes:
-        where: ``file:line``.
-        num_tokens: tokens.
-        num_labels: tokens with loss.
-        segments: the text in pieces, each with whether it carries loss; joined they are the whole row. A character whose
-            tokens lie on both sides of a border stands behind it.
-        notes: what is to be known about the row.
+    `segments` are parts of the text, each with whether it is trained; joined they are the whole row. A character whose
+    tokens are on both sides of a border belongs to the later segment.
     """
 
     where: str
@@ -44,33 +39,32 @@ class RenderedRow:
 
 
 def render_rows(examples: Iterable[Example], tokenizer: Any) -> tuple[RenderedRow, ...]:
-    """Return the rows as text, with the tokenizer that made them."""
+    """Decode rows with the tokenizer that made them."""
     return tuple(_rendered(example, tokenizer) for example in examples)
 
 
 def _rendered(example: Example, tokenizer: Any) -> RenderedRow:
     mask, ids = example.loss_mask, example.input_ids.tolist()
-    whole = _decoded(tokenizer, ids)
-    borders, places = [0], [0]
+    text = _decoded(tokenizer, ids)
+    token_borders, char_borders = [0], [0]
     for border in (np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist():
-        borders.append(border)
-        places.append(max(places[-1], _place(tokenizer, ids, border, whole)))
-    places.append(len(whole))
-    pieces = (whole[begin:end] for begin, end in pairwise(places))
-    trained = (bool(mask[border]) for border in borders)
-    segments = tuple(zip(pieces, trained, strict=True))
+        token_borders.append(border)
+        char_borders.append(max(char_borders[-1], _char_border(tokenizer, ids, border, text)))
+    char_borders.append(len(text))
+    parts = (text[begin:end] for begin, end in pairwise(char_borders))
+    segments = tuple((part, bool(mask[border])) for part, border in zip(parts, token_borders, strict=True))
     return RenderedRow(example.where, len(ids), int(np.count_nonzero(mask)), segments, example.warnings)
 
 
-def _place(tokenizer: Any, ids: list[int], border: int, whole: str) -> int:
-    """Return where in the whole text the tokens before a border end.
+def _char_border(tokenizer: Any, ids: list[int], border: int, text: str) -> int:
+    """Return the position in `text` where the tokens before a border end.
 
-    A token means other text alone than after others (white space, parts of characters), so that the whole beginning is
-    decoded; one that ends inside a character decodes to something else there, and is shortened.
+    The whole beginning is decoded, since a token may mean other text alone (white space, parts of characters). If it ends
+    inside a character, it decodes to something else there and is shortened.
     """
-    for end in range(border, max(0, border - MOST_BYTES), -1):
+    for end in range(border, max(0, border - MAX_TOKENS_PER_CHARACTER), -1):
         beginning = _decoded(tokenizer, ids[:end])
-        if whole.startswith(beginning):
+        if text.startswith(beginning):
             return len(beginning)
     return 0
 

@@ -21,7 +21,7 @@ from qlora_train.data.sources import DataFile, find_files
 from qlora_train.data.streaming import StreamedSource
 from qlora_train.data.token_cache import StoreCache, key_of
 from qlora_train.data.token_store import Store, StoreWriter, token_dtype
-from qlora_train.data.tokenize_chunk import ChunkTokenizer, TextsKept
+from qlora_train.data.tokenize_chunk import ChunkTokenizer, StoredTexts
 from qlora_train.data.types import Record
 from qlora_train.data.worker_pool import num_processes, ordered_map
 from qlora_train.utils.errors import DataError
@@ -64,7 +64,7 @@ class StoreMaker:
         self._cache = StoreCache(data.cache_dir, data.cache_limit)
         self._identity = tokenizer_identity(tokenizer)
 
-    def store(self, key: str, source: Source, kept: TextsKept) -> SourceStore:
+    def store(self, key: str, source: Source, kept: StoredTexts) -> SourceStore:
         """Return the store of one source.
 
         Args:
@@ -106,7 +106,7 @@ class StoreMaker:
                         "beginning; expected jsonl, txt, arrow, or parquet with small row groups, without compression"
                     )
                 pieces.append((number, position == 0, chunk))
-        kept = TextsKept(everything=True)  # nothing is stored
+        kept = StoredTexts(everything=True)  # nothing is stored
         identity = key_of(
             [file.path for file in files],
             {**self._decisive(files, format_name, columns, kept), "chunk_bytes": CHUNK_BYTES},
@@ -123,11 +123,11 @@ class StoreMaker:
         check_renames("auto" if source.columns is None and source.format else wanted, columns)
         return files, recognise(_first_record(files[0]), wanted, columns), columns
 
-    def _tokenizer_of_chunks(self, format_name: str, columns: Mapping[str, str], kept: TextsKept) -> ChunkTokenizer:
+    def _tokenizer_of_chunks(self, format_name: str, columns: Mapping[str, str], kept: StoredTexts) -> ChunkTokenizer:
         return ChunkTokenizer(self._tokenizer, self._data, format_name, columns, self._date, kept, self.vocabulary_size)
 
     def _decisive(
-        self, files: Sequence[DataFile], format_name: str, columns: Mapping[str, str], kept: TextsKept
+        self, files: Sequence[DataFile], format_name: str, columns: Mapping[str, str], kept: StoredTexts
     ) -> dict[str, Any]:
         """Return everything besides the files' bytes that decides what a store holds."""
         return {

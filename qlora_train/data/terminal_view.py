@@ -1,4 +1,4 @@
-"""Rows on a terminal with their loss mask: trained text bold green and context dim, or in brackets where no colour is."""
+"""Rows on a terminal with their loss mask: trained text bold green and context dim, or in brackets without colour."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from qlora_train.data.rendered_rows import RenderedRow
 
 TRAINED, CONTEXT = "bold green", "dim"
 OPEN, CLOSE, LINE_END = "⟦", "⟧", "↵"
-LONGEST_SEGMENT = 2000
-"""Characters that are shown of a piece; of a longer one the beginning and the end."""
-UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories whose characters a terminal obeys, or which turn the direction of writing or cannot be seen."""
+MAX_SEGMENT_LENGTH = 2000
+"""Characters shown of a segment; of a longer one the beginning and the end."""
+INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories of control characters, changes of the writing direction and other invisible characters."""
 JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
-"""Of those, what emoji and several scripts are written with."""
+"""Invisible characters that emoji and several scripts need."""
 
 
 def shown_rows(rows: Sequence[RenderedRow], console: Console) -> str:
     """Return rows as text for a console, in colour if it has any.
 
-    A character that nobody would see, or that the terminal would obey, is an escape; a line break is marked and kept.
+    Invisible and control characters are escaped; a line break is marked.
     """
     coloured = console.color_system is not None and not console.no_color
     with console.capture() as captured:
@@ -38,26 +38,25 @@ def shown_rows(rows: Sequence[RenderedRow], console: Console) -> str:
 
 
 def visible(text: str) -> str:
-    """Return text with an escape in place of every character that could not be seen or would not stay text."""
-    return "".join(_visible(character) for character in text)
-
-
-def _visible(character: str) -> str:
-    if character in JOINERS or unicodedata.category(character) not in UNSEEN:
-        return character
-    return character.encode("unicode_escape").decode("ascii")
+    """Escape invisible and control characters."""
+    return "".join(
+        character
+        if character in JOINERS or unicodedata.category(character) not in INVISIBLE
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
 
 
 def _shortened(text: str) -> str:
-    if len(text) <= LONGEST_SEGMENT:
+    if len(text) <= MAX_SEGMENT_LENGTH:
         return text
-    half = LONGEST_SEGMENT // 2
+    half = MAX_SEGMENT_LENGTH // 2
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
 def _marked(text: str, *, trained: bool, coloured: bool) -> tuple[str, str]:
-    """Return a piece and its style; without colours brackets say that it is trained."""
-    seen = f"{LINE_END}\n".join(visible(line) for line in text.split("\n"))
+    """Return a segment and its style; without colours, brackets mark a trained one."""
+    shown = f"{LINE_END}\n".join(visible(line) for line in text.split("\n"))
     if coloured or not trained:
-        return seen, TRAINED if trained else CONTEXT
-    return f"{OPEN}{seen}{CLOSE}", ""
+        return shown, TRAINED if trained else CONTEXT
+    return f"{OPEN}{shown}{CLOSE}", ""

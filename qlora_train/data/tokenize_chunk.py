@@ -1,6 +1,6 @@
-"""One chunk of a source -> its tokens: what a worker process does. It reads, understands, renders and cuts to length.
+"""One chunk of a source -> its tokens: what a worker process does. It reads, renders, and cuts rows to length.
 
-A row that cannot be used is counted with its reason and place; a problem of the file's structure is raised.
+A row that cannot be used is counted with its reason and location; malformed files raise.
 """
 
 import datetime
@@ -15,7 +15,7 @@ import numpy as np
 
 from qlora_train.config.schema import DataSection
 from qlora_train.data.formats import RowReader
-from qlora_train.data.overflow import fit
+from qlora_train.data.overflow import apply_overflow
 from qlora_train.data.readers import Chunk
 from qlora_train.data.render import Renderer
 from qlora_train.data.token_store import ROW, TokenizedChunk, token_dtype
@@ -24,11 +24,14 @@ from qlora_train.utils.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class TextsKept:
-    """Rows whose prompt and answer are kept as text, for generation.
+class StoredTexts:
+    """Which rows store their prompt and answer as text, for generation.
 
-    `everything`: all of them (`data.eval`). Otherwise those that a `share` by `seed` holds out, and the first
-    `num_examples` rows of each file, which are shown to a base model as solved examples.
+    Attributes:
+        everything: all of them (`data.eval`).
+        share: of the rows that are held out by `seed`.
+        seed: see `is_held_out`.
+        num_examples: first rows of each file, which a base model gets as solved examples.
     """
 
     everything: bool = False
@@ -36,28 +39,28 @@ class TextsKept:
     seed: int = 0
     num_examples: int = 64
 
-    def wants(self, record_number: int, digest: bytes) -> bool:
-        """Say whether a row's texts are kept."""
+    def include(self, record_number: int, digest: bytes) -> bool:
+        """Return whether a row's texts are stored."""
         return self.everything or record_number < self.num_examples or is_held_out(digest, self.share, self.seed)
 
 
 def content_digest(row: Row) -> bytes:
-    """Return 16 bytes that stand for what the row says, whatever file and line it stands in."""
-    said: list[object] = [row.messages, row.prompt, row.text, row.loss_from]
-    if row.untrained or row.tools or row.input_ids:  # what most rows have not would only lengthen them
-        said += [sorted(row.untrained), row.tools, row.input_ids, row.loss_mask]
+    """Return 16 bytes that identify a row's content, independent of its file and line."""
+    content: list[object] = [row.messages, row.prompt, row.text, row.loss_from]
+    if row.untrained or row.tools or row.input_ids:  # most rows have none of these
+        content += [sorted(row.untrained), row.tools, row.input_ids, row.loss_mask]
     if row.chat_template_kwargs:
-        said.append(row.chat_template_kwargs)
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:16]
+        content.append(row.chat_template_kwargs)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:16]
 
 
 def system_prompt_of(turns: Sequence[Message]) -> str:
-    """Return the system prompt of a conversation, empty where there is none."""
+    """Return the system prompt of a conversation, empty if there is none."""
     return turns[0]["content"] if turns[0]["role"] == "system" else ""
 
 
 def is_held_out(digest: bytes, share: float, seed: int) -> bool:
-    """Decide a row's side from its content and the seed alone: other rows come and go without moving it."""
+    """Decide by content and seed whether a row is held out: adding or removing other rows does not move it."""
     if not share:
         return False
     number = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + digest).digest()[:8], "big")
@@ -73,7 +76,7 @@ class ChunkTokenizer:
         format_name: of the source's rows.
         columns: the format's column names -> the file's.
         date: the day that dated chat templates print.
-        kept: rows whose texts are kept.
+        stored_texts: rows that store their texts.
         vocabulary_size: token ids of the model; a row with another one cannot be used.
     """
 
@@ -84,44 +87,44 @@ class ChunkTokenizer:
         format_name: str,
         columns: Mapping[str, str],
         date: datetime.date,
-        kept: TextsKept,
+        stored_texts: StoredTexts,
         vocabulary_size: int,
     ) -> None:
         self._renderer = Renderer(tokenizer, train_on=data.train_on, date=date)
-        self._data, self._format, self._columns, self._kept = data, format_name, columns, kept
+        self._data, self._format, self._columns, self._stored_texts = data, format_name, columns, stored_texts
         self._vocabulary_size, self._tokenizer, self._bos = vocabulary_size, tokenizer, tokenizer.bos_token_id
 
     def __call__(self, numbered: tuple[int, bool, Chunk]) -> TokenizedChunk:
-        """Tokenise a chunk of the file with this number; the flag says whether it is the file's first.
+        """Tokenise a chunk of the file with this number; the flag is set for the file's first chunk.
 
         Raises:
-            DataError: the chunk is not well-formed, lacks a column, or holds a row that `overflow: refuse` refuses.
+            DataError: the chunk is malformed, lacks a column, or holds a row that `overflow: refuse` refuses.
         """
         file_number, is_first, chunk = numbered
         reader = RowReader(self._format, self._columns)
-        collected = Collected(file_number, token_dtype(self._vocabulary_size))
+        builder = ChunkBuilder(file_number, token_dtype(self._vocabulary_size))
         for number, record in enumerate(chunk.records()):
-            collected.num_records += 1
+            builder.num_records += 1
             try:
                 row = reader.read(record)
                 digest = content_digest(row)
                 examples = self._examples_of(row)
             except UnusableRowError as error:
-                collected.dropped.add(error.reason, f"{file_number}{location_suffix(record.where)}")
+                builder.dropped.add(error.reason, f"{file_number}{location_suffix(record.where)}")
                 continue
             if row.messages is not None:
-                collected.systems[system_prompt_of(row.messages)] += 1
-            keep = self._kept.wants(number if is_first else self._kept.num_examples, digest)
+                builder.system_prompts[system_prompt_of(row.messages)] += 1
+            with_texts = self._stored_texts.include(number if is_first else self._stored_texts.num_examples, digest)
             for part, example in enumerate(examples):
-                collected.add(record, example, digest, part, keep=keep)
-        return collected.chunk(num_bytes=chunk.num_bytes, unseen=frozenset(reader.unseen))
+                builder.add(record, example, digest, part, with_texts=with_texts)
+        return builder.build(num_bytes=chunk.num_bytes, unseen=frozenset(reader.unseen))
 
     def _examples_of(self, row: Row) -> list[Example]:
         example = self._renderer.render(row)
         if row.warnings:
             example = replace(example, warnings=(*row.warnings, *example.warnings))
         self._check_ids(row, example)
-        return fit(example, max_length=self._data.max_length, overflow=self._data.overflow, bos=self._bos)
+        return apply_overflow(example, max_length=self._data.max_length, overflow=self._data.overflow, bos=self._bos)
 
     def _check_ids(self, row: Row, example: Example) -> None:
         beyond = sorted(set(example.input_ids[example.input_ids >= self._vocabulary_size].tolist()))
@@ -137,33 +140,33 @@ class ChunkTokenizer:
         )
 
 
-class Collected:
-    """The rows of a chunk while they are being tokenised.
+class ChunkBuilder:
+    """Collects the tokenised rows of a chunk.
 
     Args:
-        file_number: which file of the source the chunk is from.
+        file_number: of the chunk's file in the source.
         dtype: of the tokens in the store.
     """
 
     def __init__(self, file_number: int, dtype: np.dtype[Any]) -> None:
         self.num_records, self.dropped, self.warned = 0, ReasonCounts(), ReasonCounts()
-        self.systems: Counter[str] = Counter()
+        self.system_prompts: Counter[str] = Counter()
         self._file_number, self._dtype = file_number, dtype
         self._examples: list[Example] = []
         self._rows: list[tuple[int, int, int, tuple[int, int], int, int]] = []
         self._metadata: list[bytes] = []
         self._num_tokens = self._metadata_bytes = 0
 
-    def add(self, record: Record, example: Example, digest: bytes, part: int, *, keep: bool) -> None:
-        """Take a row, or piece `part` of one; its prompt and answer only if `keep` says so."""
+    def add(self, record: Record, example: Example, digest: bytes, part: int, *, with_texts: bool) -> None:
+        """Add a row, or part number `part` of a split one, perhaps with its prompt and answer."""
+        location = location_suffix(record.where)
         for warning in example.warnings:
-            self.warned.add(warning, f"{self._file_number}{location_suffix(record.where)}")
-        place = location_suffix(record.where)
-        if keep or example.warnings:
-            texts = [example.prompt, example.answer] if keep else [None, None]
-            line = json.dumps([self._file_number, place, *texts, *example.warnings]).encode() + b"\n"
+            self.warned.add(warning, f"{self._file_number}{location}")
+        if with_texts or example.warnings:
+            texts = [example.prompt, example.answer] if with_texts else [None, None]
+            line = json.dumps([self._file_number, location, *texts, *example.warnings]).encode() + b"\n"
         else:
-            line = b'[%d,"%s",null,null]\n' % (self._file_number, place.encode())  # the same, for most rows
+            line = b'[%d,"%s",null,null]\n' % (self._file_number, location.encode())  # faster, for most rows
         halves = (int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
         num_labels = int(np.count_nonzero(example.loss_mask))
         self._rows.append((self._num_tokens, len(example.input_ids), num_labels, halves, part, self._metadata_bytes))
@@ -172,8 +175,8 @@ class Collected:
         self._num_tokens += len(example.input_ids)
         self._metadata_bytes += len(line)
 
-    def chunk(self, *, num_bytes: int, unseen: frozenset[str]) -> TokenizedChunk:
-        """Return them as bytes."""
+    def build(self, *, num_bytes: int, unseen: frozenset[str]) -> TokenizedChunk:
+        """Return the chunk as bytes."""
         empty = np.empty(0, np.int32)
         tokens = np.concatenate([empty, *(example.input_ids for example in self._examples)])
         mask = np.concatenate([empty.astype(np.bool_), *(example.loss_mask for example in self._examples)])
@@ -188,10 +191,10 @@ class Collected:
             dropped=self.dropped,
             warned=self.warned,
             unseen=unseen,
-            systems=self.systems,
+            systems=self.system_prompts,
         )
 
 
 def location_suffix(where: str) -> str:
-    """Return what stands behind the file's name: ``:12`` or ``:row 12``."""
+    """Return the part of a location behind the file's name: ``:12`` or ``:row 12``."""
     return where[where.rindex(":") :]

@@ -1,4 +1,4 @@
-"""What the data stage hands on: records become rows, rows become examples, examples become batches. No torch."""
+"""The types of the data stage: records become rows, rows become examples, examples become batches. No torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,10 +7,9 @@ from typing import Any, NotRequired, Self, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-LONGEST_REASON = 200
-"""Characters of the reason why a row cannot be used."""
+MAX_REASON_LENGTH = 200
 NUM_LOCATIONS = 5
-"""Places that are kept of rows counted together."""
+"""Locations stored of rows that are counted together."""
 
 TokenArray = npt.NDArray[np.int32]
 MaskArray = npt.NDArray[np.bool_]
@@ -18,7 +17,7 @@ MaskArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The columns of one row as the file has them, and where it stands: ``file:line`` or ``file:row N``."""
+    """The columns of one row as in the file, and its location: ``file:line`` or ``file:row N``."""
 
     where: str
     values: dict[str, Any]
@@ -40,18 +39,17 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One usable row, in the one shape that all formats are read into.
-
-    Exactly one of `messages`, `text` and `input_ids` is set. `where` is ``file:line`` (or ``dataset[split]:row N``), for
-    people. `prompt` stands before `text`, turns before index `loss_from` before the completion of a row that keeps the
-    two apart; neither carries loss, unless `data.train_on` is `all`.
+    """One usable row, the same type for all formats; exactly one of `messages`, `text` and `input_ids` is set.
 
     Attributes:
-        untrained: indices of assistant turns that the row itself says not to learn.
+        where: ``file:line`` or ``dataset[split]:row N``.
+        prompt: precedes `text`; not trained, unless `data.train_on` is `all`.
+        loss_from: index of the first message of the completion, where the row separates prompt and completion.
+        untrained: indices of assistant turns that the row excludes from training.
         tools: JSON schemas of the functions that the assistant may call.
         chat_template_kwargs: more variables for the chat template.
-        notes: see `Example.warnings`.
-        input_ids: a row that came as tokens, (seq,).
+        warnings: see `Example.warnings`.
+        input_ids: a pre-tokenised row, (seq,).
         loss_mask: its labels, (seq,).
     """
 
@@ -69,18 +67,18 @@ class Row:
 
 
 class UnusableRowError(Exception):
-    """Raised inside the data stage with the reason why one row cannot be used; equal reasons are counted together."""
+    """One row cannot be used, with the reason; equal reasons are counted together."""
 
     @property
     def reason(self) -> str:
-        """The reason in one short line; the error's text may hold what a row or a chat template says."""
+        """The reason in one short line; the error's text may quote a row or a chat template."""
         line = " ".join(str(self).split())
-        return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "..."
+        return line if len(line) <= MAX_REASON_LENGTH else line[:MAX_REASON_LENGTH] + "..."
 
 
 @dataclass(slots=True)
 class ReasonCounts:
-    """Rows counted by reason, with the first few places of each."""
+    """Rows counted by reason, with the first few locations of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
     locations: dict[str, list[str]] = field(default_factory=dict)
@@ -90,7 +88,7 @@ class ReasonCounts:
         self._add(reason, 1, (where,))
 
     def merge(self, other: Self) -> None:
-        """Count what another one has counted, later in the data."""
+        """Add the counts of later rows."""
         for reason, count in other.counts.items():
             self._add(reason, count, other.locations[reason])
 
@@ -101,24 +99,26 @@ class ReasonCounts:
 
     @property
     def total(self) -> int:
-        """How many rows were counted."""
+        """Rows counted."""
         return sum(self.counts.values())
 
 
 Prompt = tuple[Message, ...] | str
-"""What a model is asked: the turns so far, or plain text to go on from."""
+"""A model's input: the turns so far, or plain text to continue."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """A row as tokens.
+    """A tokenised row.
 
-    `input_ids`, int32, and `loss_mask`, bool, have equal length (seq,); a token with a true mask is a label. `prompt` and
-    `answer` are for generation: the turns before the last assistant turn and that turn's text; the texts of a plain
-    prompt and its completion; both None for text without a prompt, tokens, conversations with tools or with
-    `chat_template_kwargs`, and where nobody will generate. The first token is never a label, since nothing predicts it.
-    `warnings` are things to know about the row that do not keep it from being used; rows with the same note are counted
-    together.
+    Attributes:
+        where: see `Row.where`.
+        input_ids: int32 (seq,).
+        loss_mask: bool (seq,), true where the token is a label; never for the first, which nothing predicts.
+        prompt: for generation: the turns before the last assistant turn, or a plain prompt. None for text without a
+            prompt, tokens, conversations with tools or `chat_template_kwargs`, and rows that are not generated from.
+        answer: the text of the last assistant turn, or the plain completion; None with `prompt`.
+        warnings: about a row that is used all the same; rows with equal warnings are counted together.
     """
 
     where: str

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_train.data.data_report import DataReport, Lengths, PartReport, SourceReport, SystemPrompt, check_limits
 from qlora_train.data.reason_counts import tally_of
 from qlora_train.data.rendered_rows import RenderedRow, render_rows
-from qlora_train.data.terminal_view import LONGEST_SEGMENT, shown_rows
+from qlora_train.data.terminal_view import MAX_SEGMENT_LENGTH, shown_rows
 from qlora_train.data.token_store import SourceSummary
 from qlora_train.data.types import Example, ReasonCounts
 from qlora_train.utils.errors import DataError
@@ -384,10 +384,10 @@ def test_hostile_text_reaches_a_terminal_as_text(console: Any) -> None:
 
 
 def test_long_lines_are_not_broken_and_long_pieces_are_shortened() -> None:
-    line, piece = "word " * 100, "x" * LONGEST_SEGMENT + "yz"
+    line, piece = "word " * 100, "x" * MAX_SEGMENT_LENGTH + "yz"
     shown = shown_rows([rendered((line, False), (piece, True))], plain())
     assert line in shown
-    assert f"x [... 2 characters ...] {'x' * (LONGEST_SEGMENT // 2 - 2)}yz⟧" in shown
+    assert f"x [... 2 characters ...] {'x' * (MAX_SEGMENT_LENGTH // 2 - 2)}yz⟧" in shown
 
 
 def test_no_rows_are_shown_as_nothing() -> None:

@@ -216,12 +216,12 @@ def test_an_answer_that_is_not_wanted_is_refused_and_one_that_is_noted(name: str
     for column in ("label", "kto_tag"):
         for value in (False, "false", "False"):
             assert reason_of(ROWS[name] | {column: value}) == (
-                f"{column} is false: training would teach an answer that is not wanted; there is no preference training: "
-                "keep rows whose label is true only"
+                f"{column} is false, which marks an undesirable answer; preference training is not supported: keep rows "
+                "whose label is true only"
             )
         for value in (True, "True"):
             assert read(ROWS[name] | {column: value}).warnings == (
-                f"{column} is true, and the row is trained as any other (there is no preference training)",
+                f"{column} is true, and the row is trained as any other (preference training is not supported)",
             )
 
 
@@ -240,7 +240,7 @@ def test_a_row_about_what_is_not_seen_is_refused(name: str, column: str) -> None
 OF_TURNS = {
     "system_prompt": "data.columns: {system: system_prompt} makes it the system turn",
     "functions": "data.columns: {tools: functions} gives it to the chat template",
-    "rejected": "preference pairs have no training of their own here",
+    "rejected": "preference training is not supported",
     "documents": "answers may depend on it",
     "rationale": "reasoning is read in a turn, as reasoning_content",
     "weight": "rows of a source weigh the same",
@@ -257,7 +257,7 @@ def test_a_column_that_may_matter_is_noted_where_a_row_fills_it(column: str) -> 
 
 
 PREFERENCE = (
-    "; these are preference pairs, which no training here uses; to train on the chosen answers and nothing else, "
+    "; these are preference pairs, and preference training is not supported; to train on the chosen answers only, "
 )
 TURNS = "reads them as a user and an assistant turn"
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -333,7 +333,7 @@ def test_a_conversation_whose_answer_stands_in_a_preference_pair_is_refused_as_s
     said = [{"from": "gpt", "value": value} for value in ("So.", "No.")]
     values = {"conversations": [{"from": "human", "value": "What?"}], "chosen": said[0], "rejected": said[1]}
     assert reason_of(values).startswith(
-        "chosen is the answer of a preference pair, which no training here uses; append"
+        "chosen is the answer of a preference pair; preference training is not supported: append"
     )
 
 

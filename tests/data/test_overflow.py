@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qlora_train.data.overflow import fit
+from qlora_train.data.overflow import apply_overflow
 from qlora_train.data.types import Example, UnusableRowError
 from qlora_train.utils.errors import DataError
 
@@ -30,13 +30,16 @@ def shown(piece: Example) -> str:
 
 
 def cut(mask: str, overflow: Any, max_length: int, *, bos: bool = False) -> list[str]:
-    return [shown(piece) for piece in fit(example(mask, bos=bos), max_length=max_length, overflow=overflow, bos=BOS)]
+    return [
+        shown(piece)
+        for piece in apply_overflow(example(mask, bos=bos), max_length=max_length, overflow=overflow, bos=BOS)
+    ]
 
 
 @pytest.mark.parametrize("overflow", ["drop", "refuse", *CUTTING])
 def test_a_row_that_fits_stays_as_it_is(overflow: Any) -> None:
     row = example("..xx")
-    assert fit(row, max_length=4, overflow=overflow, bos=None) == [row]
+    assert apply_overflow(row, max_length=4, overflow=overflow, bos=None) == [row]
 
 
 def test_a_long_row_is_dropped_with_the_limit() -> None:
@@ -61,7 +64,10 @@ def test_cuts_keep_the_tokens_that_they_say() -> None:
 
 def test_notes_say_what_was_cut_once_a_row() -> None:
     def warnings(mask: str, overflow: Any, max_length: int) -> list[tuple[str, ...]]:
-        return [piece.warnings for piece in fit(example(mask), max_length=max_length, overflow=overflow, bos=None)]
+        return [
+            piece.warnings
+            for piece in apply_overflow(example(mask), max_length=max_length, overflow=overflow, bos=None)
+        ]
 
     assert warnings("..xx..", "truncate", 4) == [("before", "cut at the end to data.max_length")]
     assert warnings("..xx..", "truncate", 3) == [("before", "cut at the end to data.max_length", "the answer is cut")]
@@ -74,7 +80,7 @@ def test_notes_say_what_was_cut_once_a_row() -> None:
 
 
 def test_pieces_of_one_row_are_asked_for_once() -> None:
-    pieces = fit(example(".x.x"), max_length=2, overflow="split", bos=None)
+    pieces = apply_overflow(example(".x.x"), max_length=2, overflow="split", bos=None)
     assert [(piece.prompt, piece.answer) for piece in pieces] == [("asked", "told"), (None, None)]
 
 
@@ -111,7 +117,7 @@ def test_every_piece_is_short_has_a_label_and_keeps_the_rows_labels(
     row = example("".join(".x"[label] for label in [False, *labels[1:]]), bos=bos)
     assume(row.loss_mask.any())
     try:
-        pieces = fit(row, max_length=max_length, overflow=overflow, bos=BOS)
+        pieces = apply_overflow(row, max_length=max_length, overflow=overflow, bos=BOS)
     except UnusableRowError:
         return
     is_label = dict(zip(row.input_ids.tolist(), row.loss_mask.tolist(), strict=True))

@@ -19,7 +19,7 @@ from qlora_train.config.writer import to_yaml
 from qlora_train.data.formats import FORMATS, recognise
 from qlora_train.data.readers import chunks
 from qlora_train.data.sources import DataFile
-from qlora_train.data.tokenize_chunk import ChunkTokenizer, TextsKept
+from qlora_train.data.tokenize_chunk import ChunkTokenizer, StoredTexts
 from qlora_train.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def tokenizer_of(format_name: str, train_on: int, overflow: int) -> ChunkTokeniz
     data = DataSection.model_validate(
         {"train": "rows.jsonl", "train_on": LOSS_ON[train_on], "overflow": TOO_LONG[overflow], "max_length": 64}
     )
-    return ChunkTokenizer(pico_tokenizer(), data, format_name, {}, DAY, TextsKept(), len(pico_tokenizer()))
+    return ChunkTokenizer(pico_tokenizer(), data, format_name, {}, DAY, StoredTexts(), len(pico_tokenizer()))
 
 
 @cache

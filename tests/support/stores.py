@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_train.data.token_store import Rows, Store, StoreWriter, token_dtype
-from qlora_train.data.tokenize_chunk import Collected
+from qlora_train.data.tokenize_chunk import ChunkBuilder
 from qlora_train.data.types import Example, Record
 
 
@@ -23,13 +23,13 @@ def store_of(
     writer = StoreWriter(folder, "text", token_dtype(vocabulary_size))
     half = (len(examples) + 1) // 2
     for start in (0, half):
-        collected = Collected(0, token_dtype(vocabulary_size))
+        builder = ChunkBuilder(0, token_dtype(vocabulary_size))
         for number, each in enumerate(examples[start : start + half], start):
-            collected.num_records += 1
+            builder.num_records += 1
             said = number if digests is None else digests[number]
             digest = said.to_bytes(16, "little")
-            collected.add(Record(f"file.jsonl:{number + 1}", {}), each, digest, 0, keep=True)
-        writer.append(collected.chunk(num_bytes=100, unseen=frozenset()))
+            builder.add(Record(f"file.jsonl:{number + 1}", {}), each, digest, 0, with_texts=True)
+        writer.append(builder.build(num_bytes=100, unseen=frozenset()))
     writer.close()
     return Store(folder, ["file.jsonl"])
 
