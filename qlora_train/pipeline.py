@@ -1,11 +1,10 @@
-"""A run from config to adapter and merged model: the table of contents."""
+"""A run from config to adapter and merged model, and what can be done with a finished run."""
 
 import datetime
-import json
 import logging
 import platform
 import shutil
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from qlora_train.config.preflight import check_machine
 from qlora_train.data import PreparedData
 from qlora_train.data.batch_order import epoch_order
 from qlora_train.data.collate import PaddingCollator, batches_with_labels, padding_multiple
-from qlora_train.data.held_out_rows import RunRows, load_rows, save_rows
+from qlora_train.data.held_out_rows import load_rows, save_rows
 from qlora_train.data.token_store import Rows
 from qlora_train.export.adapter_check import AdapterReference, check_adapter, measure_adapter
 from qlora_train.export.export_formats import EXPORT_FORMATS, ExportRequest
@@ -26,22 +25,21 @@ from qlora_train.export.gguf.converter import find_converter
 from qlora_train.export.hub_upload import Upload, plan_upload
 from qlora_train.export.merging.merge import check_mergeable
 from qlora_train.export.merging.merge_run import library_versions, merge_run
+from qlora_train.export.merging.verify import MergeResult
 from qlora_train.export.model_card import adapter_loading, clean_adapter_config, write_card
 from qlora_train.inference.eval_report import EvalSettings, evaluate_run
-from qlora_train.inference.finished_run import finished_config, start_date, with_pinned_revision
+from qlora_train.inference.finished_run import (
+    FinishedRun,
+    open_finished_run,
+    reopen,
+    start_date,
+    with_pinned_revision,
+)
 from qlora_train.models import BaseSource, LoadedModel, load_model, resolve_base
 from qlora_train.models.tokenizer import check_can_be_saved, save_tokenizer
 from qlora_train.planning.disk import check_disk_space, plan_disk
 from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
-from qlora_train.runs import (
-    RunFolder,
-    changed_settings,
-    check_same_metadata,
-    check_same_settings,
-    open_run,
-    record_metadata,
-    run_lock,
-)
+from qlora_train.runs import RunFolder, critical_changes, finished_run, open_run, record_metadata, run_lock, write_json
 from qlora_train.training import train
 from qlora_train.training.optimizer import choose_optimizer
 from qlora_train.utils import atomic_io, signals
@@ -51,22 +49,19 @@ from qlora_train.utils.errors import ExportError
 logger = logging.getLogger(__name__)
 
 NUM_INITIAL_BATCHES = 64
-"""Batches that a data-driven initialisation sees; it goes through them until it has converged."""
+"""Maximum batches for a data-driven initialisation, which stops when it has converged."""
 
 
 def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
-    """Do what a config says, or what is left of it.
+    """Train a config, or resume its run; then check the adapter and merge it if the config says so.
 
     Args:
         config: the resolved config; `run.output_dir` is set.
         resume: `auto`, `never` or the path of a checkpoint.
 
-    Returns:
-        The finished run.
-
     Raises:
-        UserError: anything the user can fix; whatever was whole before is still whole.
-        Stop: the process was asked to stop; the same call goes on from there.
+        UserError: an error the user can fix; complete files stay intact.
+        Stop: a signal asked the process to stop; the same call resumes.
     """
     device = select_device()
     with (
@@ -75,165 +70,92 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         open_run(config, resume=resume) as (folder, checkpoint),
     ):
         reference = None
-        if folder.is_finished() and not changed_settings(folder, config):
+        if folder.is_finished() and not critical_changes(folder, config):
             logger.info("%s: training has finished already; delete the folder to train again", folder.path)
         else:
             if device.type == "cpu" and "num_threads" not in config.run.allow_changed:
-                keep_num_threads(folder)
+                restore_num_threads(folder)
             check_machine(config)
             source, data = prepare(config, folder)
-            record_metadata(folder, config, facts(config, source, data, device, start_date(folder)))
-            if doomed := folder.existing_results():
-                names = ", ".join(path.name for path in doomed)
-                logger.warning("%s: training further will replace the adapter and delete %s", folder.path, names)
+            record_metadata(folder, config, run_metadata(config, source, data, device, start_date(folder)))
             data.report.log()
-            atomic_io.write_text(folder.data_report_file, json.dumps(data.report.to_json(), indent=2) + "\n")
+            write_json(folder.data_report_file, data.report.to_json())
             save_rows(folder.rows, data, data.fingerprint)
             reference = train_adapter(folder, config, source, data, checkpoint)
         if not folder.read_results().get("adapter_check", {}).get("passed"):
-            reference = reference or measure_again(folder, config)
+            reference = reference or measure_again(reopen(folder, config))
             free_memory()
             check_adapter(folder, config, reference)
         if config.export.merge and folder.has_merged():
-            logger.info("%s is there already; delete it to merge again", folder.merged)
+            logger.info("%s exists; delete it to merge again", folder.merged)
         elif config.export.merge:
-            _merge(folder, config)
+            _merge(reopen(folder, config))
     return folder
+
+
+def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:
+    """Resolve the base and prepare the data; every error in either shows here, before the model is loaded."""
+    model = with_pinned_revision(config.model, folder)
+    source = resolve_base(model, weights=False)
+    check_target_modules(detect(source.config), config.lora.target_modules)
+    if config.export.merge:
+        check_mergeable(source.config, config)
+    data, tokenizer = prepare_tokenizer_and_data(config, source, date=start_date(folder))
+    check_can_be_saved(
+        tokenizer, source.folder, merged=config.export.merge, trust_remote_code=config.model.trust_remote_code
+    )
+    return (source if source.revision is None else resolve_base(model)), data
 
 
 def train_adapter(
     folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData, checkpoint: Path | None
 ) -> AdapterReference:
-    """Load the base, train an adapter on it, write and measure it; the model is gone from memory afterwards."""
+    """Load the base, train an adapter, write and measure it; the model is freed on return."""
+    if doomed := folder.existing_results():
+        names = ", ".join(path.name for path in doomed)
+        logger.warning("%s: training further will replace the adapter and delete %s", folder.path, names)
     loaded = load_model(config.model, config.quantization, source=source)
-    # a checkpoint replaces the initial weights, so that a resumed run need not compute them
-    batches = [] if checkpoint else initial_batches(config, data, loaded)
+    batches = [] if checkpoint else initial_batches(config, data, loaded)  # a checkpoint replaces the initial weights
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, batches=batches)
     if checkpoint:
         folder.delete_checkpoints_after(checkpoint)
     optim = choose_optimizer(config.train.optim, adapted, checkpoint)
-    settled = config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})})
-    need = plan_disk(folder, adapted, settled, data, checkpoint)
-    check_disk_space(folder, need, shutil.disk_usage(folder.path).free)
-    logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
-    result = train(adapted, data, settled, folder, checkpoint)
-    write_adapter(folder, adapted, config, data, result)
-    return measure_adapter(folder, config, data, adapted.model, adapted.loaded, start_date(folder))
-
-
-def measure_again(folder: RunFolder, config: RunConfig) -> AdapterReference:
-    """Measure the adapter of a run that ended before its adapter was checked."""
-    source, data = prepare_again(config, folder)
-    config = finished_config(config, folder)
-    loaded = load_model(config.model, config.quantization, source=source)
-    return measure_adapter(folder, config, data, load_trained(loaded, folder.adapter), loaded, start_date(folder))
-
-
-def merge(folder: RunFolder, config: RunConfig, *, device: str | None = None) -> None:
-    """Merge a finished run; `config` may differ from the run's in its export section. `device` is `merge_run`'s."""
-    check_same_settings(folder, config)
-    with run_lock(folder):
-        _merge(folder, config, device)
-
-
-def _merge(folder: RunFolder, config: RunConfig, device: str | None = None) -> None:
-    free_memory()
-    merge_run(
-        folder, finished_config(config, folder), *prepare_again(config, folder), start_date(folder),
-        device or str(select_device()),
-    )  # fmt: skip
-
-
-def export(folder: RunFolder, *, format_name: str, quant: str | None = None, llama_cpp: Path | None = None) -> Path:
-    """Write a finished run in a format of `EXPORT_FORMATS` and return its folder; merges first where the format needs it.
-
-    Args:
-        folder: the run.
-        format_name: the format.
-        quant: number format of a GGUF file; None for the default.
-        llama_cpp: a checkout of llama.cpp; None for the installed package.
-    """
-    export_format = EXPORT_FORMATS[format_name]
-    quant = export_format.choose_quant(quant)
-    if export_format.quants:
-        find_converter(llama_cpp)  # before a merge that takes long
-    config = load_config(folder.config_file)
-    with run_lock(folder):
-        source = None
-        if export_format.needs != "merged model":
-            source = _same_base(folder, config, weights=export_format.needs == "base weights")
-        elif not folder.has_merged():
-            logger.info("%s: missing or damaged (merging first)", folder.merged)
-            _merge(folder, config)
-        return export_format.write(ExportRequest(folder, config, source, quant, llama_cpp))
-
-
-def planned_upload(folder: RunFolder, repo: str, *, what: str, private: bool) -> Upload:
-    """Look at what a finished run would send to the Hub.
-
-    Args:
-        folder: the run.
-        repo: `owner/name`.
-        what: `adapter` or `merged`.
-        private: whether a repository that is made anew is private.
-
-    Raises:
-        ExportError: there is no merged model, or something in the folder must not be sent.
-    """
-    if what == "merged" and not folder.has_merged():
-        raise ExportError(f"{folder.merged}: not there, or damaged; make it with: qlora-train merge {folder.path}")
-    return plan_upload(folder.merged if what == "merged" else folder.adapter, repo, private=private)
-
-
-def _same_base(folder: RunFolder, config: RunConfig, *, weights: bool) -> BaseSource:
-    """Return the base of a finished run, which must be the one that it was trained on."""
-    source = resolve_base(with_pinned_revision(config.model, folder), weights=weights)
-    check_same_metadata(folder, {"base_identity": source.identity()})
-    return source
-
-
-def evaluate(folder: RunFolder, settings: EvalSettings) -> dict[str, Any]:
-    """Measure base, adapter and merged model of a finished run on its held-out rows."""
-    config = load_config(folder.config_file)
-    with run_lock(folder):
-        config = finished_config(config, folder)
-        source, rows = prepare_again(config, folder)
-        return evaluate_run(folder, config, source, rows, replace(settings, date=start_date(folder)))
-
-
-def keep_num_threads(folder: RunFolder) -> None:
-    """Compute with as many threads as the run began with: how sums are split decides how they are rounded."""
-    recorded = folder.metadata().get("num_threads")
-    if recorded not in (None, torch.get_num_threads()):
-        logger.info("threads: %d, as this run began, instead of %d", recorded, torch.get_num_threads())
-        torch.set_num_threads(recorded)
-
-
-def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:
-    """Make base and data ready before the model is loaded: everything that can be wrong with either shows here."""
-    model = with_pinned_revision(config.model, folder)
-    described = resolve_base(model, weights=False)
-    check_target_modules(detect(described.config), config.lora.target_modules)
-    if config.export.merge:
-        check_mergeable(described.config, config)
-    data, tokenizer = prepare_tokenizer_and_data(config, described, date=start_date(folder))
-    check_can_be_saved(
-        tokenizer, described.folder, merged=config.export.merge, trust_remote_code=config.model.trust_remote_code
+    resolved = config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})})
+    check_disk_space(
+        folder, plan_disk(folder, adapted, resolved, data, checkpoint), shutil.disk_usage(folder.path).free
     )
-    return (described if described.revision is None else resolve_base(model)), data
+    logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
+    result = train(adapted, data, resolved, folder, checkpoint)
+    write_adapter(folder, adapted, config, data, result)
+    return measure_adapter(folder, config, data, adapted.model, loaded, start_date(folder))
 
 
-def prepare_again(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, RunRows]:
-    """Make the base of a finished run ready, and the rows that it is measured on.
-
-    Raises:
-        CheckpointError: the base has changed since, or the rows are damaged.
-    """
-    return _same_base(folder, config, weights=True), load_rows(folder.rows)
+def write_adapter(
+    folder: RunFolder, adapted: AdaptedModel, config: RunConfig, data: PreparedData, result: dict[str, Any]
+) -> None:
+    """Save the adapter in PEFT's format with its tokenizer and card; this finishes the run."""
+    loaded = adapted.loaded
+    source, trust_remote_code = loaded.source, config.model.trust_remote_code
+    folder.delete_results()
+    recorded = folder.metadata()
+    metadata = {"run_id": recorded["run_id"], "num_changes": len(recorded["changes"])}
+    with atomic_io.atomic_folder(folder.adapter, metadata) as staging:
+        # "auto" guesses offline that resized embeddings were not modified; new rows are saved by their own tensors
+        adapted.model.save_pretrained(str(staging), save_embedding_layers=False)
+        save_tokenizer(loaded.tokenizer, staging, trust_remote_code=trust_remote_code)
+        clean_adapter_config(staging, source.name, source.revision)
+        write_card(
+            staging, base=source.name, revision=source.revision, config=config,
+            metrics={key: float(result[key]) for key in ("train_loss", "eval_loss") if result[key] is not None},
+            num_train_rows=data.num_train_rows, library_versions=library_versions(), kind="adapter",
+            loading=adapter_loading(loaded, config, folder.system_prompt()),
+        )  # fmt: skip
+        folder.add_results(training=result)
+    logger.info("adapter: %s (step %d)", folder.adapter, result["taken_from_step"])
 
 
 def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:
-    """Return the first training batches for an initialisation that is computed from data; none for the others."""
+    """Return the first training batches if the initialisation is computed from data."""
     if config.lora.init_lora_weights != "eva":
         return []
     assert isinstance(data.train, Rows), "the config refuses eva with a stream"
@@ -244,16 +166,18 @@ def initial_batches(config: RunConfig, data: PreparedData, loaded: LoadedModel) 
     )
 
 
-def facts(
+def run_metadata(
     config: RunConfig, source: BaseSource, data: PreparedData, device: torch.device, date: datetime.date
 ) -> dict[str, Any]:
-    """Return what decides a run besides its settings; what a change of each would do is in `config.decisive`."""
+    """Return what determines a run besides its settings (`config.resume_policy` has the consequence of each change)."""
     on_gpu = device.type == "cuda"
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    adapter_path = config.lora.adapter_path
+    weights = Path(adapter_path or "") / "adapter_model.safetensors"
     return {
         "base": source.name,
         "base_identity": source.identity(),
-        "adapter": identity_of(config.lora.adapter_path),
+        "adapter": atomic_io.sha256_of(weights) if adapter_path is not None and weights.is_file() else None,
         "date": date.isoformat(),
         "data_fingerprint": data.fingerprint,
         "num_train_rows": data.num_train_rows,
@@ -265,35 +189,88 @@ def facts(
     }
 
 
-def identity_of(adapter_path: str | None) -> str | None:
-    """Return the sha256 of the weights that a run starts from; None where there are none."""
-    file = None if adapter_path is None else Path(adapter_path) / "adapter_model.safetensors"
-    return atomic_io.sha256_of(file) if file is not None and file.is_file() else None
+def restore_num_threads(folder: RunFolder) -> None:
+    """Use as many threads as the run started with: how sums are split determines how they are rounded."""
+    recorded = folder.metadata().get("num_threads")
+    if recorded not in (None, torch.get_num_threads()):
+        logger.info("threads: %d, as at the start of the run (not %d)", recorded, torch.get_num_threads())
+        torch.set_num_threads(recorded)
 
 
-def write_adapter(
-    folder: RunFolder, adapted: AdaptedModel, config: RunConfig, data: PreparedData, result: dict[str, Any]
-) -> None:
-    """Save the adapter in PEFT's format, with its tokenizer and a filled card: the run is finished when this is there."""
-    source = adapted.loaded.source
-    metrics = {key: float(result[key]) for key in ("train_loss", "eval_loss") if result[key] is not None}
-    folder.delete_results()
-    about = {"run_id": folder.metadata()["run_id"], "num_changes": len(folder.metadata()["changes"])}
-    with atomic_io.atomic_folder(folder.adapter, about) as staging:
-        # "auto" guesses offline that resized embeddings were not modified; new rows are saved by their own tensors
-        adapted.model.save_pretrained(str(staging), save_embedding_layers=False)
-        save_tokenizer(adapted.loaded.tokenizer, staging, trust_remote_code=config.model.trust_remote_code)
-        clean_adapter_config(staging, source.name, source.revision)
-        write_card(
-            staging,
-            base=source.name,
-            revision=source.revision,
-            config=config,
-            metrics=metrics,
-            num_train_rows=data.num_train_rows,
-            library_versions=library_versions(),
-            kind="adapter",
-            loading=adapter_loading(adapted.loaded, config, folder.system_prompt()),
-        )
-        folder.add_results(training=result)
-    logger.info("adapter: %s (from step %d)", folder.adapter, result["taken_from_step"])
+# --- finished runs ----------------------------------------------------------------------------------------------------
+
+
+def measure_again(run: FinishedRun) -> AdapterReference:
+    """Measure the adapter of a run that ended before its adapter was checked."""
+    loaded = load_model(run.config.model, run.config.quantization, source=run.source)
+    model = load_trained(loaded, run.folder.adapter)
+    return measure_adapter(run.folder, run.config, load_rows(run.folder.rows), model, loaded, run.date)
+
+
+def merge(path: Path, overrides: Sequence[str] = (), *, device: str | None = None) -> MergeResult:
+    """Merge the adapter of a finished run into 16-bit weights.
+
+    Args:
+        path: the run folder.
+        overrides: `export.key=value`.
+        device: where to merge; None is the selected device.
+    """
+    run = open_finished_run(path, overrides)
+    with run_lock(run.folder):
+        return _merge(run, device)
+
+
+def _merge(run: FinishedRun, device: str | None = None) -> MergeResult:
+    free_memory()
+    rows = load_rows(run.folder.rows)
+    return merge_run(run.folder, run.config, run.source, rows, run.date, device or str(select_device()))
+
+
+def evaluate(path: Path, settings: EvalSettings) -> dict[str, Any]:
+    """Evaluate base, adapter and merged model of a finished run on its held-out rows."""
+    run = open_finished_run(path)
+    with run_lock(run.folder):
+        return evaluate_run(run, settings)
+
+
+def export(path: Path, *, format_name: str, quant: str | None = None, llama_cpp: Path | None = None) -> Path:
+    """Write a finished run in a format of `EXPORT_FORMATS` and return its folder; merge first if the format needs it.
+
+    Args:
+        path: the run folder.
+        format_name: the format.
+        quant: number format of a GGUF file; None for the default.
+        llama_cpp: a checkout of llama.cpp; None for the installed package.
+    """
+    export_format = EXPORT_FORMATS[format_name]
+    quant = export_format.choose_quant(quant)
+    folder = finished_run(path)
+    if export_format.quants:
+        find_converter(llama_cpp)  # before a merge that takes long
+    config = load_config(folder.config_file)
+    with run_lock(folder):
+        source = None
+        if export_format.needs != "merged model":
+            source = reopen(folder, config, weights=export_format.needs == "base weights").source
+        elif not folder.has_merged():
+            logger.info("%s: missing or damaged (merging first)", folder.merged)
+            _merge(reopen(folder, config))
+        return export_format.write(ExportRequest(folder, config, source, quant, llama_cpp))
+
+
+def planned_upload(path: Path, repo: str, *, what: str, private: bool) -> Upload:
+    """Return what a finished run would upload to the Hub.
+
+    Args:
+        path: the run folder.
+        repo: `owner/name`.
+        what: `adapter` or `merged`.
+        private: whether a new repository is private.
+
+    Raises:
+        ExportError: no merged model, or something in the folder must not be uploaded.
+    """
+    folder = finished_run(path)
+    if what == "merged" and not folder.has_merged():
+        raise ExportError(f"{folder.merged}: missing or damaged; make it with: qlora-train merge {folder.path}")
+    return plan_upload(folder.merged if what == "merged" else folder.adapter, repo, private=private)

@@ -30,8 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-
-from qlora_train.planning.memory import memory_plan
+from memory_plan import memory_plan
 
 GIB = 1 << 30
 RANK = 32

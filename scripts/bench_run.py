@@ -24,9 +24,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from memory_plan import memory_plan
 
-from qlora_train.planning.memory import memory_plan
-from qlora_train.runs import RunFolder
+from qlora_train.runs import RunFolder, read_json
 
 SAVE_STEPS = 4
 POLL_SECONDS = 0.1
@@ -49,7 +49,7 @@ def main() -> int:
         killed = watched(command, Path(folder) / "log", stop=signal.SIGKILL, when=run.checkpoint(SAVE_STEPS).is_dir)
         resumed = watched(command, Path(folder) / "log")
         metrics = run.metrics_file.read_text() if run.metrics_file.is_file() else ""
-        fused = run.fused_kernels().get("on")
+        fused = read_json(run.fused_kernels_file).get("on")
     losses = {line["step"]: line["loss"] for line in map(json.loads, metrics.splitlines()) if "loss" in line}
     counted = memory(json.loads((options.model / "config.json").read_text()), resumed)
     result = {

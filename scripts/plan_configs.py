@@ -10,9 +10,10 @@ Example::
 
 from pathlib import Path
 
+from memory_plan import memory_plan
+
 from qlora_train.config import load_config
 from qlora_train.objectives.sft_loss import CHUNK_BYTES, MIN_CHUNK_TOKENS
-from qlora_train.planning.memory import memory_plan
 from tests.config.test_shipped_yaml import MODELS
 
 ROOT = Path(__file__).parents[1]

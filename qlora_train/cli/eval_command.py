@@ -46,7 +46,6 @@ def evaluate(
         prepare_libraries(offline=offline)
         from qlora_train.inference.eval_report import EvalSettings
         from qlora_train.pipeline import evaluate as evaluate_rows
-        from qlora_train.runs import finished_run
 
         settings = EvalSettings(
             models=names,
@@ -55,7 +54,7 @@ def evaluate(
             batch_size=batch_size,
             generate=not loss_only,
         )
-        evaluate_rows(finished_run(run), settings)
+        evaluate_rows(run, settings)
         return
     refuse_unused(
         {"--shots": shots, "--max-new-tokens": max_new_tokens, "--loss-only": loss_only},

@@ -53,12 +53,10 @@ def export(
     prepare_libraries(offline=offline or dry_run)
     from qlora_train import pipeline
     from qlora_train.export import hub_upload
-    from qlora_train.runs import finished_run
 
-    folder = finished_run(run)
     if push is None:
-        written = pipeline.export(folder, format_name=str(format_name), quant=quant, llama_cpp=llama_cpp)
+        written = pipeline.export(run, format_name=str(format_name), quant=quant, llama_cpp=llama_cpp)
         print(f"exported: {written}")
         return
-    upload = pipeline.planned_upload(folder, push, what=what or "adapter", private=not public)
+    upload = pipeline.planned_upload(run, push, what=what or "adapter", private=not public)
     print_text("\n".join(upload.lines()) if dry_run else f"pushed: {hub_upload.push(upload)}")

@@ -17,8 +17,5 @@ def merge(run: RunPath, overrides: Overrides = None, device: Device = None, offl
     """Merge a run's adapter into 16-bit weights; overrides apply to the export section."""
     prepare_libraries(offline=offline)
     from qlora_train import pipeline
-    from qlora_train.config import load_config
-    from qlora_train.runs import finished_run
 
-    folder = finished_run(run)
-    pipeline.merge(folder, load_config(folder.config_file, overrides or ()), device=device)
+    pipeline.merge(run, overrides or (), device=device)

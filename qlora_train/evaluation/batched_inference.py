@@ -1,4 +1,4 @@
-"""Compute rows in batches of similar length, and in smaller batches where memory runs out."""
+"""Compute rows in batches of similar length, smaller ones where memory runs out."""
 
 import logging
 import math
@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 def batches_by_length(
     lengths: Sequence[int], batch_size: int, num_labels: Sequence[int] = (), max_labels: int = 0
 ) -> Iterator[list[int]]:
-    """Yield row indices in batches of similar length, longest first, so that a batch too large for memory fails at once.
+    """Yield row indices in batches of similar length, longest first: a batch too large for memory fails at once.
 
     Args:
-        lengths: tokens of each row.
-        batch_size: most rows of a batch.
-        num_labels: labels of each row; when given, a batch of several rows has at most `max_labels` in all.
+        lengths: tokens per row.
+        batch_size: maximum rows per batch.
+        num_labels: labels per row; if given, a batch of several rows has at most `max_labels` in total.
     """
     labels = num_labels or [0] * len(lengths)
     batch: list[int] = []
@@ -44,17 +44,17 @@ def compute_in_batches(
     setting: str,
     advice: str,
 ) -> None:
-    """Call `compute` with every batch; where memory runs out, retry with half the rows and keep to as many tokens.
+    """Call `compute` with every batch; out of memory, halve the rows and keep to that number of tokens.
 
     Args:
-        batches: row indices, as `batches_by_length` yields them.
-        compute: takes row indices; keeps no result of a call that fails.
-        lengths: tokens of each row at the end of its computation, new tokens included.
-        setting: the batch size as the user sets it, for messages.
-        advice: what to do about a row that does not fit by itself.
+        batches: row indices from `batches_by_length`.
+        compute: takes row indices; a failed call must leave no result.
+        lengths: final tokens per row, generated ones included.
+        setting: name of the batch size setting, for messages.
+        advice: what to do about a single row that does not fit.
 
     Raises:
-        ModelError: one row does not fit into memory.
+        ModelError: a single row does not fit into memory.
     """
     max_tokens = math.inf
     for batch in batches:
@@ -76,13 +76,13 @@ def compute_in_batches(
 
 
 def row_too_long(num_tokens: int, reason: str | None, advice: str) -> ModelError:
-    """Return the error for one row that does not fit into memory by itself."""
+    """Return the error for a single row that does not fit into memory."""
     return ModelError(f"out of memory: one row of {num_tokens} tokens does not fit ({reason}); {advice}")
 
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Put every module into evaluation mode and back into the mode that it was in."""
+    """Put every module into evaluation mode, and restore the mode of each afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -93,6 +93,6 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 
 
 def input_device(model: Any) -> torch.device:
-    """Return where token ids go: to the embedding; from the CPU they are brought to one that waits outside the device."""
+    """Return the device of the embedding; an offloaded embedding is on meta and takes token ids from the CPU."""
     device: torch.device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device

@@ -29,16 +29,18 @@ def generate_answers(
     batch_size: int,
     date: datetime.date | None = None,
 ) -> list[str]:
-    """Return the model's greedy answer to each prompt, without special tokens; deterministic.
+    """Return the model's greedy answer to each prompt, without special tokens.
 
-    Turns are rendered with the chat template, plain text begins as in training. Prompts of similar length are padded
-    together, on the left, at most `batch_size` of them, and fewer where memory runs out. An answer ends at any end token of
-    the model, the tokenizer or the template. Sampling and penalties of the checkpoint do not apply. A template that writes
-    the date gets `date`, today where it is None.
+    Turns are rendered with the chat template; plain text gets the BOS token that training gave it. Batches hold prompts of
+    similar length, left-padded; they shrink where memory runs out. An answer ends at any end token of the model, the
+    tokenizer or the template. Sampling and penalties of the checkpoint do not apply.
+
+    Args:
+        date: date for templates that print it; None is today.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or one prompt does not fit into memory.
-        DataError: a prompt is empty, or has a token that the model lacks.
+        ModelError: the tokenizer has no chat template, or a single prompt does not fit into memory.
+        DataError: a prompt is empty, or has a token without an embedding row.
     """
     encoded = _encode_prompts(tokenizer, prompts, date or datetime.date.today())
     for number, ids in enumerate(encoded):
@@ -65,16 +67,13 @@ def generate_answers(
 def make_generation_config(
     model: Any, tokenizer: Any, *, max_new_tokens: int, temperature: float = 0.0
 ) -> GenerationConfig:
-    """Return how an answer is decoded: greedily at temperature 0, else drawn from the model's own distribution.
-
-    Everything that a checkpoint could say of it (sampling, penalties, beams) is said here instead.
-    """
+    """Return greedy decoding at temperature 0, plain sampling above; the checkpoint's own settings are overridden."""
     stops = stop_token_ids(model, tokenizer)
     pad = next(i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None)
-    drawn = temperature > 0
+    sample = temperature > 0
     return GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=drawn, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
-        temperature=temperature if drawn else 1.0, top_p=1.0, top_k=0 if drawn else 50, use_cache=True,
+        max_new_tokens=max_new_tokens, do_sample=sample, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,
+        temperature=temperature if sample else 1.0, top_p=1.0, top_k=0 if sample else 50, use_cache=True,
         eos_token_id=stops or None, pad_token_id=pad,
     )  # fmt: skip
 
@@ -95,48 +94,47 @@ def _encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], date: datetime.da
 
 
 def tokens_beyond_embedding(model: Any, tokenizer: Any, ids: Sequence[int]) -> str:
-    """Return the tokens among `ids` that a model's embedding has no rows for, as text with their ids."""
+    """Describe the tokens among `ids` that have no embedding row, as text with their ids."""
     num_rows = model.get_input_embeddings().weight.shape[0]
     beyond = sorted({i for i in ids if i >= num_rows})
     return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in beyond)
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return every token that ends an answer: the generation config's, and those of `answer_end_ids`."""
+    """Return all tokens that end an answer: those of the generation config and of `answer_end_ids`."""
     configured = model.generation_config.eos_token_id
     found = {*(configured if isinstance(configured, list) else [configured]), *answer_end_ids(tokenizer)}
     return sorted(token for token in found if token is not None)
 
 
 def answer_end_ids(tokenizer: Any) -> list[int]:
-    """Return the tokens that a model trained with this tokenizer ends an answer with: its eos, the template's end of turn.
-
-    A template that refuses a conversation of one question and one answer, or ends it without a special token, has none.
-    """
+    """Return the tokens that end an answer in training: EOS, and the chat template's end-of-turn token if it has one."""
     ends = [tokenizer.eos_token_id, _end_of_turn(tokenizer) if tokenizer.chat_template else None]
     return list(dict.fromkeys(token for token in ends if token is not None))
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    mark = "MARKED-ANSWER"
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": mark}]
+    marker = "MARKED-ANSWER"
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": marker}]
     try:
-        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(mark)[2]
-    except (TemplateError, *PYTHON_ERRORS):
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(marker)[2]
+    except (TemplateError, *PYTHON_ERRORS):  # the template refuses this conversation
         return None
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((token for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if token in special), None)
 
 
 def _generate(model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[list[int]]:
-    """Return the new tokens of one left-padded batch."""
+    """Generate one left-padded batch; return the new tokens."""
     length = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), length), config.pad_token_id)
-    present = torch.zeros_like(ids)
+    attention_mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        present[row, length - len(prompt) :] = 1
+        attention_mask[row, length - len(prompt) :] = 1
     device = input_device(model)
-    output = model.generate(input_ids=ids.to(device), attention_mask=present.to(device), generation_config=config)
+    output = model.generate(
+        input_ids=ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
+    )
     new: list[list[int]] = output[:, length:].tolist()
     return new

@@ -24,13 +24,13 @@ from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import DataError
 
 MAX_LOGITS = 1 << 28
-"""Most logits of one batch of several rows; 1 GiB where something turns a model's outputs into float32."""
+"""Maximum logits per batch of several rows; 1 GiB if a model returns them in float32."""
 ONE_ROW_ADVICE = "lower data.max_length, or free memory that others use"
 
 
 @dataclass(frozen=True)
 class ExampleLoss:
-    """Total negative log-likelihood of an example's labels in nats, and their number."""
+    """Total negative log-likelihood of an example's labels, in nats, and their number."""
 
     nll: float
     num_tokens: int
@@ -38,7 +38,7 @@ class ExampleLoss:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Loss over examples; `per_example` is in their order."""
+    """Loss over examples; `per_example` keeps their order."""
 
     nll: float
     num_tokens: int
@@ -46,12 +46,12 @@ class HeldOutLoss:
 
     @property
     def loss(self) -> float:
-        """Nats a label token."""
+        """Nats per label token."""
         return self.nll / self.num_tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinity where that is beyond a float."""
+        """exp(loss), infinite on overflow."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @classmethod
@@ -64,14 +64,13 @@ class HeldOutLoss:
 def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> HeldOutLoss:
     """Return the loss of a causal language model on examples; its training mode is restored.
 
-    A label at position 0 has nothing before it that could predict it, and is not counted; training does not count it
-    either. A batch has fewer than `batch_size` rows where its labels' logits would be more than MAX_LOGITS, or where memory
-    runs out.
+    As in training, a label at position 0 does not count. A batch has fewer than `batch_size` rows if the logits of its
+    labels would exceed MAX_LOGITS, or if memory runs out.
 
     Raises:
-        DataError: there is no example, or none with a label.
-        ModelError: one row does not fit into memory.
-        Stop: the process was asked to stop.
+        DataError: no example has a label.
+        ModelError: a single row does not fit into memory.
+        Stop: a signal asked the process to stop.
     """
     sizes = [(len(example.input_ids), int(np.count_nonzero(example.loss_mask[1:]))) for example in examples]
     lengths, num_labels = [length for length, _ in sizes], [count for _, count in sizes]
@@ -99,14 +98,14 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
 
 @torch.no_grad()
 def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator[torch.Tensor]:
-    """Yield what a causal language model predicts at the labels of examples, one example after the other.
+    """Yield a causal language model's log-probabilities at the labels of examples, in order.
 
     Yields:
-        Log-probabilities of all tokens at some of the labels, float32 (some, vocabulary), in the order of the labels.
+        Chunks of float32 (labels, vocabulary).
 
     Raises:
-        ModelError: one row does not fit into memory.
-        Stop: the process was asked to stop.
+        ModelError: a single row does not fit into memory.
+        Stop: a signal asked the process to stop.
     """
     collate, device = PaddingCollator(0), input_device(model)
     with evaluation_mode(model):
@@ -119,5 +118,5 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
             )
             if logits is None:
                 raise row_too_long(len(example.input_ids), reason, ONE_ROW_ADVICE)
-            for some in logits.split(max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))):
-                yield torch.log_softmax(some.float(), dim=-1)
+            for chunk in logits.split(max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))):
+                yield torch.log_softmax(chunk.float(), dim=-1)

@@ -1,6 +1,7 @@
-"""Compare generated answers with the expected ones, and build few-shot prompts. No torch."""
+"""Score generated answers, and build few-shot prompts. No torch."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,16 +9,18 @@ from qlora_train.data.reasoning import THINK_BLOCK, THINK_END
 from qlora_train.data.types import Example, Prompt
 from qlora_train.utils.errors import DataError
 
+Pairs = frozenset[tuple[str, str]]
+
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Shares of all rows; the JSON scores are None unless every expected answer is a JSON object.
+    """Scores over all rows; the JSON scores are None unless every expected answer is a JSON object.
 
     Attributes:
-        exact_match: share of answers that equal the expected one (see `score_answers`).
+        exact_match: share of exact answers (see `score_answers`).
         valid_json: share of answers that are a JSON object.
-        field_f1: micro F1 over (key, value) pairs at the top level; an answer that is no object has no pairs.
-        matches: exact match by row.
+        field_f1: micro F1 over top-level (key, value) pairs; an answer that is not an object has none.
+        matches: exact match per row.
     """
 
     exact_match: float
@@ -26,27 +29,24 @@ class AnswerScores:
     matches: tuple[bool, ...]
 
 
-def score_answers(expected: Sequence[str], got: Sequence[str]) -> AnswerScores:
+def score_answers(expected: Sequence[str], generated: Sequence[str]) -> AnswerScores:
     """Compare answers with the expected ones.
 
-    Answers are equal when their texts are, apart from white space around them, or when both are JSON objects with the
-    same content whatever their spacing and order of keys. JSON types count: 1, 1.0, true and "1" are four values.
-    Thoughts before an answer (``<think>...</think>``, also where the prompt opens them) are not compared.
+    Answers match if their stripped texts are equal, or if both are JSON objects of equal content; spacing and key order
+    do not count, types do (1, 1.0, true and "1" differ). Thoughts before an answer (``<think>...</think>``, also if the
+    prompt opens them) are not compared.
 
     Raises:
-        DataError: there is no answer to score.
-        ValueError: the two have different lengths.
+        DataError: no answers.
     """
-    if len(expected) != len(got):
-        raise ValueError(f"{len(expected)} expected answers and {len(got)} answers")
     if not expected:
         raise DataError("no answers to score; give data.eval rows with an assistant turn")
+    generated = [_without_thoughts(answer, text) for text, answer in zip(expected, generated, strict=True)]
     expected = [THINK_BLOCK.sub(r"\2", text) for text in expected]
-    got = [_behind_thoughts(answer, text) for text, answer in zip(expected, got, strict=True)]
-    wanted, found = [_pairs(text) for text in expected], [_pairs(text) for text in got]
+    wanted, found = [_pairs(text) for text in expected], [_pairs(text) for text in generated]
     matches = tuple(
         e.strip() == g.strip() or (w is not None and w == f)
-        for e, g, w, f in zip(expected, got, wanted, found, strict=True)
+        for e, g, w, f in zip(expected, generated, wanted, found, strict=True)
     )
     exact_match = sum(matches) / len(matches)
     if any(pairs is None for pairs in wanted):
@@ -55,71 +55,24 @@ def score_answers(expected: Sequence[str], got: Sequence[str]) -> AnswerScores:
     return AnswerScores(exact_match, valid_json, _micro_f1(wanted, found), matches)
 
 
-def _behind_thoughts(answer: str, expected: str) -> str:
-    """Return a generated answer without its thoughts, whose opening tag may stand in the prompt."""
-    if THINK_END in expected:  # there it is text
-        return THINK_BLOCK.sub(r"\2", answer)
-    return answer.partition(THINK_END)[2] or answer
-
-
-Pairs = frozenset[tuple[str, str]]
-
-
-def _micro_f1(wanted: Sequence[Pairs | None], found: Sequence[Pairs | None]) -> float:
-    pairs = [(w or frozenset(), f or frozenset()) for w, f in zip(wanted, found, strict=True)]
-    total = sum(len(w) + len(f) for w, f in pairs)
-    return 2 * sum(len(w & f) for w, f in pairs) / total if total else 1.0
-
-
-def _pairs(text: str) -> Pairs | None:
-    """Return a JSON object's (key, canonical value) pairs, or None when the text is no JSON object."""
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict):
-        return None
-    return frozenset((key, json.dumps(item, sort_keys=True)) for key, item in value.items())
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-@dataclass(frozen=True)
-class RowComparison:
-    """Rows by who has them exactly right."""
-
-    both: int
-    only_first: int
-    only_second: int
-    neither: int
-
-
-def compare_row_by_row(a: AnswerScores, b: AnswerScores) -> RowComparison:
-    """Count rows by whether exact match holds for the first, the second, both or neither.
-
-    Raises:
-        ValueError: the two are of different numbers of rows.
-    """
-    if len(a.matches) != len(b.matches):
-        raise ValueError(f"{len(a.matches)} rows against {len(b.matches)}")
-    outcomes = list(zip(a.matches, b.matches, strict=True))
-    return RowComparison(
-        both=outcomes.count((True, True)),
-        only_first=outcomes.count((True, False)),
-        only_second=outcomes.count((False, True)),
-        neither=outcomes.count((False, False)),
-    )
+def compare_answers(adapter: AnswerScores, merged: AnswerScores) -> dict[str, int]:
+    """Count rows by which of the two models answers them exactly."""
+    counts = Counter(zip(adapter.matches, merged.matches, strict=True))
+    return {
+        "both": counts[True, True],
+        "only the adapter": counts[True, False],
+        "only the merged model": counts[False, True],
+        "neither": counts[False, False],
+    }
 
 
 def few_shot_prompt(prompt: Prompt, shots: Sequence[Example]) -> Prompt:
-    """Return the prompt with solved examples before it: earlier turns of a conversation, paragraphs of a plain text.
+    """Return the prompt with solved examples before it: earlier turns of a conversation, paragraphs of plain text.
 
-    A conversation's own system message stays first and is the only one; those of the shots are left out.
+    A conversation keeps its own system message first; those of the shots are left out.
 
     Raises:
-        DataError: a shot is no solved example of the prompt's kind.
+        DataError: a shot without prompt and answer, or of another kind than the prompt.
     """
     for shot in shots:
         if shot.prompt is None or shot.answer is None or isinstance(shot.prompt, str) != isinstance(prompt, str):
@@ -132,3 +85,31 @@ def few_shot_prompt(prompt: Prompt, shots: Sequence[Example]) -> Prompt:
         turns += [message for message in shot.prompt if message["role"] != "system"]
         turns.append({"role": "assistant", "content": shot.answer or ""})
     return tuple(turns + [message for message in prompt if message["role"] != "system"])
+
+
+def _without_thoughts(answer: str, expected: str) -> str:
+    # the opening tag may be in the prompt; an expected answer without thoughts may hold the tag as text
+    if THINK_END in THINK_BLOCK.sub(r"\2", expected):
+        return THINK_BLOCK.sub(r"\2", answer)
+    return answer.partition(THINK_END)[2] or answer
+
+
+def _micro_f1(wanted: Sequence[Pairs | None], found: Sequence[Pairs | None]) -> float:
+    pairs = [(w or frozenset(), f or frozenset()) for w, f in zip(wanted, found, strict=True)]
+    total = sum(len(w) + len(f) for w, f in pairs)
+    return 2 * sum(len(w & f) for w, f in pairs) / total if total else 1.0
+
+
+def _pairs(text: str) -> Pairs | None:
+    """Return a JSON object's (key, canonical value) pairs; None for any other text."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict):
+        return None
+    return frozenset((key, json.dumps(item, sort_keys=True)) for key, item in value.items())
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,8 +1,7 @@
-"""Talk to a finished run: a line in, an answer out, token by token.
+"""Chat with a finished run: one line in, one answer out, token by token.
 
-Answers go to standard output, everything else to the log, so that a conversation can be piped through. They are decoded
-as the evaluation decodes them: greedily unless a temperature is given, to the same ends, whatever the checkpoint's own
-generation_config says. Ctrl-C stops the answer that is being written; the conversation goes on.
+Answers go to standard output, everything else to the log, so that a conversation can be piped. They are decoded as in the
+evaluation: greedily unless a temperature is set, with the same end tokens, without the checkpoint's generation_config.
 """
 
 import logging
@@ -31,18 +30,18 @@ from qlora_train.utils.errors import first_line
 logger = logging.getLogger(__name__)
 
 HELP = """\
-/adapter off|on   answer without or with the adapter, on the same conversation
-/again            answer the last question once more, for example after /adapter off
-/system TEXT      set the system message; without a text there is none
-/reset            begin a new conversation; the system message stays
+/adapter off|on   answer without or with the adapter, in the same conversation
+/again            answer the last question again, for example after /adapter off
+/system TEXT      set the system message; without TEXT, remove it
+/reset            start a new conversation; the system message stays
 /quit             leave; so does the end of input
-A line that ends with \\ goes on in the next one; //TEXT asks a question that begins with /TEXT.
+A line that ends with \\ continues in the next one; //TEXT asks a question that starts with /TEXT.
 Ctrl-C stops an answer."""
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """Which model answers, and how; `system` is None for the system prompt of the training rows."""
+    """Model and decoding; `system` None is the system prompt of the training rows."""
 
     merged: bool = False
     max_new_tokens: int = 512
@@ -55,24 +54,23 @@ def chat(run: FinishedRun, settings: ChatSettings) -> None:
 
     Raises:
         UserError: the model cannot be loaded.
-        BrokenPipeError: nobody reads the answers any more.
+        BrokenPipeError: standard output was closed.
     """
     [(name, model, tokenizer)] = run.models(["merged" if settings.merged else "adapter"])
-    talk = Chat(model, tokenizer, settings, run, _write, system=_system_prompt(run, settings))
-    how = f"drawn at temperature {settings.temperature:g}" if settings.temperature else "greedy (--temperature 0)"
+    session = Chat(model, tokenizer, settings, run, _write, system=_system_prompt(run, settings))
     ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(stop_token_ids(model, tokenizer))))
-    logger.info("chat: %s model of %s; answers are %s, of at most %d tokens, and end with %s; /help lists the commands",
-                name, run.folder.path, how, settings.max_new_tokens, ends)  # fmt: skip
-    with signals.on_interrupt(talk.interrupt):
+    logger.info("chat: %s model of %s (temperature %g, at most %d tokens, end tokens %s; /help lists the commands)",
+                name, run.folder.path, settings.temperature, settings.max_new_tokens, ends)  # fmt: skip
+    with signals.on_interrupt(session.interrupt):
         for line in _lines():
             if line.strip() == "/quit":
                 break
-            talk.hear(line)
+            session.handle(line)
 
 
 @dataclass
 class Chat:
-    """A conversation with a model, and what Ctrl-C means for it."""
+    """A conversation with a model."""
 
     model: Any
     tokenizer: Any
@@ -85,37 +83,45 @@ class Chat:
     answering: bool = False
     interrupted: bool = False
 
-    def hear(self, line: str) -> None:
-        """Do what a line says: a command, or a question to answer."""
+    def handle(self, line: str) -> None:
+        """Run a command, or answer a question."""
         if not line.strip():
             return
         if line.startswith("//") or not line.startswith("/"):
             self._ask(line.removeprefix("/") if line.startswith("//") else line)
             return
         name, _, argument = line.partition(" ")
-        commands: dict[str, Callable[[str], None]] = {
-            "/adapter": self._switch, "/again": self._again, "/system": self._set_system, "/reset": self._reset,
-            "/help": lambda _argument: logger.info(HELP),
-        }  # fmt: skip
-        commands.get(name, self._unknown)(argument.strip())
+        argument = argument.strip()
+        match name:
+            case "/adapter":
+                self._switch_adapter(argument)
+            case "/again" if self.turns:
+                del self.turns[-1]
+                self._ask(self.turns.pop()["content"])
+            case "/again":
+                logger.info("/again: there is no question yet")
+            case "/system":
+                self.system = argument
+                logger.info("system message: %s", argument or "none")
+            case "/reset":
+                self.turns.clear()
+                logger.info("new conversation (system message: %s)", self.system or "none")
+            case "/help":
+                logger.info(HELP)
+            case _:
+                logger.info("no such command; start a question that begins with / by //\n%s", HELP)
 
     def interrupt(self) -> None:
-        """Stop the answer at its next token; at the prompt, give up the line.
-
-        Raises:
-            KeyboardInterrupt: there is no answer to stop.
-        """
+        """Stop the answer after its current token; at the prompt, raise KeyboardInterrupt."""
         if not self.answering:
             raise KeyboardInterrupt
         self.interrupted = True
 
-    # --- commands -----------------------------------------------------------------------------------------------------
-
-    def _switch(self, argument: str) -> None:
+    def _switch_adapter(self, argument: str) -> None:
         if self.settings.merged:
-            logger.info("/adapter: this is the merged model; leave out --merged to switch the adapter off and on")
+            logger.info("/adapter: this is the merged model; start without --merged to switch the adapter off and on")
         elif argument not in ("on", "off"):
-            logger.info("/adapter: it is %s; say /adapter off or /adapter on", "on" if self.adapter_on else "off")
+            logger.info("/adapter: it is %s; type /adapter off or /adapter on", "on" if self.adapter_on else "off")
         elif argument == "off" and any(config.bias != "none" for config in self.model.peft_config.values()):
             logger.info("/adapter: it has trained the base's biases (lora.bias) and cannot be switched off; see: "
                         "qlora-train eval %s", self.run.folder.path)  # fmt: skip
@@ -123,28 +129,8 @@ class Chat:
             self.adapter_on = argument == "on"
             logger.info("adapter: %s", argument)
 
-    def _again(self, _argument: str) -> None:
-        if not self.turns:
-            logger.info("/again: there is no question yet")
-            return
-        del self.turns[-1]
-        self._ask(self.turns.pop()["content"])
-
-    def _set_system(self, argument: str) -> None:
-        self.system = argument
-        logger.info("system message: %s", argument or "none")
-
-    def _reset(self, _argument: str) -> None:
-        self.turns.clear()
-        logger.info("a new conversation; system message: %s", self.system or "none")
-
-    def _unknown(self, _argument: str) -> None:
-        logger.info("no such command; a question that begins with / is written with //\n%s", HELP)
-
-    # --- answers ------------------------------------------------------------------------------------------------------
-
     def _ask(self, question: str) -> None:
-        """Answer a question and keep both in the conversation; a question that cannot be answered is dropped."""
+        """Answer a question and add both to the conversation; a question that cannot be answered is dropped."""
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         asked: list[Message] = [*self.turns, {"role": "user", "content": question}]
         try:
@@ -153,30 +139,27 @@ class Chat:
             logger.warning("the chat template refuses this conversation: %s; try /system or /reset", first_line(error))
             return
         if beyond := tokens_beyond_embedding(self.model, self.tokenizer, ids):
-            logger.warning("the model's embedding has no rows for %s; write the question without", beyond)
+            logger.warning("the model's embedding has no rows for %s; rephrase the question without them", beyond)
             return
-        room = self._positions() - len(ids)
-        if room < 1:
-            logger.warning("the conversation has %d tokens, the model %d positions; /reset begins a new one",
-                           len(ids), self._positions())  # fmt: skip
+        config = self.model.config.get_text_config().to_dict()
+        positions = max_positions(config, detect(config)) or sys.maxsize
+        if len(ids) >= positions:
+            logger.warning("the conversation has %d tokens, the model %d positions; /reset starts a new one",
+                           len(ids), positions)  # fmt: skip
             return
-        max_new_tokens = min(room, self.settings.max_new_tokens)
+        max_new_tokens = min(positions - len(ids), self.settings.max_new_tokens)
         answer, reason = catch_out_of_memory(partial(self._answer, ids, max_new_tokens))
         if answer is None:
-            logger.warning("out of memory: %d tokens and %d new ones do not fit (%s); /reset begins a new conversation, "
+            logger.warning("out of memory: %d tokens and %d new ones do not fit (%s); /reset starts a new conversation, "
                            "--max-new-tokens shortens answers", len(ids), max_new_tokens, reason)  # fmt: skip
             return
         self.turns = [*asked, {"role": "assistant", "content": answer}]
 
-    def _positions(self) -> int:
-        config = self.model.config.get_text_config().to_dict()
-        return max_positions(config, detect(config)) or sys.maxsize
-
     def _answer(self, ids: list[int], max_new_tokens: int) -> str:
-        how = make_generation_config(
+        generation = make_generation_config(
             self.model, self.tokenizer, max_new_tokens=max_new_tokens, temperature=self.settings.temperature
         )
-        shown = _Shown(self.tokenizer, how.eos_token_id or [], self.write)
+        streamer = _AnswerStreamer(self.tokenizer, generation.eos_token_id or [], self.write)
         tokens = torch.tensor([ids], device=self.model.device)
         self.answering, self.interrupted = True, False
         try:
@@ -184,31 +167,29 @@ class Chat:
                 self.model.generate(
                     input_ids=tokens,
                     attention_mask=torch.ones_like(tokens),
-                    generation_config=how,
-                    streamer=shown,
-                    stopping_criteria=StoppingCriteriaList([_Interrupted(self)]),
+                    generation_config=generation,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([_StopOnInterrupt(self)]),
                 )
         finally:
             self.answering = False
             self.write("\n")
-        if not shown.has_ended:
+        if not streamer.has_ended:
             reason = "by Ctrl-C" if self.interrupted else f"after {max_new_tokens} tokens (--max-new-tokens)"
             logger.info("the answer was stopped %s", reason)
-        return shown.text
+        return streamer.text
 
 
-class _Interrupted(StoppingCriteria):
-    """Ends an answer when Ctrl-C asks for it, between two tokens: nothing is left half done."""
-
-    def __init__(self, talk: Chat) -> None:
-        self.talk = talk
+class _StopOnInterrupt(StoppingCriteria):
+    def __init__(self, session: Chat) -> None:
+        self.session = session
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.talk.interrupted, device=input_ids.device)
+        return torch.full((len(input_ids),), self.session.interrupted, device=input_ids.device)
 
 
-class _Shown(BaseStreamer):
-    """Writes an answer as it grows; a character waits until all of its bytes are there."""
+class _AnswerStreamer(BaseStreamer):
+    """Writes an answer while it grows. Unlike TextStreamer, it decodes all tokens together, as the evaluation does."""
 
     def __init__(self, tokenizer: Any, ends: list[int], write: Callable[[str], None]) -> None:
         self.tokenizer, self.ends, self.write = tokenizer, ends, write
@@ -219,12 +200,11 @@ class _Shown(BaseStreamer):
 
     @property
     def text(self) -> str:
-        """The answer so far, as the evaluation decodes it."""
         text: str = self.tokenizer.decode(self.ids, skip_special_tokens=True)
         return text
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt first, then every token."""
+        """Receive the prompt, then each token."""
         if self._is_prompt:
             self._is_prompt = False
             return
@@ -233,17 +213,14 @@ class _Shown(BaseStreamer):
             self.has_ended = True
             return
         self.ids.append(token)
-        text = self.text
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._write(text)
+        if not self.text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character whose bytes are incomplete
+            self.end()
 
     def end(self) -> None:
-        """Write what still waits."""
-        self._write(self.text)
-
-    def _write(self, text: str) -> None:
-        same = os.path.commonprefix([self._written, text])  # noqa: RUF071 - of characters
-        self.write(text[len(same) :])
+        """Write the pending text."""
+        text = self.text
+        common = os.path.commonprefix([self._written, text])  # noqa: RUF071 - of characters
+        self.write(text[len(common) :])
         self._written = text
 
 
@@ -252,7 +229,9 @@ def _system_prompt(run: FinishedRun, settings: ChatSettings) -> str:
         return settings.system
     shared = run.folder.system_prompt()
     if shared:
-        logger.info("chat: system prompt: %s (the training rows'; another: --system TEXT, none: --system '')", shared)
+        logger.info(
+            "chat: system prompt of the training rows: %s (--system TEXT replaces it, --system '' removes it)", shared
+        )
     return shared
 
 
@@ -261,24 +240,24 @@ def _write(text: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yield what is typed or piped; on a terminal with a prompt, and with readline's editing where there is one."""
-    for_people = sys.stdin.isatty() and sys.stdout.isatty()
-    if for_people:
+    """Yield questions; a terminal has a prompt, and readline's editing where it is installed."""
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
         import readline  # noqa: F401
-    begun = ""
+    pending = ""
     while True:
         try:
-            line = input(("... " if begun else "> ") if for_people else "")
+            line = input(("... " if pending else "> ") if interactive else "")
         except EOFError:
-            if begun:
-                yield begun
+            if pending:
+                yield pending
             return
         except KeyboardInterrupt:
-            begun = ""
+            pending = ""
             logger.info("\n/quit or the end of input leaves")
             continue
         if line.endswith("\\"):
-            begun += line.removesuffix("\\") + "\n"
+            pending += line.removesuffix("\\") + "\n"
         else:
-            yield begun + line
-            begun = ""
+            yield pending + line
+            pending = ""

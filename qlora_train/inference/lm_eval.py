@@ -1,7 +1,7 @@
-"""Public benchmarks and tasks of one's own on a finished run, through lm-evaluation-harness (package `lm-eval`).
+"""Benchmarks on a finished run, through lm-evaluation-harness (package `lm-eval`).
 
-The harness renders, scores and averages; here are the models, as the run trained them. Tasks are found and their data is
-fetched before a model is loaded. A folder of tasks may hold Python of its own, which the harness runs.
+The harness renders, scores and averages. It finds tasks and fetches their data before a model is loaded. Task files may
+hold Python code, which it runs.
 """
 
 import importlib.util
@@ -28,16 +28,13 @@ Scores = dict[str, Any]
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Which models are measured on which tasks.
+    """Models and tasks to evaluate.
 
     Attributes:
-        names: of tasks or groups of the harness, or of those in `path`.
-        models: of base, adapter and merged.
-        limit: rows of each task; None is all.
-        batch_size: rows that are computed at a time.
-        path: a folder with task files (YAML) of one's own.
-        chat_template: ask in the turns of the tokenizer's chat template, with the system prompt that the training rows
-            share, not as plain text.
+        names: tasks or groups of the harness, or of `path`.
+        limit: rows per task; None is all.
+        path: folder of custom task files (YAML).
+        chat_template: apply the tokenizer's chat template, with the system prompt that the training rows share.
     """
 
     names: tuple[str, ...]
@@ -49,40 +46,36 @@ class TaskSettings:
 
 
 def check_harness() -> None:
-    """Refuse to begin without the package.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Raise a ConfigError if the package is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--tasks: needs the package lm-eval; run: pip install 'qlora-train[lm-eval]'")
 
 
 def measure_tasks(run: FinishedRun, settings: TaskSettings) -> dict[str, dict[str, Scores]]:
-    """Measure the models of a run on tasks; print a table and add it to results.json, next to earlier tasks.
+    """Evaluate the models of a run on tasks; print a table and add it to results.json.
 
     Returns:
-        Scores by task and model, with their standard errors.
+        Scores by task and model, with standard errors.
 
     Raises:
-        ConfigError: a task that nobody knows, or a folder that is none.
-        DataError: a task that cannot be prepared or measured.
-        ModelError, CheckpointError: a model that cannot be loaded, or does not fit into memory with this batch.
+        ConfigError: an unknown task, or a folder without tasks.
+        DataError: a task that cannot be prepared or evaluated.
+        ModelError, CheckpointError: a model that cannot be loaded, or does not fit into memory.
     """
     models = existing_models(run.folder, settings.models)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _find(settings)
     system = run.folder.system_prompt() if settings.chat_template else ""
-    shown = "in turns of the chat template" if settings.chat_template else "as plain text (--chat-template: in turns)"
-    shown += ", with the training rows' system prompt" if system else ""
-    logger.info("tasks: %s, %s, asked %s, seeds of the harness", ", ".join(settings.names),
-                f"{settings.limit} rows each" if settings.limit else "all rows", shown)  # fmt: skip
+    prompts = "chat template" if settings.chat_template else "plain text (--chat-template applies the template)"
+    prompts += ", system prompt of the training rows" if system else ""
+    rows = f"{settings.limit} rows each" if settings.limit else "all rows"
+    logger.info("tasks: %s (%s, %s)", ", ".join(settings.names), rows, prompts)
     results: dict[str, dict[str, Scores]] = {}
     for name, model, tokenizer in run.models(models):
         logger.info("evaluating: %s", name)
         for task, scores in _measure(model, tokenizer, manager, settings, system).items():
             results.setdefault(task, {})[name] = scores
-        del model  # the next one is loaded before this name is taken again
+        del model  # frees it before the next one loads
     before = run.folder.read_results().get("tasks", {})
     run.folder.add_results(tasks={**before, **{task: before.get(task, {}) | found for task, found in results.items()}})
     _print(results)
@@ -90,13 +83,13 @@ def measure_tasks(run: FinishedRun, settings: TaskSettings) -> dict[str, dict[st
 
 
 def _find(settings: TaskSettings) -> Any:
-    """Return the harness's task manager, which knows all tasks and has fetched what they need."""
+    """Return the harness's task manager, after it has loaded the tasks and their data."""
     from lm_eval.tasks import TaskManager
 
     if settings.path is not None and not any(settings.path.rglob("*.yaml")):
         raise ConfigError(f"--task-path: {settings.path} is no folder with task files (*.yaml)")
     manager = TaskManager(include_path=settings.path, include_defaults=False)
-    if not set(settings.names) <= set(manager.all_tasks):  # the harness's own are thousands of files
+    if not set(settings.names) <= set(manager.all_tasks):  # indexing the harness's own tasks is slow
         manager = TaskManager(include_path=settings.path)
     unknown = [name for name in settings.names if name not in manager.all_tasks]
     if unknown:
@@ -104,7 +97,7 @@ def _find(settings: TaskSettings) -> Any:
     for name in settings.names:
         try:
             manager.load([name])
-        except Exception as error:  # a task is data, YAML and code of others: each raises kinds of its own
+        except Exception as error:  # tasks are third-party data and code, and raise anything
             raise _unusable(name, error) from error
     return manager
 
@@ -122,7 +115,7 @@ def _unusable(names: str, error: Exception) -> DataError:
 
 
 def _measure(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings, system: str) -> dict[str, Scores]:
-    """Return the scores of a model by task; where memory runs out, from the start with half the batch."""
+    """Return a model's scores by task; out of memory, restart with half the batch."""
     batch_size = settings.batch_size
     while True:  # little is computed twice: each type of request begins with its longest rows
         measured, reason = catch_out_of_memory(
@@ -161,13 +154,13 @@ def _simple_evaluate(
         if is_out_of_memory(error):
             raise
         raise _unusable(", ".join(settings.names), error) from error
-    assert measured is not None, "only the first of several processes has results, and there is one"
+    assert measured is not None, "there is one process"
     return measured
 
 
 @contextmanager
 def _untouched_weights(model: Any) -> Iterator[None]:
-    """Keep the harness from tying head and embedding anew inside: training may have parted them."""
+    """Keep the harness from tying head and embedding again: training may have untied them."""
     before = [(name, tensor.data_ptr()) for name, tensor in model.named_parameters(remove_duplicate=False)]
     model.tie_weights = lambda: None
     try:
@@ -179,7 +172,7 @@ def _untouched_weights(model: Any) -> Iterator[None]:
 
 
 def _scores(task: str, measured: Mapping[str, Any]) -> Scores:
-    """Return the numbers of a task, with how they came about; `acc,none` is the harness's name for acc unfiltered."""
+    """Return a task's metrics with their settings; `acc,none` is the harness's name for unfiltered accuracy."""
     found = measured["results"][task]
     metrics = {}
     for key, value in found.items():
@@ -200,7 +193,6 @@ def _scores(task: str, measured: Mapping[str, Any]) -> Scores:
 
 
 def _print(results: Mapping[str, Mapping[str, Scores]]) -> None:
-    """Print a line a task and metric, the models side by side, each with its standard error."""
     models = list(dict.fromkeys(name for found in results.values() for name in found))
     table = Table(title="tasks (with standard errors)")
     for title in ("task", "metric"):

@@ -1,4 +1,4 @@
-"""The data of a config without its model: what a run begins with, and all that `qlora-train data` needs."""
+"""Prepare a config's data without the model: the first stage of a run, and all of `qlora-train data`."""
 
 import datetime
 from dataclasses import replace
@@ -15,40 +15,36 @@ from qlora_train.models.tokenizer import num_embeddings
 
 
 def inspect(config: RunConfig, *, num_shown: int) -> PreparedData:
-    """Prepare the data of a config as a run that begins today would, with its base's tokenizer alone.
-
-    Args:
-        config: the resolved config; nothing is written but the cache of tokenised data.
-        num_shown: training rows that the report shows as text.
+    """Prepare the data as a run that starts today would; the report shows the first `num_shown` training rows as text.
 
     Raises:
-        UserError: the tokenizer or the data cannot be had or used.
+        UserError: tokenizer or data cannot be loaded or used.
     """
-    described = resolve_base(config.model, weights=False)
-    data, tokenizer = prepare_tokenizer_and_data(config, described, date=datetime.date.today())
+    data, tokenizer = prepare_tokenizer_and_data(
+        config, resolve_base(config.model, weights=False), date=datetime.date.today()
+    )
     rows = data.train.head() if isinstance(data.train, RowStream) else data.train
-    shown = render_rows(rows[:num_shown], tokenizer)
-    return replace(data, report=replace(data.report, first_rows=shown))
+    return replace(data, report=replace(data.report, first_rows=render_rows(rows[:num_shown], tokenizer)))
 
 
 def prepare_tokenizer_and_data(
-    config: RunConfig, described: BaseSource, *, date: datetime.date
+    config: RunConfig, source: BaseSource, *, date: datetime.date
 ) -> tuple[PreparedData, Any]:
-    """Prepare the data for a base, and return it with the tokenizer.
+    """Prepare the data of a config, and return it with the tokenizer.
 
     Args:
         config: the resolved config.
-        described: the base; its weights need not be there.
-        date: the day that dated chat templates are rendered for.
+        source: the base; its weights are not needed.
+        date: date for chat templates that print it.
 
     Raises:
-        UserError: the tokenizer or the data cannot be had or used.
+        UserError: tokenizer or data cannot be loaded or used.
     """
-    architecture = detect(described.config)
-    check_max_length(described.config, architecture, config.data.max_length, config.model.rope_scaling)
+    architecture = detect(source.config)
+    check_max_length(source.config, architecture, config.data.max_length, config.model.rope_scaling)
     if config.data.packing:
         check_packing(architecture)
-    tokenizer = load_tokenizer(described, config.model)
-    vocabulary_size = num_embeddings(tokenizer, model_config(described, config.model), config.model)
+    tokenizer = load_tokenizer(source, config.model)
+    vocabulary_size = num_embeddings(tokenizer, model_config(source, config.model), config.model)
     data = prepare_data(config.data, tokenizer, config.run.seed, date=date, vocabulary_size=vocabulary_size)
     return data, tokenizer

@@ -1,113 +1,98 @@
-"""What decides a run, compared between its parts: settings and facts, each difference named with what it would do."""
+"""Compare the settings and metadata of a resumed run with its start; name each difference and its consequence."""
 
-import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qlora_train.utils import atomic_io
-from qlora_train.runs.run_folder import RunFolder
 from qlora_train.config import RunConfig, load_config
 from qlora_train.config.absolute_paths import with_absolute_paths
 from qlora_train.config.resume_policy import FIXED_SHAPE, effect_of, flat_settings, is_mutable
 from qlora_train.config.writer import to_yaml
+from qlora_train.runs.run_folder import RunFolder, write_json
+from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting or fact that differs from when the run began, or from the last change that was accepted."""
+    """A setting or metadata field that differs from the start of the run, or from the last accepted change."""
 
     key: str
     before: Any
     now: Any
 
 
-def changed_settings(run: RunFolder, config: RunConfig) -> list[Change]:
-    """Return the settings that decide a run and differ from those that it was begun with."""
-    items = load_config(run.config_file), with_absolute_paths(config)
-    before, now = (flat_settings(item.model_dump(mode="json")) for item in items)
-    return [change for change in _differences(before, now) if not is_mutable(change.key)]
+def critical_changes(run: RunFolder, config: RunConfig) -> list[Change]:
+    """Return the changed settings that affect what the run trains."""
+    recorded = flat_settings(load_config(run.config_file).model_dump(mode="json"))
+    current = flat_settings(with_absolute_paths(config).model_dump(mode="json"))
+    return [change for change in _differences(recorded, current) if not is_mutable(change.key)]
 
 
 def check_same_settings(run: RunFolder, config: RunConfig) -> None:
-    """Refuse to go on with a run whose settings have changed, but for what `run.allow_changed` names.
+    """Refuse changed settings that `run.allow_changed` does not name.
 
     Raises:
-        CheckpointError: one line a setting, with the old and the new value and what the change would do.
+        CheckpointError: one line per setting, with both values and the consequence.
     """
-    _refuse(run, changed_settings(run, config), config.run.allow_changed)
+    _refuse(run, critical_changes(run, config), config.run.allow_changed)
 
 
-def check_same_metadata(run: RunFolder, facts: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run some of whose facts have changed.
+def check_same_metadata(run: RunFolder, metadata: Mapping[str, Any]) -> None:
+    """Refuse changed metadata fields.
+
+    Raises:
+        CheckpointError: one line per field, with both values and the consequence.
+    """
+    _refuse(run, _changed_metadata(run, metadata), ())
+
+
+def record_metadata(run: RunFolder, config: RunConfig, metadata: Mapping[str, Any]) -> None:
+    """Write run.json when a run starts; when it resumes, compare with it and record the allowed changes.
 
     Args:
         run: the run.
-        facts: those to compare, by name; JSON values.
+        config: its current settings.
+        metadata: what determines the run besides its settings, as JSON values.
 
     Raises:
-        CheckpointError: one line a fact, with the old and the new value and what the change would do.
-    """
-    _refuse(run, _changed_facts(run, facts), ())
-
-
-def record_metadata(run: RunFolder, config: RunConfig, facts: Mapping[str, Any]) -> None:
-    """Record what decides a run when it begins; compare it when it goes on, and record the changes that are allowed.
-
-    Args:
-        run: the run.
-        config: its settings now.
-        facts: what decides it besides its settings, by name; JSON values.
-
-    Raises:
-        CheckpointError: something has changed that `run.allow_changed` does not name.
+        CheckpointError: a change that `run.allow_changed` does not name.
     """
     recorded = run.metadata()
     if not recorded:
-        _write(run, {"run_id": uuid.uuid4().hex, **facts, "changes": []})
+        write_json(run.metadata_file, {"run_id": uuid.uuid4().hex, **metadata, "changes": []})
         return
-    changes = [*changed_settings(run, config), *_changed_facts(run, facts)]
+    changes = [*critical_changes(run, config), *_changed_metadata(run, metadata)]
     _refuse(run, changes, config.run.allow_changed)
     if changes:
         step = (run.checkpoint_steps() or [0])[-1]
         entries = [{"after_step": step, **asdict(change)} for change in changes]
-        # first the list of changes: from then on the old adapter no longer counts as the result
-        _write(run, {**recorded, **facts, "changes": [*recorded["changes"], *entries]})
+        # the list of changes comes first: with it, the old adapter no longer counts as the run's result
+        write_json(run.metadata_file, {**recorded, **metadata, "changes": [*recorded["changes"], *entries]})
         atomic_io.write_text(run.config_file, to_yaml(with_absolute_paths(config)))
 
 
-def _write(run: RunFolder, facts: Mapping[str, Any]) -> None:
-    atomic_io.write_text(run.metadata_file, json.dumps(facts, indent=2) + "\n")
-
-
-def _changed_facts(run: RunFolder, facts: Mapping[str, Any]) -> list[Change]:
+def _changed_metadata(run: RunFolder, metadata: Mapping[str, Any]) -> list[Change]:
     recorded = run.metadata()
-    return _differences({key: recorded.get(key) for key in facts}, facts)
+    return _differences({key: recorded.get(key) for key in metadata}, metadata)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Return what differs, entry by entry where both are mappings of names to plain values."""
-    found = []
+    """Return the differences; those of mappings are named entry by entry."""
+    found: list[Change] = []
     for key in now:
         old, new = before.get(key), now[key]
-        if old == new:
-            continue
         if isinstance(old, dict) and isinstance(new, dict):
-            names = sorted(old.keys() | new.keys())
-            found += [
-                Change(f"{key}.{name}", old.get(name), new.get(name))
-                for name in names
-                if old.get(name) != new.get(name)
-            ]
+            entries = sorted(old.keys() | new.keys())
+            found += [Change(f"{key}.{entry}", old.get(entry), new.get(entry)) for entry in entries]
         else:
             found.append(Change(key, old, new))
-    return found
+    return [change for change in found if change.before != change.now]
 
 
 def _refuse(run: RunFolder, changes: Sequence[Change], allowed: Sequence[str]) -> None:
-    problems = [_line(run, change) for change in changes if not _is_allowed(change.key, allowed)]
+    problems = [_describe(run, change) for change in changes if not _is_allowed(change.key, allowed)]
     if problems:
         raise CheckpointError(problems)
 
@@ -116,17 +101,15 @@ def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
     return key in allowed or key.partition(".")[0] in allowed or key.rpartition(".")[0] in allowed
 
 
-def _line(run: RunFolder, change: Change) -> str:
-    ways = ["set it back", "choose another run.output_dir for a new run"]
-    if change.key not in FIXED_SHAPE:
-        ways.insert(1, f"accept that with run.allow_changed=[{_allowed_name(change.key)}]")
-    effect = effect_of(change.key) if change.key not in FIXED_SHAPE else "checkpoints of this run do not fit it"
+def _describe(run: RunFolder, change: Change) -> str:
+    key = change.key
+    if key in FIXED_SHAPE:
+        effect, remedy = "checkpoints of this run do not fit it", "set it back"
+    else:
+        # mappings are allowed as a whole
+        name = key.partition(".")[0] if key.startswith("versions.") else ".".join(key.split(".")[:2])
+        effect, remedy = effect_of(key), f"set it back, accept that with run.allow_changed=[{name}]"
     return (
-        f"{run.path}: {change.key} was {change.before!r} when this run began and is {change.now!r} now: {effect}; "
-        f"{', '.join(ways[:-1])} or {ways[-1]}"
+        f"{run.path}: {key} was {change.before!r} when this run began and is {change.now!r} now: {effect}; "
+        f"{remedy} or choose another run.output_dir for a new run"
     )
-
-
-def _allowed_name(key: str) -> str:
-    """Return the name to allow: facts that are mappings are allowed as a whole, and so are settings that are."""
-    return key.partition(".")[0] if key.startswith("versions.") else ".".join(key.split(".")[:2])

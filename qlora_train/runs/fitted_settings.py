@@ -1,46 +1,46 @@
-"""fit.json: the rung of the ladder that a run trains on, so that it goes on there; config.yaml stays what was asked for.
+"""fit.json: the settings that `train.auto_find_batch_size` chose; config.yaml keeps the requested ones.
 
-It has a file of its own, since it is there before a run counts as begun and says nothing of what decides its result.
+It is a file of its own because it is written before the run starts and does not change the result of the run.
 """
 
-import json
 from typing import Any
 
 from pydantic import ValidationError
 
-from qlora_train.utils import atomic_io
-from qlora_train.runs.run_folder import RunFolder
+from qlora_train.config.memory_fallbacks import KEYS, changed_settings
 from qlora_train.config.resume_policy import is_mutable
 from qlora_train.config.schema import TrainSection
+from qlora_train.runs.run_folder import RunFolder, read_json, write_json
 from qlora_train.utils.errors import CheckpointError
-from qlora_train.config.memory_fallbacks import KEYS, changed_settings
 
 
 def record_fitted_settings(run: RunFolder, asked: TrainSection, fitted: TrainSection, why: str) -> None:
-    """Record what a run trains with instead of what was asked for, and why."""
-    before = {key: getattr(asked, key) for key in KEYS}
-    entry = {"asked": before, "applied": changed_settings(asked, fitted), "why": why}
-    atomic_io.write_text(run.fitted_settings_file, json.dumps(entry, indent=2) + "\n")
+    """Write fit.json: requested and applied settings, with the reason."""
+    requested = {key: getattr(asked, key) for key in KEYS}
+    write_json(
+        run.fitted_settings_file, {"asked": requested, "applied": changed_settings(asked, fitted), "why": why}
+    )
 
 
 def apply_fitted_settings(run: RunFolder, asked: TrainSection) -> TrainSection:
-    """Return the training settings with what was recorded for them.
+    """Return the training settings with those of fit.json.
 
-    What decides a run must be asked for as it was then, or nothing is taken; a free setting that has changed since is left
-    as it is now.
+    A critical setting that was requested otherwise discards all of fit.json; a mutable one discards its own entry.
 
     Raises:
         CheckpointError: fit.json cannot be read.
     """
-    entry = run.fitted_settings()
+    entry = read_json(run.fitted_settings_file)
     if not entry:
         return asked
     try:
-        before: dict[str, Any] = entry["asked"]
-        changed = {key for key in KEYS if before[key] != getattr(asked, key)}
+        requested: dict[str, Any] = entry["asked"]
+        changed = {key for key in KEYS if requested[key] != getattr(asked, key)}
         if not all(is_mutable(f"train.{key}") for key in changed):
             return asked
         applied = {key: value for key, value in entry["applied"].items() if key not in changed}
         return TrainSection.model_validate({**asked.model_dump(), **applied})
     except (KeyError, TypeError, AttributeError, ValidationError):
-        raise CheckpointError(f"{run.fitted_settings_file}: is not as it was written; restore it, or delete it") from None
+        raise CheckpointError(
+            f"{run.fitted_settings_file}: has unexpected content; restore it, or delete it"
+        ) from None

@@ -1,4 +1,4 @@
-"""Open a run folder: is it this run's, is it free, and where does the run go on?"""
+"""Open a run folder: check whose it is, lock it, and find the checkpoint to resume from."""
 
 import fcntl
 import os
@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_train.utils import atomic_io
-from qlora_train.runs.fingerprint import check_same_settings
-from qlora_train.runs.symlinks import refuse_links
-from qlora_train.runs.run_folder import RunFolder
 from qlora_train.config import RunConfig
 from qlora_train.config.absolute_paths import with_absolute_paths
 from qlora_train.config.writer import to_yaml
+from qlora_train.runs.fingerprint import check_same_settings
+from qlora_train.runs.run_folder import RunFolder
+from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError
 
 LOCK = ".lock"
@@ -20,26 +19,29 @@ LOCK = ".lock"
 
 @contextmanager
 def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFolder, Path | None]]:
-    """Open or create the run folder of a config, hold it against other processes, and say where to go on.
+    """Open or create the run folder of a config and lock it.
 
     Args:
         config: the resolved config; `run.output_dir` is set.
-        resume: `auto` continues from the newest whole checkpoint, `never` starts over (an existing run is refused), a
-            path continues from that checkpoint of this run, if it has not finished.
+        resume: `auto` (latest complete checkpoint), `never` (an existing run is refused), or the path of a checkpoint.
 
     Yields:
         The folder, and the checkpoint to resume from or None.
 
     Raises:
         CheckpointError: the folder belongs to something else, to a run of other settings or to a running process, or the
-            named checkpoint is not a whole one of this run.
+            named checkpoint is not a complete one of this run.
     """
-    assert config.run.output_dir is not None, "the CLI fills in run.output_dir"
+    assert config.run.output_dir is not None, "the CLI sets run.output_dir"
     run = RunFolder(Path(config.run.output_dir))
-    _refuse_foreign(run)
+    if not run.config_file.is_file():
+        _check_empty(run)
     with run_lock(run):
         if not run.config_file.is_file() or not run.has_begun():
-            _claim(run, config)
+            # empty, or the folder of a run that stopped at an error which the user has since fixed in the config
+            run.metadata_file.unlink(missing_ok=True)
+            run.delete_results()
+            atomic_io.write_text(run.config_file, to_yaml(with_absolute_paths(config)))
         elif resume == "never":
             raise CheckpointError(
                 f"{run.path}: holds a run already and --resume never would overwrite it; choose another run.output_dir or "
@@ -49,32 +51,29 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
             raise CheckpointError(f"{run.metadata_file}: is missing; restore it, or choose another run.output_dir")
         else:
             check_same_settings(run, config)
-        if resume in ("auto", "never"):
-            yield run, run.latest_checkpoint()
-        else:
-            yield run, _named_checkpoint(run, Path(resume))
+        yield run, run.latest_checkpoint() if resume in ("auto", "never") else _named_checkpoint(run, Path(resume))
 
 
 def finished_run(path: Path) -> RunFolder:
     """Return the finished run at `path`.
 
     Raises:
-        CheckpointError: there is no run, or it has not finished.
+        CheckpointError: not a run, or an unfinished one.
     """
-    folder = RunFolder(path)
-    if not folder.config_file.is_file():
+    run = RunFolder(path)
+    if not run.config_file.is_file():
         raise CheckpointError(f"{path}: is not a run folder (no config.yaml); give one such as runs/llama7b")
-    if not folder.is_finished():
-        raise CheckpointError(f"{path}: the run has not finished; continue it with: qlora-train {folder.config_file}")
-    return folder
+    if not run.is_finished():
+        raise CheckpointError(f"{path}: the run has not finished; continue it with: qlora-train {run.config_file}")
+    return run
 
 
 @contextmanager
 def run_lock(run: RunFolder) -> Iterator[None]:
-    """Hold a run folder against other processes; the lock ends with the process, however it ends.
+    """Lock a run folder against other processes, and remove stale files; the lock ends with the process.
 
     Raises:
-        CheckpointError: another process holds it, it cannot be written, or a link leads out of it.
+        CheckpointError: another process holds the lock, the folder is not writable, or a link leads out of it.
     """
     refuse_links(run)
     try:
@@ -85,14 +84,11 @@ def run_lock(run: RunFolder) -> Iterator[None]:
             f"{run.path}: run.output_dir cannot be written ({error.strerror}); choose another"
         ) from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.read(descriptor, 64).decode(errors="replace") or "unknown"
-        os.close(descriptor)
-        raise CheckpointError(
-            f"{run.path}: another process is at work in it ({owner}); wait for it, or stop it"
-        ) from None
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(descriptor, 64).decode(errors="replace") or "unknown"
+            raise CheckpointError(f"{run.path}: is locked by another process ({owner}); wait for it, or stop it") from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         run.remove_stale_files()
@@ -101,21 +97,34 @@ def run_lock(run: RunFolder) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _refuse_foreign(run: RunFolder) -> None:
-    if run.config_file.is_file():
-        return
+def refuse_links(run: RunFolder) -> None:
+    """Refuse symbolic links for the run folder, its files, folders and checkpoints: they lead writes and deletions away.
+
+    Folders above the run folder may be links. Links inside a checkpoint or adapter are deleted as links.
+
+    Raises:
+        CheckpointError: the first link, with its target.
+    """
+    if run.path.is_symlink():
+        raise CheckpointError(
+            f"{run.path}: run.output_dir is a link to {run.path.readlink()}; a run folder must be a folder: set "
+            "run.output_dir to the link's target"
+        )
+    for folder in (run.path, run.checkpoints):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.is_symlink():
+                raise CheckpointError(
+                    f"{path}: is a link to {path.readlink()}; a run writes and deletes inside its own folder only: "
+                    "replace the link by its target, or remove it"
+                )
+
+
+def _check_empty(run: RunFolder) -> None:
     names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
     if run.path.is_file() or any(name != LOCK and not atomic_io.is_stale(name) for name in names):
         raise CheckpointError(
             f"{run.path}: run.output_dir is not empty and holds no run (no config.yaml); choose another run.output_dir"
         )
-
-
-def _claim(run: RunFolder, config: RunConfig) -> None:
-    """Take an empty folder, or that of a run that stopped on a mistake which the user has mended in the config since."""
-    run.metadata_file.unlink(missing_ok=True)
-    run.delete_results()
-    atomic_io.write_text(run.config_file, to_yaml(with_absolute_paths(config)))
 
 
 def _named_checkpoint(run: RunFolder, folder: Path) -> Path:
@@ -126,7 +135,7 @@ def _named_checkpoint(run: RunFolder, folder: Path) -> Path:
     if run.is_finished():
         raise CheckpointError(f"--resume {folder}: the run has finished; delete {run.adapter} to train on from there")
     steps = {run.checkpoint(step).name: step for step in run.checkpoint_steps()}
-    problem = run.checkpoint_problem(steps[folder.name]) if folder.name in steps else "it is not there"
+    problem = run.checkpoint_problem(steps[folder.name]) if folder.name in steps else "does not exist"
     if problem is not None:
         raise CheckpointError(f"--resume {folder}: {problem}; choose another of {run.checkpoints}")
     return folder

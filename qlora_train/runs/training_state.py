@@ -1,7 +1,7 @@
-"""Training state as safetensors and JSON, without pickle: what a checkpoint holds besides the adapter.
+"""Training state as safetensors and JSON, without pickle.
 
-A nested structure of tensors and plain values is split in two: tensors go to ``NAME.safetensors`` under numbered keys, the
-structure with references to them to ``NAME.json``. Reading gives back equal values of equal types.
+A nested structure is split in two: ``NAME.safetensors`` holds its tensors under numbered keys, ``NAME.json`` the structure
+with references to them. Values and types survive the round trip.
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError, first_line, is_out_of_memory
 
-_NONSENSE = (
+_MALFORMED = (
     KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError, AssertionError,
 )  # fmt: skip
 _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
@@ -26,24 +26,20 @@ _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
 
 @contextmanager
 def checkpoint_errors(folder: Path) -> Iterator[None]:
-    """Take what a checkpoint holds over; whatever nonsense in it leads to is one line: a manifest vouches for bytes alone.
-
-    Raises:
-        CheckpointError: it holds something else than a state of this run.
-    """
+    """Restore state. Malformed content raises one CheckpointError: the manifest guarantees bytes, not meaning."""
     try:
         yield
-    except _NONSENSE as error:
+    except _MALFORMED as error:
         if is_out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{folder}: holds something else than a state of this run ({type(error).__name__}: {first_line(error)[:200]}); "
-            "delete it, and the run goes on from the one before"
+            f"{folder}: holds no training state of this run ({type(error).__name__}: {first_line(error)[:200]}); "
+            "delete it to resume from the one before"
         ) from error
 
 
 def save_tree(folder: Path, name: str, tree: Any) -> None:
-    """Write a structure of dicts, lists, tuples, tensors and JSON values."""
+    """Write a nested structure of dicts, lists, tuples, tensors and JSON values."""
     tensors: dict[str, torch.Tensor] = {}
     structure = _pack(tree, tensors)
     atomic_io.write_file(folder / f"{name}.safetensors", lambda path: save_file(tensors, path))
@@ -54,7 +50,7 @@ def load_tree(folder: Path, name: str) -> Any:
     """Read what `save_tree` wrote; tensors are on the CPU.
 
     Raises:
-        CheckpointError: a file is missing or unreadable.
+        CheckpointError: missing or unreadable file.
     """
     try:
         tensors = load_file(folder / f"{name}.safetensors")
@@ -70,10 +66,10 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[key] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: key}
     if isinstance(value, dict):
-        assert not value.keys() & {_TENSOR, _TUPLE, _INT_KEYS}, "these keys mean something in the file"
+        assert not value.keys() & {_TENSOR, _TUPLE, _INT_KEYS}, "reserved keys"
         if all(isinstance(key, str) for key in value):
             return {key: _pack(item, tensors) for key, item in value.items()}
-        assert all(isinstance(key, int) for key in value), "keys are all strings or all integers"
+        assert all(isinstance(key, int) for key in value), "keys must be all strings or all integers"
         return {_INT_KEYS: {str(key): _pack(item, tensors) for key, item in value.items()}}
     if isinstance(value, tuple):
         return {_TUPLE: [_pack(item, tensors) for item in value]}
@@ -98,7 +94,7 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of every random generator a step may draw from: Python, NumPy, torch on the CPU and the GPU."""
+    """Return the RNG state of Python, NumPy, torch on the CPU and torch on the GPU."""
     state: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = state
     return {
@@ -110,20 +106,20 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put every random generator back into the state that `random_state` returned."""
+    """Restore the RNG state that `random_state` returned."""
     random.setstate(state["python"])
     keys = state["numpy"]["keys"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, *state["numpy"]["rest"]))
     torch.random.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:  # a run that began on a CPU has none
+    if torch.cuda.is_available() and state["cuda"]:  # empty if the run began on a CPU
         torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def load_parameters(parameters: dict[str, torch.nn.Parameter], stored: dict[str, torch.Tensor], where: str) -> None:
-    """Copy stored tensors into live parameters, bit for bit.
+    """Copy stored tensors into parameters.
 
     Raises:
-        CheckpointError: the names, shapes or dtypes differ; nothing is copied then.
+        CheckpointError: names, shapes or dtypes differ; nothing is copied.
     """
     differences = [f"{name} is missing" for name in parameters.keys() - stored.keys()]
     differences += [f"{name} is unknown" for name in stored.keys() - parameters.keys()]

@@ -29,7 +29,7 @@ from qlora_train.data.collate import FlatteningCollator, IndexedExample, Padding
 from qlora_train.data.types import Example
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.packed import attention
-from qlora_train.runs import RunFolder
+from qlora_train.runs import RunFolder, read_json
 from qlora_train.training.batch_source import RowBatches
 from qlora_train.training.memory.worst_case_batch import token_budget
 from qlora_train.training.parity.document_isolation import isolate_documents
@@ -119,7 +119,7 @@ def choose_padding_free(
         logger.info("padding-free: off (%s)", obstacle)
         return None
     run_id = run.metadata().get("run_id", "")
-    parity = load_parity(run.padding_free_file, run.padding_free(), run_id)
+    parity = load_parity(run.padding_free_file, read_json(run.padding_free_file), run_id)
     if parity is not None:
         min_tokens = parity.min_tokens
     else:  # what fits depends on other processes, and reruns would round differently
@@ -156,7 +156,7 @@ def min_tokens_on(device: torch.device) -> int:
 
 def lower_token_budget(run: RunFolder, reason: str) -> bool:
     """Let a run's micro-batches hold no more tokens than the settings' largest; False where they hold no more already."""
-    content = run.padding_free()
+    content = read_json(run.padding_free_file)
     if not content.get("min_tokens"):
         return False
     logger.info("padding-free: micro-batches of the settings' size (%s)", reason)

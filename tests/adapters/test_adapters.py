@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_train.adapters import AdaptedModel, attach_adapter, load_trained, trainable_state
-from qlora_train.config import RunConfig, load_config
+from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.inference.eval_report import EvalSettings
@@ -226,8 +226,8 @@ def test_whatever_trains_can_be_resumed_evaluated_and_merged(case: str, pico: Pi
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoint(2))
     assert adapter_bytes(train_run(tmp_path, base, *settings)) == finished
-    merge(run, load_config(run.config_file))
-    results = evaluate(run, EvalSettings(num_shots=1, max_new_tokens=2))
+    merge(run.path)
+    results = evaluate(run.path, EvalSettings(num_shots=1, max_new_tokens=2))
     untrained = next(result["loss"] for name, result in results.items() if name.startswith("base"))
     assert results["adapter"]["loss"] < untrained
     assert results["merged"]["loss"] == pytest.approx(results["adapter"]["loss"], abs=0.05)
@@ -330,7 +330,7 @@ def test_run_that_started_with_eva_resumes_to_the_same_bits_and_merges(pico: Pic
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoint(2))
     assert adapter_bytes(train_run(tmp_path, base, *settings)) == finished
-    merge(run, load_config(run.config_file))
+    merge(run.path)
 
 
 def test_eva_with_a_rank_too_high_for_the_layers_is_refused(pico_llama: Path, tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ def test_new_tokens_are_learnt_saved_reloaded_and_merged(tied: bool, pico: Pico,
     assert len(deltas) == (1 if tied else 2)
     assert all(((trained[name] - start[name]).abs().amax(dim=1) > 0).all() for name in deltas), "every row has moved"
 
-    merge(run, load_config(run.config_file))
+    merge(run.path)
     merged = AutoModelForCausalLM.from_pretrained(run.merged, dtype=torch.float32)
     new = torch.tensor([[5, *loaded.new_token_ids, 9, 11, *loaded.new_token_ids, 12]])
     assert len(loaded.tokenizer("<a><b>")["input_ids"]) == 2

@@ -234,7 +234,7 @@ def test_adapter_of_another_run_with_another_base_is_not_merged(
     own = train_run(tmp_path, pico_llama, "train.max_steps=1")
     edit(own.adapter, base_model_name_or_path="someone/else")
     with pytest.raises(ConfigError, match="is another base"):
-        merge(own, load_config(own.config_file))
+        merge(own.path)
     config = load_config(own.config_file)
     loaded = load_model(config.model, config.quantization)
     with pytest.raises(ConfigError, match="is another base"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_plan import memory_plan
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +18,6 @@ from qlora_train.architectures import ARCHITECTURES, check_packing
 from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.models import load_model, resolve_base
 from qlora_train.models.moe import expert_parameters
-from qlora_train.planning.memory import memory_plan
 from qlora_train.utils.errors import ConfigError
 from tests.architectures.conftest import LONG, Table
 from tests.support.pico import build_pico

@@ -10,22 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from memory_plan import memory_plan
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 
+from qlora_train import pipeline
 from qlora_train.adapters import find_linears, load_trained
 from qlora_train.architectures import TEXT_ARCHITECTURES, TEXT_TYPES, check_packing, detect, max_positions
-from qlora_train.config import ModelSection, load_config
+from qlora_train.config import ModelSection
 from qlora_train.export.merging.merge import merge_adapter
-from qlora_train.export.merging.merge_run import merge_run
-from qlora_train.inference.finished_run import start_date
 from qlora_train.models import load_model, resolve_base
 from qlora_train.models.loading import model_config
 from qlora_train.models.moe import expert_parameters, routers
 from qlora_train.models.text_only import check_causal, text_model
-from qlora_train.pipeline import prepare_again
-from qlora_train.planning.memory import memory_plan
 from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ConfigError, ModelError
 from tests.architectures.conftest import LONG, Table
@@ -219,8 +217,7 @@ def test_no_text_part_of_the_table_sees_the_future(model_type: str, whole: Calla
 
 def test_run_on_a_text_part_is_merged_and_measured_as_any_other(whole: Callable[[str], Path], tmp_path: Path) -> None:
     run = train_run(tmp_path, whole("llava"), *SETTINGS, "export.max_loss_increase=10")
-    config = load_config(run.config_file)
-    choice = merge_run(run, config, *prepare_again(config, run), start_date(run), "cpu")
+    choice = pipeline.merge(run.path, device="cpu")
     assert set(choice.losses) == {"original", "dequantized"}
     assert AutoConfig.from_pretrained(run.merged).architectures == ["LlavaForConditionalGeneration"]
     for folder in (run.adapter, run.merged):

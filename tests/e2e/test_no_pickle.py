@@ -116,7 +116,7 @@ def test_pickle_beside_our_files_is_not_read(name: str, own: RunFolder, canary: 
     run_config(_of(own))
     (own.adapter / name).write_bytes(pickle.dumps(canary))
     atomic_io.write_manifest(own.adapter, atomic_io.read_metadata(own.adapter))
-    merge(own, _of(own))
+    merge(own.path)
     assert main(["eval", str(own.path), "--loss-only"]) == 0
 
 
@@ -136,7 +136,7 @@ def test_pickle_in_a_result_is_not_read(
         folder = own.adapter if kind == "adapter" else own.merged
         exchange(folder / name, canary, folder)
         if kind == "adapter":
-            answered(lambda own=own: merge(own, _of(own)))
+            answered(lambda own=own: merge(own.path))
         assert main(["eval", str(own.path), "--loss-only"]) in (0, 2), name
         assert "Traceback" not in capsys.readouterr().err, name
 
@@ -148,7 +148,7 @@ def test_pickle_in_the_folder_of_a_run_is_not_read(trained: RunFolder, canary: C
         own = RunFolder(Path(shutil.copytree(trained.path, tmp_path / f"run-{name}")))
         config = _of(own)
         (own.path / name).write_bytes(pickle.dumps(canary))
-        answered(lambda own=own, config=config: merge(own, config))
+        answered(lambda own=own: merge(own.path))
         shutil.rmtree(own.adapter)
         answered(lambda config=config: run_config(config))
 

@@ -22,6 +22,7 @@ from qlora_train.inference.finished_run import open_finished_run
 from qlora_train.kernels.packed import varlen
 from qlora_train.objectives import sft_loss
 from qlora_train.pipeline import evaluate
+from qlora_train.runs import read_json
 from qlora_train.training import qlora_trainer
 from qlora_train.training.memory import activation_offloading
 from qlora_train.utils import signals
@@ -64,9 +65,9 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico(family), *MERGED)
     assert all(map(math.isfinite, losses(run)))
-    assert run.fused_kernels()["on"], run.fused_kernels()
+    assert read_json(run.fused_kernels_file)["on"], read_json(run.fused_kernels_file)
     assert run.metadata()["device"] == torch.cuda.get_device_name()
-    results = evaluate(run, EvalSettings(max_new_tokens=4, batch_size=2))
+    results = evaluate(run.path, EvalSettings(max_new_tokens=4, batch_size=2))
     assert {"base", "adapter", "merged"} < results.keys()
     assert run.read_results()["adapter_check"]["passed"]
     assert varlen.works_on(torch.device("cuda", 0)), "first tried where gradients are off"
@@ -140,5 +141,5 @@ def test_a_stopped_run_resumes_merges_and_talks(
     finished = open_finished_run(run.path)
     [(_, model, tokenizer)] = finished.models(["adapter"])
     written: list[str] = []
-    Chat(model, tokenizer, ChatSettings(max_new_tokens=4), finished, written.append).hear("1 + 1")
+    Chat(model, tokenizer, ChatSettings(max_new_tokens=4), finished, written.append).handle("1 + 1")
     assert written

@@ -16,7 +16,6 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
 from qlora_train import pipeline
-from qlora_train.config import load_config
 from qlora_train.pipeline import merge, run, with_pinned_revision
 from qlora_train.runs import RunFolder, run_lock
 from qlora_train.utils.errors import CheckpointError
@@ -240,7 +239,7 @@ def test_merge_refuses_a_base_that_is_not_the_one_trained_on(
     finished = train_run(tmp_path, base, "train.max_steps=1")
     shutil.copy(pico("llama", seed=1) / "model.safetensors", base / "model.safetensors")
     with pytest.raises(CheckpointError, match="base_identity was"):
-        merge(finished, load_config(finished.config_file))
+        merge(finished.path)
 
 
 def test_finished_run_is_merged_as_the_command_line_says(pico_llama: Path, tmp_path: Path) -> None:
@@ -249,7 +248,7 @@ def test_finished_run_is_merged_as_the_command_line_says(pico_llama: Path, tmp_p
     merged = train_run(tmp_path, pico_llama, "train.max_steps=1", *merging)
     assert merged.read_results()["merge"]["merge_base"] == "original"
     with pytest.raises(CheckpointError, match=r"lora\.r was 8"):
-        merge(merged, load_config(merged.config_file, ["lora.r=4"]))
+        merge(merged.path, ["lora.r=4"])
 
 
 def test_trained_model_is_gone_from_memory_when_the_merge_begins(

@@ -105,7 +105,7 @@ def test_a_streamed_run_is_evaluated_with_its_first_rows_as_examples(
 ) -> None:
     run = train_run(tmp_path, pico_llama, *settings_in(tmp_path), "train.max_steps=2")
     with caplog.at_level("WARNING", logger="qlora_train"):
-        results = evaluate(run, EvalSettings(models=("base", "adapter"), num_shots=3, max_new_tokens=2))
+        results = evaluate(run.path, EvalSettings(models=("base", "adapter"), num_shots=3, max_new_tokens=2))
     assert set(results) == {"base", "adapter"}
     assert "solved examples" not in caplog.text
 

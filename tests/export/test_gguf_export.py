@@ -188,7 +188,7 @@ def written(run: RunFolder, form: str, quant: str) -> Path:
     """Export once, and return the file."""
     folder = run.exports / f"{form}-{quant}"
     if not folder.exists():
-        assert export(run, format_name=form, quant=quant) == folder
+        assert export(run.path, format_name=form, quant=quant) == folder
     return next(folder.glob("*.gguf"))
 
 

@@ -8,20 +8,16 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from qlora_train.config import load_config
+from qlora_train import pipeline
 from qlora_train.export.merging import merge_run as run_module
-from qlora_train.export.merging.merge_run import merge_run
 from qlora_train.export.merging.verify import MergeResult, MergeSettings
-from qlora_train.inference.finished_run import start_date
-from qlora_train.pipeline import prepare_again
 from qlora_train.runs import RunFolder
 from qlora_train.utils.atomic_io import MANIFEST, verify_manifest
 from tests.support.runs import train_run
 
 
 def merge(run: RunFolder) -> MergeResult:
-    config = load_config(run.config_file)
-    return merge_run(run, config, *prepare_again(config, run), start_date(run), "cpu")
+    return pipeline.merge(run.path, device="cpu")
 
 
 def test_a_merged_run_is_whole_with_its_card_and_its_numbers(

@@ -158,5 +158,5 @@ def test_run_without_any_whole_checkpoint_begins_again(runs: Runs, stopped: RunF
         (run.checkpoint(step) / "loop.json").unlink()
     ended = runs.to_the_end(run, *SETTINGS)
     assert ended.status == 0
-    assert "no checkpoint is whole; the run begins again at step 0" in ended.log
+    assert "no complete checkpoint; the run restarts at step 0" in ended.log
     assert adapter_bytes(run) == adapter_bytes(straight)

@@ -93,7 +93,7 @@ class Talk:
 
     def __call__(self, line: str) -> str:
         self.written.clear()
-        self.chat.hear(line)
+        self.chat.handle(line)
         return "".join(self.written).removesuffix("\n")
 
 
@@ -116,8 +116,8 @@ def test_piped_conversation_is_answered_like_the_evaluation(run_folder: RunFolde
     done = piped(run_folder, "1 + 2\n\n3 + 4\n/quit\n5 + 6\n", "--max-new-tokens", str(LENGTH))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{first}\n{second}\n"
-    assert "answers are greedy (--temperature 0), of at most 12 tokens, and end with '<|im_end|>'" in done.stderr
-    assert "system prompt: Add up the numbers. (the training rows'; another: --system TEXT" in done.stderr
+    assert "(temperature 0, at most 12 tokens, end tokens '<|im_end|>'; /help" in done.stderr
+    assert "system prompt of the training rows: Add up the numbers. (--system TEXT replaces it" in done.stderr
     assert done.stderr.count(f"the answer was stopped after {LENGTH} tokens (--max-new-tokens)") == 2
     assert first != expected(run, "adapter", [user("1 + 2")])
 
@@ -153,7 +153,7 @@ def test_ctrl_c_stops_answers_and_not_the_chat(run_folder: RunFolder) -> None:
     assert out == b""
     assert err.count(b"the answer was stopped by Ctrl-C") == 2
     assert all(2 < len(answer) < 3000 for answer in answers)
-    assert b"a new conversation" in err
+    assert b"new conversation" in err
     assert b"Traceback" not in err
 
 
@@ -267,7 +267,7 @@ def test_unknown_commands_answer_with_the_known_ones(
     talk = Talk(run, model)
     for line, note in {
         "/adaptor off": "no such command", "/help": "/system TEXT", "/again": "there is no question yet",
-        "/adapter": "it is on; say /adapter off or /adapter on",
+        "/adapter": "it is on; type /adapter off or /adapter on",
     }.items():  # fmt: skip
         said.clear()
         assert talk(line) == ""
@@ -296,7 +296,7 @@ def test_conversation_that_memory_has_no_room_for_costs_the_question_alone(
     with model[1].get_base_model().register_forward_pre_hook(allocate):
         assert talk("1 + 2") == ""
     assert re.search(
-        r"out of memory: \d+ tokens and 12 new ones do not fit \(CUDA .*/reset begins .*--max-new", said.text
+        r"out of memory: \d+ tokens and 12 new ones do not fit \(CUDA .*/reset starts .*--max-new", said.text
     )
     assert talk.chat.turns == []
     assert talk("1 + 2") == expected(run, "adapter", [user("1 + 2")])

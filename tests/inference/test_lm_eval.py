@@ -201,7 +201,7 @@ def test_turns_have_the_system_prompt_of_the_training_rows(
     found = measure_tasks(run, replace(settings, chat_template=True))["asked"]["adapter"]
     assert found["metrics"]["perplexity"]["value"] == pytest.approx(perplexity(system), rel=1e-3)
     assert found["system_prompt"] == system["content"]
-    assert "asked in turns of the chat template, with the training rows' system prompt" in messages.text
+    assert "chat template, system prompt of the training rows" in messages.text
     assert measure_tasks(run, settings)["asked"]["adapter"]["system_prompt"] == ""
 
 

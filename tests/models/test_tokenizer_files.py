@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config import ModelSection, load_config
+from qlora_train.data.held_out_rows import load_rows
 from qlora_train.evaluation.generation import generate_answers
 from qlora_train.export.export_formats import ExportRequest
 from qlora_train.export.merging.auxiliary_files import write_auxiliary_files
@@ -22,7 +23,7 @@ from qlora_train.inference.finished_run import merged_model, open_finished_run
 from qlora_train.models import load_tokenizer, resolve_base
 from qlora_train.models.token_probes import TokenProbe, differences, encode, hard_texts
 from qlora_train.models.tokenizer import check_can_be_saved, save_tokenizer
-from qlora_train.pipeline import evaluate, prepare_again, run
+from qlora_train.pipeline import evaluate, run
 from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ConfigError, DataError, ModelError
 from tests.support.pico import CHATML, build_config, build_pico
@@ -52,8 +53,7 @@ def ids_of_file(folder: Path, texts: list[str]) -> list[tuple[int, ...]]:
 
 
 def rows_of_run(run_folder: RunFolder) -> list[list[int]]:
-    _, data = prepare_again(load_config(run_folder.config_file), run_folder)
-    return [row.input_ids.tolist() for row in data.train]
+    return [row.input_ids.tolist() for row in load_rows(run_folder.rows).train]
 
 
 def write_merged(base: Path, adapter: Path, folder: Path) -> Path:
@@ -159,7 +159,7 @@ def test_pad_beyond_the_embedding_passes_training_merging_and_evaluating(
 ) -> None:
     run = train_run(tmp_path, longer, "train.max_steps=2", "export.merge=true")
     assert "pad token '[PAD]' (320) is beyond the embedding (320 rows), '<|pad|>' is used" in messages.text
-    results = evaluate(run, EvalSettings(models=("adapter", "merged"), max_new_tokens=2))
+    results = evaluate(run.path, EvalSettings(models=("adapter", "merged"), max_new_tokens=2))
     assert {"adapter", "merged"} <= set(results)
     model, tokenizer = merged_model(run, trust_remote_code=False)
     assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>")
@@ -168,7 +168,7 @@ def test_pad_beyond_the_embedding_passes_training_merging_and_evaluating(
     with pytest.raises(DataError, match=r"no rows for: '\[PAD\]' \(320\)"):
         generate_answers(model, tokenizer, ["a [PAD]"], max_new_tokens=1, batch_size=1)
     talk = Chat(model, tokenizer, ChatSettings(), open_finished_run(run.path), lambda text: None)
-    talk.hear("a [PAD]")
+    talk.handle("a [PAD]")
     assert "the model's embedding has no rows for '[PAD]' (320); write the question without" in messages.text
     assert talk.turns == []
 

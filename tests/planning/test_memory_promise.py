@@ -8,29 +8,25 @@ depths, from which the peaks of forward, loss and backward follow as straight li
 confirms. A GB is 10**9 bytes.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes import functional
+from count_memory import RANK, Fake4bit, meta_model
+from memory_plan import memory_plan, optimizer_bytes, quantization_state_bytes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from qlora_train.planning.memory import memory_plan, optimizer_bytes, quantization_state_bytes
 from qlora_train.utils.errors import ModelError
 from tests.support import nf4_reference
 from tests.support.fake_cuda import IS_FAKE
 from tests.support.live_bytes import LiveBytes
 from tests.support.pico import FAMILIES, build_config
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from count_memory import RANK, Fake4bit, meta_model
 
 TOKENS = 512
 LLAMA_2_7B = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_train.utils import atomic_io
-from qlora_train.runs import RunFolder, finished_run
+from qlora_train.runs import RunFolder
 from qlora_train.cli.main import main
 from qlora_train.utils.errors import CheckpointError
 from qlora_train.pipeline import evaluate, merge
@@ -131,8 +131,8 @@ def test_link_in_the_place_of_something_of_a_run_is_refused_before_anything_chan
         train_run(tmp_path, pico_llama, *SETTINGS)
     run = RunFolder(tmp_path / "run")
     for command in (
-        lambda: merge(run, make_config(tmp_path, pico_llama, *SETTINGS)),
-        lambda: evaluate(finished_run(run.path), EvalSettings(generate=False)),
+        lambda: merge(run.path),
+        lambda: evaluate(run.path, EvalSettings(generate=False)),
     ):
         with pytest.raises(CheckpointError):
             command()

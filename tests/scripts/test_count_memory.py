@@ -1,15 +1,12 @@
 """The counter of GPU memory on pico shapes: it agrees with the plan, and start-up grows with depth as a step does."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-from qlora_train.planning.memory import memory_plan
+from memory_plan import memory_plan
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
 pytest.importorskip("triton")
 import count_memory  # noqa: E402
 

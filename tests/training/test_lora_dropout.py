@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_plan import memory_plan
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.lora_linear import LoraLayers
 from qlora_train.objectives.sft_loss import label_losses
-from qlora_train.planning.memory import memory_plan
 from qlora_train.training.memory.activation_checkpointing import LEVELS, LayerCheckpointing, saved_bytes
 from qlora_train.training.parity import gradients
 from qlora_train.training.parity.gradients import compare_gradients, gradients_of

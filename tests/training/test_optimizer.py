@@ -9,10 +9,10 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from memory_plan import memory_plan
 
 from qlora_train.adapters import AdaptedModel, attach_adapter
 from qlora_train.models import load_model
-from qlora_train.planning.memory import memory_plan
 from qlora_train.runs import save_tree
 from qlora_train.training.optimizer import choose_optimizer, page_restored_state, trained_tensors
 from tests.planning.test_memory_promise import LLAMA_2_7B

@@ -24,7 +24,7 @@ from qlora_train.data.collate import PaddingCollator
 from qlora_train.data.streaming import RowStream
 from qlora_train.models import load_model, resolve_base
 from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
-from qlora_train.runs import RunFolder, apply_fitted_settings, random_state, record_fitted_settings
+from qlora_train.runs import RunFolder, apply_fitted_settings, random_state, read_json, record_fitted_settings
 from qlora_train.training import train_loop
 from qlora_train.training.memory.memory_probe import probe_memory
 from qlora_train.training.memory.worst_case_batch import worst_case_rows
@@ -301,7 +301,7 @@ def test_auto_fit_trains_with_what_fits_to_the_same_weights(
         moment="fitting_trainer", spare_bytes=SPARE[spare],
     )  # fmt: skip
     assert ended.status == 0, ended.log
-    assert run.fitted_settings()["applied"] == applied
+    assert read_json(run.fitted_settings_file)["applied"] == applied
     assert_same_weights(run, unlimited)
 
 

@@ -36,7 +36,7 @@ from qlora_train.models import BaseSource
 from qlora_train.models.loading import model_config
 from qlora_train.models.token_probes import HARD_STRINGS, TokenProbe, difference_of
 from qlora_train.models.tokenizer_files import follow_tokenizer_json
-from qlora_train.runs import RunFolder
+from qlora_train.runs import RunFolder, read_json
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import ExportError
 
@@ -188,7 +188,7 @@ def _check_scaling(config: RunConfig) -> None:
 
 def _texts(run: RunFolder) -> list[str]:
     """Return the run's first rows as text."""
-    rows = run.data_report().get("first_rows", [])
+    rows = read_json(run.data_report_file).get("first_rows", [])
     return ["".join(segment["text"] for segment in row["segments"]) for row in rows]
 
 

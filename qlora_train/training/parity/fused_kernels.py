@@ -16,7 +16,7 @@ from qlora_train.data.collate import PaddingCollator, padding_multiple
 from qlora_train.data.streaming import RowStream
 from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.objectives.sft_loss import label_losses
-from qlora_train.runs import RunFolder
+from qlora_train.runs import RunFolder, read_json
 from qlora_train.training.parity.gradients import (
     FAILURES,
     TOLERANCES,
@@ -55,7 +55,7 @@ def choose_fused_kernels(
         logger.info("fast path: off (train.fused_kernels: false)")
         return None
     run_id = run.metadata().get("run_id", "")
-    known = load_parity(run.fused_kernels_file, run.fused_kernels(), run_id)
+    known = load_parity(run.fused_kernels_file, read_json(run.fused_kernels_file), run_id)
 
     def chosen(num_rows: int, num_tokens: int) -> tuple[ParityResult, FusedKernels | None]:
         rows = min(num_rows, config.train.per_device_train_batch_size)

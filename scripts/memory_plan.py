@@ -1,14 +1,11 @@
-"""The memory of a QLoRA run, counted from config.json alone: nothing is downloaded, nothing is allocated.
+"""The memory of a QLoRA run, computed from config.json alone.
 
-The model is built on the meta device, so that every weight is counted as it will be stored, whatever the architecture.
-The step is a formula. Its terms are what autograd keeps for one decoder layer, what the checkpoints of the others hold,
-and what the loss needs; a test holds it against an allocation-by-allocation count of real steps. A GB is 10**9 bytes.
+Weights are counted on a meta model, for any architecture. The step is a formula: what autograd saves for one decoder layer,
+the activation checkpoints of the others, and the loss; a test compares it with an allocation-by-allocation count of real
+steps. A GB is 10**9 bytes.
 
-Counted is the plain path with all logits of a micro-batch at once; a step takes less where the loss is made in pieces
-(`loss.choose_chunk_tokens`), and more where dequantised weights are kept.
-
-Attention is taken to keep no scores, as flash and sdpa kernels do; `eager` needs a square of the length on top. Not
-counted either: the CUDA context (0.3 to 0.6 GB), the fragmentation of the allocator, and whatever else uses the device.
+The formula is for the reference kernels with all logits of a micro-batch at once. Not counted: attention scores of `eager`,
+the dequantized weight cache, the CUDA context (0.3 to 0.6 GB), fragmentation, other users of the device.
 """
 
 import math
@@ -24,7 +21,13 @@ from qlora_train.adapters import choose_targets, find_linears
 from qlora_train.adapters.targets import is_target
 from qlora_train.architectures import Architecture, detect
 from qlora_train.config import LoraSection
-from qlora_train.config.optimizers import TrainedTensor, automatic_optimizer
+from qlora_train.config.optimizers import CODE_TABLE_BYTES as OPTIMIZER_TABLE_BYTES
+from qlora_train.config.optimizers import (
+    MIN_QUANTIZED_NUMEL,
+    TrainedTensor,
+    automatic_optimizer,
+    optimizer_state_bytes,
+)
 from qlora_train.kernels.expert_weights import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
 from qlora_train.models.moe import expert_parameters, routers
 from qlora_train.models.text_only import text_model
@@ -35,40 +38,33 @@ OFFSET_BYTES = 4
 ABSMAX_TABLE_BYTES = 256 * 4 + OFFSET_BYTES
 """The 256 values of the 8-bit scales, and their offset."""
 COMPUTE_BYTES = 2
-"""Of a number in bfloat16 or float16."""
 ADAPTER_BYTES = 4
-OPTIMIZER_BLOCK_SIZE = 256
-OPTIMIZER_MIN_NUMEL = 4096
-"""bitsandbytes keeps the state of smaller tensors in float32."""
-OPTIMIZER_TABLES_BYTES = 2 * 256 * 4
 HIDDEN_BYTES_PER_TOKEN = 26
-"""Kept for each number of a layer's hidden state besides the linears' inputs and outputs: two norms in float32 with
-their results, the rotated query and key, the attention's output, the residual stream."""
+"""Saved per element of a layer's hidden state besides the linears' inputs and outputs: two norms in float32 with their
+results, the rotated query and key, the attention output, the residual stream."""
 DROPOUT_MASK_BYTES = 1
-"""Kept for each number that an adapter reads, where LoRA dropout is on (`kernels.dropout`)."""
+"""Saved per element of an adapter's input with LoRA dropout."""
 EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 LOSS_BYTES_PER_LOGIT = 12
-"""A logit in bfloat16, its log-probability in float32, the gradients of both."""
+"""A logit in bfloat16, its log-probability in float32, and the gradients of both."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes on the device, by what they are for.
+    """Bytes on the device, by purpose.
 
     Attributes:
         quantized_weights_bytes: packed 4-bit weights.
-        quantization_state_bytes: block scales, their scales, and code tables.
+        quantization_state_bytes: absmax, its scales, and code tables.
         other_weights_bytes: embeddings, output head, norms and biases, in 16 bits.
-        adapter_bytes: LoRA in float32.
-        optimizer: what `train.optim: auto` is.
+        optimizer: what `train.optim: auto` selects.
         optimizer_bytes: two moments, in float32, or in 8 bits with block scales.
-        gradients_bytes: of the adapter, in float32.
-        checkpoints_bytes: hidden states kept by gradient checkpointing.
-        forward_layer_bytes: highest use while one decoder layer is computed and keeps nothing but its input.
-        layer_bytes: highest use while one decoder layer is computed again and differentiated.
-        loss_bytes: highest use of logits and their gradients.
+        checkpoints_bytes: hidden states saved by gradient checkpointing.
+        forward_layer_bytes: peak of one checkpointed decoder layer in the forward pass.
+        layer_bytes: peak of one decoder layer that is recomputed and differentiated.
+        loss_bytes: peak of logits and their gradients.
         autocast_bytes: 16-bit copies of the adapter, alive during the forward pass.
-        accumulates: gradients of earlier micro-batches are alive during a whole step.
+        accumulates: gradients of earlier micro-batches are alive during the whole step.
     """
 
     quantized_weights_bytes: int
@@ -93,10 +89,10 @@ class MemoryPlan:
 
     @property
     def step_bytes(self) -> int:
-        """Highest use of a forward and backward pass beyond weights and optimizer, gradients included.
+        """Peak of forward and backward pass beyond weights and optimizer, gradients included.
 
-        The backward pass frees a checkpoint where it makes gradients: of the two, the larger counts, not the sum, unless
-        gradients of an earlier micro-batch are there already.
+        The backward pass frees a checkpoint when it creates gradients, so the larger of the two counts, unless gradients
+        of an earlier micro-batch exist.
         """
         forward = self.checkpoints_bytes + self.autocast_bytes + self.forward_layer_bytes
         loss = self.checkpoints_bytes + self.loss_bytes
@@ -107,13 +103,13 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Highest use of a run."""
+        """Peak of the run."""
         return self.weights_bytes + self.optimizer_bytes + self.step_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
-    """A linear layer's matrix, or the matrices of a stack of experts, of which a token sees `per_token`."""
+    """A linear layer's matrix, or `count` expert matrices, of which each token uses `per_token`."""
 
     in_features: int
     out_features: int
@@ -131,7 +127,7 @@ class _Weight:
 
     @property
     def width(self) -> int:
-        """Numbers that are read and written for a token."""
+        """Input and output elements per token."""
         return self.per_token * (self.in_features + self.out_features)
 
 
@@ -146,17 +142,17 @@ def memory_plan(
     dropout: bool = False,
     gpu_bytes: int = 0,
 ) -> MemoryPlan:
-    """Count the memory of a run: 4-bit base, LoRA on every linear but the head, checkpointing, `train.optim: auto`.
+    """Plan the memory of a run: 4-bit base, LoRA on every linear but the head, full checkpointing, `train.optim: auto`.
 
     Args:
         config_json: the content of config.json.
         r: rank of the adapter.
-        tokens: batch times length of the largest micro-batch.
-        num_labels: tokens of it that carry loss; None is all of them.
-        double_quant: the block scales are quantised too.
-        accumulates: more than one micro-batch a step.
+        tokens: batch size times sequence length of the largest micro-batch.
+        num_labels: label tokens in it; None is all.
+        double_quant: double quantization of absmax.
+        accumulates: more than one micro-batch per step.
         dropout: LoRA dropout is on.
-        gpu_bytes: memory of the GPU, which decides the optimizer; 0 takes the one with the smaller state.
+        gpu_bytes: memory of the GPU, which selects the optimizer; 0 selects the one with the smaller state.
 
     Raises:
         ModelError: Transformers has no causal language model of this model_type.
@@ -167,7 +163,7 @@ def memory_plan(
     adapted = [weight for weight in weights if weight.carries_adapter]
     adapters = [r * size * weight.count for weight in adapted for size in (weight.in_features, weight.out_features)]
     read = [tokens * weight.in_features * weight.per_token for weight in adapted] if dropout else [0]
-    dropped_bytes = COMPUTE_BYTES * max(read)  # of one adapter's input, beside which its mask stays
+    dropped_bytes = COMPUTE_BYTES * max(read)  # one adapter's input, beside its saved mask
     mask_bytes = DROPOUT_MASK_BYTES * math.ceil(sum(read) / config.num_hidden_layers)
     optimizer = automatic_optimizer([TrainedTensor((numel,)) for numel in adapters], gpu_bytes)
     num_other = sum(parameter.numel() for parameter in model.parameters()) - quantized
@@ -191,12 +187,12 @@ def memory_plan(
 
 
 def _quantized_weights(model: Any, config: Any, architecture: Architecture) -> Iterator[_Weight]:
-    """Yield what the loader stores in 4 bits, and whether `all-linear` puts an adapter on it."""
+    """Yield the weights that the loader quantizes, and whether `all-linear` adapts them."""
     linears = find_linears(model)
     targets = choose_targets(model, linears, LoraSection(), architecture)
-    kept = {*routers(model), *(name for name in linears if name.rpartition(".")[2] in architecture.keep_16bit)}
+    skipped = {*routers(model), *(name for name in linears if name.rpartition(".")[2] in architecture.keep_16bit)}
     for name, module in linears.items():
-        if name not in kept:
+        if name not in skipped:
             yield _Weight(*_features(module), is_target(name, targets))
     per_token = next((count for key in EXPERTS_PER_TOKEN_KEYS if (count := getattr(config, key, None))), 1)
     for name, module in expert_parameters(model).items():
@@ -223,7 +219,7 @@ def _on_meta(config_json: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def quantization_state_bytes(numel: int, double_quant: bool) -> int:
-    """Return the bytes that bitsandbytes stores beside the packed weights of one tensor of `numel` numbers."""
+    """Return the bytes of bitsandbytes' quantization state of one tensor."""
     blocks = math.ceil(numel / BLOCK_SIZE)
     if not double_quant:
         return blocks * 4 + CODE_TABLE_BYTES
@@ -231,25 +227,23 @@ def quantization_state_bytes(numel: int, double_quant: bool) -> int:
 
 
 def _state_bytes(weight: _Weight, double_quant: bool) -> int:
-    """Return the bytes beside packed weights; the experts of a stack share their code tables."""
+    # the experts of a stack share their code tables
     tables = CODE_TABLE_BYTES + (ABSMAX_TABLE_BYTES if double_quant else 0)
     shared = (weight.count - 1) * (tables - (OFFSET_BYTES if double_quant else 0))
     return weight.count * quantization_state_bytes(weight.matrix_numel, double_quant) - shared
 
 
 def optimizer_bytes(numels: Iterable[int]) -> int:
-    """Return the bytes of bitsandbytes' 8-bit AdamW for tensors of these sizes; paged state counts as if resident."""
-
-    def of_tensor(numel: int) -> int:
-        if numel < OPTIMIZER_MIN_NUMEL:
-            return 2 * 4 * numel
-        return 2 * (numel + 4 * math.ceil(numel / OPTIMIZER_BLOCK_SIZE))
-
-    return sum(of_tensor(numel) for numel in numels) + OPTIMIZER_TABLES_BYTES
+    """Return the bytes of bitsandbytes' 8-bit AdamW state; paged state counts as resident."""
+    tensors = [TrainedTensor((numel,)) for numel in numels]
+    num_quantized = sum(tensor.numel >= MIN_QUANTIZED_NUMEL for tensor in tensors)
+    # in memory all tensors share the two code tables, which a checkpoint stores for each
+    shared = 2 * OPTIMIZER_TABLE_BYTES * (num_quantized - 1)
+    return sum(optimizer_state_bytes("adamw_8bit", tensor) for tensor in tensors) - shared
 
 
 def _layer_bytes(weights: list[_Weight], config: Any, tokens: int) -> int:
-    """Highest use of one layer: what its weights read and write, what is around them, and one dequantised matrix."""
+    # inputs and outputs of its weights, norms and attention, and one dequantized matrix
     width = sum(weight.width for weight in weights) / config.num_hidden_layers
-    kept = tokens * (COMPUTE_BYTES * width + HIDDEN_BYTES_PER_TOKEN * config.hidden_size)
-    return math.ceil(kept) + COMPUTE_BYTES * max(weight.matrix_numel for weight in weights)
+    saved = tokens * (COMPUTE_BYTES * width + HIDDEN_BYTES_PER_TOKEN * config.hidden_size)
+    return math.ceil(saved) + COMPUTE_BYTES * max(weight.matrix_numel for weight in weights)
