@@ -1,5 +1,6 @@
 # make demo   environment, demo model and data, training, held-out answers before and after
 # make test   environment, lint, types and the whole test suite
+# make test-fast  the tests that use no model, run or process (2 minutes)
 # make check  lint and types alone
 # make test-faults  the fault tests alone, with their table; FAULTS=long for the full counts
 # make test-architectures  every family of the architecture table alone; ARCHITECTURES=long for all of it
@@ -13,7 +14,7 @@ export CUDA_VISIBLE_DEVICES :=
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test check test-faults test-architectures test-oldest env clean
+.PHONY: demo test test-fast check test-faults test-architectures test-oldest env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/demo_model.py --output .demo/SmolLM2-135M-Instruct
@@ -24,6 +25,9 @@ demo: $(VENV)/.ready
 # Tests run in a process for each core, four at most; `python -m pytest FILE` runs some of them in one.
 test: check
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -m fast --numprocesses logical --maxprocesses 4 --dist worksteal
 
 # Faults on purpose: kills, full disks, damage, signals. FAULTS=long tries the full counts (an hour or more).
 FAULTS ?= short

@@ -1,7 +1,6 @@
-"""What every test shares: no network, quiet threads, a cache of its own, and pico models built once a process.
+"""Shared by all tests: no network, few threads, a temporary cache, the `fast` mark, and pico models built once per session.
 
-`make test` runs tests in several processes (pytest-xdist), each with one thread, which is also what the processes that a
-test starts have.
+`make test` runs tests in several processes (pytest-xdist), each with one thread, as do the processes that tests start.
 """
 
 import logging
@@ -12,7 +11,7 @@ import tempfile
 import warnings
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qlora-train-tests-")  # not the user's
-# one folder a process: Python keeps the package that is first imported from it
+# one folder per process: Python keeps the package that it imports from it first
 os.environ["HF_MODULES_CACHE"] = f"{os.environ['XDG_CACHE_HOME']}/modules"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -42,7 +41,7 @@ DEVELOPMENT_PACKAGES = {"hypothesis", "gguf", "xllamacpp", "atheris"}
 
 
 class TestFile(pytest.Module):
-    """A file of tests, skipped where a package that only development needs is missing: a machine with a GPU may be bare."""
+    """A test file that is skipped without its development package: a machine with a GPU may have runtime packages only."""
 
     def _getobj(self) -> Any:
         try:
@@ -53,23 +52,34 @@ class TestFile(pytest.Module):
                 raise
         for name, module in list(sys.modules.items()):
             if getattr(module, "__file__", None) == str(self.path):
-                del sys.modules[name]  # half of it, which other files would import from
+                del sys.modules[name]  # partly imported
         raise pytest.skip.Exception(f"needs the package {missing}", allow_module_level=True)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> TestFile:
-    """Collect tests as `TestFile` does."""
     return TestFile.from_parent(parent, path=module_path)
 
 
+SLOW_NAMES = {"train_run", "run_config", "adapted_model", "load_model", "subprocess", "multiprocessing", "Runs", "build_pico"}
+SLOW_FIXTURES = {"pico", "pico_llama"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as `fast` if they use no model and their module starts no run and no process."""
+    for item in items:
+        slow = SLOW_NAMES & vars(item.module).keys() or SLOW_FIXTURES & set(item.fixturenames)  # type: ignore[attr-defined]
+        if not slow and not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
+            item.add_marker("fast")
+
+
 def pytest_unconfigure() -> None:
-    """Leave no cache behind."""
+    """Delete the cache."""
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`pico(model_type, **arguments of build_pico) -> folder`, built once a session: to be read and not changed."""
+    """`pico(model_type, **arguments of build_pico) -> folder`, built once per session; read-only."""
     built: dict[str, Path] = {}
 
     def get(model_type: str = "llama", **arguments: Any) -> Path:
@@ -83,13 +93,13 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def pico_llama(pico: Callable[..., Path]) -> Path:
-    """A pico Llama folder, to be read and not changed."""
+    """A pico Llama folder; read-only."""
     return pico("llama")
 
 
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What the package logs from INFO on, also where a command line of an earlier test has taken its messages over."""
+    """The package's log from INFO on, also after an earlier test's command line has redirected it."""
     logger = logging.getLogger("qlora_train")
     before, logger.propagate = logger.propagate, True
     with caplog.at_level(logging.INFO, logger="qlora_train"):

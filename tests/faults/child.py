@@ -1,6 +1,6 @@
-"""What runs in a child process: the program itself, and the stock trainer beside it. Preloaded once by a fork server.
+"""Entry points of child processes: the program, and the stock trainer. Preloaded once by a fork server.
 
-A fork after torch has started its threads deadlocks, so that children come from a server which has imported everything and
+A fork after torch has started its threads deadlocks, so children come from a server that has imported everything and
 computed nothing.
 """
 
@@ -20,30 +20,30 @@ from qlora_train.utils import fault_injection
 from tests.faults import stock
 
 gc.collect()
-gc.freeze()  # what every child shares is not looked through in each of them
+gc.freeze()  # children do not scan the shared objects
 
 
-def run(arguments: list[str], log: Path, environment: dict[str, str], told: Connection) -> None:
-    """Run the command line as a process of its own would, and say when it begins and how many points it came by.
+def run(arguments: list[str], log: Path, environment: dict[str, str], reports: Connection) -> None:
+    """Run the command line as in its own process; report its start and the number of fault points passed.
 
     Args:
         arguments: of `qlora-train`.
-        log: gets standard output and standard error.
+        log: receives standard output and standard error.
         environment: additions to the environment.
-        told: gets "begins", then the number of fault points when it ends by itself.
+        reports: receives "begins", then the number of fault points if it ends by itself.
     """
     _begin(log, environment)
-    told.send("begins")
+    reports.send("begins")
     status = main.main(arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process of its own would be gone
-    told.send(fault_injection.passed())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its own process would have ended
+    reports.send(fault_injection.passed())
     _end(status)
 
 
-def run_stock(folder: Path, base: Path, rows: Path, log: Path, told: Connection) -> None:
-    """Train with the stock trainer, going on from its last checkpoint; the exit status is 1 when that raises."""
+def run_stock(folder: Path, base: Path, rows: Path, log: Path, reports: Connection) -> None:
+    """Train with the stock trainer, resuming from its last checkpoint; the exit status is 1 if that raises."""
     _begin(log, {})
-    told.send("begins")
+    reports.send("begins")
     try:
         stock.train(folder, base, rows)
     except Exception as error:
@@ -58,9 +58,9 @@ def _begin(log: Path, environment: dict[str, str]) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
     torch.set_num_threads(1)
-    fresh_process.START = "fork"  # with one thread it may; a server of its own would import everything for every child
+    fresh_process.START = "fork"  # safe with one thread; a fork server per child would import everything again
 
 
 def _end(status: int) -> None:

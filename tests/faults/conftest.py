@@ -1,4 +1,4 @@
-"""Shared runs, how much is tried (`QLORA_FAULTS=long` for the full counts), and the table that is printed at the end."""
+"""Shared runs, the number of cases (`QLORA_FAULTS=long` for the full counts), and the table at the end."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ LONG = os.environ.get("QLORA_FAULTS", "short") == "long"
 
 @dataclass
 class Table:
-    """What was tried and what became of it, for the end of the test run."""
+    """Faults and outcomes, printed at the end of the test run."""
 
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -43,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A small file system of its own."""
+    """A small file system."""
     disk = Disk(tmp_path / "disk")
     if not disk.mount(8 << 20):
         pytest.skip("needs the right to mount a file system")
@@ -61,5 +61,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def number(short: int, long: int) -> int:
-    """Return how many cases are tried."""
+    """Return the number of cases."""
     return long if LONG else short

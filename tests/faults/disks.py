@@ -11,21 +11,21 @@ PAGE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Disk:
-    """A file system of its own at `folder`."""
+    """A file system at `folder`."""
 
     folder: Path
 
     def mount(self, size_bytes: int) -> bool:
-        """Make it; False without the right to."""
+        """Mount it; False without the permission."""
         self.folder.mkdir()
         return self._mount(f"size={size_bytes}").returncode == 0
 
     def unmount(self) -> None:
-        """Take it away."""
+        """Unmount it."""
         subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
 
     def leave(self, free_bytes: int) -> None:
-        """Change its size so that this much is free."""
+        """Resize it to this many free bytes."""
         used_bytes = shutil.disk_usage(self.folder).used
         assert self._mount(f"remount,size={used_bytes + free_bytes}").returncode == 0
 

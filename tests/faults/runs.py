@@ -1,4 +1,4 @@
-"""Start runs as child processes, let them end as they like, and compare what they leave."""
+"""Start runs as child processes and compare what they leave."""
 
 import itertools
 import multiprocessing
@@ -27,15 +27,15 @@ SETTINGS = (
     "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2", "train.logging_steps=1",
     "train.save_total_limit=2", "data.num_proc=1",
 )  # fmt: skip
-"""A run as the demo's, on a pico model: rank 64 makes tensors large enough for a state of 8 bits."""
+"""The demo's settings; rank 64 makes tensors large enough for 8-bit optimizer state."""
 ONE_AT_A_TIME = threading.Lock()
-"""Held while the end of a process is read: `multiprocessing` reads that of all processes whenever it starts one."""
+"""Held while an exit status is read: `multiprocessing` reads those of all processes whenever it starts one."""
 TIMEOUT_SECONDS = 120
 
 
 @dataclass
 class Ended:
-    """How a process ended: `status` is negative for a signal; `num_points` is there when it ended by itself."""
+    """How a process ended: `status` is negative for a signal; `num_points` is None unless it ended by itself."""
 
     status: int
     log: str
@@ -43,18 +43,18 @@ class Ended:
 
 
 class Child:
-    """A process that was started and may be hit."""
+    """A started process."""
 
-    def __init__(self, process: BaseProcess, told: Any, log: Path) -> None:
-        self.process, self._told, self._log = process, told, log
+    def __init__(self, process: BaseProcess, reports: Any, log: Path) -> None:
+        self.process, self._reports, self._log = process, reports, log
 
     def wait_until_it_begins(self) -> None:
-        """Wait until all is imported and the program begins."""
-        assert self._told.poll(TIMEOUT_SECONDS), "the process did not begin"
-        assert self._told.recv() == "begins"
+        """Wait until imports are done and the program begins."""
+        assert self._reports.poll(TIMEOUT_SECONDS), "the process did not begin"
+        assert self._reports.recv() == "begins"
 
     def is_alive(self) -> bool:
-        """Say whether it has not ended."""
+        """Return whether it has not ended."""
         with ONE_AT_A_TIME:
             return self.process.is_alive()
 
@@ -67,14 +67,14 @@ class Child:
             self.process.kill()
             raise AssertionError(f"the process hangs: {self._log.read_text()}")
         try:
-            points = self._told.recv() if self._told.poll() else None
+            points = self._reports.recv() if self._reports.poll() else None
         except EOFError:
             points = None
         return Ended(self.process.exitcode, self._log.read_text(errors="replace"), points)
 
 
 class Runs:
-    """Runs of one base and one set of rows, each in a folder of its own."""
+    """Runs of one base and data set, each in its own folder."""
 
     def __init__(self, folder: Path, base: Path) -> None:
         self._context = multiprocessing.get_context(fresh_process.start_method())
@@ -119,7 +119,7 @@ class Runs:
         return self.start(run, *overrides, **arguments).end()
 
     def finished(self, run: RunFolder, *overrides: str) -> bytes:
-        """Run the program to its good end, and return the bytes of its adapter."""
+        """Run the program to a successful end, and return the bytes of its adapter."""
         ended = self.to_the_end(run, *overrides)
         assert ended.status == 0, f"{ended.status}: {ended.log[-3000:]}"
         return adapter_bytes(run)
@@ -138,6 +138,6 @@ class Runs:
 
 
 def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield `function(item)` in order, computed by as many threads as there are cores; each waits for a process."""
+    """Yield `function(item)` in order, with a thread per core; each waits for a process."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(function, items)

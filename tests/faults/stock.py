@@ -1,4 +1,4 @@
-"""The same training with TRL's SFTTrainer as it comes, resumed as its documentation says: what ours is compared with."""
+"""The same training with TRL's SFTTrainer, resumed as its documentation says, for comparison."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Disks that are too small, just large enough, or that fill up: real file systems, and what became of the runs on them."""
+"""Runs on real file systems that are too small, just large enough, or fill up."""
 
 import hashlib
 import re
@@ -33,20 +33,20 @@ def hash_of(folder: Path) -> str:
 
 
 def assert_one_line(ended: Ended) -> str:
-    """Check that a run ended with a problem that people can fix, and return its line."""
+    """Check that a run ended with a user error, and return its line."""
     assert ended.status == 2, ended
     assert "Traceback" not in ended.log, ended.log
     return ended.log.strip().splitlines()[-1]
 
 
 def bytes_needed(line: str) -> int:
-    """Return what a line says that a run needs: rounded up to 0.1 MB."""
+    """Return the bytes that a line names, rounded up to 0.1 MB."""
     found = re.search(r"needs ([\d.]+) MB on the disk of", line)
     assert found, line
     return int(float(found[1]) * 1e6)
 
 
-def test_a_disk_that_is_too_small_is_seen_before_the_first_step_and_one_as_large_as_said_is_enough(
+def test_a_disk_too_small_is_refused_before_step_1_and_the_size_named_is_enough(
     runs: Runs, disk: Disk, table: Table
 ) -> None:
     run, base = RunFolder(disk.folder / "run"), hash_of(runs.base)
@@ -60,7 +60,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_step_and_one_as_large
     runs.finished(run, *SETTINGS, *MERGING)
     assert run.has_merged()
     assert hash_of(runs.base) == base
-    table.add("a disk too small", 1, 1, "refused before step 1; as large as the line says, the run ends well")
+    table.add("a disk too small", 1, 1, "refused before step 1; with the size it names, the run ends well")
 
 
 def test_a_resumed_run_ends_on_a_disk_where_a_new_one_would_not(runs: Runs, disk: Disk) -> None:
@@ -80,7 +80,7 @@ PHASES: dict[str, Callable[[RunFolder], bool]] = {
     "first checkpoint": lambda run: bool(run.checkpoint_steps()),
     "adapter and results": lambda run: run.adapter.with_name(".adapter.staging").exists() or run.adapter.exists(),
 }
-"""What is there when the disk fills up."""
+"""What exists when the disk fills up."""
 
 
 def wait_for(phase: Callable[[RunFolder], bool], run: RunFolder, child: Child) -> None:
@@ -90,7 +90,7 @@ def wait_for(phase: Callable[[RunFolder], bool], run: RunFolder, child: Child) -
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_disk_that_fills_up_at_any_time_gives_one_line(phase: str, runs: Runs, disk: Disk) -> None:
-    """Or the run ends well, where all that it still wrote fitted into pages that it had."""
+    """Or the run ends well, if the rest fits into pages that it already has."""
     run = RunFolder(disk.folder / "run")
     settings = (*SETTINGS, "train.max_steps=40", "train.save_steps=30")
     child = runs.start(run, *settings)
@@ -111,7 +111,7 @@ def test_a_disk_that_fills_up_at_any_time_gives_one_line(phase: str, runs: Runs,
 def test_a_disk_that_is_full_before_the_run_begins_gives_one_line(
     num_pages: int, written: set[str], runs: Runs, disk: Disk
 ) -> None:
-    """The folder and each of its files take a page: at every one of the files there is a disk on which it finds none."""
+    """The folder and each of its files take a page: each file is once the one that finds no page."""
     run = RunFolder(disk.folder / "run")
     disk.leave(num_pages * PAGE_BYTES)
     line = assert_one_line(runs.to_the_end(run, *SETTINGS))

@@ -1,4 +1,4 @@
-"""Every point at which something durable changes on disk is made to fail, and the run goes on to the same weights."""
+"""Every write to disk is made to fail; the run resumes to the same weights."""
 
 import resource
 import signal
@@ -23,24 +23,24 @@ KINDS = {
     "enospc": (2, "disk full"),
     "perm": (2, "permission denied"),
 }
-STRIDES = {"kill": 1, "short": 4, "enospc": 3, "perm": 6}
-"""In the short form every so many points are tried."""
+SHORT_FORM = {"kill": (1, 2), "short": (2, 4), "enospc": (4, 4), "perm": (3, 8)}
+"""First point and stride of the short form: together, the first three kinds try every point."""
 
 
-def whole_checkpoints(run: RunFolder) -> set[str]:
+def complete_checkpoints(run: RunFolder) -> set[str]:
     """Return the names of the checkpoints that verify."""
     return {run.checkpoint(step).name for step in run.checkpoint_steps() if run.checkpoint_problem(step) is None}
 
 
 def leftovers(run: RunFolder) -> list[str]:
-    """Return what no finished run should have lying about."""
+    """Return the names of stale files, of which a finished run has none."""
     found = (path.name for folder in (run.path, run.checkpoints) for path in folder.iterdir())
     return [name for name in found if atomic_io.is_stale(name)]
 
 
 @pytest.fixture(scope="module")
 def straight(runs: Runs) -> tuple[bytes, int]:
-    """The adapter of an undisturbed run, and the number of its fault points; its data was in the cache."""
+    """The adapter of an undisturbed run with cached data, and the number of its fault points."""
     runs.finished(runs.new(), *SETTINGS)
     run = runs.new()
     ended = runs.to_the_end(run, *SETTINGS)
@@ -55,7 +55,8 @@ def test_a_fault_at_every_write_point_costs_nothing(
 ) -> None:
     wanted, num_points = straight
     status, meaning = KINDS[kind]
-    points = range(1, num_points + 1, 1 if LONG else STRIDES[kind])
+    first, stride = (1, 1) if LONG else SHORT_FORM[kind]
+    points = range(first, num_points + 1, stride)
     assert num_points > 50
 
     def try_point(point: int) -> bytes:
@@ -65,7 +66,7 @@ def test_a_fault_at_every_write_point_costs_nothing(
         if status == 2:
             assert_one_line(ended)
         last = max((step for step in run.checkpoint_steps()), default=None)
-        assert last is None or whole_checkpoints(run), f"{kind}@{point} left no whole checkpoint"
+        assert last is None or complete_checkpoints(run), f"{kind}@{point} left no complete checkpoint"
         adapter = runs.finished(run, *SETTINGS)
         assert leftovers(run) == []
         return adapter
@@ -76,7 +77,7 @@ def test_a_fault_at_every_write_point_costs_nothing(
 
 
 def assert_one_line(ended: Ended) -> None:
-    """Check that the last line says what happened and nothing is a traceback."""
+    """Check that the last line is the error, without a traceback."""
     assert "Traceback" not in ended.log, ended.log
     last = ended.log.strip().splitlines()[-1]
     assert "No space left on device" in last or "Permission denied" in last, last
@@ -87,7 +88,7 @@ LONGER = (*SETTINGS, "train.max_steps=20")
 
 @pytest.fixture(scope="module")
 def longer(runs: Runs) -> RunFolder:
-    """An undisturbed run that is long enough to be hit in its middle."""
+    """An undisturbed run that is long enough to be disturbed midway."""
     run = runs.new()
     runs.finished(run, *LONGER)
     return run
@@ -100,10 +101,10 @@ def has_checkpoint(run: RunFolder, process: Child) -> bool:
     return process.is_alive()
 
 
-def test_files_that_the_system_cuts_off_cost_no_checkpoint(runs: Runs, table: Table, longer: RunFolder) -> None:
-    """From the first checkpoint on the system refuses files beyond a size, for sizes of all files of a run."""
+def test_a_file_size_limit_costs_no_checkpoint(runs: Runs, table: Table, longer: RunFolder) -> None:
+    """From the first checkpoint on, the system refuses files beyond a size, for the sizes of all files of a run."""
     sizes = sorted({path.stat().st_size for path in longer.path.rglob("*") if path.is_file()})
-    limits = [size - 1 for size in sizes if size > 20_000]  # the log is one too[:: 1 if LONG else 4]
+    limits = [size - 1 for size in sizes if size > 20_000]  # the log is one too
 
     def try_limit(limit: int) -> bytes:
         run = runs.new()
@@ -113,15 +114,15 @@ def test_files_that_the_system_cuts_off_cost_no_checkpoint(runs: Runs, table: Ta
         ended = process.end()
         assert ended.status == 2, ended
         assert "Traceback" not in ended.log, ended.log
-        assert whole_checkpoints(run)
+        assert complete_checkpoints(run)
         return runs.finished(run, *LONGER)
 
     good = sum(adapter == adapter_bytes(longer) for adapter in side_by_side(try_limit, limits))
-    table.add("files cut off by the system", good, len(limits), "checkpoints whole, resumed to the same bits")
+    table.add("file size limit (RLIMIT_FSIZE)", good, len(limits), "checkpoints complete, resumed to the same bits")
     assert good == len(limits)
 
 
-def test_a_disk_that_fills_up_in_mid_run_costs_no_checkpoint(
+def test_a_disk_that_fills_up_midway_costs_no_checkpoint(
     runs: Runs, table: Table, longer: RunFolder, disk: Disk
 ) -> None:
     run = RunFolder(disk.folder / "run")
@@ -131,10 +132,10 @@ def test_a_disk_that_fills_up_in_mid_run_costs_no_checkpoint(
     ended = process.end()
     assert ended.status == 2, ended
     assert "No space left on device" in ended.log.splitlines()[-1]
-    assert whole_checkpoints(run)
+    assert complete_checkpoints(run)
     disk.make_room()
     same = runs.finished(run, *LONGER) == adapter_bytes(longer)
-    table.add("a real disk full in mid-run", same, 1, "checkpoints whole, resumed to the same bits")
+    table.add("a real disk full midway", same, 1, "checkpoints complete, resumed to the same bits")
     assert same
 
 
@@ -142,7 +143,7 @@ MERGING = ("export.merge=true", "export.merge_base=original", "export.max_loss_i
 
 
 @pytest.mark.parametrize("kind", ["kill", "short", "enospc"])
-def test_a_fault_at_every_write_point_of_a_merge_leaves_it_whole_or_absent(kind: str, runs: Runs, table: Table) -> None:
+def test_a_fault_at_every_write_point_of_a_merge_leaves_it_complete_or_absent(kind: str, runs: Runs, table: Table) -> None:
     trained = runs.new()
     runs.finished(trained, *SETTINGS)
     merged = runs.copy(trained)
@@ -150,18 +151,18 @@ def test_a_fault_at_every_write_point_of_a_merge_leaves_it_whole_or_absent(kind:
     assert ended.status == 0, ended.log
     assert ended.num_points is not None
     wanted = (merged.merged / "model.safetensors").read_bytes()
-    points = range(1, ended.num_points + 1, 1 if LONG else 5)
+    points = range(1, ended.num_points + 1, 1 if LONG else 6)
 
     def try_point(point: int) -> bool:
         run = runs.copy(trained)
         ended = runs.to_the_end(run, *SETTINGS, *MERGING, fault=f"{kind}@{point}")
         assert ended.status == KINDS[kind][0], ended
         assert not run.merged.exists() or run.has_merged()
-        assert run.is_finished(), "the adapter is as it was"
+        assert run.is_finished(), "the adapter is intact"
         assert runs.to_the_end(run, *SETTINGS, *MERGING).status == 0
         assert leftovers(run) == []
         return (run.merged / "model.safetensors").read_bytes() == wanted
 
     good = sum(side_by_side(try_point, points))
-    table.add(f"{kind} at write points of a merge", good, len(points), "whole or absent, merged again to the same bits")
+    table.add(f"{kind} at write points of a merge", good, len(points), "complete or absent, merged again to the same bits")
     assert good == len(points)
