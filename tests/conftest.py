@@ -60,7 +60,16 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return TestFile.from_parent(parent, path=module_path)
 
 
-SLOW_NAMES = {"train_run", "run_config", "adapted_model", "load_model", "subprocess", "multiprocessing", "Runs", "build_pico"}
+SLOW_NAMES = {
+    "train_run",
+    "run_config",
+    "adapted_model",
+    "load_model",
+    "subprocess",
+    "multiprocessing",
+    "Runs",
+    "build_pico",
+}
 SLOW_FIXTURES = {"pico", "pico_llama"}
 
 

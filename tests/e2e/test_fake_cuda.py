@@ -1,4 +1,4 @@
-"""The rules of devices, on a GPU and on the fake one; and every test that needs a GPU, on the fake one."""
+"""Device rules on a GPU and on the fake one; every test that needs a GPU, on the fake one."""
 
 import os
 import re
@@ -44,7 +44,7 @@ def test_tensors_of_two_devices_do_not_mix(compute: Callable[[torch.Tensor], Any
 
 @pytest.mark.gpu
 @needs_a_gpu
-def test_what_crosses_devices() -> None:
+def test_operations_that_cross_devices() -> None:
     x = torch.ones(3, 4).to("cuda").requires_grad_()
     assert x.is_cuda
     assert x.device == x[0].device == x.detach().device == x.to(torch.bfloat16).device == torch.device("cuda", 0)
@@ -65,7 +65,7 @@ def test_what_crosses_devices() -> None:
     assert fake_cuda.mismatches == []
 
 
-def test_the_tests_for_a_gpu_need_no_package_of_development() -> None:
+def test_the_tests_for_a_gpu_need_no_development_package() -> None:
     code = f"""from importlib.machinery import PathFinder
 class Find:
     find = PathFinder.find_spec

@@ -1,6 +1,6 @@
-"""A pickle in the place of any file of ours is never read as one: the canary in it does not fire, and the answer is a line.
+"""A pickle in place of any file is never unpickled: its canary does not fire, and the error is one line.
 
-The manifest is made again after each exchange, as an attacker would: what is tested is the readers, not the checksums.
+The manifest is rewritten after each exchange, as an attacker would: this tests the readers, not the checksums.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from tests.support.runs import make_config, train_run
 SETTINGS = ("train.max_steps=2", "train.save_steps=1", "export.merge_base=dequantized")
 PARTS = ("adapter", "optimizer", "random", "loop")
 CHECKPOINT_FILES = (*(f"{part}.{suffix}" for part in PARTS for suffix in ("json", "safetensors")), "trainer_state.json")
-"""What a checkpoint consists of, besides its manifest; a test holds that this is all."""
+"""Files of a checkpoint besides its manifest; a test checks that the list is complete."""
 PICKLE_NAMES = (
     "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin", "adapter_model.bin",
 )  # fmt: skip
-"""Names under which other programs keep pickles: beside our files they are not looked at."""
+"""Names of pickles that other programs write; they are ignored."""
 
 
 @pytest.fixture(scope="module")
 def trained(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A finished and merged run, with checkpoints, and a cache of its own."""
+    """A finished and merged run, with checkpoints and its own cache."""
     folder = tmp_path_factory.mktemp("trained")
     return train_run(folder, pico_llama, *SETTINGS, "export.merge=true", f"data.cache_dir={folder / 'cache'}")
 
@@ -59,12 +59,12 @@ def canary(tmp_path: Path) -> Iterator[Canary]:
 
 @pytest.fixture
 def own(trained: RunFolder, tmp_path: Path) -> RunFolder:
-    """A copy of the run, to be changed."""
+    """A copy of the run that a test may change."""
     return RunFolder(Path(shutil.copytree(trained.path, tmp_path / "run")))
 
 
 def exchange(file: Path, canary: Canary, folder: Path) -> None:
-    """Put a pickle in the place of a file, and vouch for it."""
+    """Replace a file by a pickle, and write a matching manifest."""
     assert file.is_file()
     file.write_bytes(pickle.dumps(canary))
     atomic_io.write_manifest(folder, atomic_io.read_metadata(folder))
@@ -72,7 +72,7 @@ def exchange(file: Path, canary: Canary, folder: Path) -> None:
 
 
 def answered(action: Callable[[], Any]) -> None:
-    """Do what must end well or in a line that people read."""
+    """Run an action that must succeed or fail with a user error."""
     with contextlib.suppress(UserError):
         action()
 
@@ -174,7 +174,7 @@ def test_pickle_in_the_cache_of_tokenised_data_is_not_read(
         assert "Traceback" not in capsys.readouterr().err, name
 
 
-def test_pickle_in_the_place_of_a_models_file_is_not_read(
+def test_pickle_in_place_of_a_model_file_is_not_read(
     pico_llama: Path, tmp_path: Path, canary: Canary, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in sorted(path.name for path in pico_llama.iterdir()):

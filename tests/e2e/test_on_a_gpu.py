@@ -1,7 +1,7 @@
 """Whole runs on a GPU: load, parity checks, training, resume, evaluation, merge, check, generation.
 
-The device may be a fake one (`tests.support.fake_cuda`): then these tests compute on the CPU, and fail where tensors of two
-devices meet. `tests/e2e/test_fake_cuda.py` runs them so.
+On the fake device (`tests.support.fake_cuda`) these tests compute on the CPU, and fail if tensors of two devices meet;
+`tests/e2e/test_fake_cuda.py` runs them so.
 """
 
 import math
@@ -37,13 +37,14 @@ FAMILIES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe", "falcon", "gpt_neox",
     "qwen3_next",
 )  # fmt: skip
+FAMILIES_ON_FAKE = ("llama", "gemma2", "phi3", "mixtral", "falcon", "qwen3_next")
 SHORT = ("train.max_steps=2", "train.eval_steps=2", "export.max_loss_increase=10")
 MERGED = (*SHORT, "export.merge=true")
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Check saved models in this process, and fail on a mismatch of devices that the product catches."""
+    """Check saved models in this process, and fail on device mismatches that the product catches."""
 
     def check_here(
         _where: Path, code: str, reference: Path, *, batch_size: int, error: Any
@@ -61,7 +62,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert fake_cuda.mismatches == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES_ON_FAKE if fake_cuda.IS_FAKE else FAMILIES)
 def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico(family), *MERGED)
     assert all(map(math.isfinite, losses(run)))
@@ -73,37 +74,39 @@ def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_
     assert varlen.works_on(torch.device("cuda", 0)), "first tried where gradients are off"
 
 
-WAYS = {
-    "reference": ("train.fused_kernels=false",),
-    "padded": ("train.padding_free=false",),
-    "packed": ("data.packing=true",),
-    "eager": ("model.attn_implementation=eager",),
-    "no checkpointing": ("train.gradient_checkpointing=none",),
-    "mlp checkpointing": ("train.gradient_checkpointing=mlp",),
-    "full checkpointing": ("train.gradient_checkpointing=full",),
-    "offloads": ("train.activation_offloading=true",),
-    "dequantized weights": ("train.dequantized_cache_gb=1",),
-    "dropout": ("lora.lora_dropout=0.1",),
-    "dora": ("lora.use_dora=true",),
-    "eva": ("lora.init_lora_weights=eva",),
-    "noise": ("train.neftune_noise_alpha=5",),
-    "new tokens": ('model.new_tokens=["<one>","<two>"]',),
+VARIANTS = {
+    "reference, no checkpointing, NEFTune": (
+        "train.fused_kernels=false", "train.gradient_checkpointing=none", "train.neftune_noise_alpha=5",
+    ),
+    "padded, float16, fused AdamW": (
+        "train.padding_free=false", "quantization.bnb_4bit_compute_dtype=float16", "train.optim=adamw_torch_fused",
+    ),
+    "packed, mlp checkpointing, dropout": (
+        "data.packing=true", "train.gradient_checkpointing=mlp", "lora.lora_dropout=0.1",
+    ),
+    "eager, float32, offloading": (
+        "model.attn_implementation=eager", "quantization.bnb_4bit_compute_dtype=float32",
+        "train.activation_offloading=true",
+    ),
+    "full checkpointing, dequantized cache, EVA": (
+        "train.gradient_checkpointing=full", "train.dequantized_cache_gb=1", "lora.init_lora_weights=eva",
+    ),
+    "DoRA, new tokens": ("lora.use_dora=true", 'model.new_tokens=["<one>","<two>"]'),
     "16 bits": ("quantization.load_in_4bit=false",),
-    "float16": ("quantization.bnb_4bit_compute_dtype=float16",),
-    "float32": ("quantization.bnb_4bit_compute_dtype=float32",),
-    "torch's optimizer": ("train.optim=adamw_torch_fused",),
     "streamed": ("data.streaming=true", "data.eval=null", "train.eval_steps=null"),
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_trains_in_every_way(way: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_trains_in_every_variant(
+    variant: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sft_loss.CHUNK_BYTES, "cuda", 1 << 16)
-    monkeypatch.setattr(sft_loss, "MIN_CHUNK_TOKENS", 16)  # several chunks a micro-batch
+    monkeypatch.setattr(sft_loss, "MIN_CHUNK_TOKENS", 16)  # several chunks per micro-batch
     monkeypatch.setattr(activation_offloading, "SMALLEST_BYTES", 1)
     make_config(tmp_path, pico_llama)
     write_rows(tmp_path / "rows.jsonl", system="Add the numbers of the question and answer in JSON.")
-    run = train_run(tmp_path, pico_llama, *SHORT, *WAYS[way])
+    run = train_run(tmp_path, pico_llama, *SHORT, *VARIANTS[variant])
     assert all(map(math.isfinite, losses(run)))
     assert run.read_results()["adapter_check"]["passed"]
 
@@ -114,11 +117,11 @@ def test_experts_balance(pico: Pico, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_stopped_run_resumes_merges_and_talks(
+def test_a_stopped_run_resumes_merges_and_chats(
     dtype: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fake_cuda.IS_FAKE:
-        monkeypatch.undo()  # saved models are checked by processes of their own, which use the GPU too
+        monkeypatch.undo()  # check saved models in fresh processes, which use the GPU too
     settings = (
         "train.max_steps=4", "train.eval_steps=2", "train.save_steps=2", "export.merge=true", "export.max_loss_increase=10",
         f"quantization.bnb_4bit_compute_dtype={dtype}",

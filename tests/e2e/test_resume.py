@@ -1,4 +1,4 @@
-"""A stopped run that goes on ends in the same weights as one that was never stopped."""
+"""A stopped run resumes to the same weights as one that was never stopped."""
 
 import gc
 import os
@@ -33,7 +33,7 @@ VARIANTS = {
 
 
 def stopped_after(step: int, run: RunFolder, copy: Path) -> RunFolder:
-    """Return a copy of a finished run as it was on disk when it had been killed just after `step`."""
+    """Return a copy of a finished run as of a kill just after `step`."""
     shutil.copytree(run.path, copy)
     stopped = RunFolder(copy)
     shutil.rmtree(stopped.adapter)
@@ -44,7 +44,7 @@ def stopped_after(step: int, run: RunFolder, copy: Path) -> RunFolder:
 
 
 def training(run: RunFolder) -> dict[str, Any]:
-    """Return what results.json says of the training."""
+    """Return the training results of results.json."""
     result: dict[str, Any] = run.read_results()["training"]
     return result
 
@@ -74,7 +74,7 @@ def test_adapter_is_float32_in_training_and_on_disk(pico_llama: Path, tmp_path: 
         assert {str(tensor.dtype) for tensor in load_file(file).values()} == {"torch.float32"}
 
 
-def test_killed_process_goes_on_with_the_same_command(pico_llama: Path, tmp_path: Path) -> None:
+def test_killed_process_resumes_with_the_same_command(pico_llama: Path, tmp_path: Path) -> None:
     straight = train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=40", name="straight")
     config = make_config(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=40", name="killed")
     command = [
@@ -115,9 +115,7 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(
     assert adapter_bytes(resumed) == adapter_bytes(straight)
 
 
-def test_finished_run_says_so_and_trains_no_more(
-    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_finished_run_is_not_trained_again(pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = train_run(tmp_path, pico_llama, "train.max_steps=2")
     before = adapter_bytes(run), run.metrics_file.read_text()
     with caplog.at_level("INFO", logger="qlora_train"):
@@ -149,7 +147,7 @@ def test_resume_never_does_not_touch_an_existing_run(pico_llama: Path, tmp_path:
         train_run(tmp_path, pico_llama, "train.max_steps=1", resume="never")
 
 
-def test_foreign_folder_is_not_taken(pico_llama: Path, tmp_path: Path) -> None:
+def test_folder_of_something_else_is_refused(pico_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     with pytest.raises(CheckpointError, match="is not empty and holds no run"):
@@ -162,7 +160,7 @@ BEST_IS_NOT_LAST = (
 )  # fmt: skip
 
 
-def test_rotation_keeps_the_newest_and_the_best_which_is_what_the_run_ends_with(
+def test_rotation_keeps_the_latest_and_the_best_and_the_run_ends_with_the_best(
     pico_llama: Path, tmp_path: Path
 ) -> None:
     run = train_run(tmp_path, pico_llama, *BEST_IS_NOT_LAST, "train.save_total_limit=1")
@@ -199,7 +197,7 @@ def test_run_killed_after_early_stopping_does_not_train_on(pico_llama: Path, tmp
     assert adapter_bytes(resumed) == adapter_bytes(straight)
 
 
-def test_named_checkpoint_is_resumed_from_and_later_ones_are_forgotten(pico_llama: Path, tmp_path: Path) -> None:
+def test_a_named_checkpoint_is_resumed_from_and_later_ones_are_deleted(pico_llama: Path, tmp_path: Path) -> None:
     straight = train_run(tmp_path, pico_llama, *EVERY_STEP, name="straight")
     again = stopped_after(6, straight, tmp_path / "again")
     settings = (*EVERY_STEP, "train.save_total_limit=2")
@@ -251,7 +249,7 @@ def test_finished_run_is_merged_as_the_command_line_says(pico_llama: Path, tmp_p
         merge(merged.path, ["lora.r=4"])
 
 
-def test_trained_model_is_gone_from_memory_when_the_merge_begins(
+def test_trained_model_is_freed_before_the_merge(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive = []

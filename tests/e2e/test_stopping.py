@@ -1,4 +1,4 @@
-"""A run that is asked to stop does so between two steps, or leaves an evaluation, and goes on to the same numbers."""
+"""A run that is asked to stop does so between two steps or in an evaluation, and resumes to the same results."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ Hook = Callable[[torch.nn.Module, Any], None]
 
 @pytest.fixture(autouse=True)
 def ctrl_c_is_heard() -> Iterator[None]:
-    """Tests that run in the background would ignore it."""
+    """Background processes ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -35,7 +35,7 @@ def ctrl_c_is_heard() -> Iterator[None]:
 def run_with_hook(
     folder: Path, base: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch, *settings: str, name: str
 ) -> RunFolder:
-    """Run a config whose model calls `hook` before every pass of its steps, with signals handled, until it stops."""
+    """Run a config, with signals handled, whose model calls `hook` before every forward pass of its steps."""
     config, train_on = make_config(folder, base, *settings, name=name), train_loop._train_on
 
     def hooked(trainer: Any, *arguments: Any) -> None:
@@ -51,7 +51,7 @@ def run_with_hook(
 
 
 def at_call(number: int, asked: signal.Signals, *, training: bool) -> Hook:
-    """Return a hook that sends this process a signal in the given forward pass, of training or of evaluation."""
+    """Return a hook that sends this process a signal in the given forward pass of training or evaluation."""
     num_calls = 0
 
     def hook(module: torch.nn.Module, _inputs: Any) -> None:
@@ -79,7 +79,7 @@ def test_step_is_finished_and_saved(
 
 
 @pytest.mark.parametrize("evaluation", [1, 3])
-def test_evaluation_is_left_and_made_up_for_before_the_next_step(
+def test_pending_evaluation_runs_before_the_next_step(
     evaluation: int, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = (*SETTINGS, "train.per_device_eval_batch_size=1", "train.load_best_model_at_end=true")
@@ -97,7 +97,7 @@ def test_evaluation_is_left_and_made_up_for_before_the_next_step(
     )
 
 
-def test_patience_that_runs_out_in_an_evaluation_that_was_left_ends_the_run(
+def test_early_stopping_in_a_pending_evaluation_ends_the_run(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = (
@@ -117,8 +117,8 @@ def evaluations(run: RunFolder) -> list[tuple[int, float]]:
     return [(line["step"], line["eval_loss"]) for line in metrics(run) if "eval_loss" in line]
 
 
-def test_settings_of_what_is_reported_apply_from_the_resume_on(pico_llama: Path, tmp_path: Path) -> None:
-    """Transformers would go by the intervals that the checkpoint was written with."""
+def test_changed_logging_settings_apply_from_the_resume_on(pico_llama: Path, tmp_path: Path) -> None:
+    """Transformers would use the intervals of the checkpoint."""
     whole = train_run(tmp_path, pico_llama, "train.save_steps=2", "train.save_total_limit=9")
     assert whole.checkpoint_steps() == [2, 4, 6]
     (whole.adapter / "adapter_model.safetensors").unlink()
@@ -143,7 +143,7 @@ def test_clock_stops_a_run_in_a_program_that_handles_no_signals(pico_llama: Path
 # --- signals outside of training --------------------------------------------------------------------------------------
 
 
-def test_stop_is_raised_at_once_where_nothing_waits_for_a_boundary() -> None:
+def test_stop_is_raised_at_once_outside_training() -> None:
     def ask_and_work() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
@@ -180,7 +180,7 @@ with signals.handle_signals(), signals.stops_deferred():
 """
 
 
-def test_second_signal_ends_a_process_that_is_deep_in_a_library() -> None:
+def test_second_signal_ends_a_process_inside_a_library_call() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -216,7 +216,7 @@ with signals.handle_signals():
 
 
 def test_a_signal_in_a_fork_hook_stops_the_process_too() -> None:
-    """Python prints and drops an exception that is raised there."""
+    """Python prints and drops an exception raised there."""
     command = [sys.executable, "-c", FORKING]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
     assert (done.stdout, "Traceback" in done.stderr) == ("SIGTERM\n", False)

@@ -36,7 +36,7 @@ def load(folder: Path) -> Any:
 
 
 def ragged_examples() -> list[Example]:
-    """Rows of 2 to 40 tokens with scattered labels, one of them without any, one labelled at position 0."""
+    """Rows of 2 to 40 tokens with scattered labels, one without labels, one labelled at position 0."""
     generator = torch.Generator().manual_seed(0)
     examples = []
     for number, length in enumerate((9, 40, 2, 23, 23, 5, 31)):
@@ -96,7 +96,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_adapters_loss_equals_its_definition_whatever_wraps_the_head(pico_llama: Path, kind: str) -> None:
+def test_an_adapters_loss_equals_its_definition_with_any_wrapped_head(pico_llama: Path, kind: str) -> None:
     torch.manual_seed(1)
     model = get_peft_model(load(pico_llama), LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[kind]))
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_an_adapters_loss_equals_its_definition_whatever_wraps_the_head(pico_lla
 
 
 class LargestFloat32(TorchDispatchMode):
-    """Watches the largest float32 tensor with a vocabulary axis that any operation returns."""
+    """Records the largest float32 tensor with a vocabulary axis that any operation returns."""
 
     num_elements = 0
 
@@ -138,7 +138,7 @@ def test_float32_logits_exist_a_few_labels_at_a_time(pico_llama: Path, monkeypat
 
 
 def head_rows(model: Any) -> list[int]:
-    """Return a list that fills with the number of positions which the head sees, a call an entry."""
+    """Return a list that receives the number of positions of each call of the head."""
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.numel() // VOCAB_SIZE))
     return seen
@@ -303,7 +303,7 @@ def test_sampling_and_penalties_of_the_checkpoint_do_not_apply(pico_llama: Path)
 
 
 def test_an_answer_ends_at_the_templates_end_of_turn(pico_llama: Path) -> None:
-    """A tokenizer whose eos is another token than the one that ends a turn, as in Llama 3 base models."""
+    """A tokenizer whose EOS differs from its end-of-turn token, as in Llama 3 base models."""
     model, tokenizer = load(pico_llama), AutoTokenizer.from_pretrained(pico_llama)
     end_of_turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
     tokenizer.eos_token = "<|endoftext|>"
@@ -365,7 +365,7 @@ def obj(**fields: Any) -> str:
 def test_scores_of_json_answers_are_those_counted_by_hand() -> None:
     expected = [obj(a="1", b="2"), obj(a="1"), obj(a="1", b=["x"]), obj(c=1)]
     got = [
-        '{ "b": "2",  "a": "1" }',  # equal whatever the order: 2 of 2 found, 2 wanted
+        '{ "b": "2",  "a": "1" }',  # equal in any order: 2 of 2 found, 2 wanted
         obj(a="2", z="3"),  # 0 right of 2 found, 1 wanted
         obj(b=["x"]),  # 1 right of 1 found, 2 wanted
         "no json",  # nothing found, 1 wanted

@@ -143,7 +143,9 @@ MERGING = ("export.merge=true", "export.merge_base=original", "export.max_loss_i
 
 
 @pytest.mark.parametrize("kind", ["kill", "short", "enospc"])
-def test_a_fault_at_every_write_point_of_a_merge_leaves_it_complete_or_absent(kind: str, runs: Runs, table: Table) -> None:
+def test_a_fault_at_every_write_point_of_a_merge_leaves_it_complete_or_absent(
+    kind: str, runs: Runs, table: Table
+) -> None:
     trained = runs.new()
     runs.finished(trained, *SETTINGS)
     merged = runs.copy(trained)
@@ -164,5 +166,7 @@ def test_a_fault_at_every_write_point_of_a_merge_leaves_it_complete_or_absent(ki
         return (run.merged / "model.safetensors").read_bytes() == wanted
 
     good = sum(side_by_side(try_point, points))
-    table.add(f"{kind} at write points of a merge", good, len(points), "complete or absent, merged again to the same bits")
+    table.add(
+        f"{kind} at write points of a merge", good, len(points), "complete or absent, merged again to the same bits"
+    )
     assert good == len(points)

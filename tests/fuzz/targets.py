@@ -1,6 +1,6 @@
-"""What is fuzzed: plain functions of bytes, of which only our error class may escape, and the files they begin with.
+"""Fuzz targets: functions of bytes that may raise only our error class, and their initial corpora.
 
-`scripts/fuzz.py` lets atheris look for inputs by coverage; `tests/fuzz/test_fuzz.py` runs the same functions.
+`scripts/fuzz.py` searches inputs by coverage with atheris; `tests/fuzz/test_fuzz.py` runs the same functions.
 """
 
 import atexit
@@ -32,7 +32,7 @@ DAY = datetime.date(2026, 1, 1)
 
 @cache
 def workplace() -> Path:
-    """Return a folder of this process, in memory where the system has such."""
+    """Return a folder of this process, in memory if possible."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -47,7 +47,7 @@ def written(name: str, content: bytes) -> Path:
 
 
 def yaml_file(data: bytes) -> None:
-    """Read a config; one that is right is written out and read back as the same."""
+    """Read a config; a valid one is written out and read back to the same values."""
     try:
         config = load_config(written("run.yaml", data))
     except UserError as error:
@@ -57,7 +57,7 @@ def yaml_file(data: bytes) -> None:
 
 
 def overrides(data: bytes) -> None:
-    """Read a config with overrides, one a line, as a command line hands them over: bytes that are not UTF-8 as well."""
+    """Read a config with overrides, one per line, as from a command line; bytes may be invalid UTF-8."""
     words = data.decode("utf-8", "surrogateescape").split("\n")
     try:
         load_config(written("smallest.yaml", SMALLEST), words)
@@ -66,7 +66,7 @@ def overrides(data: bytes) -> None:
 
 
 def jsonl_rows(data: bytes) -> None:
-    """Read JSON lines down to tokens and masks; the first byte chooses settings."""
+    """Read JSON lines down to tokens and masks; the first byte selects the settings."""
     choice, content = (data[0] if data else 0), data[1:]
     file = DataFile(written("rows.jsonl", content), "rows.jsonl", "jsonl")
     try:
@@ -87,7 +87,7 @@ def jsonl_rows(data: bytes) -> None:
 
 @cache
 def tokenizer_of(format_name: str, train_on: int, overflow: int) -> ChunkTokenizer:
-    """Return what makes tokens of rows of a format, with a pico tokenizer."""
+    """Return a row encoder for a format, with a pico tokenizer."""
     data = DataSection.model_validate(
         {"train": "rows.jsonl", "train_on": LOSS_ON[train_on], "overflow": TOO_LONG[overflow], "max_length": 64}
     )
@@ -96,14 +96,14 @@ def tokenizer_of(format_name: str, train_on: int, overflow: int) -> ChunkTokeniz
 
 @cache
 def pico_tokenizer() -> Any:
-    """Return the tokenizer of pico models, which takes seconds to import."""
+    """Return the tokenizer of pico models; its import takes seconds."""
     from tests.support.pico import build_tokenizer
 
     return build_tokenizer()
 
 
 def check_lines(problems: Iterable[str]) -> None:
-    """Check that problems, or reasons for leaving rows out, are what people are shown: lines that can be printed."""
+    """Check that errors and drop reasons are printable lines."""
     for problem in problems:
         assert problem.strip()
         assert problem.splitlines() == [problem], "a problem is one line"
@@ -123,16 +123,16 @@ RIGHT_ROWS = (
     {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
     {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]},
 )  # fmt: skip
-"""A row of every shape that is usable."""
+"""A row of every usable shape."""
 FOUND = (
     b'\x02{"question": "one?", "answ\\r": "1", "context": ["one", "two"]}\n',
     '\x02{"question": "one?", "answer\\u2028": "1"}\n{"a\x85b\x1b[31m": 1}\n'.encode(),
 )
-"""What fuzzing has found: names of columns that broke the one line of an error."""
+"""Found by fuzzing: column names that broke the single line of an error."""
 
 
 def yaml_seeds() -> Iterator[bytes]:
-    """Yield configs, right and wrong."""
+    """Yield valid and invalid configs."""
     for folder in (DATA / "malformed_configs", ROOT / "configs", ROOT / "recipes"):
         yield from (path.read_bytes() for path in sorted(folder.rglob("*.yaml")))
 
@@ -149,7 +149,7 @@ def override_seeds() -> Iterator[bytes]:
 
 
 def jsonl_seeds() -> Iterator[bytes]:
-    """Yield files of rows, right and wrong, in front of each a byte that chooses settings."""
+    """Yield valid and invalid data files, each after a byte that selects settings."""
     paths = sorted([*(DATA / "malformed").glob("*.jsonl"), *(ROOT / "data" / "examples").glob("*.jsonl")])
     for number, path in enumerate(path for path in paths if path.is_file()):
         yield bytes([number % 24]) + path.read_bytes()[:4000]
@@ -163,11 +163,11 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], Iterator[bytes]]]
     "overrides": (overrides, override_seeds),
     "jsonl": (jsonl_rows, jsonl_seeds),
 }
-"""The functions by name, each with what its corpus begins with."""
+"""Functions and initial corpora by name."""
 
 
 def words_of(name: str) -> list[str]:
-    """Return words that inputs of a target are made of, which a fuzzer would be long in finding."""
+    """Return words of a target's inputs that a fuzzer would take long to find."""
     if name == "jsonl":
         columns = [column for it in FORMATS.values() for column in it.columns]
         roles = [

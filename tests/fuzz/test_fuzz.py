@@ -1,4 +1,4 @@
-"""Whatever bytes a config, an override or a file of rows holds, only our error class escapes, in lines for people."""
+"""Any bytes in a config, an override or a data file raise only our error class, in readable lines."""
 
 import importlib.util
 import subprocess
@@ -14,14 +14,14 @@ from tests.fuzz.targets import TARGETS, overrides, words_of
 
 ROOT = Path(__file__).parents[2]
 RUNS = {"yaml": 4000, "overrides": 5000, "jsonl": 20_000}
-"""Inputs by target that coverage leads to in about ten seconds; `scripts/fuzz.py TARGET --seconds N` goes further."""
+"""Coverage-guided inputs per target, about ten seconds; `scripts/fuzz.py TARGET --seconds N` runs longer."""
 SEEDS = {name: list(seeds()) for name, (_, seeds) in TARGETS.items()}
 targets = pytest.mark.parametrize("name", TARGETS)
 
 
 @st.composite
 def damaged(draw: st.DrawFn, name: str) -> bytes:
-    """Return a file of the corpus with pieces cut out, doubled, or replaced by words and bytes."""
+    """Return a corpus file with parts cut out, doubled, or replaced by words and bytes."""
     content = draw(st.sampled_from(SEEDS[name]))
     pieces = st.sampled_from(words_of(name)).map(lambda word: word.encode("utf-8", "replace")) | st.binary(max_size=4)
     for _ in range(draw(st.integers(0, 5))):

@@ -1,4 +1,4 @@
-"""Chat: real processes on a real run; answers are those that the evaluation generates for the same turns."""
+"""Chat: real processes on a real run; answers equal those of the evaluation."""
 
 import logging
 import os
@@ -69,7 +69,7 @@ def piped(run_folder: RunFolder, lines: str, *options: str) -> subprocess.Comple
 
 
 def expected(run: FinishedRun, name: str, turns: list[Message], length: int = LENGTH) -> str:
-    """Return what the evaluation says to these turns, from a model that is loaded anew."""
+    """Return the evaluation's answer to these turns, from a newly loaded model."""
     [(_, model, tokenizer)] = run.models([name])
     return generate_answers(model, tokenizer, [turns], max_new_tokens=length, batch_size=1, date=run.date)[0]
 
@@ -83,7 +83,7 @@ def assistant(text: str) -> Message:
 
 
 class Talk:
-    """A chat in this process, with what it wrote."""
+    """A chat in this process, with its output."""
 
     def __init__(self, run: FinishedRun, model: Any, **settings: Any) -> None:
         self.written: list[str] = []
@@ -157,9 +157,7 @@ def test_ctrl_c_stops_answers_and_not_the_chat(run_folder: RunFolder) -> None:
     assert b"Traceback" not in err
 
 
-def test_on_a_terminal_there_is_a_prompt_and_ctrl_c_at_it_gives_up_the_line(
-    run_folder: RunFolder, run: FinishedRun
-) -> None:
+def test_a_terminal_has_a_prompt_and_ctrl_c_discards_the_line(run_folder: RunFolder, run: FinishedRun) -> None:
     keyboard, terminal = pty.openpty()
     process = subprocess.Popen(
         command(run_folder, "--max-new-tokens", "4"),
@@ -191,9 +189,7 @@ def test_on_a_terminal_there_is_a_prompt_and_ctrl_c_at_it_gives_up_the_line(
     assert expected(run, "adapter", [SYSTEM, user("1 + 2")], 4) in screen
 
 
-def test_line_that_continues_is_one_question_and_bytes_that_are_no_text_are_replaced(
-    run_folder: RunFolder, run: FinishedRun
-) -> None:
+def test_continued_lines_are_one_question_and_invalid_utf8_is_replaced(run_folder: RunFolder, run: FinishedRun) -> None:
     done = subprocess.run(
         command(run_folder, "--max-new-tokens", "4", "--system", "the quick brown fox"),
         input=b"1 + \\\n2 \xff",
@@ -207,7 +203,7 @@ def test_line_that_continues_is_one_question_and_bytes_that_are_no_text_are_repl
     assert done.stdout.decode() == expected(run, "adapter", asked, 4) + "\n"
 
 
-def test_reader_that_goes_away_ends_the_chat_quietly(run_folder: RunFolder) -> None:
+def test_a_closed_output_ends_the_chat_without_traceback(run_folder: RunFolder) -> None:
     process = subprocess.Popen(
         command(run_folder), env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -220,13 +216,13 @@ def test_reader_that_goes_away_ends_the_chat_quietly(run_folder: RunFolder) -> N
 
 
 @pytest.mark.parametrize("temperature", ["-1", "nan", "inf", "hot"])
-def test_temperature_that_makes_no_sense_is_one_line(run_folder: RunFolder, temperature: str) -> None:
+def test_invalid_temperature_is_one_line(run_folder: RunFolder, temperature: str) -> None:
     done = piped(run_folder, "", f"--temperature={temperature}")
     assert done.returncode == 2
     assert f"'{temperature}' is not a number from 0" in done.stderr
 
 
-def test_merged_model_that_is_not_there_is_one_line(pico_llama: Path, tmp_path: Path) -> None:
+def test_missing_merged_model_is_one_line(pico_llama: Path, tmp_path: Path) -> None:
     run_folder = train_run(tmp_path, pico_llama, "train.max_steps=1")
     done = piped(run_folder, "1 + 2\n", "--merged")
     assert done.returncode == 2
@@ -286,7 +282,7 @@ def test_conversation_that_fills_the_positions_is_not_answered(
     assert talk("1 + 2") == expected(run, "adapter", [user("1 + 2")])
 
 
-def test_conversation_that_memory_has_no_room_for_costs_the_question_alone(
+def test_conversation_that_does_not_fit_into_memory_loses_the_question_only(
     run: FinishedRun, model: Any, said: pytest.LogCaptureFixture
 ) -> None:
     def allocate(*_arguments: Any) -> None:
@@ -302,7 +298,7 @@ def test_conversation_that_memory_has_no_room_for_costs_the_question_alone(
     assert talk("1 + 2") == expected(run, "adapter", [user("1 + 2")])
 
 
-def test_template_that_refuses_a_system_message_costs_the_question_alone(
+def test_template_that_refuses_a_system_message_loses_the_question_only(
     run: FinishedRun, model: Any, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     talk = Talk(run, model)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a run, against accuracies that are computed here from the models' own logits."""
+"""Tasks of lm-evaluation-harness on a run, against accuracies computed from the models' own logits."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def logits(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def likelihood(model: Any, tokenizer: Any, question: str, answer: str, *, between: str = " ") -> float:
-    """The definition: the sum of the log-probabilities of the answer's tokens after the question's."""
+    """The definition: sum of the log-probabilities of the answer's tokens after the question."""
     before = tokenizer(question, add_special_tokens=False)["input_ids"]
     ids = tokenizer(f"{question}{between}{answer}", add_special_tokens=False)["input_ids"]
     scores = logits(model, ids).log_softmax(-1)
@@ -49,7 +49,7 @@ def likelihood(model: Any, tokenizer: Any, question: str, answer: str, *, betwee
 
 
 def continuation(model: Any, tokenizer: Any, question: str) -> str:
-    """Greedy decoding by hand, up to a new line."""
+    """Greedy decoding by hand, up to a newline."""
     ids = tokenizer(question, add_special_tokens=False)["input_ids"]
     new: list[int] = []
     while len(new) < NUM_NEW and tokenizer.eos_token_id not in new:
@@ -115,7 +115,7 @@ def test_choices_and_generated_answers_are_scored_as_computed_by_hand(
 
 
 class Harness(types.ModuleType):
-    """Stands in for the modules of lm-eval: what it measures does not fit above `fits` rows."""
+    """Replacement of lm-eval's modules that runs out of memory above `fits` rows."""
 
     def __init__(self, fits: int) -> None:
         super().__init__("lm_eval")
@@ -206,9 +206,7 @@ def test_turns_have_the_system_prompt_of_the_training_rows(
 
 
 @needs_harness
-def test_head_that_training_has_parted_from_the_embedding_stays_parted(
-    pico: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_head_that_training_has_untied_stays_untied(pico: Callable[..., Path], tmp_path: Path) -> None:
     overrides = ("train.max_steps=2", "lora.modules_to_save=[lm_head]")
     run = open_finished_run(train_run(tmp_path / "run", pico("gemma"), *overrides).path)
     question, answers = "1 + 2 =", ["Paris", "fox", "the quick brown fox", "3"]
@@ -224,7 +222,7 @@ def test_head_that_training_has_parted_from_the_embedding_stays_parted(
 
 
 @needs_harness
-def test_task_that_nobody_knows_or_that_cannot_be_prepared_is_one_line(run: FinishedRun, tmp_path: Path) -> None:
+def test_unknown_or_broken_task_is_one_line(run: FinishedRun, tmp_path: Path) -> None:
     write_task(tmp_path, "capital", [{"q": "a", "of": ["b"], "label": 0}], output_type="multiple_choice")
     (tmp_path / "capital.jsonl").unlink()
     settings = TaskSettings(("capital",), path=tmp_path)

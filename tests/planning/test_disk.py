@@ -1,4 +1,4 @@
-"""What a run is said to take of its disk, beside what real runs take."""
+"""The disk plan of a run, compared with real runs."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ NAMED = sorted(OPTIMIZERS)
 
 
 def need_of(config: RunConfig, folder: RunFolder, checkpoint: Path | None = None) -> DiskPlan:
-    """Return what is counted before the first step of a run."""
+    """Return the plan before the first step of a run."""
     source, data = prepare(config, folder)
     loaded = load_model(config.model, config.quantization, source=source)
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
@@ -34,7 +34,7 @@ def need_of(config: RunConfig, folder: RunFolder, checkpoint: Path | None = None
 
 
 def sizes_of(folder: Path) -> tuple[int, int]:
-    """Return the bytes of the files of a folder, and those that they take of the disk."""
+    """Return the size of a folder's files, and their disk usage."""
     files = [path.stat() for path in folder.iterdir()]
     return sum(file.st_size for file in files), sum(512 * file.st_blocks for file in files)
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_is_as_large_as_counted_with_every_optimizer(
     ["lora.modules_to_save=[lm_head]", "lora.modules_to_save=[embed_tokens,lm_head]", "lora.use_dora=true",
      "model.new_tokens=[<|a|>,<|b|>]", "lora.bias=all"],
 )  # fmt: skip
-def test_whatever_else_is_trained_is_counted_too(setting: str, tmp_path: Path, pico_llama: Path) -> None:
+def test_everything_else_that_trains_is_counted(setting: str, tmp_path: Path, pico_llama: Path) -> None:
     assert_checkpoint_is_as_counted(tmp_path, pico_llama, "train.optim=adamw_8bit", setting)
 
 
@@ -93,7 +93,7 @@ def test_adapter_and_merge_are_as_large_as_counted(
 
 
 def most_at_once(num_kept: int, num_saves: int, num_here: int) -> int:
-    """Write and rotate checkpoints as a run does, and return the most that were there."""
+    """Write and rotate checkpoints as a run does; return the maximum number at the same time."""
     there = most = num_here
     for _ in range(num_saves):
         there += 1
@@ -144,7 +144,7 @@ def test_the_best_checkpoint_is_one_more(tmp_path: Path, pico_llama: Path) -> No
     assert need_of(config, RunFolder(tmp_path / "none")).num_checkpoints == 3
 
 
-def test_what_does_not_fit_is_said_in_one_line() -> None:
+def test_a_plan_that_does_not_fit_is_one_line() -> None:
     need = DiskPlan(2, 1_050_000_000, 200_000_000, 1, 900_000_000)
     check_disk_space(RunFolder(Path("runs/x")), need, 3_200_000_000)
     with pytest.raises(TrainingError) as error:

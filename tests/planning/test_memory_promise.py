@@ -1,11 +1,9 @@
 """The promise: Llama-2-7B trains in 6 GB and Llama-2-70B in 40 GB, with 4-bit weights and an 8-bit optimizer.
 
-Nothing is computed. A model of full width with PEFT's own 4-bit LoRA layers and bitsandbytes' own product is built on the
-meta device, given fake tensors, and does one real gradient-checkpointed step: forward under bfloat16 autocast, loss on
-every token, backward. Each storage that an operation returns is counted from its creation to its end, and the weight
-that the 4-bit product dequantises inside is added to the peak. Llama-2-7B is counted in full depth; Llama-2-70B at two
-depths, from which the peaks of forward, loss and backward follow as straight lines, which the count of Llama-2-7B
-confirms. A GB is 10**9 bytes.
+A full-width model with PEFT's 4-bit LoRA layers and bitsandbytes' matmul has fake tensors and does one real step with
+gradient checkpointing: forward under bfloat16 autocast, loss on every token, backward. Each storage is counted from
+creation to deletion, plus the weight that the 4-bit matmul dequantizes inside. Llama-2-7B is counted at full depth;
+Llama-2-70B at two depths, from which its peaks are extrapolated linearly. A GB is 10**9 bytes.
 """
 
 from dataclasses import dataclass
@@ -68,7 +66,7 @@ class Shapes4bit(Fake4bit):
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes that were counted: by kind at rest, and the highest use beyond that in each part of the step."""
+    """Counted bytes: at rest by kind, and the peak beyond that in each part of the step."""
 
     packed: int
     state: int
@@ -80,7 +78,7 @@ class Count:
 
 
 def materialise(model: nn.Module, device: str) -> None:
-    """Give every tensor of a meta model memory of the dtype that training has it in."""
+    """Allocate every tensor of a meta model in its training dtype."""
 
     def empty(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
@@ -150,13 +148,13 @@ def count(size: str, num_layers: int) -> Count:
 
 
 def at_depth(field: str, depth: int, *, size: str) -> float:
-    """Extend a count of two and four layers to `depth` layers."""
+    """Extrapolate the counts of two and four layers to `depth` layers."""
     two, four = (getattr(count(size, num_layers), field) for num_layers in (2, 4))
     return two + (four - two) / 2 * (depth - 2)
 
 
 def step_at_depth(depth: int, *, size: str) -> float:
-    """Highest use of a step beyond what is at rest."""
+    """Peak of a step beyond the bytes at rest."""
     return max(at_depth(part, depth, size=size) for part in ("forward", "loss", "backward"))
 
 
@@ -187,7 +185,7 @@ def test_plan_counts_weights_to_the_byte() -> None:
     assert planned.quantized_weights_bytes == counted.packed
     assert planned.quantization_state_bytes == counted.state
     assert planned.adapter_bytes == counted.adapter
-    # the rotary frequencies, once as they are and once as they were
+    # current and original rotary frequencies
     rotary_buffers = 2 * 64 * 4
     assert planned.weights_bytes + rotary_buffers == counted.at_rest
 
@@ -205,7 +203,7 @@ def test_planned_step_is_near_the_counted_one(size: str, config_json: dict[str, 
     assert plan(config_json).step_bytes == pytest.approx(step_at_depth(depth, size=size), rel=0.05)
 
 
-def test_several_micro_batches_keep_their_gradients_beside_the_checkpoints() -> None:
+def test_gradient_accumulation_adds_gradients_to_the_checkpoints() -> None:
     one, several = (memory_plan(LLAMA_2_7B, r=RANK, tokens=TOKENS, accumulates=a) for a in (False, True))
     assert several.step_bytes == one.gradients_bytes + one.checkpoints_bytes + one.layer_bytes
 

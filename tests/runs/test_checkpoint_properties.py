@@ -1,4 +1,4 @@
-"""Whatever happens to the files of a folder, damage is seen; whatever happens to checkpoints, a whole one stays."""
+"""Any damage to a folder's files is detected; some complete checkpoint always stays."""
 
 import shutil
 import tempfile
@@ -17,11 +17,11 @@ NAMES = st.text("abcXYZ0._- é", min_size=1, max_size=6).filter(
     lambda name: name.strip(". ") != "" and name != atomic_io.MANIFEST
 )
 TREES = st.dictionaries(st.tuples(NAMES) | st.tuples(NAMES, NAMES), st.binary(max_size=40), min_size=1, max_size=6)
-"""Contents by path; a path of two names lies in a folder."""
+"""Contents by path; a path of two names is in a folder."""
 
 
 ABOUT = {"run_id": "0f", "step": 3}
-"""What a manifest says of its folder; its reader compares it with what it expects, as `RunFolder.checkpoint_problem` does."""
+"""Manifest metadata; its reader compares it with the expected one, as `RunFolder.checkpoint_problem` does."""
 
 
 def write_tree(folder: Path, tree: dict[tuple[str, ...], bytes]) -> list[Path]:
@@ -34,7 +34,7 @@ def write_tree(folder: Path, tree: dict[tuple[str, ...], bytes]) -> list[Path]:
 
 
 def fits_a_disk(tree: dict[tuple[str, ...], bytes]) -> bool:
-    """Say that no name is both a file's and a folder's, also on disks that fold case."""
+    """Return whether no name is both a file and a folder, also on case-insensitive disks."""
     files = {names[0].lower() for names in tree if len(names) == 1}
     folders = {names[0].lower() for names in tree if len(names) == 2}
     lower = {tuple(name.lower() for name in names) for names in tree}
@@ -111,7 +111,7 @@ def test_every_damage_to_a_file_or_to_the_manifest_is_seen(
 @settings(max_examples=50, deadline=None)
 @given(TREES.filter(fits_a_disk), st.binary(max_size=10))
 def test_a_file_that_was_added_is_no_damage(tree: dict[tuple[str, ...], bytes], content: bytes) -> None:
-    """A card or a note that someone lays beside the files takes nothing from them."""
+    """Additional files beside those of the manifest are not damage."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "folder"
         with atomic_io.atomic_folder(folder) as staging:
@@ -147,7 +147,7 @@ def test_a_folder_is_replaced_by_the_new_one_or_stays_the_old_one(
 class Rotation(RuleBasedStateMachine):
     """Checkpoints that are saved, damaged, lost and rotated in any order.
 
-    `whole` is what the machine itself knows to be undamaged, by step, with the content that was written.
+    `whole` maps the steps of undamaged checkpoints to the content that was written.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A run goes on under the settings it began with, or under those that its user says may change, and then they apply."""
+"""A run resumes with its settings, or with changes that its user allows, which then take effect."""
 
 import json
 import re
@@ -18,13 +18,13 @@ from tests.support.runs import adapter_bytes, losses, make_config, metrics, trai
 KEYS = [
     f"{section}.{name}" for section, spec in RunConfig.model_fields.items() for name in spec.annotation.model_fields
 ]  # fmt: skip
-DECISIVE = [key for key in KEYS if not is_mutable(key)]
+CRITICAL = [key for key in KEYS if not is_mutable(key)]
 EVERY_STEP = ("train.save_steps=1",)
 FLAT = ("train.lr_scheduler_type=constant", "train.warmup_ratio=0")
 
 
 def another(value: Any, annotation: Any) -> Any:
-    """Return a value of a setting's type other than this one."""
+    """Return another value of a setting's type."""
     choices = [item for item in get_args(annotation) if get_origin(annotation) is Literal]
     if choices:
         return next(item for item in choices if item != value)
@@ -63,12 +63,12 @@ def begun(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
 
 
 def test_the_list_of_settings_is_not_empty() -> None:
-    assert len(DECISIVE) > 40
-    assert set(FIXED_SHAPE) <= set(DECISIVE)
+    assert len(CRITICAL) > 40
+    assert set(FIXED_SHAPE) <= set(CRITICAL)
 
 
-@pytest.mark.parametrize("key", DECISIVE)
-def test_every_setting_that_decides_a_run_is_named_with_both_values_and_what_it_would_do(
+@pytest.mark.parametrize("key", CRITICAL)
+def test_every_critical_setting_is_refused_with_both_values_and_consequence(
     key: str, begun: tuple[RunFolder, RunConfig]
 ) -> None:
     run, config = begun
@@ -84,13 +84,13 @@ def test_every_setting_that_decides_a_run_is_named_with_both_values_and_what_it_
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if is_mutable(key)])
-def test_settings_that_decide_nothing_of_the_weights_may_differ(key: str, begun: tuple[RunFolder, RunConfig]) -> None:
+def test_mutable_settings_may_differ(key: str, begun: tuple[RunFolder, RunConfig]) -> None:
     run, config = begun
     check_same_settings(run, with_other(config, key))
 
 
 @pytest.mark.parametrize("key", list(RUN_METADATA))
-def test_every_fact_that_decides_a_run_is_named(key: str, begun: tuple[RunFolder, RunConfig]) -> None:
+def test_every_metadata_field_is_refused_by_name(key: str, begun: tuple[RunFolder, RunConfig]) -> None:
     run, config = begun
     facts = {name: value for name, value in run.metadata().items() if name in RUN_METADATA}
     assert facts.keys() == RUN_METADATA.keys(), "a run records every fact"
@@ -113,13 +113,13 @@ def test_only_the_version_that_differs_is_named(begun: tuple[RunFolder, RunConfi
 
 
 def stop_after(step: int, run: RunFolder) -> None:
-    """Make a finished run one that was killed after `step`."""
+    """Turn a finished run into one that was killed after `step`."""
     shutil.rmtree(run.adapter)
     for later in [number for number in run.checkpoint_steps() if number > step]:
         shutil.rmtree(run.checkpoint(later))
 
 
-def test_a_changed_learning_rate_that_is_allowed_really_applies(pico_llama: Path, tmp_path: Path) -> None:
+def test_an_allowed_change_of_the_learning_rate_takes_effect(pico_llama: Path, tmp_path: Path) -> None:
     settings = (*EVERY_STEP, "train.lr_scheduler_type=linear")
     run = train_run(tmp_path, pico_llama, *settings)
     straight = metrics(run)
@@ -142,10 +142,10 @@ def test_other_hyperparameters_of_the_optimizer_apply_too(pico_llama: Path, tmp_
 
 
 @pytest.mark.parametrize("killed_after", [None, 2])
-def test_more_steps_that_are_allowed_are_really_trained(
+def test_an_allowed_change_of_the_number_of_steps_takes_effect(
     killed_after: int | None, pico_llama: Path, tmp_path: Path
 ) -> None:
-    """With a flat learning rate the first steps of a longer run are those of a shorter one."""
+    """With a constant learning rate, the first steps of a longer run are those of a shorter one."""
     longer = train_run(tmp_path, pico_llama, *EVERY_STEP, *FLAT, "train.max_steps=6", name="longer")
     run = train_run(tmp_path, pico_llama, *EVERY_STEP, *FLAT, "train.max_steps=4")
     if killed_after is not None:
@@ -157,7 +157,7 @@ def test_more_steps_that_are_allowed_are_really_trained(
     assert losses(run) == losses(longer)
 
 
-def test_an_accepted_change_is_recorded_and_is_what_the_run_is_compared_with_from_then_on(
+def test_an_accepted_change_is_recorded_and_compared_with_from_then_on(
     pico_llama: Path, tmp_path: Path
 ) -> None:
     run = train_run(tmp_path, pico_llama, *EVERY_STEP)
@@ -171,10 +171,10 @@ def test_an_accepted_change_is_recorded_and_is_what_the_run_is_compared_with_fro
         train_run(tmp_path, pico_llama, *EVERY_STEP)
 
 
-def test_a_finished_run_whose_change_was_accepted_is_not_finished_any_more(
+def test_a_finished_run_with_an_accepted_change_is_unfinished(
     pico_llama: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
-    """As after a kill between the acceptance and the first new step: the old adapter is not taken for the result."""
+    """As after a kill between the acceptance and the first new step: the old adapter does not count as the result."""
     run = train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=2")
     facts = run.metadata()
     assert run.is_finished()

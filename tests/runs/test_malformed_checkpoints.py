@@ -1,4 +1,4 @@
-"""A checkpoint whose manifest is right and whose content is nonsense ends in one line, and trains nothing."""
+"""A checkpoint of valid manifest and malformed content is a one-line error, and trains nothing."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def straight(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunF
 
 @pytest.fixture
 def stopped(straight: RunFolder, tmp_path: Path) -> RunFolder:
-    """The run as it was after its second step."""
+    """The run after its second step."""
     run = RunFolder(tmp_path / "run")
     shutil.copytree(straight.path, run.path)
     shutil.copy(straight.path.parent / "rows.jsonl", tmp_path)
@@ -35,8 +35,8 @@ def stopped(straight: RunFolder, tmp_path: Path) -> RunFolder:
     return run
 
 
-def goes_on(run: RunFolder, base: Path) -> None:
-    """Vouch for what the checkpoint holds now, and go on from it."""
+def resume(run: RunFolder, base: Path) -> None:
+    """Write a matching manifest for the checkpoint, and resume from it."""
     atomic_io.write_manifest(run.checkpoint(STEP), atomic_io.read_metadata(run.checkpoint(STEP)))
     assert run.checkpoint_problem(STEP) is None
     train_run(run.path.parent, base, *SETTINGS, "run.allow_changed=[data.train]")
@@ -47,7 +47,7 @@ def goes_on(run: RunFolder, base: Path) -> None:
 def test_json_of_another_shape_is_one_line(name: str, value: Any, stopped: RunFolder, pico_llama: Path) -> None:
     (stopped.checkpoint(STEP) / f"{name}.json").write_text(json.dumps(value))
     with pytest.raises(CheckpointError) as caught:
-        goes_on(stopped, pico_llama)
+        resume(stopped, pico_llama)
     assert "\n" not in str(caught.value)
     assert not stopped.adapter.exists()
 
@@ -57,10 +57,10 @@ def test_checkpoint_without_its_tensors_is_one_line(name: str, stopped: RunFolde
     file = stopped.checkpoint(STEP) / f"{name}.safetensors"
     save_file({f"other-{key}": torch.ones(1) for key in load_file(file)}, file)
     with pytest.raises(CheckpointError):
-        goes_on(stopped, pico_llama)
+        resume(stopped, pico_llama)
 
 
 def test_history_of_another_step_is_one_line(stopped: RunFolder, pico_llama: Path) -> None:
     shutil.copy(stopped.checkpoint(STEP - 1) / "trainer_state.json", stopped.checkpoint(STEP))
     with pytest.raises(CheckpointError, match=r"trainer_state\.json is that of step 1"):
-        goes_on(stopped, pico_llama)
+        resume(stopped, pico_llama)

@@ -1,4 +1,4 @@
-"""Paths: what no file system could hold is one line, and nothing outside a run folder is ever written or deleted."""
+"""Impossible paths are one-line errors, and nothing outside a run folder is written or deleted."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ IMPOSSIBLE = {"NUL": "a\0b", "300 characters": "x" * 300, "300 bytes": "runs/" +
 
 
 def refusal(folder: Path, section: str, key: str, value: Any, capsys: Capture) -> str:
-    """Return the one line that a config with this value is refused with."""
+    """Return the one-line error for a config with this value."""
     file = folder / "run.yaml"
     content = {**SMALLEST, section: {**SMALLEST.get(section, {}), key: value}}
     file.write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -71,7 +71,7 @@ def test_data_from_a_url_is_refused_with_what_is_allowed(
     assert f"a URL ({scheme}://...) is not read; allowed: a local file, folder or pattern, or the Hub id" in line
 
 
-# --- links that lead out of a run folder ---------------------------------------------------------------------------------
+# --- links out of a run folder ---------------------------------------------------------------------------------
 
 FILES = (".lock", "config.yaml", "run.json", "data.json", "metrics.jsonl", "results.json", "answers.jsonl")
 FOLDERS = (
@@ -82,7 +82,7 @@ SETTINGS = ("train.max_steps=3", "train.save_steps=1", "train.save_total_limit=1
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Return every file of a folder with its content and time."""
+    """Return content and mtime of every file of a folder."""
     files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
@@ -97,7 +97,7 @@ def whole_run(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def link(whole_run: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """`link(name) -> outside`: put a copy of what the run has under a name outside, with a canary, and a link to it inside.
+    """`link(name) -> outside`: move a file or folder of the run outside, add a canary, and link to it.
 
     An empty name is the run folder itself.
     """
@@ -121,7 +121,7 @@ def link(whole_run: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("name", ["", *FILES, *FOLDERS])
-def test_link_in_the_place_of_something_of_a_run_is_refused_before_anything_changes(
+def test_link_in_a_run_folder_is_refused_before_anything_changes(
     name: str, link: Callable[[str], Path], pico_llama: Path, tmp_path: Path
 ) -> None:
     outside = link(name)
@@ -149,10 +149,10 @@ def test_run_folder_below_a_linked_folder_is_used(pico_llama: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_deletions_do_not_follow_a_link_even_where_none_is_looked_for(
+def test_deletions_never_follow_links(
     name: str, link: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """What deletes is safe by itself: rotation, forgetting, sweeping and removing, without the refusal before them."""
+    """Deletions are safe by themselves, without the check before them."""
     outside = link(name)
     before = snapshot(outside)
     run = RunFolder(tmp_path / "run")

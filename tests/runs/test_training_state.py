@@ -1,4 +1,4 @@
-"""Training state goes to safetensors and JSON and comes back as it was, types included."""
+"""Training state survives safetensors and JSON, types included."""
 
 import json
 import pickletools
@@ -96,7 +96,7 @@ def test_what_cannot_be_restored_exactly_is_not_saved(value: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("key", ["__tensor__", "__tuple__", "__int_keys__"])
-def test_keys_that_mean_something_in_the_file_are_not_saved(key: str, tmp_path: Path) -> None:
+def test_reserved_keys_are_not_saved(key: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         save_tree(tmp_path, "state", {"inner": {key: "0"}})
 
@@ -129,7 +129,7 @@ def test_state_that_cannot_be_read_is_one_line(name: str, content: bytes | None,
 
 
 def draws() -> dict[str, list[float]]:
-    """Numbers from every generator; an odd number of gaussians, so that one is kept in store."""
+    """Numbers from every generator; an odd number of gaussians, so that one stays cached."""
     return {
         "python": [random.random(), random.gauss(0, 1), random.randint(0, 10**9)],
         "numpy": [*np.random.rand(2).tolist(), *np.random.randn(3).tolist()],
@@ -138,7 +138,7 @@ def draws() -> dict[str, list[float]]:
     }
 
 
-def test_the_generator_of_one_gpu_is_stored_whatever_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rng_state_of_one_gpu_is_stored_with_any_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     restored: list[torch.Tensor] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -201,7 +201,7 @@ def test_parameters_are_copied_bit_for_bit_into_the_live_ones() -> None:
         ({name: torch.ones(1) for name in "defg"}, r"d is unknown; e is unknown; f is unknown \.\.\."),
     ],
 )
-def test_parameters_that_do_not_fit_are_refused_and_none_is_copied(
+def test_parameters_that_do_not_match_are_refused_and_none_is_copied(
     change: dict[str, torch.Tensor | None], message: str
 ) -> None:
     live = parameters()

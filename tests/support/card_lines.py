@@ -1,4 +1,4 @@
-"""Cards whose Python lines are executed in a fresh process, as a reader would execute them."""
+"""Execute the Python lines of model cards in a fresh process."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ IDS = torch.randint(4, 300, (2, 90), generator=torch.Generator().manual_seed(5))
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function of a module returns in a process that has computed nothing before."""
+    """Call a module-level function in a fresh process."""
     context = multiprocessing.get_context(fresh_process.start_method())
     context.set_forkserver_preload(fresh_process.PRELOAD)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -32,11 +32,11 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def lines_of(card: Path, names: dict[str, Any]) -> list[str]:
-    """Return the blocks of Python in a card: loading, and where there is one, asking.
+    """Return the Python blocks of a card: loading, and generation if there is one.
 
     Args:
         card: its file.
-        names: what a reader puts for the names that the card leaves to him.
+        names: values for the placeholders of the card.
     """
     text = card.read_text(encoding="utf-8")
     blocks = [block.split("\n```", maxsplit=1)[0] for block in text.split("```python\n")[1:]]
@@ -47,7 +47,7 @@ def lines_of(card: Path, names: dict[str, Any]) -> list[str]:
 
 
 def execute(blocks: list[str], ids: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """Execute a card's lines; return the logits of the model that they load, and the answer that they print."""
+    """Execute a card's lines; return the logits of the loaded model, and the printed answer."""
     torch.set_num_threads(1)
     names: dict[str, Any] = {}
     exec(blocks[0], names)
@@ -67,7 +67,7 @@ def executed(folder: Path, names: dict[str, Any], ids: torch.Tensor = IDS) -> tu
 
 
 def written_adapter(folder: Path, adapted: AdaptedModel, config: RunConfig, *, system: str = "") -> Path:
-    """Write an adapter as a run writes it, and return its folder."""
+    """Write an adapter as a run does, and return its folder."""
     run = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     run.metadata_file.write_text(json.dumps({"run_id": "a-run", "changes": []}))

@@ -6,7 +6,7 @@
 Tensors stay CPU tensors with real values, so `.item()` and `.tolist()` work and whole runs do. The fake device is recorded
 per storage. Python code sees it in `.device` and `.is_cuda`; a dispatch mode checks it before every operation, those of the
 backward pass included, and a wrapper before every launch of an interpreted Triton kernel. The rules are torch's: pointwise
-operations take CPU tensors of dimension 0, CPU indices index CUDA tensors, copies cross devices, all else is a mismatch.
+operations take CPU tensors of dimension 0, CPU indices index CUDA tensors, copies cross devices, the rest is a mismatch.
 
 Not covered: C++ code that branches on the device (CUDA kernels, FlashAttention), streams, memory, other processes. Tensors
 that C++ code creates have no device until they meet one. Autocast is that of the CPU.
@@ -34,7 +34,7 @@ TOTAL_BYTES = 8 << 30
 CAPABILITY = (9, 0)
 
 mismatches: list[str] = []
-"""What raised so far, since code may catch it."""
+"""Mismatches so far; code under test may catch the exceptions."""
 
 aten = torch.ops.aten
 _CROSSES_DEVICES = {aten.copy_, aten._foreach_copy_, aten._to_copy, aten.set_}
@@ -55,7 +55,7 @@ _METHOD_FACTORIES = ("new_empty", "new_empty_strided", "new_full", "new_ones", "
 
 
 class _Devices:
-    """Which storages are on the fake device, or on one that is not known yet; all others are on the CPU."""
+    """Storages on the fake device, or on a device that is not known yet; all others are on the CPU."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[StorageWeakRef, torch.device | None]] = {}
@@ -63,7 +63,7 @@ class _Devices:
         self.in_kernel = 0
 
     def of(self, tensor: Tensor) -> torch.device | None:
-        """Return the device; None where it is not known yet."""
+        """Return the device; None while it is not known."""
         real = _real_device(tensor)
         if real != CPU or tensor.layout != torch.strided:
             return real
@@ -111,10 +111,10 @@ class _Dispatch(TorchDispatchMode):
 
 
 def _device_of_result(func: Any, args: Sequence[Any], inputs: Sequence[Tensor]) -> torch.device | None:
-    """Return the device of what an operation makes, after judging those of its inputs.
+    """Return the device of an operation's result, after checking its inputs.
 
     Raises:
-        RuntimeError: they are not all on one.
+        RuntimeError: the inputs are on different devices.
     """
     packet = func.overloadpacket
     found = [devices.of(tensor) for tensor in inputs]
@@ -145,7 +145,7 @@ def _is_index(tensor: Tensor) -> bool:
 
 @contextmanager
 def as_kernel() -> Iterator[None]:
-    """Let tensors say that they are on the CPU, to the code that computes there."""
+    """Make tensors report the CPU to the code that computes there."""
     devices.in_kernel += 1
     try:
         yield
@@ -181,7 +181,7 @@ def _device(tensor: Tensor) -> torch.device:
 
 
 def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Stand in for `Tensor.to`."""
+    """Replacement of `Tensor.to`."""
     if args and isinstance(args[0], Tensor):
         args = (args[0].device, args[0].dtype, *args[1:])
     copy = kwargs.pop("copy", False) or (len(args) > 3 and args[3])
@@ -199,7 +199,7 @@ _real_to = torch.Tensor.to
 
 
 def _makes(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a function that makes tensors make them on the fake device too."""
+    """Make a tensor factory accept the fake device."""
 
     @functools.wraps(make)
     def made(*args: Any, **kwargs: Any) -> Any:
@@ -224,7 +224,7 @@ def _makes(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Stream:
-    """A stream or an event on which everything is done at once."""
+    """A stream or event that completes immediately."""
 
     def __init__(self, *_args: Any, **_keywords: Any) -> None:
         self.device, self.cuda_stream = CUDA, 0
@@ -277,7 +277,7 @@ def _torch_cuda() -> dict[str, Any]:
 
 
 def _for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a function of autocast mean that of the CPU where it is asked for that of CUDA."""
+    """Make an autocast function use the CPU when asked for CUDA."""
 
     @functools.wraps(function)
     def of_cpu(*args: Any, **kwargs: Any) -> Any:
@@ -299,7 +299,7 @@ _real_numpy = torch.Tensor.numpy
 
 
 def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
-    """Have tensors grouped by device, as optimizers and clipping do, under the name of the fake one."""
+    """Group tensors by fake device, as optimizers and clipping do."""
 
     def grouped(tensors: Any, *args: Any) -> Any:
         return {(lists[0][0].device, dtype): (lists, at) for (_, dtype), (lists, at) in group(tensors, *args).items()}
@@ -308,7 +308,7 @@ def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _same_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a launch of a Triton kernel refuse pointers to the CPU's memory."""
+    """Make Triton kernel launches refuse CPU pointers."""
 
     @functools.wraps(launch)
     def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -324,7 +324,7 @@ def _same_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Generator(torch.Generator):
-    """A generator of the CPU for every device."""
+    """A CPU generator for every device."""
 
     def __new__(cls, device: Any = None) -> "_Generator":
         return super().__new__(cls, CPU)
@@ -332,7 +332,7 @@ class _Generator(torch.Generator):
 
 @functools.cache
 def install() -> None:
-    """Give this process the fake device. It stays until the process ends."""
+    """Install the fake device for the rest of this process."""
     import bitsandbytes  # noqa: F401 - it looks for a library for the GPU where it finds one
 
     _device_constructors()  # cached: `with torch.device(...)` looks for torch's own functions

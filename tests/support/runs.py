@@ -1,4 +1,4 @@
-"""Real runs on pico models, small enough for tests: a config, rows, and the pipeline itself."""
+"""Real runs on pico models: config, rows, and the pipeline."""
 
 import json
 import random
@@ -18,7 +18,7 @@ ROWS = 24
 
 
 def write_rows(path: Path, *, count: int = ROWS, seed: int = 0, system: str = "") -> Path:
-    """Write small sums of ragged length as chat rows, each with the system prompt where there is one."""
+    """Write sums of ragged length as chat rows, with a system prompt if given."""
     generator = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
@@ -27,13 +27,13 @@ def write_rows(path: Path, *, count: int = ROWS, seed: int = 0, system: str = ""
                 {"role": "user", "content": " + ".join(map(str, numbers))},
                 {"role": "assistant", "content": json.dumps({"sum": str(sum(numbers))})},
             ]
-            told = [{"role": "system", "content": system}] if system else []
-            file.write(json.dumps({"messages": told + turns}) + "\n")
+            prefix = [{"role": "system", "content": system}] if system else []
+            file.write(json.dumps({"messages": prefix + turns}) + "\n")
     return path
 
 
 def make_config(folder: Path, base: Path, *overrides: str, name: str = "run") -> RunConfig:
-    """Return the config of a run in `folder/name` on rows that are written beside it."""
+    """Return the config of a run in `folder/name`; its rows are written beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
     if not rows.exists():
@@ -60,12 +60,12 @@ def make_config(folder: Path, base: Path, *overrides: str, name: str = "run") ->
 
 
 def train_run(folder: Path, base: Path, *overrides: str, name: str = "run", resume: str = "auto") -> RunFolder:
-    """Run a config of `make_config` to its end."""
+    """Train a config of `make_config`."""
     return run(make_config(folder, base, *overrides, name=name), resume=resume)
 
 
 def stopped_copy(finished: RunFolder, path: Path) -> RunFolder:
-    """Copy a finished run as it would be if it had been stopped before its newest checkpoint."""
+    """Copy a finished run as of a stop before its latest checkpoint."""
     run_folder = RunFolder(Path(shutil.copytree(finished.path, path)))
     shutil.rmtree(run_folder.adapter)
     shutil.rmtree(run_folder.checkpoint(run_folder.checkpoint_steps()[-1]))
@@ -73,7 +73,7 @@ def stopped_copy(finished: RunFolder, path: Path) -> RunFolder:
 
 
 def adapted_model(folder: Path, base: Path, *overrides: str, dtype: str = "float32") -> AdaptedModel:
-    """Return a base in 4 bits with an adapter whose every matrix matters."""
+    """Return a 4-bit base with an adapter of random, nonzero matrices."""
     config = make_config(folder, base, f"quantization.bnb_4bit_compute_dtype={dtype}", *overrides)
     found = attach_adapter(load_model(config.model, config.quantization), config.lora, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -93,5 +93,5 @@ def losses(run_folder: RunFolder) -> list[float]:
 
 
 def adapter_bytes(run_folder: RunFolder) -> bytes:
-    """Return the finished adapter's weights as they are on disk."""
+    """Return the bytes of the finished adapter's weights file."""
     return (run_folder.adapter / "adapter_model.safetensors").read_bytes()
