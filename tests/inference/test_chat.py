@@ -31,7 +31,7 @@ SYSTEM: Message = {"role": "system", "content": "Add up the numbers."}
 CHAT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test that runs in the background would ignore it
-from qlora_train.cli import main
+from qlora_train.cli.main import main
 sys.exit(main(["chat", *sys.argv[1:]]))
 """
 
