@@ -1,11 +1,11 @@
-"""The shape of the package: imports go one way, heavy libraries stay where they belong, nothing is unpickled or patched."""
+"""Import order of the packages, lazy heavy libraries, and no pickle or monkey-patching of libraries."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qlora_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -17,20 +17,18 @@ ORDER = (
 FOUNDATIONS = {
     "utils": set(), "config": {"utils"}, "architectures": {"utils"}, "kernels": set(), "runs": {"config", "utils"},
 }  # fmt: skip
-"""Packages that everything builds on, and all that they may import of this package."""
+"""Packages that may import only these packages."""
 FORBIDDEN = {"data": {"kernels", "models", "objectives"}, "training": {"export"}, "runs": {"training"}}
-"""Packages that must stay independent of an earlier one."""
+"""Packages that must not import these earlier ones."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}
 """Libraries that take seconds to load."""
 LIGHT = ["cli", "utils", "config", "architectures", "data"]
-"""Packages that do not import torch, so that their messages come in milliseconds."""
+"""Packages that do not import torch, so that errors appear within milliseconds."""
 WITH_TENSORS = {"collate.py", "device.py", "nvidia_driver.py"}
 """Files of light packages that use tensors."""
 RESTRICTED = PACKAGE / "models" / "legacy_bin.py"
-"""The one file that reads pickles of others, with the reader that runs no code."""
+"""The one file that reads pickles, with weights_only."""
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-
-names = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 
 
 @cache
@@ -65,32 +63,31 @@ def libraries_imported_by(file: Path) -> set[str]:
     return {name.partition(".")[0] for name in imported(ast.walk(tree_of(file)))}
 
 
-def test_every_stage_has_its_place_in_the_order() -> None:
+def test_every_package_is_in_the_order() -> None:
     stages = {stage_of(file) for file in FILES} - {"__init__"}
-    assert stages == set(ORDER), "a new stage belongs into ORDER, after all that it imports"
+    assert stages == set(ORDER), "add a new package to ORDER, after all packages that it imports"
     assert len(FILES) > 40
 
 
-@names
-def test_no_file_imports_a_later_stage(file: Path) -> None:
-    if stage_of(file) == "__init__":
-        assert stages_imported_by(file) == set()
-        return
-    own = ORDER.index(stage_of(file))
-    later = {stage for stage in stages_imported_by(file) if ORDER.index(stage) > own}
-    assert later == set()
+def test_no_file_imports_a_later_package() -> None:
+    order = ("__init__", *ORDER)
+    assert {
+        f"{file.relative_to(PACKAGE)} imports {stage}"
+        for file in FILES
+        for stage in stages_imported_by(file)
+        if order.index(stage) > order.index(stage_of(file))
+    } == set()
 
 
-@pytest.mark.parametrize("stage", FOUNDATIONS)
-def test_foundations_import_nothing_of_ours(stage: str) -> None:
-    found = set().union(*(stages_imported_by(file) for file in FILES if stage_of(file) == stage))
-    assert found <= FOUNDATIONS[stage]
+def imports_of_package(stage: str) -> set[str]:
+    return set().union(*(stages_imported_by(file) for file in FILES if stage_of(file) == stage))
 
 
-@pytest.mark.parametrize("stage", FORBIDDEN)
-def test_packages_stay_independent(stage: str) -> None:
-    found = set().union(*(stages_imported_by(file) for file in FILES if stage_of(file) == stage))
-    assert found & FORBIDDEN[stage] == set()
+def test_packages_stay_independent() -> None:
+    for stage, allowed in FOUNDATIONS.items():
+        assert imports_of_package(stage) <= allowed, stage
+    for stage, forbidden in FORBIDDEN.items():
+        assert imports_of_package(stage) & forbidden == set(), stage
 
 
 def test_file_names_are_unique() -> None:
@@ -103,7 +100,7 @@ def test_trl_is_imported_by_the_trainer_alone() -> None:
 
 
 def at_import(file: Path, seen: set[Path]) -> set[str]:
-    """Return the libraries that are loaded when a file is, through files of ours as well."""
+    """Return the libraries that importing a file imports, transitively."""
     if file in seen:
         return set()
     seen.add(file)
@@ -113,7 +110,7 @@ def at_import(file: Path, seen: set[Path]) -> set[str]:
         if root != "qlora_train":
             libraries.add(root)
             continue
-        for depth in range(len(rest) + 1):  # a module, and every package on the way to it
+        for depth in range(len(rest) + 1):  # the module and its parent packages
             path = PACKAGE.joinpath(*rest[:depth])
             for candidate in (path.with_suffix(".py"), path / "__init__.py"):
                 if candidate.is_file():
@@ -121,12 +118,21 @@ def at_import(file: Path, seen: set[Path]) -> set[str]:
     return libraries
 
 
-@pytest.mark.parametrize("stage", LIGHT)
-def test_light_stages_load_no_heavy_library_at_import(stage: str) -> None:
-    files = [file for file in FILES if stage_of(file) == stage and file.name not in WITH_TENSORS]
-    assert files
-    for file in files:
-        assert at_import(file, set()) & HEAVY == set(), file
+def test_light_packages_import_no_heavy_library() -> None:
+    for file in FILES:
+        if stage_of(file) in LIGHT and file.name not in WITH_TENSORS:
+            assert at_import(file, set()) & HEAVY == set(), file
+
+
+def test_check_imports_at_most_a_tenth_of_the_package() -> None:
+    config = PACKAGE.parent / "configs" / "llama7b.yaml"
+    code = (
+        f"import sys; from qlora_train.cli.main import main; assert main(['check', {str(config)!r}]) == 0; "
+        "print(*[name for name in sys.modules if name.startswith('qlora_train')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True, capture_output=True, text=True)
+    imported_modules = done.stdout.splitlines()[-1].split()
+    assert len(imported_modules) <= 0.1 * len(FILES), imported_modules
 
 
 def mentions_model_type(node: ast.AST) -> bool:
@@ -135,37 +141,40 @@ def mentions_model_type(node: ast.AST) -> bool:
 
 
 def compares_a_model_type(node: ast.AST) -> bool:
-    """Say whether a value of model_type is compared; a comparison with the word itself is of keys."""
+    """Tell whether a value of model_type is compared; comparing with the string "model_type" compares keys."""
     if isinstance(node, ast.Match):
         return mentions_model_type(node.subject)
     operands = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
     return any(mentions_model_type(operand) for operand in operands if not isinstance(operand, ast.Constant))
 
 
-@names
-def test_model_types_are_told_apart_by_the_table_alone(file: Path) -> None:
-    if stage_of(file) == "architectures":
-        return
-    compared = [node for node in ast.walk(tree_of(file)) if compares_a_model_type(node)]
-    assert [ast.unparse(node) for node in compared] == []
+def test_only_the_architectures_table_compares_model_types() -> None:
+    assert [
+        f"{file.relative_to(PACKAGE)}: {ast.unparse(node)}"
+        for file in FILES
+        if stage_of(file) != "architectures"
+        for node in ast.walk(tree_of(file))
+        if compares_a_model_type(node)
+    ] == []
 
 
-def test_the_check_for_model_types_sees_what_it_should() -> None:
+def test_comparisons_of_model_types_are_found() -> None:
     wrong = ("config.model_type == 'llama'", "config['model_type'] in ('a', 'b')", "model_type != 'x'")
     right = ("key != 'model_type'", "config.model_kind == 'llama'", "get('model_type')")
     for text in (*wrong, *right):
         assert any(compares_a_model_type(node) for node in ast.walk(ast.parse(text))) == (text in wrong)
 
 
-@names
-def test_nothing_is_pickled_or_unpickled(file: Path) -> None:
-    assert libraries_imported_by(file) & PICKLING == set()
-    calls = [node for node in ast.walk(tree_of(file)) if isinstance(node, ast.Call)]
-    if file == RESTRICTED:
-        [load] = [call for call in calls if ast.unparse(call.func) == "torch.load"]
-        assert "weights_only=True" in ast.unparse(load)
-        calls.remove(load)
-    assert {"torch.load", "torch.save", "np.load", "np.save"} & {ast.unparse(call.func) for call in calls} == set()
+def test_nothing_is_pickled_or_unpickled() -> None:
+    for file in FILES:
+        assert libraries_imported_by(file) & PICKLING == set(), file
+        calls = [node for node in ast.walk(tree_of(file)) if isinstance(node, ast.Call)]
+        if file == RESTRICTED:
+            [load] = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+            assert "weights_only=True" in ast.unparse(load)
+            calls.remove(load)
+        called = {ast.unparse(call.func) for call in calls}
+        assert {"torch.load", "torch.save", "np.load", "np.save"} & called == set(), file
 
 
 def foreign_names(file: Path) -> set[str]:
@@ -185,15 +194,18 @@ def root_of(node: ast.AST) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-@names
-def test_no_other_library_is_patched(file: Path) -> None:
-    foreign = foreign_names(file) - {"os"}  # os.environ is there to be set
-    patched = []
+def assigned_attributes(file: Path) -> Iterator[ast.Attribute]:
     for node in ast.walk(tree_of(file)):
         targets = node.targets if isinstance(node, ast.Assign) else []
         if isinstance(node, ast.AugAssign | ast.AnnAssign):
             targets = [node.target]
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr"):
             targets = [ast.Attribute(node.args[0], "any")]
-        patched += [ast.unparse(t) for t in targets if isinstance(t, ast.Attribute) and root_of(t) in foreign]
-    assert patched == []
+        yield from (target for target in targets if isinstance(target, ast.Attribute))
+
+
+def test_no_other_library_is_patched() -> None:
+    for file in FILES:
+        foreign = foreign_names(file) - {"os"}  # os.environ may be set
+        patched = [ast.unparse(target) for target in assigned_attributes(file) if root_of(target) in foreign]
+        assert patched == [], file

@@ -1,4 +1,4 @@
-"""A config whose paths lead to the same files from any folder."""
+"""Make the local paths of a config absolute."""
 
 import glob
 from pathlib import Path
@@ -9,7 +9,7 @@ from qlora_train.config.schema import CHAT_TEMPLATE_NAMES, RunConfig, Source
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Return the config with every local path but `run.output_dir`, where it will lie itself, taken from this folder."""
+    """Return the config with absolute local paths, except `run.output_dir`, where it will be saved."""
     model, lora, data = config.model, config.lora, config.data
     template = model.chat_template
     changes: dict[str, dict[str, Any]] = {
@@ -43,7 +43,6 @@ def _absolute(path: str) -> str:
 
 
 def _absolute_pattern(path: str) -> str:
-    """Return a data source's path from this folder, whose own name is no part of a pattern."""
     is_pattern = glob.has_magic(path) and not Path(path).expanduser().exists()
     if is_pattern and not Path(path).expanduser().is_absolute():
         return str(Path(glob.escape(str(Path.cwd()))) / path)

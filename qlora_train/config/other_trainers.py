@@ -1,4 +1,4 @@
-"""Settings as other trainers call them, for people who come from there."""
+"""Names of settings in other trainers, for error messages."""
 
 OTHER_NAMES = {
     **dict.fromkeys(("base_model", "model_id", "model_name"), "model.model_name_or_path"),
@@ -21,9 +21,9 @@ OTHER_NAMES = {
     "optimizer": "train.optim",
     "wandb_project": "run.report_to",
 }
-"""By the name there, `section.key` here."""
+"""Name in another trainer -> `section.key`."""
 UNSUPPORTED = {
-    "load_in_8bit": "the base is held in 4 bits, or in 16 with quantization.load_in_4bit: false",
+    "load_in_8bit": "the base is stored in 4 bits, or in 16 with quantization.load_in_4bit: false",
     "fp8": "training in float8 is not supported; remove it: quantization.bnb_4bit_compute_dtype sets the compute dtype",
 }
-"""What has no counterpart here, and what there is instead."""
+"""Settings without an equivalent -> the alternative."""

@@ -1,11 +1,11 @@
-"""What a text must be to name something on a disk, and whether it names a local file or something on the Hub."""
+"""Checks of paths, and whether a name is a local path or a Hub id."""
 
 import glob
 import re
 from pathlib import Path
 
-LONGEST_NAME_BYTES = 255
-"""Longest name of a file or folder that file systems take."""
+MAX_NAME_BYTES = 255
+"""Limit of file systems for one name in a path."""
 TEXT_KINDS = ("jsonl", "json", "csv", "tsv", "txt")
 KINDS = (*TEXT_KINDS, "parquet", "arrow")
 COMPRESSIONS = ("gz", "zst")
@@ -14,10 +14,10 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{2,}")
 
 
 def validate_path(value: str | None) -> str | None:
-    """Return a path as it is, when a file system could hold it.
+    """Return a valid path unchanged.
 
     Raises:
-        ValueError: it holds a NUL byte or a line break, or a name in it is too long.
+        ValueError: it has a NUL byte, a line break, or a name that is too long.
     """
     if value is None:
         return None
@@ -26,21 +26,21 @@ def validate_path(value: str | None) -> str | None:
             "holds a line break; allowed: a path in one line (several data files are a list: [a.jsonl, b.jsonl])"
         )
     if "\0" in value:
-        raise ValueError("holds a NUL byte, which no path can; allowed: a path without one")
+        raise ValueError("holds a NUL byte; allowed: a path without one")
     longest = max((len(name.encode(errors="surrogatepass")) for name in value.split("/")), default=0)
-    if longest > LONGEST_NAME_BYTES:
+    if longest > MAX_NAME_BYTES:
         raise ValueError(
-            f"a name of {longest} bytes in it is too long for a file system; allowed: at most {LONGEST_NAME_BYTES} bytes "
+            f"a name of {longest} bytes in it is too long for a file system; allowed: at most {MAX_NAME_BYTES} bytes "
             "between two slashes"
         )
     return value
 
 
 def validate_source(value: str) -> str:
-    """Return the path of a data set as it is, when it is no URL.
+    """Return a data source's path unchanged.
 
     Raises:
-        ValueError: it is one, or no path.
+        ValueError: it is a URL or not a valid path.
     """
     if match := URL.match(value):
         raise ValueError(
@@ -52,7 +52,7 @@ def validate_source(value: str) -> str:
 
 
 def data_file_type(path: Path) -> tuple[str, str] | None:
-    """Return what the suffixes of a data file say, (kind, compression), or None where they are not known."""
+    """Return (type, compression) by the suffixes of a data file, or None if they are unknown."""
     words = [ALIASES.get(word, word) for word in path.name.lower().split(".")[1:]]
     if words and words[-1] in KINDS:
         return words[-1], ""
@@ -62,13 +62,13 @@ def data_file_type(path: Path) -> tuple[str, str] | None:
 
 
 def is_local_data(text: str) -> bool:
-    """Say whether a data source is local: it exists, or is written as no Hub id is."""
+    """Tell whether a data source is local: it exists, or cannot be a Hub id."""
     path = Path(text).expanduser()
     return path.exists() or glob.has_magic(text) or data_file_type(path) is not None or _is_written_as_path(text)
 
 
 def is_local_model(text: str) -> bool:
-    """Say whether `model.model_name_or_path` is local: it exists, or is written as no Hub id is."""
+    """Tell whether `model.model_name_or_path` is local: it exists, or cannot be a Hub id."""
     path = Path(text).expanduser()
     return path.exists() or path.suffix == ".gguf" or _is_written_as_path(text)
 

@@ -1,4 +1,4 @@
-"""What a run needs of this machine, looked for without torch and before anything is loaded: files, packages, trackers."""
+"""Checks that files, packages and trackers of a run exist on this machine; without torch."""
 
 import glob
 import importlib.util
@@ -9,21 +9,17 @@ from qlora_train.config import RunConfig, Source
 from qlora_train.config.path_checks import is_local_data, is_local_model
 from qlora_train.config.schema import CHAT_TEMPLATE_NAMES
 from qlora_train.utils import network
-from qlora_train.utils.errors import ConfigError, did_you_mean, nearest_names
+from qlora_train.utils.errors import ConfigError, did_you_mean
 
 FLASH_ATTENTION = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
 }
-"""Module and package that each attention kernel needs."""
+"""Module and package of each attention implementation."""
 
 
 def check_machine(config: RunConfig) -> None:
-    """Refuse a run whose files or packages are not on this machine.
-
-    Raises:
-        ConfigError: one line a setting.
-    """
+    """Raise a ConfigError with one line per setting whose file or package is missing."""
     if problems := list(_problems(config)):
         raise ConfigError(problems)
 
@@ -46,7 +42,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
 
 
 def missing_model(name: str) -> str | None:
-    """Return why a local base cannot be there, or None; what may be on the Hub is not looked for."""
+    """Return the error for a missing local base model, or None; Hub ids are not checked."""
     path = Path(name).expanduser()
     if not is_local_model(name) or path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return None
@@ -57,7 +53,7 @@ def missing_model(name: str) -> str | None:
 
 
 def unknown_template(name_or_file: str) -> str | None:
-    """Return why a chat template is none, or None when it is a name or a file."""
+    """Return the error for an unknown chat template, or None."""
     if name_or_file in CHAT_TEMPLATE_NAMES or Path(name_or_file).expanduser().is_file():
         return None
     hint = did_you_mean(name_or_file, CHAT_TEMPLATE_NAMES)
@@ -65,7 +61,7 @@ def unknown_template(name_or_file: str) -> str | None:
 
 
 def missing_attention(setting: str) -> str | None:
-    """Return why an attention kernel cannot be used here, or None; `kernels` fetches them where it is installed."""
+    """Return the error for a missing attention package, or None; the package `kernels` downloads them."""
     module, package = FLASH_ATTENTION.get(setting, ("", ""))
     if not module or any(importlib.util.find_spec(name) is not None for name in (module, "kernels")):
         return None
@@ -83,7 +79,7 @@ def _missing_source(source: Source) -> str | None:
 
 
 def missing_data(text: str) -> str | None:
-    """Return that a local file, folder or pattern is not there, with the nearest name; None for what is, or on the Hub."""
+    """Return the error for a missing local file, folder or pattern, or None; Hub ids are not checked."""
     path = Path(text).expanduser()
     if path.exists() or not is_local_data(text):
         return None
@@ -93,27 +89,26 @@ def missing_data(text: str) -> str | None:
 
 
 def no_match(pattern: Path) -> str:
-    """Return that a pattern of data files matches none."""
+    """Return the error for a pattern without matches."""
     return f"the pattern {pattern} matches no file; check the folder and the suffix"
 
 
 def _nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; its folder {path.parent} does not exist either"
-    by_stem = {entry.name.partition(".")[0]: entry for entry in path.parent.iterdir()}
-    close = nearest_names(path.name.partition(".")[0], by_stem)
-    found = " or ".join(str(path.parent / by_stem[stem].name) for stem in close)
-    return f"; did you mean {found}?" if found else f"; the folder is {path.parent.resolve()}"
+    by_stem = {entry.name.partition(".")[0]: str(path.parent / entry.name) for entry in path.parent.iterdir()}
+    hint = did_you_mean(path.name.partition(".")[0], by_stem)
+    return hint or f"; the folder is {path.parent.resolve()}"
 
 
 def tracker_problems(names: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each tracker that is not installed, or would leave this machine offline."""
+    """Yield an error per tracker that is not installed, or needs a network while offline."""
     for name in names:
         variable = network.remote_tracker_variable(name)
         if importlib.util.find_spec(name) is None:
             yield f"run.report_to: {name} is not installed; run: pip install {name}, or drop it"
         elif network.is_offline() and variable:
             yield (
-                f"run.report_to: {name} would be told over the network ({variable}), and offline nothing is; unset "
-                f"{variable}, or drop {name}"
+                f"run.report_to: {name} uses the network ({variable}), but this run is offline; unset {variable}, or "
+                f"drop {name}"
             )

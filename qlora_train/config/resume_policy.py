@@ -1,8 +1,7 @@
-"""Which settings and facts decide a run, and what it would mean to change one between two parts of it.
+"""Which settings and metadata may change when a run resumes, and the effect of a change.
 
-A run that goes on under other settings is neither the old run nor a new one, so a change is refused unless
-``run.allow_changed`` names it. Some settings only decide what is reported or made of a run; some decide the shape of what
-is trained, and a checkpoint fits no other.
+A critical change is refused unless ``run.allow_changed`` names it. Mutable settings affect reporting, memory or the merge
+only. Fixed-shape settings determine the tensors of a checkpoint and cannot change.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,13 @@ MUTABLE = (
     "train.auto_find_batch_size", "train.activation_offloading", "train.dequantized_cache_gb",
     "train.gradient_checkpointing",
 )  # fmt: skip
-"""Settings, or sections of them, that may differ between the parts of one run."""
+"""Settings, or sections, that may change."""
 
 FIXED_SHAPE = (
     "lora.r", "lora.target_modules", "lora.use_dora", "lora.bias", "lora.modules_to_save", "model.new_tokens",
     "train.optim",
 )  # fmt: skip
-"""Settings that decide what a checkpoint holds: they cannot change in a run."""
+"""Settings that cannot change."""
 
 RUN_METADATA = {
     "base": "the adapter was trained on another base model",
@@ -32,52 +31,47 @@ RUN_METADATA = {
     "data_fingerprint": "some rows would be trained twice, others never",
     "num_train_rows": "some rows would be trained twice, others never",
     "num_eval_rows": "later evaluations could not be compared with earlier ones",
-    "adapter": "the run would have begun with other weights",
-    "device": "other hardware rounds otherwise: the result would be close, not the same bits",
-    "num_threads": "sums are split otherwise: the result would be close, not the same bits",
-    "world_size": "rows would be divided otherwise",
-    "versions": "other releases may compute otherwise: the result need not be the same bits",
+    "adapter": "the run would have started with other weights",
+    "device": "other hardware rounds differently: equal within rounding, not bitwise",
+    "num_threads": "sums are split differently: equal within rounding, not bitwise",
+    "world_size": "rows would be divided differently",
+    "versions": "other releases may compute differently: not necessarily bitwise equal",
 }
-"""What decides a run besides its settings, each with what a change of it would do."""
+"""Metadata that is compared -> the effect of a change."""
 
 _EFFECTS = {
     "model.": "training would continue with another base model or other tokens",
-    "quantization.": "the adapter was trained against another rounding of the base",
-    "lora.": "the adapter would compute something else from the next step on",
+    "quantization.": "the adapter was trained on a differently rounded base",
+    "lora.": "the adapter would compute differently from the next step",
     "data.": "some rows would be trained twice, others never or differently",
     "data.eval": "later evaluations could not be compared with earlier ones",
     "train.": "later steps would use different training settings",
     "train.learning_rate": "later steps would follow another schedule",
     "train.lr_scheduler_type": "later steps would follow another schedule",
     "train.warmup_ratio": "later steps would follow another schedule",
-    "train.num_train_epochs": "the run would have another length, and its schedule with it",
-    "train.max_steps": "the run would have another length, and its schedule with it",
+    "train.num_train_epochs": "the run and its schedule would have another length",
+    "train.max_steps": "the run and its schedule would have another length",
     "train.per_device_train_batch_size": "the run would resume at another position in its data",
     "train.gradient_accumulation_steps": "the run would resume at another position in its data",
     "train.group_by_length": "some rows would be trained twice, others never",
-    "train.eval_steps": "evaluations would come at other steps, and the best step with them",
-    "run.deterministic": "other GPU kernels round otherwise: the result would be close, not the same bits",
-    "run.seed": "later steps would have other rows, dropout and noise",
+    "train.eval_steps": "evaluations would run at other steps, which changes the best step",
+    "run.deterministic": "other GPU kernels round differently: equal within rounding, not bitwise",
+    "run.seed": "later steps would use other rows, dropout and noise",
 }
-"""What a change of a setting would do, by key or section; the longest that fits counts."""
+"""Prefix of a setting -> the effect of a change; the longest prefix counts."""
 
 
 def is_mutable(key: str) -> bool:
-    """Say whether a setting may differ between the parts of a run."""
+    """Tell whether a setting may change on resume."""
     return key.startswith(MUTABLE)
 
 
 def why_not_allowed(key: str, settings: Sequence[str]) -> str | None:
-    """Return why `run.allow_changed` cannot name a key, or None.
-
-    Args:
-        key: what it names.
-        settings: every setting, as ``section.key``.
-    """
+    """Return why `run.allow_changed` cannot name `key`, or None; `settings` are all ``section.key``."""
     if key in FIXED_SHAPE:
         return (
-            "decides what a checkpoint holds and cannot change in a run; begin a new run, with lora.adapter_path where it "
-            "should start from this one's adapter"
+            "determines the tensors of a checkpoint and cannot change within a run; start a new run, with "
+            "lora.adapter_path to start from this run's adapter"
         )
     if key in settings:
         return "may always differ; drop it here" if is_mutable(key) else None
@@ -86,16 +80,14 @@ def why_not_allowed(key: str, settings: Sequence[str]) -> str | None:
     allowed = [*RUN_METADATA, *(name for name in settings if not is_mutable(name) and name not in FIXED_SHAPE)]
     if hint := did_you_mean(key, allowed):
         return f"is not known{hint}"
-    return (
-        f"is not known; allowed: {', '.join(RUN_METADATA)}, and settings that decide a run, such as train.learning_rate"
-    )
+    return f"is not known; allowed: {', '.join(RUN_METADATA)}, and critical settings such as train.learning_rate"
 
 
 def effect_of(key: str) -> str:
-    """Return what a change of a setting or fact would do."""
-    fact = key.partition(".")[0]
-    if fact in RUN_METADATA:
-        return RUN_METADATA[fact]
+    """Return the effect of a change of a setting or of metadata."""
+    name = key.partition(".")[0]
+    if name in RUN_METADATA:
+        return RUN_METADATA[name]
     return _EFFECTS[max((start for start in _EFFECTS if key.startswith(start)), key=len, default="train.")]
 
 

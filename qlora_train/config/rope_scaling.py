@@ -1,4 +1,4 @@
-"""Which RoPE scalings reach beyond a model's own positions, and which keys each needs."""
+"""Supported RoPE scalings and their keys."""
 
 from collections.abc import Mapping
 
@@ -8,21 +8,21 @@ KEYS = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""Numbers that each kind needs; the base frequency comes from the checkpoint."""
-REFUSED = {"longrope": "longrope needs a factor for every frequency, which only a checkpoint made for it brings"}
+"""Required numbers; the base frequency comes from the checkpoint."""
+REFUSED = {"longrope": "longrope needs a factor per frequency, which only checkpoints trained with it have"}
 
 
 def check_rope_scaling(scaling: Mapping[str, str | int | float]) -> None:
-    """Check the value of `model.rope_scaling`.
+    """Check `model.rope_scaling`.
 
     Raises:
-        ValueError: a kind that cannot be asked for, or one of its keys is missing, no number, or out of range.
+        ValueError: the type is not supported, or one of its keys is missing or out of range.
     """
     if not {"rope_type", "factor"} <= scaling.keys():
         raise ValueError("rope_scaling needs rope_type and factor, e.g. {rope_type: linear, factor: 2.0}")
     kind = str(scaling["rope_type"])
     if kind not in KEYS:
-        reason = REFUSED.get(kind, f"there is no {kind!r}")
+        reason = REFUSED.get(kind, f"unknown {kind!r}")
         raise ValueError(f"rope_scaling rope_type: {reason}; allowed: {', '.join(KEYS)}")
     missing = [key for key in KEYS[kind] if key not in scaling]
     if missing:

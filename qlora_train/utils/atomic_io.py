@@ -1,14 +1,10 @@
-"""The only place that writes and deletes files which must survive a crash.
+"""Writes and deletes files that must survive a crash; nothing else in the package does.
 
-Nothing is written in place. A folder is filled under a temporary name beside its destination, every file is flushed to
-the disk, a manifest with the sha256 of each file is written last, and one rename makes the whole appear. A folder without
-a manifest that verifies does not count as written. Deletion begins with a rename too, so that nothing half deleted is ever
-taken for something damaged.
+A folder is filled under a temporary name, every file is flushed, a manifest with the sha256 of each file is written last,
+and one rename publishes it. Deletion starts with a rename, so that a half-deleted folder never looks damaged. A killed
+process leaves ``.NAME.staging``, ``.NAME.old`` or ``.NAME.deleted``; `remove_stale_files` removes these.
 
-What a killed process left behind (``.NAME.staging``, ``.NAME.old``, ``.NAME.deleted``) is removed by
-`remove_stale_files`; a folder that was being replaced is restored if its successor is not complete.
-
-Every change is a numbered point of `faults`, so that tests can let each of them fail.
+Every change on disk is a numbered point of `fault_injection`, so that tests can make each of them fail.
 """
 
 import hashlib
@@ -24,37 +20,22 @@ from qlora_train.utils.fault_injection import changing, writing
 
 MANIFEST = "manifest.json"
 STAGING, OLD, DELETED, TEMPORARY = ".staging", ".old", ".deleted", ".tmp"
-_BLOCK_BYTES = 1 << 20
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hex sha256 of a file, read in blocks."""
-    digest = hashlib.sha256()
+    """Return the hex sha256 of a file."""
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make one file of a folder that is being staged; the manifest flushes it later."""
+    """Call `write` to create a file inside an `atomic_folder`, which flushes it later."""
     with writing(path):
         write(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file by new content, whole or not at all."""
+    """Replace a small file atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with writing(temporary), temporary.open("w", encoding="utf-8") as file:
@@ -70,33 +51,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a log of lines; a crash can leave its last line torn, which readers must bear."""
+    """Append a line to a log; after a crash the last line may be incomplete."""
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
-# --- whole folders ----------------------------------------------------------------------------------------------------
-
-
 def write_manifest(folder: Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Flush every file of a folder and write the manifest that vouches for them.
-
-    Args:
-        folder: its files, in folders of its own as well.
-        metadata: what the folder is, as JSON values; `read_metadata` of the folder reads it back.
-    """
+    """Flush all files below a folder and write their manifest, with `metadata` as JSON values."""
     entries = {}
-    for path in _files(folder):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
         with writing(path):
             _flush(path)
         entries[path.relative_to(folder).as_posix()] = {"sha256": sha256_of(path), "size_bytes": path.stat().st_size}
-    write_text(folder / MANIFEST, _render({"metadata": dict(metadata or {}), "files": entries}))
+    write_text(folder / MANIFEST, _to_json({"metadata": dict(metadata or {}), "files": entries}))
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         _flush(inner)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """Return what the manifest of a folder says of it, empty when there is no manifest that can be read."""
+    """Return the metadata in a folder's manifest, empty if there is no readable manifest."""
     try:
         return dict(_read_manifest(folder)["metadata"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -104,15 +77,15 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def verify_manifest(folder: Path) -> str | None:
-    """Return what is wrong with a folder written by `atomic_folder`, or None when every file is as it was written."""
+    """Return what differs from a folder's manifest, or None."""
     try:
         files = _read_manifest(folder)["files"]
-        wanted = {name: (str(entry["sha256"]), int(entry["size_bytes"])) for name, entry in files.items()}
+        expected = {name: (str(entry["sha256"]), int(entry["size_bytes"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
-    for name, (sha256, size_bytes) in wanted.items():
+    for name, (sha256, size_bytes) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -126,17 +99,12 @@ def verify_manifest(folder: Path) -> str | None:
 
 @contextmanager
 def atomic_folder(final: Path, metadata: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside `final`; on success flush it, write its manifest and rename it to `final`.
+    """Yield an empty folder; on success write its manifest and rename it to `final`, replacing a previous one.
 
-    A previous folder of that name is replaced only after the new one is whole. On an exception the staging folder is
-    removed and `final` is as it was.
-
-    Args:
-        final: the destination.
-        metadata: what the folder is, for its manifest.
+    On an exception the new folder is removed and `final` is unchanged.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    staging = _beside(final, STAGING)
+    staging = _hidden(final, STAGING)
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with changing(staging):
@@ -147,14 +115,14 @@ def atomic_folder(final: Path, metadata: Mapping[str, Any] | None = None) -> Ite
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    remove_folder(_beside(final, OLD))
+    remove_folder(_hidden(final, OLD))
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder: it is gone at once under its name, however long its files take; one that is absent may be so."""
+    """Delete a folder atomically (rename, then remove). Missing folders are ignored."""
     if not folder.exists() and not folder.is_symlink():
         return
-    deleted = _beside(folder, DELETED)
+    deleted = _hidden(folder, DELETED)
     shutil.rmtree(deleted, ignore_errors=True)
     with changing(folder):
         folder.rename(deleted)
@@ -163,12 +131,12 @@ def remove_folder(folder: Path) -> None:
 
 
 def is_stale(name: str) -> bool:
-    """Say whether a file or folder of this name is something that was being written, replaced or deleted."""
+    """Tell whether a name is that of an unfinished write, replacement or deletion."""
     return name.startswith(".") and name.endswith((STAGING, OLD, DELETED, TEMPORARY))
 
 
 def remove_stale_files(folder: Path) -> None:
-    """Clear what a killed process left half done inside a folder that this process owns."""
+    """Remove what a killed process left; restore a folder whose replacement is missing."""
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     for path in (item for item in found if is_stale(item.name)):
         replaced = path.with_name(path.name.removeprefix(".").removesuffix(OLD))
@@ -181,7 +149,7 @@ def remove_stale_files(folder: Path) -> None:
 
 
 def _replace_folder(staging: Path, final: Path) -> None:
-    old = _beside(final, OLD)
+    old = _hidden(final, OLD)
     shutil.rmtree(old, ignore_errors=True)
     replaces = final.exists()
     if replaces:
@@ -197,23 +165,25 @@ def _replace_folder(staging: Path, final: Path) -> None:
     _flush(final.parent)
 
 
-def _beside(folder: Path, suffix: str) -> Path:
-    """Return the name of a helper of `folder`; a leading dot that is there already is not doubled."""
+def _hidden(folder: Path, suffix: str) -> Path:
     return folder.with_name(f".{folder.name.removeprefix('.')}{suffix}")
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def _render(manifest: Mapping[str, Any]) -> str:
+def _to_json(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=2) + "\n"
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest; raises ValueError, or whatever a content of any other shape gives, when it is not as written."""
     content = (folder / MANIFEST).read_bytes()
     manifest: dict[str, Any] = json.loads(content)
-    if _render(manifest).encode() != content:
-        raise ValueError("not as it was written")
+    if _to_json(manifest).encode() != content:
+        raise ValueError("changed since it was written")
     return manifest

@@ -1,8 +1,6 @@
-"""How OpenMP threads wait for work on the CPU: spinning where the CPUs are free, asleep where other programs use them.
+"""OpenMP's wait policy: threads spin on idle CPUs and sleep on busy ones, where spinning takes time from other threads.
 
-A spinning thread takes up work at once. On a busy CPU it takes the time slices that the threads it waits for need.
-libgomp reads its environment once, when torch is loaded, so the choice is made before and holds for the process.
-Measured in benchmarks/README.md.
+libgomp reads its environment once, when torch is imported. Measured in benchmarks/README.md.
 """
 
 import logging
@@ -14,9 +12,9 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SPIN_COUNT = "20000"
-"""Loops before a waiting thread sleeps: a few of the gaps between operations, some tens of microseconds."""
+"""Iterations before a waiting thread sleeps: tens of microseconds, a few gaps between operations."""
 MAX_BUSY = 0.15
-"""Share of the CPUs that others may use before threads stop spinning."""
+"""Threads sleep if other programs use more than this share of the CPUs."""
 SAMPLE_SECONDS = 0.2
 _VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _IDLE_COLUMNS = (3, 4)  # idle and iowait of a line of /proc/stat
@@ -24,7 +22,7 @@ _NUM_COLUMNS = 8  # the last two, guests, are in the first two already
 
 
 def choose_wait_policy() -> None:
-    """Set libgomp's environment by what other programs use of the CPUs; what the user has set is left alone."""
+    """Set libgomp's environment by the load of the CPUs; the user's values win."""
     if not sys.platform.startswith("linux") or "torch" in sys.modules:
         return
     chosen = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
@@ -32,7 +30,7 @@ def choose_wait_policy() -> None:
         logger.info("cpu threads: %s (environment)", " ".join(chosen))
         return
     busy = busy_share(SAMPLE_SECONDS)
-    reason = "use of the CPUs unknown" if busy is None else f"other programs use {busy:.0%} of the CPUs"
+    reason = "CPU load unknown" if busy is None else f"other programs use {busy:.0%} of the CPUs"
     if busy is None or busy > MAX_BUSY:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         logger.info("cpu threads: sleep while they wait (%s)", reason)
@@ -42,10 +40,7 @@ def choose_wait_policy() -> None:
 
 
 def busy_share(seconds: float) -> float | None:
-    """Return the share of this process's CPUs that is in use, 0 to 1, while this thread sleeps.
-
-    None where the kernel counts nothing, as some sandboxes do.
-    """
+    """Return the used share of this process's CPUs, 0 to 1, during a sleep; None if the kernel does not count it."""
     before = _cpu_times()
     time.sleep(seconds)
     spent = [after - earlier for after, earlier in zip(_cpu_times(), before, strict=True)]
@@ -53,7 +48,6 @@ def busy_share(seconds: float) -> float | None:
 
 
 def _cpu_times() -> list[int]:
-    """Return the clock ticks of this process's CPUs since boot, summed by column of /proc/stat."""
     names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     lines = map(str.split, Path("/proc/stat").read_text(encoding="ascii").splitlines())
     ticks = [[int(value) for value in line[1 : _NUM_COLUMNS + 1]] for line in lines if line[0] in names]

@@ -1,4 +1,4 @@
-"""The one device of this process. Imports torch alone: importing bitsandbytes and others initialises CUDA."""
+"""The device of this process. Imports torch only: importing bitsandbytes initialises CUDA."""
 
 import gc
 import logging
@@ -23,19 +23,17 @@ Result = TypeVar("Result")
 
 
 def prepare_cuda() -> None:
-    """Let CUDA see the first visible GPU alone, and expand segments; has no effect once CUDA is initialised.
-
-    GPUs are not counted: without NVML that initialises CUDA.
-    """
+    """Restrict CUDA to the first visible GPU, with expandable segments; call before CUDA is initialised."""
     expand_segments()
+    # counting the GPUs would initialise CUDA where NVML is missing
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
 
 
 def select_device() -> torch.device:
-    """Return the first visible GPU, or the CPU where there is none, and log it.
+    """Return the first visible GPU, else the CPU, and log it.
 
     Raises:
-        ModelError: the process is one of several, or the machine has a GPU that cannot be used.
+        ModelError: the process is one of several, or the machine's GPU cannot be used.
     """
     clear_launcher_environment()
     expand_segments()
@@ -58,11 +56,7 @@ def _log_once(device: str) -> None:
 
 
 def _describe_gpu(device: torch.device) -> str:
-    """Return name, memory, architecture and driver of a GPU.
-
-    Raises:
-        ModelError: CUDA cannot be initialised, or this torch has no kernels for the GPU.
-    """
+    """Return name, memory, architecture and driver; raise a ModelError if torch cannot use the GPU."""
     try:
         gpu = torch.cuda.get_device_properties(device)
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
@@ -80,10 +74,9 @@ def _describe_gpu(device: torch.device) -> str:
 
 
 def _check_kernels(gpu: str, capability: int) -> None:
-    """Raise a ModelError if torch has no kernels for a compute capability, given times ten.
+    """Raise a ModelError if torch has no kernels for a compute capability (times ten).
 
-    Kernels of sm_80 run on 8.0 to 8.9; compute_120 is PTX, which the driver compiles for newer GPUs. torch and
-    bitsandbytes are built per CUDA version: from 7.5 with CUDA 13, up to 9.0 with CUDA 12.6.
+    Kernels for sm_80 run on 8.0 to 8.9; compute_120 is PTX, which the driver compiles for newer GPUs.
     """
     built = {name: int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list()}  # such as sm_75, sm_90a
     if not any(
@@ -99,15 +92,14 @@ def _check_kernels(gpu: str, capability: int) -> None:
 
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""The name that torch 2.10 and newer read, and the deprecated one."""
+"""The variable of torch 2.10 and newer, and the deprecated one."""
 EXPANDABLE = "expandable_segments:True"
 
 
 def expand_segments() -> None:
-    """Let CUDA's allocator extend its segments, so that batches of many lengths do not fragment memory.
+    """Enable CUDA's expandable segments, against fragmentation by batches of different lengths; the user's value wins.
 
-    Keeps what the user set. Has no effect once CUDA is initialised. Windows does not support it, and WSL may fail with it
-    (pytorch/pytorch#192330).
+    Windows does not support them, and WSL may fail with them (pytorch/pytorch#192330).
     """
     supported = sys.platform == "linux" and "microsoft" not in platform.release().lower()
     if supported and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
@@ -115,16 +107,15 @@ def expand_segments() -> None:
 
 
 DETERMINISTIC_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
-"""What cuBLAS reads before its first matrix product, and Transformers at each call of flash-attn."""
+"""Read by cuBLAS before its first matrix product, and by Transformers at each call of flash-attn."""
 
 
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Let torch use deterministic algorithms alone, if enabled, and restore its settings afterwards.
+    """Use deterministic algorithms only, if enabled, and restore torch's settings; enter before the model is loaded.
 
-    Enter before the model is loaded. An operation without a deterministic algorithm raises the `RuntimeError` that
-    `errors.explain` knows. FlashAttention, memory-efficient attention and `varlen_attn` follow the setting in their
-    backward passes (torch's attention_backward.cu). cuDNN's attention does not, and is off meanwhile.
+    Other operations raise the `RuntimeError` that `errors.explain` knows. FlashAttention, memory-efficient attention and
+    `varlen_attn` are deterministic with this setting (torch's attention_backward.cu); cuDNN's attention is disabled.
     """
     if not enabled:
         yield
@@ -150,14 +141,11 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
 
 
 UNTOUCHED_SHARE, FRAGMENTED_SHARE = 0.05, 0.15
-"""Share of a GPU's memory that plans leave to libraries and to fragmentation, with and without expandable segments."""
+"""Share of a GPU's memory reserved for libraries and fragmentation, with and without expandable segments."""
 
 
 def spare_bytes(device: torch.device, peak_bytes: int) -> int:
-    """Return what a plan may add to `peak_bytes`, the most that this process reserves on a GPU; negative if too little.
-
-    Other processes' memory is not counted as free.
-    """
+    """Return the bytes of GPU memory that are free beyond a peak of `peak_bytes` of this process; may be negative."""
     free, total = torch.cuda.mem_get_info(device)
     expands = any(EXPANDABLE in os.environ.get(name, "") for name in ALLOCATOR_VARIABLES)
     share = UNTOUCHED_SHARE if expands else FRAGMENTED_SHARE
@@ -165,19 +153,19 @@ def spare_bytes(device: torch.device, peak_bytes: int) -> int:
 
 
 def free_memory() -> None:
-    """Give back the memory of models that nothing refers to any more, those in reference cycles included."""
+    """Release the memory of unreferenced models, including reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def catch_out_of_memory(action: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """Return the result of `action`, or None and the error message if memory ran out; its memory is then free again."""
+    """Return the result of `action`, or None and the message if memory ran out; its memory is then released."""
     try:
         return action(), None
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         reason = first_line(error)
-    free_memory()  # only here, where nothing refers to the error's frames any more
+    free_memory()  # outside `except`, where the error's frames are no longer referenced
     return None, reason

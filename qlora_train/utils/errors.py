@@ -1,7 +1,7 @@
-"""The errors that people see: each is fixed by the user, printed as one line a problem, and ends with exit status 2.
+"""Errors that the user can fix: printed as one line per problem, with exit status 2.
 
-A message says what is wrong, where (``file:line: key``), what was found, what is allowed and what to do next. A broken
-invariant of our own is an ``assert`` or an ordinary exception instead, and shows its traceback.
+A message says what is wrong, where (``file:line: key``), what was found, what is allowed and what to do next. Bugs raise
+other exceptions and show their traceback.
 """
 
 import difflib
@@ -11,11 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 class UserError(Exception):
-    """A problem, or several, that the user can fix.
-
-    Args:
-        problems: one line each; a plain string is one problem.
-    """
+    """One or more problems that the user can fix, one line each."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -23,7 +19,7 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
-        """Come out of a worker process as it went in."""
+        """Pickle with all problems, for worker processes."""
         return type(self), (self.problems,)
 
 
@@ -32,38 +28,38 @@ class ConfigError(UserError):
 
 
 class ModelError(UserError):
-    """A base model or tokenizer that cannot be had, read or used as asked."""
+    """A base model or tokenizer that cannot be found, read or used."""
 
 
 class DataError(UserError):
-    """A data file, a row or the share of rows that cannot be used."""
+    """A data file or row that cannot be used, or too many of them."""
 
 
 class CheckpointError(UserError):
-    """A run folder or checkpoint that is damaged, foreign or in use."""
+    """A run folder or checkpoint that is damaged, from another run, or in use."""
 
 
 class TrainingError(UserError):
-    """A run that had to stop: non-finite numbers, out of memory, a full disk."""
+    """A run that had to stop: non-finite loss, out of memory, full disk."""
 
 
 class MergeError(UserError):
-    """A merge that cannot be done exactly, or whose result is measurably worse than the adapter."""
+    """A merge that is not exact, or whose result is worse than the adapter."""
 
 
 class ExportError(UserError):
-    """A file for another program that cannot be written, or that would not be the model that was trained."""
+    """An export that cannot be written, or that would differ from the trained model."""
 
 
 MAX_CONTAINING = 3
-"""Names that contain a word and are suggested for it; more of them are no suggestion."""
+"""More names than this that contain the word are not suggested."""
 
 
 def nearest_names(word: str, names: Iterable[str]) -> list[str]:
-    """Return the names that `word` may be a slip of, several where they are equally near.
+    """Return the names that `word` may be a misspelling of.
 
-    One other character is a slip, in long words up to 3 behind the same first letter. Where no name is so near, those that
-    contain the word are returned, if they are few.
+    These are the nearest names that differ in one character, in long words with the same first letter in up to 3; if there
+    are none, names that contain the word.
     """
     known, lowered = list(names), word.lower()
     wrong = {name: _num_wrong(lowered, name.lower()) for name in known}
@@ -76,7 +72,6 @@ def nearest_names(word: str, names: Iterable[str]) -> list[str]:
 
 
 def _num_wrong(word: str, name: str) -> int:
-    """Return how many characters of the longer one have no counterpart in the other."""
     blocks = difflib.SequenceMatcher(None, name, word, autojunk=False).get_matching_blocks()
     return max(len(word), len(name)) - sum(block.size for block in blocks)
 
@@ -94,7 +89,7 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what a library says of an error, for a message of ours."""
+    """Return the first line of a library's message, to quote it."""
     return str(error).strip().split("\n", 1)[0]
 
 
@@ -108,15 +103,13 @@ _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "std::bad_alloc",
     "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
 )  # fmt: skip
-"""What libraries say where they have no class for it."""
-
-
+"""Messages of out-of-memory errors that are plain RuntimeErrors."""
 CUBLAS_CONFIG = "CUBLAS_WORKSPACE_CONFIG"
-"""Variable that torch reads once in a process, at its first matrix product on a GPU, and names where it is missing."""
+"""Read by torch once per process, at its first matrix product on a GPU."""
 
 
 def nondeterministic_operation(error: BaseException) -> str | None:
-    """Return the operation that torch refuses while deterministic algorithms are on; None for another error."""
+    """Return the operation that torch refused because of `use_deterministic_algorithms`, or None."""
     if not isinstance(error, RuntimeError):
         return None
     if CUBLAS_CONFIG in str(error):
@@ -126,38 +119,36 @@ def nondeterministic_operation(error: BaseException) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that memory, of a GPU or of the host, did not suffice."""
+    """Tell whether GPU or host memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the line for a failure that any stage can meet and the user can fix; None for a defect of ours."""
+    """Return the message for an error of a library or the system that the user can fix; None for a bug."""
     if isinstance(error, OSError) and error.errno in _FILE_SYSTEM_ERRORS:
         where = error.filename or "writing"
-        return (
-            f"{where}: {error.strerror}; nothing that was whole is lost; make room or access, then repeat the command"
-        )
+        return f"{where}: {error.strerror}; complete files are intact; free space or fix permissions, then repeat"
     for full in _DISK_FULL:  # safetensors has an error class of its own
         if full in str(error):
-            return f"writing: {full}; nothing that was whole is lost; make room, then repeat the command"
+            return f"writing: {full}; complete files are intact; free space, then repeat"
     if "CUDA driver error: operation not supported" in str(error):  # as on some virtual GPUs
         return f"GPU: {first_line(error)}; repeat with PYTORCH_ALLOC_CONF=expandable_segments:False in the environment"
     if "busy or unavailable" in str(error):
         return (
-            f"GPU: {first_line(error)}; another process has it, or its compute mode is exclusive, which admits no second "
-            "process to check saved models: see nvidia-smi, ask for the compute mode Default"
+            f"GPU: {first_line(error)}; another process uses it, or its compute mode is exclusive, which allows no second "
+            "process to verify saved models: see nvidia-smi, use compute mode Default"
         )
     if CUBLAS_CONFIG in str(error):
         return (
-            "run.deterministic: true, but this process used the GPU before without it; repeat in a new process, or set "
-            f"{CUBLAS_CONFIG}=:4096:8 before its first use"
+            "run.deterministic: true, but this process already used the GPU without it; start a new process, or set "
+            f"{CUBLAS_CONFIG}=:4096:8 before the first use"
         )
     if operation := nondeterministic_operation(error):
         return (
-            f"run.deterministic: true, but {operation} has no deterministic algorithm on this device; set it to false, and "
-            "reruns agree within rounding"
+            f"run.deterministic: true, but {operation} has no deterministic algorithm on this device; set it to false: "
+            "reruns are then equal within rounding"
         )
     if is_out_of_memory(error):
         return (

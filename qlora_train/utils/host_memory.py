@@ -1,4 +1,4 @@
-"""Memory of the host that this process can still take: of the machine, or of a container's cgroup, which holds less."""
+"""Host memory available to this process, within the limits of its container's cgroups."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,23 +11,21 @@ _FILES = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""By controller in /proc/self/cgroup (version 2 names none): limit, use, and the page cache in memory.stat that the kernel
-drops before it refuses memory."""
+"""By controller in /proc/self/cgroup (empty in version 2): limit, usage, and the reclaimable page cache in memory.stat."""
 
 
 def available_bytes() -> int:
-    """Return the bytes that can be allocated without swapping, within the limits of every enclosing cgroup."""
+    """Return the bytes that can be allocated without swapping."""
     return min([psutil.virtual_memory().available, *_left_in_cgroups()])
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """Yield what each limit of the cgroups v1 and v2 of this process leaves."""
     for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines() if MEMBERSHIP.is_file() else ():
         _, controllers, path = line.split(":", 2)
         version = "memory" if "memory" in controllers.split(",") else controllers
         if version not in _FILES:
             continue
-        # inside a container the path is the host's: its limit is then at the root that the container sees
+        # inside a container the path is the host's, and the limit is at the root of the container's view
         group = CGROUPS / version / path.lstrip("/")
         for folder in (group, *group.parents):
             if (folder / _FILES[version][0]).is_file():

@@ -1,7 +1,7 @@
-"""One process trains one model, also when torchrun, `accelerate launch` or mpirun started it.
+"""Environment variables of torchrun, `accelerate launch` and mpirun.
 
-accelerate reads the environment where the config has no say: LOCAL_RANK wraps the model in DDP,
-ACCELERATE_MIXED_PRECISION adds autocast, ACCELERATE_DYNAMO_BACKEND compiles.
+accelerate would read them in place of the config: LOCAL_RANK wraps the model in DDP, ACCELERATE_MIXED_PRECISION adds
+autocast, ACCELERATE_DYNAMO_BACKEND compiles.
 """
 
 import logging
@@ -17,16 +17,12 @@ _READ_BY_ACCELERATE = re.compile(r"(ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONF
 
 
 def clear_launcher_environment() -> None:
-    """Remove the variables of launchers from the environment.
-
-    Raises:
-        ModelError: the process is one of several.
-    """
+    """Remove launchers' variables; raise a ModelError if the process is one of several."""
     for name in NUM_PROCESSES:
         if int(os.environ.get(name) or 1) > 1:
             raise ModelError(
                 f"launcher: started as one of {os.environ[name]} processes ({name}), which would all train the same rows; "
-                f"start one process without a launcher, or unset {name} where the shell has it from its job"
+                f"start one process without a launcher, or unset {name} if the job's shell sets it"
             )
     if names := sorted(filter(_READ_BY_ACCELERATE.fullmatch, os.environ)):
         logger.info("launcher: ignores %s (one process; the config decides)", ", ".join(names))

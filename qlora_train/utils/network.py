@@ -1,8 +1,7 @@
-"""Whether anything is fetched, and how long an answer is waited for.
+"""Offline mode, and timeouts and a retry budget for the Hugging Face Hub.
 
-Offline means that no connection is tried: what is not on this disk is an error at once. The libraries read the
-environment when they are imported, so that `go_offline` comes before them. With a network, each wait for the Hub has an
-end: its client alone would wait for a silent server for ever.
+The libraries read the environment at import, so `go_offline` comes first. Without a limit, the Hub's client waits for a
+silent server forever.
 """
 
 import os
@@ -11,76 +10,71 @@ from collections.abc import Mapping
 from typing import Any
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}
-"""What tells each library to stay on this machine."""
 TRUE = {"1", "ON", "YES", "TRUE"}
-"""What the libraries take for a yes."""
-ANSWER_SECONDS = 30.0
-"""Longest silence of the Hub in one request."""
-PATIENCE_SECONDS = 60.0
-"""Longest time that it is asked again after silence."""
+TIMEOUT_SECONDS = 30.0
+"""Maximum silence of the Hub in one request."""
+RETRY_SECONDS = 60.0
+"""Maximum time of retries after silence; the libraries' own retries take minutes."""
 
 
 def is_offline(environment: Mapping[str, str] = os.environ) -> bool:
-    """Say whether nothing is to be fetched."""
+    """Tell whether HF_HUB_OFFLINE is set."""
     return environment.get("HF_HUB_OFFLINE", "").upper() in TRUE
 
 
 def go_offline() -> None:
-    """Tell every library to connect to nothing; a tracker that is switched off stays so."""
+    """Disable the network in every library; a disabled W&B stays disabled."""
     for name, value in OFFLINE.items():
         if not (name == "WANDB_MODE" and os.environ.get(name) == "disabled"):
             os.environ[name] = value
 
 
 def limit_hub_retries() -> None:
-    """Give every request to the Hub an end, those included that ask for none, and their repetitions as well."""
+    """Apply timeouts and the retry budget to all requests to the Hub."""
     import huggingface_hub
 
-    usual, patience = huggingface_hub.get_session(), RetryBudget()
-    client, hooks = type(usual), usual.event_hooks
-    limited = {
-        "request": [*hooks.get("request", ()), patience.ask],
-        "response": [*hooks.get("response", ()), patience.answered],
+    session, budget = huggingface_hub.get_session(), RetryBudget()
+    hooks = {
+        "request": [*session.event_hooks.get("request", ()), budget.before_request],
+        "response": [*session.event_hooks.get("response", ()), budget.after_response],
     }
-    huggingface_hub.set_client_factory(lambda: client(event_hooks=limited, follow_redirects=True))
+    client = type(session)
+    huggingface_hub.set_client_factory(lambda: client(event_hooks=hooks, follow_redirects=True))
 
 
 class RetryBudget:
-    """How long the Hub is asked again and again without an answer: after that it counts as absent for a while.
-
-    The libraries' own repetitions take minutes; absent, they look into their caches as they do offline.
-    """
+    """Limits the time of unanswered requests; then the Hub counts as offline, and libraries use their caches."""
 
     def __init__(self) -> None:
         self._first = self._last = float("-inf")
 
-    def ask(self, request: Any) -> None:
-        """Limit the silence that a request bears, or refuse it.
+    def before_request(self, request: Any) -> None:
+        """Set the timeouts of a request.
 
         Raises:
-            OfflineModeIsEnabled: the Hub has been silent for too long.
+            OfflineModeIsEnabled: the budget is used up.
         """
         from huggingface_hub.errors import OfflineModeIsEnabled
 
         now = time.monotonic()
-        if now - self._last > 2 * ANSWER_SECONDS:
+        if now - self._last > 2 * TIMEOUT_SECONDS:
             self._first = now
-        if now - self._first > PATIENCE_SECONDS:
+        if now - self._first > RETRY_SECONDS:
             raise OfflineModeIsEnabled(f"no answer for {now - self._first:.0f} seconds")
         self._last = now
         limits = request.extensions.get("timeout", {})
         request.extensions["timeout"] = {
-            name: min(limits.get(name) or ANSWER_SECONDS, ANSWER_SECONDS)
+            name: min(limits.get(name) or TIMEOUT_SECONDS, TIMEOUT_SECONDS)
             for name in ("connect", "read", "write", "pool")
         }
 
-    def answered(self, _response: Any) -> None:
-        """Begin anew: the Hub is there."""
+    def after_response(self, _response: Any) -> None:
+        """Reset the budget."""
         self._first = self._last = float("-inf")
 
 
 def unreachable_reason() -> str:
-    """Return why something that is not here cannot be had, and what to do, for the end of a message."""
+    """Return the end of a message about a file that is neither cached nor reachable."""
     if is_offline():
         return (
             "is not in the local cache, and offline nothing is fetched (--offline or HF_HUB_OFFLINE=1): fetch it once "
@@ -90,7 +84,7 @@ def unreachable_reason() -> str:
 
 
 def remote_tracker_variable(name: str) -> str | None:
-    """Return the variable that sends what a tracker is told over the network, or None when it stays on this machine."""
+    """Return the variable that makes a tracker use the network, or None if it is local."""
     variables = {"mlflow": "MLFLOW_TRACKING_URI", "trackio": "TRACKIO_SPACE_ID"}
     value = os.environ.get(variables.get(name, ""), "")
     is_remote = bool(value) and (name != "mlflow" or value.startswith(("http://", "https://", "databricks")))

@@ -1,7 +1,4 @@
-"""The NVIDIA driver of this machine, and why torch cannot use a GPU that the driver has.
-
-Uses neither nvidia-smi nor NVML, which containers and Slurm jobs can lack.
-"""
+"""The NVIDIA driver, and why torch cannot use its GPU; without nvidia-smi and NVML, which containers may lack."""
 
 import ctypes
 import os
@@ -14,25 +11,22 @@ VERSION_FILE = Path("/proc/driver/nvidia/version")
 WSL_DEVICE = Path("/dev/dxg")
 LIBRARY = "libcuda.so.1"
 HIDDEN = {"", "-1", "NoDevFiles"}
-"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs on purpose; the last is Slurm's."""
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs; the last is Slurm's."""
 FIRST_DRIVERS = {12: 525, 13: 580}
-"""First driver by major version of CUDA (CUDA Compatibility, NVIDIA)."""
+"""Minimum driver by major version of CUDA (CUDA Compatibility, NVIDIA)."""
 _SUCCESS, _NO_DEVICE = 0, 100  # of CUresult
 ON_CPU = "or set CUDA_VISIBLE_DEVICES= to train on the CPU"
 GET_TORCH = "https://pytorch.org/get-started/locally"
 
 
 def driver_version() -> str | None:
-    """Return the version of the loaded driver, such as 580.65.06; None where none is loaded, and on WSL."""
+    """Return the version of the loaded driver, such as 580.65.06; None without a driver and on WSL."""
     found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", VERSION_FILE.read_text()) if VERSION_FILE.is_file() else None
     return found and found[0]
 
 
 def gpu_problem() -> str | None:
-    """Return why torch cannot use the GPU of this machine, and what to do; None without a GPU, or with a hidden one.
-
-    Calls `cuInit`, as `torch.cuda.is_available` does.
-    """
+    """Return why torch cannot use this machine's GPU and what to do; None without a GPU or if it is hidden."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in HIDDEN or not (VERSION_FILE.exists() or WSL_DEVICE.exists()):
         return None
@@ -40,7 +34,7 @@ def gpu_problem() -> str | None:
     try:
         library = ctypes.CDLL(LIBRARY)
         status = library.cuInit(0)
-    except OSError:  # a container that was started without its GPUs
+    except OSError:  # a container started without GPUs
         status = _NO_DEVICE
     if status == _NO_DEVICE:
         if driver_version() is None or torch.version.cuda is None:
@@ -61,7 +55,6 @@ def _name(library: ctypes.CDLL, status: int) -> str:
 
 
 def _torch_problem(driver: str, library: ctypes.CDLL) -> str:
-    """Return why torch cannot use what the driver can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA and {driver} has a GPU; install a CUDA build ({GET_TORCH})"
     version = ctypes.c_int()

@@ -36,7 +36,7 @@ def run(arguments: list[str], log: Path, environment: dict[str, str], reports: C
     reports.send("begins")
     status = main.main(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its own process would have ended
-    reports.send(fault_injection.passed())
+    reports.send(fault_injection.num_points())
     _end(status)
 
 

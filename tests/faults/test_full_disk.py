@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_results_as_they_were(runs: Runs, disk: Disk) -> None
     disk.fill()
     with pytest.raises(OSError, match="No space left") as error:
         run.add_results(merge={"merge_base": "original"})
-    assert "No space left on device; nothing that was whole is lost" in str(explain(error.value))
+    assert "No space left on device; complete files are intact" in str(explain(error.value))
     assert {path.name: hash_of(path) if path.is_dir() else path.read_bytes() for path in run.path.iterdir()} == before
 
 

@@ -226,7 +226,7 @@ def test_text_that_cannot_be_written_or_renamed_stays_the_old_one(
     file = tmp_path / "results.json"
     for number in (1, 2):
         write_text(file, "old\n")
-        monkeypatch.setenv(fault_injection.VARIABLE, f"{kind}@{fault_injection.passed() + number}")
+        monkeypatch.setenv(fault_injection.VARIABLE, f"{kind}@{fault_injection.num_points() + number}")
         with pytest.raises(OSError, match=r"No space left|Permission denied"):
             write_text(file, "new\n")
         assert file.read_text() == "old\n"

@@ -26,7 +26,7 @@ SLEEPS, SPINS = "GOMP_SPINCOUNT = '0'", f"GOMP_SPINCOUNT = '{cpu_threads.SPIN_CO
     [
         ("0.05", {}, "spin briefly before they sleep (other programs use 5% of the CPUs)", SPINS),
         ("0.5", {}, "sleep while they wait (other programs use 50% of the CPUs)", SLEEPS),
-        ("None", {}, "sleep while they wait (use of the CPUs unknown)", SLEEPS),
+        ("None", {}, "sleep while they wait (CPU load unknown)", SLEEPS),
         ("0.0", {"OMP_WAIT_POLICY": "passive"}, "OMP_WAIT_POLICY=passive (environment)", SLEEPS),
     ],
 )

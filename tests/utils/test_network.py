@@ -134,7 +134,7 @@ SHORT_OF_PATIENCE = """
 import sys
 from qlora_train.cli import main as cli
 from qlora_train.utils import network
-network.ANSWER_SECONDS, network.PATIENCE_SECONDS = 5, 2
+network.TIMEOUT_SECONDS, network.RETRY_SECONDS = 5, 2
 sys.exit(cli.main(["data", "run.yaml"]))
 """
 
@@ -166,19 +166,19 @@ class Request:
 def test_silence_is_borne_for_a_time_and_an_answer_begins_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(network, "time", clock)
-    patience = network.RetryBudget()
+    budget = network.RetryBudget()
     for clock.now in (100.0, 130.0, 160.0):
         request = Request(connect=None, read=2.0, write=1000.0)
-        patience.ask(request)
+        budget.before_request(request)
         assert request.extensions["timeout"] == {"connect": 30.0, "read": 2.0, "write": 30.0, "pool": 30.0}
     clock.now = 161.0
     with pytest.raises(OfflineModeIsEnabled):
-        patience.ask(Request())
+        budget.before_request(Request())
     clock.now = 300.0  # later the Hub is tried again
-    patience.ask(Request())
+    budget.before_request(Request())
     for clock.now in (330.0, 360.0, 390.0, 420.0):
-        patience.answered(None)
-        patience.ask(Request())
+        budget.after_response(None)
+        budget.before_request(Request())
 
 
 @pytest.mark.parametrize(("value", "offline"), [("1", True), ("true", True), ("0", False), ("", False)])
@@ -204,6 +204,6 @@ def test_offline_tracker_of_another_machine_is_refused(tmp_path: Path, monkeypat
     assert list(tracker_problems(["mlflow"])) == []
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://tracker.example")
     [problem] = tracker_problems(["mlflow"])
-    assert "mlflow would be told over the network (MLFLOW_TRACKING_URI), and offline" in problem
+    assert "mlflow uses the network (MLFLOW_TRACKING_URI), but this run is offline" in problem
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert list(tracker_problems(["mlflow"])) == []
