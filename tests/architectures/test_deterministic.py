@@ -14,7 +14,7 @@ from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training.parity.gradients import gradients_of
 from qlora_train.utils.device import deterministic_algorithms
 from qlora_train.utils.errors import explain
-from tests.architectures.test_fused_kernels import BATCH
+from tests.support.batches import BATCH
 from tests.support.runs import adapted_model
 
 aten = torch.ops.aten

@@ -4,21 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.kernels.install import install
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from tests.architectures.conftest import Table
+from tests.support.batches import BATCH
 from tests.support.runs import adapted_model
 
 Pico = Callable[..., Path]
-BATCH = {
-    "input_ids": torch.arange(60).reshape(3, 20) * 5 % 300 + 4,
-    "labels": torch.arange(60).reshape(3, 20) * 5 % 300 + 4,
-    "attention_mask": torch.ones(3, 20, dtype=torch.long).index_fill(1, torch.arange(15, 20), 1),
-}
 BATCH["attention_mask"][1, 15:], BATCH["labels"][1, 15:] = 0, -100
 SHORT = {
     "adapted linear layers": "layers", "gated MLPs": "MLPs", "RMS norms": "norms", "rotary embeddings": "rotary",

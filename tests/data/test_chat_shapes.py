@@ -19,11 +19,11 @@ from jinja2.exceptions import TemplateError
 from qlora_train.data.render import INLINE_REASONING, Renderer
 from qlora_train.data.types import UnusableRowError
 from qlora_train.utils.errors import DataError
-from tests.data.test_mask_oracle import BLOCK, DATE, REAL, environment, without_blocks
-from tests.data.test_render import learnt_texts
 from tests.support.chat_shapes import SHAPES, Shape
 from tests.support.pico import build_tokenizer
+from tests.support.rendering import label_texts
 from tests.support.rows import WEATHER, read
+from tests.support.template_oracle import BLOCK, DATE, REAL, environment, without_blocks
 
 IM, END, TURN, COHERE = "<|im_end|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"
 STOPS: dict[str, str | None] = {
@@ -295,7 +295,7 @@ def outcome(name: str, case: str) -> str:
     expected = [trained for _, _, trained in oracle.answers(form)]
     if BLOCK.search(shape(name).jinja):  # which may leave out a header that the prompt lacks
         expected = [trained.removeprefix("<|turn>model\n") for trained in expected]
-    assert learnt_texts(tokenizer, example) == expected
+    assert label_texts(tokenizer, example) == expected
     assert not DOUBLE.search(text)
     return "equal"
 
@@ -328,7 +328,7 @@ def learnt_of(template: str, turns: list[dict[str, Any]]) -> list[str]:
     tokenizer = copy.deepcopy(tokenizer_for("chatml"))
     tokenizer.chat_template = (Path(__file__).parents[1] / "files" / "chat_templates" / f"{template}.jinja").read_text()
     renderer = Renderer(tokenizer, train_on="assistant", date=DATE)
-    return learnt_texts(tokenizer, renderer.render(read({"messages": turns})))
+    return label_texts(tokenizer, renderer.render(read({"messages": turns})))
 
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -356,13 +356,13 @@ def test_only_rows_without_reasoning_are_refused_where_empty_thoughts_differ_fro
 def test_an_answer_ends_at_its_end_of_turn_where_the_next_header_always_follows() -> None:
     name = "llama3 with the next header always"
     example = renderer_for(name).render(read({"messages": [user(), answer()]}))
-    assert learnt_texts(tokenizer_for(name), example) == ["It is cold.<|eot_id|>"]
+    assert label_texts(tokenizer_for(name), example) == ["It is cold.<|eot_id|>"]
 
 
 def trained(jinja: str, turns: list[dict[str, Any]], train_on: Any = "assistant") -> list[str]:
     tokenizer = copy.deepcopy(tokenizer_for("chatml"))
     tokenizer.chat_template = jinja
-    return learnt_texts(tokenizer, Renderer(tokenizer, train_on=train_on, date=DATE).render(read({"messages": turns})))
+    return label_texts(tokenizer, Renderer(tokenizer, train_on=train_on, date=DATE).render(read({"messages": turns})))
 
 
 def one_call(name: str = "weather", **arguments: Any) -> str:
@@ -441,4 +441,4 @@ def test_no_loss_falls_on_a_header_behind_the_end_of_the_turn(name: str, case: s
     tokenizer.chat_template = jinja
     example = Renderer(tokenizer, train_on="assistant", date=DATE).render(read({"messages": CASES[case]}))
     said = [turn["content"] or json.dumps(OSLO["function"]) for turn in CASES[case] if turn["role"] == "assistant"]
-    assert learnt_texts(tokenizer, example) == [text + str(SHAPES[name].stop) for text in said]
+    assert label_texts(tokenizer, example) == [text + str(SHAPES[name].stop) for text in said]

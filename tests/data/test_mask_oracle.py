@@ -8,8 +8,6 @@ Templates of real models are those of the installed `trl`; the others were writt
 """
 
 import copy
-import datetime
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,22 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
 from qlora_train.data.render import CROSSES_PROMPT_END, Renderer
 from qlora_train.data.types import Message, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
-from tests.data.test_render import metaspace_tokenizer
 from tests.support.pico import build_tokenizer
+from tests.support.rendering import metaspace_tokenizer
+from tests.support.template_oracle import DATE, REAL, environment, without_blocks
 
-DATE = datetime.date(2024, 2, 29)
-REAL = Path(trl.__file__).parent / "chat_templates"
 WRITTEN = Path(__file__).parents[1] / "files" / "chat_templates"
 
 IM, COHERE, LLAMA = "<|im_end|>", "<|END_OF_TURN_TOKEN|>", "<|eot_id|>"
@@ -78,7 +73,6 @@ LAST_ONLY = {
 """Templates that write earlier answers otherwise than a model gives them, so that only the last one can be learnt."""
 OPENED = re.compile(r"<think>\s*(</think>\s*)?$")
 SPECIAL = re.compile(r"<\|[A-Za-z_]+\|>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|<end_of_utterance>")
-BLOCK = re.compile(r"(\{%[-+]?)\s*(end)?generation\s*([-+]?%\})")
 
 
 def source(name: str) -> str:
@@ -100,23 +94,6 @@ def tokenizer_for(name: str, kind: str) -> Any:
     )
     tokenizer.chat_template = source(name)
     return tokenizer
-
-
-def environment() -> ImmutableSandboxedEnvironment:
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals |= {"raise_exception": refuse, "strftime_now": DATE.strftime}
-    return environment
-
-
-def without_blocks(template: str) -> str:
-    """Return a template with an `if` in the place of a generation block: white space around it stays as it is."""
-    return BLOCK.sub(lambda tag: f"{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}", template)
 
 
 @cache

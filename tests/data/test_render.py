@@ -1,7 +1,6 @@
 """Masks against an oracle: contents are replaced by marks, so that the template's own text is known piece by piece."""
 
 import datetime
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +18,8 @@ from qlora_train.data.default_chat_templates import CHAT_TEMPLATES, resolve_chat
 from qlora_train.data.render import CROSSES_PROMPT_END, TWO_BOS, Renderer
 from qlora_train.data.types import Example, Message, Row, UnusableRowError
 from qlora_train.utils.errors import ConfigError, DataError
-from tests.support.pico import CORPUS, build_tokenizer
+from tests.support.pico import build_tokenizer
+from tests.support.rendering import label_texts, metaspace_tokenizer
 
 DATE = datetime.date(2024, 2, 29)
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -304,7 +304,7 @@ def test_a_rows_own_template_variables_are_rendered_and_noted_where_they_matter(
         expected = tokenizer.apply_chat_template(list(row.messages or ()), tokenize=False, enable_thinking=False)
         assert (tokenizer.decode(example.input_ids), example.warnings) == (expected, warnings)
         assert text in expected
-        assert learnt_texts(tokenizer, example) == ["b<|im_end|>"]
+        assert label_texts(tokenizer, example) == ["b<|im_end|>"]
         assert (example.prompt, example.answer) == (None, None), "evaluation would ask without the variables"
 
 
@@ -360,25 +360,6 @@ def test_a_token_over_the_border_counts_as_the_answers_and_is_reported(trim_offs
     assert example.warnings == (CROSSES_PROMPT_END,)
 
 
-def metaspace_tokenizer() -> Any:
-    """Return a tokenizer in the manner of SentencePiece: spaces are part of words, and every segment gets one."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([*CORPUS, "[INST] [/INST] user assistant"], trainer)
-    content = json.loads(tokenizer.to_str())
-    vocabulary = content["model"]["vocab"]
-    vocabulary.update({f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)})
-    tokenizer = Tokenizer.from_str(json.dumps(content))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    return fast
-
-
 @pytest.mark.parametrize("name", ["chatml", "llama2", "mistral"])
 def test_masks_are_right_with_a_sentencepiece_like_tokenizer(name: str) -> None:
     tokenizer = metaspace_tokenizer()
@@ -389,16 +370,6 @@ def test_masks_are_right_with_a_sentencepiece_like_tokenizer(name: str) -> None:
     end = CHAT_TEMPLATES[name].end_of_turn or ""
     assert "".join(tokenizer.decode(learnt).split()) == f"Parisis{end}lazy😀dog{end}"
     assert example.warnings == ()
-
-
-def learnt_texts(tokenizer: Any, example: Example) -> list[str]:
-    """Return the text of each run of labels."""
-    runs, before = [], False
-    for token, label in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
-        if label:
-            runs.append([*runs.pop(), token] if before else [token])
-        before = label
-    return [tokenizer.decode(run) for run in runs]
 
 
 HEADER, THOUGHTS = "{{ '<|im_start|>assistant\n' }}", "{{ '<think></think>' }}"
@@ -414,7 +385,7 @@ def test_learning_begins_with_the_generation_block_but_not_before_the_prompt_end
     )
     tokenizer = tokenizer_for("own", jinja)
     example = renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d"), tools=tools))
-    assert learnt_texts(tokenizer, example) == ["b<|im_end|>", "d<|im_end|>"]
+    assert label_texts(tokenizer, example) == ["b<|im_end|>", "d<|im_end|>"]
 
 
 def test_answers_without_a_generation_block_are_refused_where_others_have_one() -> None:
@@ -422,7 +393,7 @@ def test_answers_without_a_generation_block_are_refused_where_others_have_one() 
         "m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.index < 3"
     )
     tokenizer = tokenizer_for("own", jinja)
-    assert learnt_texts(tokenizer, renderer(tokenizer).render(Row("row", conversation("a", "b"))))
+    assert label_texts(tokenizer, renderer(tokenizer).render(Row("row", conversation("a", "b"))))
     with pytest.raises(UnusableRowError, match="marks some answers with generation blocks, but not all of them"):
         renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d")))
 
@@ -431,11 +402,11 @@ def test_completion_learns_all_that_follows_the_prompt() -> None:
     tokenizer = TOKENIZERS["chatml"]
     it = renderer(tokenizer, "completion")
     follows = "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"
-    assert learnt_texts(tokenizer, it.render(Row("row", conversation("a", "b", "c", "d")))) == [follows]
+    assert label_texts(tokenizer, it.render(Row("row", conversation("a", "b", "c", "d")))) == [follows]
     behind = it.render(Row("row", conversation("a", "b", "c", "d"), loss_from=2))
-    assert learnt_texts(tokenizer, behind) == ["d<|im_end|>\n"]
+    assert label_texts(tokenizer, behind) == ["d<|im_end|>\n"]
     plain = it.render(Row("row", prompt="Q: why?", text=" because"))
-    assert learnt_texts(tokenizer, plain) == [" because<|im_end|>"]
+    assert label_texts(tokenizer, plain) == [" because<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -451,7 +422,7 @@ def test_completion_learns_all_that_follows_the_prompt() -> None:
 def test_turns_that_the_row_excludes_carry_no_loss(train_on: str, learnt: list[str]) -> None:
     tokenizer = TOKENIZERS["chatml"]
     row = Row("row", conversation("a", "b", "c", "d"), untrained=frozenset({1}))
-    assert learnt_texts(tokenizer, renderer(tokenizer, train_on).render(row)) == learnt
+    assert label_texts(tokenizer, renderer(tokenizer, train_on).render(row)) == learnt
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last"])
@@ -523,7 +494,7 @@ def test_calls_of_tools_and_reasoning_are_learnt_to_their_end(tools: Any, specia
     tokenizer.add_special_tokens({"additional_special_tokens": special}, False)
     example = renderer(tokenizer).render(Row("row", turns_with_calls(), tools=tools))
     one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}\n</tool_call>'
-    assert learnt_texts(tokenizer, example) == [
+    assert label_texts(tokenizer, example) == [
         one + one + "<|im_end|>",
         "<think>\nso cold\n</think>\nyes, -3<|im_end|>",
     ]
@@ -558,7 +529,7 @@ def test_unknown_words_do_not_end_a_turn() -> None:
         example = renderer(tokenizer, "last").render(Row("row", turns))
         assert example.loss_mask[-1]
         assert example.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert len(learnt_texts(tokenizer, example)) == 1
+        assert len(label_texts(tokenizer, example)) == 1
         assert tokenizer.convert_tokens_to_ids("<unk>") in example.input_ids[example.loss_mask]
 
 
@@ -593,7 +564,7 @@ def test_tools_take_the_template_for_tools_where_a_tokenizer_has_two() -> None:
         example = renderer(tokenizer).render(Row("row", conversation("a", "b"), tools=tools))
         expected = tokenizer.apply_chat_template(list(conversation("a", "b")), tools=list(tools) or None)["input_ids"]
         assert example.input_ids.tolist() == expected
-        assert learnt_texts(tokenizer, example) == ["b<|im_end|>"]
+        assert label_texts(tokenizer, example) == ["b<|im_end|>"]
 
 
 SWITCHED = (
@@ -683,7 +654,7 @@ def test_rows_are_tokenised_by_the_call_that_inference_makes() -> None:
     tokenizer = RewritingTokenizer(tokenizer_object=build_tokenizer().backend_tokenizer, eos_token="<|im_end|>")
     tokenizer.chat_template = TEMPLATES["chatml"]
     example = renderer(tokenizer).render(Row("row", conversation("a fox", "the fox")))
-    assert learnt_texts(tokenizer, example) == ["the dog<|im_end|>"]
+    assert label_texts(tokenizer, example) == ["the dog<|im_end|>"]
 
 
 def test_a_chat_template_is_found_by_name_or_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from qlora_train import pipeline
 from qlora_train.pipeline import merge, run, with_pinned_revision
 from qlora_train.runs import RunFolder, run_lock
 from qlora_train.utils.errors import CheckpointError
-from tests.support.runs import adapter_bytes, losses, make_config, metrics, train_run
+from tests.support.runs import adapter_bytes, losses, make_config, metrics, stopped_after, train_run
 
 EVERY_STEP = ("train.save_steps=1",)
 VARIANTS = {
@@ -30,17 +30,6 @@ VARIANTS = {
     "paged_adamw_8bit": ("train.optim=paged_adamw_8bit", "lora.r=64", "train.neftune_noise_alpha=5"),
     "epochs, grouped": ("train.group_by_length=true", "train.logging_steps=3", "train.gradient_checkpointing=full"),
 }  # fmt: skip
-
-
-def stopped_after(step: int, run: RunFolder, copy: Path) -> RunFolder:
-    """Return a copy of a finished run as of a kill just after `step`."""
-    shutil.copytree(run.path, copy)
-    stopped = RunFolder(copy)
-    shutil.rmtree(stopped.adapter)
-    stopped.results_file.unlink()
-    for later in [number for number in stopped.checkpoint_steps() if number > step]:
-        shutil.rmtree(stopped.checkpoint(later))
-    return stopped
 
 
 def training(run: RunFolder) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from qlora_train.inference.eval_report import EvalSettings
 from qlora_train.pipeline import evaluate
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.errors import DataError, TrainingError
-from tests.e2e.test_resume import stopped_after
-from tests.support.runs import adapter_bytes, losses, make_config, train_run, write_rows
+from tests.support.runs import adapter_bytes, losses, make_config, stopped_after, train_run, write_rows
 
 STREAMED = ("data.streaming=true", "train.max_steps=9", "train.save_steps=1", "data.num_proc=1")
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qlora_train.adapters import AdaptedModel
 from qlora_train.evaluation.generation import generate_answers
 from qlora_train.inference.finished_run import merged_model
-from tests.models.test_gguf_base import write_gguf
-from tests.models.test_remote_code import TRUSTED
 from tests.support.card_lines import IDS, MAX_NEW_TOKENS, QUESTION, executed, written_adapter
+from tests.support.gguf_files import write_gguf
 from tests.support.pico import build_pico, build_tokenizer
+from tests.support.remote_code import TRUSTED
 from tests.support.runs import adapted_model, make_config, train_run, write_rows
 
 Pico = Callable[..., Path]

@@ -33,6 +33,7 @@ from tests.support.merging import (
     save_adapter,
 )
 from tests.support.pico import TEXT_END, TURN_END, VOCAB_SIZE
+from tests.support.remote_code import with_remote_code
 
 
 @pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
@@ -250,36 +251,8 @@ def test_a_pad_token_beyond_the_embedding_is_not_written(pico_llama: Path, tmp_p
     assert logits(plain(merged)).isfinite().all()
 
 
-REMOTE_CODE = {
-    "configuration_own.py": """
-from transformers import LlamaConfig
-
-class OwnConfig(LlamaConfig):
-    model_type = "own_llama"
-""",
-    "modeling_own.py": """
-from transformers import LlamaForCausalLM
-
-from .configuration_own import OwnConfig
-
-class OwnForCausalLM(LlamaForCausalLM):
-    config_class = OwnConfig
-""",
-}
-
-
-def with_own_classes(base: Path) -> Path:
-    """Put code beside a pico Llama that its config names, and return the folder."""
-    for name, code in REMOTE_CODE.items():
-        (base / name).write_text(code)
-    values = json.loads((base / "config.json").read_text())
-    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    (base / "config.json").write_text(json.dumps({**values, "model_type": "own_llama", "auto_map": classes}))
-    return base
-
-
 def test_a_model_with_code_of_its_own_is_merged_with_that_code(pico_llama: Path, tmp_path: Path) -> None:
-    base = with_own_classes(Path(shutil.copytree(pico_llama, tmp_path / "own")))
+    base = with_remote_code(Path(shutil.copytree(pico_llama, tmp_path / "own")))
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     merged_logits(pico_llama, adapter, tmp_path / "of_llama")
     run = MergeSettings(base, adapter, NF4, torch.float32, trust_remote_code=True)

@@ -26,7 +26,7 @@ from qlora_train.models.loading import _add_new_tokens
 from qlora_train.models.malloc_trim import MemoryTrimmer
 from qlora_train.models.token_probes import encode, hard_texts
 from qlora_train.utils.errors import ConfigError, ModelError
-from tests.models.test_gguf_base import write_gguf
+from tests.support.gguf_files import write_gguf
 from tests.support.live_bytes import LiveBytes
 from tests.support.pico import TURN_END, build_pico
 

@@ -13,12 +13,11 @@ from qlora_train.cli.main import main
 from qlora_train.config import ModelSection
 from qlora_train.config.writer import to_yaml
 from qlora_train.utils import atomic_io
-from tests.export.test_merge import with_own_classes
-from tests.models.test_gguf_base import write_gguf
+from tests.support.gguf_files import write_gguf
+from tests.support.remote_code import TRUSTED, with_remote_code
 from tests.support.runs import make_config, train_run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TRUSTED = ("model.trust_remote_code=true",)
 OWN = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel", "AutoTokenizer": ["own.Own", "own.Own"]}
 OTHER = {key: f"owner/other--{value}" for key, value in OWN.items() if isinstance(value, str)}
 Capture = pytest.CaptureFixture[str]
@@ -134,7 +133,7 @@ def test_trust_needs_no_commit_for_local_files(name: str) -> None:
 
 
 def test_a_local_model_with_code_of_its_own_is_trained_merged_and_checked(pico_llama: Path, tmp_path: Path) -> None:
-    base = with_own_classes(Path(shutil.copytree(pico_llama, tmp_path / "base")))
+    base = with_remote_code(Path(shutil.copytree(pico_llama, tmp_path / "base")))
     run = train_run(tmp_path, base, "train.max_steps=1", "export.merge=true", "export.merge_base=original", *TRUSTED)
     checks = json.loads((run.path / "results.json").read_text())["merge"]
     assert checks["merge_base"] == "original"

@@ -24,27 +24,10 @@ from qlora_train.utils.errors import ModelError
 from tests.support import nf4_reference
 from tests.support.fake_cuda import IS_FAKE
 from tests.support.live_bytes import LiveBytes
+from tests.support.llama_2 import LLAMA_2_7B, LLAMA_2_70B
 from tests.support.pico import FAMILIES, build_config
 
 TOKENS = 512
-LLAMA_2_7B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "intermediate_size": 11008,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-}
-LLAMA_2_70B = {
-    **LLAMA_2_7B,
-    "hidden_size": 8192,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "intermediate_size": 28672,
-}
 
 
 class Shapes4bit(Fake4bit):

@@ -95,3 +95,14 @@ def losses(run_folder: RunFolder) -> list[float]:
 def adapter_bytes(run_folder: RunFolder) -> bytes:
     """Return the bytes of the finished adapter's weights file."""
     return (run_folder.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def stopped_after(step: int, run: RunFolder, copy: Path) -> RunFolder:
+    """Return a copy of a finished run as of a kill just after `step`."""
+    shutil.copytree(run.path, copy)
+    stopped = RunFolder(copy)
+    shutil.rmtree(stopped.adapter)
+    stopped.results_file.unlink()
+    for later in [number for number in stopped.checkpoint_steps() if number > step]:
+        shutil.rmtree(stopped.checkpoint(later))
+    return stopped

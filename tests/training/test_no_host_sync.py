@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from qlora_train.kernels import host_copies
 from tests.support.fake_cuda import IS_FAKE
 from tests.support.runs import make_config
-from tests.training.test_out_of_memory import trainer_of
+from tests.support.trainers import trainer_of
 
 WAITING = {
     "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim", "unique_consecutive"

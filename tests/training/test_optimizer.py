@@ -15,8 +15,8 @@ from qlora_train.adapters import AdaptedModel, attach_adapter
 from qlora_train.models import load_model
 from qlora_train.runs import save_tree
 from qlora_train.training.optimizer import choose_optimizer, page_restored_state, trained_tensors
-from tests.planning.test_memory_promise import LLAMA_2_7B
 from tests.support.fake_cuda import IS_FAKE
+from tests.support.llama_2 import LLAMA_2_7B
 from tests.support.runs import make_config
 
 

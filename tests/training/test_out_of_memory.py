@@ -1,6 +1,5 @@
 """Memory that does not suffice: tried before step 1 without a trace, met by a smaller setting with the same result."""
 
-import datetime
 import itertools
 import json
 import random
@@ -16,26 +15,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_train.adapters import attach_adapter
-from qlora_train.config import RunConfig
-from qlora_train.data import PreparedData
 from qlora_train.data.batch_order import RowOrder
 from qlora_train.data.collate import PaddingCollator
 from qlora_train.data.streaming import RowStream
-from qlora_train.models import load_model, resolve_base
+from qlora_train.models import resolve_base
 from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
 from qlora_train.runs import RunFolder, apply_fitted_settings, random_state, read_json, record_fitted_settings
 from qlora_train.training import train_loop
 from qlora_train.training.memory.memory_probe import probe_memory
 from qlora_train.training.memory.worst_case_batch import worst_case_rows
-from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import CheckpointError, is_out_of_memory
 from tests.support.memory_limit import WITHOUT_LIMIT, run_limited
 from tests.support.runs import adapter_bytes, losses, make_config, train_run, write_rows
+from tests.support.trainers import DATE, trainer_of
 
 MB = 1 << 20
-DATE = datetime.date(2026, 1, 1)
 SETTINGS = (
     "data.format=text", "data.max_length=1024", "data.train_on=all", "data.num_proc=1", "data.eval=null",
     "quantization.bnb_4bit_compute_dtype=float32", "train.learning_rate=1e-2", "train.gradient_accumulation_steps=1",
@@ -47,15 +42,6 @@ SPARE = {"a row": 500 * MB, "a layer": 240 * MB}
 """What a process may take beyond its model: enough for what all layers keep of a row, or one layer."""
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited and measured as on Linux")
-
-
-def trainer_of(config: RunConfig) -> tuple[QloraTrainer, PreparedData]:
-    source = resolve_base(config.model)
-    loaded = load_model(config.model, config.quantization, source=source)
-    data, _ = prepare_tokenizer_and_data(config, source, date=DATE)
-    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
-    assert config.run.output_dir is not None
-    return QloraTrainer(adapted, data, config, RunFolder(Path(config.run.output_dir)), []), data
 
 
 # --- without a trace --------------------------------------------------------------------------------------------------

@@ -31,22 +31,12 @@ from qlora_train.training.batch_source import pack_order
 from qlora_train.training.parity.document_isolation import isolate_documents
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import ConfigError, TrainingError
+from tests.support.packing import PACKABLE, WINDOWS, losses_and_gradients
 from tests.support.runs import adapter_bytes, losses, make_config, train_run
 from tests.support.stores import example
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
 PACKED = (*EXACT, "data.packing=true")
-PACKABLE = sorted(name for name, row in ARCHITECTURES.items() if not row.packing_error)
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 8},
-    "phi3": {"sliding_window": 8},
-    "starcoder2": {"sliding_window": 8},
-    "gemma2": {"sliding_window": 8},
-    "gemma3_text": {"sliding_window": 8},
-    "qwen2": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
-}
-"""Families with sliding windows, which shall be shorter than most of DOCUMENTS."""
 LENGTHS = (50, 40, 30, 27, 20, 9, 2, 1)
 
 
@@ -66,15 +56,6 @@ def packed_batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     batch = FlatteningCollator()(list(enumerate(examples)))
     del batch["row"]
     return batch
-
-
-def losses_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the losses of all labels and the gradient of their sum, of all that trains."""
-    model.zero_grad()
-    found = torch.cat([label_losses(model, **batch).nll for batch in batches])
-    found.sum().backward()
-    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return found.detach(), torch.cat(gradients)
 
 
 def plainly(model: Any, rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,10 +28,10 @@ from qlora_train.training.parity.document_isolation import isolate_documents
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import CheckpointError
 from tests.kernels.varlen import put_plain_kernel
+from tests.support.packing import PACKABLE, WINDOWS
+from tests.support.packing import losses_and_gradients as in_order
 from tests.support.runs import adapted_model, adapter_bytes, losses, make_config, stopped_copy, train_run
 from tests.support.stores import example
-from tests.training.test_packed_training import PACKABLE, WINDOWS
-from tests.training.test_packed_training import losses_and_gradients as in_order
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
 ON = "padding-free: ON, computes the "

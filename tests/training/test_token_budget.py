@@ -22,7 +22,7 @@ from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import TrainingError
 from tests.support.runs import adapter_bytes, losses, make_config, stopped_copy, train_run
-from tests.training.test_out_of_memory import trainer_of
+from tests.support.trainers import trainer_of
 
 A_ROW_AT_A_TIME = ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=6")
 BUDGET = 10_000

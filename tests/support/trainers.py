@@ -1,0 +1,23 @@
+"""Trainers on pico models, as a run makes them."""
+
+import datetime
+from pathlib import Path
+
+from qlora_train.adapters import attach_adapter
+from qlora_train.config import RunConfig
+from qlora_train.data import PreparedData
+from qlora_train.models import load_model, resolve_base
+from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
+from qlora_train.runs import RunFolder
+from qlora_train.training.qlora_trainer import QloraTrainer
+
+DATE = datetime.date(2026, 1, 1)
+
+
+def trainer_of(config: RunConfig) -> tuple[QloraTrainer, PreparedData]:
+    source = resolve_base(config.model)
+    loaded = load_model(config.model, config.quantization, source=source)
+    data, _ = prepare_tokenizer_and_data(config, source, date=DATE)
+    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
+    assert config.run.output_dir is not None
+    return QloraTrainer(adapted, data, config, RunFolder(Path(config.run.output_dir)), []), data
