@@ -49,7 +49,7 @@ def main() -> int:
         killed = watched(command, Path(folder) / "log", stop=signal.SIGKILL, when=run.checkpoint(SAVE_STEPS).is_dir)
         resumed = watched(command, Path(folder) / "log")
         metrics = run.metrics_file.read_text() if run.metrics_file.is_file() else ""
-        fused = read_json(run.fused_kernels_file).get("on")
+        fused = read_json(run.fused_kernels_file).get("passed")
     losses = {line["step"]: line["loss"] for line in map(json.loads, metrics.splitlines()) if "loss" in line}
     counted = memory(json.loads((options.model / "config.json").read_text()), resumed)
     result = {

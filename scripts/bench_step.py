@@ -42,7 +42,7 @@ from qlora_train.utils.constants import IGNORE_INDEX
 
 @dataclass
 class Start:
-    """A run that has taken no step, as a feed sees it."""
+    """A run that has taken no step, as a batch source sees it."""
 
     state: TrainerState = field(default_factory=TrainerState)
 
@@ -64,12 +64,12 @@ class Steps:
         set_up(adapted, data, config)
         self._attention = self.loaded.model.config._attn_implementation
         self._chunk_tokens = choose_chunk_tokens(self.model)
-        self._feeds = feeds_of(adapted, data, config, in_chunks=self._chunk_tokens is not None)
-        self._batches = [list(islice(feed.loader(Start()), num_steps)) for feed in self._feeds]
+        self._sources = batch_sources(adapted, data, config, chunked_loss=self._chunk_tokens is not None)
+        self._batches = [list(islice(source.loader(Start()), num_steps)) for source in self._sources]
         self._optimizer = torch.optim.AdamW(
             trainable_state(self.model).values(), lr=config.train.learning_rate, fused=True
         )
-        self.end_to_end = len(self._feeds) > 1
+        self.end_to_end = len(self._sources) > 1
 
     def __len__(self) -> int:
         return len(self._batches[0])
@@ -87,7 +87,7 @@ class Steps:
         """Take one step and return its tokens per second; padding is not counted."""
         device, dtype = self.loaded.device, self.loaded.compute_dtype
         self.loaded.model.set_attn_implementation(attention.NAME if end_to_end else self._attention)
-        num_tokens = sum(map(self._feeds[0].num_tokens, self._batches[0][number]))
+        num_tokens = sum(map(self._sources[0].num_tokens, self._batches[0][number]))
         batches = self._batches[end_to_end][number]
         num_labels = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
         started = time.perf_counter()
@@ -143,16 +143,18 @@ def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None
         adapted.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def feeds_of(adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, in_chunks: bool) -> list[BatchSource]:
+def batch_sources(
+    adapted: AdaptedModel, data: PreparedData, config: RunConfig, *, chunked_loss: bool
+) -> list[BatchSource]:
     """Return the steps of a run of the config, padded and, if it trains padding-free, flattened."""
     size, loaded = config.train.per_device_train_batch_size, adapted.loaded
-    feed = make_batch_source(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, group_batch_size=size)
-    if not isinstance(feed, RowBatches):
-        return [feed]
+    source = make_batch_source(data.train, config, loaded.tokenizer.pad_token_id, loaded.device, group_batch_size=size)
+    if not isinstance(source, RowBatches):
+        return [source]
     with tempfile.TemporaryDirectory() as nowhere:
         run = RunFolder(Path(nowhere))
-        found = choose_padding_free(adapted, feed, config, run, balances=False, in_chunks=in_chunks)
-    return [feed] if found is None else [feed, found]
+        flattened = choose_padding_free(adapted, source, config, run, has_router_loss=False, chunked_loss=chunked_loss)
+    return [source] if flattened is None else [source, flattened]
 
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:

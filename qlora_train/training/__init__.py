@@ -1,4 +1,4 @@
-"""The trainer stage: the only one that imports trl."""
+"""Training: the only package that imports trl."""
 
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.training.train_loop import train

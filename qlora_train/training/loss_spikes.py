@@ -1,30 +1,30 @@
-"""Watches the loss for spikes: a broken row or too high a learning rate shows there first.
+"""Loss spikes: the first sign of a broken row or too high a learning rate.
 
-A step's loss, in nats per label token, is compared with those of the last WINDOW_STEPS steps that were taken, by statistics
-that a few outliers do not move (Rousseeuw and Croux 1993, https://doi.org/10.1080/01621459.1993.10476408)::
+The loss of a step, in nats per label token, is compared with robust statistics (Rousseeuw and Croux 1993,
+https://doi.org/10.1080/01621459.1993.10476408) of the last WINDOW_STEPS steps::
 
-    limit = median + max(SPREADS * 1.4826 * MAD, FLOOR_NATS)
+    limit = median + max(NUM_DEVIATIONS * 1.4826 * MAD, MIN_EXCESS_NATS)
 
-MAD is the median distance from the median; 1.4826 of it is the standard deviation of a normal distribution. The floor keeps
-a course that is almost level from making a spike of nothing. Nothing is a spike before MIN_STEPS losses are known. A spike
-is a loss of which it is not true that it is at most the limit, so that NaN is one.
+MAD is the median absolute deviation; 1.4826 * MAD estimates the standard deviation of a normal distribution. The minimum
+excess avoids false spikes on an almost constant loss.
 """
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 WINDOW_STEPS = 64
-"""Steps whose losses are remembered; after a warning this many are quiet."""
+"""Steps whose losses are stored; also the steps without a second warning."""
 MIN_STEPS = 16
-SPREADS = 8.0
-FLOOR_NATS = 0.5
-_NORMAL = 1.4826
+"""Steps before the first spike."""
+NUM_DEVIATIONS = 8.0
+MIN_EXCESS_NATS = 0.5
+MAD_TO_STANDARD_DEVIATION = 1.4826
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss beyond the limit that the losses before it set; all in nats per label token."""
+    """A loss above the limit, in nats per label token."""
 
     loss: float
     median: float
@@ -32,28 +32,28 @@ class Spike:
 
 
 class LossSpikeDetector:
-    """The losses of the last steps that were taken; it belongs to the checkpoint."""
+    """The losses of the last steps; part of every checkpoint."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
 
-    def spike(self, loss: float) -> Spike | None:
-        """Say whether a loss is one, compared with those before it."""
+    def detect(self, loss: float) -> Spike | None:
+        """Compare a loss with those before it; NaN is a spike."""
         if len(self._losses) < MIN_STEPS:
             return None
         median = statistics.median(self._losses)
-        spread = _NORMAL * statistics.median(abs(other - median) for other in self._losses)
-        limit = median + max(SPREADS * spread, FLOOR_NATS)
+        mad = statistics.median(abs(other - median) for other in self._losses)
+        limit = median + max(NUM_DEVIATIONS * (MAD_TO_STANDARD_DEVIATION * mad), MIN_EXCESS_NATS)
         return Spike(loss, median, limit) if not loss <= limit else None
 
     def add(self, loss: float) -> None:
-        """Take the loss of a step."""
+        """Add the loss of a step."""
         self._losses = [*self._losses, loss][-WINDOW_STEPS:]
 
     def state(self) -> list[float]:
-        """Return what a checkpoint holds of it."""
+        """Return the state for a checkpoint."""
         return self._losses
 
-    def restore(self, state: list[Any]) -> None:
-        """Take what a checkpoint held."""
+    def restore(self, state: Sequence[float]) -> None:
+        """Restore the state of a checkpoint."""
         self._losses = [float(loss) for loss in state]

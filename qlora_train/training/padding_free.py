@@ -1,16 +1,13 @@
 """Decide whether to train padding-free: flatten each step's rows into one sequence and compute shared prefixes once.
 
-A micro-batch must be small enough for the longest row, so that shorter rows leave most of its memory unused. Flattened
-(`FlatteningCollator`), where each row attends to itself only, a micro-batch holds as many rows as the largest one of
-the settings has tokens and labels. A step then has fewer micro-batches and dequantizes weights less often, in the same
-memory.
+A padded micro-batch must be small enough for the longest rows, so shorter rows leave most of its memory unused. A flattened
+one (`FlatteningCollator`), where each row attends to itself only, holds as many rows as have the tokens and labels of the
+largest padded one: a step needs fewer micro-batches and dequantizes weights less often, in the same memory.
 
-A chat template puts the same tokens in front of every conversation; a system prompt or a list of tools is often shared by
-the whole data set. In a decoder their hidden states, keys and values are the same in every row. They are computed once per
-micro-batch, and their gradient is the sum over the rows.
+Rows often begin alike: a chat template, a system prompt, a list of tools. In a decoder the hidden states, keys and values
+of a shared prefix are the same in every row. They are computed once per micro-batch; their gradient is the sum over rows.
 
-Loss and gradients match padded rows within rounding. A parity check on the run's own rows shows it before the first step.
-The result is stored in the run folder, so that a resumed run computes in the same way.
+Loss and gradients match padded rows within rounding, which a parity check on the run's own rows shows before step 1.
 """
 
 import logging
@@ -33,170 +30,160 @@ from qlora_train.runs import RunFolder, read_json
 from qlora_train.training.batch_source import RowBatches
 from qlora_train.training.memory.worst_case_batch import token_budget
 from qlora_train.training.parity.document_isolation import isolate_documents
-from qlora_train.training.parity.gradients import (
-    FAILURES,
-    TOLERANCES,
-    GradientDifference,
-    compare_gradients,
-    full_checkpointing,
-    gradients_of,
-    within_memory,
-)
-from qlora_train.training.parity.parity_result import ParityResult, load_parity, save_parity
-from qlora_train.utils.errors import CheckpointError, ConfigError, first_line, nondeterministic_operation
+from qlora_train.training.parity.gradients import TOLERANCES, Gradients, gradients_of
+from qlora_train.training.parity.parity_check import ParityResult, check_parity, load_parity, save_parity
+from qlora_train.utils.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
 GPU_TOKENS = 8192
-"""Tokens of a micro-batch on a GPU: with 2,048 of a 7B, Python takes about as long to launch an H100's kernels as it to run
-them (counted, not measured)."""
+"""Token budget on a GPU. With 2,048 tokens of a 7B model, Python takes about as long to launch an H100's kernels as it to
+run them (counted, not measured)."""
 NUM_BATCHES = 32
-"""Micro-batches of the first epoch, in whole steps, that tell what is saved."""
-LEAST_SAVED = 0.05
-"""Share of the tokens, or of the micro-batches, from which on it is done."""
+"""Micro-batches of the first epoch, in whole steps, from which the savings are estimated."""
+MIN_SAVINGS = 0.05
+"""Min share of tokens or micro-batches saved."""
 SIZES = ((8, 128), (4, 128), (2, 128), (2, 32))
-"""Most rows of the parity check and most tokens of each; the next size where memory runs out."""
 LOSS_SLACK = 2.0
-"""By how much more the mean loss may differ than in the comparison of the fast path, where every token has a label: that of
-half as many differed by up to 0.01 in bfloat16."""
+"""Factor on the tolerance of the loss: with labels at half of the tokens it differed by up to 0.01 in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """What the first steps take in two ways.
-
-    Attributes:
-        num_batches: micro-batches, as the settings ask for them and as they are computed.
-        num_tokens: tokens, padding included, in the same two ways.
-        num_steps: that were looked at.
-    """
+    """Micro-batches and tokens (padding included) of the first steps, as (padded, padding-free)."""
 
     num_batches: tuple[int, int]
     num_tokens: tuple[int, int]
     num_steps: int
 
     @classmethod
-    def of(cls, feed: RowBatches, laid_out: RowBatches, num_steps: int) -> "Savings":
-        """Compare the first steps of a feed."""
-        ways = []
-        for each in (feed, laid_out):
-            made = [batch for step in islice(each.steps(), num_steps) for batch in each.collate(step)]
-            ways.append((len(made), sum(batch["input_ids"].numel() for batch in made)))
-        (batches, tokens), (fewer_batches, fewer_tokens) = ways
-        return cls((batches, fewer_batches), (tokens, fewer_tokens), num_steps)
+    def of(cls, padded: RowBatches, flattened: RowBatches, num_steps: int) -> "Savings":
+        """Compare the first steps."""
+        sizes = []
+        for source in (padded, flattened):
+            batches = [batch for step in islice(source.steps(), num_steps) for batch in source.collate(step)]
+            sizes.append((len(batches), sum(batch["input_ids"].numel() for batch in batches)))
+        (before, tokens_before), (after, tokens_after) = sizes
+        return cls((before, after), (tokens_before, tokens_after), num_steps)
 
-    def is_worth_it(self) -> bool:
-        """Say whether enough is saved."""
-        return any(after <= (1 - LEAST_SAVED) * before for before, after in (self.num_batches, self.num_tokens))
+    def are_enough(self) -> bool:
+        """Return whether tokens or micro-batches are saved."""
+        return any(after <= (1 - MIN_SAVINGS) * before for before, after in (self.num_batches, self.num_tokens))
 
     def __str__(self) -> str:
         before, after = (f"{number / self.num_steps:.3g}" for number in self.num_batches)
         change = self.num_tokens[1] / self.num_tokens[0] - 1
         tokens = f"{100 * abs(change):.0f} % {'more' if change > 0 else 'fewer'} tokens"
-        return f"the {before} micro-batches of a step as {after}, with {tokens}"
+        return f"{tokens}, {after} micro-batches per step instead of {before}"
 
 
 def choose_padding_free(
-    adapted: AdaptedModel, feed: RowBatches, config: RunConfig, run: RunFolder, *, balances: bool, in_chunks: bool
+    adapted: AdaptedModel,
+    padded: RowBatches,
+    config: RunConfig,
+    run: RunFolder,
+    *,
+    has_router_loss: bool,
+    chunked_loss: bool,
 ) -> RowBatches | None:
     """Return a run's steps padding-free, or None to keep the batches of its settings.
 
-    If they are padding-free and the config does not pack, the model's attention becomes that of packed rows.
+    Sets the model's attention function to that of packed rows.
 
     Args:
         adapted: the model.
-        feed: the run's steps as the settings ask for them.
+        padded: the run's steps with the batches of the settings.
         config: the run's settings.
-        run: stores the result.
-        balances: the run has a load-balancing loss, which counts tokens.
-        in_chunks: its loss is chunked.
+        run: stores the parity result.
+        has_router_loss: the run has a load-balancing loss, which counts tokens.
+        chunked_loss: the run's loss is chunked.
 
     Raises:
-        CheckpointError: the stored result cannot be read, or the run began padding-free and cannot resume so.
+        CheckpointError: the stored result is malformed, or the run began padding-free and cannot resume so.
     """
-    obstacle = _obstacle(adapted, config, balances)
-    if obstacle:
-        logger.info("padding-free: off (%s)", obstacle)
+    reason = _unsupported_reason(adapted, config, has_router_loss)
+    if reason:
+        logger.info("padding-free: off (%s)", reason)
         return None
     run_id = run.metadata().get("run_id", "")
-    parity = load_parity(run.padding_free_file, read_json(run.padding_free_file), run_id)
+    parity = load_parity(run.padding_free_file, run_id)
     if parity is not None:
         min_tokens = parity.min_tokens
     else:  # what fits depends on other processes, and reruns would round differently
         min_tokens = 0 if config.run.deterministic else min_tokens_on(adapted.loaded.device)
-    laid_out = _laid_out(adapted, feed, config, in_chunks, min_tokens)
-    num_steps = min(-(-NUM_BATCHES // config.train.gradient_accumulation_steps), feed.steps_per_epoch)
-    savings = Savings.of(feed, laid_out, num_steps)
-    if parity is None and not savings.is_worth_it():
-        logger.info("padding-free: off (it computes %s)", savings)
+    flattened = _flattened(adapted, padded, config, chunked_loss, min_tokens)
+    num_steps = min(-(-NUM_BATCHES // config.train.gradient_accumulation_steps), padded.steps_per_epoch)
+    savings = Savings.of(padded, flattened, num_steps)
+    if parity is None and not savings.are_enough():
+        logger.info("padding-free: off (%s)", savings)
         return None
-    before = adapted.loaded.model.config._attn_implementation
+    attention_before = adapted.loaded.model.config._attn_implementation
     if parity is None:
-        problem = _isolate(adapted, config, feed)
-        parity = ParityResult(run_id, False, problem) if problem else _compare(adapted, laid_out, num_steps, run_id)
-        raised = laid_out.collate.budget != _laid_out(adapted, feed, config, in_chunks, 0).collate.budget
-        save_parity(run.padding_free_file, replace(parity, min_tokens=min_tokens if raised and parity.on else 0))
-    elif parity.on and (problem := _isolate(adapted, config, feed)):
-        raise CheckpointError(
-            f"{run.padding_free_file}: this run began with its rows end to end, which fails here ({problem}); go on where "
-            "it began, or delete the file to go on without"
+        problem = _isolation_problem(adapted, config, padded)
+        parity = (
+            ParityResult(run_id, False, problem) if problem else _check_parity(adapted, flattened, num_steps, run_id)
         )
-    if not parity.on:
-        adapted.loaded.model.set_attn_implementation(before)
-        logger.warning("padding-free: OFF, rows are computed apart: %s; please report this model", parity.problem)
+        raised = flattened.collate.budget != _flattened(adapted, padded, config, chunked_loss, 0).collate.budget
+        save_parity(run.padding_free_file, replace(parity, min_tokens=min_tokens if raised and parity.passed else 0))
+    elif parity.passed and (problem := _isolation_problem(adapted, config, padded)):
+        raise CheckpointError(
+            f"{run.padding_free_file}: this run began padding-free, which fails here ({problem}); resume where it began, "
+            "or delete the file to resume with padding"
+        )
+    if not parity.passed:
+        adapted.loaded.model.set_attn_implementation(attention_before)
+        logger.warning("padding-free: off (%s); please report this model", parity.problem)
         return None
-    logger.info("padding-free: ON, computes %s", savings)
-    return laid_out
+    logger.info("padding-free: on (%s)", savings)
+    return flattened
 
 
 def min_tokens_on(device: torch.device) -> int:
-    """Return the tokens that a micro-batch may hold on a device where the settings make fewer; 0: not more."""
+    """Return the token budget on a device if that of the settings is smaller; 0: always that of the settings."""
     return GPU_TOKENS if device.type == "cuda" else 0
 
 
 def lower_token_budget(run: RunFolder, reason: str) -> bool:
-    """Let a run's micro-batches hold no more tokens than the settings' largest; False where they hold no more already."""
+    """Reduce a run's token budget to that of its settings; return False if it is that already."""
     content = read_json(run.padding_free_file)
     if not content.get("min_tokens"):
         return False
-    logger.info("padding-free: micro-batches of the settings' size (%s)", reason)
+    logger.info("padding-free: token budget lowered to that of the settings (%s)", reason)
     save_parity(run.padding_free_file, ParityResult(**{**content, "min_tokens": 0}))
     return True
 
 
-def _laid_out(
-    adapted: AdaptedModel, feed: RowBatches, config: RunConfig, in_chunks: bool, min_tokens: int
+def _flattened(
+    adapted: AdaptedModel, padded: RowBatches, config: RunConfig, chunked_loss: bool, min_tokens: int
 ) -> RowBatches:
     loaded = adapted.loaded
-    # dropout of a shared prefix would be the same for all rows that have it
+    # dropout of a shared prefix would be the same for all rows that share it
     share_prefixes = config.lora.lora_dropout == 0
     collate = FlatteningCollator(loaded.tokenizer.pad_token_id, flattened_multiple(loaded.device), share_prefixes)
     if config.data.packing:
-        return feed.laid_out(collate)  # packs are full
-    return feed.laid_out(collate, token_budget(feed.rows, config, in_chunks=in_chunks, min_tokens=min_tokens))
+        return padded.with_collator(collate)  # packs are full
+    budget = token_budget(padded.rows, config, chunked_loss=chunked_loss, min_tokens=min_tokens)
+    return padded.with_collator(collate, budget)
 
 
-def _obstacle(adapted: AdaptedModel, config: RunConfig, balances: bool) -> str:
-    """Return why a run does not try, empty where it does."""
+def _unsupported_reason(adapted: AdaptedModel, config: RunConfig, has_router_loss: bool) -> str:
+    """Return why a run cannot be padding-free; empty if it may be."""
     model, train = adapted.loaded.model, config.train
+    attn_implementation = model.config._attn_implementation
     if not train.padding_free:
         return "train.padding_free: false"
-    if balances:
-        return "the load-balancing loss counts every token of every row"
+    if has_router_loss:
+        return "the router loss counts every token of every row"
     if train.neftune_noise_alpha or _has_dropout(adapted.model):
         return "NEFTune or the model's own dropout"
     if config.data.packing:
-        packs = model.config._attn_implementation == attention.NAME
-        return "" if packs else f"attention is {model.config._attn_implementation}"
+        return "" if attn_implementation == attention.NAME else f"attention is {attn_implementation}"
     if train.per_device_train_batch_size * train.gradient_accumulation_steps == 1:
         return "a step is one row"
     if adapted.loaded.architecture.packing_error:
-        return f"rows in one would see each other: {adapted.loaded.architecture.packing_error}"
-    if config.model.attn_implementation == "eager" or model.config._attn_implementation not in (
-        "sdpa",
-        attention.NAME,
-    ):
-        return f"attention is {model.config._attn_implementation}"
+        return f"flattened rows would attend to each other: {adapted.loaded.architecture.packing_error}"
+    if config.model.attn_implementation == "eager" or attn_implementation not in ("sdpa", attention.NAME):
+        return f"attention is {attn_implementation}"
     return ""
 
 
@@ -206,53 +193,47 @@ def _has_dropout(model: Any) -> bool:
     return modules or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))
 
 
-def _isolate(adapted: AdaptedModel, config: RunConfig, feed: RowBatches) -> str:
-    """Let rows in one row attend to themselves alone, and return why they cannot; empty where they do."""
+def _isolation_problem(adapted: AdaptedModel, config: RunConfig, source: RowBatches) -> str:
+    """Let flattened rows attend to themselves only; return why they cannot, or an empty string."""
     if config.data.packing:
         return ""  # done
     try:
-        isolate_documents(adapted, config, feed.rows)
-    except ConfigError:  # which speaks of packing
-        return "rows of one row see each other on this model"
+        isolate_documents(adapted, config, source.rows)
+    except ConfigError:  # its message is about packing
+        return "flattened rows attend to each other on this model"
     name = adapted.loaded.model.config._attn_implementation
     return "" if name == attention.NAME else f"attention stays {name}"
 
 
-def _compare(adapted: AdaptedModel, laid_out: RowBatches, num_steps: int, run_id: str) -> ParityResult:
-    """Compute a few rows in both ways, every layer recomputed."""
-    assert isinstance(laid_out.collate.collate, FlatteningCollator)
-    collate = FlatteningCollator(share_prefixes=laid_out.collate.collate.share_prefixes)
-    groups = [rows for step in islice(laid_out.steps(), num_steps) for rows in laid_out.collate.grouped(step)]
+def _check_parity(adapted: AdaptedModel, flattened: RowBatches, num_steps: int, run_id: str) -> ParityResult:
+    """Compare padded and flattened rows; rows with a shared prefix are preferred."""
+    assert isinstance(flattened.collate.collate, FlatteningCollator)
+    flatten = FlatteningCollator(share_prefixes=flattened.collate.collate.share_prefixes)
+    groups = [rows for step in islice(flattened.steps(), num_steps) for rows in flattened.collate.grouped(step)]
     device = adapted.loaded.device
 
-    def computed(made: Any) -> Any:
-        return gradients_of(adapted, {name: tensor.to(device) for name, tensor in made.items() if name != "row"})
+    def gradients(batch: Any) -> Gradients:
+        return gradients_of(adapted, {name: tensor.to(device) for name, tensor in batch.items() if name != "row"})
 
-    def compared(num_rows: int, num_tokens: int) -> GradientDifference:
-        candidates = [rows for group in groups if (rows := _beginnings(group[:num_rows], num_tokens))]
-        rows = next((rows for rows in candidates if not _is_whole(collate, rows)), candidates[0])
-        with full_checkpointing(adapted.loaded.model):
-            return compare_gradients(computed(PaddingCollator(0)(rows)), computed(collate(rows)))
+    def compute(num_rows: int, num_tokens: int) -> tuple[Gradients, Gradients]:
+        candidates = [rows for group in groups if (rows := _first_tokens(group[:num_rows], num_tokens))]
+        rows = next((rows for rows in candidates if _shares_prefix(flatten, rows)), candidates[0])
+        return gradients(PaddingCollator(0)(rows)), gradients(flatten(rows))
 
-    try:
-        found = within_memory("padding-free", SIZES, compared)
-    except FAILURES as error:
-        if nondeterministic_operation(error):
-            raise
-        return ParityResult(run_id, False, f"it fails on this model ({first_line(error)})")
-    bounds = TOLERANCES[adapted.loaded.compute_dtype]
-    return ParityResult.of(run_id, found, replace(bounds, loss=LOSS_SLACK * bounds.loss))
+    tolerances = TOLERANCES[adapted.loaded.compute_dtype]
+    tolerances = replace(tolerances, loss=LOSS_SLACK * tolerances.loss)
+    return check_parity("padding-free", adapted, run_id, SIZES, compute, tolerances)
 
 
-def _is_whole(collate: FlatteningCollator, rows: Sequence[IndexedExample]) -> bool:
-    return collate(rows)["input_ids"].numel() == sum(len(example.input_ids) for _, example in rows)
+def _shares_prefix(flatten: FlatteningCollator, rows: Sequence[IndexedExample]) -> bool:
+    return flatten(rows)["input_ids"].numel() != sum(len(example.input_ids) for _, example in rows)
 
 
-def _beginnings(batch: Sequence[IndexedExample], num_tokens: int) -> list[IndexedExample]:
-    """Return the first tokens of the rows, the last half of them labels."""
+def _first_tokens(batch: Sequence[IndexedExample], num_tokens: int) -> list[IndexedExample]:
+    """Return the first tokens of the rows, the last half of them with labels."""
 
     def cut(row: Example) -> Example:
         tokens = row.input_ids[:num_tokens]
         return replace(row, input_ids=tokens, loss_mask=np.arange(len(tokens)) >= max(1, len(tokens) // 2))
 
-    return [(number, cut(row)) for number, row in batch if len(row.input_ids) > 1]
+    return [(index, cut(row)) for index, row in batch if len(row.input_ids) > 1]

@@ -1,8 +1,7 @@
-"""What happens between two steps: logging, evaluation, checkpoints, early stopping, and stopping when asked to.
+"""Step-end callback: logging, evaluation, checkpoints, early stopping, and stops by signal or time limit.
 
-What is due after a step is a pure function of the settings and the step's number, so that a run which stops anywhere and
-goes on does the same things at the same steps. An evaluation that a stop left out is seen in the history that the
-checkpoint holds: it is due there and has no entry.
+What is due after a step is a function of the settings and the step, so that a resumed run does the same at the same steps.
+A pending evaluation is due after the checkpoint's step and missing in its log history.
 """
 
 import logging
@@ -20,21 +19,21 @@ from qlora_train.utils import signals
 logger = logging.getLogger(__name__)
 
 History = Sequence[Mapping[str, float]]
-"""What a trainer has logged so far: entries with `step`, and `loss` or `eval_loss`."""
+"""`TrainerState.log_history`: entries with `step`, and `loss` or `eval_loss`."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which steps end in a log line, an evaluation or a checkpoint.
+    """Steps with a log line, an evaluation or a checkpoint.
 
     Attributes:
-        total_steps: optimizer steps of the whole run.
-        steps_per_epoch: optimizer steps of an epoch; None for a stream.
+        total_steps: optimizer steps of the run.
+        steps_per_epoch: optimizer steps per epoch; None for a stream.
         logging_steps: steps between log lines.
         eval_steps: steps between evaluations; None: at the end of every epoch.
         save_steps: steps between checkpoints; None: at the end of every epoch.
-        evaluates: there are held-out rows.
-        patience: evaluations without a lower loss after which the run ends; None: it goes to its last step.
+        has_eval: there are held-out rows.
+        patience: evaluations without a lower loss before early stopping; None: no early stopping.
     """
 
     total_steps: int
@@ -42,41 +41,41 @@ class Schedule:
     logging_steps: int
     eval_steps: int | None
     save_steps: int | None
-    evaluates: bool
+    has_eval: bool
     patience: int | None
 
     def logs_after(self, step: int) -> bool:
-        """Say whether metrics are logged after this step: every `logging_steps`, and where the run ends or may end."""
+        """Return whether metrics are logged: every `logging_steps`, and wherever the run may end."""
         may_end = step == self.total_steps or (self.patience is not None and self.evaluates_after(step))
         return may_end or step % self.logging_steps == 0
 
     def saves_after(self, step: int) -> bool:
-        """Say whether a checkpoint is due after this step."""
-        return step == self.total_steps or self._ends(self.save_steps, step)
+        """Return whether a checkpoint is due."""
+        return step == self.total_steps or self._is_due(self.save_steps, step)
 
     def evaluates_after(self, step: int) -> bool:
-        """Say whether an evaluation is due after this step."""
-        return self.evaluates and step > 0 and (step == self.total_steps or self._ends(self.eval_steps, step))
+        """Return whether an evaluation is due."""
+        return self.has_eval and step > 0 and (step == self.total_steps or self._is_due(self.eval_steps, step))
 
-    def is_over(self, step: int, history: History) -> bool:
-        """Say whether a run ends after this step: the last one, or the one at which patience ran out."""
-        return step >= self.total_steps or self.patience_is_out(history)
+    def is_finished(self, step: int, history: History) -> bool:
+        """Return whether the run ends after this step."""
+        return step >= self.total_steps or self.stops_early(history)
 
-    def patience_is_out(self, history: History) -> bool:
-        """Say whether early stopping ends the run."""
-        return self.patience is not None and steps_since_best(history) >= self.patience
+    def stops_early(self, history: History) -> bool:
+        """Return whether early stopping ends the run."""
+        return self.patience is not None and evaluations_since_best(history) >= self.patience
 
-    def _ends(self, every: int | None, step: int) -> bool:
+    def _is_due(self, every: int | None, step: int) -> bool:
         period = every or self.steps_per_epoch
         return period is not None and step % period == 0
 
 
 def make_schedule(config: RunConfig, steps_per_epoch: int | None, *, has_eval: bool) -> Schedule:
-    """Return what is due when in a run of these settings."""
+    """Return the schedule of a config."""
     train = config.train
     total = train.max_steps
     if total is None:
-        assert steps_per_epoch is not None, "the config asks for max_steps with a stream"
+        assert steps_per_epoch is not None, "the config requires max_steps for a stream"
         total = math.ceil(train.num_train_epochs * steps_per_epoch)
     return Schedule(
         total, steps_per_epoch, train.logging_steps, train.eval_steps, train.save_steps, has_eval,
@@ -90,40 +89,38 @@ def evaluations(history: History) -> dict[int, float]:
 
 
 def best_step(history: History) -> int | None:
-    """Return the step of the lowest `eval_loss`, the first of equals; None before the first evaluation."""
+    """Return the first step with the lowest `eval_loss`; None before the first evaluation."""
     losses = evaluations(history)
     return min(losses, key=lambda step: losses[step]) if losses else None
 
 
-def steps_since_best(history: History) -> int:
-    """Return how many evaluations have followed the one with the lowest loss."""
+def evaluations_since_best(history: History) -> int:
+    """Return the number of evaluations after the one with the lowest loss."""
     losses = list(evaluations(history).values())
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 class StepEndCallback(TrainerCallback):
-    """Tells the training loop what is due after each step, and to stop where it is asked to or would be late.
-
-    Args:
-        schedule: what is due when.
-    """
+    """Sets the Trainer's control flags after each step."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._step_began, self._longest_step_seconds = 0.0, 0.0
+        self._step_started, self._longest_step_seconds = 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Check that the loop counts as the schedule does."""
-        assert state.max_steps == self._schedule.total_steps, "the training loop counts other steps than the schedule"
+        """Check that the Trainer has the same number of steps."""
+        assert state.max_steps == self._schedule.total_steps, (
+            "the Trainer's number of steps differs from the schedule's"
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Take the time."""
-        self._step_began = time.monotonic()
+        """Start the clock."""
+        self._step_started = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Say what is due; a stop leaves out the evaluation, which comes first when the run goes on."""
+        """Set what is due; a stop defers the evaluation to the resumed run."""
         step = state.global_step
-        self._watch_the_clock()
+        self._check_time_limit()
         stops = signals.requested() is not None
         control.should_log = self._schedule.logs_after(step)
         control.should_evaluate = self._schedule.evaluates_after(step) and not stops
@@ -131,21 +128,21 @@ class StepEndCallback(TrainerCallback):
         control.should_training_stop = stops or step >= self._schedule.total_steps
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Stop when patience has run out; decided from the logged history alone."""
-        if self._schedule.patience_is_out(state.log_history):
+        """Stop early; depends on the logged history only."""
+        if self._schedule.stops_early(state.log_history):
             logger.info("early stopping: eval_loss has not fallen for %d evaluations", self._schedule.patience)
             control.should_training_stop = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Stop after a checkpoint during which a stop was asked for."""
+        """Stop if a signal came during the checkpoint."""
         if signals.requested() is not None:
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Do nothing a second time: all that is due after a step has been done at the end of the step."""
+        """Clear the flags: everything due was done at the end of the step."""
         control.should_log = control.should_evaluate = control.should_save = False
 
-    def _watch_the_clock(self) -> None:
-        self._longest_step_seconds = max(self._longest_step_seconds, time.monotonic() - self._step_began)
+    def _check_time_limit(self) -> None:
+        self._longest_step_seconds = max(self._longest_step_seconds, time.monotonic() - self._step_started)
         if signals.seconds_left() < self._longest_step_seconds:
             signals.request_timeout()

@@ -1,11 +1,10 @@
-"""The numbers of a run: which steps may change the weights, what becomes of the others, and the count of both.
+"""Guard of the optimizer step: non-finite losses and gradients and loss spikes are handled before the update.
 
-Every optimizer step is judged once, before the update, by its loss and its gradient norm. A number that is not finite
-stops the run or leaves the step out, a spike of the loss is warned of or stops the run. All counts are of the whole run:
-`state` goes into every checkpoint, so that a resumed run counts, warns and stops at the steps at which it would have.
+On a non-finite number: stop, or skip the step. On a loss spike: warn, stop, or ignore it. The counts are those of the whole
+run and part of every checkpoint, so that a resumed run counts, warns and stops at the same steps.
 
-A step that is left out advances the learning-rate schedule, the data and the step count like any other, so that each of
-them stays a pure function of the step count; its loss is no part of any mean.
+A skipped step advances the learning-rate schedule, the data and the step count, which are all functions of the step; its
+loss is part of no mean.
 """
 
 import logging
@@ -26,8 +25,9 @@ from qlora_train.utils.errors import TrainingError
 logger = logging.getLogger(__name__)
 
 MAX_SCALER_SKIPS = 8
-"""Steps in a row that the loss scaler of float16 may leave out: from one to the next it halves its scale."""
-GO_ON = "the same command goes on from the last checkpoint"
+"""Consecutive steps that float16's loss scaler may skip; each halves its scale."""
+RESUME = "the same command resumes from the last checkpoint"
+NEW_RUN = "start a new run with a lower train.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Step:
 
     Attributes:
         number: from 1.
-        loss: of its accumulated batch, in nats per label token.
-        norm: of its gradient, before clipping.
-        scaled: a float16 loss scaler leaves it out by itself when the gradient overflows.
-        rows: says which rows it is of.
+        loss: of the accumulated batch, in nats per label token.
+        norm: gradient norm before clipping.
+        scaled: a float16 loss scaler skips the update if the gradient overflows.
+        rows: returns the source locations of its rows.
     """
 
     number: int
@@ -49,38 +49,35 @@ class Step:
     rows: Callable[[], str]
 
     @property
-    def what(self) -> str:
-        """What is not finite."""
+    def problem(self) -> str:
+        """Which number is not finite."""
         return f"the gradient norm is {self.norm}" if math.isfinite(self.loss) else f"the loss is {self.loss}"
 
 
 class NonFiniteGuard:
-    """Judges the steps of a run and counts them.
-
-    Args:
-        train: the section of the config.
+    """Decides which steps update the weights, and counts the others.
 
     Attributes:
-        num_taken: steps that changed the weights.
-        num_skipped: steps left out for a number that is not finite, at most `train.max_skipped_steps`.
-        num_overflows: steps that the float16 loss scaler left out.
-        num_spikes: spikes of the loss that were warned of.
+        num_updates: steps that changed the weights.
+        num_skipped: steps skipped for a non-finite number, at most `train.max_skipped_steps`.
+        num_overflows: steps that the float16 loss scaler skipped.
+        num_spikes: loss spikes that were warned of.
     """
 
     def __init__(self, train: TrainSection) -> None:
         self._train = train
-        self._window = LossSpikeDetector()
+        self._detector = LossSpikeDetector()
         self._total_loss = 0.0
-        self.num_taken = self.num_skipped = self.num_overflows = self.num_spikes = 0
-        self._num_overflows_in_a_row = self._quiet_until = 0
+        self.num_updates = self.num_skipped = self.num_overflows = self.num_spikes = 0
+        self._consecutive_overflows = self._quiet_until = 0
 
     @property
     def mean_loss(self) -> float | None:
-        """Mean over the steps that were taken, in nats per label token; None when none was."""
-        return self._total_loss / self.num_taken if self.num_taken else None
+        """Mean loss of the steps with an update, in nats per label token; None without any."""
+        return self._total_loss / self.num_updates if self.num_updates else None
 
     def counts(self) -> dict[str, int]:
-        """Return what results.json says of the steps that were not like the others."""
+        """Return the counts for results.json."""
         return {
             "num_skipped_steps": self.num_skipped,
             "num_scaler_skips": self.num_overflows,
@@ -88,17 +85,17 @@ class NonFiniteGuard:
         }
 
     def allow(self, step: Step) -> bool:
-        """Judge a step and say whether its update is made.
+        """Return whether a step may update the weights.
 
         Raises:
-            TrainingError: a number that is not finite or a spike of the loss, where the config does not bear it.
+            TrainingError: a non-finite number or a loss spike, and the config says stop.
         """
         if math.isfinite(step.loss) and math.isfinite(step.norm):
-            self._watch(step)
-            self._window.add(step.loss)
+            self._check_spike(step)
+            self._detector.add(step.loss)
             self._total_loss += step.loss
-            self.num_taken += 1
-            self._num_overflows_in_a_row = 0
+            self.num_updates += 1
+            self._consecutive_overflows = 0
             return True
         if math.isfinite(step.loss) and step.scaled:
             self._count_overflow(step)
@@ -107,116 +104,111 @@ class NonFiniteGuard:
         return False
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of it."""
+        """Return the state for a checkpoint."""
         return {
-            "total_loss": self._total_loss, "num_taken": self.num_taken, "num_skipped": self.num_skipped,
-            "num_overflows": self.num_overflows, "num_overflows_in_a_row": self._num_overflows_in_a_row,
-            "num_spikes": self.num_spikes, "quiet_until": self._quiet_until, "window": self._window.state(),
+            "total_loss": self._total_loss, "num_updates": self.num_updates, "num_skipped": self.num_skipped,
+            "num_overflows": self.num_overflows, "consecutive_overflows": self._consecutive_overflows,
+            "num_spikes": self.num_spikes, "quiet_until": self._quiet_until, "losses": self._detector.state(),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what a checkpoint held."""
-        self._total_loss, self.num_taken = state["total_loss"], state["num_taken"]
+        """Restore the state of a checkpoint."""
+        self._total_loss, self.num_updates = state["total_loss"], state["num_updates"]
         self.num_skipped, self.num_spikes = state["num_skipped"], state["num_spikes"]
-        self.num_overflows, self._num_overflows_in_a_row = state["num_overflows"], state["num_overflows_in_a_row"]
+        self.num_overflows, self._consecutive_overflows = state["num_overflows"], state["consecutive_overflows"]
         self._quiet_until = state["quiet_until"]
-        self._window.restore(state["window"])
+        self._detector.restore(state["losses"])
 
-    def _watch(self, step: Step) -> None:
-        spike = self._window.spike(step.loss)
+    def _check_spike(self, step: Step) -> None:
+        spike = self._detector.detect(step.loss)
         if spike is None or self._train.on_loss_spike == "ignore":
             return
-        what = f"step {step.number}: the loss is {spike.loss:.4f}, after a median of {spike.median:.4f}"
-        where = f"(limit {spike.limit:.4f}); rows of this step: {step.rows()}"
+        message = (
+            f"step {step.number}: the loss is {spike.loss:.4f}, after a median of {spike.median:.4f} (limit "
+            f"{spike.limit:.4f}); rows of this step: {step.rows()}"
+        )
         if self._train.on_loss_spike == "stop":
             raise TrainingError(
-                f"{what} {where}; nothing was updated; look at these rows; {GO_ON}, with train.on_loss_spike=warn past "
-                "this step; or begin a new run with a lower train.learning_rate"
+                f"{message}; nothing was updated; check these rows; {RESUME}, with train.on_loss_spike=warn past this "
+                f"step; or {NEW_RUN}"
             )
         if step.number > self._quiet_until:
             self.num_spikes += 1
             self._quiet_until = step.number + WINDOW_STEPS
             logger.warning(
-                "%s %s; look at these rows, or begin a new run with a lower train.learning_rate if this comes again; no "
-                "more warnings for %d steps", what, where, WINDOW_STEPS,
-            )  # fmt: skip
+                "%s; check these rows, or %s if it recurs (next warning in %d steps)", message, NEW_RUN, WINDOW_STEPS
+            )
 
     def _count_overflow(self, step: Step) -> None:
         self.num_overflows += 1
-        self._num_overflows_in_a_row += 1
+        self._consecutive_overflows += 1
         logger.warning("step %d: gradient overflow in float16, the loss scaler skips the update", step.number)
-        if self._num_overflows_in_a_row >= MAX_SCALER_SKIPS:
+        if self._consecutive_overflows >= MAX_SCALER_SKIPS:
             raise TrainingError(
-                f"step {step.number}: {step.what}, the {MAX_SCALER_SKIPS}th overflow in a row in float16; nothing was "
-                f"updated; rows of this step: {step.rows()}; use bfloat16 where the hardware has it "
-                "(quantization.bnb_4bit_compute_dtype), or begin a new run with a lower train.learning_rate"
+                f"step {step.number}: {step.problem}, the {MAX_SCALER_SKIPS}th consecutive overflow in float16; nothing "
+                f"was updated; rows of this step: {step.rows()}; use bfloat16 where the hardware has it "
+                f"(quantization.bnb_4bit_compute_dtype), or {NEW_RUN}"
             )
 
     def _skip(self, step: Step) -> None:
-        most = self._train.max_skipped_steps
+        limit = self._train.max_skipped_steps
         if self._train.on_nonfinite == "stop":
-            self._stop(step, f"{GO_ON}, with train.on_nonfinite=skip past such steps")
-        if self.num_skipped >= most:
-            self._stop(step, f"{most} steps were skipped before, as train.max_skipped_steps allows")
+            self._stop(step, f"{RESUME}, with train.on_nonfinite=skip past such steps")
+        if self.num_skipped >= limit:
+            self._stop(step, f"{limit} steps were skipped before, the limit of train.max_skipped_steps")
         self.num_skipped += 1
         logger.warning(
-            "step %d: %s (gradient norm %s); the step is skipped, %d of at most %d (train.max_skipped_steps); rows of "
-            "this step: %s", step.number, step.what, step.norm, self.num_skipped, most, step.rows(),
+            "step %d: %s (gradient norm %s); step skipped (%d of at most %d); rows of this step: %s",
+            step.number, step.problem, step.norm, self.num_skipped, limit, step.rows(),
         )  # fmt: skip
 
     def _stop(self, step: Step, remedy: str) -> None:
         raise TrainingError(
-            f"step {step.number}: {step.what} (gradient norm {step.norm}); nothing was updated; rows of this step: "
-            f"{step.rows()}; look at these rows; {remedy}; or begin a new run with a lower train.learning_rate"
+            f"step {step.number}: {step.problem} (gradient norm {step.norm}); nothing was updated; rows of this step: "
+            f"{step.rows()}; check these rows; {remedy}; or {NEW_RUN}"
         )
 
 
 def check_finite(
-    step: int, weights: Mapping[str, nn.Parameter], moments: Mapping[nn.Parameter, Mapping[str, Any]]
+    step: int, weights: Mapping[str, nn.Parameter], optimizer_state: Mapping[nn.Parameter, Mapping[str, Any]]
 ) -> None:
-    """Refuse to keep a state with a number that is not finite.
-
-    Args:
-        step: the state is that after this step.
-        weights: all that trains, by name.
-        moments: the optimizer's state by parameter.
+    """Check the state after a step before it is saved.
 
     Raises:
-        TrainingError: names the tensor.
+        TrainingError: names a trained tensor, or a tensor of the optimizer, with a non-finite value.
     """
     of_optimizer = {
         f"the optimizer's {key} of {name}": value
         for name, weight in weights.items()
-        for key, value in moments.get(weight, {}).items()
+        for key, value in optimizer_state.get(weight, {}).items()
         if isinstance(value, torch.Tensor)
     }
     problem = find_non_finite({**weights, **of_optimizer})
     if problem is not None:
         raise TrainingError(
-            f"step {step}: {problem} after the update; it was not saved; {GO_ON}; if it stops here again, begin a new run "
-            "with a lower train.learning_rate"
+            f"step {step}: {problem} after the update; it was not saved; {RESUME}; if it stops here again, {NEW_RUN}"
         )
 
 
 def check_trained(step: int, weights: Mapping[str, nn.Parameter], *, num_updates: int) -> None:
-    """Refuse the adapter of a run that made no update, or whose every lora_B is still zero.
+    """Check that a run made an update and some lora_B is not zero.
 
     Raises:
         TrainingError: names the step and counts the updates.
     """
     if num_updates and any(bool(weight.any()) for name, weight in weights.items() if "lora_B" in name):
         return
-    what = "every lora_B is zero: the adapter changes nothing" if num_updates else "every step was skipped"
+    problem = "every lora_B is zero: the adapter changes nothing" if num_updates else "every step was skipped"
     raise TrainingError(
-        f"step {step}: {what} after {num_updates} updates; the adapter was not written; begin a new run with more steps or "
-        "another train.learning_rate"
+        f"step {step}: {problem} after {num_updates} updates; the adapter was not written; start a new run with more steps "
+        "or another train.learning_rate"
     )
 
 
 class AdvanceSkippedSchedule(TrainerCallback):
-    """Lets the learning rate be a function of the step count: the loop does not advance it where a loss scaler skipped."""
+    """Advances the learning rate in steps that the loss scaler skipped, which the Trainer does not."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Advance it."""
+        """Advance the schedule."""
         if parts["optimizer"].step_was_skipped:
             parts["lr_scheduler"].step()

@@ -1,6 +1,4 @@
-"""The config's train section as TRL's arguments; what they do not decide (data, loss, saving) is switched off there."""
-
-import logging
+"""TRL's arguments from the config's train section. What our trainer overrides (data, loss, saving) is off in them."""
 
 import torch
 from trl import SFTConfig
@@ -10,20 +8,12 @@ from qlora_train.config import RunConfig
 from qlora_train.runs import RunFolder
 from qlora_train.training.optimizer import choose_optimizer
 
-logger = logging.getLogger(__name__)
-
 
 def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, checkpoints_all: bool) -> SFTConfig:
-    """Return TRL's arguments for a run; the choices that were left open are made here and logged.
+    """Return TRL's arguments of a run.
 
-    Args:
-        config: the run's settings.
-        adapted: the model.
-        run: its checkpoints' folder is named there.
-        checkpoints_all: Transformers recomputes all layers.
-
-    When to log, evaluate and save is not among them: `boundaries` says so, from the settings of today, where the Trainer
-    would go by those that a checkpoint was written with.
+    `StepEndCallback` decides when to log, evaluate and save: the Trainer would use the arguments stored in a checkpoint.
+    `checkpoints_all`: Transformers checkpoints all layers.
     """
     train, on_gpu = config.train, adapted.loaded.device.type == "cuda"
     dtype = adapted.loaded.compute_dtype
@@ -42,7 +32,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
         max_steps=train.max_steps or -1,
         per_device_train_batch_size=train.per_device_train_batch_size,
         per_device_eval_batch_size=train.per_device_eval_batch_size,
-        gradient_accumulation_steps=1,  # the feed gives the loop all micro-batches of a step at once
+        gradient_accumulation_steps=1,  # the batch source gives the loop all micro-batches of a step
         gradient_checkpointing=checkpoints_all,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         neftune_noise_alpha=train.neftune_noise_alpha,
@@ -56,7 +46,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
         report_to=list(config.run.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        ignore_data_skip=config.data.streaming,  # a stream begins where the run stands
+        ignore_data_skip=config.data.streaming,  # a stream starts at the run's step
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -66,10 +56,3 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
     )
     arguments._n_gpu = int(on_gpu)  # with several visible GPUs the Trainer would use DataParallel, which TRL refuses
     return arguments
-
-
-def choose_offloading(setting: bool, *, on_gpu: bool) -> bool:
-    """Return whether activations are kept in the host's memory; a CPU has no other."""
-    if setting and not on_gpu:
-        logger.warning("train.activation_offloading: has no effect on a CPU, whose memory is the host's")
-    return setting and on_gpu

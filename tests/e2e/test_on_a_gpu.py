@@ -66,7 +66,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_run_trains_evaluates_merges_and_answers(family: str, pico: Pico, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico(family), *MERGED)
     assert all(map(math.isfinite, losses(run)))
-    assert read_json(run.fused_kernels_file)["on"], read_json(run.fused_kernels_file)
+    assert read_json(run.fused_kernels_file)["passed"], read_json(run.fused_kernels_file)
     assert run.metadata()["device"] == torch.cuda.get_device_name()
     results = evaluate(run.path, EvalSettings(max_new_tokens=4, batch_size=2))
     assert {"base", "adapter", "merged"} < results.keys()
@@ -103,7 +103,7 @@ def test_a_run_trains_in_every_variant(
 ) -> None:
     monkeypatch.setitem(sft_loss.CHUNK_BYTES, "cuda", 1 << 16)
     monkeypatch.setattr(sft_loss, "MIN_CHUNK_TOKENS", 16)  # several chunks per micro-batch
-    monkeypatch.setattr(activation_offloading, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(activation_offloading, "MIN_BYTES", 1)
     make_config(tmp_path, pico_llama)
     write_rows(tmp_path / "rows.jsonl", system="Add the numbers of the question and answer in JSON.")
     run = train_run(tmp_path, pico_llama, *SHORT, *VARIANTS[variant])

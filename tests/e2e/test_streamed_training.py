@@ -49,7 +49,7 @@ def test_an_epoch_of_a_stream_trains_on_every_row_once(
     def noting(
         self: QloraTrainer, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *rest: Any, **more: Any
     ) -> Any:
-        places.extend(self._feed.where(int(row)) for row in inputs["row"])
+        places.extend(self.batch_source.location(int(row)) for row in inputs["row"])
         return original(self, model, inputs, *rest, **more)
 
     monkeypatch.setattr(QloraTrainer, "compute_loss", noting)

@@ -1,7 +1,4 @@
-"""Activations on the host: the same bits, two tensors here at a time, memory that is used again, nothing silently wrong.
-
-On a CPU the copies are made at once; the order of everything else is that of a GPU.
-"""
+"""Offloaded activations: the same bits, little device memory, an error instead of a full host."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,8 +13,8 @@ from qlora_train.kernels.install import install
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training.memory import activation_offloading
 from qlora_train.training.memory.activation_checkpointing import CheckpointingLevel, LayerCheckpointing
-from qlora_train.training.memory.activation_offloading import ActivationOffloading, Slabs
-from qlora_train.utils.errors import TrainingError, is_out_of_memory
+from qlora_train.training.memory.activation_offloading import offload_activations
+from qlora_train.utils.errors import is_out_of_memory
 from tests.support.fake_cuda import IS_FAKE
 from tests.support.runs import adapted_model
 
@@ -28,9 +25,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offloading, "SMALLEST_BYTES", 1)
-    monkeypatch.setattr(activation_offloading, "SLAB_BYTES", 5000)  # less than an activation, and no multiple of one
+def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation_offloading, "MIN_BYTES", 1)
 
 
 def gradients(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -39,26 +35,29 @@ def gradients(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
     return {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.grad is not None}
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 7])
 @pytest.mark.parametrize("level", ["none", "mlp", "full"])
-def test_a_model_has_the_same_bits(level: CheckpointingLevel, pico: Pico, tmp_path: Path) -> None:
+def test_gradients_have_the_same_bits(
+    level: CheckpointingLevel, chunk_tokens: int | None, pico: Pico, tmp_path: Path
+) -> None:
     model = adapted_model(tmp_path, pico("llama")).model
-    fast = install(model, lambda: label_losses(model, **BATCH))
-    LayerCheckpointing(model.train(), fast.mlps).set(level)
-    moving = ActivationOffloading(CPU)
+    fused = install(model, lambda: label_losses(model, **BATCH))
+    LayerCheckpointing(model.train(), fused.mlps).set(level)
 
     def run() -> Tensor:
-        with moving.forward_pass(model):
-            return label_losses(model, **BATCH).nll
+        return label_losses(model, chunk_tokens, **BATCH).nll
 
-    wanted = gradients(model, lambda: label_losses(model, **BATCH).nll)
-    for _ in range(2):
-        found = gradients(model, run)
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    def offloaded() -> Tensor:
+        with offload_activations(model, CPU):
+            return run()
+
+    expected, actual = gradients(model, run), gradients(model, offloaded)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 class Chain(nn.Module):
-    """Steps that save their input each, and nothing else that is not a weight."""
+    """Linear layers that save their input, and nothing else except weights."""
 
     def __init__(self, depth: int, width: int = 32) -> None:
         super().__init__()
@@ -70,57 +69,19 @@ class Chain(nn.Module):
         return x
 
 
-def run_chain(chain: Chain, moving: ActivationOffloading) -> Tensor:
-    with moving.forward_pass(chain):
-        y: Tensor = chain(torch.ones(50, 32))
-    return y
-
-
-def num_here(moving: ActivationOffloading) -> int:
-    return sum(moved.here is not None for moved in moving._moved)
-
-
-def test_two_at_most_are_here_at_a_time_and_the_host_has_room_for_one_pass() -> None:
-    chain, moving, seen = Chain(6), ActivationOffloading(CPU), []
-    for step in chain.steps:
-        step.register_forward_pre_hook(lambda *_: seen.append(num_here(moving)))
-        step.register_full_backward_hook(lambda *_: seen.append(num_here(moving)))
-    sizes = []
-    for _ in range(3):
-        run_chain(chain, moving).sum().backward()
-        assert num_here(moving) == 0
-        sizes.append(len(moving._slabs._slabs))
-    assert max(seen) == 1, "beside the one that is used"
-    assert set(sizes) == {-(-6 * 50 * 32 * 4 // 5000)}
-
-
-def test_what_left_last_does_not_have_to_come_back() -> None:
-    chain, moving = Chain(3), ActivationOffloading(CPU)
-    y = run_chain(chain, moving)
-    here = [moved.here for moved in moving._moved]
-    assert [tensor is None for tensor in here] == [True, True, False]
-    for moved in moving._moved[-1:]:
-        for piece in moved.host:
-            piece.zero_()
-    y.sum().backward()
-    last = chain.steps[-1].weight.grad
-    assert last is not None
-    assert last.abs().min() > 0
-
-
-@pytest.mark.parametrize("shape", ["transposed", "sliced", "expanded", "bfloat16", "integers"])
-def test_tensors_come_back_with_their_numbers_and_the_order_of_their_memory(shape: str) -> None:
+@pytest.mark.parametrize("kind", ["transposed", "sliced", "expanded", "bfloat16", "integers"])
+def test_tensors_keep_their_values_and_memory_order(kind: str) -> None:
     x = torch.randn(6, 10)
     saved = {
         "transposed": x.T, "sliced": x[:, 2:5], "expanded": x[:1].expand(6, 10), "bfloat16": x.bfloat16(),
         "integers": torch.arange(17),
-    }[shape]  # fmt: skip
+    }[kind]  # fmt: skip
     found = []
 
     class Save(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, leaf: Tensor) -> Tensor:
-            ctx.save_for_backward(saved, torch.ones(500))
+            ctx.save_for_backward(saved)
             return leaf * 1
 
         @staticmethod
@@ -128,99 +89,65 @@ def test_tensors_come_back_with_their_numbers_and_the_order_of_their_memory(shap
             found.append(ctx.saved_tensors[0])
             return grad
 
-    with ActivationOffloading(CPU).forward_pass(nn.Linear(1, 1)):
+    with offload_activations(nn.Linear(1, 1), CPU):
         y = Save.apply(torch.ones(2, requires_grad=True))
     y.sum().backward()
     assert torch.equal(found[0], saved)
     assert found[0].dtype == saved.dtype
-    if shape == "transposed":
+    if kind == "transposed":
         assert found[0].stride() == saved.stride()
 
 
-def test_a_gradient_that_is_made_in_the_forward_pass_takes_its_tensors_back() -> None:
-    """As the loss of a frozen head does, chunk by chunk, behind all layers."""
-    chain, head = Chain(3), nn.Linear(32, 8)
+def test_only_activations_of_some_size_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = Chain(3)
+    copied: list[torch.Size] = []
+    copy = torch.autograd.graph.save_on_cpu
 
-    def run(moving: ActivationOffloading | None) -> list[Tensor]:
-        chain.zero_grad()
-        made = []
-        with moving.forward_pass(chain) if moving else nullcontext():
-            y = chain(torch.linspace(-1, 1, 50 * 32).view(50, 32))
-            for some in y.detach().split(10):
-                leaf = some.clone().requires_grad_()
-                made += torch.autograd.grad(head(leaf).exp().sum(), leaf)
-        y.backward(torch.cat(made))
-        return [step.weight.grad.clone() for step in chain.steps]
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        host = copy(*arguments, **keywords)
+        pack = host.pack_hook
+        host.pack_hook = lambda tensor: (copied.append(tensor.shape), pack(tensor))[1]
+        return host
 
-    wanted = run(None)
-    for found, other in zip(run(ActivationOffloading(CPU)), wanted, strict=True):
-        assert torch.equal(found, other)
-
-
-def test_small_tensors_and_weights_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offloading, "SMALLEST_BYTES", 50 * 32 * 4 + 1)
-    moving = ActivationOffloading(CPU)
-    run_chain(Chain(3), moving).sum().backward()
-    assert not moving._moved
+    monkeypatch.setattr(activation_offloading, "save_on_cpu", watched)
+    for min_bytes, expected in ((1, 3), (50 * 32 * 4 + 1, 0)):
+        monkeypatch.setattr(activation_offloading, "MIN_BYTES", min_bytes)
+        copied.clear()
+        with offload_activations(chain, CPU):
+            chain(torch.ones(50, 32)).sum().backward()
+        assert copied == [torch.Size([50, 32])] * expected
 
 
-def test_a_graph_whose_host_memory_another_pass_has_taken_is_refused() -> None:
-    chain, moving = Chain(3), ActivationOffloading(CPU)
-    early = run_chain(chain, moving)
-    run_chain(chain, moving)
-    with pytest.raises(RuntimeError, match="another forward pass took the host memory"):
-        early.sum().backward()
-
-
-def test_a_tensor_that_is_changed_in_place_is_refused() -> None:
-    moving, x = ActivationOffloading(CPU), torch.ones(50, 32)
-    chain = Chain(2)
-
-    def run() -> None:
-        with moving.forward_pass(chain):
-            y = chain.steps[0](x)
-            x.add_(1)
-            chain.steps[1](y)
-
-    with pytest.raises(
-        TrainingError, match=r"train\.activation_offloading: true, but this model changes a tensor in place"
-    ):
-        run()
-
-
-def test_a_host_without_memory_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_without_memory_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_offloading, "HOST_RESERVE_BYTES", 1 << 60)
-    with pytest.raises(MemoryError, match=r"the host has .* GB left, beside 0\.0 GB of activations") as raised:
-        Slabs(pinned=False).take(10)
+    chain = Chain(1)
+    with pytest.raises(MemoryError, match=r"the host has .* GB left") as raised, offload_activations(chain, CPU):
+        chain(torch.ones(50, 32))
     assert is_out_of_memory(raised.value)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or IS_FAKE, reason="needs a CUDA device")
-def test_on_a_gpu_it_takes_less_memory_for_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_offloading, "SLAB_BYTES", 64 << 20)
+def test_on_a_gpu_it_takes_less_memory_for_the_same_bits() -> None:
     device, depth, width, rows = torch.device("cuda", 0), 24, 2048, 8192
     chain = Chain(depth, width).to(device)
-    moving = ActivationOffloading(device)
     x = torch.randn(rows, width, device=device)
 
-    def run() -> Tensor:
-        with moving.forward_pass(chain):
+    def run(*, offload: bool) -> Tensor:
+        with offload_activations(chain, device) if offload else nullcontext():
             y: Tensor = chain(x)
         return y
 
-    def peak(way: Callable[[], Tensor]) -> int:
-        """Return what a step takes beside weights and gradients."""
+    def peak(*, offload: bool) -> int:
+        """Return the memory of a step, without weights and gradients."""
         chain.zero_grad(set_to_none=False)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        way().sum().backward()
+        run(offload=offload).sum().backward()
         return torch.cuda.max_memory_allocated() - before
 
-    wanted = gradients(chain, lambda: chain(x))
-    kept = peak(lambda: chain(x))
-    for _ in range(3):
-        found = gradients(chain, run)
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert peak(run) < kept - (depth - 6) * rows * width * 4
-    assert all(slab.is_pinned() for slab in moving._slabs._slabs)
+    expected = gradients(chain, lambda: run(offload=False))
+    saved = peak(offload=False)
+    actual = gradients(chain, lambda: run(offload=True))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert peak(offload=True) < saved - (depth - 6) * rows * width * 4

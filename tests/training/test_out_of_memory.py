@@ -120,7 +120,7 @@ def test_no_batch_of_a_run_is_larger_than_the_one_tried(
     tried, *others = trainer.worst_case_batches()
     assert all(other["input_ids"].numel() == tried["input_ids"].numel() for other in others)
     num_documents = max(len(batch["row"]) for batch in (tried, *others))
-    steps = trainer._feed.steps_per_epoch
+    steps = trainer.batch_source.steps_per_epoch
     assert steps is not None
     tokens, labels, documents = [], [], []
     for epoch in range(3):
@@ -298,12 +298,12 @@ def test_memory_that_runs_out_in_mid_run_is_met_by_the_next_rung_when_the_comman
     run = RunFolder(tmp_path / "run")
     typed = [*arguments, "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"]
     typed += ["train.auto_find_batch_size=true", f"run.output_dir={run.path}"]
-    ended = run_limited(typed, tmp_path / "log", moment="_train_on", spare_bytes=SPARE["a row"])
+    ended = run_limited(typed, tmp_path / "log", moment="_run_steps", spare_bytes=SPARE["a row"])
     assert ended.status == 2, ended.log
     line = ended.log.splitlines()[-1]
     assert line.startswith("step 1: out of memory (")
     assert "repeat the command: the run resumes with train.per_device_train_batch_size=1" in line
-    ended = run_limited(typed, tmp_path / "log", moment="_train_on", spare_bytes=SPARE["a row"])
+    ended = run_limited(typed, tmp_path / "log", moment="_run_steps", spare_bytes=SPARE["a row"])
     assert ended.status == 0, ended.log
     assert_same_weights(run, unlimited)
 

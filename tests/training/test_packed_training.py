@@ -196,7 +196,7 @@ def test_the_check_finds_a_model_that_the_table_does_not_know_to_leak(
     alibi: bool, attention: str, pico: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapted, config = adapted_pico(pico("falcon", alibi=alibi), tmp_path, f"model.attn_implementation={attention}")
-    with pytest.raises(ConfigError, match=r"does not keep the documents of a pack apart: a document changes the loss"):
+    with pytest.raises(ConfigError, match=r"does not isolate the documents of a pack: a document changes the loss"):
         isolate_documents(with_table_row(adapted, packing_error=""), config, ROWS)
 
 
@@ -206,7 +206,7 @@ def test_a_model_without_positions_is_refused_in_one_line(
 ) -> None:
     base = pico(model_type, n_head=4, n_heads=4, n_layer=2, n_layers=2, d_model=64)
     adapted, config = adapted_pico(base, tmp_path, "model.attn_implementation=eager")
-    with pytest.raises(ConfigError, match=rf"this {model_type} model does not keep .* apart: it takes no position_ids"):
+    with pytest.raises(ConfigError, match=rf"this {model_type} model does not isolate .*: it takes no position_ids"):
         isolate_documents(with_table_row(adapted, packing_error=""), config, ROWS)
 
 
@@ -218,7 +218,7 @@ def test_the_check_finds_an_attention_function_that_computes_something_else(
     monkeypatch.setattr(
         document_attention, "attend", lambda *arguments, **options: right(*arguments, **{**options, "scaling": 1.0})
     )
-    with pytest.raises(ConfigError, match="a packed document's loss differs from its own by"):
+    with pytest.raises(ConfigError, match="the loss of a packed document differs from its own by"):
         isolate_documents(adapted, config, ROWS)
 
 
@@ -274,7 +274,7 @@ def test_steps_epochs_and_tokens_are_counted_in_packs(
     assert num_packs >= num_tokens / 128
     full = 100 * num_tokens / (num_packs * 128)
     assert f"packing: {len(data.train)} rows in {num_packs} packs of 128 tokens, {full:.1f} % full" in caplog.text
-    assert "documents attend to themselves alone (each computed apart); checked on this model" in caplog.text
+    assert "packing: documents are isolated (one attention call per document; checked on this model)" in caplog.text
     trainer.train()
     assert trainer.state.global_step == 2 * -(-num_packs // 2)
     assert trainer.state.num_input_tokens_seen == 2 * num_tokens

@@ -1,6 +1,7 @@
 """Rows of a step end to end, what they begin with once: same losses, same gradients, same bits after a stop."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from tests.support.runs import adapted_model, adapter_bytes, losses, make_config
 from tests.support.stores import example
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
-ON = "padding-free: ON, computes the "
+ON = "padding-free: on ("
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -273,7 +274,7 @@ def test_run_shares_and_trains_as_without(packing: str, pico_llama: Path, tmp_pa
     rows = (*EXACT, f"data.packing={packing}", "train.max_steps=4")
     shared = train_run(tmp_path, pico_llama, *rows, name="shared")
     assert ON in messages.text
-    assert json.loads(shared.padding_free_file.read_text())["on"]
+    assert json.loads(shared.padding_free_file.read_text())["passed"]
     alone = train_run(tmp_path, pico_llama, *rows, "train.padding_free=false", name="alone")
     assert not alone.padding_free_file.exists()
     assert losses(shared) == pytest.approx(losses(alone), rel=1e-4)
@@ -292,7 +293,7 @@ def test_run_computes_short_rows_of_a_step_together(pico_llama: Path, tmp_path: 
     write_tasks(tmp_path, long=(2, 5, 9, 20))
     rows = (*EXACT, *A_ROW_AT_A_TIME, "train.max_steps=4")
     together = train_run(tmp_path, pico_llama, *rows, name="together")
-    assert "padding-free: ON, computes the 5 micro-batches of a step as 3, " in messages.text
+    assert re.search(r"padding-free: on \(\d+ % fewer tokens, 3 micro-batches per step instead of 5\)", messages.text)
     alone = train_run(tmp_path, pico_llama, *rows, "train.padding_free=false", name="alone")
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
     found, wanted = (load_file(run.adapter / "adapter_model.safetensors") for run in (together, alone))
@@ -315,7 +316,7 @@ def test_rows_of_one_length_that_share_nothing_stay_a_row_at_a_time(
             ids = tokens(30, number)
             file.write(json.dumps({"input_ids": ids, "labels": [-100] * 15 + ids[15:]}) + "\n")
     built(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME, "data.eval=null", "train.eval_steps=null"))
-    assert "padding-free: off (it computes the 6 micro-batches of a step as 6, with 0 % fewer tokens)" in messages.text
+    assert "padding-free: off (0 % fewer tokens, 6 micro-batches per step instead of 6)" in messages.text
 
 
 @pytest.mark.parametrize("sizes", [(), A_ROW_AT_A_TIME])
@@ -323,7 +324,7 @@ def test_run_that_was_stopped_ends_in_the_same_bits(sizes: tuple[str, ...], pico
     write_tasks(tmp_path, long=(2, 5, 9, 20) if sizes else ())
     saved = (*EXACT, *sizes, "train.save_steps=2")
     straight = train_run(tmp_path, pico_llama, *saved, name="straight")
-    assert json.loads(straight.padding_free_file.read_text())["on"]
+    assert json.loads(straight.padding_free_file.read_text())["passed"]
     stopped_copy(straight, tmp_path / "stopped")
     resumed = train_run(tmp_path, pico_llama, *saved, name="stopped")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
@@ -336,12 +337,12 @@ def test_run_that_began_without_goes_on_without(
     monkeypatch.setattr(attention, "shared_of", lambda *_: None)
     saved = (*EXACT, "train.save_steps=2")
     straight = train_run(tmp_path, pico_llama, *saved, name="straight")
-    assert "padding-free: OFF, rows are computed apart: it computes something else on this model" in messages.text
+    assert "padding-free: off (it differs on this model (loss by" in messages.text
     monkeypatch.undo()
     stopped_copy(straight, tmp_path / "stopped")
     assert adapter_bytes(train_run(tmp_path, pico_llama, *saved, name="stopped")) == adapter_bytes(straight)
     shutil.rmtree(straight.adapter)
-    straight.padding_free_file.write_text('{"on": true, "colour": "red"}')
+    straight.padding_free_file.write_text('{"passed": true, "colour": "red"}')
     with pytest.raises(
         CheckpointError, match=r"padding_free\.json: is not as it was written; restore it, or delete it"
     ):
@@ -356,9 +357,7 @@ def test_run_that_began_with_and_cannot_go_on_so_is_one_line(
     straight = train_run(tmp_path, pico_llama, *saved, name="straight")
     stopped_copy(straight, tmp_path / "stopped")
     monkeypatch.setattr(attention, "find_documents", lambda **_: None)  # rows see each other
-    with pytest.raises(
-        CheckpointError, match=r"padding_free\.json: this run began with its rows end to end, which fails here \("
-    ):
+    with pytest.raises(CheckpointError, match=r"padding_free\.json: this run began padding-free, which fails here \("):
         train_run(tmp_path, pico_llama, *saved, name="stopped")
 
 
@@ -426,7 +425,7 @@ def test_experts_that_are_balanced_count_every_token(pico: Callable[..., Path], 
     _, trainer = built(
         make_config(tmp_path, pico("mixtral"), "train.router_aux_loss_coef=0.1", "data.packing=true", *EXACT)
     )
-    assert "padding-free: off (the load-balancing loss counts every token of every row)" in messages.text
+    assert "padding-free: off (the router loss counts every token of every row)" in messages.text
     for batch in chain.from_iterable(trainer.get_train_dataloader()):
         num_tokens = sum(len(trainer.examples.train[number].input_ids) for number in batch["row"].tolist())
         assert batch["input_ids"].numel() == num_tokens, "nor is anything padded"
@@ -435,9 +434,9 @@ def test_experts_that_are_balanced_count_every_token(pico: Callable[..., Path], 
 def test_rows_that_have_little_in_common_stay_as_they_are(
     pico_llama: Path, tmp_path: Path, messages: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(padding_free, "LEAST_SAVED", 0.4)
+    monkeypatch.setattr(padding_free, "MIN_SAVINGS", 0.4)
     _, trainer = built(make_config(tmp_path, pico_llama))
-    assert "padding-free: off (it computes the " in messages.text
+    assert "micro-batches per step instead of " in messages.text
     assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]
 
 
@@ -446,7 +445,7 @@ def test_architecture_whose_rows_would_see_each_other_computes_them_apart(
 ) -> None:
     write_tasks(tmp_path)
     built(make_config(tmp_path, pico("falcon"), *EXACT))
-    assert "padding-free: off (rows in one would see each other: " in messages.text
+    assert "padding-free: off (flattened rows would attend to each other: " in messages.text
 
 
 def test_model_that_leaks_although_the_table_does_not_know_is_found(
@@ -460,5 +459,5 @@ def test_model_that_leaks_although_the_table_does_not_know_is_found(
     loaded = replace(loaded, architecture=replace(loaded.architecture, packing_error=""))
     adapted = attach_adapter(loaded, config.lora, seed=1)
     trainer = QloraTrainer(adapted, data, config, folder, [])
-    assert "padding-free: OFF" in messages.text
+    assert "padding-free: off (flattened rows attend to each other on this model)" in messages.text
     assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]

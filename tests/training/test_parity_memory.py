@@ -18,7 +18,8 @@ from qlora_train.kernels.packed import varlen
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training import padding_free
 from qlora_train.training.parity import fused_kernels
-from qlora_train.training.parity.gradients import gradients_of
+from qlora_train.training.parity.gradients import TOLERANCES, gradients_of
+from qlora_train.training.parity.parity_check import check_parity
 from qlora_train.utils.errors import TrainingError
 from tests.support.live_bytes import LiveBytes
 from tests.support.runs import adapted_model, adapter_bytes, train_run
@@ -35,7 +36,7 @@ def out_of_memory(*_: Any, **__: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-CHECKS = {"fast path": fused_kernels, "padding-free": padding_free}
+CHECKS = {"fused kernels": fused_kernels, "padding-free": padding_free}
 
 
 @contextmanager
@@ -68,7 +69,7 @@ def test_parity_check_out_of_memory_is_repeated_on_fewer_rows(
         run = train_run(tmp_path, pico_llama, *SETTINGS)
     assert tried[0] >= 140 > tried[-1]
     for file in (run.fused_kernels_file, run.padding_free_file):
-        assert json.loads(file.read_text())["on"]
+        assert json.loads(file.read_text())["passed"]
     assert f"{check}: parity check on" in messages.text
     assert "please report" not in messages.text
 
@@ -80,7 +81,7 @@ def test_parity_check_out_of_memory_is_no_result_of_the_run(
     with out_of_memory_from(0, check, monkeypatch), pytest.raises(TrainingError, match=f"{check}: out of memory"):
         train_run(tmp_path, pico_llama, *SETTINGS)
     later = train_run(tmp_path, pico_llama, *SETTINGS)
-    assert json.loads(later.fused_kernels_file.read_text())["on"]
+    assert json.loads(later.fused_kernels_file.read_text())["passed"]
     assert adapter_bytes(later) == adapter_bytes(train_run(tmp_path, pico_llama, *SETTINGS, name="undisturbed"))
 
 
@@ -127,9 +128,17 @@ def test_parity_check_saves_only_the_input_of_each_layer(pico: Pico, tmp_path: P
     ids = torch.arange(120).reshape(2, 60) % 300 + 4
     batch = {"input_ids": ids, "labels": ids}
     found = {}
+
+    def check(adapted: AdaptedModel) -> None:
+        tolerances = TOLERANCES[torch.float32]
+        result = check_parity(
+            "a check", adapted, "run", [(2, 60)], lambda *_: fused_kernels.both_gradients(adapted, batch), tolerances
+        )
+        assert result.passed
+
     for num_layers in (2, 6):
         adapted = adapted_model(tmp_path / str(num_layers), pico("llama", num_hidden_layers=num_layers))
-        found[num_layers] = saved_bytes(adapted, lambda adapted=adapted: fused_kernels._compare(adapted, batch, "run"))
+        found[num_layers] = saved_bytes(adapted, lambda adapted=adapted: check(adapted))
         assert not any(getattr(module, "gradient_checkpointing", False) for module in adapted.model.modules())
     hidden_bytes = ids.numel() * adapted.loaded.model.config.hidden_size * 4
     assert found[6] - found[2] <= 2 * 4 * hidden_bytes

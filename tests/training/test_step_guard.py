@@ -143,7 +143,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update_and_the_last_checkpo
     assert equal(found, kept)
     again = resumed(config)
     assert equal(weights(again), weights(undisturbed))
-    assert again.numbers.state() == undisturbed.numbers.state()
+    assert again.guard.state() == undisturbed.guard.state()
     for name in ("adapter.safetensors", "optimizer.safetensors", "random.safetensors"):
         last = [each.run.checkpoint(6) / name for each in (again, undisturbed)]
         assert last[0].read_bytes() == last[1].read_bytes()
@@ -214,11 +214,11 @@ def test_skipped_steps_are_named_and_counted_and_no_part_of_any_mean(
     with caplog.at_level(logging.WARNING, logger="qlora_train"):
         each.train()
     assert "step 3: the gradient norm is nan" in caplog.text
-    assert "1 of at most 5 (train.max_skipped_steps); rows of this step:" in caplog.text
+    assert "step skipped (1 of at most 5); rows of this step:" in caplog.text
     assert "rows.jsonl:" in caplog.text
     logged = {entry["step"]: entry["loss"] for entry in each.state.log_history if "loss" in entry}
     assert sorted(logged) == [1, 2, 4, 5, 6]
-    assert each.numbers.mean_loss == pytest.approx(sum(logged.values()) / 5, rel=1e-6)
+    assert each.guard.mean_loss == pytest.approx(sum(logged.values()) / 5, rel=1e-6)
     pairs = trainer_of(make_config(tmp_path, pico_llama, *SKIP, "train.logging_steps=2", name="pairs"))
     spoil_gradient(pairs, 3, NAN)
     pairs.train()
@@ -248,18 +248,18 @@ def test_a_resumed_run_counts_skipped_steps_on(step: int, pico_llama: Path, tmp_
     for number in (1, 3):
         spoil_gradient(straight, number, -INF)
     straight.train()
-    assert straight.numbers.counts()["num_skipped_steps"] == 2
+    assert straight.guard.counts()["num_skipped_steps"] == 2
     again = trainer_of(config)
     for number in (1, 3):
         spoil_gradient(again, number, -INF)
     again.train(resume_from_checkpoint=str(straight.run.checkpoint(step)))
     assert equal(weights(again), weights(straight))
-    assert again.numbers.state() == straight.numbers.state()
+    assert again.guard.state() == straight.guard.state()
     one_more = trainer_of(config)
     spoil_gradient(one_more, 3, -INF)
     spoil_gradient(one_more, 5, NAN)
     with pytest.raises(
-        TrainingError, match=r"^step 5: .* 2 steps were skipped before, as train\.max_skipped_steps allows"
+        TrainingError, match=r"^step 5: .* 2 steps were skipped before, the limit of train\.max_skipped_steps"
     ):
         one_more.train(resume_from_checkpoint=str(straight.run.checkpoint(step)))
 
@@ -350,16 +350,16 @@ def test_overflows_of_a_real_loss_scaler_are_counted_skipped_and_resumed(
     straight = scaled_trainer(config, TOO_LARGE)
     with caplog.at_level(logging.WARNING, logger="qlora_train"):
         straight.train()
-    num_skips = straight.numbers.num_overflows
+    num_skips = straight.guard.num_overflows
     assert 1 < num_skips < MAX_SCALER_SKIPS - 1
     assert caplog.text.count("the loss scaler skips the update") == num_skips
-    assert straight.numbers.num_taken == 8 - num_skips
+    assert straight.guard.num_updates == 8 - num_skips
     assert straight.lr_scheduler.last_epoch == 8
     for step in (1, num_skips, num_skips + 1):
         again = scaled_trainer(config, 1.0)
         again.train(resume_from_checkpoint=str(straight.run.checkpoint(step)))
         assert equal(weights(again), weights(straight))
-        assert again.numbers.state() == straight.numbers.state()
+        assert again.guard.state() == straight.guard.state()
         assert again.accelerator.scaler.state_dict() == straight.accelerator.scaler.state_dict()
 
 
@@ -368,7 +368,7 @@ def test_a_loss_scaler_that_overflows_on_and_on_stops_the_run(pico_llama: Path, 
     trainer = scaled_trainer(make_config(tmp_path, pico_llama, *FLOAT16, "train.max_steps=20"), 2.0**60)
     before = weights(trainer)
     with pytest.raises(
-        TrainingError, match=rf"^step {MAX_SCALER_SKIPS}: the gradient norm is .* overflow in a row in float16"
+        TrainingError, match=rf"^step {MAX_SCALER_SKIPS}: the gradient norm is .* consecutive overflow in float16"
     ):
         trainer.train()
     assert equal(weights(trainer), before)
@@ -380,7 +380,7 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_loss_scaler(pico_llama: P
     trainer = scaled_trainer(make_config(tmp_path, pico_llama, *FLOAT16, "train.on_nonfinite=skip"), 1.0)
     spoil_loss(trainer, 3, NAN)
     trainer.train()
-    assert trainer.numbers.counts() == {"num_skipped_steps": 1, "num_scaler_skips": 0, "num_loss_spikes": 0}
+    assert trainer.guard.counts() == {"num_skipped_steps": 1, "num_scaler_skips": 0, "num_loss_spikes": 0}
     assert equal(*(load_tree(trainer.run.checkpoint(step), "adapter") for step in (2, 3)))
     assert trainer.lr_scheduler.last_epoch == 6
 
@@ -423,7 +423,7 @@ def test_a_spike_is_warned_of_once_at_the_same_step_straight_and_resumed(
         spoil_logits_at(again, 10, 21, 23)
         again.train(resume_from_checkpoint=str(straight.run.checkpoint(step)))
         assert warnings_of(caplog) == ([warning] if step < 21 else [])
-        assert again.numbers.state() == straight.numbers.state()
+        assert again.guard.state() == straight.guard.state()
         assert equal(weights(again), weights(straight))
 
 
@@ -463,7 +463,7 @@ def window_of(values: list[float]) -> LossSpikeDetector:
 
 @pytest.mark.parametrize("value", [NAN, INF, 1e30])
 def test_nan_and_infinity_are_spikes(value: float) -> None:
-    assert window_of([2.0] * 20).spike(value) is not None
+    assert window_of([2.0] * 20).detect(value) is not None
 
 
 def test_spikes_are_judged_by_the_median_and_the_spread_of_the_last_losses() -> None:
@@ -473,13 +473,13 @@ def test_spikes_are_judged_by_the_median_and_the_spread_of_the_last_losses() -> 
     middle = statistics.median(last)
     spread = 1.4826 * statistics.median([abs(loss - middle) for loss in last])
     window = window_of(losses)
-    assert window.spike(middle + 7.99 * spread) is None
-    assert window.spike(middle + 8.01 * spread) == Spike(
+    assert window.detect(middle + 7.99 * spread) is None
+    assert window.detect(middle + 8.01 * spread) == Spike(
         middle + 8.01 * spread, middle, pytest.approx(middle + 8 * spread)
     )
-    assert window_of([0.1] * 40).spike(0.59) is None, "a level course needs half a nat"
-    assert window_of([0.1] * 40).spike(0.61) is not None
-    assert window_of([0.1] * (MIN_STEPS - 1)).spike(1e9) is None, "too few to judge by"
+    assert window_of([0.1] * 40).detect(0.59) is None, "a level course needs half a nat"
+    assert window_of([0.1] * 40).detect(0.61) is not None
+    assert window_of([0.1] * (MIN_STEPS - 1)).detect(1e9) is None, "too few to judge by"
 
 
 @given(st.lists(st.floats(0, 20), max_size=150), st.integers(0, 150))
@@ -490,4 +490,4 @@ def test_a_restored_window_judges_as_the_one_that_was_saved(values: list[float],
     for value in values[cut:]:
         saved.add(value)
     assert saved.state() == straight.state()
-    assert all(saved.spike(loss) == straight.spike(loss) for loss in (0.0, 3.0, 30.0))
+    assert all(saved.detect(loss) == straight.detect(loss) for loss in (0.0, 3.0, 30.0))

@@ -62,7 +62,7 @@ class Fitting:
 
     @staticmethod
     def budget(trainer: QloraTrainer) -> int:
-        return trainer._feed.collate.budget.max_tokens  # type: ignore[attr-defined]
+        return trainer.batch_source.collate.budget.max_tokens  # type: ignore[attr-defined]
 
 
 def test_only_a_gpu_raises_it() -> None:
@@ -74,16 +74,20 @@ def test_it_is_raised_to_what_a_step_has_at_most(pico_llama: Path, tmp_path: Pat
     trainer, data = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME))
     lengths = np.sort(data.train.lengths)[::-1]  # type: ignore[union-attr]
     assert Fitting.budget(trainer) == lengths[:6].sum()
-    few = token_budget(data.train, trainer.config, in_chunks=True, min_tokens=2 * int(lengths[0]) + 1)  # type: ignore[arg-type]
+    few = token_budget(data.train, trainer.config, chunked_loss=True, min_tokens=2 * int(lengths[0]) + 1)  # type: ignore[arg-type]
     assert few.max_tokens == 2 * lengths[0] + 1
-    for in_chunks, min_tokens in ((True, 0), (True, 3), (False, BUDGET)):  # without chunks more labels take more memory
-        same = token_budget(data.train, trainer.config, in_chunks=in_chunks, min_tokens=min_tokens)  # type: ignore[arg-type]
+    for chunked_loss, min_tokens in (
+        (True, 0),
+        (True, 3),
+        (False, BUDGET),
+    ):  # without chunks more labels take more memory
+        same = token_budget(data.train, trainer.config, chunked_loss=chunked_loss, min_tokens=min_tokens)  # type: ignore[arg-type]
         assert same.max_tokens == lengths[0]
 
 
 def test_deterministic_runs_do_not_depend_on_free_memory(pico_llama: Path, tmp_path: Path) -> None:
     trainer, _ = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME, "run.deterministic=true"))
-    assert trainer._feed.collate.budget is None, "the micro-batches of the settings"  # type: ignore[union-attr]
+    assert trainer.batch_source.collate.budget is None, "the micro-batches of the settings"  # type: ignore[union-attr]
 
 
 def test_a_step_has_fewer_micro_batches_none_larger_than_the_one_tried(pico_llama: Path, tmp_path: Path) -> None:
@@ -107,7 +111,7 @@ def test_a_budget_that_does_not_fit_is_lowered_to_the_settings(
     assert fitted.budgets == [raised, longest]
     assert Fitting.budget(trainer) == longest
     assert not fitted.run.fitted_settings_file.exists(), "no setting is changed"
-    assert "padding-free: micro-batches of the settings' size (CUDA out of memory)" in messages.text
+    assert "padding-free: token budget lowered to that of the settings (CUDA out of memory)" in messages.text
     assert json.loads(fitted.run.padding_free_file.read_text())["min_tokens"] == 0
 
 

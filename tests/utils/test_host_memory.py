@@ -5,12 +5,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch import nn
 
 from qlora_train.training.memory import activation_offloading, dequantized_cache
 from qlora_train.utils import host_memory
 from qlora_train.utils.host_memory import available_bytes
 
 GIB = 1 << 30
+CPU = torch.device("cpu")
 LIMITS = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -87,6 +89,6 @@ def test_unlimited_group_of_version_1_is_no_limit(machine: Machine) -> None:
 def test_caches_and_offloading_keep_to_the_limit(machine: Machine) -> None:
     machine.member("0::/")
     machine.group("", "", 8 * GIB, 7 * GIB)
-    assert dequantized_cache._budget_bytes("auto", torch.device("cpu")) == dequantized_cache.SHARE_OF_FREE_MEMORY * GIB
+    assert dequantized_cache.budget_bytes("auto", CPU) == dequantized_cache.AUTO_SHARE * GIB
     with pytest.raises(MemoryError, match=r"the host has 1\.1 GB left"):
-        activation_offloading.Slabs(pinned=False).take(1)
+        activation_offloading.offload_activations(nn.Module(), CPU).pack_hook(torch.ones(1 << 26))

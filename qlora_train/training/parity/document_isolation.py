@@ -1,12 +1,16 @@
-"""Documents of a pack attend to themselves alone: how that is done on this model, and a check on the model itself.
+"""Documents of a pack attend to themselves only: set the attention function, and check the isolation on the model.
 
-- flash attention takes documents from positions that restart at 0;
-- `eager`, when the config asks for it, gets a mask of (tokens, tokens) from Transformers;
-- otherwise the row is cut at its documents (`kernels.document_attention`).
+- FlashAttention reads document boundaries from positions that restart at 0;
+- `eager`, if the config asks for it, gets a (tokens, tokens) mask from Transformers;
+- otherwise `kernels.packed.attention` computes each document by itself.
+
+The check replaces the first of two packed documents: the loss of the second must not change, measured against its change
+when both are one document.
 """
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,112 +26,90 @@ from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import ConfigError, first_line
 
 CHECK_TOKENS = 32
-"""Tokens of each document of the check."""
-NO_INFLUENCE = 1e-4
-"""Nats a token by which one document may change the loss of another: nothing but rounding."""
-SHARE_OF_LEAK = 0.1
-"""The same, as a share of the change where nothing keeps documents apart: rounding grows with a model's activations."""
-LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
-"""Nats a token between the loss of packed and of separate documents, by the dtype of the products."""
+"""Tokens of each document in the check."""
+MAX_INFLUENCE = 1e-4
+"""Max change of a document's loss, in nats per token, if another document of the pack is replaced."""
+MAX_INFLUENCE_SHARE = 0.1
+"""The same, relative to the change without isolation: rounding grows with a model's activations."""
+MAX_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
+"""Max difference between packed and separate documents, in nats per token, by compute dtype."""
 
 
 def isolate_documents(adapted: AdaptedModel, config: RunConfig, rows: Sequence[Example]) -> str:
-    """Let a model attend within the documents of a pack alone, check that it does, and say how.
+    """Set the model's attention function for packs, check that it isolates documents, and return how it does.
 
     Args:
         adapted: the model; its attention function is changed.
         config: the run's settings.
-        rows: some training rows; the check takes its text from the first of them.
+        rows: training rows; the check uses tokens of the first ones.
 
     Raises:
-        ConfigError: the model does not keep documents apart.
+        ConfigError: the model does not isolate documents.
     """
     check_packing(adapted.loaded.architecture)
-    check = _Check(adapted, rows)
-    check.takes_positions()
-    separate = check.separate_losses()
+    if "position_ids" not in inspect.signature(adapted.model.get_base_model().forward).parameters:
+        _refuse(adapted, "it takes no position_ids")
+    ids = np.concatenate([rows[index].input_ids for index in range(min(len(rows), 2 * CHECK_TOKENS))])
+    tokens = torch.from_numpy(np.resize(ids, 2 * CHECK_TOKENS)).long()
+    separate = _last_losses(adapted, tokens[CHECK_TOKENS:])
     how = _choose_attention(adapted.loaded.model, config)
-    check.compare_with(separate)
+    _check_isolation(adapted, tokens, separate)
     return how
 
 
 def _choose_attention(model: Any, config: RunConfig) -> str:
-    """Set the attention function for packs and say how documents are kept apart."""
     name = model.config._attn_implementation
-    if name == attention.NAME:
-        return "each computed apart"
-    if name not in ("sdpa", "eager"):
-        return f"{name} takes their positions"
-    if config.model.attn_implementation == "eager":
-        return "model.attn_implementation: eager, with a mask of tokens x tokens"
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    if model.config._attn_implementation == attention.NAME:
-        return "each computed apart"
-    return f"{name}, with a mask of tokens x tokens"
+    if name not in (attention.NAME, "sdpa", "eager"):
+        return f"{name}, by position_ids"
+    if name != attention.NAME:
+        if config.model.attn_implementation == "eager":
+            return "eager, with a tokens x tokens mask"
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+        if model.config._attn_implementation != attention.NAME:
+            return f"{name}, with a tokens x tokens mask"
+    return "one attention call per document"
 
 
-class _Check:
-    """Losses of short documents, packed and by themselves.
+def _check_isolation(adapted: AdaptedModel, tokens: torch.Tensor, separate: torch.Tensor) -> None:
+    first, second = tokens[:CHECK_TOKENS], tokens[CHECK_TOKENS:]
+    packed_losses = partial(_last_losses, adapted, positions=torch.arange(CHECK_TOKENS).repeat(2))
+    packed = packed_losses(tokens)
+    replaced = packed_losses(torch.cat([first.flip(0), second]))
+    joined = _last_losses(adapted, tokens)
+    influence, leak = (float((losses - packed).abs().mean()) for losses in (replaced, joined))
+    difference = float((packed - separate).abs().mean())
+    # "not <=", so that NaN does not pass
+    if not influence <= max(MAX_INFLUENCE, MAX_INFLUENCE_SHARE * leak):
+        _refuse(adapted, f"a document changes the loss of the next one by {influence:.2g} nats per token")
+    if not difference <= MAX_DIFFERENCE[adapted.loaded.compute_dtype]:
+        _refuse(adapted, f"the loss of a packed document differs from its own by {difference:.2g} nats per token")
 
-    Whether one document sees another is measured by exchanging the first: the loss of the second must stay what it was,
-    measured against how far it moves when the two are one text.
-    """
 
-    def __init__(self, adapted: AdaptedModel, rows: Sequence[Example]) -> None:
-        self._model, self._architecture = adapted.model, adapted.loaded.architecture
-        self._device, self._dtype = adapted.loaded.device, adapted.loaded.compute_dtype
-        text = np.concatenate([rows[i].input_ids for i in range(min(len(rows), 2 * CHECK_TOKENS))])
-        tokens = torch.from_numpy(np.resize(text, 2 * CHECK_TOKENS)).long()
-        self._first, self._second = tokens[:CHECK_TOKENS], tokens[CHECK_TOKENS:]
+def _refuse(adapted: AdaptedModel, problem: str) -> NoReturn:
+    raise ConfigError(
+        f"data.packing: true, but this {adapted.loaded.architecture.model_type} model does not isolate the documents of a "
+        f"pack: {problem}; set data.packing to false"
+    )
 
-    def takes_positions(self) -> None:
-        """Raise `ConfigError` for a model that cannot be told where documents begin."""
-        if "position_ids" not in inspect.signature(self._model.get_base_model().forward).parameters:
-            self._refuse("it takes no position_ids")
 
-    def separate_losses(self) -> torch.Tensor:
-        """Return the losses of the second document by itself, (CHECK_TOKENS - 1,)."""
-        return self._losses(self._second)
-
-    def compare_with(self, separate: torch.Tensor) -> None:
-        """Raise `ConfigError` unless the second document's losses in a pack are those by itself."""
-        positions = torch.arange(CHECK_TOKENS).repeat(2)
-        packed = self._losses(torch.cat([self._first, self._second]), positions)
-        exchanged = self._losses(torch.cat([self._first.flip(0), self._second]), positions)
-        joined = self._losses(torch.cat([self._first, self._second]))
-        influence, leak = (float((losses - packed).abs().mean()) for losses in (exchanged, joined))
-        difference = float((packed - separate).abs().mean())
-        # "not <=", so that a number that is not finite does not pass
-        if not influence <= max(NO_INFLUENCE, SHARE_OF_LEAK * leak):
-            self._refuse(f"a document changes the loss of the one behind it by {influence:.2g} nats a token")
-        if not difference <= LARGEST_DIFFERENCE[self._dtype]:
-            self._refuse(f"a packed document's loss differs from its own by {difference:.2g} nats a token")
-
-    def _refuse(self, found: str) -> NoReturn:
-        raise ConfigError(
-            f"data.packing: true, but this {self._architecture.model_type} model does not keep the documents of a pack "
-            f"apart: {found}; set data.packing to false"
-        )
-
-    @torch.no_grad()
-    def _losses(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the losses of the last document of a row of tokens (seq,), (CHECK_TOKENS - 1,)."""
-        labels = tokens.clone()
-        labels[: 1 - CHECK_TOKENS] = IGNORE_INDEX
-        inputs: dict[str, Any] = {"input_ids": tokens, "labels": labels}
-        inputs |= {"attention_mask": torch.ones_like(tokens)} if positions is None else {"position_ids": positions}
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            return label_losses(
-                self._model, **{name: tensor[None].to(self._device) for name, tensor in inputs.items()}
-            ).nll
-        except torch.OutOfMemoryError:
+@torch.no_grad()
+def _last_losses(adapted: AdaptedModel, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the losses, (CHECK_TOKENS - 1,), of the last document in `tokens`, (seq,)."""
+    labels = tokens.clone()
+    labels[: 1 - CHECK_TOKENS] = IGNORE_INDEX
+    inputs: dict[str, Any] = {"input_ids": tokens, "labels": labels}
+    inputs |= {"attention_mask": torch.ones_like(tokens)} if positions is None else {"position_ids": positions}
+    was_training = adapted.model.training
+    adapted.model.eval()
+    try:
+        batch = {name: tensor[None].to(adapted.loaded.device) for name, tensor in inputs.items()}
+        return label_losses(adapted.model, **batch).nll
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
+        if positions is None:
             raise
-        except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
-            if positions is None:
-                raise
-            self._refuse(f"its own attention fails on them ({first_line(error)})")
-        finally:
-            self._model.train(was_training)
+        _refuse(adapted, f"its attention fails on packs ({first_line(error)})")
+    finally:
+        adapted.model.train(was_training)

@@ -1,13 +1,11 @@
-"""Two ways of computing one model, compared: the loss and every gradient, on a few hundred tokens of its own data."""
+"""Loss and gradients of a model, and the difference between two ways of computing them."""
 
-import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +14,16 @@ from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.training.parity.preserve_state import preserve_model_state
-from qlora_train.utils.device import catch_out_of_memory
-from qlora_train.utils.errors import TrainingError
-
-logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 NEGLIGIBLE = 1e-3
-"""Share of the gradients' norm below which a tensor's is not judged by itself."""
-SMALL = 1 / 16
-"""Size of the numbers that stand in for zeros, against those of a fresh layer."""
-
-FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""What computing a model in another way raises where it does not work."""
+"""Tensors below this share of the total gradient norm are not compared one by one."""
+RANDOM_SCALE = 1 / 16
+"""Standard deviation of the values that replace zeros, relative to 1 / sqrt(in_features)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """What a model computed: the loss, and the gradient of everything that trains, by name, in host memory."""
+    """The loss, and the gradient of every trained tensor by name, on the CPU."""
 
     loss: float
     by_name: Mapping[str, Tensor]
@@ -42,12 +31,12 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class GradientDifference:
-    """Relative differences, not a number or infinite where one of the two is.
+    """Relative differences; NaN or infinite if either side is.
 
     Attributes:
         loss: of the loss.
         gradient: of all gradients together.
-        tensor: of the gradient of the tensor that differs most.
+        tensor: of the tensor that differs most.
         worst: its name.
     """
 
@@ -56,25 +45,25 @@ class GradientDifference:
     tensor: float
     worst: str
 
-    def said(self) -> str:
-        """Say that it is too large."""
-        return (
-            f"it computes something else on this model (loss by {self.loss:.2g}, gradients by {self.gradient:.2g}, that of "
-            f"{self.worst} by {self.tensor:.2g} of itself)"
-        )
+    def __str__(self) -> str:
+        return f"loss by {self.loss:.2g}, gradients by {self.gradient:.2g}, at most {self.tensor:.2g} in {self.worst}"
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerances:
-    """Largest relative differences: of the loss, of all gradients together, of the gradient of any one tensor."""
+    """Max relative differences of the loss, of all gradients together, and of any one tensor's gradient."""
 
     loss: float
     gradient: float
     tensor: float
 
-    def hold(self, found: GradientDifference) -> bool:
-        """Say whether a difference is within them; false for what is not a number."""
-        return found.loss <= self.loss and found.gradient <= self.gradient and found.tensor <= self.tensor
+    def allow(self, difference: GradientDifference) -> bool:
+        """Return whether a difference is within them; false for NaN."""
+        return (
+            difference.loss <= self.loss
+            and difference.gradient <= self.gradient
+            and difference.tensor <= self.tensor
+        )  # fmt: skip
 
 
 TOLERANCES = {
@@ -82,41 +71,39 @@ TOLERANCES = {
     torch.bfloat16: Tolerances(2e-2, 0.15, 0.5),
     torch.float16: Tolerances(5e-3, 0.1, 0.5),
 }
-"""By compute dtype. Rounding alone makes up to 0.07 in bfloat16, where tokens near the border between two experts go to the
-other one, and 0.01 without experts (tests/architectures); a wrong scale or a lost gradient makes 1 or more."""
+"""By compute dtype. bfloat16 rounding alone makes up to 0.01, and 0.07 with experts, where tokens near a tie are routed
+differently (tests/architectures); a wrong scale or a lost gradient makes 1 or more."""
 
 
 def gradients_of(adapted: AdaptedModel, batch: Mapping[str, Any]) -> Gradients:
-    """Return the mean loss of a batch and its gradients, in training mode and with the same random numbers every time.
+    """Compute the mean loss of a batch and its gradients, in training mode and with a fixed seed.
 
-    LoRA dropout is off: fused kernels and PEFT draw different masks, padded and padding-free rows too.
+    LoRA dropout is off: fused kernels and PEFT draw different masks, and so do padded and flattened rows.
 
     Args:
-        adapted: the model, which is as it was afterwards. Tensors of it that are zero are other numbers meanwhile: a fresh
-            adapter lets no gradient through.
+        adapted: the model; its state is preserved. Zero tensors are randomized: a new adapter has zero gradients.
         batch: arguments of `label_losses`.
     """
     model, dtype, device = adapted.model, adapted.loaded.compute_dtype, adapted.loaded.device
     trained = trainable_state(model)
-    with preserve_model_state(model), lora_dropout_off(model.modules()), _nothing_is_zero(trained):
+    with preserve_model_state(model), lora_dropout_off(model.modules()), _randomized_zeros(trained):
         torch.manual_seed(0)
         model.train()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = label_losses(model, **batch).nll.mean()
         loss.backward()
-        found = {name: parameter.grad.cpu() for name, parameter in trained.items() if parameter.grad is not None}
-    return Gradients(float(loss.detach()), found)
+        gradients = {name: parameter.grad.cpu() for name, parameter in trained.items() if parameter.grad is not None}
+    return Gradients(float(loss.detach()), gradients)
 
 
 @contextmanager
-def _nothing_is_zero(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Give every trained tensor that is zero small numbers for a while."""
+def _randomized_zeros(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     zeros = [parameter for parameter in trained.values() if not parameter.any()]
     with torch.no_grad():
         for parameter in zeros:
-            numbers = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(numbers * (SMALL / math.sqrt(parameter.shape[-1])))
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * (RANDOM_SCALE / math.sqrt(parameter.shape[-1])))
     try:
         yield
     finally:
@@ -125,25 +112,25 @@ def _nothing_is_zero(trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
                 parameter.zero_()
 
 
-def compare_gradients(wanted: Gradients, found: Gradients) -> GradientDifference:
-    """Return by how much `found` differs from `wanted`; a gradient that only one of them has differs without bound."""
-    loss = abs(found.loss - wanted.loss) / abs(wanted.loss)
-    odd = sorted(wanted.by_name.keys() ^ found.by_name.keys())
-    if odd:
-        return GradientDifference(loss, math.inf, math.inf, odd[0])
-    norms = {name: float(gradient.norm()) for name, gradient in wanted.by_name.items()}
-    errors = {name: float((found.by_name[name] - gradient).norm()) for name, gradient in wanted.by_name.items()}
-    whole = math.hypot(*norms.values())
-    relative = {name: errors[name] / norm for name, norm in norms.items() if not norm <= NEGLIGIBLE * whole}
+def compare_gradients(expected: Gradients, actual: Gradients) -> GradientDifference:
+    """Return the difference of `actual` from `expected`; infinite if only one of them has a tensor."""
+    loss = abs(actual.loss - expected.loss) / abs(expected.loss)
+    unmatched = sorted(expected.by_name.keys() ^ actual.by_name.keys())
+    if unmatched:
+        return GradientDifference(loss, math.inf, math.inf, unmatched[0])
+    norms = {name: float(gradient.norm()) for name, gradient in expected.by_name.items()}
+    errors = {name: float((actual.by_name[name] - gradient).norm()) for name, gradient in expected.by_name.items()}
+    total = math.hypot(*norms.values())
+    relative = {name: errors[name] / norm for name, norm in norms.items() if not norm <= NEGLIGIBLE * total}
     worst = max(relative, key=lambda name: (math.isnan(relative[name]), relative[name]))
-    return GradientDifference(loss, math.hypot(*errors.values()) / whole, relative[worst], worst)
+    return GradientDifference(loss, math.hypot(*errors.values()) / total, relative[worst], worst)
 
 
 @contextmanager
 def full_checkpointing(model: Any) -> Iterator[None]:
-    """Recompute every layer in the backward pass, where the architecture supports it; afterwards as before.
+    """Checkpoint every layer, if the architecture supports it, and restore the previous state.
 
-    A parity check then fits wherever training does, and does not grow with the number of layers.
+    A parity check then fits wherever training does: its memory does not grow with the number of layers.
     """
     modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     before = [module.gradient_checkpointing for module in modules]
@@ -157,29 +144,7 @@ def full_checkpointing(model: Any) -> Iterator[None]:
 
 
 def enable_full_checkpointing(model: Any) -> None:
-    """Let Transformers recompute every layer."""
+    """Let Transformers checkpoint every layer."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it
+        warnings.simplefilter("ignore", FutureWarning)  # newer releases rename the method
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def within_memory(what: str, sizes: Sequence[tuple[int, int]], compare: Callable[[int, int], Result]) -> Result:
-    """Return the result of a parity check on the first size that fits into memory.
-
-    Args:
-        what: is checked, for people.
-        sizes: rows and tokens per row, the largest first.
-        compare: computes both ways on that many rows and tokens per row.
-
-    Raises:
-        TrainingError: the smallest size does not fit.
-    """
-    for num_rows, num_tokens in sizes:
-        found, reason = catch_out_of_memory(partial(compare, num_rows, num_tokens))
-        if reason is None:
-            return found  # type: ignore[return-value]
-        logger.warning("%s: parity check on %d x %d tokens: out of memory", what, num_rows, num_tokens)
-    raise TrainingError(
-        f"{what}: out of memory in the parity check on {num_rows} x {num_tokens} tokens ({reason}); free memory that "
-        "others use, lower lora.r, or take a smaller model"
-    )
