@@ -116,17 +116,17 @@ def operations(device: torch.device, tokens: int, smaller: int) -> Iterator[Race
 
     x, grad, weight = numbers(tokens, HIDDEN // smaller), numbers(tokens, HIDDEN // smaller), numbers(HIDDEN // smaller)
     variant = rms_norm.Variant(0.0, rounds_first=True)
-    scale = rms_norm.PLAIN.forward(x, weight, 1e-5, variant)[1]
+    scale = rms_norm.REFERENCE.forward(x, weight, 1e-5, variant)[1]
     yield Race(
         "RMS norm, forward",
         lambda: rms_norm_kernels.forward(x, weight, 1e-5, variant),
-        lambda: rms_norm.PLAIN.forward(x, weight, 1e-5, variant),
+        lambda: rms_norm.REFERENCE.forward(x, weight, 1e-5, variant),
         2 * x.nbytes,
     )
     yield Race(
         "RMS norm, backward",
         lambda: (rms_norm_kernels.backward(grad, x, weight, scale, variant),),
-        lambda: (rms_norm.PLAIN.backward(grad, x, weight, scale, variant),),
+        lambda: (rms_norm.REFERENCE.backward(grad, x, weight, scale, variant),),
         3 * x.nbytes,
     )
 
@@ -134,13 +134,13 @@ def operations(device: torch.device, tokens: int, smaller: int) -> Iterator[Race
     silu = gated.ACTIVATIONS["silu"]
 
     def both_passes() -> tuple[Tensor, ...]:
-        product, gradients = gated.PLAIN.again(gate, up, silu)
+        product, gradients = gated.REFERENCE.recompute(gate, up, silu)
         return (product, *gradients(grad_product.clone()))
 
     yield Race(
         "silu(gate) * up, forward",
         lambda: (gated_kernels.forward(gate, up, "silu"),),
-        lambda: (gated.PLAIN.product(gate, up, silu),),
+        lambda: (gated.REFERENCE.forward(gate, up, silu),),
         3 * gate.nbytes,
     )
     yield Race(
@@ -156,7 +156,7 @@ def operations(device: torch.device, tokens: int, smaller: int) -> Iterator[Race
     heads = numbers(1, tokens, HEADS, HEAD_FEATURES // smaller).transpose(1, 2)
     cos, sin = numbers(1, 1, tokens, HEAD_FEATURES // smaller), numbers(1, 1, tokens, HEAD_FEATURES // smaller)
     for name in ("forward", "backward"):
-        kernel, plain = getattr(rotary_kernels, name), getattr(rotary.PLAIN, name)
+        kernel, plain = getattr(rotary_kernels, name), getattr(rotary.REFERENCE, name)
         yield Race(
             f"rotary embedding, {name}",
             lambda kernel=kernel: (kernel(heads, cos, sin),),
@@ -169,7 +169,7 @@ def operations(device: torch.device, tokens: int, smaller: int) -> Iterator[Race
     yield Race(
         "cross-entropy, with gradient",
         lambda: cross_entropy_of(cross_entropy_kernels.losses_and_gradient_, logits, targets),
-        lambda: cross_entropy_of(cross_entropy.plain_, logits, targets),
+        lambda: cross_entropy_of(cross_entropy.reference_, logits, targets),
         5 * logits.nbytes,  # with the copy, which the gradient overwrites
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from memory_plan import memory_plan
 
 from qlora_train.config import load_config
-from qlora_train.objectives.sft_loss import CHUNK_BYTES, MIN_CHUNK_TOKENS
+from qlora_train.objectives.chunked_loss import CHUNK_BYTES, MIN_CHUNK_TOKENS
 from tests.config.test_shipped_yaml import MODELS
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,8 @@ from qlora_train.evaluation.batched_inference import (
     input_device,
     row_too_long,
 )
-from qlora_train.objectives.sft_loss import FLOAT32_BYTES, label_logits, label_losses
+from qlora_train.objectives.chunked_loss import EVAL_LOGITS_BYTES
+from qlora_train.objectives.sft_loss import label_logits, label_losses
 from qlora_train.utils import signals
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import DataError
@@ -118,5 +119,5 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
             )
             if logits is None:
                 raise row_too_long(len(example.input_ids), reason, ONE_ROW_ADVICE)
-            for chunk in logits.split(max(1, FLOAT32_BYTES // (4 * logits.shape[-1]))):
+            for chunk in logits.split(max(1, EVAL_LOGITS_BYTES // (4 * logits.shape[-1]))):
                 yield torch.log_softmax(chunk.float(), dim=-1)

@@ -1,1 +1,1 @@
-"""Operations with a plain-torch definition: `reference` says what is computed, faster twins compute the same."""
+"""Fused kernels: operations with a torch reference, and Triton kernels that match it."""

@@ -1,9 +1,9 @@
-"""Transformers' sdpa, with keys and values repeated where no fused kernel takes fewer key heads than query heads.
+"""Transformers' sdpa, with keys and values repeated if no fused kernel supports grouped-query attention.
 
-Transformers passes `enable_gqa=True` whenever there is no mask. Of torch's fused kernels only FlashAttention and cuDNN take
-it (memory-efficient attention from torch 2.14 on), and these need sm_80 and 16-bit numbers. Elsewhere, as on a T4 or in
-float32, torch falls back to the math kernel, which stores the (seq, seq) scores of every head. Repeated keys and values
-cost heads / key heads times their own size, and memory-efficient attention takes them.
+Transformers passes `enable_gqa=True` whenever there is no mask. Of torch's fused kernels only FlashAttention and cuDNN
+support it (memory-efficient attention from torch 2.14 on), on sm_80 or later and in 16 bits. Elsewhere, as on a T4 or in
+float32, torch uses the math kernel, which stores (seq, seq) scores per head. Repeated keys and values cost
+heads / key heads times their own size, and memory-efficient attention supports them.
 """
 
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from qlora_train.kernels.grouped_attention import in_one_dtype
 
 
 def register() -> None:
-    """Make `attend` the attention that Transformers calls sdpa, through its public interface."""
+    """Register `attend` with Transformers as sdpa."""
     AttentionInterface.register("sdpa", attend)
 
 
@@ -30,16 +30,16 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and attention_mask is None and needs_repeated_keys(query, key, value, options):
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        caller = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # has no num_key_value_groups
+        caller = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # without num_key_value_groups
     output: tuple[Tensor, None] = sdpa_attention_forward(caller, query, key, value, attention_mask, **options)
     return output
 
 
 def needs_repeated_keys(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
-    """Ask torch whether all of its fused kernels refuse grouped queries, (batch, heads, seq, head_dim), on this GPU."""
+    """Return whether no fused kernel of this GPU supports grouped queries, (batch, heads, seq, head_dim)."""
     if not query.is_cuda:
         return False
     q, k, v = in_one_dtype(query, key, value)  # as autocast does inside sdpa
     params = cuda.SDPAParams(q, k, v, options.get("position_bias"), options.get("dropout", 0.0), False, True)
     kernels = cuda.can_use_flash_attention, cuda.can_use_cudnn_attention, cuda.can_use_efficient_attention
-    return not any(takes(params) for takes in kernels)
+    return not any(supports(params) for supports in kernels)

@@ -1,11 +1,11 @@
-"""Copies from the host to a device that the host does not wait for."""
+"""Copies from the host to a device without synchronization."""
 
 import torch
 from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; from the host it goes through page-locked memory, without which a copy waits."""
+    """Copy a tensor to a device; from the host through pinned memory, without which a copy synchronizes."""
     if device.type == "cuda" and not tensor.is_cuda and torch.cuda.is_initialized():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

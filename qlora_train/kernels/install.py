@@ -1,8 +1,8 @@
-"""The fast path: operations of this package in the place of a loaded model's own, on its own instances.
+"""Fused kernels on the instances of a loaded model.
 
-What an operation replaces is found by watching the model compute a few tokens and by trying modules on numbers, not by the
-names of architectures. PEFT's modules stay in the tree; their forward is bound on the instance, computes with gradients
-alone, and hands everything else (evaluation, a switched-off or merged adapter, further arguments) to the module's own.
+Which kernel applies is decided by recording a forward pass and by trying modules on random inputs, not by names of
+architectures. PEFT's modules stay in the tree: their forward is bound on the instance. It computes only with gradients and
+passes everything else (evaluation, a disabled or merged adapter, further arguments) to the module's own forward.
 """
 
 from collections import Counter
@@ -15,24 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.kernels.frozen_weight import FrozenWeight
-from qlora_train.kernels.function_overrides import REPLACEMENTS, LookedUp
+from qlora_train.kernels.function_overrides import OVERRIDES, FunctionOverrides
 from qlora_train.kernels.fused_mlp import GatedMlp
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.ops.rms_norm import Variant, eps_of, find_variant, rms_norm
-from qlora_train.kernels.shared_input import Group, InputGroups
+from qlora_train.kernels.shared_input import InputGroup, InputRecorder
 
-Bound = Callable[..., Any]
+Forward = Callable[..., Any]
 
 
 @dataclass
 class FusedKernels:
-    """What was put into a model.
+    """The kernels on a model.
 
     Attributes:
         counts: modules by operation.
-        skipped: adapted layers that compute as PEFT does, by reason.
+        skipped: adapted layers that compute as in PEFT, by reason.
         weights: of the adapted layers, in the order of the model.
-        mlps: that compute with their last layer.
+        mlps: fused with their down projection.
         hooks: on the model.
     """
 
@@ -44,19 +44,18 @@ class FusedKernels:
     _bound: list[nn.Module] = field(default_factory=list)
 
     def summary(self) -> str:
-        """Say what was put in and what was left out."""
         parts = [f"{count} {operation}" for operation, count in self.counts.items()]
-        parts += [f"{count} adapted layers as PEFT computes them ({why})" for why, count in self.skipped.items()]
-        return ", ".join(parts) or "nothing of it applies to this model"
+        parts += [f"{count} adapted layers as in PEFT ({reason})" for reason, count in self.skipped.items()]
+        return ", ".join(parts) or "none applies to this model"
 
-    def bind(self, module: nn.Module, forward: Bound) -> None:
-        """Let a module compute with another forward."""
-        assert "forward" not in vars(module), "bound already"
+    def bind(self, module: nn.Module, forward: Forward) -> None:
+        """Bind a forward to a module instance."""
+        assert "forward" not in vars(module), "already bound"
         module.forward = forward
         self._bound.append(module)
 
     def uninstall(self) -> None:
-        """Let every module compute as it did."""
+        """Restore the forward of every module."""
         for module in self._bound:
             del module.forward
         for hook in self.hooks:
@@ -66,71 +65,65 @@ class FusedKernels:
 
 
 def install(model: nn.Module, run: Callable[[], Any]) -> FusedKernels:
-    """Put every operation where it applies.
+    """Install every kernel that applies.
 
     Args:
         model: a base with its adapter.
         run: computes a few tokens with it.
     """
-    by_input = InputGroups(model)
-    looked_up = [found for module in model.modules() if (found := LookedUp.of(module)) is not None]
-    with ExitStack() as watching, torch.no_grad():
-        watching.enter_context(by_input.watched())
-        for found in looked_up:
-            watching.enter_context(found.watched())
+    recorder = InputRecorder(model)
+    overrides = [FunctionOverrides(module) for module in model.modules()]
+    with ExitStack() as recording, torch.no_grad():
+        recording.enter_context(recorder.recording())
+        for override in overrides:
+            recording.enter_context(override.recording())
         run()
-    fast = FusedKernels(skipped=by_input.skipped)
+    kernels = FusedKernels(skipped=recorder.skipped)
     norms = [(module, variant) for module in model.modules() if (variant := find_variant(module)) is not None]
-    with lora_dropout_off(by_input.layers):
-        mlps = [mlp for module in model.modules() if (mlp := GatedMlp.of(module)) is not None]
-    _put_linears(fast, model, by_input.groups(), mlps)
+    with lora_dropout_off(recorder.layers):
+        mlps = [mlp for module in model.modules() if (mlp := GatedMlp.find(module)) is not None]
+    groups = recorder.groups()
+    _bind_linears(kernels, model, groups)
+    _bind_mlps(kernels, groups, mlps)
     for module, variant in norms:
-        fast.counts["RMS norms"] += 1
-        fast.bind(module, _norm_forward(module, variant))
-    for found in looked_up:
-        _put_looked_up(fast, found)
-    return fast
+        kernels.counts["RMS norms"] += 1
+        kernels.bind(module, _norm_forward(module, variant))
+    for override in overrides:
+        operations = override.operations()
+        kernels.counts.update(OVERRIDES[name][0] for name in operations)
+        if operations:
+            kernels.bind(override.module, override.forward())
+    return kernels
 
 
-def _put_linears(fast: FusedKernels, model: nn.Module, groups: list[Group], mlps: list[GatedMlp]) -> None:
+def _bind_linears(kernels: FusedKernels, model: nn.Module, groups: list[InputGroup]) -> None:
     for group in groups:
-        fast.weights += group.weights
-        fast.counts["adapted linear layers"] += len(group.layers)
-        fast.counts["groups of them that read the same input"] += len(group.layers) > 1
-        for place, layer in enumerate(group.layers):
-            fast.bind(layer, group.forward_of(place))
+        kernels.weights += group.weights
+        kernels.counts["adapted linear layers"] += len(group.layers)
+        kernels.counts["groups of them that read the same input"] += len(group.layers) > 1
+        for index, layer in enumerate(group.layers):
+            kernels.bind(layer, group.forward_of(index))
 
-    def begin(_model: nn.Module, _inputs: Any) -> None:
+    def clear(_model: nn.Module, _inputs: Any) -> None:
         for group in groups:
-            group.forget()
+            group.clear()
 
-    fast.hooks.append(model.register_forward_pre_hook(begin))
-    alone = {group.layers[0]: group for group in groups if len(group.layers) == 1}
+    kernels.hooks.append(model.register_forward_pre_hook(clear))
+
+
+def _bind_mlps(kernels: FusedKernels, groups: list[InputGroup], mlps: list[GatedMlp]) -> None:
+    single = {group.layers[0]: group for group in groups if len(group.layers) == 1}
     for mlp in mlps:
-        down = alone.get(mlp.module.down_proj)
+        down = single.get(mlp.module.down_proj)
         if down is not None:
-            fast.counts["gated MLPs"] += 1
-            fast.mlps.append(mlp)
-            fast.bind(mlp.module, mlp.forward_with(down))
+            kernels.counts["gated MLPs"] += 1
+            kernels.mlps.append(mlp)
+            kernels.bind(mlp.module, mlp.forward_with(down))
 
 
-def _put_looked_up(fast: FusedKernels, found: LookedUp) -> None:
-    functions = found.replaced()
-    if not functions:
-        return
-    own, changed = found.module.forward, found.forward_with(functions)
-
-    def forward(*arguments: Any, **keywords: Any) -> Any:
-        return (changed if torch.is_grad_enabled() else own)(*arguments, **keywords)
-
-    for name in functions:
-        fast.counts[REPLACEMENTS[name].said] += 1
-    fast.bind(found.module, forward)
-
-
-def _norm_forward(module: Any, variant: Variant) -> Bound:
+def _norm_forward(module: Any, variant: Variant) -> Forward:
     own, eps = module.forward, eps_of(module)
-    assert eps is not None, "a variant has it"
+    assert eps is not None, "set for every variant"
 
     def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
         if arguments or keywords or not torch.is_grad_enabled():

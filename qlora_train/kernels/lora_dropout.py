@@ -1,10 +1,10 @@
-"""LoRA dropout: y = x W' + (m * x) ((s / (1 - p)) A)' B', with a mask m of zeros and ones, P(m = 0) = p.
+"""LoRA dropout: y = x W' + (m * x) ((s / (1 - p)) A)' B', with a binary mask m, P(m = 0) = p.
 
-All layers that read the same input share one mask, so that their A stay one product and one mask is drawn and saved. PEFT
-draws one for each layer: the expectation is the same, the noise of q, k and v is correlated here.
+Layers that read the same input share one mask, so that their A stay one matmul and one mask is drawn and saved. PEFT draws
+one per layer: the expectation is the same, but here the noise of q, k and v is correlated.
 
-The seed of each mask comes from torch's default CPU generator, on a GPU too: resuming and activation checkpointing restore
-it, but checkpointing restores a GPU's for positional arguments alone. One byte per number is saved for the backward pass.
+Each mask is seeded from torch's default CPU generator, on a GPU too: resuming and activation checkpointing restore that
+generator, while checkpointing restores a GPU's only for the devices of its positional arguments.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,24 +15,24 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 MAX_RATE = 0.99
-"""The largest p here: a random byte can give no more than 255 / 256."""
+"""Largest p: a random byte resolves at most 255 / 256."""
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By bytes per number. Their product with a mask takes a CPU a third of the time of a floating-point one."""
+"""By itemsize: a CPU multiplies integers by a mask in a third of the time of floats."""
 
 
-def draw_mask(rows: int, features: int, rate: float, device: torch.device) -> Tensor | None:
+def draw_mask(num_rows: int, features: int, rate: float, device: torch.device) -> Tensor | None:
     """Return m, uint8 (rows, features); None for a rate of 0.
 
-    A random byte per number is compared with 256 p, which each row rounds up or down at random: P(m = 0) is exactly p.
-    Drawn as 64-bit integers, bytes take a CPU a tenth of the time of `bernoulli_`.
+    Random bytes are compared with 256 p, randomly rounded up or down per row: P(m = 0) is exactly p. Drawn as int64, they
+    take a CPU a tenth of the time of `bernoulli_`.
     """
     if rate == 0:
         return None
     generator = torch.Generator(device).manual_seed(int(torch.randint(2**63 - 1, ())))
-    numel = rows * features
+    numel = num_rows * features
     words = torch.empty(-(-numel // 8), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
-    thresholds = torch.rand(rows, 1, device=device, generator=generator).add_(256 * rate).to(torch.uint8)
-    return words.view(torch.uint8)[:numel].view(rows, features).ge_(thresholds)
+    thresholds = torch.rand(num_rows, 1, device=device, generator=generator).add_(256 * rate).to(torch.uint8)
+    return words.view(torch.uint8)[:numel].view(num_rows, features).ge_(thresholds)
 
 
 def masked_(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -43,31 +43,26 @@ def masked_(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return m * x; x itself where there is no mask."""
+    """Return m * x; x itself without a mask."""
     return x if mask is None else masked_(x.clone(), mask)
 
 
 def rate_of(layer: LoraLayer, adapter: str) -> float:
-    """Return p of an adapted layer now: 0 in evaluation mode."""
+    """Return p of an adapted layer in its current mode: 0 in evaluation."""
     module = layer.lora_dropout[adapter]
     return float(module.p) if isinstance(module, nn.Dropout) and module.training else 0.0
 
 
 @contextmanager
 def lora_dropout_off(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Set p of these modules' LoRA dropout to 0 for a while; all other dropouts stay."""
-    found = [
-        dropout
-        for module in modules
-        if isinstance(module, LoraLayer)
-        for dropout in module.lora_dropout.values()
-        if isinstance(dropout, nn.Dropout)
-    ]
-    rates = [dropout.p for dropout in found]
-    for dropout in found:
+    """Temporarily set p of these modules' LoRA dropout to 0; other dropouts stay."""
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    dropouts = [each for layer in layers for each in layer.lora_dropout.values() if isinstance(each, nn.Dropout)]
+    rates = [dropout.p for dropout in dropouts]
+    for dropout in dropouts:
         dropout.p = 0.0
     try:
         yield
     finally:
-        for dropout, rate in zip(found, rates, strict=True):
+        for dropout, rate in zip(dropouts, rates, strict=True):
             dropout.p = rate

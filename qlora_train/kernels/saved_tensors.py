@@ -1,7 +1,7 @@
-"""Tensors kept for a backward pass by a step of its own, before what they are kept for is computed.
+"""Tensors saved for a backward pass by an autograd node of their own, before the operation that needs them.
 
-Where a layer is computed again in the backward pass, that stops as soon as everything that was kept is there: what comes
-after a step of its own, and is not needed, is not computed again.
+Non-reentrant activation checkpointing stops to recompute once every saved tensor is recomputed. An operation that comes
+after this node, and saves nothing itself, is then not recomputed.
 """
 
 from collections.abc import Sequence
@@ -11,26 +11,24 @@ import torch
 from torch import Tensor
 
 
-def keep(passed: Sequence[Tensor], others: Sequence[Tensor | None] = ()) -> tuple[tuple[Tensor, ...], Any]:
-    """Keep tensors of which one at least has a gradient.
-
-    Args:
-        passed: through which gradients pass.
-        others: kept beside them.
+def save_for_backward(
+    differentiable: Sequence[Tensor], others: Sequence[Tensor | None] = ()
+) -> tuple[tuple[Tensor, ...], Any]:
+    """Save tensors, of which at least one requires a gradient.
 
     Returns:
-        `passed` to compute on with, and what has all of them as `saved_tensors` in the backward pass.
+        `differentiable` to compute on with, and the node whose `saved_tensors` are all of them in the backward pass.
     """
-    through: tuple[Tensor, ...] = _Keep.apply(len(passed), *passed, *others)
+    through: tuple[Tensor, ...] = _Save.apply(len(differentiable), *differentiable, *others)
     return through, next(tensor.grad_fn for tensor in through if tensor.requires_grad)
 
 
-class _Keep(torch.autograd.Function):
+class _Save(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, num_passed: int, *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, num_differentiable: int, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
-        ctx.num_others = len(tensors) - num_passed
-        return tuple(tensor.view_as(tensor) for tensor in tensors[:num_passed])
+        ctx.num_others = len(tensors) - num_differentiable
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:num_differentiable])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

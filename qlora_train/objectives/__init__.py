@@ -1,1 +1,1 @@
-"""Losses that training minimizes."""
+"""Training losses."""

@@ -1,7 +1,6 @@
-"""The loss that keeps the experts of a mixture evenly used: its weight in a run.
+"""The weight of the load-balancing loss of a mixture of experts (Switch Transformers, https://arxiv.org/abs/2101.03961).
 
-Transformers computes it from the routers' logits where the architecture has it (Switch Transformers,
-https://arxiv.org/abs/2101.03961). Routers are frozen here: it acts on the adapter below them.
+Transformers computes the loss from the router logits. Routers are frozen here: it acts on the adapter below them.
 """
 
 import logging
@@ -16,33 +15,31 @@ ROUTER_AUX_LOSS = "router_aux_loss"
 """Its name in the metrics."""
 
 
-def choose_router_aux_loss_coef(asked: float | None, model: Any) -> float:
-    """Return the weight of the load-balancing loss; 0 is none.
+def choose_router_aux_loss_coef(setting: float | None, model: Any) -> float:
+    """Return the weight of the load-balancing loss; 0: none.
 
     Args:
-        asked: `train.router_aux_loss_coef`; None is what config.json says.
+        setting: `train.router_aux_loss_coef`; None: that of config.json.
         model: the base with its adapter.
 
     Raises:
-        ConfigError: it is asked for, and the architecture has none.
+        ConfigError: it is set, and the architecture has no such loss.
     """
     config = model.config.get_text_config()
-    coefficient = _of_config(config) if asked is None else asked
+    coefficient = _of_config(config) if setting is None else setting
     if coefficient == 0:
         return 0.0
-    if not has_aux_loss(model):
-        if asked is None:
-            logger.info(
-                "experts: config.json turns a load-balancing loss on, which Transformers has not for this model"
-            )
-            return 0.0
-        raise ConfigError(
-            f"train.router_aux_loss_coef: {asked:g}, but Transformers has no load-balancing loss for a {config.model_type} "
-            "model; drop it"
-        )
-    logger.info("experts: load-balancing loss with weight %g (%s)", coefficient,
-                "config.json" if asked is None else "train.router_aux_loss_coef")  # fmt: skip
-    return coefficient
+    if has_aux_loss(model):
+        source = "config.json" if setting is None else "train.router_aux_loss_coef"
+        logger.info("experts: load-balancing loss with weight %g (%s)", coefficient, source)
+        return coefficient
+    if setting is None:
+        logger.info("experts: no load-balancing loss (set in config.json, but not in Transformers for this model)")
+        return 0.0
+    raise ConfigError(
+        f"train.router_aux_loss_coef: {setting:g}, but Transformers has no load-balancing loss for a {config.model_type} "
+        "model; drop it"
+    )
 
 
 def _of_config(config: Any) -> float:

@@ -20,15 +20,15 @@ from qlora_train.inference.chat import Chat, ChatSettings
 from qlora_train.inference.eval_report import EvalSettings
 from qlora_train.inference.finished_run import open_finished_run
 from qlora_train.kernels.packed import varlen
-from qlora_train.objectives import sft_loss
+from qlora_train.objectives import chunked_loss
 from qlora_train.pipeline import evaluate
 from qlora_train.runs import read_json
 from qlora_train.training import qlora_trainer
 from qlora_train.training.memory import activation_offloading
 from qlora_train.utils import signals
-from tests.kernels.varlen import plain_varlen
 from tests.support import fake_cuda
 from tests.support.runs import losses, make_config, train_run, write_rows
+from tests.support.varlen_reference import plain_varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 Pico = Callable[..., Path]
@@ -101,8 +101,8 @@ VARIANTS = {
 def test_a_run_trains_in_every_variant(
     variant: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sft_loss.CHUNK_BYTES, "cuda", 1 << 16)
-    monkeypatch.setattr(sft_loss, "MIN_CHUNK_TOKENS", 16)  # several chunks per micro-batch
+    monkeypatch.setitem(chunked_loss.CHUNK_BYTES, "cuda", 1 << 16)
+    monkeypatch.setattr(chunked_loss, "MIN_CHUNK_TOKENS", 16)  # several chunks per micro-batch
     monkeypatch.setattr(activation_offloading, "MIN_BYTES", 1)
     make_config(tmp_path, pico_llama)
     write_rows(tmp_path / "rows.jsonl", system="Add the numbers of the question and answer in JSON.")

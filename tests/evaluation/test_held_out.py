@@ -24,7 +24,7 @@ from qlora_train.evaluation.batched_inference import batches_by_length, compute_
 from qlora_train.evaluation.generation import generate_answers, stop_token_ids
 from qlora_train.evaluation.held_out_loss import held_out_loss, label_log_probabilities
 from qlora_train.evaluation.scoring import AnswerScores, compare_answers, few_shot_prompt, score_answers
-from qlora_train.objectives import sft_loss
+from qlora_train.objectives import chunked_loss
 from qlora_train.utils.errors import DataError, ModelError
 from tests.support.pico import CHATML, VOCAB_SIZE
 
@@ -130,7 +130,7 @@ class LargestFloat32(TorchDispatchMode):
 def test_float32_logits_exist_a_few_labels_at_a_time(pico_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.bfloat16)
     whole = held_out_loss(model, ragged_examples(), batch_size=4, pad_token_id=0)
-    monkeypatch.setattr(sft_loss, "FLOAT32_BYTES", 3 * 4 * VOCAB_SIZE + 1)
+    monkeypatch.setattr(chunked_loss, "EVAL_LOGITS_BYTES", 3 * 4 * VOCAB_SIZE + 1)
     with LargestFloat32() as watched:
         pieces = held_out_loss(model, ragged_examples(), batch_size=4, pad_token_id=0)
     assert watched.num_elements == 3 * VOCAB_SIZE

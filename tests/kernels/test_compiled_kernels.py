@@ -28,7 +28,7 @@ from qlora_train.kernels.ops import (
 )
 from qlora_train.kernels.ops import dequantize as dispatch
 from qlora_train.kernels.ops.rms_norm import Variant
-from tests.kernels.interpreted import IS_INTERPRETED
+from tests.support.triton_interpreter import IS_INTERPRETED
 
 pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels")
 CAPABILITIES = pytest.mark.parametrize("capability", [75, 90], ids="sm_{}".format)

@@ -13,25 +13,39 @@ from torch.nn import functional
 from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay, sliding_window_overlay
 
 from qlora_train.kernels.packed import varlen
-from qlora_train.kernels.packed.attention import Documents, find_documents, positions_of_row
-from qlora_train.kernels.packed.row_layout import Span
-from qlora_train.kernels.packed.varlen import CAUSAL, TRIED, Lengths, Window, takes, varlen_documents, works_on
-from tests.kernels.varlen import plain_varlen, put_plain_kernel
+from qlora_train.kernels.packed.attention import Documents, packed_mask, packed_row
+from qlora_train.kernels.packed.document_index import Document
+from qlora_train.kernels.packed.varlen import (
+    CAUSAL,
+    TRIAL,
+    SequenceLengths,
+    Window,
+    supports,
+    varlen_documents,
+    works_on,
+)
 from tests.support.fake_cuda import IS_FAKE
+from tests.support.varlen_reference import plain_varlen, put_plain_kernel
 
 SCALING = 0.3
-APART = (Span(0, 0, 0, 5), Span(5, 0, 5, 6), Span(6, 0, 6, 19))
-SHARED = (Span(0, 0, 0, 9), Span(0, 4, 9, 12), Span(0, 8, 12, 13), Span(13, 0, 13, 20), Span(13, 6, 20, 31))
+APART = (Document(0, 0, 0, 5), Document(5, 0, 5, 6), Document(6, 0, 6, 19))
+SHARED = (
+    Document(0, 0, 0, 9),
+    Document(0, 4, 9, 12),
+    Document(0, 8, 12, 13),
+    Document(13, 0, 13, 20),
+    Document(13, 6, 20, 31),
+)
 
 
-def leaves_for(spans: Sequence[Span]) -> list[Tensor]:
+def leaves_for(spans: Sequence[Document]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     seq = max(span.end for span in spans)
     shapes = [(1, heads, seq, 8) for heads in (4, 2, 2)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
-def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span], window: Window) -> Tensor:
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Document], window: Window) -> Tensor:
     found = []
     for span in sorted(spans, key=lambda span: span.begin):
         tokens = torch.tensor([*range(span.root, span.root + span.num_shared), *range(span.begin, span.end)])
@@ -44,13 +58,13 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, spans: Sequence[Span],
 
 
 @pytest.mark.parametrize("window", [CAUSAL, (4, 0)])
-@pytest.mark.parametrize("spans", [APART, SHARED, tuple(reversed(SHARED)), TRIED])
+@pytest.mark.parametrize("spans", [APART, SHARED, tuple(reversed(SHARED)), TRIAL])
 def test_every_document_attends_to_itself_and_to_what_it_begins_with(
-    spans: tuple[Span, ...], window: Window, monkeypatch: pytest.MonkeyPatch
+    spans: tuple[Document, ...], window: Window, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_plain_kernel(monkeypatch)
     computed: list[Callable[..., Tensor]] = [
-        lambda *states: varlen_documents(*states, Lengths.of(spans, torch.device("cpu"), window), SCALING),
+        lambda *states: varlen_documents(*states, SequenceLengths.of(spans, torch.device("cpu"), window), SCALING),
         lambda *states: one_by_one(*states, spans, window),
     ]
     results = []
@@ -65,8 +79,8 @@ def test_every_document_attends_to_itself_and_to_what_it_begins_with(
 
 def test_keys_that_lie_as_they_are_needed_are_not_moved() -> None:
     cpu = torch.device("cpu")
-    assert Lengths.of(APART, cpu).keys is None
-    keys = Lengths.of(SHARED, cpu).keys
+    assert SequenceLengths.of(APART, cpu).keys is None
+    keys = SequenceLengths.of(SHARED, cpu).keys
     assert keys is not None
     assert keys.tokens.tolist()[9:16] == [0, 1, 2, 3, 9, 10, 11]
 
@@ -78,8 +92,8 @@ def test_only_a_mask_that_is_the_window_is_computed_as_one(distance: int, monkey
     def mask_function(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query - key < distance)
 
-    with positions_of_row(torch.arange(8).repeat(2)[None]):
-        found = find_documents(
+    with packed_row(torch.arange(8).repeat(2)[None]):
+        found = packed_mask(
             batch_size=1, q_length=16, kv_length=16, mask_function=mask_function, local_size=4,
             device=torch.device("cpu"),
         )  # fmt: skip
@@ -92,8 +106,8 @@ def test_a_window_is_found_without_waiting_for_the_device(monkeypatch: pytest.Mo
     put_plain_kernel(monkeypatch)
 
     def find(mask_function: Callable[..., Tensor]) -> Documents:
-        with positions_of_row(torch.arange(8).repeat(2)[None]):
-            found = find_documents(
+        with packed_row(torch.arange(8).repeat(2)[None]):
+            found = packed_mask(
                 batch_size=1, q_length=16, kv_length=16, mask_function=mask_function, local_size=4,
                 device=torch.device("meta"),
             )  # fmt: skip
@@ -110,8 +124,8 @@ def test_a_window_is_found_without_waiting_for_the_device(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("sizes", [(2, 16, 16), (1, 16, 20), (1, 12, 12)])
 def test_masks_of_other_tokens_than_the_row_are_refused_as_failures_of_the_model(sizes: tuple[int, int, int]) -> None:
     batch_size, q_length, kv_length = sizes
-    with positions_of_row(torch.arange(8).repeat(2)[None]), pytest.raises(NotImplementedError, match=r"for 16 tokens"):
-        find_documents(
+    with packed_row(torch.arange(8).repeat(2)[None]), pytest.raises(NotImplementedError, match=r"for 16 tokens"):
+        packed_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=causal_mask_function,
             device=torch.device("cpu"),
         )  # fmt: skip
@@ -121,18 +135,18 @@ def test_heads_that_the_kernel_does_not_take() -> None:
     def heads(size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(1, 2, 3, size, dtype=dtype)
 
-    assert takes(heads(64), heads(64))
+    assert supports(heads(64), heads(64))
     for query, value in (
         (heads(64, torch.float32), heads(64, torch.float32)), (heads(60), heads(60)), (heads(512), heads(512)),
         (heads(64), heads(32)),
     ):  # fmt: skip
-        assert not takes(query, value)
+        assert not supports(query, value)
 
 
 def test_it_is_tried_where_gradients_are_off_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
     with torch.no_grad():  # as in the check that documents are isolated
-        assert len(varlen._tried(torch.device("cpu"), CAUSAL, apart=False)) == 4
+        assert len(varlen._trial(torch.device("cpu"), CAUSAL, reference=False)) == 4
 
 
 def test_options_that_torch_does_not_have_are_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +155,7 @@ def test_options_that_torch_does_not_have_are_not_passed(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(varlen, "varlen_attn", of_torch_2_11)
     monkeypatch.setattr(varlen, "OPTIONS", inspect.signature(of_torch_2_11).parameters)
-    assert len(varlen._tried(torch.device("cpu"), CAUSAL, apart=False)) == 4  # with grouped heads
+    assert len(varlen._trial(torch.device("cpu"), CAUSAL, reference=False)) == 4  # with grouped heads
 
 
 def test_without_a_gpu_it_is_not_used() -> None:

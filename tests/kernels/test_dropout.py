@@ -11,7 +11,7 @@ from qlora_train.kernels.frozen_weight import FrozenWeight
 from qlora_train.kernels.lora_dropout import draw_mask, masked, masked_
 from qlora_train.kernels.lora_linear import LoraLayers, lora_linears
 from qlora_train.kernels.ops.gated import ACTIVATIONS, gated_linear
-from qlora_train.kernels.tiled import in_tiles, recomputed_in_tiles
+from qlora_train.kernels.tiled import checkpoint_tiled, compute_tiled
 
 CPU = torch.device("cpu")
 RATE, SCALE = 0.3, 0.5
@@ -117,7 +117,7 @@ def test_recomputed_tiles_have_the_same_masks(tile_rows: int, monkeypatch: pytes
     monkeypatch.setattr("qlora_train.kernels.tiled.TILE_ROWS", tile_rows)
     layers, x = layers_of(10), torch.randn(14, 6, dtype=torch.float64)
     found, after = [], []
-    for way in (in_tiles, lambda function, x: recomputed_in_tiles(function, x, [*layers.a, *layers.b])):
+    for way in (compute_tiled, lambda function, x: checkpoint_tiled(function, x, [*layers.a, *layers.b])):
         torch.manual_seed(3)
         leaf = x.clone().requires_grad_()
         y = way(lambda x: lora_linears(x, layers)[0], leaf)
@@ -159,7 +159,7 @@ def test_masks_of_a_gpu_are_seeded_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -
     a, b = (torch.randn(shape, device=gpu, requires_grad=True) for shape in ((8, 512), (64, 8)))
     layers, x = LoraLayers([FrozenWeight(linear)], [a], [b], [1.0], RATE), torch.randn(1000, 512, device=gpu)
     found = []
-    for way in (in_tiles, lambda function, x: recomputed_in_tiles(function, x, [a, b])):
+    for way in (compute_tiled, lambda function, x: checkpoint_tiled(function, x, [a, b])):
         torch.manual_seed(3)
         leaf = x.clone().requires_grad_()
         y = way(lambda x: lora_linears(x, layers)[0], leaf)

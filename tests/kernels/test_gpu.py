@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qlora_train.kernels.ops.dequantize import dequantize
 from qlora_train.kernels.ops.dispatch import has_kernels, runs_triton, works_on
-from tests.kernels.interpreted import IS_INTERPRETED
 from tests.support.fake_cuda import IS_FAKE
+from tests.support.triton_interpreter import IS_INTERPRETED
 
 pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels")
 

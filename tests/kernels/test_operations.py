@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_train.kernels.frozen_weight import FrozenWeight
-from qlora_train.kernels.function_overrides import REPLACEMENTS, _same
+from qlora_train.kernels.function_overrides import OVERRIDES, _match
 from qlora_train.kernels.grouped_attention import grouped_attention
 from qlora_train.kernels.lora_linear import LoraLayers, lora_linears
 from qlora_train.kernels.ops import cross_entropy
@@ -161,7 +161,7 @@ def test_attention_of_grouped_heads(key_heads: int, masked: bool) -> None:
 )
 def test_a_function_that_computes_something_else_keeps_its_place(own: Callable[..., Any]) -> None:
     call = (numbers(1, 4, SEQ, 8), numbers(1, 2, SEQ, 8), numbers(1, SEQ, 8), numbers(1, SEQ, 8))
-    assert not _same(own, REPLACEMENTS["apply_rotary_pos_emb"].make(own), call, {})
+    assert not _match(own, OVERRIDES["apply_rotary_pos_emb"][1](own), call, {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -170,7 +170,7 @@ def test_cross_entropy_leaves_the_gradient_in_the_place_of_the_logits(
     dtype: torch.dtype, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, vocabulary = 9, 501
-    monkeypatch.setitem(cross_entropy.PIECE_BYTES, "cpu", 4 * vocabulary * rows_at_once)
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", 4 * vocabulary * rows_at_once)
     logits = (10 * torch.randn(rows, vocabulary)).to(dtype)
     targets = torch.randint(vocabulary, (rows,))
     targets[:2] = torch.tensor([0, vocabulary - 1])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qlora_train.kernels import tiled
-from qlora_train.kernels.tiled import in_tiles, recomputed_in_tiles
+from qlora_train.kernels.tiled import checkpoint_tiled, compute_tiled
 
 ROWS, WIDTH = 23, 12
 
@@ -47,11 +47,11 @@ def whole(function: Any, x: Tensor, _weights: Any) -> Tensor:
 
 
 def kept(function: Any, x: Tensor, _weights: Any) -> Tensor:
-    return in_tiles(function, x)
+    return compute_tiled(function, x)
 
 
 def test_tiles_compute_what_the_whole_does() -> None:
-    *found, unused = gradients(recomputed_in_tiles)
+    *found, unused = gradients(checkpoint_tiled)
     *wanted, _ = gradients(whole)
     assert unused is None
     for one, other in zip(found, wanted, strict=True):
@@ -60,14 +60,14 @@ def test_tiles_compute_what_the_whole_does() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bits_are_the_same_whether_it_is_computed_again_or_not(dtype: torch.dtype) -> None:
-    found, wanted = (gradients(way, passes=3, dtype=dtype) for way in (recomputed_in_tiles, kept))
+    found, wanted = (gradients(way, passes=3, dtype=dtype) for way in (checkpoint_tiled, kept))
     for one, other in zip(found[:-1], wanted[:-1], strict=True):
         assert torch.equal(one, other)
 
 
 def test_an_input_without_a_gradient_is_computed_with() -> None:
     weights, x = weights_of(torch.float64), numbers(ROWS, WIDTH)
-    recomputed_in_tiles(mlp(weights), x, weights).sum().backward()
+    checkpoint_tiled(mlp(weights), x, weights).sum().backward()
     found = [weight.grad for weight in weights[:3]]
     wanted = torch.autograd.grad(mlp(weights)(x).sum(), weights[:3])
     for one, other in zip(found, wanted, strict=True):
@@ -84,7 +84,7 @@ def test_autocast_is_in_the_backward_pass_as_it_was_in_the_forward_pass() -> Non
 
     x = numbers(ROWS, WIDTH, dtype=torch.float32).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = recomputed_in_tiles(function, x, weights)
+        y = checkpoint_tiled(function, x, weights)
     y.float().sum().backward()
     assert set(seen) == {torch.bfloat16}
     assert len(seen) % 2 == 0
@@ -99,5 +99,5 @@ def test_nothing_but_the_input_is_kept() -> None:
 
     weights, x = weights_of(torch.float32), numbers(ROWS, WIDTH, dtype=torch.float32).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        recomputed_in_tiles(mlp(weights), x, weights)
+        checkpoint_tiled(mlp(weights), x, weights)
     assert {tensor.untyped_storage().data_ptr() for tensor in held} == {x.untyped_storage().data_ptr()}

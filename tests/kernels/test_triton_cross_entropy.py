@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_train.kernels.ops import cross_entropy as plain
-from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
+from tests.support.triton_interpreter import CLOSE, DEVICE, needs_its_device, use_kernels
 
 pytestmark = needs_its_device
 SHAPES = pytest.mark.parametrize("shape", [(1, 1), (3, 50), (5, 4096), (2, 4097), (4, 12345)], ids=str)
@@ -27,7 +27,7 @@ def test_losses_and_gradient_are_those_of_the_plain_code(shape: tuple[int, int],
 
     logits, targets = batch(*shape, dtype)
     wanted_gradient, gradient = logits.clone(), logits.clone()
-    wanted = plain.plain_(wanted_gradient, targets)
+    wanted = plain.reference_(wanted_gradient, targets)
     found = kernels.losses_and_gradient_(gradient, targets)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -7,8 +7,8 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from qlora_train.kernels.ops import dequantize as dispatch
-from tests.kernels.interpreted import DEVICE, needs_its_device
 from tests.support import nf4_reference
+from tests.support.triton_interpreter import DEVICE, needs_its_device
 
 pytestmark = needs_its_device
 SINGLE_OR_DOUBLE = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
@@ -108,7 +108,7 @@ def test_weights_go_into_a_place_and_leave_what_is_around_it(place: str) -> None
 
 def test_a_place_whose_rows_are_not_contiguous_is_refused() -> None:
     packed, state = stored(24, 64, 64)
-    with pytest.raises(AssertionError, match="a row of the output is contiguous"):
+    with pytest.raises(AssertionError, match="rows of the output are contiguous"):
         found(packed, state, torch.float32, out=torch.zeros(64, 24, device=DEVICE).T)
 
 
@@ -127,46 +127,12 @@ def test_autograd_learns_that_a_place_was_written_to() -> None:
 def test_a_state_with_too_few_scales_is_refused(double_quant: bool) -> None:
     packed, state = stored(24, 64, 64, double_quant=double_quant)
     state.absmax = state.absmax[:-1]
-    with pytest.raises(AssertionError, match="every block has its scale"):
+    with pytest.raises(AssertionError, match="every block has a scale"):
         found(packed, state, torch.float32)
 
 
 def test_a_state_with_too_few_scales_of_scales_is_refused() -> None:
     packed, state = stored(257, 64, 64)
     state.state2.absmax = state.state2.absmax[:-1]
-    with pytest.raises(AssertionError, match="every scale has that of its own"):
+    with pytest.raises(AssertionError, match="every absmax has a scale"):
         found(packed, state, torch.float32)
-
-
-@SINGLE_OR_DOUBLE
-def test_a_function_that_torch_compiles_keeps_it_whole(double_quant: bool) -> None:
-    packed, state = stored(24, 64, 64, torch.bfloat16, double_quant=double_quant)
-    moved = QuantState.from_dict(state.as_dict(packed=True), device=torch.device(DEVICE))
-    x, around = torch.ones(3, 64, device=DEVICE), torch.zeros(40, 64, device=DEVICE)
-
-    def compute(x: Tensor, packed: Tensor, around: Tensor) -> Tensor:
-        dispatch.by_triton(packed, moved, torch.float32, around[8:32])
-        return x @ dispatch.by_triton(packed, moved, torch.float32, None).T + around.sum()
-
-    weight = bnb.dequantize_4bit(packed, state).float().to(DEVICE)
-    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, packed.to(DEVICE), around), x @ weight.T + weight.sum())
-    assert torch.equal(around[8:32], weight)
-    assert not around[:8].any()
-    assert not around[32:].any()
-
-
-@SINGLE_OR_DOUBLE
-def test_the_operators_say_truly_what_they_read_write_and_return(double_quant: bool) -> None:
-    from qlora_train.kernels.ops import dequantize_triton as kernel
-
-    packed, state = stored(24, 64, 64, double_quant=double_quant)
-    second = state.state2
-    nested = (second.code, second.absmax, state.offset, second.blocksize) if double_quant else (None, None, None, 1)
-    arguments = [packed, state.code, state.absmax, state.blocksize]
-    moved = [each.to(DEVICE) if isinstance(each, Tensor) else each for each in (*arguments, *nested)]
-    checks = ("test_schema", "test_faketensor")
-    shaped = (*moved[:4], [24, 64], torch.float32, torch.bfloat16, *moved[4:])
-    torch.library.opcheck(kernel.dequantize, shaped, test_utils=checks)
-    place = torch.empty(24, 64, device=DEVICE)
-    torch.library.opcheck(kernel.dequantize_into, (place, *moved[:4], torch.float32, *moved[4:]), test_utils=checks)

@@ -9,7 +9,7 @@ from qlora_train.kernels.frozen_weight import FrozenWeight
 from qlora_train.kernels.lora_linear import LoraLayers
 from qlora_train.kernels.ops import gated as plain
 from qlora_train.kernels.ops.gated import ACTIVATIONS, gated_linear
-from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
+from tests.support.triton_interpreter import CLOSE, DEVICE, needs_its_device, use_kernels
 
 pytestmark = needs_its_device
 NAMES = pytest.mark.parametrize("name", ACTIVATIONS)
@@ -32,7 +32,7 @@ def both_passes(gate: Tensor, up: Tensor, grad: Tensor, name: str) -> tuple[list
     """Return product, grad_gate and grad_up of the kernels, and of the plain code."""
     from qlora_train.kernels.ops import gated_triton as kernels
 
-    product, gradients = plain.PLAIN.again(gate, up, ACTIVATIONS[name])
+    product, gradients = plain.REFERENCE.recompute(gate, up, ACTIVATIONS[name])
     found = [kernels.forward(gate, up, name), *kernels.backward(grad, gate, up, name)]
     return found, [product, *gradients(grad.clone())]
 

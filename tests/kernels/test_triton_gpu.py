@@ -3,7 +3,7 @@
 import torch
 
 from qlora_train.kernels.ops.dispatch import works_on
-from tests.kernels.interpreted import DEVICE, needs_its_device
+from tests.support.triton_interpreter import DEVICE, needs_its_device
 
 pytestmark = needs_its_device
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qlora_train.kernels.ops import rms_norm as plain
 from qlora_train.kernels.ops.rms_norm import Variant, rms_norm
-from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
+from tests.support.triton_interpreter import CLOSE, DEVICE, needs_its_device, use_kernels
 
 pytestmark = needs_its_device
 EPS = 1e-5
@@ -27,13 +27,13 @@ def test_both_passes_are_those_of_the_plain_code(shape: tuple[int, ...], variant
     from qlora_train.kernels.ops import rms_norm_triton as kernels
 
     x, weight, grad = numbers(*shape, dtype=dtype), numbers(shape[-1], seed=1, dtype=dtype), numbers(*shape, seed=2)
-    wanted, wanted_scale = plain.PLAIN.forward(x, weight, EPS, variant)
+    wanted, wanted_scale = plain.REFERENCE.forward(x, weight, EPS, variant)
     found, scale = kernels.forward(x, weight, EPS, variant)
     torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
     torch.testing.assert_close(found, wanted, **CLOSE[dtype])
 
     arguments = (grad.to(dtype), x, weight, scale, variant)
-    torch.testing.assert_close(kernels.backward(*arguments), plain.PLAIN.backward(*arguments), **CLOSE[dtype])
+    torch.testing.assert_close(kernels.backward(*arguments), plain.REFERENCE.backward(*arguments), **CLOSE[dtype])
 
 
 @VARIANTS
@@ -55,12 +55,14 @@ def test_a_weight_in_float32_makes_the_output_what_torch_makes_it(variant: Varia
     from qlora_train.kernels.ops import rms_norm_triton as kernels
 
     x, weight = numbers(6, 70, dtype=torch.bfloat16), numbers(70, seed=1)
-    wanted, scale = plain.PLAIN.forward(x, weight, EPS, variant)
+    wanted, scale = plain.REFERENCE.forward(x, weight, EPS, variant)
     found, _ = kernels.forward(x, weight, EPS, variant)
     assert found.dtype == wanted.dtype
     torch.testing.assert_close(found, wanted, **CLOSE[found.dtype])
     arguments = (numbers(6, 70, seed=2, dtype=found.dtype), x, weight, scale, variant)
-    torch.testing.assert_close(kernels.backward(*arguments), plain.PLAIN.backward(*arguments), **CLOSE[torch.bfloat16])
+    torch.testing.assert_close(
+        kernels.backward(*arguments), plain.REFERENCE.backward(*arguments), **CLOSE[torch.bfloat16]
+    )
 
 
 @pytest.mark.parametrize("layout", ["a part of wider rows", "heads before positions", "features apart"])
@@ -74,7 +76,7 @@ def test_rows_may_lie_anywhere(layout: str) -> None:
     }[layout]
     made, grads = (part(numbers(4, 5, 192, seed=seed)) for seed in (0, 2))
     weight, variant = numbers(64, seed=1), Variant(0.0, False)
-    wanted, scale = plain.PLAIN.forward(made, weight, EPS, variant)
+    wanted, scale = plain.REFERENCE.forward(made, weight, EPS, variant)
     torch.testing.assert_close(kernels.forward(made, weight, EPS, variant)[0], wanted)
     arguments = (grads, made, weight, scale, variant)
-    torch.testing.assert_close(kernels.backward(*arguments), plain.PLAIN.backward(*arguments))
+    torch.testing.assert_close(kernels.backward(*arguments), plain.REFERENCE.backward(*arguments))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qlora_train.kernels.ops import rotary as plain
 from qlora_train.kernels.ops.rotary import rotate
-from tests.kernels.interpreted import CLOSE, DEVICE, needs_its_device, use_kernels
+from tests.support.triton_interpreter import CLOSE, DEVICE, needs_its_device, use_kernels
 
 pytestmark = needs_its_device
 SHAPES = pytest.mark.parametrize("shape", [(2, 3, 7, 8), (1, 1, 1, 2), (2, 40, 3, 128), (3, 5, 4, 12)], ids=str)
@@ -39,7 +39,7 @@ def test_both_passes_are_those_of_the_plain_code(
     # unlike any rotation's, the halves of these differ, so that no half can stand for the other
     cos, sin = (numbers(1 if one_row_of_angles else batch, 1, seq, features, seed=seed, dtype=dtype) for seed in (1, 2))
     for ours, theirs in zip(
-        (kernels.forward, kernels.backward), (plain.PLAIN.forward, plain.PLAIN.backward), strict=True
+        (kernels.forward, kernels.backward), (plain.REFERENCE.forward, plain.REFERENCE.backward), strict=True
     ):
         found, wanted = ours(x, cos, sin), theirs(x, cos, sin)
         assert found.stride() == wanted.stride()
@@ -71,7 +71,9 @@ def test_angles_in_float32_turn_numbers_of_any_dtype() -> None:
 
     x, angles = numbers(2, 3, 7, 8, dtype=torch.bfloat16), numbers(1, 1, 7, 4, seed=1)
     arguments = (x, *cos_and_sin(angles, torch.float32))
-    torch.testing.assert_close(kernels.forward(*arguments), plain.PLAIN.forward(*arguments), **CLOSE[torch.bfloat16])
+    torch.testing.assert_close(
+        kernels.forward(*arguments), plain.REFERENCE.forward(*arguments), **CLOSE[torch.bfloat16]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -80,8 +82,8 @@ def test_numbers_are_rounded_where_the_plain_code_rounds(dtype: torch.dtype) -> 
 
     shapes = (2, 3, 40, 32), (2, 1, 40, 32), (2, 1, 40, 32)
     x, cos, sin = (numbers(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes))
-    assert (kernels.forward(x, cos, sin) == plain.PLAIN.forward(x, cos, sin)).float().mean() > 0.98
-    assert (kernels.backward(x, cos, sin) == plain.PLAIN.backward(x, cos, sin)).float().mean() > 0.98
+    assert (kernels.forward(x, cos, sin) == plain.REFERENCE.forward(x, cos, sin)).float().mean() > 0.98
+    assert (kernels.backward(x, cos, sin) == plain.REFERENCE.backward(x, cos, sin)).float().mean() > 0.98
 
 
 def test_heads_may_lie_two_billion_numbers_apart() -> None:
@@ -91,7 +93,7 @@ def test_heads_may_lie_two_billion_numbers_apart() -> None:
     x = place.as_strided((1, 3, 1, 8), (0, 2**30, 8, 1))
     x.copy_(numbers(1, 3, 1, 8, dtype=x.dtype))
     cos, sin = numbers(1, 1, 1, 8, seed=1, dtype=x.dtype), numbers(1, 1, 1, 8, seed=2, dtype=x.dtype)
-    found, wanted = kernels.forward(x, cos, sin), plain.PLAIN.forward(x.contiguous(), cos, sin)
+    found, wanted = kernels.forward(x, cos, sin), plain.REFERENCE.forward(x.contiguous(), cos, sin)
     torch.testing.assert_close(found, wanted, **CLOSE[x.dtype])
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.adapters import choose_targets, find_linears
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.config import LoraSection
-from qlora_train.kernels.ops.cross_entropy import PIECE_BYTES
+from qlora_train.kernels.ops.cross_entropy import CHUNK_BYTES
 from qlora_train.objectives.sft_loss import label_losses, supports_chunking
 from qlora_train.training.memory.activation_offloading import ignoring_weights
 from qlora_train.utils.constants import IGNORE_INDEX
@@ -91,7 +91,7 @@ def test_a_head_that_is_trained_gets_its_gradient() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_gradient_of_logits_is_made_where_they_are(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No operation but the head's product, and the soft-capping there is, makes a tensor of their size."""
-    monkeypatch.setitem(PIECE_BYTES, "cpu", 1)  # a row at a time
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 1)  # a row at a time
     model = adapted(family)
     num_labels = int((batch()["labels"][:, 1:] != IGNORE_INDEX).sum())
     large: list[str] = []

@@ -72,7 +72,7 @@ def test_adapter_is_stored_as_without_it(pico_llama: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("setting", "reason"),
-    [("lora.use_dora=true", "DoRA"), ("lora.bias=all", "a forward of its own")],
+    [("lora.use_dora=true", "DoRA"), ("lora.bias=all", "a custom forward")],
 )
 def test_what_it_does_not_compute_is_left_to_peft(setting: str, reason: str, pico: Pico, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico("qwen2"), setting)

@@ -165,8 +165,8 @@ def test_documents_of_similar_length_are_computed_together(pico_llama: Path, tmp
     found = documents_in_the_first_layer(adapted)
     sizes = [(batch.num_documents, batch.length) for batch in found.batches]
     assert sizes == [(2, 56), (2, 32), (1, 24), (1, 16), (1, 8), (1, 8)], "multiples of 8"
-    assert len(found.places) == sum(documents * length for documents, length in sizes)
-    assert found.places[found.back].tolist() == list(range(sum(LENGTHS)))
+    assert len(found.index.tokens) == sum(documents * length for documents, length in sizes)
+    assert found.index.tokens[found.index.own].tolist() == list(range(sum(LENGTHS)))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
@@ -214,9 +214,11 @@ def test_the_check_finds_an_attention_function_that_computes_something_else(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapted, config = adapted_pico(pico_llama, tmp_path)
-    right = document_attention.attend
+    right = document_attention.packed_attention
     monkeypatch.setattr(
-        document_attention, "attend", lambda *arguments, **options: right(*arguments, **{**options, "scaling": 1.0})
+        document_attention,
+        "packed_attention",
+        lambda *arguments, **options: right(*arguments, **{**options, "scaling": 1.0}),
     )
     with pytest.raises(ConfigError, match="the loss of a packed document differs from its own by"):
         isolate_documents(adapted, config, ROWS)

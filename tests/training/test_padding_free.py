@@ -20,7 +20,7 @@ from qlora_train.config import RunConfig
 from qlora_train.data import collate as batches
 from qlora_train.data.collate import MIN_SHARED_PREFIX, FlatteningCollator, flattened_multiple, shared_prefix_length
 from qlora_train.data.types import Example
-from qlora_train.kernels.packed import attention
+from qlora_train.kernels.packed import attention, document_index
 from qlora_train.models import load_model
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
@@ -28,11 +28,11 @@ from qlora_train.training import QloraTrainer, padding_free
 from qlora_train.training.parity.document_isolation import isolate_documents
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import CheckpointError
-from tests.kernels.varlen import put_plain_kernel
 from tests.support.packing import PACKABLE, WINDOWS
 from tests.support.packing import losses_and_gradients as in_order
 from tests.support.runs import adapted_model, adapter_bytes, losses, make_config, stopped_copy, train_run
 from tests.support.stores import example
+from tests.support.varlen_reference import put_plain_kernel
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
 ON = "padding-free: on ("
@@ -178,7 +178,7 @@ def test_documents_longer_than_what_a_cpu_computes_with_all_scores(pico_llama: P
     adapted = adapted_model(tmp_path, pico_llama, "data.max_length=512")
     model, prefix = adapted.model.eval(), tokens(100, 1)
     rows = [row(prefix, tokens(count, count), 9) for count in (190, 170, 60, 20)]
-    assert len(rows[0].input_ids) > attention.LONGEST_WITH_SCORES > len(rows[2].input_ids)
+    assert len(rows[0].input_ids) > attention.MAX_EAGER_LENGTH > len(rows[2].input_ids)
     wanted = losses_and_gradients(model, one_by_one(rows))
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), rows)
     found = losses_and_gradients(model, [batch_of(rows, FlatteningCollator(share_prefixes=True))])
@@ -226,7 +226,7 @@ def test_a_prefix_that_is_forgotten_is_seen(pico_llama: Path, tmp_path: Path, mo
     adapted = adapted_model(tmp_path, pico_llama)
     wanted = losses_and_gradients(adapted.model.eval(), one_by_one(ROWS))
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
-    monkeypatch.setattr(attention, "shared_of", lambda *_: None)
+    monkeypatch.setattr(document_index, "shared_prefixes", lambda *_: None)
     found = losses_and_gradients(adapted.model, [batch_of(ROWS, FlatteningCollator(share_prefixes=True))])
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     assert (found[1] - wanted[1]).norm() > 1e-2 * wanted[1].norm(), "gradients of prefixes"
@@ -334,7 +334,7 @@ def test_run_that_began_without_goes_on_without(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     write_tasks(tmp_path)
-    monkeypatch.setattr(attention, "shared_of", lambda *_: None)
+    monkeypatch.setattr(document_index, "shared_prefixes", lambda *_: None)
     saved = (*EXACT, "train.save_steps=2")
     straight = train_run(tmp_path, pico_llama, *saved, name="straight")
     assert "padding-free: off (it differs on this model (loss by" in messages.text
@@ -356,7 +356,7 @@ def test_run_that_began_with_and_cannot_go_on_so_is_one_line(
     saved = (*EXACT, "train.save_steps=2")
     straight = train_run(tmp_path, pico_llama, *saved, name="straight")
     stopped_copy(straight, tmp_path / "stopped")
-    monkeypatch.setattr(attention, "find_documents", lambda **_: None)  # rows see each other
+    monkeypatch.setattr(attention, "packed_mask", lambda **_: None)  # rows see each other
     with pytest.raises(CheckpointError, match=r"padding_free\.json: this run began padding-free, which fails here \("):
         train_run(tmp_path, pico_llama, *saved, name="stopped")
 
@@ -379,7 +379,7 @@ def test_model_that_is_not_to_share_attends_as_before(
     adapted, trainer = built(make_config(tmp_path, pico_llama, *EXACT, name="sharing"))
     assert adapted.model.config._attn_implementation == attention.NAME
     assert "position_ids" in next(iter(trainer.get_train_dataloader()))[0]
-    monkeypatch.setattr(attention, "shared_of", lambda *_: None)
+    monkeypatch.setattr(document_index, "shared_prefixes", lambda *_: None)
     adapted, trainer = built(make_config(tmp_path, pico_llama, *EXACT, name="wrong"))
     assert adapted.model.config._attn_implementation == "sdpa"
     assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]

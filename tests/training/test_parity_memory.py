@@ -113,11 +113,11 @@ def test_out_of_memory_leaves_no_operation_out(
     with pytest.raises(torch.OutOfMemoryError):
         install(model.model, run)
     with pytest.raises(torch.OutOfMemoryError):
-        function_overrides._same(torch.cos, out_of_memory, (torch.ones(1),), {})
+        function_overrides._match(torch.cos, out_of_memory, (torch.ones(1),), {})
 
 
 def test_out_of_memory_is_no_result_of_the_varlen_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "_tried", out_of_memory)
+    monkeypatch.setattr(varlen, "_trial", out_of_memory)
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
             varlen.works_on(torch.device("cuda", 7))

@@ -1,9 +1,8 @@
-"""A gated product and the linear layer on it: h = f(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202).
+"""A gated product and the adapted linear layer on it: h = f(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202).
 
     dup = f(gate) dh          dgate = f'(gate) up dh
 
-gate and up alone are kept for the backward pass, which makes f(gate) and h again: two passes over numbers that are at hand,
-against half of what an MLP keeps.
+Only gate and up are saved; the backward pass recomputes f(gate) and h, which halves the saved activations of an MLP.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,20 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_train.kernels.lora_dropout import masked, masked_
-from qlora_train.kernels.lora_linear import LoraLayers, Rounded, gradients, products
+from qlora_train.kernels.lora_linear import LoraLayers, RoundedFactors, lora_gradients, lora_outputs
 from qlora_train.kernels.ops import dispatch
-from qlora_train.kernels.saved_tensors import keep
+from qlora_train.kernels.saved_tensors import save_for_backward
 
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A function of one number.
-
-    Attributes:
-        name: of `ACTIVATIONS`.
-        forward: f(x).
-        backward: (dy, x) -> f'(x) dy.
-    """
+    """An elementwise function f: `forward` x -> f(x); `backward` (dy, x) -> f'(x) dy; `name` in `ACTIVATIONS`."""
 
     name: str
     forward: Callable[[Tensor], Tensor]
@@ -37,31 +30,36 @@ class Activation:
 
 
 def _gelu(name: str, approximate: str) -> Activation:
-    def forward(x: Tensor) -> Tensor:
-        return functional.gelu(x, approximate=approximate)
-
-    def backward(grad: Tensor, x: Tensor) -> Tensor:
-        found: Tensor = torch.ops.aten.gelu_backward(grad, x, approximate=approximate)
-        return found
-
-    return Activation(name, forward, backward)
+    forward = partial(functional.gelu, approximate=approximate)
+    return Activation(name, forward, partial(torch.ops.aten.gelu_backward, approximate=approximate))
 
 
 ACTIVATIONS: Mapping[str, Activation] = {
-    each.name: each
-    for each in (
-        Activation("silu", functional.silu, torch.ops.aten.silu_backward),
-        _gelu("gelu", "none"),
-        _gelu("gelu_tanh", "tanh"),
-    )
+    "silu": Activation("silu", functional.silu, torch.ops.aten.silu_backward),
+    "gelu": _gelu("gelu", "none"),
+    "gelu_tanh": _gelu("gelu_tanh", "tanh"),
 }
 
 
-def _product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+class GatedProduct(NamedTuple):
+    """f(gate) * up, from (gate, up, f).
+
+    Attributes:
+        forward: returns h.
+        recompute: returns h in the backward pass, and dh -> (dgate, dup), which overwrites dh.
+    """
+
+    forward: Callable[..., Tensor]
+    recompute: Callable[..., tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]]
+
+
+def _forward(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return activation.forward(gate).mul_(up)
 
 
-def _product_again(gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def _recompute(
+    gate: Tensor, up: Tensor, activation: Activation
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
     activated = activation.forward(gate)
 
     def gradients(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,50 +69,31 @@ def _product_again(gate: Tensor, up: Tensor, activation: Activation) -> tuple[Te
     return activated * up, gradients
 
 
-class _Operation(NamedTuple):
-    """f(gate) * up, from (gate, up, f).
-
-    Attributes:
-        product: gives h.
-        again: gives h for the backward pass, and dh -> (dgate, dup), which uses dh up.
-    """
-
-    product: Callable[..., Tensor]
-    again: Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]
+REFERENCE = GatedProduct(_forward, _recompute)
 
 
-PLAIN = _Operation(_product, _product_again)
+def _operation(x: Tensor) -> GatedProduct:
+    if not dispatch.runs_triton(x):
+        return REFERENCE
+    from qlora_train.kernels.ops import gated_triton as kernels
 
+    def forward(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        return kernels.forward(gate, up, activation.name)
 
-def _operation(x: Tensor) -> _Operation:
-    if dispatch.runs_triton(x):
-        from qlora_train.kernels.ops import gated_triton as kernels
+    def recompute(gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        gradients = partial(kernels.backward, gate=gate, up=up, activation=activation.name)
+        return forward(gate, up, activation), gradients
 
-        def product(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-            return kernels.forward(gate, up, activation.name)
-
-        def again(gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            gradients = partial(kernels.backward, gate=gate, up=up, activation=activation.name)
-            return product(gate, up, activation), gradients
-
-        return _Operation(product, again)
-    return PLAIN
+    return GatedProduct(forward, recompute)
 
 
 def gated_linear(gate: Tensor, up: Tensor, activation: Activation, layer: LoraLayers) -> Tensor:
-    """Return an adapted layer's output for f(gate) * up, (..., out).
-
-    Args:
-        gate: (..., in).
-        up: (..., in).
-        activation: f.
-        layer: a group of one.
-    """
-    rounded, mask = Rounded.of(layer), layer.draw_mask(gate.view(-1, gate.shape[-1]))
-    # kept before the layer's product is made, which a backward pass that computes the layer again does not need
-    (kept_gate, kept_up), keeper = keep([gate, up], [mask, rounded.a, *rounded.b])
+    """Return the output of an adapted layer, a group of one, for f(gate) * up: (..., in) -> (..., out)."""
+    factors, mask = RoundedFactors.of(layer), layer.draw_mask(gate.view(-1, gate.shape[-1]))
+    # saved before the matmul of the layer, so that checkpointing does not recompute it
+    (saved_gate, saved_up), saved = save_for_backward([gate, up], [mask, factors.a, *factors.b])
     output: Tensor = _GatedLinear.apply(
-        kept_gate, kept_up, keeper, activation, layer, rounded, mask, *layer.a, *layer.b
+        saved_gate, saved_up, saved, activation, layer, factors, mask, *layer.a, *layer.b
     )
     return output
 
@@ -125,24 +104,24 @@ class _GatedLinear(torch.autograd.Function):
         ctx: Any,
         gate: Tensor,
         up: Tensor,
-        keeper: Any,
+        saved: Any,
         activation: Activation,
         layer: LoraLayers,
-        rounded: Rounded,
+        factors: RoundedFactors,
         mask: Tensor | None,
         *_factors: Tensor,
     ) -> Tensor:
-        ctx.keeper, ctx.activation, ctx.layer = keeper, activation, layer
-        rows = _operation(gate).product(gate, up, activation).view(-1, gate.shape[-1])
-        [output] = products(rows, masked(rows, mask) @ rounded.a.T, layer, rounded, gate.shape[:-1])
+        ctx.saved, ctx.activation, ctx.layer = saved, activation, layer
+        rows = _operation(gate).forward(gate, up, activation).view(-1, gate.shape[-1])
+        [output] = lora_outputs(rows, masked(rows, mask) @ factors.a.T, layer, factors, gate.shape[:-1])
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        gate, up, mask, a, *b = ctx.keeper.saved_tensors
-        product, gradients_of = _operation(gate).again(gate, up, ctx.activation)
-        read, rounded = masked_(product.view(-1, gate.shape[-1]), mask), Rounded(a, b)
-        found = gradients(read, mask, read @ a.T, [grad], ctx.layer, rounded, wants_rows=True)
-        assert found.rows is not None
-        grad_gate, grad_up = gradients_of(found.rows.view(gate.shape))
-        return grad_gate, grad_up, None, None, None, None, None, *found.a, *found.b
+        gate, up, mask, a, *b = ctx.saved.saved_tensors
+        product, gradients_of = _operation(gate).recompute(gate, up, ctx.activation)
+        rows, factors = masked_(product.view(-1, gate.shape[-1]), mask), RoundedFactors(a, b)
+        grad_rows, grad_factors = lora_gradients(rows, mask, rows @ a.T, [grad], ctx.layer, factors, needs_rows=True)
+        assert grad_rows is not None
+        grad_gate, grad_up = gradients_of(grad_rows.view(gate.shape))
+        return grad_gate, grad_up, None, None, None, None, None, *grad_factors

@@ -1,6 +1,6 @@
 """f(gate) * up and its two gradients, one pass each: `gated` is the reference.
 
-The functions are those of torch, in float32: silu(x) = x / (1 + exp(-x)), gelu by erf, and gelu by tanh, where
+Activations are those of torch, in float32: silu(x) = x / (1 + exp(-x)), gelu by erf, and gelu by tanh, where
 
     1 + tanh(u) = 2 / (1 + exp(-2u))        1 - tanh(u)^2 = (1 + tanh(u)) (2 - (1 + tanh(u)))
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qlora_train.kernels.ops.triton_rows import rows_of
+from qlora_train.kernels.ops.triton_rows import as_rows
 
 NUM_ELEMENTS = 1024
 SQRT_1_2 = tl.constexpr(0.7071067811865476)
@@ -52,15 +52,9 @@ def _slope(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _forward(
-    product,
-    gate,
-    up,
-    gate_stride,
-    up_stride,
-    num_features,
-    ACTIVATION: tl.constexpr,
-    NUM_ELEMENTS: tl.constexpr,
-):
+    product, gate, up, gate_stride, up_stride, num_features,
+    ACTIVATION: tl.constexpr, NUM_ELEMENTS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * NUM_ELEMENTS + tl.arange(0, NUM_ELEMENTS)
     inside = feature < num_features
@@ -72,18 +66,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_gate,
-    grad_up,
-    grad,
-    gate,
-    up,
-    grad_stride,
-    gate_stride,
-    up_stride,
-    num_features,
-    ACTIVATION: tl.constexpr,
-    NUM_ELEMENTS: tl.constexpr,
-):
+    grad_gate, grad_up, grad, gate, up, grad_stride, gate_stride, up_stride, num_features,
+    ACTIVATION: tl.constexpr, NUM_ELEMENTS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * NUM_ELEMENTS + tl.arange(0, NUM_ELEMENTS)
     inside = feature < num_features
@@ -94,13 +79,13 @@ def _backward(
     activated = _value(wide, ACTIVATION).to(gates.dtype).to(tl.float32)
     tl.store(grad_up + row * num_features + feature, (activated * grads).to(gates.dtype), inside)
     grad_activated = (grads * ups).to(gates.dtype).to(tl.float32)
-    found = grad_activated * _slope(wide, ACTIVATION)
-    tl.store(grad_gate + row * num_features + feature, found.to(gates.dtype), inside)
+    grad_gates = grad_activated * _slope(wide, ACTIVATION)
+    tl.store(grad_gate + row * num_features + feature, grad_gates.to(gates.dtype), inside)
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return f(gate) * up, (..., features), where `activation` names f."""
-    gates, ups = rows_of(gate), rows_of(up)
+    gates, ups = as_rows(gate), as_rows(up)
     product = gate.new_empty(gate.shape)
     with torch.cuda.device_of(gate):
         _forward[_grid(gates)](
@@ -111,8 +96,8 @@ def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and of up, (..., features), for that of their product."""
-    grads, gates, ups = rows_of(grad), rows_of(gate), rows_of(up)
+    """Return the gradients of gate and up, (..., features), from that of their product."""
+    grads, gates, ups = as_rows(grad), as_rows(gate), as_rows(up)
     grad_gate, grad_up = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     with torch.cuda.device_of(gate):
         _backward[_grid(gates)](

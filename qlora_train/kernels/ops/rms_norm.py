@@ -1,9 +1,9 @@
-"""RMS normalisation with a frozen weight: forward as Transformers computes it, bit for bit, backward in one step.
+"""RMS norm with a frozen weight: forward bitwise equal to Transformers, backward fused.
 
     r = 1 / sqrt(mean(x^2) + eps)      y = w x r      dx = r g - x r^3 mean(g x)  with g = w dy
 
-all in float32 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467). Architectures differ in where they round and in
-whether the weight is stored around 0 or around 1; `find_variant` tries a module's own forward to tell.
+in float32 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467). Architectures differ in where they round and whether
+the weight is stored around 0 or 1; `find_variant` tries a module's own forward.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Variant:
 
 
 def find_variant(module: nn.Module) -> Variant | None:
-    """Return how a module computes RMS normalisation; None where it computes something else, or its weight trains."""
+    """Return how a module computes RMS norm; None if it computes something else or its weight is trained."""
     if not type(module).__name__.endswith("RMSNorm") or "forward" in vars(module):
         return None
     weight, eps = getattr(module, "weight", None), eps_of(module)
@@ -37,32 +37,32 @@ def find_variant(module: nn.Module) -> Variant | None:
     x = torch.randn(3, 1, 5, len(weight), generator=generator).to(weight.device, weight.dtype)
     try:
         with torch.no_grad():
-            wanted = module(x)
-    except torch.OutOfMemoryError:  # says nothing about the module
+            expected = module(x)
+    except torch.OutOfMemoryError:  # no evidence against the module
         raise
-    except (TypeError, RuntimeError, ValueError, AttributeError):  # more arguments than x, or other shapes
+    except (TypeError, RuntimeError, ValueError, AttributeError):  # other arguments, or other shapes
         return None
     for offset, rounds_first in product((0.0, 1.0), (True, False)):
         variant = Variant(offset, rounds_first)
-        if torch.equal(wanted, _forward(x, weight, eps, variant)[0]):
+        if torch.equal(expected, _forward(x, weight, eps, variant)[0]):
             return variant
     return None
 
 
 def eps_of(module: nn.Module) -> float | None:
-    """Return the number that a normalisation adds to the mean square; None where it has none."""
-    found = next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), None)
-    return found if isinstance(found, float) else None
+    """Return the epsilon of a norm; None if it has none."""
+    eps = next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), None)
+    return eps if isinstance(eps, float) else None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, variant: Variant) -> Tensor:
-    """Return the normalised x, (..., features), in its dtype."""
+    """Return the normalized x, (..., features), in its dtype."""
     output: Tensor = _RmsNorm.apply(x, weight, eps, variant)
     return output
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Return y, and r for each row."""
+    """Return y and r."""
     wide = x.to(torch.float32, copy=True)
     scale = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
     normal = wide.mul_(scale)
@@ -72,13 +72,11 @@ def _forward(x: Tensor, weight: Tensor, eps: float, variant: Variant) -> tuple[T
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, variant: Variant) -> Tensor:
-    """Return dx."""
     wide = x.float()
-    inner = (
-        (grad * _applied(weight, variant)).float()
-        if variant.rounds_first
-        else (grad.float() * _applied(weight.float(), variant))
-    )
+    if variant.rounds_first:
+        inner = (grad * _applied(weight, variant)).float()
+    else:
+        inner = grad.float() * _applied(weight.float(), variant)
     mean = (inner * wide).mean(-1, keepdim=True)
     return inner.mul_(scale).addcmul_(wide, mean.mul_(scale.pow(3)), value=-1).to(x.dtype)
 
@@ -87,14 +85,14 @@ def _applied(weight: Tensor, variant: Variant) -> Tensor:
     return weight + variant.offset if variant.offset else weight
 
 
-PLAIN = Operation(_forward, _backward)
+REFERENCE = Operation(_forward, _backward)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, variant: Variant) -> Tensor:
         y: Tensor
-        y, scale = operation(x, PLAIN, "rms_norm").forward(x, weight, eps, variant)
+        y, scale = operation(x, REFERENCE, "rms_norm").forward(x, weight, eps, variant)
         ctx.save_for_backward(x, weight, scale)
         ctx.variant = variant
         return y
@@ -102,4 +100,4 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        return operation(x, PLAIN, "rms_norm").backward(grad, x, weight, scale, ctx.variant), None, None, None
+        return operation(x, REFERENCE, "rms_norm").backward(grad, x, weight, scale, ctx.variant), None, None, None

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) of queries and keys, halves as in Llama.
+"""Rotary position embedding of queries and keys (Su et al. 2021, https://arxiv.org/abs/2104.09864), halves as in Llama.
 
     y1 = x1 cos1 - x2 sin1      dx1 = dy1 cos1 + dy2 sin2
     y2 = x2 cos2 + x1 sin2      dx2 = dy2 cos2 - dy1 sin1
@@ -15,13 +15,7 @@ from qlora_train.kernels.ops.dispatch import Operation, operation
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x, (batch, heads, seq, features), rotated.
-
-    Args:
-        x: in any layout.
-        cos: of the angle of each position, (batch or 1, 1, seq, features).
-        sin: the same.
-    """
+    """Rotate x, (batch, heads, seq, features), of any strides; cos and sin are (batch or 1, 1, seq, features)."""
     rotated: Tensor = _Rotate.apply(x, cos, sin)
     return rotated
 
@@ -37,24 +31,24 @@ def _forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = grad.shape[-1] // 2
     batch, heads, seq, features = grad.shape
-    grad_x = grad.new_empty(batch, seq, heads, features).transpose(1, 2)  # as the projection before it lays it out
+    grad_x = grad.new_empty(batch, seq, heads, features).transpose(1, 2)  # strides of the projection's output
     torch.mul(grad, cos, out=grad_x)
     grad_x[..., :half].addcmul_(grad[..., half:], sin[..., half:])
     grad_x[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
     return grad_x
 
 
-PLAIN = Operation(_forward, _backward)
+REFERENCE = Operation(_forward, _backward)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        y: Tensor = operation(x, PLAIN, "rotary").forward(x, cos, sin)
+        y: Tensor = operation(x, REFERENCE, "rotary").forward(x, cos, sin)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return operation(grad, PLAIN, "rotary").backward(grad, cos, sin), None, None
+        return operation(grad, REFERENCE, "rotary").backward(grad, cos, sin), None, None

@@ -1,4 +1,4 @@
-"""Rotary position embedding of all heads of a position in one pass: `rotary` is the reference."""
+"""Rotary position embedding of all heads in one pass: `rotary` is the reference."""
 
 import torch
 import triton
@@ -6,32 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 NUM_ELEMENTS = 2048
-"""Pairs of features that one program turns, where the heads have as many."""
+"""Max pairs of features per program."""
 
 
 @triton.jit
 def _rotate(
-    y,
-    x,
-    cos,
-    sin,
-    y_batch,
-    y_head,
-    y_position,
-    x_batch,
-    x_head,
-    x_position,
-    cos_batch,
-    cos_position,
-    sin_batch,
-    sin_position,
-    num_positions,
-    num_heads,
-    half,
-    IS_BACKWARD: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-):
+    y, x, cos, sin,
+    y_batch, y_head, y_position, x_batch, x_head, x_position, cos_batch, cos_position, sin_batch, sin_position,
+    num_positions, num_heads, half,
+    IS_BACKWARD: tl.constexpr, NUM_HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
     batch = (tl.program_id(0) // num_positions).to(tl.int64)
     position = (tl.program_id(0) % num_positions).to(tl.int64)
     head = (tl.program_id(1) * NUM_HEADS + tl.arange(0, NUM_HEADS)).to(tl.int64)
@@ -50,35 +34,35 @@ def _rotate(
     second = tl.load(source + half, inside, other=0.0).to(tl.float32)
 
     dtype = y.dtype.element_ty
-    turned1 = (first * cos1[None, :]).to(dtype).to(tl.float32)
-    turned2 = (second * cos2[None, :]).to(dtype).to(tl.float32)
+    rotated1 = (first * cos1[None, :]).to(dtype).to(tl.float32)
+    rotated2 = (second * cos2[None, :]).to(dtype).to(tl.float32)
     if IS_BACKWARD:
-        turned1 += second * sin2[None, :]
-        turned2 -= first * sin1[None, :]
+        rotated1 += second * sin2[None, :]
+        rotated2 -= first * sin1[None, :]
     else:
-        turned1 -= second * sin1[None, :]
-        turned2 += first * sin2[None, :]
-    place = y + batch * y_batch + position * y_position + head[:, None] * y_head + feature[None, :]
-    tl.store(place, turned1.to(dtype), inside)
-    tl.store(place + half, turned2.to(dtype), inside)
+        rotated1 -= second * sin1[None, :]
+        rotated2 += first * sin2[None, :]
+    target = y + batch * y_batch + position * y_position + head[:, None] * y_head + feature[None, :]
+    tl.store(target, rotated1.to(dtype), inside)
+    tl.store(target + half, rotated2.to(dtype), inside)
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x, (batch, heads, seq, features), rotated; cos and sin are (batch or 1, 1, seq, features)."""
-    return _rotated(x, cos, sin, x.new_empty(x.shape), is_backward=False)
+    """Rotate x, (batch, heads, seq, features); cos and sin are (batch or 1, 1, seq, features)."""
+    return _launch(x, cos, sin, x.new_empty(x.shape), is_backward=False)
 
 
 def backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the gradient of x, laid out as (batch, seq, heads, features)."""
+    """Return the gradient of x, contiguous as (batch, seq, heads, features)."""
     batch, heads, seq, features = grad.shape
     grad_x = grad.new_empty(batch, seq, heads, features).transpose(1, 2)
-    return _rotated(grad, cos, sin, grad_x, is_backward=True)
+    return _launch(grad, cos, sin, grad_x, is_backward=True)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, is_backward: bool) -> Tensor:
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, is_backward: bool) -> Tensor:
     batch, heads, seq, features = x.shape
     for name, angles in (("cos", cos), ("sin", sin)):
-        # a kernel reads on beyond the end of what is too short, where torch refuses it or repeats it
+        # torch would refuse or broadcast what is too short; a kernel would read out of bounds
         if angles.shape not in {(batch, 1, seq, features), (1, 1, seq, features)}:
             raise ValueError(f"{name} of {tuple(x.shape)} is {tuple(angles.shape)}, not (batch or 1, 1, seq, features)")
     x, cos, sin = (each if each.stride(-1) == 1 else each.contiguous() for each in (x, cos, sin))
@@ -94,5 +78,5 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, *, is_backward: boo
 
 
 def _strides_of_angles(angles: Tensor) -> tuple[int, int]:
-    """Return the steps to the next sequence, 0 where all share their angles, and to the next position."""
+    """Return the strides of batch, 0 if all rows share their angles, and position."""
     return angles.stride(0) if angles.shape[0] > 1 else 0, angles.stride(2)

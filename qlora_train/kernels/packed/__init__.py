@@ -1,1 +1,1 @@
-"""Attention over packed documents: each attends to itself alone."""
+"""Attention over packed documents: each attends to itself and its shared prefix."""

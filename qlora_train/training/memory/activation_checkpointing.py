@@ -70,9 +70,9 @@ class LayerCheckpointing:
 
     def recompute_cost(self, index: int, level: CheckpointingLevel) -> float:
         """Return the linear work that a layer recomputes at a level, relative to `full`."""
-        gate_and_up = sum(size for mlp in self._mlps[index] for size in mlp.maker_sizes())
+        gate_and_up = sum(mlp.gate_up_size for mlp in self._mlps[index])
         total = sum(module.in_features * module.out_features for module in _frozen_linears(self.layers[index]))
-        last = sum(mlp.down_size() for mlp in self._mlps[index])
+        last = sum(mlp.down_size for mlp in self._mlps[index])
         return {"none": 0.0, "mlp": gate_and_up / max(1, total - last), "full": 1.0}[level]
 
     def summary(self) -> str:
