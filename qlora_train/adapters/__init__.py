@@ -1,4 +1,4 @@
-"""The adapter stage: LoRA on every linear layer but the head, trained in float32 over the frozen 4-bit base."""
+"""LoRA on every linear layer but the output head, trained in float32 over the frozen 4-bit base."""
 
 from qlora_train.adapters.attach import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.adapters.load import load_trained

@@ -1,4 +1,4 @@
-"""Put a trainable adapter on a loaded model, and count what trains."""
+"""Put a trainable adapter on a loaded model."""
 
 import logging
 from collections.abc import Sequence
@@ -26,27 +26,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """The base with its adapter, and how many parameters of it train."""
+    """A base with its adapter, and its numbers of parameters."""
 
     model: PeftModel
     loaded: LoadedModel
     num_trainable: int
     num_total: int
-    """All parameters, 4-bit ones counted as the weights they stand for."""
+    """Of weights, not of packed 4-bit elements."""
 
 
 def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, batches: Sequence[Batch] = ()) -> AdaptedModel:
     """Put a trainable adapter on a loaded model.
 
     Args:
-        loaded: the frozen base.
-        lora: rank, targets, initialisation, or the adapter to start from.
-        seed: seed of the initialisation.
-        batches: what `init_lora_weights: eva` is computed from; may be empty when a checkpoint replaces the start.
+        seed: of the initialization.
+        batches: for `init_lora_weights: eva`; may be empty if a checkpoint replaces the initial weights.
 
     Raises:
-        ConfigError: targets that are not in the model, a module to save that is in 4 bits, or a warm start from an
-            adapter that differs from the config.
+        ConfigError: unknown targets, a module to save in 4 bits, or a warm start from an adapter of another kind.
     """
     linears = find_linears(loaded.model)
     targets = choose_targets(loaded.model, linears, lora, loaded.architecture)
@@ -72,37 +69,33 @@ def _peft_config(loaded: LoadedModel, lora: LoraSection, targets: list[str]) -> 
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
-        # short names would reach into the modules once somebody puts the adapter on the whole model
+        # short names would also match in the encoders of the whole multimodal model
         exclude_modules="|".join(module.pattern for module in loaded.omitted_modules) or None,
         target_parameters=choose_expert_parameters(loaded.model, lora) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         bias=lora.bias,
         init_lora_weights=INITS[lora.init_lora_weights],
-        # every layer keeps rank r: trainable count, memory and checkpoints stay what the config says
+        # rho 1: every layer has rank r, so that trainable parameters, memory and checkpoints are as configured
         eva_config=EvaConfig(rho=1.0) if lora.init_lora_weights == "eva" else None,
         modules_to_save=modules_to_save or None,
         trainable_token_indices=_trained_rows(loaded, modules_to_save),
     )
 
 
-def _trained_rows(loaded: LoadedModel, trained_in_full: list[str]) -> dict[str, list[int]] | None:
-    """Return the vocabulary rows to train by module: those of the embedding, and of a head with weights of its own.
-
-    Raises:
-        ConfigError: a head that shares the embedding's weights would be left without the new rows.
-    """
+def _trained_rows(loaded: LoadedModel, modules_to_save: list[str]) -> dict[str, list[int]] | None:
+    """Return the new token rows to train by module: the embedding's, and an untied head's."""
     if not loaded.new_token_ids:
         return None
     embedding = loaded.model.get_input_embeddings()
     vocabulary = {embedding, *output_heads(loaded.model)}
     names = {module: name for name, module in loaded.model.named_modules() if module in vocabulary}
-    in_full = {module for module, name in names.items() if name in trained_in_full}
+    in_full = {module for module, name in names.items() if name in modules_to_save}
     own_rows = {module for module in names if module is embedding or module.weight is not embedding.weight}
     if embedding in in_full and vocabulary - own_rows - in_full:
         raise ConfigError(
-            f"lora.modules_to_save: {names[embedding]} would part from the head that shares its weights, which would not "
-            "learn model.new_tokens; add lm_head, or drop it"
+            f"lora.modules_to_save: {names[embedding]} is tied to the output head, which would not train the rows of "
+            "model.new_tokens; add lm_head, or drop it"
         )
     rows = {names[module].rpartition(".")[2]: list(loaded.new_token_ids) for module in own_rows - in_full}
     return dict(sorted(rows.items())) or None
@@ -120,5 +113,5 @@ def _counted(model: PeftModel, loaded: LoadedModel) -> AdaptedModel:
 
 
 def trainable_state(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that train, by name, in the model's order."""
+    """Return the trainable parameters by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

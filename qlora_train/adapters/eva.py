@@ -1,7 +1,6 @@
-"""Explained variance adaptation: A starts from the principal directions of each layer's inputs.
+"""EVA initialization (Paissan et al. 2024, https://arxiv.org/abs/2410.07170), computed by PEFT.
 
-Paissan et al. 2024, https://arxiv.org/abs/2410.07170;
-the computation is PEFT's. Ranks are not redistributed between layers.
+Ranks are not redistributed between layers.
 """
 
 import logging
@@ -25,28 +24,26 @@ Batch = Mapping[str, torch.Tensor]
 def eva_components(
     loaded: LoadedModel, config: LoraConfig, batches: Sequence[Batch], linears: Mapping[str, nn.Module]
 ) -> dict[str, torch.Tensor]:
-    """Return the A matrices of EVA: principal directions of each layer's inputs (https://arxiv.org/abs/2410.07170).
-
-    Computed on the base before the adapter is on it, and deterministic. Empty when there are no batches.
+    """Return the A matrices by layer: principal directions of the inputs on the base; empty without batches.
 
     Raises:
         ConfigError: the rank is too high for the width of a layer or for the labels of a batch.
     """
     if not batches:
         return {}
-    needed = 2 * config.r  # the randomised SVD looks at twice as many directions as it keeps
+    needed = 2 * config.r  # the randomized SVD oversamples by a factor of 2
     width = min(_width(layer) for name, layer in linears.items() if is_target(name, config.target_modules))
     num_labels = min(int((batch["labels"] != config.eva_config.label_mask_value).sum()) for batch in batches)
     if needed > min(width, num_labels):
         raise ConfigError(
-            f"lora.init_lora_weights: eva with lora.r {config.r} needs layers and batches of {needed} inputs and label "
-            f"tokens or more; found {width} and {num_labels}; lower lora.r, or use default"
+            f"lora.init_lora_weights: eva with lora.r {config.r} needs at least {needed} inputs per layer and label "
+            f"tokens per batch; found {width} and {num_labels}; lower lora.r, or use default"
         )
 
-    def forward(model: Any, batch: Batch) -> None:  # through the layers alone: nobody needs logits here
+    def forward(model: Any, batch: Batch) -> None:  # the logits are not needed
         model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
-    logger.info("adapter: eva computes the initial weights from %d batches", len(batches))
+    logger.info("adapter: eva initialization from %d batches", len(batches))
     components = get_eva_state_dict(
         loaded.model, [dict(batch) for batch in batches], config, forward_fn=forward, show_progress_bar=False
     )

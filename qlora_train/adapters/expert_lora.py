@@ -1,10 +1,9 @@
-"""LoRA on the experts of a mixture: PEFT's wrappers around expert parameters, computed expert by expert.
+"""LoRA on expert parameters: PEFT's ParamWrappers, computed expert by expert.
 
-PEFT adapts a 3-D parameter (`target_parameters`) by adding the low-rank change of all experts to their dequantised
-weights, in every forward. Its modules stay in the tree, so that the adapter is stored, loaded and switched off as PEFT
-does it; what the outermost wrapper of an experts module computes is replaced by `kernels.experts`, which applies the
-change to the tokens and dequantises one expert at a time. Modules outside Transformers' interface for experts run their own
-forward on dequantised weights with the change added.
+PEFT adds the low-rank updates of all experts to their dequantized weights in every forward. Its modules stay in the model,
+so that PEFT stores, loads and disables the adapter. The forward of the outermost wrapper is replaced by
+`kernels.expert_linear`, which applies the update to the tokens and dequantizes one expert at a time. Modules outside
+Transformers' experts interface run their own forward on dequantized weights with the update added.
 """
 
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
+from qlora_train.adapters.targets import is_target
 from qlora_train.config import LoraSection
 from qlora_train.kernels.expert_linear import experts_forward, follows_interface
 from qlora_train.kernels.expert_weights import LowRankStack, quantized_experts
@@ -24,54 +24,42 @@ Wrapper = Any
 
 
 def choose_expert_parameters(model: nn.Module, lora: LoraSection) -> list[str]:
-    """Return PEFT's `target_parameters`: the full names of the expert stacks that carry LoRA, in the model's order.
+    """Return PEFT's `target_parameters`: full names of the expert parameters that carry LoRA, in the model's order.
 
     Raises:
-        ConfigError: a name that matches no stack of experts, or a setting that PEFT has not for parameters.
+        ConfigError: a name that matches no expert parameter, or a setting that PEFT does not support for parameters.
     """
     known = list(expert_parameters(model))
-    asked = lora.target_parameters
-    if asked == "auto":
+    if lora.target_parameters == "auto":
         chosen = known if lora.target_modules == "all-linear" else []
     else:
-        unknown = [name for name in asked if not any(_ends_with(full, name) for full in known)]
-        if unknown:
-            has = ", ".join(sorted({full.rpartition(".")[2] for full in known})) or "no experts"
+        names = lora.target_parameters
+        if unknown := [name for name in names if not any(is_target(full, [name]) for full in known)]:
+            available = ", ".join(sorted({full.rpartition(".")[2] for full in known})) or "no experts"
             raise ConfigError(
-                f"lora.target_parameters: no stack of experts is called {', '.join(unknown)}; this model has {has}"
+                f"lora.target_parameters: no expert parameter is called {', '.join(unknown)}; this model has {available}"
             )
-        chosen = [full for full in known if any(_ends_with(full, name) for name in asked)]
-    if chosen:
-        _refuse_unsupported(lora)
-    return chosen
-
-
-def _ends_with(full_name: str, name: str) -> bool:
-    return full_name == name or full_name.endswith(f".{name}")
-
-
-def _refuse_unsupported(lora: LoraSection) -> None:
-    settings = {
+        chosen = [full for full in known if is_target(full, names)]
+    unsupported = {
         "lora_dropout": lora.lora_dropout > 0,
         "use_dora": lora.use_dora,
         "init_lora_weights": lora.init_lora_weights == "eva",
     }
     problems = [
-        f"lora.{key}: {getattr(lora, key)} is not there for the experts of a mixture; leave it at its default, or keep the "
-        "experts as they are with lora.target_parameters: []"
-        for key, is_set in settings.items()
+        f"lora.{key}: {getattr(lora, key)} is not supported for experts; use the default, or no LoRA on the experts: "
+        "lora.target_parameters: []"
+        for key, is_set in unsupported.items()
         if is_set
     ]
-    if problems:
+    if chosen and problems:
         raise ConfigError(problems)
+    return chosen
 
 
 def bind_experts(model: nn.Module) -> None:
-    """Make the wrappers of every experts module compute expert by expert, and nest as they would on a 16-bit base.
-
-    PEFT nests the wrappers of plain parameters as the module defines them, and those of parametrised ones by name; the
-    adapter's tensors are called by their depth, so that they would land on each other's parameter.
-    """
+    """Replace the forward of every experts module's outermost wrapper, and nest the wrappers as on a 16-bit base."""
+    # PEFT nests wrappers of plain parameters in definition order and those of parametrized ones by name. Adapter
+    # tensors are named by nesting depth, so that they would be loaded into each other's parameter.
     for parent, name, wrappers in list(_chains(model)):
         experts = wrappers[0].get_base_layer()
         defined = stacks(experts)
@@ -82,13 +70,13 @@ def bind_experts(model: nn.Module) -> None:
             inner = wrapper
         setattr(parent, name, inner)
         if follows_interface(experts):
-            inner.forward = _expert_by_expert(experts, ordered)
+            inner.forward = _per_expert_forward(experts, ordered)
         elif all(quantized_experts(experts, wrapper.parameter_name) for wrapper in ordered):
-            inner.forward = _on_changed_weights(experts, ordered)
+            inner.forward = _updated_weights_forward(experts, ordered)
 
 
 def _chains(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[Wrapper]]]:
-    """Yield the parent and the name of each outermost wrapper, and the wrappers from there inwards."""
+    """Yield parent and name of each outermost wrapper, and its wrappers from the outside in."""
     for parent in model.modules():
         if isinstance(parent, ParamWrapper):
             continue
@@ -102,21 +90,21 @@ def _chains(model: nn.Module) -> Iterator[tuple[nn.Module, str, list[Wrapper]]]:
                 yield parent, name, wrappers
 
 
-def _expert_by_expert(experts: nn.Module, wrappers: list[Wrapper]) -> Any:
+def _per_expert_forward(experts: nn.Module, wrappers: list[Wrapper]) -> Any:
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        changes = {wrapper.parameter_name: change for wrapper in wrappers for change in _change(wrapper)}
-        return experts_forward(experts, hidden_states, top_k_index, top_k_weights, changes)
+        updates = {wrapper.parameter_name: update for wrapper in wrappers for update in _update(wrapper)}
+        return experts_forward(experts, hidden_states, top_k_index, top_k_weights, updates)
 
     return forward
 
 
-def _on_changed_weights(experts: nn.Module, wrappers: list[Wrapper]) -> Any:
+def _updated_weights_forward(experts: nn.Module, wrappers: list[Wrapper]) -> Any:
     def forward(*arguments: Any, **keywords: Any) -> Any:
-        held = {wrapper: quantized_experts(experts, wrapper.parameter_name) for wrapper in wrappers}
-        weights = {wrapper: found[1] for wrapper, found in held.items() if found is not None}
+        stacks_of = {wrapper: quantized_experts(experts, wrapper.parameter_name) for wrapper in wrappers}
+        weights = {wrapper: found[1] for wrapper, found in stacks_of.items() if found is not None}
         try:
             for wrapper, stack in weights.items():
-                stack.change = next(_change(wrapper), None)
+                stack.change = next(_update(wrapper), None)
             return experts(*arguments, **keywords)
         finally:
             for stack in weights.values():
@@ -125,8 +113,8 @@ def _on_changed_weights(experts: nn.Module, wrappers: list[Wrapper]) -> Any:
     return forward
 
 
-def _change(wrapper: Wrapper) -> Iterator[LowRankStack]:
-    """Yield the change of the active adapter, or nothing where adapters are switched off.
+def _update(wrapper: Wrapper) -> Iterator[LowRankStack]:
+    """Yield the update of the active adapter, or nothing if adapters are disabled.
 
     PEFT stores `a` as (experts * r, in), experts outermost, and `b` as (out, r * experts), experts innermost.
     """

@@ -1,4 +1,4 @@
-"""Everything that trains is float32: bfloat16 would round away small updates, and a resumed run would not be the same."""
+"""Trainable parameters in float32: bfloat16 would round small updates to zero, and a resumed run would differ."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,38 +12,37 @@ from torch.nn import functional
 
 
 def train_in_float32(model: PeftModel, compute_dtype: torch.dtype) -> None:
-    """Make all that trains float32, and let trained modules of the base compute with it.
+    """Cast trainable parameters to float32, and wrap the forward of trained base modules accordingly.
 
-    LoRA and new token rows cast by themselves. A head, norm or embedding that is trained does not: it becomes float32 as a
-    whole, takes float32 and hands on the compute dtype. A linear layer of which only the bias is trained keeps its weight
-    as it is (it may be shared, or in 4 bits) and adds the bias in the compute dtype; bitsandbytes alone would round that
-    bias, for good, in its first forward.
+    PEFT casts the inputs of LoRA and token rows. A trained head, norm or embedding computes in float32 and returns the
+    compute dtype. A linear layer with only its bias trained keeps its weight (tied or in 4 bits).
     """
     for name, module in model.named_modules():
         trained = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.float()
-        if not trained or _is_pefts_own(name):
+        if not trained or _is_peft_module(name):
             continue
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             module.forward = _forward_with_float32_bias(module, compute_dtype)  # type: ignore[assignment, method-assign]
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.float()
-        module.register_forward_pre_hook(_take_float32)
+        module.register_forward_pre_hook(_cast_to_float32)
         module.register_forward_hook(lambda _module, _inputs, output: output.to(compute_dtype))
 
 
-def _is_pefts_own(name: str) -> bool:
+def _is_peft_module(name: str) -> bool:
     return any(part.startswith(("lora_", "trainable_tokens_")) for part in name.split("."))
 
 
-def _take_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cast_to_float32(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.float() if torch.is_floating_point(value) else value for value in inputs)
 
 
 def _forward_with_float32_bias(layer: nn.Linear, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
+        # bitsandbytes would replace the float32 bias by a rounded one in its first forward
         bias = layer.bias.to(dtype)
         if isinstance(layer, Linear4bit):
             result = matmul_4bit(x.to(dtype), layer.weight, bias=bias, quant_state=layer.weight.quant_state)

@@ -1,4 +1,4 @@
-"""Which layers carry the adapter: found by walking the model, so that a new architecture needs no list."""
+"""Choose the layers that carry the adapter by walking the model, so that a new architecture needs no list."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer but the output head, by full name."""
+    """Return all linear layers except the output head by full name."""
     heads = output_heads(model)
     kinds = (nn.Linear, Linear4bit, Conv1D)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and module not in heads}
@@ -30,16 +30,10 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
 def choose_targets(
     model: nn.Module, linears: Mapping[str, nn.Module], lora: LoraSection, architecture: Architecture
 ) -> list[str]:
-    """Return PEFT's `target_modules`: short layer names, or full ones where a short name would take more.
-
-    Args:
-        model: the base, for which PEFT translates names of layers that were experts once.
-        linears: from `find_linears`.
-        lora: what the user asks for.
-        architecture: the base's row.
+    """Return PEFT's `target_modules`: short layer names, or full names where a short one would match more.
 
     Raises:
-        ConfigError: a name or expression that matches no linear layer, or only layers that cannot carry an adapter.
+        ConfigError: a name or expression that matches no linear layer, or a layer that cannot carry an adapter.
     """
     asked = lora.target_modules
     if asked == "all-linear":
@@ -55,12 +49,12 @@ def choose_targets(
         for name, module in model.named_modules():
             if module in output_heads(model) and re.fullmatch(asked, name):
                 logger.warning(
-                    "lora.target_modules: %r matches the output head %s too, which carries no adapter; train it with "
+                    "lora.target_modules: %r also matches the output head %s, which has no adapter; train it with "
                     "lora.modules_to_save", asked, name,
                 )  # fmt: skip
-        chosen = matched  # PEFT would apply the expression to the head, norms and blocks too
+        chosen = matched  # PEFT would also match the head, norms and blocks
     else:
-        unknown = [name for name in asked if not any(_ends_with(full, name) for full in linears)]
+        unknown = [name for name in asked if not any(is_target(full, [name]) for full in linears)]
         if unknown:
             raise ConfigError(
                 f"lora.target_modules: no linear layer is called {', '.join(unknown)}; this model has "
@@ -75,59 +69,56 @@ def choose_targets(
 
 
 def _every_layer(model: nn.Module, linears: Mapping[str, nn.Module], architecture: Architecture) -> list[str]:
-    """Return the names for `all-linear`: no router of a mixture, and no layer that cannot carry an adapter (logged)."""
-    beside = routers(model)
-    by_full_name = {name: name.rpartition(".")[2] for name in linears if name not in beside}
+    """Return the names for `all-linear`, without routers and layers that cannot carry an adapter (logged)."""
+    router_names = routers(model)
+    by_full_name = {name: name.rpartition(".")[2] for name in linears if name not in router_names}
     refused = _without_adapter(model, set(by_full_name.values()), architecture)
     for name, reason in refused.items():
         count = sum(short == name for short in by_full_name.values())
-        logger.info("adapter: none on the %d layers called %s: %s", count, name, reason)
-    # a short name would take the router, or the parameter of experts, of the same name
-    shared = {name.rpartition(".")[2] for name in (*beside, *expert_parameters(model))}
+        logger.info("adapter: none on %d layers called %s (%s)", count, name, reason)
+    # a short name would also match the router or expert parameter of the same name
+    shared = {name.rpartition(".")[2] for name in (*router_names, *expert_parameters(model))}
     chosen = {full if short in shared else short for full, short in by_full_name.items() if short not in refused}
     return sorted(chosen)
 
 
 def _without_adapter(model: nn.Module, names: set[str], architecture: Architecture) -> dict[str, str]:
-    """Return those of the short names that PEFT cannot put an adapter on in this model, with the reason."""
+    """Return the short names of layers that cannot carry an adapter in this model, with the reason."""
     refused = {
         name: architecture.lora_unsupported_reason for name in sorted(names) if name in architecture.lora_unsupported
     }
-    translated = [name for name in sorted(names) if _peft_takes_for_experts(model, name)]
-    reason = "PEFT takes this name for the experts that earlier versions of Transformers kept as layers"
+    translated = [name for name in sorted(names) if _peft_maps_to_experts(model, name)]
+    reason = "PEFT maps this name to experts, as for adapters of earlier Transformers versions"
     return refused | dict.fromkeys(translated, reason)
 
 
-def _peft_takes_for_experts(model: nn.Module, name: str) -> bool:
-    """Say whether PEFT would replace a layer's name by a parameter of the experts, as it does for older adapters."""
+def _peft_maps_to_experts(model: nn.Module, name: str) -> bool:
+    """Whether PEFT would replace a layer's name by an expert parameter, as it does for older adapters."""
     trial = LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(trial, model, None)
-    except ValueError:  # a half of what became one parameter
+    except ValueError:  # half of a fused expert parameter
         return True
     return name not in trial.target_modules
 
 
 def is_target(full_name: str, targets: Iterable[str]) -> bool:
-    return any(_ends_with(full_name, target) for target in targets)
-
-
-def _ends_with(full_name: str, name: str) -> bool:
-    return full_name == name or full_name.endswith(f".{name}")
+    """Whether a name equals one of `targets`, or ends with one after a dot."""
+    return any(full_name == target or full_name.endswith(f".{target}") for target in targets)
 
 
 def choose_modules_to_save(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the full names of the modules to train in full; PEFT alone would take every name that merely ends so.
+    """Return full names for `modules_to_save`; PEFT alone would match every name with that ending.
 
     Raises:
         ConfigError: the model has no such module, or it is stored in 4 bits.
     """
     chosen: list[str] = []
     for name in names:
-        matches = {full: module for full, module in model.named_modules() if _ends_with(full, name)}
+        matches = {full: module for full, module in model.named_modules() if is_target(full, [name])}
         if not matches:
             raise ConfigError(
-                f"lora.modules_to_save: the model has no module {name!r}; usual are lm_head, embed_tokens"
+                f"lora.modules_to_save: the model has no module {name!r}; common ones are lm_head, embed_tokens"
             )
         if any(
             isinstance(inner, Linear4bit | ExpertWeights) for module in matches.values() for inner in module.modules()

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_train.adapters import attach_adapter, load_trained
-from qlora_train.adapters.adapter_folder import read_settings
+from qlora_train.adapters.adapter_folder import read_adapter_settings
 from qlora_train.cli.main import main
 from qlora_train.config import load_config
 from qlora_train.models import BaseSource, load_model
@@ -121,7 +121,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("case", FILES)
 def test_file_that_is_no_mapping_of_a_config_is_one_line(case: str, adapter: Path, pico_llama: Path) -> None:
     FILES[case](adapter / "adapter_config.json")
-    with pytest.raises(ConfigError, match="holds no adapter that can be read") as caught:
+    with pytest.raises(ConfigError, match="holds no readable adapter") as caught:
         warm_start(adapter, pico_llama)
     assert "\n" not in str(caught.value)
 
@@ -139,7 +139,7 @@ def test_adapter_is_never_unpickled(adapter: Path, pico_llama: Path) -> None:
     with pytest.raises(ConfigError, match=r"adapter_model\.safetensors is missing"):
         warm_start(adapter, pico_llama)
     (adapter / "adapter_model.safetensors").write_bytes(pickle.dumps(Canary()))
-    with pytest.raises(ConfigError, match="holds no adapter that can be read"):
+    with pytest.raises(ConfigError, match="holds no readable adapter"):
         warm_start(adapter, pico_llama)
     assert not canary.exists()
     pickle.loads((adapter / "adapter_model.bin").read_bytes())
@@ -194,10 +194,10 @@ def test_base_is_the_same_by_hub_id_or_by_the_last_part_of_a_path(
     edit(adapter, base_model_name_or_path=named)
     source = BaseSource(adapter, base, commit, {})
     if is_same:
-        assert read_settings(adapter, source).base_model_name_or_path == named
+        assert read_adapter_settings(adapter, source).base_model_name_or_path == named
         return
     with pytest.raises(ConfigError, match=r"is another base than .* if they are the same model, set it to null"):
-        read_settings(adapter, source)
+        read_adapter_settings(adapter, source)
 
 
 def test_adapter_without_a_base_is_judged_by_its_tensors(adapter: Path, pico: Callable[..., Path]) -> None:

@@ -306,7 +306,7 @@ def test_rows_with_tokens_that_the_embedding_lacks_are_refused(tmp_path: Path, c
 
 def test_a_regular_expression_that_matches_the_head_warns(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
     assert train(pico_llama, tmp_path / "run", "lora.target_modules='.*(q_proj|lm_head)'") == 0
-    assert "matches the output head lm_head too, which carries no adapter" in capsys.readouterr().err
+    assert "also matches the output head lm_head, which has no adapter" in capsys.readouterr().err
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

@@ -149,16 +149,16 @@ def test_routers_stay_as_they_are(pico: Pico, tmp_path: Path) -> None:
     ]
 
 
-def test_layers_whose_names_peft_takes_for_experts_are_said_to_be_left_out(
+def test_layers_whose_names_peft_maps_to_experts_are_logged(
     pico: Pico, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         adapted_model(tmp_path, pico("dots1"))
     lines = [record.getMessage() for record in caplog.records if "adapter: none on" in record.getMessage()]
-    assert [line.split(": ")[1] for line in lines] == [
-        f"none on the 2 layers called {name}" for name in ("down_proj", "gate_proj", "up_proj")
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"adapter: none on 2 layers called {name}" for name in ("down_proj", "gate_proj", "up_proj")
     ]
-    with pytest.raises(ConfigError, match="target_modules: gate_proj cannot carry an adapter: PEFT takes this name"):
+    with pytest.raises(ConfigError, match="target_modules: gate_proj cannot carry an adapter: PEFT maps this name"):
         adapted_model(tmp_path, pico("dots1"), "lora.target_modules=[q_proj,gate_proj]")
 
 
@@ -171,13 +171,13 @@ def test_experts_are_chosen_by_name_or_left_alone(pico: Pico, tmp_path: Path) ->
     assert adapted_stacks("lora.target_parameters=[experts.down_proj]") == {"down_proj"}
     assert adapted_stacks("lora.target_parameters=[]") == set()
     assert adapted_stacks("lora.target_modules=[q_proj]") == set()
-    with pytest.raises(ConfigError, match=r"no stack of experts is called w1; this model has down_proj, gate_up_proj"):
+    with pytest.raises(ConfigError, match=r"no expert parameter is called w1; this model has down_proj, gate_up_proj"):
         adapted_stacks("lora.target_parameters=[w1]")
 
 
 @pytest.mark.parametrize("setting", ["lora.lora_dropout=0.1", "lora.use_dora=true", "lora.init_lora_weights=eva"])
 def test_what_peft_has_not_for_experts_is_refused(setting: str, pico: Pico, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}: .* is not there for the experts"):
+    with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}: .* is not supported for experts"):
         adapted_model(tmp_path, pico("mixtral"), setting)
     adapted_model(tmp_path, pico("mixtral"), setting, "lora.target_parameters=[]")
 
@@ -199,7 +199,7 @@ def test_adapter_of_another_mixture_is_refused(pico: Pico, tmp_path: Path) -> No
     (run.adapter / "adapter_config.json").write_text(
         (run.adapter / "adapter_config.json").read_text().replace(pico("qwen3_moe").name, other.source.name)
     )
-    with pytest.raises(ConfigError, match=r"target_parameters: 'model.layers.1.mlp.experts.*is no stack of experts"):
+    with pytest.raises(ConfigError, match=r"target_parameters: 'model.layers.1.mlp.experts.*is no expert parameter"):
         load_trained(other, run.adapter)
 
 

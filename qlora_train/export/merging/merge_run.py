@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from qlora_train.adapters import load_trained
-from qlora_train.adapters.adapter_folder import read_settings
+from qlora_train.adapters.adapter_folder import read_adapter_settings
 from qlora_train.architectures import detect
 from qlora_train.config import RunConfig
 from qlora_train.data.held_out_rows import RunRows
@@ -54,7 +54,7 @@ def merge_run(
         ConfigError: the adapter is not a plain LoRA adapter of this base.
         MergeError: the merge cannot be done exactly, or its loss exceeds the adapter's by more than the config allows.
     """
-    read_settings(folder.adapter, source)
+    read_adapter_settings(folder.adapter, source)
     step = folder.read_results().get("training", {}).get("taken_from_step", "unknown (results.json is gone)")
     logger.info("merge: adapter of step %s onto %s", step, config.export.merge_base)
     reference = _reference(folder, config, source, data, date)
