@@ -1,8 +1,8 @@
-"""4-bit layers whose rows are not a whole number of blocks, on a CPU.
+"""bitsandbytes CPU blocksize workaround: 4-bit layers whose rows are not a whole number of blocks.
 
-bitsandbytes 0.50 stores them rightly and dequantises them wrongly on CPUs with AVX-512: it takes each row to begin a block
-of its own. Errors are as large as the weights, in training and in evaluation, and nothing is said. These layers get a
-forward that dequantises them as one row of numbers, which is how they are stored.
+bitsandbytes 0.50 quantizes such layers correctly, but dequantizes them on CPUs with AVX-512 as if each row began with a new
+block. The errors are as large as the weights, without a message. Here these layers dequantize the flattened weight, as it
+is stored.
 """
 
 from types import MethodType
@@ -16,18 +16,18 @@ from qlora_train.kernels.ops.dequantize import dequantize
 
 
 def fix_partial_blocks(model: nn.Module) -> None:
-    """Give such layers of a model a forward of their own."""
+    """Replace the forward of affected layers on the CPU."""
     for module in model.modules():
-        if _is_odd(module) and module.weight.device.type == "cpu":
+        if _has_partial_blocks(module) and module.weight.device.type == "cpu":
             module.forward = MethodType(_forward, module)
 
 
 def has_partial_blocks(model: nn.Module) -> bool:
-    """Say whether a model has such layers, on whatever device."""
-    return any(_is_odd(module) for module in model.modules())
+    """Whether a model has such layers, on any device."""
+    return any(_has_partial_blocks(module) for module in model.modules())
 
 
-def _is_odd(module: Any) -> bool:
+def _has_partial_blocks(module: Any) -> bool:
     return isinstance(module, Linear4bit) and module.in_features % module.weight.quant_state.blocksize != 0
 
 

@@ -1,7 +1,7 @@
-"""Dynamic RoPE scaling whose frequencies depend on the batch at hand, and on no earlier one.
+"""Dynamic RoPE scaling with frequencies of the current batch alone.
 
-Transformers computes the frequencies for the longest row since it last saw a short one, and keeps them: what a row gives
-would depend on the rows before it, and a resumed run would differ from one that was not stopped.
+Transformers computes the frequencies for the longest sequence since the last short one, and keeps them: outputs would
+depend on earlier batches, and a resumed run would differ from an uninterrupted one.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def reset_dynamic_rope(model: nn.Module) -> None:
-    """Let every forward of a dynamic rotary embedding begin with the frequencies of the base."""
+    """Reset the frequencies of dynamic rotary embeddings before each forward."""
     for module in model.modules():
         if getattr(module, "rope_type", None) == "dynamic":
             module.register_forward_pre_hook(_reset)

@@ -1,8 +1,7 @@
-"""4-bit loading through Transformers' own loader: what bitsandbytes' integration leaves in 16 bits is quantised too.
+"""4-bit loading with Transformers' quantizer for bitsandbytes, extended to experts.
 
-Transformers reads a checkpoint parameter by parameter and quantises each before it reads the next. Its bitsandbytes
-integration does so for linear layers alone; since the experts of a layer are one parameter, most of a mixture would stay in
-16 bits. This quantiser adds the experts, each matrix on its own, and leaves routers as they are.
+Transformers quantizes each parameter before it reads the next, but linear layers alone: fused experts, most of a mixture's
+weights, would stay in 16 bits. This quantizer quantizes each expert's matrix, and leaves routers in 16 bits.
 """
 
 from collections.abc import Iterable
@@ -32,7 +31,7 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
 
 @register_quantization_config(METHOD)
 class QuantizationConfig(BitsAndBytesConfig):
-    """bitsandbytes' settings for 4-bit linear layers, which the experts take too."""
+    """bitsandbytes' 4-bit settings, for linear layers and experts."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -41,7 +40,7 @@ class QuantizationConfig(BitsAndBytesConfig):
 
 @register_quantizer(METHOD)
 class Quantizer(Bnb4BitHfQuantizer):
-    """Transformers' quantiser for bitsandbytes, with experts in 4 bits and routers in 16."""
+    """Transformers' bitsandbytes quantizer, with experts in 4 bits and routers in 16."""
 
     def __init__(self, quantization_config: QuantizationConfig, **settings: Any) -> None:
         super().__init__(quantization_config, **settings)
@@ -55,11 +54,11 @@ class Quantizer(Bnb4BitHfQuantizer):
         super()._process_model_before_weight_loading(model, device_map, **arguments)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **arguments: Any) -> bool:
-        """Say whether the parameter goes into 4 bits."""
+        """Whether to store a parameter in 4 bits."""
         return param_name in self.expert_names or super().param_needs_quantization(model, param_name, **arguments)
 
     def get_quantize_ops(self) -> ConversionOps:
-        """Return what Transformers calls with every parameter that needs it."""
+        """Return the operation that quantizes a parameter."""
         return _Quantize(self, super().get_quantize_ops())
 
     def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> Any:
@@ -69,21 +68,18 @@ class Quantizer(Bnb4BitHfQuantizer):
         modules = [module for _, module in expert_modules(model)]
         if modules and all(follows_interface(module) for module in modules):
             model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
-        # what it is to those who ask: a bitsandbytes model
+        # to other libraries it is a bitsandbytes model
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         return super()._process_model_after_weight_loading(model, **arguments)
 
 
 def modules_to_not_convert(model: Any, named: Iterable[str]) -> list[str]:
-    """Return the modules that are not quantised: those named, routers, and the library's own choice.
-
-    Naming any module replaces that choice, which is the output head and what it is tied to.
-    """
+    """Return `named`, the routers, and the library's default (output head, tied modules), which `named` would replace."""
     return [*named, *get_keys_to_not_convert(model), *routers(model)]
 
 
 class _Quantize(ConversionOps):
-    """Quantise a stack of experts; hand everything else to bitsandbytes' own operation."""
+    """Quantize experts; pass all other parameters to bitsandbytes' operation."""
 
     def __init__(self, quantizer: Quantizer, linears: ConversionOps) -> None:
         self.quantizer, self.linears = quantizer, linears
@@ -95,12 +91,12 @@ class _Quantize(ConversionOps):
             for tensor in value if isinstance(value, list) else [value]:
                 self.memory.count(tensor)
             if name in self.quantizer.expert_names:
-                result[name] = self._stack(name, value[0] if isinstance(value, list) else value)
+                result[name] = self._quantize_experts(name, value[0] if isinstance(value, list) else value)
             else:
                 result |= self.linears.convert({name: value}, **arguments)
         return result
 
-    def _stack(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def _quantize_experts(self, name: str, value: torch.Tensor) -> torch.Tensor:
         config = self.quantizer.quantization_config
         quantized = quantize_stack(
             map(self.memory.count, value),

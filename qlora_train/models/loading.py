@@ -1,6 +1,6 @@
-"""The base model in 4 bits, ready for an adapter or for inference.
+"""Load the base model in 4 bits, ready for an adapter or for inference.
 
-Nothing is upcast: norms, embeddings and the output head stay in the compute dtype. Every parameter is frozen.
+Norms, embeddings and the output head stay in the compute dtype. Every parameter is frozen.
 """
 
 import logging
@@ -49,17 +49,17 @@ from qlora_train.utils.errors import ConfigError, ModelError, first_line
 logger = logging.getLogger(__name__)
 
 _TRAINED_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
-"""What the weights were trained with and no scaling changes."""
+"""RoPE parameters that the weights were trained with and that scaling does not change."""
 _BNB_DEFAULTS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
-"""What Transformers takes for settings that a stored quantization_config does not have."""
+"""Transformers' defaults for settings that are missing in a stored quantization_config."""
 MEAN_CHUNK_BYTES = 16 << 20
-"""Of the rows in float32 that are summed at once."""
+"""Float32 rows that are summed at once."""
 _EXPERT_IN_4BIT = re.compile(r"\.experts\.\d+\..*\.quant_state\.bitsandbytes__")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen base model with what the next stages need to know of it."""
+    """A frozen base model and its metadata."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -69,9 +69,9 @@ class LoadedModel:
     compute_dtype: torch.dtype
     device: torch.device
     new_token_ids: tuple[int, ...]
-    """Rows of the embedding that are trained next to the adapter: those of `model.new_tokens`, and all added ones."""
+    """Embedding rows to train beside the adapter: those of `model.new_tokens`, and all added rows."""
     omitted_modules: tuple[OmittedModule, ...] = ()
-    """Parts of a multimodal checkpoint that are not in `model`."""
+    """Modules of a multimodal checkpoint that are not in `model`."""
 
 
 def load_model(
@@ -84,13 +84,11 @@ def load_model(
     """Load a base model in 4-bit NF4 (or as `quantization` says), frozen, with its tokenizer.
 
     Args:
-        model: which model, and how.
-        quantization: how its linear weights are stored.
-        source: the result of `resolve_base`, when it is at hand already.
-        tokenizer: the result of `load_tokenizer`, when it is at hand already.
+        source: result of `resolve_base`, if known.
+        tokenizer: result of `load_tokenizer`, if known.
 
     Raises:
-        ModelError: the model cannot be had or read, or too little of it could be quantised.
+        ModelError: the model cannot be downloaded or read, or too few of its weights could be quantized.
         ConfigError: settings that contradict the checkpoint.
     """
     source = source or resolve_base(model)
@@ -124,14 +122,14 @@ def load_model(
 def _report_unknown(model: PreTrainedModel, architecture: Architecture, summary: QuantizationSummary) -> None:
     names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     logger.warning(
-        "architecture: %s is not in the table and trains on the generic row; found: linear layers %s; %.1f %% of their "
-        "weights in 4 bits; check the answers of the first run",
+        "architecture: %s is unknown and uses generic settings (linear layers %s, %.1f %% of weights in 4 bits); check the "
+        "answers of the first run",
         architecture.model_type, ", ".join(names), 100 * summary.quantized_share,
     )  # fmt: skip
 
 
 def output_heads(model: PreTrainedModel) -> set[nn.Module]:
-    """Return the output head, as a set that is empty for a model without one."""
+    """Return the output head in a set, empty if the model has none."""
     head = model.get_output_embeddings()
     return set() if head is None else {head}
 
@@ -139,7 +137,7 @@ def output_heads(model: PreTrainedModel) -> set[nn.Module]:
 def _quantization_config(
     source: BaseSource, quantization: QuantizationSection, dtype: torch.dtype, architecture: Architecture
 ) -> QuantizationConfig | None:
-    """Return how to quantise on loading; None for 16-bit LoRA and for a checkpoint that is in 4 bits already."""
+    """Return how to quantize while loading; None for 16-bit LoRA and for 4-bit checkpoints."""
     stored = source.config.get("quantization_config")
     if stored is not None and stored.get("load_in_4bit"):
         _check_stored_quantization(stored, source, quantization)
@@ -158,7 +156,7 @@ def _quantization_config(
 def _check_stored_quantization(stored: dict[str, Any], source: BaseSource, quantization: QuantizationSection) -> None:
     if not quantization.load_in_4bit:
         raise ConfigError(
-            f"quantization.load_in_4bit: false, but {source.name} is stored in 4 bits; set it to true, or give the "
+            f"quantization.load_in_4bit: false, but {source.name} is stored in 4 bits; set it to true, or use the "
             "original 16-bit model"
         )
     stored = {**_BNB_DEFAULTS, **stored}
@@ -169,15 +167,15 @@ def _check_stored_quantization(stored: dict[str, Any], source: BaseSource, quant
     ]
     if wrong:
         raise ConfigError(wrong)
-    logger.info("quantization: taken from the checkpoint, which is stored in 4-bit %s", stored["bnb_4bit_quant_type"])
+    logger.info("quantization: 4-bit %s (as stored in the checkpoint)", stored["bnb_4bit_quant_type"])
 
 
-def _refuse_experts_apart(names: Iterable[str], where: str) -> None:
+def _check_experts(names: Iterable[str], where: str) -> None:
     expert = next((name for name in names if _EXPERT_IN_4BIT.search(name)), None)
     if expert is not None:
         raise ModelError(
-            f"{where}: {expert}: bitsandbytes stored the experts of this mixture in 4 bits one by one, and Transformers "
-            "joins them into one tensor, which packed weights do not allow; give the original 16-bit model"
+            f"{where}: {expert}: bitsandbytes stored each expert in 4 bits, and Transformers fuses experts into one "
+            "tensor, which packed weights do not allow; use the original 16-bit model"
         )
 
 
@@ -197,29 +195,29 @@ def _from_pretrained(
     attention = choose_attention(model.attn_implementation, architecture, device, dtype, has_sdpa=supports_sdpa(config))
     grouped_sdpa.register()
     text = text_model(config)
-    text.report(config.model_type)
+    text.log(config.model_type)
     if stored_format is not None:
         del config.quantization_config  # Transformers reads 16-bit weights
         logger.info("weights: stored in %s, dequantized to %s as they are read", stored_format.description, dtype)
     try:
-        with torch.device("meta"):  # for its class, and the config that this class takes
-            skeleton = text.build(config, trust_remote_code=model.trust_remote_code)
+        with torch.device("meta"):  # for its class, and the config of that class
+            meta_model = text.build(config, trust_remote_code=model.trust_remote_code)
         with open_tensors(source.folder, stored_format, dtype, where) as tensors:
-            _refuse_experts_apart(tensors, where)
-            loaded, info = type(skeleton).from_pretrained(
+            _check_experts(tensors, where)
+            loaded, info = type(meta_model).from_pretrained(
                 None,
-                config=skeleton.config,
+                config=meta_model.config,
                 state_dict=tensors,
                 dtype=dtype,
                 device_map={"": device},
-                attn_implementation=text.attention(skeleton.config, attention),
+                attn_implementation=text.attention(meta_model.config, attention),
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the info, each with both of its shapes
+                ignore_mismatched_sizes=True,  # reported in `info`, with both shapes
                 **arguments,
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"{where} cannot be loaded: {first_line(error).rstrip('.')}; give a causal language model, with its config.json"
+            f"{where} cannot be loaded: {first_line(error).rstrip('.')}; use a causal language model, with its config.json"
         ) from error
     loaded.name_or_path = loaded.config.name_or_path = str(source.folder)  # PEFT writes it into adapters
     loaded.generation_config = _generation_config(source.folder)
@@ -228,7 +226,7 @@ def _from_pretrained(
 
 
 def _generation_config(folder: Path) -> GenerationConfig:
-    """Return the settings of generation, which old checkpoints keep in config.json."""
+    """Return the generation settings, which old checkpoints store in config.json."""
     try:
         return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except OSError:
@@ -236,14 +234,14 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 def supports_sdpa(config: Any) -> bool:
-    """Return whether Transformers has sdpa for a config's architecture; assumed where its code is the checkpoint's own."""
+    """Whether Transformers supports sdpa for a config; assumed for remote code."""
     named = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     model_class = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), named)
     return model_class is None or bool(model_class._supports_sdpa)
 
 
 def auto_class_of(source: BaseSource, model: ModelSection) -> str:
-    """Return the name of the class of Transformers that loads the whole base."""
+    """Return the name of the Transformers auto class that loads the whole base."""
     text = text_model(read_config(source, trust_remote_code=model.trust_remote_code))
     return "AutoModelForMultimodalLM" if text.omitted_modules else "AutoModelForCausalLM"
 
@@ -252,33 +250,35 @@ def model_config(source: BaseSource, model: ModelSection) -> Any:
     """Return the Transformers config of the base, with `model.rope_scaling` applied.
 
     Raises:
-        ModelError: a model type that Transformers does not know, or code of the checkpoint's own that is not trusted.
-        ConfigError: a RoPE scaling for a model that has no positions to scale.
+        ModelError: a model type unknown to Transformers, or untrusted remote code.
+        ConfigError: RoPE scaling for a model without rotary positions.
     """
     config = read_config(source, trust_remote_code=model.trust_remote_code)
     return config if model.rope_scaling is None else _with_rope_scaling(config, model.rope_scaling, source.name)
 
 
 def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], name: str) -> Any:
-    """Replace a config's own RoPE scaling by `scaling`, keeping only what the trained weights fix (base, share)."""
+    """Replace a config's RoPE scaling, except for the parameters of the trained weights."""
     whole = config.to_dict()
     content = text_config(whole)
     own, positions = content.get("rope_parameters"), content.get("max_position_embeddings")
     if not own or not positions:
-        raise ConfigError(f"model.rope_scaling: {name} has no rotary positions to scale; drop it")
+        raise ConfigError(f"model.rope_scaling: {name} has no rotary positions to scale; remove it")
     if any(isinstance(value, dict) for value in own.values()):
-        raise ConfigError(f"model.rope_scaling: {name} scales positions differently by layer; train within {positions}")
+        raise ConfigError(
+            f"model.rope_scaling: {name} scales positions differently by layer; train within {positions} positions"
+        )
     fixed = {key: own[key] for key in _TRAINED_ROPE_KEYS if key in own}
     content["rope_parameters"] = {"original_max_position_embeddings": positions, **fixed, **scaling}
     reached = int(positions * float(scaling["factor"]))
-    if scaling["rope_type"] != "dynamic":  # which begins to scale beyond max_position_embeddings
+    if scaling["rope_type"] != "dynamic":  # dynamic scaling starts beyond max_position_embeddings
         content["max_position_embeddings"] = reached
     logger.info("positions: %d -> %d (model.rope_scaling)", positions, reached)
     return type(config).from_dict(whole)
 
 
 def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give every 4-bit layer the chosen compute dtype: one that was stored in the checkpoint is float32 by default."""
+    # of 4-bit checkpoints it is float32 by default
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
@@ -288,10 +288,10 @@ def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _add_new_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str]
 ) -> tuple[int, ...]:
-    """Grow embedding and head to the tokenizer's length; return the rows to train: the new tokens' and all added ones.
+    """Grow embedding and head to the tokenizer's length, and return the rows to train.
 
-    A tokenizer can have tokens of its own beyond the embedding. Their rows are trained too, since only trained rows are
-    in the adapter's file.
+    These are the rows of the new tokens and all added rows: a tokenizer may be longer than the embedding, and the adapter
+    file contains trained rows alone.
     """
     num_rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > num_rows:
@@ -301,14 +301,14 @@ def _add_new_tokens(
             for tensor in (module.weight.data, *(() if getattr(module, "bias", None) is None else (module.bias.data,))):
                 tensor[num_rows:] = _mean_row(tensor[:num_rows])
         model.requires_grad_(False)
-        logger.info("vocabulary: %d rows added, each the mean of the others", len(tokenizer) - num_rows)
+        logger.info("vocabulary: %d rows added (mean of the others)", len(tokenizer) - num_rows)
     return tuple(dict.fromkeys([*tokenizer.convert_tokens_to_ids(list(new_tokens)), *range(num_rows, len(tokenizer))]))
 
 
 def _mean_row(rows: torch.Tensor) -> torch.Tensor:
-    """Return the mean over the first dimension, summed in float32 without a float32 copy of everything.
+    """Return the mean over the first dimension, summed in float32 in chunks.
 
-    Transformers' `mean_resizing` draws 3e-5 standard deviations around it, for 3 float32 copies of the embedding.
+    Transformers' `mean_resizing` would make 3 float32 copies of the embedding.
     """
     chunks = rows.split(max(1, MEAN_CHUNK_BYTES // (4 * rows[0].numel())))
     return torch.stack([chunk.sum(0, dtype=torch.float32) for chunk in chunks]).sum(0) / len(rows)

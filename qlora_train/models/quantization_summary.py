@@ -1,7 +1,6 @@
-"""The quantization: which weights are really stored in 4 bits, and what every byte of the model is.
+"""Quantization summary: the share of weights in 4 bits, and the bytes of the model by dtype.
 
-A weight matrix that silently stays in 16 bits is the commonest failure of 4-bit loading (whole expert blocks since
-Transformers 5), so it is counted after every load, by walking the parameters that are there.
+A weight matrix that silently stays in 16 bits is the most common failure of 4-bit loading, so every load is checked.
 """
 
 import logging
@@ -25,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizationSummary:
-    """What a loaded model consists of.
+    """Numbers of weights and bytes of a loaded model.
 
-    Linear weights are all parameters of two or more dimensions except embeddings and the output head. `weight_bytes`
-    are the packed 4-bit weights with their scales; `table_bytes` the code tables, which bitsandbytes keeps per tensor.
-    `bytes_by_dtype` covers every parameter and buffer as stored, scales and tables included.
+    Linear weights are all parameters of two or more dimensions except embeddings and the output head. `weight_bytes` are
+    packed 4-bit weights with their scales, `table_bytes` bitsandbytes' code tables, one per tensor. `bytes_by_dtype` covers
+    all parameters, buffers, scales and tables.
     """
 
     num_linear_weights: int
@@ -41,12 +40,12 @@ class QuantizationSummary:
 
     @property
     def quantized_share(self) -> float:
-        """Share of the linear weights stored in 4 bits, 0 to 1."""
+        """Share of linear weights in 4 bits, 0 to 1."""
         return self.num_quantized_weights / max(self.num_linear_weights, 1)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of storage a quantised weight takes, scales included, code tables not."""
+        """Bits per quantized weight, with scales and without code tables."""
         return 8 * self.weight_bytes / max(self.num_quantized_weights, 1)
 
     @property
@@ -56,29 +55,24 @@ class QuantizationSummary:
 
 
 def summarize_quantization(model: nn.Module, heads: set[nn.Module]) -> QuantizationSummary:
-    """Count a model's weights by how they are stored.
-
-    Args:
-        model: a loaded model.
-        heads: the output head and the embeddings, which are not quantised by design.
-    """
-    outside = {id(module.weight) for module in heads if isinstance(module.weight, nn.Parameter)}
-    outside |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    """Summarize how a model's weights are stored; `heads` are not counted as linear weights."""
+    excluded = {id(module.weight) for module in heads if isinstance(module.weight, nn.Parameter)}
+    excluded |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     quantized = weight_bytes = table_bytes = linear = 0
     by_dtype: Counter[str] = Counter()
     unquantized = []
     stacks = {id(codes): weights for codes, weights in _expert_stacks(model)}
     for name, parameter in model.named_parameters():
         by_dtype[_dtype_name(parameter)] += parameter.nbytes
-        held = _held_in_4bit(parameter, stacks)
-        if held is not None:
-            num_weights, scales, tables = held
-            for tensor in () if id(parameter) in stacks else (*scales, *tables):  # those of experts are buffers
+        in_4bit = _in_4bit(parameter, stacks)
+        if in_4bit is not None:
+            num_weights, scales, tables = in_4bit
+            for tensor in () if id(parameter) in stacks else (*scales, *tables):  # experts' are buffers
                 by_dtype[_dtype_name(tensor)] += tensor.nbytes
             linear, quantized = linear + num_weights, quantized + num_weights
             weight_bytes += parameter.nbytes + sum(tensor.nbytes for tensor in scales)
             table_bytes += sum(tensor.nbytes for tensor in tables)
-        elif parameter.ndim >= 2 and id(parameter) not in outside:
+        elif parameter.ndim >= 2 and id(parameter) not in excluded:
             linear += parameter.numel()
             unquantized.append(f"{name} ({_dtype_name(parameter)}, {parameter.numel():,} weights)")
     for buffer in model.buffers():
@@ -93,8 +87,8 @@ def _expert_stacks(model: nn.Module) -> Iterator[tuple[torch.Tensor, ExpertWeigh
             yield found
 
 
-def _held_in_4bit(parameter: nn.Parameter, stacks: dict[int, ExpertWeights]) -> tuple[int, Tensors, Tensors] | None:
-    """Return how many weights a parameter stands for, with its scales and tables; None for one of 16 bits."""
+def _in_4bit(parameter: nn.Parameter, stacks: dict[int, ExpertWeights]) -> tuple[int, Tensors, Tensors] | None:
+    """Return the number of weights of a 4-bit parameter, its scales and its tables; None for any other."""
     if id(parameter) in stacks:
         stack = stacks[id(parameter)]
         return stack.shape.numel(), stack.scale_tensors, stack.table_tensors
@@ -108,24 +102,24 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 
 
 def _state_tensors(state: QuantState) -> tuple[Tensors, Tensors]:
-    """Return the block scales (both levels, and their offset) and the code tables of one quantised tensor."""
+    """Return the scales (both levels with the offset if double-quantized) and the code tables of a tensor."""
     if not state.nested:
         return (state.absmax,), (state.code,)
     return (state.absmax, state.state2.absmax, state.offset), (state.code, state.state2.code)
 
 
 def count_frozen_weights(model: nn.Module) -> int:
-    """Return how many weights of a model do not train, 4-bit ones counted as the weights they stand for."""
+    """Return the number of frozen weights, counting weights and not packed elements."""
     stacks = {id(codes): weights for codes, weights in _expert_stacks(model)}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    return sum(held[0] if (held := _held_in_4bit(p, stacks)) else p.numel() for p in frozen)
+    return sum(in_4bit[0] if (in_4bit := _in_4bit(p, stacks)) else p.numel() for p in frozen)
 
 
 def check_quantization(summary: QuantizationSummary, min_quantized_share: float) -> None:
-    """Log the census and stop when too little of the model is in 4 bits.
+    """Log the summary, and check the share of 4-bit weights.
 
     Raises:
-        ModelError: the share of quantised linear weights is below `min_quantized_share`.
+        ModelError: the share of 4-bit linear weights is below `min_quantized_share`.
     """
     by_dtype = ", ".join(f"{name} {count / 1e6:,.1f} MB" for name, count in sorted(summary.bytes_by_dtype.items()))
     logger.info(
@@ -133,22 +127,20 @@ def check_quantization(summary: QuantizationSummary, min_quantized_share: float)
         100 * summary.quantized_share, f"{summary.num_linear_weights:,}", summary.bits_per_weight, by_dtype,
     )  # fmt: skip
     for name in summary.unquantized[:5]:
-        logger.info("stays unquantised: %s", name)
+        logger.info("quantization: %s stays unquantized", name)
     if summary.quantized_share < min_quantized_share:
         shown = "; ".join(summary.unquantized[:5]) + (" ..." if len(summary.unquantized) > 5 else "")
         raise ModelError(
             f"quantization.min_quantized_share: only {summary.quantized_share:.1%} of the linear weights are in 4 bits, "
-            f"below {min_quantized_share:.0%}; left in 16 bits: {shown}; choose a model whose layers are linears, or "
-            "lower the limit knowing what it costs"
+            f"below {min_quantized_share:.0%}; left in 16 bits: {shown}; use a model of linear layers, or "
+            "lower the limit at the cost of memory"
         )
 
 
 def disable_cpu_repacking(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking CPU weights in its first evaluation forward.
-
-    On CPUs with AVX512-BF16 the repacked weights go through an operator without a gradient formula, so that training
-    after any evaluation would silently lose the base path's gradient.
-    """
+    """Keep bitsandbytes from repacking CPU weights in its first evaluation forward."""
+    # On CPUs with AVX512-BF16 repacked weights use an operator without a gradient formula: training after an evaluation
+    # would silently lose the gradient of the base path.
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False

@@ -217,7 +217,7 @@ def test_experts_stored_in_4_bits_one_by_one_are_refused_with_the_reason(pico: P
     for name in [name for name in weights if ".experts." in name]:
         weights[f"{name}.quant_state.bitsandbytes__nf4"] = torch.zeros(8, dtype=torch.uint8)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"experts of this mixture in 4 bits one by one.*original 16-bit model"):
+    with pytest.raises(ModelError, match=r"bitsandbytes stored each expert in 4 bits.*original 16-bit model"):
         load(folder)
 
 

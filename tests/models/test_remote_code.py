@@ -100,7 +100,7 @@ def test_trusted_code_is_named_before_it_runs(
         main(command(tmp_path, base, *TRUSTED))
     error = capsys.readouterr().err
     assert canary.exists(), "the canary of the other tests would have shown"
-    assert "runs the Python code of base as it lies on this machine" in error
+    assert "runs the Python code of base from a local folder" in error
     assert "own.py, tokenization_own.py" in error
 
 
