@@ -1,4 +1,4 @@
-"""The loader stage: a base model in 4 bits and its tokenizer, from a folder, the Hub or a GGUF file."""
+"""Load a base model in 4 bits and its tokenizer, from a folder, the Hub or a GGUF file."""
 
 from qlora_train.models.base_source import BaseSource, resolve_base
 from qlora_train.models.loading import LoadedModel, load_model

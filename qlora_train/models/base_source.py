@@ -1,7 +1,6 @@
-"""Where the base model's files are: a local folder, a snapshot of a Hub repository, or what either was converted into.
+"""Locate the base model: a local folder, a snapshot of a Hub repository, or a conversion of a GGUF or .bin file.
 
-The result is always a local folder, so that everything after it (loading, merging, cards) reads plain files. What the Hub
-refuses comes back as one line that says what to do.
+The result is always a local folder, so that loading, merging and cards read plain files.
 """
 
 import hashlib
@@ -34,8 +33,10 @@ _CODE = ["*.py"]
 class BaseSource:
     """The base model on disk.
 
-    `name` is what cards and configs may say in public: the Hub id, or the last part of a local path. `revision` is the
-    commit that was downloaded, None for local files. `config` is the content of config.json.
+    Attributes:
+        name: for cards and configs: the Hub id, or the last part of a local path.
+        revision: downloaded commit; None for local files.
+        config: content of config.json.
     """
 
     folder: Path
@@ -44,16 +45,13 @@ class BaseSource:
     config: dict[str, Any]
 
     def identity(self) -> str:
-        """Return what tells this base from another: the commit of a Hub model, or a hash of local config and weights.
-
-        Of each weight file the size and 64 evenly spaced blocks are hashed: enough to see other weights, in seconds.
-        """
+        """Return the commit of a Hub model, or a hash of the local config and of samples of the weights."""
         if self.revision is not None:
             return self.revision
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for path in sorted(self.folder.glob("*.safetensors")):
             size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
+            digest.update(f"{path.name} {size}".encode())  # and 64 evenly spaced blocks, to take seconds
             with path.open("rb") as file:
                 for block in range(64):
                     file.seek(size * block // 64)
@@ -62,14 +60,13 @@ class BaseSource:
 
 
 def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
-    """Make the base model's files local.
+    """Download or convert the base model's files if necessary.
 
     Args:
-        model: the config's model section.
-        weights: fetch the weights too, not only the config and the tokenizer; those of a local folder are there.
+        weights: download the weights too, not only the config and the tokenizer.
 
     Raises:
-        ModelError: the folder, file or repository cannot be had, or is not a model.
+        ModelError: the folder, file or repository does not exist or is no model.
     """
     path = Path(model.model_name_or_path).expanduser()
     if path.suffix == ".gguf":
@@ -95,11 +92,11 @@ def _read_config(folder: Path, asked: str) -> dict[str, Any]:
     except FileNotFoundError:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(
-                f"model.model_name_or_path: {asked}: the folder holds an adapter and no model; give the model that it was "
+                f"model.model_name_or_path: {asked}: the folder holds an adapter and no model; set the model that it was "
                 "trained on, and this folder as lora.adapter_path"
             ) from None
         raise ModelError(
-            f"model.model_name_or_path: {asked}: the folder holds no config.json; give a folder written by "
+            f"model.model_name_or_path: {asked}: the folder holds no config.json; use a folder written by "
             "save_pretrained, a .gguf file or a Hub id"
         ) from None
     except (ValueError, OSError) as error:
@@ -121,18 +118,14 @@ def _download(model: ModelSection, *, weights: bool) -> BaseSource:
     if weights and not any(folder.glob("model*.safetensors")) and not has_legacy_bin(folder):
         raise ModelError(
             f"model.model_name_or_path: {name} has no model*.safetensors and no pytorch_model.bin, or, offline, not in the "
-            "local cache; choose a revision with weights, or fetch the model with a network first"
+            "local cache; choose a revision with weights, or download the model first"
         )
     return BaseSource(folder, name, folder.name, _read_config(folder, name))
 
 
 @contextmanager
 def hub_errors(where: str) -> Iterator[None]:
-    """Turn what the Hub client raises into one line that starts with `where`.
-
-    Raises:
-        ModelError: gated or missing repository, missing revision, no network, or a name that is no repository id.
-    """
+    """Translate exceptions of the Hub client into a one-line ModelError that starts with `where`."""
     from huggingface_hub import errors
 
     try:
@@ -152,6 +145,6 @@ def hub_errors(where: str) -> Iterator[None]:
         raise ModelError(
             f"{where}: the Hub answered {error.response.status_code}: try again, or check HF_TOKEN"
         ) from None
-    # HTTPError is the base of whatever the Hub client's HTTP library raises on the way
+    # HTTPError is the base class of the HTTP library's own exceptions
     except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
         raise ModelError(f"{where} {network.unreachable_reason()}") from None

@@ -1,4 +1,4 @@
-"""What AutoTokenizer leaves undone with a checkpoint's chat template files."""
+"""Chat template files that AutoTokenizer does not read, or reads with a byte order mark."""
 
 import json
 import logging
@@ -12,12 +12,12 @@ from qlora_train.utils.errors import ModelError
 logger = logging.getLogger(__name__)
 
 PROCESSOR_FILE = "chat_template.json"
-"""Where processors of Transformers 4 keep the template; AutoTokenizer does not read it."""
+"""The template's file of Transformers 4 processors; AutoTokenizer does not read it."""
 BYTE_ORDER_MARK = "\ufeff"
 
 
 def complete_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Give a tokenizer without a chat template the processor's, and take a byte order mark out of any.
+    """Use the processor's chat template for a tokenizer without one, and remove byte order marks.
 
     Raises:
         ModelError: the processor's file holds no template.
@@ -25,12 +25,12 @@ def complete_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     file = folder / PROCESSOR_FILE
     if tokenizer.chat_template is None and file.is_file():
         tokenizer.chat_template = _processor_template(file)
-        logger.info("chat template: the tokenizer has none; that of its processor is used (%s)", PROCESSOR_FILE)
+        logger.info("chat template: from the processor (%s, the tokenizer has none)", PROCESSOR_FILE)
     template = tokenizer.chat_template
-    without = _without_mark(template)
-    if without != template:
-        tokenizer.chat_template = without
-        logger.info("chat template: a byte order mark is left out, which would stand before every row")
+    cleaned = _without_mark(template)
+    if cleaned != template:
+        tokenizer.chat_template = cleaned
+        logger.info("chat template: byte order mark removed (it would precede every row)")
 
 
 def _processor_template(file: Path) -> str | dict[str, str]:
@@ -47,7 +47,7 @@ def _processor_template(file: Path) -> str | dict[str, str]:
     if not named or not all(isinstance(text, str) and text.strip() for text in named.values()):
         raise ModelError(
             f"model.model_name_or_path: {file}: found no chat template; expected {{chat_template: a text}}: "
-            "fetch it again, or set model.chat_template"
+            "download it again, or set model.chat_template"
         )
     return named["default"] if list(named) == ["default"] else named
 

@@ -1,4 +1,4 @@
-"""The base's config.json as Transformers reads it, or one line that says why it cannot."""
+"""Read the base's config.json with Transformers."""
 
 from importlib.metadata import version
 from typing import Any
@@ -18,11 +18,10 @@ def read_config(source: BaseSource, *, trust_remote_code: bool) -> Any:
     """Return the Transformers config of a base.
 
     Raises:
-        ModelError: a model type that Transformers does not know, values that do not fit together, or code of the
-            checkpoint's own that is not trusted.
+        ModelError: a model type unknown to Transformers, contradictory values, or untrusted remote code.
     """
     where = f"model.model_name_or_path: {source.name}"
-    detect(source.config)  # says which types there are, where Transformers guesses from the folder's name
+    detect(source.config)  # for its error message: Transformers would guess the type from the folder's name
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, StrictDataclassError) as error:
@@ -30,29 +29,28 @@ def read_config(source: BaseSource, *, trust_remote_code: bool) -> Any:
             raise untrusted_code(where) from error
         kind = source.config.get("model_type")
         if isinstance(kind, str) and kind not in CONFIG_MAPPING:
-            raise ModelError(f"{where}: config.json: model_type: {_unknown(kind, source.config)}") from error
+            raise ModelError(f"{where}: config.json: model_type: {_unknown_type(kind, source.config)}") from error
         reason = " ".join(str(error).split())
-        raise ModelError(f"{where}: config.json cannot be read: {reason.rstrip('.')}; fetch it again") from error
+        raise ModelError(f"{where}: config.json cannot be read: {reason.rstrip('.')}; download it again") from error
     text = config.get_text_config()
     pad, num_tokens = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(pad, int) and isinstance(num_tokens, int) and pad >= num_tokens:
         raise ModelError(
-            f"{where}: config.json: pad_token_id: {pad} is beyond the {num_tokens} tokens of vocab_size, and no model "
-            "can be built with it; set it to null"
+            f"{where}: config.json: pad_token_id: {pad} is beyond the {num_tokens} tokens of vocab_size; set it to null"
         )
     return config
 
 
-def _unknown(kind: str, config: dict[str, Any]) -> str:
+def _unknown_type(kind: str, config: dict[str, Any]) -> str:
     installed = version("transformers")
-    said = config.get("transformers_version")
+    written = config.get("transformers_version")
     try:
-        newer = said is not None and Version(str(said)) > Version(installed)
+        newer = written is not None and Version(str(written)) > Version(installed)
     except InvalidVersion:
         newer = False
     remedy = (
-        f"the file was written by {said}: pip install --upgrade transformers"
+        f"the file was written by {written}: pip install --upgrade transformers"
         if newer
         else "check its spelling, or upgrade Transformers if the architecture is newer"
     )
-    return f"{kind!r} is not known to the installed Transformers {installed}; {remedy}"
+    return f"{kind!r} is unknown to the installed Transformers {installed}; {remedy}"

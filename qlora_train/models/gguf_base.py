@@ -1,14 +1,10 @@
-"""A `.gguf` file as a base model: converted once into a local folder that loads as any checkpoint does.
+"""A `.gguf` file as a base model: converted once into a local folder of bfloat16 safetensors, config and tokenizer.
 
-The folder holds config.json, tokenizer, generation_config.json and bfloat16 safetensors. Weights are dequantised and
-written one tensor at a time, so that memory holds the largest tensor and never the model. Transformers reads the config
-and the tokenizer out of the file; the tensor names are those of the `gguf` package.
-
-A GGUF file says less than a checkpoint. What it leaves out, or says in a way that Transformers does not read, would give
-a model that is subtly wrong. So only the architectures of `_LAYOUTS` are converted, every tensor of the file must find
-its parameter and every parameter its tensor, and rope scaling is either understood or refused. Left out on purpose:
-Gemma 2 and 3 (the attention scale is not in the file) and StarCoder 2 (its rope base is not read).
-"""
+Transformers reads config and tokenizer from the file; tensors are dequantized one at a time, by the names of the `gguf`
+package. A GGUF file contains less than a checkpoint, and Transformers ignores some of it, so that a conversion can be
+subtly wrong. Only the architectures of `_LAYOUTS` are converted, tensors and parameters must match completely, and RoPE
+scaling is either understood or refused. Gemma 2 and 3 are missing because the file lacks the attention scale, StarCoder
+2 because its RoPE base is not read."""
 
 import importlib.util
 import math
@@ -27,22 +23,20 @@ from qlora_train.utils.errors import ModelError
 
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""The published rope settings of Llama 3.1 to 3.3, whose GGUF files hold only the factors computed from them."""
+"""RoPE settings of Llama 3.1 to 3.3, whose GGUF files hold only the factors computed from them."""
 
 Layout = Callable[[str, Tensor, Any], Tensor]
-"""`(GGUF name, stored tensor, config) -> tensor as Transformers has it`."""
+"""`(GGUF name, stored tensor, config) -> tensor in Transformers' layout`."""
 
 
 def convert_gguf(path: Path, cache_dir: Path) -> Path:
-    """Return a local model folder with the content of a GGUF file, converting it when the cache does not hold it.
+    """Return a cached model folder with the content of a GGUF file, converting it if necessary.
 
     Args:
-        path: the `.gguf` file.
-        cache_dir: where converted models are kept, by size and sha256 of their file; made when missing.
+        cache_dir: holds converted models by size and sha256 of their file.
 
     Raises:
-        ModelError: no such file, not a GGUF file, an architecture or a setting that would not be converted faithfully,
-            or the package `gguf` is not installed.
+        ModelError: no GGUF file, an architecture or setting that cannot be converted exactly, or no package `gguf`.
     """
     _check_file(path)
     folder = cache_dir / f"{path.stem}-{path.stat().st_size}-{sha256_of(path)[:16]}"
@@ -52,7 +46,7 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
 def _check_file(path: Path) -> None:
     where = f"model.model_name_or_path: {path}"
     if not path.is_file():
-        raise ModelError(f"{where} does not exist; give the path of a .gguf file, a model folder or a Hub id")
+        raise ModelError(f"{where} does not exist; set a .gguf file, a model folder or a Hub id")
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":
@@ -75,11 +69,11 @@ def _convert(path: Path, folder: Path) -> None:
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    # made by hand: one derived from the config would be marked so, and be overwritten by every later config
+    # a generation config derived from the config would be overwritten by later configs
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
     tokenizer = _from_file(AutoTokenizer, path)
-    for name, token_id in ids.items():  # Transformers 5.17 takes the beginning token for the end token
+    for name, token_id in ids.items():  # Transformers 5.17 uses bos as eos
         if token_id is not None:
             setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(token_id))
     tokenizer.model_max_length = config.max_position_embeddings
@@ -87,7 +81,7 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _from_file(auto_class: Any, path: Path) -> Any:
-    """Return what one of Transformers' auto classes reads from the file, without code that lies beside it."""
+    """Load an auto class from the file, without remote code beside it."""
     try:
         return auto_class.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
@@ -96,13 +90,13 @@ def _from_file(auto_class: Any, path: Path) -> Any:
         if "trust_remote_code" not in str(error):
             raise
         raise ModelError(
-            f"model.model_name_or_path: {path}: a JSON file beside it names Python code (auto_map), which is never run for "
+            f"model.model_name_or_path: {path}: a JSON file beside it names Python code (auto_map), which never runs for "
             "a GGUF file; move the file into a folder of its own"
         ) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the tensors of the file by name, mapped and not read, and its single-valued metadata by key."""
+    """Return the memory-mapped tensors by name, and the single-valued metadata by key."""
     import gguf
 
     try:
@@ -122,7 +116,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_config(path: Path, tensors: dict[str, Any], metadata: Mapping[str, Any]) -> Any:
-    """Return the Transformers config, with the rope settings that Transformers leaves unread."""
+    """Return the Transformers config, with the RoPE settings that Transformers ignores."""
     config = AutoConfig.from_pretrained(
         path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
     )
@@ -144,15 +138,12 @@ def _read_config(path: Path, tensors: dict[str, Any], metadata: Mapping[str, Any
 
 
 def _llama3_rope(path: Path, factors: Tensor, rope_theta: float, head_dim: int) -> dict[str, Any]:
-    """Return the rope settings that the stored factors, (head_dim / 2,), were computed from.
-
-    The factor is their maximum; the other settings are the published ones, which must give exactly these factors.
-    """
+    """Return the RoPE settings that give the stored factors, (head_dim / 2,)."""
     factor = factors.max().item()
     frequencies = rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    turns = LLAMA3_ROPE["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    rotations = LLAMA3_ROPE["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    smooth = ((rotations - low) / (high - low)).clamp(0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not torch.allclose(factors.double(), expected, rtol=1e-4):
         raise ModelError(
@@ -165,7 +156,7 @@ def _llama3_rope(path: Path, factors: Tensor, rope_theta: float, head_dim: int) 
 def _match(
     path: Path, parameters: Mapping[str, torch.Size], tensors: Mapping[str, Any], architecture: str, num_layers: int
 ) -> dict[str, Any]:
-    """Return the file's tensor for each parameter name; all of both must pair, with equal shapes."""
+    """Return the file's tensor of each parameter; all must match, with equal shapes."""
     import gguf
 
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -181,7 +172,7 @@ def _match(
     if missing or unused:
         raise ModelError(
             f"model.model_name_or_path: {path} does not hold one whole {architecture} model: {len(missing)} tensors are "
-            f"missing {missing[:3]} and {len(unused)} have no place {unused[:3]}; give an unsplit file, or the original "
+            f"missing {missing[:3]} and {len(unused)} are unmapped {unused[:3]}; use an unsplit file, or the original "
             "safetensors model"
         )
     for parameter, name in wanted.items():
@@ -195,19 +186,19 @@ def _match(
 
 
 def _dequantize(stored: Any) -> Tensor:
-    """Return a tensor of the file in float32, in the shape that Transformers gives it."""
+    """Return a tensor of the file in float32, in Transformers' shape."""
     import gguf
 
     values = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy())
     return values.float().reshape(tuple(reversed(stored.shape.tolist())))
 
 
-def _as_it_is(_name: str, stored: Tensor, _config: Any) -> Tensor:
+def _unchanged(_name: str, stored: Tensor, _config: Any) -> Tensor:
     return stored
 
 
 def _llama_layout(name: str, stored: Tensor, config: Any) -> Tensor:
-    """Undo llama.cpp's row order of query and key: it rotates neighbouring rows, Transformers the halves of a head."""
+    """Undo llama.cpp's row order of query and key: it rotates adjacent rows, Transformers the halves of a head."""
     num_heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
     if num_heads is None:
         return stored
@@ -217,7 +208,7 @@ def _llama_layout(name: str, stored: Tensor, config: Any) -> Tensor:
 
 _LAYOUTS: dict[str, Layout] = {
     "llama": _llama_layout,
-    "qwen2": _as_it_is,
-    "qwen3": _as_it_is,
-    "phi3": _as_it_is,
+    "qwen2": _unchanged,
+    "qwen3": _unchanged,
+    "phi3": _unchanged,
 }

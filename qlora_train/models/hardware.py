@@ -1,4 +1,4 @@
-"""What the machine decides: the compute dtype and the attention kernel, each with its reason."""
+"""Choose the compute dtype and the attention implementation for the hardware."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attenti
 
 
 def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products; `auto` takes what the hardware multiplies fast without a loss scaler."""
+    """Return the dtype of matrix products; `auto` chooses a fast one that needs no loss scaler."""
     if setting != "auto":
         dtype, reason = getattr(torch, setting), "set in the config"
         if setting == "bfloat16" and device.type == "cuda" and not _multiplies_bfloat16():
@@ -30,11 +30,11 @@ def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
         fast = _multiplies_bfloat16()
         dtype = torch.bfloat16 if fast else torch.float16
         name = torch.cuda.get_device_name(device)
-        reason = f"{name} multiplies bfloat16" if fast else f"{name} has no bfloat16 units"
+        reason = f"{name} supports bfloat16" if fast else f"{name} does not support bfloat16"
     elif torch.backends.cpu.get_cpu_capability().startswith("AVX512") or torch.cpu._is_avx512_bf16_supported():
         dtype, reason = torch.bfloat16, "this CPU has AVX512"
     else:
-        dtype, reason = torch.float32, "this CPU multiplies bfloat16 slower than float32"
+        dtype, reason = torch.float32, "bfloat16 is slower than float32 on this CPU"
     assert isinstance(dtype, torch.dtype)
     logger.info("compute dtype: %s (%s)", str(dtype).removeprefix("torch."), reason)
     return dtype
@@ -47,20 +47,14 @@ def _multiplies_bfloat16() -> bool:
 def choose_attention(
     setting: Attention, architecture: Architecture, device: torch.device, dtype: torch.dtype, *, has_sdpa: bool
 ) -> str:
-    """Return the attention implementation to load the model with; `auto` never takes FlashAttention's package.
-
-    sdpa has FlashAttention's kernel, and with it rows train padding-free.
+    """Return the attention implementation; `auto` never chooses the flash-attn package, whose kernel sdpa contains.
 
     Args:
-        setting: the config's `model.attn_implementation`.
-        architecture: what it needs where the usual choice would be wrong.
-        device: where the model will run.
-        dtype: of its products.
-        has_sdpa: Transformers has sdpa for the architecture.
+        setting: `model.attn_implementation`.
+        has_sdpa: whether Transformers supports sdpa for the architecture.
 
     Raises:
-        ConfigError: sdpa is asked for where it computes something else than the architecture means, or a kernel whose
-            package, GPU or dtype is not there.
+        ConfigError: sdpa for an architecture that it computes wrongly, or FlashAttention without its package, GPU or dtype.
     """
     if setting == "sdpa" and architecture.attention_reason:
         raise ConfigError(
@@ -76,13 +70,13 @@ def choose_attention(
     elif has_sdpa:
         name, reason = "sdpa", "PyTorch's fused kernels"
     else:
-        name, reason = "eager", "Transformers has nothing faster for this architecture"
+        name, reason = "eager", "Transformers supports nothing faster for this architecture"
     logger.info("attention: %s (%s)", name, reason)
     return name
 
 
 def _flash_problem(setting: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why a FlashAttention package that is installed cannot be used, or None."""
+    """Return why an installed FlashAttention package cannot be used, or None."""
     module, package = FLASH_ATTENTION[setting]
     where, instead = f"model.attn_implementation: {setting}", "use auto or sdpa"
     if device.type == "cpu":
@@ -94,7 +88,7 @@ def _flash_problem(setting: str, device: torch.device, dtype: torch.dtype) -> st
     if dtype == torch.float32:
         return f"{where} has no float32; {instead}, or set quantization.bnb_4bit_compute_dtype: bfloat16"
     try:
-        if importlib.util.find_spec(module):  # otherwise the package `kernels` fetches it
+        if importlib.util.find_spec(module):  # otherwise the package `kernels` downloads it
             importlib.import_module(module)
     except Exception as error:
         return (

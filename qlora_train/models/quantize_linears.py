@@ -1,4 +1,4 @@
-"""Quantise the linear layers that the library leaves in 16 bits because their class is a subclass of nn.Linear."""
+"""Quantize subclasses of nn.Linear, which bitsandbytes' integration leaves in 16 bits."""
 
 import logging
 
@@ -14,21 +14,18 @@ logger = logging.getLogger(__name__)
 def quantize_linears(
     model: nn.Module, class_names: tuple[str, ...], quantization: QuantizationSection, compute_dtype: torch.dtype
 ) -> None:
-    """Replace the linears of these classes by 4-bit ones, one at a time, on the device they are on.
+    """Replace linear layers of the named classes by 4-bit layers, one at a time, on their device.
 
     Args:
-        model: a model loaded in 16 bits as far as these layers go.
-        class_names: subclasses of nn.Linear whose forward is the plain product, from the architecture table.
-        quantization: code book and double quantisation.
-        compute_dtype: dtype of the matrix products.
+        class_names: subclasses of nn.Linear without a forward of their own, from the architecture table.
     """
     found = [name for name, module in model.named_modules() if type(module).__name__ in class_names]
     for name in found:
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear), f"{name} is no linear layer; the architecture table is wrong"
+        assert isinstance(linear, nn.Linear), f"{name} is no linear layer: wrong architecture table"
         model.set_submodule(name, _quantized(linear, quantization, compute_dtype))
     if found:
-        logger.info("quantised %d layers of class %s, which the library skips", len(found), ", ".join(class_names))
+        logger.info("quantization: %d layers of class %s quantized", len(found), ", ".join(class_names))
 
 
 def _quantized(linear: nn.Linear, quantization: QuantizationSection, compute_dtype: torch.dtype) -> Linear4bit:

@@ -1,9 +1,7 @@
-"""Texts with the tokens that a run makes of them, to compare another tokenizer with: one reloaded, converted or exported.
+"""Token probes: texts with the run's token ids, to compare a reloaded, converted or exported tokenizer with.
 
-Stored token ids cannot show that a saved tokenizer differs from the run's; text can. Probes are a fixed list of hard
-strings, the tokenizer's special tokens among text, and rows of the run. They fit into a small JSON file, so that a
-process without the run can compare.
-"""
+Probes are a fixed list of hard strings, special tokens within text, and rows of the run. They fit into a small JSON
+file for another process."""
 
 import datetime
 import json
@@ -32,23 +30,20 @@ HARD_STRINGS = (
     "def f(x):\n    return x  # y\n", "if (a != b) { c += 1; }\n\n", '{"k": [1, 22, null]}',
     "https://a.b/c?d=1&e=%20", "snake_case camelCase CONST_1", "\\n \\\\", "`x` ``` y",
 )  # fmt: skip
-"""Where split rules, normalizers and prefix spaces of tokenizers differ."""
+"""Strings for which pre-tokenizers, normalizers and prefix spaces differ."""
 NUM_SPECIAL = 48
-"""Special tokens that are probed: some tokenizers have a thousand reserved ones."""
+"""Probed special tokens: some tokenizers have a thousand reserved ones."""
 NUM_ROWS = 16
 MAX_ROW_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class TokenProbe:
-    """A text and its tokens.
+    """A text and its token ids.
 
     Attributes:
-        text: as the tokenizer is given it.
-        ids: its tokens.
-        add_special_tokens: how the tokenizer is called.
-        messages: the conversation that the chat template renders as `text`; None for plain text.
-        date: ISO date that a dated chat template prints.
+        messages: conversation that the chat template renders as `text`; None for plain text.
+        date: ISO date for dated chat templates.
     """
 
     text: str
@@ -59,22 +54,20 @@ class TokenProbe:
 
     @classmethod
     def of(cls, tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> Self:
-        """Return the probe of a text as `tokenizer` makes it."""
+        """Tokenize a text."""
         return cls(text, encode(tokenizer, text, add_special_tokens=add_special_tokens), add_special_tokens)
 
 
 def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
-    """Return the tokens of a text, without the warning about long ones."""
+    """Return the token ids of a text, without the warning about long ones."""
     return tuple(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
 
 def run_probes(tokenizer: Any, rows: Iterable[Example], *, date: datetime.date) -> list[TokenProbe]:
-    """Return the probes of a run.
+    """Return the probes of a run, with its first `NUM_ROWS` rows.
 
     Args:
-        tokenizer: the run's.
-        rows: of the run; only the first `NUM_ROWS` count.
-        date: the day that the run renders dated chat templates for.
+        date: of the run, for dated chat templates.
     """
     texts = hard_texts(tokenizer)
     probes = [TokenProbe.of(tokenizer, text, add_special_tokens=special) for special in (False, True) for text in texts]
@@ -82,7 +75,7 @@ def run_probes(tokenizer: Any, rows: Iterable[Example], *, date: datetime.date) 
 
 
 def hard_texts(tokenizer: Any) -> list[str]:
-    """Return the hard strings, and the special tokens of a tokenizer between texts of several kinds."""
+    """Return the hard strings, and a tokenizer's special tokens within text."""
     return [*HARD_STRINGS, *_among_special_tokens(tokenizer)]
 
 
@@ -95,11 +88,7 @@ def _among_special_tokens(tokenizer: Any) -> Iterator[str]:
 
 
 def _of_row(tokenizer: Any, row: Example, date: datetime.date) -> TokenProbe:
-    """Return a row's own text with the ids it was trained on, as far as either can be had again.
-
-    Rows keep their tokens and not their text. Where texts were kept they are rendered again; where that does not give
-    the row's ids (truncated, reasoning), and for all other rows, the text is the decoded tokens.
-    """
+    """Return a row's text with its ids: rendered again if that gives the row's ids, otherwise decoded."""
     ids = tuple(row.input_ids.tolist())
     if row.prompt is not None and row.answer is not None and not isinstance(row.prompt, str):
         messages = (*row.prompt, Message(role="assistant", content=row.answer))
@@ -116,12 +105,7 @@ def _of_row(tokenizer: Any, row: Example, date: datetime.date) -> TokenProbe:
 
 
 def differences(tokenizer: Any, probes: Sequence[TokenProbe], *, limit: int = 3) -> list[str]:
-    """Compare a tokenizer with probes.
-
-    Returns:
-        The first `limit` differences, a line each, as `text: actual tokens instead of expected tokens`; empty where all
-        are equal.
-    """
+    """Compare a tokenizer with probes; return the first `limit` differences, one line each."""
     found = (difference for probe in probes if (difference := _difference(tokenizer, probe)) is not None)
     return list(islice(found, limit))
 
@@ -141,7 +125,7 @@ def _difference(tokenizer: Any, probe: TokenProbe) -> str | None:
 
 
 def difference_of(tokenizer: Any, probe: TokenProbe, actual: Sequence[int]) -> str | None:
-    """Compare the tokens that another program makes of a probe's text; return the first difference as a line."""
+    """Compare token ids with a probe's; return the first difference as a line."""
     if tuple(actual) == probe.ids:
         return None
     at = _first_difference(actual, probe.ids)
@@ -157,7 +141,7 @@ def _first_difference(first: Sequence[object], second: Sequence[object]) -> int:
 
 
 def _tokens(tokenizer: Any, ids: Sequence[int], limit: int = 4) -> str:
-    """Return tokens by name and id; an id that the tokenizer lacks has no name."""
+    """Return token names with ids; ids unknown to the tokenizer have no name."""
     size = len(tokenizer)
     named = [f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" if i < size else f"({i})" for i in ids[:limit]]
     return " ".join(named) + (" ..." if len(ids) > limit else "") if named else "nothing"
@@ -168,7 +152,7 @@ def _shortened(text: str, limit: int = 40) -> str:
 
 
 def save_probes(file: Path, probes: Sequence[TokenProbe]) -> None:
-    """Write probes for another process."""
+    """Write probes to a JSON file for another process."""
     file.write_text(json.dumps([asdict(probe) for probe in probes]), encoding="utf-8")
 
 

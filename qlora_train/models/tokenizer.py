@@ -1,7 +1,4 @@
-"""The tokenizer of the base, repaired where the checkpoint is incomplete; every repair is logged.
-
-Needed before the model: the data is rendered, masked and checked first.
-"""
+"""Load the base's tokenizer, and repair what the checkpoint lacks; every repair is logged."""
 
 import logging
 import shutil
@@ -32,8 +29,8 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
     """Load and repair the tokenizer.
 
     Raises:
-        ModelError: no tokenizer, vocabulary or end-of-sequence token, or a chat template whose turn ends are not tokens.
-        ConfigError: `model.chat_template` names nothing.
+        ModelError: no tokenizer, vocabulary or eos token, or a chat template whose end of turn is not one token.
+        ConfigError: an unknown `model.chat_template`.
     """
     where = f"model.model_name_or_path: {source.name}"
     config = read_config(source, trust_remote_code=model.trust_remote_code)
@@ -46,11 +43,12 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
             raise untrusted_code(f"model.model_name_or_path: the tokenizer of {source.name}") from None
         raise ModelError(
             f"{where} has no usable tokenizer: {type(error).__name__}: "
-            f"{first_line(error).rstrip('.')}; fetch tokenizer.json and tokenizer_config.json again"
+            f"{first_line(error).rstrip('.')}; download tokenizer.json and tokenizer_config.json again"
         ) from None
     if tokenizer.vocab_size == 0:
         raise ModelError(
-            f"{where}: the tokenizer has no vocabulary beside its {len(tokenizer)} added tokens; fetch tokenizer.json again"
+            f"{where}: the tokenizer has no vocabulary beside its {len(tokenizer)} added tokens; download "
+            "tokenizer.json again"
         )
     tokenizer = follow_tokenizer_json(tokenizer, source.folder, where)
     if model.new_tokens:
@@ -70,29 +68,29 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
 
 def _set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) -> None:
     template = resolve_chat_template(name_or_file)
-    had_one = "replaces the tokenizer's own" if tokenizer.chat_template else "the tokenizer has none"
+    reason = "replaces the tokenizer's own" if tokenizer.chat_template else "the tokenizer has none"
     tokenizer.chat_template = template.jinja
-    logger.info("chat template: %s (%s)", name_or_file, had_one)
+    logger.info("chat template: %s (%s)", name_or_file, reason)
     end = template.end_of_turn
     if end is None:
         return
     ids = tokenizer.encode(end, add_special_tokens=False)
     if len(ids) != 1:
         raise ModelError(
-            f"model.chat_template: {name_or_file} ends a turn with {end!r}, which this tokenizer splits into {len(ids)} "
-            f"tokens; choose a template of the model's own family, or add it: model.new_tokens: ['{end}']"
+            f"model.chat_template: {name_or_file} ends a turn with {end!r}, which is {len(ids)} tokens of this "
+            f"tokenizer; use a template of the model's family, or add the token: model.new_tokens: ['{end}']"
         )
     if tokenizer.eos_token != end:
-        logger.info("tokenizer: eos token %r -> %r, which ends a turn of the chat template", tokenizer.eos_token, end)
+        logger.info("tokenizer: eos token %r -> %r (ends a turn of the chat template)", tokenizer.eos_token, end)
         tokenizer.eos_token = end
 
 
 def _repair_chat_template(tokenizer: PreTrainedTokenizerBase, architecture: Architecture) -> None:
-    """Give a base model's tokenizer the turns of its family; its eos token stays, since rows may be plain text."""
+    """Set the default chat template of the model's family, without changing the eos token: rows may be plain text."""
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         raise ModelError(
-            f"model.model_name_or_path: the tokenizer has chat templates named {', '.join(tokenizer.chat_template)}, none "
-            "default; set model.chat_template"
+            f"model.model_name_or_path: the tokenizer has the chat templates {', '.join(tokenizer.chat_template)} and "
+            "no default one; set model.chat_template"
         )
     if tokenizer.chat_template is not None:
         return
@@ -102,7 +100,7 @@ def _repair_chat_template(tokenizer: PreTrainedTokenizerBase, architecture: Arch
         template = template.ending_with(tokenizer.eos_token)
     tokenizer.chat_template = template.jinja
     logger.info(
-        "chat template: the tokenizer has none; %s is used for rows with turns, which end with %r (model.chat_template)",
+        "chat template: %s, turns end with %r (the tokenizer has none, see model.chat_template)",
         name, template.end_of_turn or tokenizer.eos_token,
     )  # fmt: skip
 
@@ -114,21 +112,15 @@ def _repair_eos(tokenizer: PreTrainedTokenizerBase, source: BaseSource) -> None:
     eos_id = eos[0] if isinstance(eos, list) and eos else eos
     if not isinstance(eos_id, int) or eos_id >= len(tokenizer):
         raise ModelError(
-            f"model.model_name_or_path: {source.name}: neither the tokenizer nor config.json names an end-of-sequence "
-            "token, so the model could not learn to stop; set eos_token in tokenizer_config.json"
+            f"model.model_name_or_path: {source.name}: neither the tokenizer nor config.json has an eos token, which the "
+            "model needs to learn to stop; set eos_token in tokenizer_config.json"
         )
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
-    logger.info("tokenizer: eos token was missing, %r taken from config.json", tokenizer.eos_token)
+    logger.info("tokenizer: eos token %r (from config.json)", tokenizer.eos_token)
 
 
 def num_embeddings(tokenizer: PreTrainedTokenizerBase, config: Any, model: ModelSection) -> int:
-    """Return the rows of the trained model's embedding, which grows for `model.new_tokens` alone.
-
-    Args:
-        tokenizer: the result of `load_tokenizer`.
-        config: Transformers config of the base.
-        model: the config's model section.
-    """
+    """Return the number of embedding rows of the trained model, which grows for `model.new_tokens` alone."""
     num_rows = int(config.get_text_config().vocab_size)
     return max(num_rows, len(tokenizer)) if model.new_tokens else num_rows
 
@@ -140,24 +132,22 @@ def _repair_pad(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
     vocabulary = tokenizer.get_vocab()
     candidates = (token for token in _PAD_CANDIDATES if vocabulary.get(token, num_rows) < num_rows)
     tokenizer.pad_token = next((token for token in candidates if token != tokenizer.eos_token), tokenizer.eos_token)
-    reason = "was missing" if pad_id is None else f"{pad!r} ({pad_id}) is beyond the embedding ({num_rows} rows)"
-    logger.info(
-        "tokenizer: pad token %s, %r is used (labels come from masks, not from it)", reason, tokenizer.pad_token
-    )
+    reason = "it had none" if pad_id is None else f"{pad!r} ({pad_id}) is beyond the {num_rows} embedding rows"
+    logger.info("tokenizer: pad token %r (%s)", tokenizer.pad_token, reason)
 
 
 def _repair_length(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], architecture: Architecture) -> None:
     positions = max_positions(config, architecture)
     if tokenizer.model_max_length > _NO_LIMIT and positions is not None:
         tokenizer.model_max_length = positions
-        logger.info("tokenizer: model_max_length was unlimited, %d taken from config.json", positions)
+        logger.info("tokenizer: model_max_length %d (from config.json)", positions)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Write the tokenizer with its chat templates beside a model or an adapter.
+    """Save the tokenizer with its chat templates beside a model or an adapter.
 
     Raises:
-        ModelError: AutoTokenizer reloads it to other tokens.
+        ModelError: AutoTokenizer reloads a different tokenizer.
     """
     tokenizer.save_pretrained(folder)
     write_transformers_4_names(folder)
@@ -167,16 +157,13 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_re
 def check_can_be_saved(
     tokenizer: PreTrainedTokenizerBase, base_folder: Path, *, merged: bool, trust_remote_code: bool
 ) -> None:
-    """Refuse, before anything is trained, a tokenizer that would reload as another one.
+    """Check before training that a saved tokenizer will reload unchanged.
 
     Args:
-        tokenizer: the run's.
-        base_folder: of the base.
-        merged: whether a merged folder will be written, where AutoTokenizer goes by config.json too.
-        trust_remote_code: run Python code shipped with the tokenizer.
+        merged: whether a merged folder will be written, where AutoTokenizer also reads config.json.
 
     Raises:
-        ConfigError: AutoTokenizer reads other tokens.
+        ConfigError: AutoTokenizer reloads a different tokenizer.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -188,7 +175,7 @@ def check_can_be_saved(
             where = (
                 "export.merge: from a merged folder" if merged else "model.model_name_or_path: from an adapter's folder"
             )
-            remedy = "set export.merge: false and use the adapter" if merged else "give another tokenizer"
+            remedy = "set export.merge: false and use the adapter" if merged else "use another tokenizer"
             raise ConfigError(
                 f"{where} {error}; Transformers {version('transformers')} builds the tokenizer by its class; {remedy}"
             ) from None

@@ -1,9 +1,8 @@
-"""The tokenizer's files: what a base's tokenizer.json says, and folders that reload to the tokens of the run.
+"""Keep tokenizers equal to tokenizer.json: when a base is loaded, and when a saved folder is reloaded.
 
-Transformers 5 builds a tokenizer by its class name and takes only vocabulary and merges from tokenizer.json: normalizer
-and split rule are the class's own. Where these differ, the base was trained on the file's. Saving loses settings too
-(`legacy`), so that what was written is read again and compared.
-"""
+Transformers 5 builds a tokenizer by its class and reads only vocabulary and merges from tokenizer.json: normalizer and
+pre-tokenizer are the class's. If they differ, the base was trained with the file's. Saving also loses settings
+(`legacy`), so that saved folders are reloaded and compared."""
 
 import json
 import logging
@@ -22,26 +21,25 @@ logger = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 FILE_CLASS = "PreTrainedTokenizerFast"
-"""The class that takes tokenizer.json as it is, by the name that Transformers 4 and 5 know."""
+"""The class that reads tokenizer.json unchanged, by a name known to Transformers 4 and 5."""
 _BPE_SETTINGS = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError)
-"""What Transformers raises for tokenizer files that it cannot read."""
+"""Exceptions of Transformers for unreadable tokenizer files."""
 
 
 def follow_tokenizer_json(tokenizer: PreTrainedTokenizerBase, folder: Path, where: str) -> PreTrainedTokenizerBase:
-    """Return `tokenizer`, or one that takes tokenizer.json as it is where the class of `tokenizer` does not.
+    """Return `tokenizer`, or one that reads tokenizer.json unchanged if the class of `tokenizer` does not.
 
     Args:
-        tokenizer: AutoTokenizer's result.
-        folder: where it was loaded from.
-        where: beginning of messages.
+        tokenizer: AutoTokenizer's result for `folder`.
+        where: prefix of error messages.
 
     Raises:
-        ModelError: Transformers cannot load the file without changing it.
+        ModelError: no class of Transformers reads the file unchanged.
     """
     path = folder / TOKENIZER
     if not tokenizer.is_fast or not path.is_file() or not type(tokenizer).__module__.startswith("transformers."):
-        return tokenizer  # nothing to compare with, or the checkpoint's own code
+        return tokenizer  # nothing to compare with, or remote code
     file = Tokenizer.from_file(str(path))
     follows = _follows(tokenizer, file)
     if follows and len(tokenizer) == file.get_vocab_size() and _have_equal_ids(tokenizer, file):
@@ -56,12 +54,12 @@ def follow_tokenizer_json(tokenizer: PreTrainedTokenizerBase, folder: Path, wher
     if not others and follows and len(tokenizer) == len(exact):
         return tokenizer
     reason = f"gives {others[0]}" if others else "changes it"
-    logger.info("tokenizer: %s as it is (%s %s)", TOKENIZER, type(tokenizer).__name__, reason)
+    logger.info("tokenizer: %s unchanged (%s %s)", TOKENIZER, type(tokenizer).__name__, reason)
     return exact
 
 
 def _check_exact(exact: PreTrainedTokenizerBase, file: Tokenizer, texts: list[str], where: str) -> None:
-    """Refuse a tokenizer that differs from its file, but for tokens that tokenizer_config.json adds."""
+    """Refuse a tokenizer that differs from its file, except for tokens added by tokenizer_config.json."""
     added = exact.get_vocab().keys() - file.get_vocab().keys()
     for text in texts:
         expected, actual = _ids(file, text), encode(exact, text)
@@ -83,7 +81,7 @@ def _ids(file: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def _follows(tokenizer: PreTrainedTokenizerBase, file: Tokenizer) -> bool:
-    """Say whether a tokenizer has the normalizer, split rule, model settings and added tokens of a file."""
+    """Whether a tokenizer has the normalizer, pre-tokenizer, model settings and added tokens of a file."""
     backend = tokenizer.backend_tokenizer
     return (
         _state(backend.normalizer) == _state(file.normalizer)
@@ -97,7 +95,7 @@ def _follows(tokenizer: PreTrainedTokenizerBase, file: Tokenizer) -> bool:
 
 
 def _added(file: Tokenizer) -> dict[int, tuple[object, ...]]:
-    """Return what decides where each added token is found in a text."""
+    """Return the matching rules of added tokens by id."""
     tokens = file.get_added_tokens_decoder().items()
     return {i: (t.content, t.lstrip, t.rstrip, t.single_word, t.normalized) for i, t in tokens}
 
@@ -107,12 +105,12 @@ def _state(part: Any) -> bytes | None:
 
 
 def check_reloads(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Compare a tokenizer with its files as AutoTokenizer reloads them.
+    """Compare a tokenizer with its saved files as AutoTokenizer reloads them.
 
-    Where they differ, the files are changed to name the class that takes tokenizer.json as it is.
+    If they differ, the files are changed to name the class that reads tokenizer.json unchanged.
 
     Raises:
-        ModelError: they differ even then.
+        ModelError: they still differ.
     """
     texts = hard_texts(tokenizer)
     probes = [TokenProbe.of(tokenizer, text, add_special_tokens=special) for special in (False, True) for text in texts]
@@ -121,7 +119,7 @@ def check_reloads(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_rem
         _name_file_class(tokenizer, folder)
         found = _difference(tokenizer, folder, probes, trust_remote_code)
     if found is not None:
-        raise ModelError(f"AutoTokenizer reloads the run's tokenizer as another one: {found}")
+        raise ModelError(f"AutoTokenizer reloads a different tokenizer: {found}")
 
 
 def _difference(
@@ -143,7 +141,7 @@ def _name_file_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path = folder / TOKENIZER_CONFIG
     content = json.loads(path.read_text(encoding="utf-8"))
     content["tokenizer_class"] = FILE_CLASS
-    # of the class that is no longer named
+    # defaults of the previous class
     content["model_input_names"], content["padding_side"] = tokenizer.model_input_names, tokenizer.padding_side
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

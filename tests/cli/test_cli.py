@@ -361,7 +361,7 @@ def test_malformed_data_is_one_line_before_the_model_is_loaded_in_training_as_in
         ("data.train=none.jsonl", "none.jsonl"),
         ("data.max_length=100000", "data.max_length: 100000 tokens, but this llama model has 256 positions"),
         ("lora.target_modules=[query_key_value]", "no such layer in a llama model; it has q_proj"),
-        ("model.chat_template=llama3", "splits into"),
+        ("model.chat_template=llama3", "tokens of this"),
         (
             "model.attn_implementation=flash_attention_2",
             "model.attn_implementation: flash_attention_2 needs the package",
@@ -518,7 +518,7 @@ def test_refused_resume_deletes_no_checkpoint(pico_llama: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "brand_new_type"}, "'brand_new_type' is not known to the installed Transformers"),
+        ({"model_type": "brand_new_type"}, "'brand_new_type' is unknown to the installed Transformers"),
         ({"model_type": "brand_new_type", "auto_map": {"AutoConfig": "own.Own"}}, "runs Python code of its own"),
     ],
 )

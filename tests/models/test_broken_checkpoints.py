@@ -144,7 +144,7 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "config no JSON": (written("config.json", "{model"), r"config\.json cannot be read \("),
     "config of an unknown type": (
         edited("config.json", model_type="perceptron", transformers_version="4.0"),
-        rf"config\.json: model_type: 'perceptron' is not known to the installed Transformers "
+        rf"config\.json: model_type: 'perceptron' is unknown to the installed Transformers "
         rf"{re.escape(transformers.__version__)}; check its spelling, or upgrade",
     ),
     "config of a newer library": (
@@ -153,18 +153,18 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     ),
     "config that contradicts itself": (
         edited("config.json", num_attention_heads=5),
-        r"config\.json cannot be read: .*64\) is not a multiple of the number of attention heads \(5\); fetch it again$",
+        r"config\.json cannot be read: .*64\) is not a multiple of the number of attention heads \(5\); download it again$",
     ),
     "config with a value of another kind": (
         edited("config.json", intermediate_size=[128]),
-        r"config\.json cannot be read: .*'intermediate_size' expected int, got list.*; fetch it again$",
+        r"config\.json cannot be read: .*'intermediate_size' expected int, got list.*; download it again$",
     ),
     "config of no causal language model": (
         edited("config.json", model_type="t5"), "cannot be loaded: .*T5Config.*; give a causal language model",
     ),
     "a pad token beyond the vocabulary": (
         edited("config.json", pad_token_id=320),
-        r"config\.json: pad_token_id: 320 is beyond the 320 tokens of vocab_size, .*; set it to null$",
+        r"config\.json: pad_token_id: 320 is beyond the 320 tokens of vocab_size; set it to null$",
     ),
     "hidden size of another model": (
         edited("config.json", hidden_size=96),
@@ -187,9 +187,9 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     ),
     "weights in fp8": (linears_as(torch.float8_e4m3fn), r"holds model\.layers\.0\..* as F8_E4M3, .*; use the original"),
     "weights in int8": (linears_as(torch.int8), r"holds model\.layers\.0\..* as I8, .*; use the original 16-bit model$"),
-    "no tokenizer": (without("tokenizer.json"), r"no usable tokenizer: .*; fetch tokenizer\.json and tokenizer_config"),
-    "a tokenizer cut": (written("tokenizer.json", '{"version'), r"no usable tokenizer: .*; fetch tokenizer\.json and "),
-    "a tokenizer without vocabulary": (without_vocabulary, r"no vocabulary beside its 4 added .*; fetch tokenizer\.json"),
+    "no tokenizer": (without("tokenizer.json"), r"no usable tokenizer: .*; download tokenizer\.json and tokenizer_config"),
+    "a tokenizer cut": (written("tokenizer.json", '{"version'), r"no usable tokenizer: .*; download tokenizer\.json and "),
+    "a tokenizer without vocabulary": (without_vocabulary, r"no vocabulary beside its 4 added .*; download tok"),
 }  # fmt: skip
 BROKEN_SHARDS: dict[str, tuple[Damage, str]] = {
     "a shard missing": (without(SHARD), rf"{SHARD} is missing, which {INDEX} names; download it$"),

@@ -121,7 +121,7 @@ def test_foreign_rope_factors_are_refused(pico_llama: Path, tmp_path: Path) -> N
     ("arguments", "expected"),
     [
         ({"leave_out": "blk.1.ffn_up.weight"}, r"1 tensors are missing \['blk.1.ffn_up.weight'\]"),
-        ({"extra": {"blk.0.attn_q.bias": torch.zeros(64)}}, r"1 have no place \['blk.0.attn_q.bias'\]"),
+        ({"extra": {"blk.0.attn_q.bias": torch.zeros(64)}}, r"1 are unmapped \['blk.0.attn_q.bias'\]"),
         ({"extra": {"output_norm.weight": torch.ones(32)}}, r"output_norm.weight has shape \(32,\)"),
         ({"settings": {"rope.scaling.type": "yarn"}}, "llama.rope.scaling.type: yarn"),
     ],

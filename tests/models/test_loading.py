@@ -405,10 +405,10 @@ def test_every_repair_is_made_and_logged(pico_llama: Path, tmp_path: Path, caplo
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length) == ("<|pad|>", TURN_END, 256)
     assert TURN_END in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     for repair in (
-        "pad token was missing",
+        "tokenizer: pad token",
         "eos token",
-        "chatml is used for rows with turns",
-        "model_max_length was unlimited",
+        "chat template: chatml, turns end with",
+        "model_max_length 256 (from config.json)",
     ):
         assert repair in caplog.text
 
@@ -420,9 +420,9 @@ def test_missing_eos_is_taken_from_the_config_and_its_absence_refused(
     edit_json(folder / "tokenizer_config.json", "eos_token")
     with caplog.at_level("INFO", logger="qlora_train"):
         assert tokenizer_of(folder).eos_token == TURN_END
-    assert f"eos token was missing, '{TURN_END}' taken from config.json" in caplog.text
+    assert f"eos token '{TURN_END}' (from config.json)" in caplog.text
     edit_json(folder / "config.json", "eos_token_id")
-    with pytest.raises(ModelError, match=r"neither the tokenizer nor config\.json names an end-of-sequence"):
+    with pytest.raises(ModelError, match=r"neither the tokenizer nor config\.json has an eos token"):
         tokenizer_of(folder)
 
 
@@ -443,7 +443,7 @@ def test_base_without_turns_in_its_vocabulary_keeps_its_eos_and_ends_turns_with_
 
 
 def test_chat_template_whose_end_of_turn_is_no_token_is_refused(pico_llama: Path) -> None:
-    with pytest.raises(ModelError, match=r"'<\|eot_id\|>', which this tokenizer splits into \d+ tokens") as caught:
+    with pytest.raises(ModelError, match=r"'<\|eot_id\|>', which is \d+ tokens of this tokenizer") as caught:
         tokenizer_of(pico_llama, chat_template="llama3")
     assert "model.new_tokens: ['<|eot_id|>']" in one_line(caught.value)
     tokenizer = tokenizer_of(pico_llama, chat_template="llama3", new_tokens=("<|eot_id|>",))

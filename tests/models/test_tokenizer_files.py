@@ -87,7 +87,7 @@ def test_run_has_the_tokens_of_the_file_where_the_class_would_change_them(
     tokenizer = tokenizer_of(base)
     assert encode(changed, text) != encode(tokenizer, text)
     assert tokenizer.convert_ids_to_tokens(encode(tokenizer, text)) == tokens
-    assert f"tokenizer: tokenizer.json as it is ({type(changed).__name__} gives" in messages.text
+    assert f"tokenizer: tokenizer.json unchanged ({type(changed).__name__} gives" in messages.text
     assert tokenizer.chat_template == CHATML
     assert (tokenizer.padding_side, tokenizer.model_input_names) == (changed.padding_side, changed.model_input_names)
 
@@ -158,7 +158,7 @@ def test_pad_beyond_the_embedding_passes_training_merging_and_evaluating(
     longer: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     run = train_run(tmp_path, longer, "train.max_steps=2", "export.merge=true")
-    assert "pad token '[PAD]' (320) is beyond the embedding (320 rows), '<|pad|>' is used" in messages.text
+    assert "pad token '<|pad|>' ('[PAD]' (320) is beyond the 320 embedding rows)" in messages.text
     results = evaluate(run.path, EvalSettings(models=("adapter", "merged"), max_new_tokens=2))
     assert {"adapter", "merged"} <= set(results)
     model, tokenizer = merged_model(run, trust_remote_code=False)
@@ -244,7 +244,7 @@ def test_templates_named_in_tokenizer_config_survive(listed: bool, tmp_path: Pat
 
 def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
     base = base_of(tmp_path, "gpt2", "llama", "GPT2Tokenizer", template={"tool_use": TOOLS_TEMPLATE})
-    with pytest.raises(ModelError, match=r"chat templates named tool_use, none default; set model\.chat_template"):
+    with pytest.raises(ModelError, match=r"the chat templates tool_use and no default one; set model\.chat_template"):
         tokenizer_of(base)
     assert tokenizer_of(base, chat_template="chatml").chat_template.count("im_start") > 0
 
