@@ -50,7 +50,7 @@ def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, batches
     config = _peft_config(loaded, lora, targets)
     set_seed(seed)
     if lora.adapter_path is not None:
-        model = warm_start(loaded, lora, config, linears)
+        model = warm_start(loaded, lora, config)
     else:
         components = eva_components(loaded, config, batches, linears) if lora.init_lora_weights == "eva" else {}
         model = get_peft_model(loaded.model, config)

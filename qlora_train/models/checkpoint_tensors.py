@@ -5,7 +5,7 @@ the values, of the 16-bit weights that they represent.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ def list_tensors(folder: Path, where: str) -> dict[str, StoredTensor]:
         where: prefix of error messages, such as the setting and the base's name.
 
     Raises:
-        ModelError: no weights, two different sets of weights, or a file that is missing, damaged or incomplete.
+        ModelError: no weights, two sets of weights, or a file that is missing, damaged or incomplete.
     """
     found: dict[str, StoredTensor] = {}
     for path, indexed in _weight_files(folder, where).items():
@@ -125,14 +125,12 @@ def _weight_files(folder: Path, where: str) -> dict[Path, set[str]]:
             raise _no_weights(folder, where)
         return {single: set()}
     files = _indexed_files(folder, where)
-    if not single.is_file() or single in files:
-        return files
-    if not _are_equal(single, files):
+    if single.is_file() and single not in files:
         raise ModelError(
-            f"{where}: {folder} holds two sets of weights, {WEIGHTS} and the {len(files)} files of {INDEX}, and it is "
-            "unknown which one belongs to the model; move one of them out of the folder"
+            f"{where}: {folder} holds two sets of weights, {WEIGHTS} and the {len(files)} files of {INDEX}; move one of "
+            "them out of the folder"
         )
-    return {single: set()}
+    return files
 
 
 def _indexed_files(folder: Path, where: str) -> dict[Path, set[str]]:
@@ -147,27 +145,6 @@ def _indexed_files(folder: Path, where: str) -> dict[Path, set[str]]:
     if not files:
         raise ModelError(f"{where}: {INDEX} names no tensor; download it again")
     return files
-
-
-def _are_equal(single: Path, shards: Mapping[Path, Collection[str]]) -> bool:
-    """Whether a file holds exactly the tensors of the shards, bit for bit."""
-    try:
-        with open_file(single) as one:
-            if set(one.keys()) != {name for names in shards.values() for name in names}:
-                return False
-            for path, names in shards.items():
-                with open_file(path) as shard:
-                    if not all(_same_bits(one.get_tensor(name), shard.get_tensor(name)) for name in names):
-                        return False
-    except (OSError, SafetensorError):
-        return False
-    return True
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(
-        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
-    )
 
 
 def _no_weights(folder: Path, where: str) -> ModelError:

@@ -4,7 +4,6 @@ from importlib.metadata import version
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from packaging.version import InvalidVersion, Version
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -29,7 +28,11 @@ def read_config(source: BaseSource, *, trust_remote_code: bool) -> Any:
             raise untrusted_code(where) from error
         kind = source.config.get("model_type")
         if isinstance(kind, str) and kind not in CONFIG_MAPPING:
-            raise ModelError(f"{where}: config.json: model_type: {_unknown_type(kind, source.config)}") from error
+            raise ModelError(
+                f"{where}: config.json: model_type: {kind!r} is unknown to the installed Transformers "
+                f"{version('transformers')} (written by {source.config.get('transformers_version')}); check its "
+                "spelling, or upgrade Transformers"
+            ) from error
         reason = " ".join(str(error).split())
         raise ModelError(f"{where}: config.json cannot be read: {reason.rstrip('.')}; download it again") from error
     text = config.get_text_config()
@@ -39,18 +42,3 @@ def read_config(source: BaseSource, *, trust_remote_code: bool) -> Any:
             f"{where}: config.json: pad_token_id: {pad} is beyond the {num_tokens} tokens of vocab_size; set it to null"
         )
     return config
-
-
-def _unknown_type(kind: str, config: dict[str, Any]) -> str:
-    installed = version("transformers")
-    written = config.get("transformers_version")
-    try:
-        newer = written is not None and Version(str(written)) > Version(installed)
-    except InvalidVersion:
-        newer = False
-    remedy = (
-        f"the file was written by {written}: pip install --upgrade transformers"
-        if newer
-        else "check its spelling, or upgrade Transformers if the architecture is newer"
-    )
-    return f"{kind!r} is unknown to the installed Transformers {installed}; {remedy}"

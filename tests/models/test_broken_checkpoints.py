@@ -145,11 +145,11 @@ BROKEN: dict[str, tuple[Damage, str]] = {
     "config of an unknown type": (
         edited("config.json", model_type="perceptron", transformers_version="4.0"),
         rf"config\.json: model_type: 'perceptron' is unknown to the installed Transformers "
-        rf"{re.escape(transformers.__version__)}; check its spelling, or upgrade",
+        rf"{re.escape(transformers.__version__)} \(written by 4\.0\); check its spelling, or upgrade Transformers$",
     ),
     "config of a newer library": (
         edited("config.json", model_type="llama9", transformers_version="99.1.0"),
-        "'llama9' is not known .*; the file was written by 99.1.0: pip install --upgrade transformers$",
+        "'llama9' is unknown .* .written by 99.1.0.; check its spelling, or upgrade Transformers$",
     ),
     "config that contradicts itself": (
         edited("config.json", num_attention_heads=5),
@@ -234,68 +234,37 @@ def test_16_bit_loading_refuses_the_same(name: str, pico_llama: Path, tmp_path: 
 
 
 def test_two_sets_of_weights_are_refused_by_training_and_merging(
-    sharded: Path, pico: Callable[..., Path], tmp_path: Path, capsys: Capture
+    sharded: Path, pico_llama: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     base = Path(shutil.copytree(sharded, tmp_path / "base"))
-    run = train_run(tmp_path / "before", base, "train.max_steps=1")
-    shutil.copyfile(pico("llama", seed=1) / WEIGHTS, base / WEIGHTS)
-    expected = rf"two sets of weights, {WEIGHTS} and the 5 files of {INDEX}, .*; move one of them out of the folder$"
+    shutil.copyfile(pico_llama / WEIGHTS, base / WEIGHTS)
+    expected = rf"two sets of weights, {WEIGHTS} and the 5 files of {INDEX}; move one of them out of the folder$"
     line = refused(base, tmp_path / "run", capsys)
     assert re.search(expected, line), line
     with pytest.raises(MergeError, match=expected):
         BaseCheckpoint(base)
-    assert main(["merge", str(run.path)]) == 2
-    assert not run.merged.exists()
 
 
-def test_two_equal_sets_of_weights_are_one(sharded: Path, tmp_path: Path, capsys: Capture) -> None:
-    base = Path(shutil.copytree(sharded, tmp_path / "base"))
-    tensors = {name: tensor for path in base.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    save_file(tensors, base / WEIGHTS)
-    assert train(base, tmp_path / "run") == 0
-    with BaseCheckpoint(base) as weights:
-        assert set(weights.names) == tensors.keys()
-    name, tensor = next(iter(tensors.items()))
-    save_file({**tensors, name: tensor + 1}, base / WEIGHTS)
-    assert "two sets of weights" in refused(base, tmp_path / "other", capsys)
+# --- unusual and harmless ---------------------------------------------------------------------------------------------
 
 
-# --- what is odd and no harm ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("damage", [without("generation_config.json"), lacking("nothing of this name")])
-def test_whole_base_without_a_generation_config_trains(
-    damage: Damage, pico_llama: Path, tmp_path: Path, capsys: Capture
+def test_unused_tensors_integer_buffers_and_an_index_of_one_file_are_harmless(
+    pico_llama: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
-    damage(base)
-    assert train(base, tmp_path / "run") == 0
-    assert "unused tensors" not in capsys.readouterr().err
-
-
-def test_an_index_of_one_file_is_one_set_of_weights(pico_llama: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
+    (base / "generation_config.json").unlink()
+    having("vision_tower.layers.30.weight", 8, 8)(base)
+    having("model.position_ids", 1, 256, dtype=torch.int64)(base)
     names = dict.fromkeys(load_file(base / WEIGHTS), WEIGHTS)
     (base / INDEX).write_text(json.dumps({"weight_map": names}))
     assert train(base, tmp_path / "run") == 0
+    line = "weights: unused tensors in the files: model.position_ids, vision_tower.layers.30.weight (not part of the model)"
+    assert capsys.readouterr().err.count(line) == 1
 
 
-def test_whole_shards_train_like_one_file(sharded: Path, tmp_path: Path) -> None:
+def test_shards_train_like_one_file(sharded: Path, tmp_path: Path, capsys: Capture) -> None:
     assert train(sharded, tmp_path / "run") == 0
-
-
-def test_tensors_without_a_place_are_named(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
-    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
-    having("vision_tower.layers.30.weight", 8, 8)(base)
-    assert train(base, tmp_path / "run") == 0
-    said = "weights: unused tensors in the files: vision_tower.layers.30.weight (not part of the model)\n"
-    assert capsys.readouterr().err.count(said) == 1
-
-
-def test_integer_buffers_are_no_odd_weights(pico_llama: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
-    having("model.position_ids", 1, 256, dtype=torch.int64)(base)
-    assert train(base, tmp_path / "run") == 0
+    assert "unused tensors" not in capsys.readouterr().err
 
 
 def test_rows_with_tokens_that_the_embedding_lacks_are_refused(tmp_path: Path, capsys: Capture) -> None:
