@@ -6,8 +6,6 @@ The result is always a local folder, so that loading, merging and cards read pla
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,12 @@ _FILES = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
 _WEIGHTS = ["model*.safetensors"]
 _PICKLED_WEIGHTS = ["pytorch_model*.bin"]
 _CODE = ["*.py"]
+_HUB_HINTS: dict[str | int, str] = {
+    "GatedRepoError": "the model is gated; accept its terms on its Hub page, then set HF_TOKEN",
+    "RevisionNotFoundError": "no such revision; check model.revision",
+    "RepositoryNotFoundError": "no such repository, or a private one; check the name, or set HF_TOKEN",
+    "HFValidationError": "set a local path or a Hub id",
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ def _download(model: ModelSection, *, weights: bool) -> BaseSource:
 
     patterns = _FILES + (_WEIGHTS if weights else []) + (_CODE if model.trust_remote_code else [])
     name = model.model_name_or_path
-    with hub_errors(f"model.model_name_or_path: {name}"):
+    hints = {**_HUB_HINTS, "unreachable": network.unreachable_reason()}
+    with network.hub_errors(f"model.model_name_or_path: {name}", ModelError, hints):
         folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
         if weights and not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=_PICKLED_WEIGHTS))
@@ -121,30 +126,3 @@ def _download(model: ModelSection, *, weights: bool) -> BaseSource:
             "local cache; choose a revision with weights, or download the model first"
         )
     return BaseSource(folder, name, folder.name, _read_config(folder, name))
-
-
-@contextmanager
-def hub_errors(where: str) -> Iterator[None]:
-    """Translate exceptions of the Hub client into a one-line ModelError that starts with `where`."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise ModelError(f"{where} is gated (403): accept its terms on its Hub page, then set HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise ModelError(f"{where} has no such revision (404): check model.revision") from None
-    except errors.RepositoryNotFoundError:
-        raise ModelError(
-            f"{where} does not exist on the Hub, or is private (401/404): check the name; for a private repository set "
-            "HF_TOKEN"
-        ) from None
-    except errors.HFValidationError as error:
-        raise ModelError(f"{where} is neither a local path nor a Hub id ({error})") from None
-    except errors.HfHubHTTPError as error:
-        raise ModelError(
-            f"{where}: the Hub answered {error.response.status_code}: try again, or check HF_TOKEN"
-        ) from None
-    # HTTPError is the base class of the HTTP library's own exceptions
-    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
-        raise ModelError(f"{where} {network.unreachable_reason()}") from None

@@ -6,8 +6,11 @@ silent server forever.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from qlora_train.utils.errors import UserError, first_line
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}
 TRUE = {"1", "ON", "YES", "TRUE"}
@@ -81,6 +84,28 @@ def unreachable_reason() -> str:
             "with a network, or give a local path"
         )
     return "is not in the local cache and the Hub cannot be reached: check the network, or give a local path"
+
+
+@contextmanager
+def hub_errors(where: str, raised: type[UserError], hints: Mapping[str | int, str]) -> Iterator[None]:
+    """Translate exceptions of the Hub client into a `raised` of one line, which starts with `where`.
+
+    Args:
+        hints: advice by name of the exception or HTTP status; "HFValidationError" and "unreachable" are required.
+    """
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        hint = hints.get(type(error).__name__) or hints.get(status, "try again")
+        raise raised(f"{where}: the Hub answered {status}: {hint}") from None
+    except errors.HFValidationError as error:
+        raise raised(f"{where}: no repository id ({first_line(error)}); {hints['HFValidationError']}") from None
+    # HTTPError is the base class of the HTTP library's own exceptions
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
+        raise raised(f"{where} {hints['unreachable']}") from None
 
 
 def remote_tracker_variable(name: str) -> str | None:
