@@ -92,14 +92,14 @@ def test_trainable_count_equals_hand_arithmetic(
     assert sum(parameter.numel() for parameter in trainable_state(adapted.model).values()) == expected
 
 
-def test_total_counts_4_bit_weights_as_the_weights_they_stand_for(pico_llama: Path, tmp_path: Path) -> None:
+def test_total_counts_weights_and_not_packed_elements(pico_llama: Path, tmp_path: Path) -> None:
     base = 2 * VOCABULARY * HIDDEN + 5 * HIDDEN
     base += LAYERS * sum(inputs * outputs for inputs, outputs in LLAMA_LINEARS.values())
     assert attach(tmp_path, pico_llama).num_total == base + LORA_OF_LLAMA
 
 
 @pytest.mark.parametrize(("bias", "expected"), [("all", 1), ("lora_only", 0)])
-def test_biases_are_trained_as_asked(bias: str, expected: int, pico: Pico, tmp_path: Path) -> None:
+def test_lora_bias_trains_the_right_biases(bias: str, expected: int, pico: Pico, tmp_path: Path) -> None:
     plain, with_bias = (attach(tmp_path, pico("phi"), f"lora.bias={value}") for value in ("none", bias))
     model = AutoModelForCausalLM.from_pretrained(pico("phi"))
     biases = {name: p.numel() for name, p in model.named_parameters() if name.endswith("bias")}
@@ -109,7 +109,7 @@ def test_biases_are_trained_as_asked(bias: str, expected: int, pico: Pico, tmp_p
     assert with_bias.num_trainable - plain.num_trainable == of_linears + expected * others
 
 
-def test_new_tokens_of_a_tied_model_are_one_set_of_rows(pico: Pico, tmp_path: Path) -> None:
+def test_new_tokens_of_a_tied_model_train_one_set_of_rows(pico: Pico, tmp_path: Path) -> None:
     adapted = attach(tmp_path, pico("llama", tie_word_embeddings=True), "model.new_tokens=['<a>', '<b>', '<c>']")
     assert adapted.num_trainable == LORA_OF_LLAMA + 3 * HIDDEN
 
@@ -118,7 +118,7 @@ def test_new_tokens_of_a_tied_model_are_one_set_of_rows(pico: Pico, tmp_path: Pa
     ("family", "settings"),
     [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt_neox", {}), ("phi", {}), ("cohere", {})],
 )
-def test_all_linear_is_every_linear_but_the_head(
+def test_all_linear_is_every_linear_except_the_head(
     family: str, settings: dict[str, Any], pico: Pico, tmp_path: Path
 ) -> None:
     folder = pico(family, **settings)
@@ -130,7 +130,7 @@ def test_all_linear_is_every_linear_but_the_head(
     assert adapted_layers(attach(tmp_path, folder)) == expected
 
 
-def test_expression_takes_linear_layers_and_nothing_else(pico_llama: Path, tmp_path: Path) -> None:
+def test_regular_expression_matches_linear_layers_alone(pico_llama: Path, tmp_path: Path) -> None:
     assert adapted_layers(attach(tmp_path, pico_llama, "lora.target_modules='.*'")) == adapted_layers(
         attach(tmp_path, pico_llama)
     )
@@ -157,14 +157,14 @@ def test_names_that_cannot_be_trained_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_new_tokens_that_a_tied_head_would_not_learn_are_refused(pico: Pico, tmp_path: Path) -> None:
+def test_saving_one_of_two_tied_modules_is_refused(pico: Pico, tmp_path: Path) -> None:
     base = pico("llama", tie_word_embeddings=True)
     with pytest.raises(ConfigError, match="is tied to the output head") as caught:
         attach(tmp_path, base, "model.new_tokens=['<a>']", "lora.modules_to_save=[embed_tokens]")
     assert "\n" not in str(caught.value)
 
 
-def test_scale_is_alpha_over_rank_or_over_its_root(pico_llama: Path, tmp_path: Path) -> None:
+def test_scaling_is_alpha_over_rank_or_its_square_root(pico_llama: Path, tmp_path: Path) -> None:
     for override, expected in (("false", 12 / 16), ("true", 12 / 4)):
         adapted = attach(tmp_path, pico_llama, "lora.r=16", "lora.lora_alpha=12", f"lora.use_rslora={override}")
         scales = {m.scaling["default"] for m in adapted.model.modules() if isinstance(m, LoraLayer)}
@@ -193,7 +193,7 @@ def base_of(case: str, pico: Pico) -> tuple[Path, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("case", TRAINED_IN_FULL)
-def test_all_that_trains_is_float32_and_comes_back_to_the_bit(case: str, pico: Pico, tmp_path: Path) -> None:
+def test_trained_parameters_are_float32_and_reload_bitwise(case: str, pico: Pico, tmp_path: Path) -> None:
     base, overrides = base_of(case, pico)
     config = make_config(tmp_path, base, *overrides, "quantization.bnb_4bit_compute_dtype=bfloat16")
     adapted = attach_adapter(load(config), config.lora, seed=1)
@@ -213,8 +213,8 @@ def test_all_that_trains_is_float32_and_comes_back_to_the_bit(case: str, pico: P
     assert trainable_state(again) == {}
 
 
-@pytest.mark.parametrize("case", TRAINED_IN_FULL)
-def test_whatever_trains_can_be_resumed_evaluated_and_merged(case: str, pico: Pico, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["embedding", "norm", "all biases, tied", "magnitudes", "head and tokens"])
+def test_all_trained_parameters_are_resumed_evaluated_and_merged(case: str, pico: Pico, tmp_path: Path) -> None:
     base, overrides = base_of(case, pico)
     settings = (
         "quantization.bnb_4bit_compute_dtype=bfloat16", "train.max_steps=2", "train.save_steps=1", "train.eval_steps=1",
@@ -251,9 +251,7 @@ def first_matrices(adapted: AdaptedModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("init", ["default", "gaussian"])
-def test_fresh_adapter_changes_nothing_and_depends_on_the_seed_alone(
-    init: str, pico_llama: Path, tmp_path: Path
-) -> None:
+def test_new_adapter_is_a_no_op_and_deterministic_by_seed(init: str, pico_llama: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, pico_llama, f"lora.init_lora_weights={init}", "lora.r=16")
     plain = load(config)
     wanted = logits(plain.model)
@@ -266,7 +264,7 @@ def test_fresh_adapter_changes_nothing_and_depends_on_the_seed_alone(
     assert not any(torch.equal(tensor, matrices[name]) for name, tensor in first_matrices(other).items())
 
 
-def test_gaussian_start_has_the_spread_of_one_over_the_rank(pico_llama: Path, tmp_path: Path) -> None:
+def test_gaussian_init_has_std_one_over_rank(pico_llama: Path, tmp_path: Path) -> None:
     adapted = attach(tmp_path, pico_llama, "lora.init_lora_weights=gaussian", "lora.r=16")
     values = torch.cat([tensor.flatten() for tensor in first_matrices(adapted).values()])
     assert values.std().item() == pytest.approx(1 / 16, rel=0.05)
@@ -283,7 +281,7 @@ def eva(pico_llama: Path, tmp_path: Path) -> tuple[RunConfig, AdaptedModel, list
     return config, attach_adapter(loaded, config.lora, seed=1, batches=batches), batches
 
 
-def test_eva_starts_from_orthonormal_directions_of_the_layers_inputs(
+def test_eva_init_is_orthonormal_principal_directions(
     eva: tuple[RunConfig, AdaptedModel, list[dict[str, torch.Tensor]]],
 ) -> None:
     config, adapted, batches = eva
@@ -304,7 +302,7 @@ def test_eva_starts_from_orthonormal_directions_of_the_layers_inputs(
     assert explained > 0.9 * variances[:8].sum(), "no 8 directions hold more variance than the first 8 eigenvectors"
 
 
-def test_eva_is_deterministic_and_leaves_the_base_and_the_count_alone(
+def test_eva_is_deterministic_and_leaves_the_base_unchanged(
     eva: tuple[RunConfig, AdaptedModel, list[dict[str, torch.Tensor]]],
 ) -> None:
     config, adapted, batches = eva
@@ -317,7 +315,7 @@ def test_eva_is_deterministic_and_leaves_the_base_and_the_count_alone(
     assert adapted.num_trainable == LORA_OF_LLAMA
 
 
-def test_run_that_started_with_eva_resumes_to_the_same_bits_and_merges(pico: Pico, tmp_path: Path) -> None:
+def test_eva_run_resumes_bitwise_and_merges(pico: Pico, tmp_path: Path) -> None:
     settings = (
         "lora.init_lora_weights=eva", "model.new_tokens=['<a>']", "train.max_steps=2", "train.save_steps=1",
     )  # fmt: skip
@@ -333,12 +331,12 @@ def test_run_that_started_with_eva_resumes_to_the_same_bits_and_merges(pico: Pic
     merge(run.path)
 
 
-def test_eva_with_a_rank_too_high_for_the_layers_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+def test_eva_with_too_high_a_rank_is_refused(pico_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eva with lora.r 64 needs at least 128 inputs .* found 64 and"):
         train_run(tmp_path, pico_llama, "lora.init_lora_weights=eva", "lora.r=64")
 
 
-def test_eva_beside_a_warm_start_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+def test_eva_with_a_warm_start_is_refused(pico_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no effect beside lora\.adapter_path"):
         make_config(tmp_path, pico_llama, "lora.init_lora_weights=eva", f"lora.adapter_path={tmp_path}")
 
@@ -355,9 +353,7 @@ def stored(pico_llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "stored"
 
 
-def test_warm_start_is_exact_even_after_the_trainers_constructor(
-    stored: Path, pico_llama: Path, tmp_path: Path
-) -> None:
+def test_warm_start_is_bitwise_after_trainer_init(stored: Path, pico_llama: Path, tmp_path: Path) -> None:
     config = make_config(
         tmp_path, pico_llama, "lora.modules_to_save=[lm_head]", f"lora.adapter_path={stored}",
         "quantization.bnb_4bit_compute_dtype=bfloat16",
@@ -375,7 +371,7 @@ def test_warm_start_is_exact_even_after_the_trainers_constructor(
         assert not torch.equal(tensor, tensor.bfloat16().float()), "the values tell a rounding"
 
 
-def test_warm_start_takes_the_dropout_of_the_config(stored: Path, pico_llama: Path, tmp_path: Path) -> None:
+def test_warm_start_uses_the_configured_dropout(stored: Path, pico_llama: Path, tmp_path: Path) -> None:
     adapted = attach(
         tmp_path, pico_llama, "lora.modules_to_save=[lm_head]", f"lora.adapter_path={stored}", "lora.lora_dropout=0.25"
     )
@@ -429,7 +425,7 @@ def prefix_tuning(folder: Path) -> None:
         (prefix_tuning, r"peft_type: Input should be 'LORA' \(found 'PREFIX_TUNING'\)"),
     ],
 )
-def test_warm_start_from_something_else_is_refused(
+def test_warm_start_from_a_damaged_adapter_is_refused(
     damage: Callable[[Path], None], message: str, stored: Path, pico_llama: Path, tmp_path: Path
 ) -> None:
     damage(stored)
@@ -442,7 +438,7 @@ def test_warm_start_from_something_else_is_refused(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_new_tokens_are_learnt_saved_reloaded_and_merged(tied: bool, pico: Pico, tmp_path: Path) -> None:
+def test_new_tokens_are_trained_saved_reloaded_and_merged(tied: bool, pico: Pico, tmp_path: Path) -> None:
     rows = tmp_path / "new.jsonl"
     turns = [{"role": "user", "content": "one <a> two"}, {"role": "assistant", "content": "<b> <a> three"}]
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 8)

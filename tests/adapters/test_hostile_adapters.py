@@ -1,10 +1,11 @@
 """Adapters of others are untrusted: what they name is not imported, fetched or unpickled, and another base is refused."""
 
+import contextlib
 import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from qlora_train.adapters import attach_adapter, load_trained
 from qlora_train.adapters.adapter_folder import read_adapter_settings
 from qlora_train.cli.main import main
-from qlora_train.config import load_config
-from qlora_train.models import BaseSource, load_model
+from qlora_train.config import ModelSection, QuantizationSection, load_config
+from qlora_train.models import BaseSource, LoadedModel, load_model
 from qlora_train.pipeline import merge
 from qlora_train.runs import RunFolder
 from qlora_train.utils import atomic_io
@@ -34,6 +35,27 @@ def run(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder
     return train_run(tmp_path_factory.mktemp("run"), pico_llama, "train.max_steps=1")
 
 
+@pytest.fixture(scope="module")
+def run_without_eval(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return train_run(tmp_path_factory.mktemp("run"), pico_llama, "train.max_steps=1", *WITHOUT_EVAL)
+
+
+@pytest.fixture(scope="module")
+def loaded(pico_llama: Path) -> LoadedModel:
+    """A base for adapters that are refused, which leave it as it is."""
+    return load_model(ModelSection(model_name_or_path=str(pico_llama)), QuantizationSection())
+
+
+@contextlib.contextmanager
+def edited(run: RunFolder, **changes: Any) -> Iterator[None]:
+    """Change the adapter of a run for a while."""
+    files = {path: path.read_bytes() for path in run.adapter.iterdir() if path.is_file()}
+    edit(run.adapter, **changes)
+    yield
+    for path, content in files.items():
+        path.write_bytes(content)
+
+
 @pytest.fixture
 def adapter(run: RunFolder, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run.adapter, tmp_path / "adapter"))
@@ -46,9 +68,9 @@ def edit(adapter: Path, **changes: Any) -> None:
     atomic_io.write_manifest(adapter, atomic_io.read_metadata(adapter))
 
 
-def warm_start(adapter: Path, base: Path, *overrides: str) -> None:
-    config = make_config(adapter.parent, base, f"lora.adapter_path={adapter}", *overrides)
-    attach_adapter(load_model(config.model, config.quantization), config.lora, seed=1)
+def warm_start(adapter: Path, base: Path, loaded: LoadedModel | None = None) -> None:
+    config = make_config(adapter.parent, base, f"lora.adapter_path={adapter}")
+    attach_adapter(loaded or load_model(config.model, config.quantization), config.lora, seed=1)
 
 
 # --- what a file may say ----------------------------------------------------------------------------------------------
@@ -90,15 +112,15 @@ HOSTILE: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_setting_of_no_plain_adapter_is_refused_in_one_line(
-    case: str, adapter: Path, pico_llama: Path, monkeypatch: pytest.MonkeyPatch
+def test_unsupported_adapter_setting_is_refused_in_one_line(
+    case: str, adapter: Path, pico_llama: Path, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     canary = adapter.parent / "imported"
     (adapter.parent / f"{EVIL}.py").write_text(f"open({str(canary)!r}, 'w')\n")
     monkeypatch.syspath_prepend(adapter.parent)
     edit(adapter, **HOSTILE[case])
     with pytest.raises(ConfigError) as caught:
-        warm_start(adapter, pico_llama)
+        warm_start(adapter, pico_llama, loaded)
     key = next(iter(HOSTILE[case])).partition("\n")[0]
     assert re.search(rf"adapter_config\.json: '?{key}", str(caught.value))
     assert "\n" not in str(caught.value)
@@ -119,10 +141,10 @@ FILES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_file_that_is_no_mapping_of_a_config_is_one_line(case: str, adapter: Path, pico_llama: Path) -> None:
+def test_malformed_adapter_config_is_one_line(case: str, adapter: Path, pico_llama: Path, loaded: LoadedModel) -> None:
     FILES[case](adapter / "adapter_config.json")
     with pytest.raises(ConfigError, match="holds no readable adapter") as caught:
-        warm_start(adapter, pico_llama)
+        warm_start(adapter, pico_llama, loaded)
     assert "\n" not in str(caught.value)
 
 
@@ -146,7 +168,7 @@ def test_adapter_is_never_unpickled(adapter: Path, pico_llama: Path) -> None:
     assert canary.exists(), "the canary would have shown"
 
 
-def test_adapter_that_peft_itself_wrote_is_taken(pico_llama: Path, tmp_path: Path) -> None:
+def test_adapter_written_by_peft_is_accepted(pico_llama: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(pico_llama)
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     settings = LoraConfig(r=8, lora_alpha=32, target_modules=linears, task_type="CAUSAL_LM")
@@ -156,7 +178,7 @@ def test_adapter_that_peft_itself_wrote_is_taken(pico_llama: Path, tmp_path: Pat
     warm_start(tmp_path / "adapter", pico_llama)
 
 
-def test_adapter_without_a_task_type_as_peft_writes_it_is_taken(pico_llama: Path, tmp_path: Path) -> None:
+def test_peft_adapter_without_a_task_type_is_accepted(pico_llama: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(pico_llama)
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules=linears)).save_pretrained(tmp_path / "adapter")
@@ -165,8 +187,8 @@ def test_adapter_without_a_task_type_as_peft_writes_it_is_taken(pico_llama: Path
     warm_start(tmp_path / "adapter", pico_llama)
 
 
-def test_own_adapter_of_every_initialisation_is_taken_again(pico_llama: Path, tmp_path: Path) -> None:
-    for name in ("default", "gaussian", "eva"):
+def test_own_adapters_of_other_initializations_are_accepted(pico_llama: Path, tmp_path: Path) -> None:
+    for name in ("gaussian", "eva"):
         own = train_run(tmp_path, pico_llama, "train.max_steps=1", f"lora.init_lora_weights={name}", name=name)
         warm_start(Path(shutil.copytree(own.adapter, tmp_path / f"of-{name}" / "adapter")), pico_llama)
 
@@ -188,7 +210,7 @@ def test_own_adapter_of_every_initialisation_is_taken_again(pico_llama: Path, tm
         (f"/cache/models--owner--model/snapshots/{COMMIT}", "model", None, True),
     ],
 )  # fmt: skip
-def test_base_is_the_same_by_hub_id_or_by_the_last_part_of_a_path(
+def test_bases_are_equal_by_hub_id_or_last_part_of_the_path(
     named: str | None, base: str, commit: str | None, is_same: bool, adapter: Path
 ) -> None:
     edit(adapter, base_model_name_or_path=named)
@@ -200,7 +222,7 @@ def test_base_is_the_same_by_hub_id_or_by_the_last_part_of_a_path(
         read_adapter_settings(adapter, source)
 
 
-def test_adapter_without_a_base_is_judged_by_its_tensors(adapter: Path, pico: Callable[..., Path]) -> None:
+def test_adapter_without_a_base_is_checked_by_its_tensors(adapter: Path, pico: Callable[..., Path]) -> None:
     edit(adapter, base_model_name_or_path=None)
     warm_start(adapter, pico("llama"))
     with pytest.raises(ConfigError, match="does not fit the base model"):
@@ -210,35 +232,32 @@ def test_adapter_without_a_base_is_judged_by_its_tensors(adapter: Path, pico: Ca
 # --- a run's own adapter ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("with_eval", [True, False])
 @pytest.mark.parametrize("case", ["auto mapping", "import by name", "another method", "other scales", "no layers"])
 def test_changed_adapter_of_a_run_is_not_merged_or_evaluated(
-    case: str, with_eval: bool, pico_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: str, run: RunFolder, run_without_eval: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = train_run(tmp_path, pico_llama, "train.max_steps=1", *([] if with_eval else WITHOUT_EVAL))
-    edit(own.adapter, **HOSTILE[case])
-    for command in (["merge", str(own.path)], ["eval", str(own.path), "--models", "adapter", "--loss-only"]):
-        if command[0] == "eval" and not with_eval:
-            continue
-        capsys.readouterr()
-        assert main(command) == 2
-        error = capsys.readouterr().err
-        assert f"adapter_config.json: {next(iter(HOSTILE[case]))}" in error.replace("'", "")
-        assert "Traceback" not in error
-    assert not own.merged.exists()
+    evaluate = ["eval", str(run.path), "--models", "adapter", "--loss-only"]
+    commands = [
+        (run, [["merge", str(run.path)], evaluate]),
+        (run_without_eval, [["merge", str(run_without_eval.path)]]),
+    ]
+    for own, arguments in commands:
+        with edited(own, **HOSTILE[case]):
+            for command in arguments:
+                capsys.readouterr()
+                assert main(command) == 2
+                error = capsys.readouterr().err
+                assert f"adapter_config.json: {next(iter(HOSTILE[case]))}" in error.replace("'", "")
+                assert "Traceback" not in error
+        assert not own.merged.exists()
 
 
-def test_adapter_of_another_run_with_another_base_is_not_merged(
-    run: RunFolder, pico_llama: Path, tmp_path: Path
-) -> None:
-    own = train_run(tmp_path, pico_llama, "train.max_steps=1")
-    edit(own.adapter, base_model_name_or_path="someone/else")
-    with pytest.raises(ConfigError, match="is another base"):
-        merge(own.path)
-    config = load_config(own.config_file)
-    loaded = load_model(config.model, config.quantization)
-    with pytest.raises(ConfigError, match="is another base"):
-        load_trained(loaded, own.adapter)
+def test_adapter_of_another_run_with_another_base_is_not_merged(run: RunFolder, loaded: LoadedModel) -> None:
+    with edited(run, base_model_name_or_path="someone/else"):
+        with pytest.raises(ConfigError, match="is another base"):
+            merge(run.path)
+        with pytest.raises(ConfigError, match="is another base"):
+            load_trained(loaded, run.adapter)
 
 
 def test_peft_reads_the_finished_adapter_on_its_own(run: RunFolder, pico_llama: Path) -> None:

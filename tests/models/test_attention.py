@@ -51,12 +51,12 @@ def test_auto_is_sdpa_whether_or_not_flash_attn_is_installed(
     assert choose("auto") == choose("sdpa") == "sdpa"
 
 
-def test_flash_attention_is_used_where_it_is_asked_for(ampere: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_flash_attention_is_used_if_set(ampere: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ampere.syspath_prepend(install_flash_attn(tmp_path, WORKS))
     assert choose("flash_attention_2") == "flash_attention_2"
 
 
-def test_a_build_of_flash_attn_for_another_torch_is_one_line(ampere: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_flash_attn_built_for_another_torch_is_one_line(ampere: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ampere.syspath_prepend(install_flash_attn(tmp_path, BROKEN))
     importlib.invalidate_caches()
     with pytest.raises(ConfigError) as caught:
@@ -72,7 +72,7 @@ def test_a_build_of_flash_attn_for_another_torch_is_one_line(ampere: pytest.Monk
     ("capability", "dtype", "problem"),
     [((7, 5), torch.float16, "needs compute capability 8.0"), ((9, 0), torch.float32, "has no float32")],
 )
-def test_flash_attention_that_a_gpu_or_dtype_cannot_have_is_one_line(
+def test_flash_attention_on_an_unsupported_gpu_or_dtype_is_one_line(
     capability: tuple[int, int], dtype: torch.dtype, problem: str, ampere: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ampere.syspath_prepend(install_flash_attn(tmp_path, WORKS))
@@ -81,7 +81,7 @@ def test_flash_attention_that_a_gpu_or_dtype_cannot_have_is_one_line(
         choose("flash_attention_2", dtype)
 
 
-def test_a_broken_flash_attn_does_not_stop_a_run_that_does_not_ask_for_it(pico_llama: Path, tmp_path: Path) -> None:
+def test_broken_flash_attn_does_not_stop_a_run_without_it(pico_llama: Path, tmp_path: Path) -> None:
     """Transformers takes the package for usable wherever there is a GPU."""
     code = f"""
 import torch, bitsandbytes

@@ -30,7 +30,7 @@ def stored(weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(4, 96), (5, 32), (576, 160), (3, 50), (130, 130), (64, 128)])
 @pytest.mark.parametrize("nested", [False, True])
-def test_weights_are_dequantised_as_they_are_stored(shape: tuple[int, int], nested: bool) -> None:
+def test_weights_of_any_shape_dequantize_as_stored(shape: tuple[int, int], nested: bool) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
     codes, absmax = nf4_reference.quantize_4bit(weight)
@@ -41,9 +41,7 @@ def test_weights_are_dequantised_as_they_are_stored(shape: tuple[int, int], nest
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_a_model_with_such_layers_computes_and_trains_as_one_with_these_weights(
-    fast: bool, pico: Pico, tmp_path: Path
-) -> None:
+def test_model_with_partial_blocks_matches_its_dequantized_weights(fast: bool, pico: Pico, tmp_path: Path) -> None:
     base = pico("llama", intermediate_size=96)
     adapted = adapted_model(tmp_path, base)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -65,7 +63,7 @@ def test_a_model_with_such_layers_computes_and_trains_as_one_with_these_weights(
     assert compare_gradients(wanted, gradients_of(adapted, batch)).gradient < 1e-2
 
 
-def test_a_merge_of_them_is_the_model_that_was_trained(pico: Pico, tmp_path: Path) -> None:
+def test_merge_of_partial_blocks_matches_the_trained_model(pico: Pico, tmp_path: Path) -> None:
     run = train_run(
         tmp_path, pico("llama", intermediate_size=96), EXACT, "export.merge=true", "export.merge_base=dequantized",
         "export.max_divergence=0.001",

@@ -225,7 +225,7 @@ def test_broken_shards_are_one_line(name: str, sharded: Path, tmp_path: Path, ca
 @pytest.mark.parametrize(
     "name", ["4-bit layers of another size", "a layer missing", "a layer too many", "weights in int8"]
 )
-def test_16_bit_loading_refuses_the_same(name: str, pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_16_bit_loading_has_the_same_checks(name: str, pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
     damage, message = BROKEN[name]
     base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
     damage(base)
@@ -267,7 +267,7 @@ def test_shards_train_like_one_file(sharded: Path, tmp_path: Path, capsys: Captu
     assert "unused tensors" not in capsys.readouterr().err
 
 
-def test_rows_with_tokens_that_the_embedding_lacks_are_refused(tmp_path: Path, capsys: Capture) -> None:
+def test_token_ids_beyond_the_embedding_are_refused(tmp_path: Path, capsys: Capture) -> None:
     base = build_pico(tmp_path / "base", vocab_size=300)
     assert train(base, tmp_path / "run") == 2
     assert "model.new_tokens" in capsys.readouterr().err.splitlines()[-1]
@@ -291,7 +291,7 @@ def test_adapter_of_another_base_or_other_shapes_is_one_line(pico_llama: Path, t
     assert re.search(r"does not fit the base model: \d+ tensors differ, e\.g\. \S+lora_B\S* has shape \(96, 8\)", line)
 
 
-def test_an_adapter_given_as_base_names_the_setting_for_it(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_adapter_set_as_base_names_lora_adapter_path(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
     adapter = train_run(tmp_path / "first", pico_llama, "train.max_steps=1").adapter
     line = refused(adapter, tmp_path / "other", capsys)
     assert re.search(r"holds an adapter and no model; .* this folder as lora\.adapter_path$", line), line

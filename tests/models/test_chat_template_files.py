@@ -42,7 +42,7 @@ def tokenizer_of(folder: Path, **model: Any) -> Any:
     ],
     ids=["text", "list of one", "list", "mapping of one", "mapping"],
 )  # fmt: skip
-def test_the_template_of_a_processor_is_the_tokenizers_where_it_has_none(
+def test_processor_chat_template_is_used_without_a_tokenizer_template(
     base: Path, content: Any, expected: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     (base / "chat_template.json").write_text(json.dumps({"chat_template": content}))
@@ -53,7 +53,7 @@ def test_the_template_of_a_processor_is_the_tokenizers_where_it_has_none(
     assert tokenizer_of(base, chat_template="alpaca").chat_template not in (expected, CHATML), "the config's goes first"
 
 
-def test_the_template_of_a_processor_does_not_replace_the_tokenizers_own(base: Path) -> None:
+def test_processor_chat_template_does_not_replace_the_tokenizers(base: Path) -> None:
     (base / "chat_template.json").write_text(json.dumps({"chat_template": TOOL_USE}))
     (base / "chat_template.jinja").write_text(CHATML)
     assert tokenizer_of(base).chat_template == CHATML
@@ -63,7 +63,7 @@ def test_the_template_of_a_processor_does_not_replace_the_tokenizers_own(base: P
     "text", ["", "{", "[]", "{}", '{"chat_template": ""}', '{"chat_template": []}', '{"chat_template": [{"name": "a"}]}',
              '{"chat_template": {"default": 3}}'],
 )  # fmt: skip
-def test_a_processors_file_without_a_template_is_refused_by_name(base: Path, text: str) -> None:
+def test_processor_file_without_a_template_is_refused_by_name(base: Path, text: str) -> None:
     (base / "chat_template.json").write_text(text)
     with pytest.raises(ModelError, match=r"chat_template\.json: found no chat template; expected \{chat_template: "):
         tokenizer_of(base)
@@ -72,7 +72,7 @@ def test_a_processors_file_without_a_template_is_refused_by_name(base: Path, tex
 @pytest.mark.parametrize(
     "place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json", "the config's"]
 )
-def test_a_byte_order_mark_in_a_template_stands_before_no_row(
+def test_byte_order_mark_of_a_template_precedes_no_row(
     base: Path, place: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings: dict[str, Any] = {}

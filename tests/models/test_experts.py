@@ -52,7 +52,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_every_expert_has_the_weights_it_would_have_as_a_layer_of_its_own(double_quant: bool) -> None:
+def test_each_expert_equals_a_linear4bit_layer(double_quant: bool) -> None:
     stack = torch.randn(3, 96, 128, generator=torch.Generator().manual_seed(0))
     quantized = quantize_stack(stack, quant_type="nf4", double_quant=double_quant)
     weights = ExpertWeights(quantized.states)
@@ -68,7 +68,7 @@ def test_every_expert_has_the_weights_it_would_have_as_a_layer_of_its_own(double
 
 
 @pytest.mark.parametrize("model_type", KINDS)
-def test_base_in_4_bits_is_transformers_model_of_its_weights(model_type: str, pico: Pico, tmp_path: Path) -> None:
+def test_4_bit_base_matches_transformers_on_dequantized_weights(model_type: str, pico: Pico, tmp_path: Path) -> None:
     loaded = load(tmp_path, pico(model_type))
     stacks = expert_parameters(loaded.model)
     assert stacks
@@ -81,7 +81,7 @@ def test_base_in_4_bits_is_transformers_model_of_its_weights(model_type: str, pi
 
 
 @pytest.mark.parametrize("model_type", KINDS)
-def test_adapter_on_experts_is_pefts_own(model_type: str, pico: Pico, tmp_path: Path) -> None:
+def test_expert_adapter_matches_peft(model_type: str, pico: Pico, tmp_path: Path) -> None:
     """The saved adapter, loaded by PEFT alone onto plain 16-bit modules, computes the same model."""
     found = adapted_model(tmp_path, pico(model_type))
     reference = plain_copy(load(tmp_path, pico(model_type)), pico(model_type))
@@ -97,7 +97,7 @@ def test_adapter_on_experts_is_pefts_own(model_type: str, pico: Pico, tmp_path: 
 @pytest.mark.parametrize(
     ("model_type", "recompute"), [*((kind, False) for kind in KINDS), *((kind, True) for kind in KINDS[:4])]
 )
-def test_gradients_are_those_of_pefts_own(model_type: str, recompute: bool, pico: Pico, tmp_path: Path) -> None:
+def test_gradients_match_peft(model_type: str, recompute: bool, pico: Pico, tmp_path: Path) -> None:
     found = adapted_model(tmp_path, pico(model_type))
     reference = plain_copy(load(tmp_path, pico(model_type)), pico(model_type))
     found.model.save_pretrained(tmp_path / "adapter")
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_pefts_own(model_type: str, recompute: bool, pico
         torch.testing.assert_close(gradients[0][name], wanted, rtol=1e-3, atol=1e-5 + 1e-3 * float(wanted.abs().max()))
 
 
-def test_one_expert_at_a_time_is_dequantised(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_are_dequantized_one_at_a_time(pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = adapted_model(tmp_path, pico("qwen3_moe"))
     whole: list[torch.Size] = []
     monkeypatch.setattr(ExpertWeights, "forward", lambda self, codes: whole.append(self.shape))
@@ -124,7 +124,7 @@ def test_one_expert_at_a_time_is_dequantised(pico: Pico, tmp_path: Path, monkeyp
     assert not whole, "the whole stack was asked for"
 
 
-def test_choices_of_no_expert_add_nothing() -> None:
+def test_dropped_tokens_contribute_nothing() -> None:
     """Ids beyond the last expert are how a router says that a token is dropped."""
 
     class Stack(nn.Module):
@@ -140,7 +140,7 @@ def test_choices_of_no_expert_add_nothing() -> None:
     assert torch.equal(found, torch.tensor([[6.0] * 4, [0.0] * 4]))
 
 
-def test_routers_stay_as_they_are(pico: Pico, tmp_path: Path) -> None:
+def test_routers_stay_in_16_bits_without_adapter(pico: Pico, tmp_path: Path) -> None:
     names = routers(load(tmp_path, pico("qwen2_moe")).model)
     assert sorted({name.rpartition(".")[2] for name in names}) == ["shared_expert_gate"]
     assert all(type(layer) is nn.Linear for layer in names.values())
@@ -162,7 +162,7 @@ def test_layers_whose_names_peft_maps_to_experts_are_logged(
         adapted_model(tmp_path, pico("dots1"), "lora.target_modules=[q_proj,gate_proj]")
 
 
-def test_experts_are_chosen_by_name_or_left_alone(pico: Pico, tmp_path: Path) -> None:
+def test_experts_are_targeted_by_name_or_not_at_all(pico: Pico, tmp_path: Path) -> None:
     def adapted_stacks(*overrides: str) -> set[str]:
         config = adapted_model(tmp_path, pico("mixtral"), *overrides).model.peft_config["default"]
         return {name.rpartition(".")[2] for name in config.target_parameters or ()}
@@ -176,13 +176,13 @@ def test_experts_are_chosen_by_name_or_left_alone(pico: Pico, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("setting", ["lora.lora_dropout=0.1", "lora.use_dora=true", "lora.init_lora_weights=eva"])
-def test_what_peft_has_not_for_experts_is_refused(setting: str, pico: Pico, tmp_path: Path) -> None:
+def test_settings_that_peft_lacks_for_experts_are_refused(setting: str, pico: Pico, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{setting.partition('=')[0]}: .* is not supported for experts"):
         adapted_model(tmp_path, pico("mixtral"), setting)
     adapted_model(tmp_path, pico("mixtral"), setting, "lora.target_parameters=[]")
 
 
-def test_run_of_a_mixture_starts_from_an_adapter_of_its_kind(pico: Pico, tmp_path: Path) -> None:
+def test_mixture_of_experts_warm_starts_from_its_adapter(pico: Pico, tmp_path: Path) -> None:
     settings = (EXACT, "train.max_steps=2")
     first = train_run(tmp_path, pico("qwen3_moe"), *settings, name="first")
     start = f"lora.adapter_path={first.adapter}"
@@ -203,6 +203,6 @@ def test_adapter_of_another_mixture_is_refused(pico: Pico, tmp_path: Path) -> No
         load_trained(other, run.adapter)
 
 
-def test_architecture_that_cannot_recompute_is_not_asked_to(pico: Pico, tmp_path: Path) -> None:
+def test_architecture_without_checkpointing_trains_without_it(pico: Pico, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing: full, but Transformers does not support"):
         train_run(tmp_path, pico("jetmoe"), EXACT, "train.gradient_checkpointing=full")

@@ -42,9 +42,7 @@ def llama_gguf(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi3"])
-def test_converted_model_is_the_model_that_was_written(
-    model_type: str, pico: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_converted_gguf_equals_the_original_model(model_type: str, pico: Callable[..., Path], tmp_path: Path) -> None:
     # the file does not name Qwen3's head size: all of its models have 128
     folder = pico(model_type, head_dim=128) if model_type == "qwen3" else pico(model_type)
     converted = convert_gguf(write_gguf(folder, tmp_path / "pico.gguf"), tmp_path / "cache")
@@ -56,7 +54,7 @@ def test_converted_model_is_the_model_that_was_written(
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2"])
-def test_quantised_file_gives_the_weights_that_transformers_dequantises(
+def test_quantized_gguf_equals_transformers_dequantization(
     model_type: str, pico: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = write_gguf(pico(model_type, tie_word_embeddings=True), tmp_path / "pico.gguf", quantized=True)
@@ -77,7 +75,7 @@ def test_tokenizer_and_configs_are_complete(llama_gguf: Path, pico_llama: Path, 
     assert (config["dtype"], config["architectures"]) == ("bfloat16", ["LlamaForCausalLM"])
 
 
-def test_second_use_reads_the_cache_and_a_damaged_cache_is_made_again(llama_gguf: Path, tmp_path: Path) -> None:
+def test_conversion_is_cached_and_repeated_if_damaged(llama_gguf: Path, tmp_path: Path) -> None:
     folder = convert_gguf(llama_gguf, tmp_path)
     file = folder / "model.safetensors"
     content, made = file.read_bytes(), file.stat().st_mtime_ns
@@ -104,14 +102,14 @@ def llama3_factors() -> Tensor:
     return plain / scaled
 
 
-def test_rope_factors_of_llama_3_become_its_rope_settings(pico: Callable[..., Path], tmp_path: Path) -> None:
+def test_llama_3_rope_factors_become_rope_parameters(pico: Callable[..., Path], tmp_path: Path) -> None:
     folder = pico("llama", rope_parameters=LLAMA_3_ROPE, max_position_embeddings=131072)
     path = write_gguf(folder, tmp_path / "pico.gguf", extra={"rope_freqs.weight": llama3_factors()})
     config = json.loads((convert_gguf(path, tmp_path / "cache") / "config.json").read_text())
     assert config["rope_parameters"] == pytest.approx(LLAMA_3_ROPE)
 
 
-def test_foreign_rope_factors_are_refused(pico_llama: Path, tmp_path: Path) -> None:
+def test_unknown_rope_factors_are_refused(pico_llama: Path, tmp_path: Path) -> None:
     path = write_gguf(pico_llama, tmp_path / "pico.gguf", extra={"rope_freqs.weight": torch.linspace(1, 3, 8)})
     with pytest.raises(ModelError, match="rope factors"):
         convert_gguf(path, tmp_path / "cache")
@@ -126,7 +124,7 @@ def test_foreign_rope_factors_are_refused(pico_llama: Path, tmp_path: Path) -> N
         ({"settings": {"rope.scaling.type": "yarn"}}, "llama.rope.scaling.type: yarn"),
     ],
 )
-def test_file_that_would_lose_something_is_refused(
+def test_gguf_that_cannot_be_converted_exactly_is_refused(
     arguments: dict[str, Any], expected: str, pico_llama: Path, tmp_path: Path
 ) -> None:
     path = write_gguf(pico_llama, tmp_path / "pico.gguf", **arguments)
@@ -145,7 +143,7 @@ def test_missing_file_and_other_formats_are_one_line(llama_gguf: Path, tmp_path:
         assert "\n" not in str(caught.value)
 
 
-def test_architecture_that_is_not_converted_names_those_that_are(tmp_path: Path) -> None:
+def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -80,7 +80,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
-def test_bytes_of_a_loaded_model_are_those_of_the_arithmetic(wide: Path, quant_type: str, double: bool) -> None:
+def test_loaded_bytes_equal_hand_arithmetic(wide: Path, quant_type: str, double: bool) -> None:
     loaded = load(
         wide, bnb_4bit_compute_dtype="bfloat16", bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double
     )
@@ -101,7 +101,7 @@ def test_bytes_of_a_loaded_model_are_those_of_the_arithmetic(wide: Path, quant_t
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_nothing_is_upcast_and_all_is_frozen(pico_llama: Path, dtype: str) -> None:
+def test_no_parameter_is_upcast_or_trainable(pico_llama: Path, dtype: str) -> None:
     loaded = load(pico_llama, bnb_4bit_compute_dtype=dtype)
     compute = getattr(torch, dtype)
     assert loaded.compute_dtype == compute
@@ -126,14 +126,12 @@ def test_compute_dtype_is_logged_with_its_reason(caplog: pytest.LogCaptureFixtur
     assert reason in caplog.text
 
 
-def test_loaded_models_attend_with_repeated_keys_where_a_gpu_needs_it(pico_llama: Path) -> None:
+def test_loaded_models_use_grouped_sdpa(pico_llama: Path) -> None:
     assert load(pico_llama).model.config._attn_implementation == "sdpa"
     assert AttentionInterface()["sdpa"] is grouped_sdpa.attend
 
 
-def test_bfloat16_that_a_gpu_emulates_is_a_warning(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_emulated_bfloat16_is_a_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     with caplog.at_level("WARNING", logger="qlora_train"):
@@ -143,7 +141,7 @@ def test_bfloat16_that_a_gpu_emulates_is_a_warning(
     assert "Tesla T4 emulates bfloat16" in caplog.text
 
 
-def test_16_bit_loading_leaves_the_checkpoint_as_it_is(pico_llama: Path) -> None:
+def test_16_bit_loading_leaves_weights_unchanged(pico_llama: Path) -> None:
     loaded = load(pico_llama, load_in_4bit=False, bnb_4bit_compute_dtype="bfloat16")
     assert linears(loaded) == {}
     assert loaded.quantization_summary.quantized_share == 0
@@ -151,7 +149,7 @@ def test_16_bit_loading_leaves_the_checkpoint_as_it_is(pico_llama: Path) -> None
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
 
 
-def test_loaded_model_generates_what_its_dequantised_weights_generate(pico_llama: Path) -> None:
+def test_loaded_model_generates_like_its_dequantized_weights(pico_llama: Path) -> None:
     loaded = load(pico_llama, bnb_4bit_compute_dtype="float32")
     text = loaded.tokenizer.apply_chat_template(
         [{"role": "user", "content": "the capital of France?"}], add_generation_prompt=True, return_tensors="pt",
@@ -166,7 +164,7 @@ def test_loaded_model_generates_what_its_dequantised_weights_generate(pico_llama
     assert loaded.tokenizer.decode(found[0], skip_special_tokens=True)
 
 
-def test_layers_that_the_library_skips_are_quantised_too(pico: Pico) -> None:
+def test_subclasses_of_linear_are_quantized_too(pico: Pico) -> None:
     loaded = load(pico("falcon"))
     assert loaded.quantization_summary.quantized_share == 1.0
     plain = AutoModelForCausalLM.from_pretrained(pico("falcon"), dtype=loaded.compute_dtype)
@@ -174,7 +172,7 @@ def test_layers_that_the_library_skips_are_quantised_too(pico: Pico) -> None:
     assert names == set(linears(loaded)), "one 4-bit layer for every FalconLinear"
 
 
-def test_weights_that_stay_in_16_bits_are_refused_by_name(tmp_path: Path) -> None:
+def test_too_many_16_bit_weights_are_refused_by_name(tmp_path: Path) -> None:
     folder = build_pico(tmp_path, "qwen3_moe")
     with pytest.raises(ModelError, match=r"only 99\.6% of the linear weights .* below 100%.*mlp\.gate\.") as caught:
         load(folder, min_quantized_share=0.999)
@@ -196,7 +194,7 @@ def stored_in_4bit(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def test_quantised_checkpoint_loads_as_it_was_stored(stored_in_4bit: Path, pico_llama: Path) -> None:
+def test_4_bit_checkpoint_loads_unchanged(stored_in_4bit: Path, pico_llama: Path) -> None:
     again, first = load(stored_in_4bit), load(pico_llama)
     assert again.quantization_summary == first.quantization_summary
     for name, layer in linears(first).items():
@@ -207,7 +205,7 @@ def test_quantised_checkpoint_loads_as_it_was_stored(stored_in_4bit: Path, pico_
         assert torch.equal(again.model(input_ids=ids).logits, first.model(input_ids=ids).logits)
 
 
-def test_experts_stored_in_4_bits_one_by_one_are_refused_with_the_reason(pico: Pico, tmp_path: Path) -> None:
+def test_separately_stored_4_bit_experts_are_refused(pico: Pico, tmp_path: Path) -> None:
     folder = copy_of(pico("qwen3_moe"), tmp_path / "apart")
     edit_json(
         folder / "config.json", quantization_config={**STORED, "quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -236,9 +234,7 @@ def test_settings_that_contradict_the_checkpoint_are_refused(
     one_line(caught.value)
 
 
-def test_stored_settings_that_are_not_named_are_the_defaults_of_transformers(
-    stored_in_4bit: Path, tmp_path: Path
-) -> None:
+def test_missing_stored_settings_are_transformers_defaults(stored_in_4bit: Path, tmp_path: Path) -> None:
     folder = copy_of(stored_in_4bit, tmp_path / "unnamed")
     content = json.loads((folder / "config.json").read_text())
     del content["quantization_config"]["bnb_4bit_quant_type"]
@@ -247,14 +243,14 @@ def test_stored_settings_that_are_not_named_are_the_defaults_of_transformers(
         load(folder)
 
 
-def test_other_quantisation_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+def test_unsupported_quantization_is_refused(pico_llama: Path, tmp_path: Path) -> None:
     folder = copy_of(pico_llama, tmp_path / "gptq")
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ModelError, match="already quantized with gptq"):
         load(folder)
 
 
-def test_gguf_file_is_a_base_like_any_other(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_file_loads_like_its_original(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     loaded = load(write_gguf(pico_llama, tmp_path / "pico.gguf"))
     assert loaded.source.name == "pico"
@@ -323,7 +319,7 @@ def no_tokenizer(folder: Path) -> None:
         (no_tokenizer, "no usable tokenizer"),
     ],
 )
-def test_folder_that_is_no_model_is_one_line(
+def test_broken_model_folder_is_one_line(
     damage: Callable[[Path], None], message: str, pico_llama: Path, tmp_path: Path
 ) -> None:
     folder = copy_of(pico_llama, tmp_path / "base")
@@ -334,7 +330,7 @@ def test_folder_that_is_no_model_is_one_line(
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c"])
-def test_missing_path_is_one_line_and_not_asked_of_the_hub(name: str) -> None:
+def test_missing_path_is_one_line_without_the_hub(name: str) -> None:
     with pytest.raises(ModelError, match="does not exist; give a folder") as caught:
         resolve_base(ModelSection(model_name_or_path=name))
     one_line(caught.value)
@@ -372,7 +368,7 @@ def answer(status: int) -> Any:
         (http.ReadTimeout("slow\nnetwork"), "is not in the local cache"),
     ],
 )
-def test_what_the_hub_raises_becomes_one_line(raised: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_exceptions_become_one_line(raised: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*_: Any, **__: Any) -> None:
         raise raised
 
@@ -385,7 +381,7 @@ def test_what_the_hub_raises_becomes_one_line(raised: Exception, message: str, m
 # --- tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def test_complete_tokenizer_is_left_alone(pico_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_complete_tokenizer_is_unchanged(pico_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="qlora_train"):
         tokenizer = tokenizer_of(pico_llama)
     assert [record.getMessage() for record in caplog.records if "tokenizer" in record.getMessage()] == []
@@ -398,7 +394,7 @@ def test_complete_tokenizer_is_left_alone(pico_llama: Path, caplog: pytest.LogCa
     assert tokenizer.chat_template == original.chat_template
 
 
-def test_every_repair_is_made_and_logged(pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_tokenizer_repair_is_logged(pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = copy_of(pico_llama, tmp_path / "bare")
     edit_json(folder / "tokenizer_config.json", "pad_token", "eos_token", "model_max_length")
     (folder / "chat_template.jinja").unlink()
@@ -415,7 +411,7 @@ def test_every_repair_is_made_and_logged(pico_llama: Path, tmp_path: Path, caplo
         assert repair in caplog.text
 
 
-def test_missing_eos_is_taken_from_the_config_and_its_absence_refused(
+def test_missing_eos_token_comes_from_config_json(
     pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = copy_of(pico_llama, tmp_path / "bare")
@@ -428,9 +424,7 @@ def test_missing_eos_is_taken_from_the_config_and_its_absence_refused(
         tokenizer_of(folder)
 
 
-def test_base_without_turns_in_its_vocabulary_keeps_its_eos_and_ends_turns_with_it(
-    pico_llama: Path, tmp_path: Path
-) -> None:
+def test_turns_end_with_eos_without_a_token_for_it(pico_llama: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(pico_llama, folder)
     (folder / "chat_template.jinja").unlink()
@@ -444,7 +438,7 @@ def test_base_without_turns_in_its_vocabulary_keeps_its_eos_and_ends_turns_with_
     assert "y<|stop|>" in tokenizer.apply_chat_template(turns, tokenize=False).replace("y <", "y<")
 
 
-def test_chat_template_whose_end_of_turn_is_no_token_is_refused(pico_llama: Path) -> None:
+def test_end_of_turn_of_several_tokens_is_refused(pico_llama: Path) -> None:
     with pytest.raises(ModelError, match=r"'<\|eot_id\|>', which is \d+ tokens of this tokenizer") as caught:
         tokenizer_of(pico_llama, chat_template="llama3")
     assert "model.new_tokens: ['<|eot_id|>']" in one_line(caught.value)
@@ -452,7 +446,7 @@ def test_chat_template_whose_end_of_turn_is_no_token_is_refused(pico_llama: Path
     assert tokenizer.eos_token == "<|eot_id|>"
 
 
-def test_new_vocabulary_rows_are_the_same_in_every_load(pico_llama: Path) -> None:
+def test_new_vocabulary_rows_are_deterministic(pico_llama: Path) -> None:
     torch.manual_seed(1)
     first = load(pico_llama, model={"new_tokens": ("<a>", "<b>")})
     torch.manual_seed(2)
@@ -468,7 +462,7 @@ def test_new_vocabulary_rows_are_the_same_in_every_load(pico_llama: Path) -> Non
         torch.testing.assert_close(rows[-2:], mean.expand(2, -1), atol=1e-7, rtol=0.01)
 
 
-def test_growing_the_embedding_copies_it_once_and_never_in_float32(pico: Pico) -> None:
+def test_growing_the_embedding_makes_no_float32_copy(pico: Pico) -> None:
     source = pico("llama", num_hidden_layers=1, vocab_size=40_000, hidden_size=128, num_attention_heads=2)
     loaded = load(source, bnb_4bit_compute_dtype="bfloat16")
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -482,7 +476,7 @@ def test_growing_the_embedding_copies_it_once_and_never_in_float32(pico: Pico) -
 # --- positions --------------------------------------------------------------------------------------------------------
 
 
-def test_rope_scaling_really_changes_the_positions(pico_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rope_scaling_changes_the_positions(pico_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = load(pico_llama).model
     with caplog.at_level("INFO", logger="qlora_train"):
         scaled = load(pico_llama, model={"rope_scaling": {"rope_type": "linear", "factor": 4.0}}).model
@@ -494,7 +488,7 @@ def test_rope_scaling_really_changes_the_positions(pico_llama: Path, caplog: pyt
         assert not torch.allclose(scaled(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
-def test_rope_scaling_of_the_user_keeps_nothing_of_the_checkpoints_own(pico: Pico) -> None:
+def test_rope_scaling_replaces_the_checkpoints(pico: Pico) -> None:
     llama3 = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
@@ -509,13 +503,13 @@ def test_rope_scaling_of_the_user_keeps_nothing_of_the_checkpoints_own(pico: Pic
     assert not torch.equal(model.model.rotary_emb.inv_freq, load(folder).model.model.rotary_emb.inv_freq)
 
 
-def test_rope_scaling_where_layers_differ_is_refused(pico: Pico) -> None:
+def test_rope_scaling_with_different_layers_is_refused(pico: Pico) -> None:
     with pytest.raises(ConfigError, match="scales positions differently by layer"):
         load(pico("gemma3_text"), model={"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
-def test_a_model_is_never_whole_in_16_bits(model_type: str, pico: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_never_completely_in_16_bits(model_type: str, pico: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = pico(model_type, num_hidden_layers=12, hidden_size=256, intermediate_size=512, moe_intermediate_size=256)
     live, most, total = 0, 0, 0
     count = MemoryTrimmer.count

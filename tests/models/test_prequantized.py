@@ -143,7 +143,7 @@ def tensors_of(loaded: LoadedModel) -> Tensors:
 
 @pytest.mark.parametrize("in_4bit", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_a_release_loads_as_the_16_bit_weights_it_stands_for(
+def test_prequantized_base_loads_as_its_16_bit_weights(
     case: str, in_4bit: bool, pico: Pico, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model_type, config, store, ends = CASES[case]
@@ -158,7 +158,7 @@ def test_a_release_loads_as_the_16_bit_weights_it_stands_for(
 
 @pytest.mark.parametrize("merge_base", ["original", "dequantized"])
 @pytest.mark.parametrize("case", ["blocks", "experts one by one", "experts in 4 bits"])
-def test_a_release_merges_into_the_16_bit_model(case: str, merge_base: Any, pico: Pico, tmp_path: Path) -> None:
+def test_prequantized_base_merges_to_16_bits(case: str, merge_base: Any, pico: Pico, tmp_path: Path) -> None:
     model_type, config, store, ends = CASES[case]
     released, plain = written(pico(model_type), tmp_path, config, store, ends)
     adapter = save_adapter(load(plain).model, tmp_path / "adapter")
@@ -174,7 +174,7 @@ def test_a_release_merges_into_the_16_bit_model(case: str, merge_base: Any, pico
     assert all(torch.equal(tensor, merged["plain"][name]) for name, tensor in merged["released"].items())
 
 
-def test_a_release_trains_and_merges(pico_llama: Path, tmp_path: Path) -> None:
+def test_prequantized_base_trains_and_merges(pico_llama: Path, tmp_path: Path) -> None:
     config = {**FP8, "weight_block_size": list(BLOCK)}
     released, _ = written(pico_llama, tmp_path, config, blocks, LINEARS)
     run = train_run(tmp_path, released, "train.max_steps=3", "export.merge=true")
@@ -183,7 +183,7 @@ def test_a_release_trains_and_merges(pico_llama: Path, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
-def test_scales_as_powers_of_two_are_read_as_such(pico_llama: Path, tmp_path: Path) -> None:
+def test_e8m0_scales_are_powers_of_two(pico_llama: Path, tmp_path: Path) -> None:
     """Bytes and torch's own type for them are the same numbers."""
 
     def powers(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
@@ -202,7 +202,7 @@ def test_scales_as_powers_of_two_are_read_as_such(pico_llama: Path, tmp_path: Pa
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_parts_that_do_not_fit_are_one_line(pico_llama: Path, tmp_path: Path) -> None:
+def test_mismatched_scales_are_one_line(pico_llama: Path, tmp_path: Path) -> None:
     config = {**FP8, "weight_block_size": list(BLOCK)}
     released, _ = written(pico_llama, tmp_path, config, blocks, LINEARS)
     whole_file = load_file(released / WEIGHTS)

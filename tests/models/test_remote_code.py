@@ -68,9 +68,7 @@ PLANTED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", PLANTED)
-def test_code_that_is_not_trusted_never_runs(
-    case: str, pico_llama: Path, tmp_path: Path, canary: Path, capsys: Capture
-) -> None:
+def test_untrusted_code_never_runs(case: str, pico_llama: Path, tmp_path: Path, canary: Path, capsys: Capture) -> None:
     base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
     plant(base, canary, **PLANTED[case])
     status = main(command(tmp_path, base))
@@ -91,7 +89,7 @@ def test_code_beside_a_gguf_file_never_runs(pico_llama: Path, tmp_path: Path, ca
 
 
 @pytest.mark.parametrize("case", ["a config of its own", "a known model with code too"])
-def test_trusted_code_is_named_before_it_runs(
+def test_trusted_code_is_logged_before_it_runs(
     case: str, pico_llama: Path, tmp_path: Path, canary: Path, capsys: Capture
 ) -> None:
     base = Path(shutil.copytree(pico_llama, tmp_path / "base"))
@@ -117,9 +115,7 @@ def test_trusted_code_of_another_repository_is_refused(
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper(), COMMIT + "0"])
-def test_trust_needs_a_whole_commit_for_a_model_of_the_hub(
-    revision: str | None, tmp_path: Path, capsys: Capture
-) -> None:
+def test_trusting_a_hub_model_needs_a_full_commit(revision: str | None, tmp_path: Path, capsys: Capture) -> None:
     settings = ["model.model_name_or_path=owner/name", "data.train=rows.jsonl", "model.trust_remote_code=true"]
     (tmp_path / "run.yaml").write_text("run:\n")
     override = [] if revision is None else [f"model.revision='{revision}'"]
@@ -128,11 +124,11 @@ def test_trust_needs_a_whole_commit_for_a_model_of_the_hub(
 
 
 @pytest.mark.parametrize("name", ["./model", "~/models/model", "/models/model", "model.gguf"])
-def test_trust_needs_no_commit_for_local_files(name: str) -> None:
+def test_trusting_local_files_needs_no_commit(name: str) -> None:
     assert ModelSection(model_name_or_path=name, trust_remote_code=True).revision is None
 
 
-def test_a_local_model_with_code_of_its_own_is_trained_merged_and_checked(pico_llama: Path, tmp_path: Path) -> None:
+def test_local_model_with_remote_code_trains_and_merges(pico_llama: Path, tmp_path: Path) -> None:
     base = with_remote_code(Path(shutil.copytree(pico_llama, tmp_path / "base")))
     run = train_run(tmp_path, base, "train.max_steps=1", "export.merge=true", "export.merge_base=original", *TRUSTED)
     checks = json.loads((run.path / "results.json").read_text())["merge"]
@@ -141,7 +137,7 @@ def test_a_local_model_with_code_of_its_own_is_trained_merged_and_checked(pico_l
     assert (content["model_type"], content["architectures"]) == ("own_llama", ["OwnForCausalLM"])
 
 
-def test_code_that_came_into_a_merged_model_never_runs(
+def test_code_added_to_a_merged_model_never_runs(
     pico_llama: Path, tmp_path: Path, canary: Path, capsys: Capture
 ) -> None:
     run = train_run(tmp_path, pico_llama, "train.max_steps=1", "export.merge=true", "export.merge_base=dequantized")

@@ -32,7 +32,7 @@ def rows_of(tokenizer: Any) -> list[Example]:
     return [example(ids, question, "3468"), example(ids), example(tokenizer("the quick")["input_ids"], "the ", "quick")]
 
 
-def test_probes_survive_their_file_and_the_same_tokenizer_passes(tokenizer: Any, tmp_path: Path) -> None:
+def test_probes_are_saved_and_the_same_tokenizer_passes(tokenizer: Any, tmp_path: Path) -> None:
     probes = run_probes(tokenizer, rows_of(tokenizer), date=DATE)
     assert probes[-3].messages is not None, "a conversation is probed from its messages"
     assert probes[-3].ids == probes[-2].ids == tuple(rows_of(tokenizer)[0].input_ids.tolist())
@@ -43,7 +43,7 @@ def test_probes_survive_their_file_and_the_same_tokenizer_passes(tokenizer: Any,
     assert differences(type(tokenizer).from_pretrained(tmp_path), read) == []
 
 
-def test_other_split_rule_shows_text_and_tokens(tokenizer: Any) -> None:
+def test_other_pre_tokenizer_shows_text_and_tokens(tokenizer: Any) -> None:
     other = copy.deepcopy(tokenizer)
     digits = pre_tokenizers.Digits(individual_digits=True)
     other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, tokenizer.backend_tokenizer.pre_tokenizer])

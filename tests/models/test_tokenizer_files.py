@@ -78,7 +78,7 @@ def write_merged(base: Path, adapter: Path, folder: Path) -> Path:
         ("prepend", "llama", "LlamaTokenizer", False, "<s>[INST]", ["<s>", "\u2581[INST]"]),
     ],
 )
-def test_run_has_the_tokens_of_the_file_where_the_class_would_change_them(
+def test_run_tokenizes_like_tokenizer_json(
     rule: str, model_type: str, tokenizer_class: str, legacy: bool | None, text: str, tokens: list[str],
     tmp_path: Path, messages: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -93,7 +93,7 @@ def test_run_has_the_tokens_of_the_file_where_the_class_would_change_them(
 
 
 @pytest.mark.parametrize(("model_type", "tokenizer_class"), PAIRS, ids=map(" ".join, PAIRS))
-def test_run_file_adapter_and_merged_have_the_same_tokens_or_the_merge_is_refused(
+def test_run_adapter_and_merged_tokenize_equally_or_merging_is_refused(
     model_type: str, tokenizer_class: str, tmp_path: Path
 ) -> None:
     for rule in SPLIT_RULES:
@@ -115,7 +115,7 @@ def test_run_file_adapter_and_merged_have_the_same_tokens_or_the_merge_is_refuse
             assert differences(AutoTokenizer.from_pretrained(merged), probes) == []
 
 
-def test_legacy_that_saving_drops_still_decides_the_saved_tokens(tmp_path: Path) -> None:
+def test_legacy_setting_lost_by_saving_keeps_its_effect(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "always", "llama", "LlamaTokenizer", legacy=True)
     tokenizer = tokenizer_of(base)
     assert type(tokenizer).__name__ == "LlamaTokenizer", "it has the tokens of the file"
@@ -128,7 +128,7 @@ def test_legacy_that_saving_drops_still_decides_the_saved_tokens(tmp_path: Path)
         assert again.convert_ids_to_tokens(encode(again, "<s>[INST] x")) == ["<s>", "\u2581[INST]", "\u2581x"]
 
 
-def test_added_token_that_the_class_would_find_elsewhere_is_found_as_the_file_says(tmp_path: Path) -> None:
+def test_added_tokens_match_as_in_tokenizer_json(tmp_path: Path) -> None:
     base = base_of(tmp_path, "gpt2", "llama", "GPT2Tokenizer", added=tuple(f"<|{i}|>" for i in range(100)))
     content = json.loads((base / "tokenizer.json").read_text())
     settings = json.loads((base / "tokenizer_config.json").read_text())
@@ -154,7 +154,7 @@ def longer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pad_beyond_the_embedding_passes_training_merging_and_evaluating(
+def test_pad_token_beyond_the_embedding_trains_merges_and_evaluates(
     longer: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     run = train_run(tmp_path, longer, "train.max_steps=2", "export.merge=true")
@@ -173,7 +173,7 @@ def test_pad_beyond_the_embedding_passes_training_merging_and_evaluating(
     assert talk.turns == []
 
 
-def test_rows_with_tokens_beyond_the_embedding_are_refused_by_name(longer: Path, tmp_path: Path) -> None:
+def test_tokens_beyond_the_embedding_are_refused_by_name(longer: Path, tmp_path: Path) -> None:
     row = {"prompt": "a <|tool|> b", "completion": "c"}
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x", "completion": "y"}) + "\n" + json.dumps(row) + "\n")
     config = make_config(tmp_path, longer, "data.eval=0.5", "data.max_dropped=0.9")
@@ -182,7 +182,7 @@ def test_rows_with_tokens_beyond_the_embedding_are_refused_by_name(longer: Path,
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_named_token_beyond_the_embedding_is_trained_and_merged_as_it_was_trained(longer: Path, tmp_path: Path) -> None:
+def test_new_token_beyond_the_embedding_trains_and_merges(longer: Path, tmp_path: Path) -> None:
     run = train_run(
         tmp_path, longer, "model.new_tokens=['<|tool|>']", "train.max_steps=2", "quantization.load_in_4bit=false",
         "quantization.bnb_4bit_compute_dtype=float32", "export.merge=false",
@@ -203,7 +203,7 @@ def test_named_token_beyond_the_embedding_is_trained_and_merged_as_it_was_traine
 # --- chat templates -------------------------------------------------------------------------------------------------------
 
 
-def test_rows_with_tools_keep_their_own_template_from_the_base_to_the_merged_model(tmp_path: Path) -> None:
+def test_tool_use_template_survives_from_base_to_merged(tmp_path: Path) -> None:
     base = build_pico(tmp_path / "base")
     (base / "chat_template.jinja").write_text(CHATML)
     (base / "additional_chat_templates").mkdir()
@@ -249,7 +249,7 @@ def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
     assert tokenizer_of(base, chat_template="chatml").chat_template.count("im_start") > 0
 
 
-def test_template_of_a_processor_reaches_adapter_and_merged(tmp_path: Path) -> None:
+def test_processor_template_reaches_adapter_and_merged(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "gpt2", "llama", "GPT2Tokenizer", template=None)
     (base / "chat_template.json").write_text(json.dumps({"chat_template": TOOLS_TEMPLATE}))
     save_tokenizer(tokenizer_of(base), tmp_path / "adapter")
