@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from qlora_train.adapters import attach_adapter, load_trained
 from qlora_train.adapters.adapter_folder import read_adapter_settings
 from qlora_train.cli.main import main
-from qlora_train.config import ModelSection, QuantizationSection, load_config
+from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.models import BaseSource, LoadedModel, load_model
 from qlora_train.pipeline import merge
 from qlora_train.runs import RunFolder

@@ -160,7 +160,7 @@ BROKEN: dict[str, tuple[Damage, str]] = {
         r"config\.json cannot be read: .*'intermediate_size' expected int, got list.*; download it again$",
     ),
     "config of no causal language model": (
-        edited("config.json", model_type="t5"), "cannot be loaded: .*T5Config.*; give a causal language model",
+        edited("config.json", model_type="t5"), "cannot be loaded: .*T5Config.*; use a causal language model",
     ),
     "a pad token beyond the vocabulary": (
         edited("config.json", pad_token_id=320),
