@@ -37,10 +37,8 @@ from qlora_train.models.prequantized import prequantized_format
 from qlora_train.models.quantization_summary import (
     QuantizationSummary,
     check_quantization,
-    disable_cpu_repacking,
     summarize_quantization,
 )
-from qlora_train.models.quantize_linears import quantize_linears
 from qlora_train.models.text_only import OmittedModule, check_causal, text_model
 from qlora_train.models.tokenizer import load_tokenizer
 from qlora_train.utils.device import select_device
@@ -99,14 +97,11 @@ def load_model(
     base = _from_pretrained(
         source, model, dtype, device, _quantization_config(source, quantization, dtype, architecture), architecture
     )
-    if quantization.load_in_4bit:
-        quantize_linears(base, architecture.linear_classes, quantization, dtype)
     base.config.use_cache = base.config.get_text_config().use_cache = False
     base.requires_grad_(False)
-    disable_cpu_repacking(base)
     fix_partial_blocks(base)
     reset_dynamic_rope(base)
-    _set_compute_dtype(base, dtype)
+    _prepare_4bit_layers(base, dtype)
     new_token_ids = _add_new_tokens(base, tokenizer, model.new_tokens) if model.new_tokens else ()
     summary = summarize_quantization(base, output_heads(base))
     if not architecture.known:
@@ -277,12 +272,14 @@ def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], na
     return type(config).from_dict(whole)
 
 
-def _set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    # of 4-bit checkpoints it is float32 by default
+def _prepare_4bit_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            module.compute_dtype = dtype
+            module.compute_dtype = dtype  # float32 by default in 4-bit checkpoints
             module.compute_type_is_set = True
+            # In its first evaluation forward on CPUs with AVX512-BF16, bitsandbytes repacks weights for an operator without
+            # a gradient formula: training after an evaluation would silently lose the gradient of the base path.
+            module.support_avx512bf16_for_cpu = False
 
 
 def _add_new_tokens(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Params4bit
 from torch import nn
 
 from qlora_train.kernels.expert_weights import ExpertWeights, quantized_experts
@@ -135,12 +135,3 @@ def check_quantization(summary: QuantizationSummary, min_quantized_share: float)
             f"below {min_quantized_share:.0%}; left in 16 bits: {shown}; use a model of linear layers, or "
             "lower the limit at the cost of memory"
         )
-
-
-def disable_cpu_repacking(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking CPU weights in its first evaluation forward."""
-    # On CPUs with AVX512-BF16 repacked weights use an operator without a gradient formula: training after an evaluation
-    # would silently lose the gradient of the base path.
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
