@@ -51,7 +51,7 @@ TEXT_TYPES = {
 """`model_type` of a whole checkpoint -> that of its text part where config.json names none: the config class's default."""
 NEEDS_ENCODERS = {
     "paligemma": "it reads a text in both directions, so that each token would see those it is to learn",
-    "qwen2_audio": "its code asks the audio tower for its device, even for text",
+    "qwen2_audio": "its code asks the audio encoder for its device, even for text",
 }
 """`model_type` of a whole checkpoint that cannot do without its towers -> why."""
 _ROWS = (

@@ -186,7 +186,7 @@ def test_text_part_packs_or_says_why_not(model_type: str, whole: Callable[[str],
     ("model_type", "reason"),
     [
         ("paligemma", "reads a text in both directions"),
-        ("qwen2_audio", "asks the audio module for its device"),
+        ("qwen2_audio", "asks the audio encoder for its device"),
         ("phi4_multimodal", "its encoders are inside the language model"),
         ("florence2", "an encoder-decoder"),
     ],
