@@ -59,17 +59,16 @@ log names them.
 WHOLE_HEAD = """
 ## Multimodal checkpoints
 
-A checkpoint that sees or hears trains on text: its language model alone is loaded, in 4 bits with LoRA, under the names
-that it has in the whole model. The other modules are never read; one line of the log names them with their sizes. The
-adapter loads onto the whole 16-bit model with PEFT and leaves its other modules alone (`exclude_modules`). The merged
-folder is a whole checkpoint of the base's own type and tensor names, in which the tensors of the other modules are copied
-bit for bit.
+A multimodal checkpoint trains on text: its language model alone is loaded, in 4 bits with LoRA, under its names in the whole
+model. Vision and audio encoders are not read; the log names them with their sizes. The adapter loads onto the whole 16-bit
+model with PEFT and leaves the encoders alone (`exclude_modules`). The merged folder is a whole checkpoint of the base's own
+type and tensor names, with the encoders' tensors copied bit for bit.
 
-`tests/architectures/test_multimodal.py` holds each type of this table to the whole model in plain Transformers. A type that
-is not here is tried: where no language model can be taken out of it, where that does not run alone, or where a later
-token changes an earlier prediction, it is refused in one line.
+`tests/architectures/test_multimodal.py` compares each type of this table with the whole model in plain Transformers. Other
+types are tried, and refused in one line if they have no separate language model, if it does not run alone, or if a later
+token changes an earlier prediction.
 
-| model_type | language model | left out | packing |
+| model_type | language model | not loaded | packing |
 |---|---|---|---|
 """
 

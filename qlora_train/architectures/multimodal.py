@@ -1,8 +1,8 @@
 """Multimodal checkpoints that train on text: which text model is in each, by the `model_type` of the whole.
 
-config.json mostly says so itself (`text_config`); this is for files that leave it out, and for what no file says: the
-rows of language models that are tried inside a whole one alone, and why some whole models cannot do without a tower. Which
-towers there are is found by walking the model (`qlora_train/models/text_only.py`).
+config.json usually contains it (`text_config`). This table is for files without it, for language models that exist only
+inside multimodal ones, and for models that do not run without an encoder. Encoders themselves are found by walking the
+model (`qlora_train/models/text_only.py`).
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ NEEDS_ENCODERS = {
     "paligemma": "it reads a text in both directions, so that each token would see those it is to learn",
     "qwen2_audio": "its code asks the audio encoder for its device, even for text",
 }
-"""`model_type` of a whole checkpoint that cannot do without its towers -> why."""
+"""`model_type` of multimodal models that need their encoders for text -> reason."""
 _ROWS = (
     Architecture("aria_text", LLAMA, 2048),
     Architecture(

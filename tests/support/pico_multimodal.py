@@ -1,4 +1,4 @@
-"""Pico multimodal checkpoints: a small text model beside small towers, saved as a user would have them."""
+"""Pico multimodal checkpoints: a small language model with small encoders, saved as for users."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ _TOWER: dict[str, Any] = {
     "projector_input_dim": 32,
     "projector_output_dim": 32,
 }
-"""What every other tower is given of the names that its config has."""
+"""Settings of every encoder, as far as its config has them."""
 
 
 def _as(model_type: str, **own: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 
 def build_whole_config(model_type: str, text: dict[str, Any] | None = None) -> Any:
-    """Return the Transformers config of a pico checkpoint of several towers."""
+    """Return the Transformers config of a pico multimodal checkpoint."""
     usual = AutoConfig.for_model(model_type)
     parts: dict[str, Any] = {}
     for name in type(usual).sub_configs:
@@ -100,7 +100,7 @@ def build_whole_config(model_type: str, text: dict[str, Any] | None = None) -> A
 
 
 def build_whole(folder: Path, model_type: str) -> Path:
-    """Save a pico checkpoint of several towers with its tokenizer under `folder`, and return the folder."""
+    """Save a pico multimodal checkpoint with its tokenizer under `folder`, and return the folder."""
     config = build_whole_config(model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
