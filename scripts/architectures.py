@@ -59,10 +59,10 @@ log names them.
 WHOLE_HEAD = """
 ## Multimodal checkpoints
 
-A multimodal checkpoint trains on text: its language model alone is loaded, in 4 bits with LoRA, under its names in the whole
-model. Vision and audio encoders are not read; the log names them with their sizes. The adapter loads onto the whole 16-bit
-model with PEFT and leaves the encoders alone (`exclude_modules`). The merged folder is a whole checkpoint of the base's own
-type and tensor names, with the encoders' tensors copied bit for bit.
+A multimodal checkpoint trains on text: its language model alone is loaded, in 4 bits with LoRA, under its names in the
+whole model. Vision and audio encoders are not read; the log names them with their sizes. The adapter loads onto the whole
+16-bit model with PEFT and leaves the encoders alone (`exclude_modules`). The merged folder is a whole checkpoint of the
+base's own type and tensor names, with the encoders' tensors copied bit for bit.
 
 `tests/architectures/test_multimodal.py` compares each type of this table with the whole model in plain Transformers. Other
 types are tried, and refused in one line if they have no separate language model, if it does not run alone, or if a later
