@@ -111,8 +111,8 @@ def train_adapter(
     folder: RunFolder, config: RunConfig, source: BaseSource, data: PreparedData, checkpoint: Path | None
 ) -> AdapterReference:
     """Load the base, train an adapter, write and measure it; the model is freed on return."""
-    if doomed := folder.existing_results():
-        names = ", ".join(path.name for path in doomed)
+    if results := folder.existing_results():
+        names = ", ".join(path.name for path in results)
         logger.warning("%s: training further will replace the adapter and delete %s", folder.path, names)
     loaded = load_model(config.model, config.quantization, source=source)
     batches = [] if checkpoint else initial_batches(config, data, loaded)  # a checkpoint replaces the initial weights

@@ -43,16 +43,17 @@ def score_answers(expected: Sequence[str], generated: Sequence[str]) -> AnswerSc
         raise DataError("no answers to score; give data.eval rows with an assistant turn")
     generated = [_without_thoughts(answer, text) for text, answer in zip(expected, generated, strict=True)]
     expected = [THINK_BLOCK.sub(r"\2", text) for text in expected]
-    wanted, found = [_pairs(text) for text in expected], [_pairs(text) for text in generated]
+    expected_pairs = [_pairs(text) for text in expected]
+    generated_pairs = [_pairs(text) for text in generated]
     matches = tuple(
-        e.strip() == g.strip() or (w is not None and w == f)
-        for e, g, w, f in zip(expected, generated, wanted, found, strict=True)
+        e.strip() == g.strip() or (e_pairs is not None and e_pairs == g_pairs)
+        for e, g, e_pairs, g_pairs in zip(expected, generated, expected_pairs, generated_pairs, strict=True)
     )
     exact_match = sum(matches) / len(matches)
-    if any(pairs is None for pairs in wanted):
+    if any(pairs is None for pairs in expected_pairs):
         return AnswerScores(exact_match, None, None, matches)
-    valid_json = sum(pairs is not None for pairs in found) / len(found)
-    return AnswerScores(exact_match, valid_json, _micro_f1(wanted, found), matches)
+    valid_json = sum(pairs is not None for pairs in generated_pairs) / len(generated_pairs)
+    return AnswerScores(exact_match, valid_json, _micro_f1(expected_pairs, generated_pairs), matches)
 
 
 def compare_answers(adapter: AnswerScores, merged: AnswerScores) -> dict[str, int]:
@@ -94,10 +95,10 @@ def _without_thoughts(answer: str, expected: str) -> str:
     return answer.partition(THINK_END)[2] or answer
 
 
-def _micro_f1(wanted: Sequence[Pairs | None], found: Sequence[Pairs | None]) -> float:
-    pairs = [(w or frozenset(), f or frozenset()) for w, f in zip(wanted, found, strict=True)]
-    total = sum(len(w) + len(f) for w, f in pairs)
-    return 2 * sum(len(w & f) for w, f in pairs) / total if total else 1.0
+def _micro_f1(expected: Sequence[Pairs | None], generated: Sequence[Pairs | None]) -> float:
+    pairs = [(e or frozenset(), g or frozenset()) for e, g in zip(expected, generated, strict=True)]
+    total = sum(len(e) + len(g) for e, g in pairs)
+    return 2 * sum(len(e & g) for e, g in pairs) / total if total else 1.0
 
 
 def _pairs(text: str) -> Pairs | None:

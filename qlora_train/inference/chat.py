@@ -132,9 +132,9 @@ class Chat:
     def _ask(self, question: str) -> None:
         """Answer a question and add both to the conversation; a question that cannot be answered is dropped."""
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        asked: list[Message] = [*self.turns, {"role": "user", "content": question}]
+        turns: list[Message] = [*self.turns, {"role": "user", "content": question}]
         try:
-            ids = encode_chat(self.tokenizer, [*system, *asked], date=self.run.date, add_generation_prompt=True)
+            ids = encode_chat(self.tokenizer, [*system, *turns], date=self.run.date, add_generation_prompt=True)
         except TemplateError as error:
             logger.warning("the chat template refuses this conversation: %s; try /system or /reset", first_line(error))
             return
@@ -153,7 +153,7 @@ class Chat:
             logger.warning("out of memory: %d tokens and %d new ones do not fit (%s); /reset starts a new conversation, "
                            "--max-new-tokens shortens answers", len(ids), max_new_tokens, reason)  # fmt: skip
             return
-        self.turns = [*asked, {"role": "assistant", "content": answer}]
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
 
     def _answer(self, ids: list[int], max_new_tokens: int) -> str:
         generation = make_generation_config(

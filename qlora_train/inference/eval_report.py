@@ -106,8 +106,8 @@ def _record(
         results[COMPARISON] = compare_answers(scores["adapter"], scores["merged"])
     if answers:
         lines = [
-            json.dumps({"where": example.where, "expected": wanted, **{name: answers[name][i] for name in answers}})
-            for i, (example, wanted) in enumerate(zip(rows, expected, strict=True))
+            json.dumps({"where": example.where, "expected": answer, **{name: answers[name][i] for name in answers}})
+            for i, (example, answer) in enumerate(zip(rows, expected, strict=True))
         ]
         atomic_io.write_text(folder.answers_file, "\n".join(lines) + "\n")
     folder.add_results(evaluation={"num_rows": num_rows, **results})
@@ -122,8 +122,8 @@ def _earlier_answers(
     if not evaluation or not folder.answers_file.is_file():
         return {}
     lines = [json.loads(line) for line in folder.answers_file.read_text(encoding="utf-8").splitlines()]
-    wanted = [(example.where, answer) for example, answer in zip(rows, expected, strict=True)]
-    if [(line["where"], line["expected"]) for line in lines] != wanted:
+    current = [(example.where, answer) for example, answer in zip(rows, expected, strict=True)]
+    if [(line["where"], line["expected"]) for line in lines] != current:
         return {}
     return {name: [line[name] for line in lines] for name in MODELS if name in evaluation and name in lines[0]}
 

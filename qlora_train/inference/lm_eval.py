@@ -122,8 +122,8 @@ def _measure(model: Any, tokenizer: Any, manager: Any, settings: TaskSettings, s
             partial(_simple_evaluate, model, tokenizer, manager, settings, system, batch_size)
         )
         if measured is not None:
-            asked = {"chat_template": settings.chat_template, "system_prompt": system}
-            return {task: _scores(task, measured) | asked for task in measured["results"]}
+            prompts = {"chat_template": settings.chat_template, "system_prompt": system}
+            return {task: _scores(task, measured) | prompts for task in measured["results"]}
         if batch_size == 1:
             raise ModelError(
                 f"--tasks: out of memory at --batch-size 1 ({reason}); drop the tasks with the longest prompts"

@@ -14,15 +14,15 @@ from qlora_train.runs.run_folder import RunFolder, read_json, write_json
 from qlora_train.utils.errors import CheckpointError
 
 
-def record_fitted_settings(run: RunFolder, asked: TrainSection, fitted: TrainSection, why: str) -> None:
+def record_fitted_settings(run: RunFolder, requested: TrainSection, fitted: TrainSection, why: str) -> None:
     """Write fit.json: requested and applied settings, with the reason."""
-    requested = {key: getattr(asked, key) for key in KEYS}
+    values = {key: getattr(requested, key) for key in KEYS}
     write_json(
-        run.fitted_settings_file, {"asked": requested, "applied": changed_settings(asked, fitted), "why": why}
+        run.fitted_settings_file, {"requested": values, "applied": changed_settings(requested, fitted), "why": why}
     )
 
 
-def apply_fitted_settings(run: RunFolder, asked: TrainSection) -> TrainSection:
+def apply_fitted_settings(run: RunFolder, requested: TrainSection) -> TrainSection:
     """Return the training settings with those of fit.json.
 
     A critical setting that was requested otherwise discards all of fit.json; a mutable one discards its own entry.
@@ -32,14 +32,14 @@ def apply_fitted_settings(run: RunFolder, asked: TrainSection) -> TrainSection:
     """
     entry = read_json(run.fitted_settings_file)
     if not entry:
-        return asked
+        return requested
     try:
-        requested: dict[str, Any] = entry["asked"]
-        changed = {key for key in KEYS if requested[key] != getattr(asked, key)}
+        recorded: dict[str, Any] = entry["requested"]
+        changed = {key for key in KEYS if recorded[key] != getattr(requested, key)}
         if not all(is_mutable(f"train.{key}") for key in changed):
-            return asked
+            return requested
         applied = {key: value for key, value in entry["applied"].items() if key not in changed}
-        return TrainSection.model_validate({**asked.model_dump(), **applied})
+        return TrainSection.model_validate({**requested.model_dump(), **applied})
     except (KeyError, TypeError, AttributeError, ValidationError):
         raise CheckpointError(
             f"{run.fitted_settings_file}: has unexpected content; restore it, or delete it"

@@ -207,7 +207,7 @@ def test_what_was_recorded_counts_for_the_settings_it_was_recorded_for(pico_llam
     assert apply_fitted_settings(run, asked.model_copy(update=free)) == fitted.model_copy(update=free)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"asked": 3}', '{"asked": {}, "applied": {}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"requested": 3}', '{"requested": {}, "applied": {}}'])
 def test_a_record_that_is_damaged_is_named(content: str, pico_llama: Path, tmp_path: Path) -> None:
     asked, run = make_config(tmp_path, pico_llama).train, RunFolder(tmp_path)
     run.fitted_settings_file.write_text(content)
