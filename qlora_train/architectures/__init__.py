@@ -1,7 +1,6 @@
-"""What a checkpoint does not tell about itself, by Hugging Face `model_type`, and what follows from it before a download.
+"""Properties of architectures that neither config.json nor the loaded model has, by `model_type`, and checks with them.
 
-Linear layers, experts, routers, the output head and gradient checkpointing are found by walking the loaded model; the
-table holds the rest. A `model_type` without a row trains on the generic row, which assumes nothing.
+A `model_type` without a row uses the generic row, which assumes nothing.
 """
 
 from collections.abc import Container, Mapping
@@ -15,8 +14,7 @@ from qlora_train.architectures.multimodal import (
     text_config,
     text_type,
 )
-from qlora_train.architectures.row import Architecture
-from qlora_train.architectures.table import ARCHITECTURES, EVERY_LINEAR_NAME
+from qlora_train.architectures.table import ARCHITECTURES, EVERY_LINEAR_NAME, Architecture
 from qlora_train.utils.errors import ConfigError, ModelError
 
 __all__ = [
@@ -35,22 +33,20 @@ __all__ = [
 ]
 
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
-"""Where config.json keeps the number of positions, in the order of trust."""
+"""Keys of config.json with the number of positions, by precedence."""
 ROPES_FROM_ORIGINAL = ("llama3", "longrope", "yarn")
-"""Rope types whose factor multiplies `original_max_position_embeddings`, the length before any scaling."""
+"""RoPE types whose factor multiplies `original_max_position_embeddings`."""
 TEMPLATE_MARKERS = {
     "<|im_start|>": "chatml",
     "<|start_header_id|>": "llama3",
     "<start_of_turn>": "gemma",
     "[INST]": "mistral",
 }
-"""Token that opens a turn -> the chat template that uses it; a base model that has it is taught with it."""
+"""Token that starts a turn -> the chat template that uses it."""
 
 
 def detect(config: Mapping[str, Any]) -> Architecture:
-    """Return the row for a config.json, or the generic row (`known=False`) when its model_type has none.
-
-    The row of a multimodal checkpoint is that of its text part.
+    """Return the row for a config.json (its text config if multimodal), or the generic row (`known=False`).
 
     Raises:
         ModelError: config.json has no model_type.
@@ -66,10 +62,9 @@ def detect(config: Mapping[str, Any]) -> Architecture:
 
 
 def max_positions(config: Mapping[str, Any], architecture: Architecture) -> int | None:
-    """Return the longest input in tokens that the checkpoint itself supports; None where nothing limits or tells it.
+    """Return the maximum input length in tokens of the checkpoint, or None if it is unlimited or unknown.
 
-    A rope scaling inside config.json counts only when it names the length it starts from; otherwise the number of
-    positions is taken to include it, as the checkpoints of its authors do.
+    RoPE scaling in config.json counts if it has `original_max_position_embeddings`; else the positions include it.
     """
     config = text_config(config)
     if architecture.unlimited_key and config.get(architecture.unlimited_key):
@@ -84,10 +79,10 @@ def max_positions(config: Mapping[str, Any], architecture: Architecture) -> int 
 
 
 def _scaled_positions(config: Mapping[str, Any], positions: int, rope_scaling: Mapping[str, Any]) -> int:
-    """Positions under the user's rope scaling, which replaces the one in config.json."""
+    # the user's scaling replaces the one in config.json
     start = rope_scaling.get("original_max_position_embeddings", positions)
     if rope_scaling["rope_type"] in ROPES_FROM_ORIGINAL:
-        # Transformers lets this key of a config (Phi-3 has it) win over the one inside the rope settings
+        # in Transformers this key of config.json (as in Phi-3) has precedence over the RoPE settings
         start = text_config(config).get("original_max_position_embeddings", start)
     return int(start * rope_scaling["factor"])
 
@@ -95,16 +90,10 @@ def _scaled_positions(config: Mapping[str, Any], positions: int, rope_scaling: M
 def check_max_length(
     config: Mapping[str, Any], architecture: Architecture, max_length: int, rope_scaling: Mapping[str, Any] | None
 ) -> None:
-    """Refuse rows longer than the model's positions.
-
-    Args:
-        config: the content of config.json.
-        architecture: from `detect`.
-        max_length: `data.max_length`, in tokens.
-        rope_scaling: `model.rope_scaling`, with rope_type and factor, or None.
+    """Check `data.max_length` against the model's positions, scaled by `model.rope_scaling`.
 
     Raises:
-        ConfigError: max_length exceeds the positions that the model has, or reaches with rope_scaling.
+        ConfigError: max_length exceeds them.
     """
     positions = max_positions(config, architecture)
     if positions is None:
@@ -122,12 +111,10 @@ def check_max_length(
 
 
 def check_target_modules(architecture: Architecture, target_modules: str | tuple[str, ...]) -> None:
-    """Refuse a list of layer names with one that belongs to other architectures only, before anything is downloaded.
-
-    Names that no row knows, patterns and `all-linear` pass: only the loaded model can judge them.
+    """Check layer names before a download; unknown names, patterns and `all-linear` need the loaded model.
 
     Raises:
-        ConfigError: a name such as q_proj for a model with fused projections.
+        ConfigError: a name that only other architectures have.
     """
     if isinstance(target_modules, str) or not architecture.known:
         return
@@ -136,28 +123,20 @@ def check_target_modules(architecture: Architecture, target_modules: str | tuple
     if wrong:
         raise ConfigError(
             f"lora.target_modules: {', '.join(wrong)}: no such layer in a {architecture.model_type} model; "
-            f"it has {', '.join(architecture.linear_names)}; all-linear takes them all"
+            f"it has {', '.join(architecture.linear_names)}; all-linear targets all of them"
         )
 
 
 def check_packing(architecture: Architecture) -> None:
-    """Refuse packing where the documents of a pack would see each other.
-
-    Raises:
-        ConfigError: the architecture cannot keep them apart.
-    """
+    """Raise a ConfigError if packed documents would attend to each other."""
     if architecture.packing_error:
         raise ConfigError(
-            f"data.packing: true, but the documents of a pack would see each other in a {architecture.model_type} model: "
+            f"data.packing: true, but packed documents would attend to each other in a {architecture.model_type} model: "
             f"{architecture.packing_error}; set data.packing to false"
         )
 
 
 def default_chat_template(architecture: Architecture, vocabulary: Container[str]) -> str:
-    """Return the name of the chat template for a base model without one.
-
-    The turn tokens in its vocabulary decide (a llama of the third generation, or SmolLM2, is not taught Llama-2's
-    turns); the row's own template is for vocabularies without any.
-    """
+    """Return the chat template for a base model without one, by the turn tokens in its vocabulary, else by its row."""
     marked = (template for token, template in TEMPLATE_MARKERS.items() if token in vocabulary)
     return next(marked, architecture.chat_template)

@@ -1,15 +1,13 @@
-"""Multimodal checkpoints that train on text: which text model is in each, by the `model_type` of the whole.
+"""Text models inside multimodal checkpoints, for text-only loading (`qlora_train/models/text_only.py`).
 
-config.json usually contains it (`text_config`). This table is for files without it, for language models that exist only
-inside multimodal ones, and for models that do not run without an encoder. Encoders themselves are found by walking the
-model (`qlora_train/models/text_only.py`).
+config.json usually has a `text_config`; this table is for checkpoints that omit its type, for language models that exist
+only in multimodal checkpoints, and for models that need their vision or audio encoder.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_train.architectures.row import Architecture
-from qlora_train.architectures.table import ARCHITECTURES, LLAMA, NO_POSITIONS
+from qlora_train.architectures.table import ARCHITECTURES, LLAMA, NO_POSITIONS, Architecture
 
 TEXT_CONFIG = "text_config"
 TEXT_TYPES = {
@@ -48,12 +46,12 @@ TEXT_TYPES = {
     "vipllava": "llama",
     "voxtral": "llama",
 }
-"""`model_type` of a whole checkpoint -> that of its text part where config.json names none: the config class's default."""
+"""`model_type` of a multimodal checkpoint -> default `model_type` of its text config."""
 NEEDS_ENCODERS = {
-    "paligemma": "it reads a text in both directions, so that each token would see those it is to learn",
-    "qwen2_audio": "its code asks the audio encoder for its device, even for text",
+    "paligemma": "its attention over text is bidirectional, so that each token would attend to its label",
+    "qwen2_audio": "its code reads the device of its audio encoder, even for text",
 }
-"""`model_type` of multimodal models that need their encoders for text -> reason."""
+"""`model_type` of a checkpoint that cannot be loaded text-only -> the reason."""
 _ROWS = (
     Architecture("aria_text", LLAMA, 2048),
     Architecture(
@@ -75,24 +73,24 @@ _ROWS = (
     Architecture("qwen3_vl_moe_text", ("q_proj", "k_proj", "v_proj", "o_proj"), 128000),
 )
 TEXT_ARCHITECTURES = {row.model_type: row for row in _ROWS}
-"""Rows of language models that are tried inside a whole checkpoint alone."""
+"""Language models that exist only inside multimodal checkpoints."""
 
 
 def text_config(config: Mapping[str, Any]) -> Any:
-    """Return what config.json says of the text model: its own part in a multimodal checkpoint, else all of it."""
-    part = config.get(TEXT_CONFIG)
-    return part if isinstance(part, Mapping) else config
+    """Return the text config of a multimodal config.json, else the whole."""
+    inner = config.get(TEXT_CONFIG)
+    return inner if isinstance(inner, Mapping) else config
 
 
 def row_of(config: Mapping[str, Any]) -> Architecture | None:
-    """Return the row of a config's text model, if there is one."""
+    """Return the row of a config's text model, or None."""
     model_type = text_type(config)
     return ARCHITECTURES.get(model_type) or TEXT_ARCHITECTURES.get(model_type)
 
 
 def text_type(config: Mapping[str, Any]) -> str:
-    """Return the `model_type` of a config's text model, which is the config's own where nothing lies inside it."""
+    """Return the `model_type` of a config's text model."""
     whole = config["model_type"]
-    part = text_config(config)
-    named = None if part is config else part.get("model_type")
+    inner = text_config(config)
+    named = None if inner is config else inner.get("model_type")
     return named if isinstance(named, str) else TEXT_TYPES.get(whole, whole)

@@ -1,12 +1,46 @@
-"""The table of architectures: what config.json leaves out (a class default), what would otherwise be learnt only after a
-download (which layer names exist), and what no file says (which attention kernel computes the model rightly).
+"""The table of architectures: what config.json omits, what is otherwise known only after a download, and what no file says.
 
-Every row is trained, resumed, merged and reloaded by `tests/test_families.py`; docs/architectures.md is made from it.
+`tests/architectures/test_families.py` trains, resumes, merges and reloads every row; docs/architectures.md is generated.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
-from qlora_train.architectures.row import Architecture
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One row of the table.
+
+    Attributes:
+        model_type: as in config.json.
+        linear_names: last names of the linear layers except the head, for an early check of `lora.target_modules`.
+        default_positions: number of positions if config.json has none: the default of the config class.
+        chat_template: for a base model whose vocabulary has no turn tokens.
+        attention: implementation for `model.attn_implementation: auto`.
+        attention_reason: why `attention` is not sdpa, which is then refused.
+        unlimited_key: key of config.json whose true value means that positions are unlimited.
+        linear_classes: subclasses of nn.Linear with an ordinary forward, which Transformers does not quantize.
+        packing_error: why packed documents would attend to each other.
+        keep_16bit: last names of linear layers whose weight is read outside their forward.
+        lora_unsupported: last names of linear layers that cannot have LoRA.
+        lora_unsupported_reason: why they cannot.
+        known: False for the generic row.
+    """
+
+    model_type: str
+    linear_names: tuple[str, ...]
+    default_positions: int | None
+    chat_template: str = "chatml"
+    attention: str = "sdpa"
+    attention_reason: str = ""
+    unlimited_key: str | None = None
+    linear_classes: tuple[str, ...] = ()
+    packing_error: str = ""
+    keep_16bit: tuple[str, ...] = ()
+    lora_unsupported: tuple[str, ...] = ()
+    lora_unsupported_reason: str = ""
+    known: bool = True
+
 
 _SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj")
 _OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -21,12 +55,12 @@ _MAMBA1 = ("in_proj", "x_proj", "dt_proj", "out_proj")
 _DELTA = ("out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 _GPT2 = ("c_attn", "c_proj", "c_fc")
 
-_SOFT_CAPPED = "its attention scores are soft-capped, which sdpa cannot do"
-NO_POSITIONS = "Transformers makes its attention mask without looking at positions"
-_COUNTED = "it counts positions along the row, whatever the documents in it"
-_STATE = "its recurrent state runs on from one document into the next"
-_OWN_ATTENTION = "its attention is not the plain one that is computed document by document"
-_PAST_ADAPTERS = "its mixer reads the weight itself, past an adapter"
+_SOFT_CAPPED = "its attention scores are soft-capped, which sdpa does not support"
+NO_POSITIONS = "Transformers ignores position ids in its attention mask"
+_COUNTED = "it counts positions along the row, across documents"
+_STATE = "its recurrent state continues from one document into the next"
+_OWN_ATTENTION = "its attention has no per-document implementation"
+_PAST_ADAPTERS = "its mixer reads the weight directly and would ignore an adapter"
 
 
 def _recurrent(

@@ -90,7 +90,7 @@ def test_family_packs_or_says_why_not(model_type: str, pico: Callable[..., Path]
     """The losses and gradients of packs are compared in tests/training/test_packed_training.py."""
     row = ARCHITECTURES[model_type]
     if row.packing_error:
-        with pytest.raises(ConfigError, match="documents of a pack would see each other"):
+        with pytest.raises(ConfigError, match="packed documents would attend to each other"):
             check_packing(row)
     elif LONG:
         run = train_run(tmp_path, pico(model_type), *SETTINGS, "data.packing=true")

@@ -121,7 +121,7 @@ def test_adapter_and_merge_of_the_text_part_fit_the_whole_model(
     caplog.clear()
     with caplog.at_level("INFO"):
         loaded = load_model(config.model, config.quantization)
-    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text-only:")]
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text part:")]
     assert len(said) == 1
     assert all(module.name in said[0] for module in loaded.omitted_modules)
     assert loaded.omitted_modules
@@ -175,7 +175,7 @@ def test_stopped_run_of_a_text_part_ends_in_the_same_bits(
 def test_text_part_packs_or_says_why_not(model_type: str, whole: Callable[[str], Path], tmp_path: Path) -> None:
     row = detect(build_whole_config(model_type).to_dict())
     if row.packing_error:
-        with pytest.raises(ConfigError, match="documents of a pack would see each other"):
+        with pytest.raises(ConfigError, match="packed documents would attend to each other"):
             check_packing(row)
     else:
         run = train_run(tmp_path, whole(model_type), *SETTINGS, "data.packing=true")
@@ -185,13 +185,13 @@ def test_text_part_packs_or_says_why_not(model_type: str, whole: Callable[[str],
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("paligemma", "reads a text in both directions"),
-        ("qwen2_audio", "asks the audio encoder for its device"),
-        ("phi4_multimodal", "its encoders are inside the language model"),
-        ("florence2", "an encoder-decoder"),
+        ("paligemma", "attention over text is bidirectional"),
+        ("qwen2_audio", "reads the device of its audio encoder"),
+        ("phi4_multimodal", "its modules lie inside the language model"),
+        ("florence2", "an encoder and a decoder"),
     ],
 )
-def test_whole_model_that_cannot_do_without_its_towers_is_refused_in_one_line(model_type: str, reason: str) -> None:
+def test_model_that_needs_its_encoders_is_refused_in_one_line(model_type: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as caught:
         text_model(AutoConfig.for_model(model_type))
     assert "\n" not in str(caught.value)
@@ -201,7 +201,7 @@ def test_text_part_that_sees_the_future_is_refused(whole: Callable[[str], Path])
     """PaliGemma's mask is for a prompt that is read as a whole."""
     text = {"model_type": "gemma", **FAMILIES["gemma"]}
     torch.manual_seed(0)
-    with pytest.raises(ModelError, match="depend on later tokens"):
+    with pytest.raises(ModelError, match="a later token changes"):
         check_causal(AutoModelForMultimodalLM.from_config(build_whole_config("paligemma", text)))
     check_causal(AutoModelForMultimodalLM.from_pretrained(whole("gemma3")))
 

@@ -191,7 +191,7 @@ def test_a_gpu_in_exclusive_mode_is_one_line() -> None:
     line = explain(RuntimeError(text))
     assert line is not None
     assert "\n" not in line
-    assert line.endswith("see nvidia-smi, ask for the compute mode Default")
+    assert line.endswith("see nvidia-smi, use compute mode Default")
 
 
 @pytest.mark.parametrize(
