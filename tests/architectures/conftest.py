@@ -1,4 +1,4 @@
-"""How much is tried (`QLORA_ARCHITECTURES=long`: every family in every way), and the table that is printed at the end."""
+"""`QLORA_ARCHITECTURES=long` runs every test on every family; a table of results is printed at the end."""
 
 import os
 from collections import defaultdict
@@ -15,7 +15,7 @@ _table: Table = defaultdict(dict)
 
 @pytest.fixture(scope="session")
 def table() -> Table:
-    """What became of each family: a row a model_type, filled by the tests."""
+    """Results per model_type, filled by the tests."""
     return _table
 
 

@@ -25,7 +25,7 @@ from conversion import (  # noqa: E402
 
 
 def convert(folder: Path, file: Path) -> str:
-    """Write `file` in float32, and return what went wrong."""
+    """Write `file` in float32 and return the error message."""
     architecture = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
     try:
         kind = get_model_class(architecture)

@@ -1,4 +1,4 @@
-"""What `run.deterministic` does to each family: which operation of which has no deterministic algorithm on a GPU."""
+"""`run.deterministic` per family: operations without a deterministic algorithm on GPUs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ NEVER = {
     aten.nll_loss2d_backward, aten.scatter_reduce, aten.scatter_reduce_,
 }  # fmt: skip
 FLOATS = {aten.cumsum, aten.cumsum_, aten.cumprod, aten.logcumsumexp}
-"""Operations that `torch.use_deterministic_algorithms` lists as raising on CUDA: with any numbers, and with floats."""
+"""Operations that raise on CUDA according to `torch.use_deterministic_algorithms`: any dtype, and floats only."""
 
 
 SCANS = {
@@ -33,7 +33,7 @@ SCANS = {
 
 
 class RefuseAsCuda(TorchDispatchMode):
-    """Raise, on any device, for what raises on CUDA while deterministic algorithms are on."""
+    """Raise on any device for operations that raise on CUDA."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet, kwargs = func.overloadpacket, kwargs or {}
@@ -45,7 +45,7 @@ class RefuseAsCuda(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_training_needs_deterministic_operations_alone_or_says_which_is_not(
+def test_training_is_deterministic_or_names_the_operation(
     model_type: str, pico: Callable[..., Path], tmp_path: Path
 ) -> None:
     with deterministic_algorithms(True):

@@ -25,9 +25,9 @@ from tests.support.runs import adapter_bytes, losses, make_config, stopped_copy,
 
 SETTINGS = ("quantization.bnb_4bit_compute_dtype=float32", "train.max_steps=5", "train.save_steps=2", "data.eval=0.25")
 SHORT = ("llama", "gemma2", "gpt2", "falcon", "mixtral", "gpt_oss", "deepseek_v3", "jetmoe", "jamba", "qwen3_next")
-"""Families whose stopped runs are tried in the short form: what a resumed run needs does not depend on the rest."""
+"""Families whose resume is tested by default."""
 MIXTURES = 29
-"""Families of the table with experts, counted so that none stops being one in silence."""
+"""Number of families with experts."""
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
@@ -75,9 +75,7 @@ def test_family_trains_in_4_bits_and_merges_to_the_same_model(
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES) if LONG else SHORT)
-def test_stopped_run_of_a_family_ends_in_the_same_bits(
-    model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table
-) -> None:
+def test_stopped_run_resumes_bitwise(model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table) -> None:
     straight = train_run(tmp_path, pico(model_type), *SETTINGS, name="straight")
     stopped_copy(straight, tmp_path / "stopped")
     resumed = train_run(tmp_path, pico(model_type), *SETTINGS, name="stopped")
@@ -86,7 +84,9 @@ def test_stopped_run_of_a_family_ends_in_the_same_bits(
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_family_packs_or_says_why_not(model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table) -> None:
+def test_family_packs_or_names_the_reason(
+    model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table
+) -> None:
     """The losses and gradients of packs are compared in tests/training/test_packed_training.py."""
     row = ARCHITECTURES[model_type]
     if row.packing_error:
@@ -98,7 +98,7 @@ def test_family_packs_or_says_why_not(model_type: str, pico: Callable[..., Path]
     table[model_type]["packed"] = f"refused: {row.packing_error}" if row.packing_error else "isolated"
 
 
-def test_mixtures_of_the_table_are_mixtures(pico: Callable[..., Path]) -> None:
+def test_families_with_experts_have_experts(pico: Callable[..., Path]) -> None:
     found = []
     for model_type in ARCHITECTURES:
         model = AutoModelForCausalLM.from_pretrained(pico(model_type))

@@ -1,4 +1,4 @@
-"""The fast path on every family: its loss and its gradients are the plain path's."""
+"""Fused kernels on every family: loss and gradients match the reference."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +20,11 @@ SHORT = {
     "attentions": "attn",
 }  # fmt: skip
 BY_HAND = ("llama", "gemma2", "qwen2", "phi3", "glm4", "olmo2", "granite", "cohere", "mamba")
-"""Families without experts: no token can go to another one because of rounding."""
+"""Families without experts, whose routing could change by rounding."""
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_loss_and_gradients_are_those_of_the_plain_path(
-    model_type: str, pico: Pico, tmp_path: Path, table: Table
-) -> None:
+def test_fused_kernels_match_the_reference(model_type: str, pico: Pico, tmp_path: Path, table: Table) -> None:
     model = adapted_model(tmp_path, pico(model_type))
     wanted = gradients_of(model, BATCH)
     fast = install(model.model, lambda: label_losses(model.model, **BATCH))
@@ -45,7 +43,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path(
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_with_eager_attention_they_are_too(model_type: str, pico: Pico, tmp_path: Path) -> None:
+def test_fused_kernels_match_with_eager_attention(model_type: str, pico: Pico, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico(model_type), "model.attn_implementation=eager")
     wanted = gradients_of(model, BATCH)
     fast = install(model.model, lambda: label_losses(model.model, **BATCH))
@@ -57,9 +55,7 @@ def test_with_eager_attention_they_are_too(model_type: str, pico: Pico, tmp_path
 
 
 @pytest.mark.parametrize("model_type", BY_HAND)
-def test_in_bfloat16_it_is_no_further_from_float32_than_the_plain_path(
-    model_type: str, pico: Pico, tmp_path: Path
-) -> None:
+def test_bfloat16_kernels_are_as_close_to_float32_as_the_reference(model_type: str, pico: Pico, tmp_path: Path) -> None:
     eager = "model.attn_implementation=eager"
     exact = gradients_of(adapted_model(tmp_path / "exact", pico(model_type), eager), BATCH)
     rounded = adapted_model(tmp_path / "rounded", pico(model_type), eager, dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Every family that llama.cpp's converter knows gives the log-probabilities of Transformers in llama.cpp.
+"""Families that llama.cpp supports have the same log-probabilities there as in Transformers.
 
 A merged folder has the tensor names of its base and a config.json that Transformers wrote, as pico models have: what
 becomes of them becomes of a merge. How text is split is another matter, see tests/export/test_gguf_export.py.
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 SHORT = ("cohere2", "deepseek_v2", "gemma2", "gpt_neox", "jamba", "llama", "minimax_m2", "opt", "qwen2_moe")
 FAMILIES = sorted(ARCHITECTURES) if LONG else SHORT
 BOUND = 1e-2
-"""Largest difference of a log-probability: most are 1e-6, and GELU is looked up in a table of 16 bits."""
+"""Maximum difference of a log-probability; most are 1e-6, but llama.cpp's GELU is a 16-bit table."""
 _SIGMOID = {"scoring_func": "sigmoid"}
 _WHOLE_HEADS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
 _DELTA = {"num_hidden_layers": 4, "layer_types": [*["linear_attention"] * 3, "full_attention"]}
@@ -61,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_next": _DELTA,
     "solar_open": {"first_k_dense_replace": 0, "rope_parameters": _WHOLE_HEADS, **_SIGMOID},
 }
-"""Settings that llama.cpp takes as given: no real model of these families has others."""
+"""Settings that llama.cpp hard-codes for these families."""
 OTHER: dict[str, str] = {
     "afmoe": "not understood, from the first token on",
     "gpt_neox": "Transformers 5 takes the old name away when the converter loads the config",
@@ -70,12 +70,12 @@ OTHER: dict[str, str] = {
     "llama4_text": "llama.cpp ends itself; not understood",
     "nemotron_h": "the converter knows kinds of layers by names that Transformers 5 has changed",
 }
-"""Families that llama.cpp does not run as Transformers does, and why."""
+"""Families that differ in llama.cpp, and why."""
 
 
 @pytest.fixture(scope="module")
 def problems(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, str]]:
-    """By family: the model, its file, and what went wrong with it; converted in one process."""
+    """Model, GGUF file and error by family; converted in one process."""
     root = tmp_path_factory.mktemp("gguf")
     jobs = []
     for model_type in FAMILIES:
@@ -91,7 +91,7 @@ def problems(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def run_file(file: Path, ids: list[int], halves: list[int]) -> tuple[list[tuple[int, dict[str, float]]], str]:
-    """Return what llama.cpp computes, and what it says where it does not."""
+    """Return llama.cpp's log-probabilities, or its error."""
     command = [sys.executable, str(HERE / "gguf_run.py"), str(file), json.dumps(ids), json.dumps(halves)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
@@ -102,7 +102,7 @@ def run_file(file: Path, ids: list[int], halves: list[int]) -> tuple[list[tuple[
 
 @torch.no_grad()
 def largest_difference(folder: Path, ids: list[int], steps: list[tuple[int, dict[str, float]]]) -> float:
-    """Return the largest difference of log-probabilities, along llama.cpp's tokens."""
+    """Return the maximum difference of log-probabilities of llama.cpp's tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.tensor([[*ids, *(token for token, _ in steps)]])
     expected = torch.log_softmax(model(tokens, use_cache=False).logits[0, len(ids) - 1 : -1].float(), -1)
@@ -110,7 +110,7 @@ def largest_difference(folder: Path, ids: list[int], steps: list[tuple[int, dict
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_family_gives_the_same_numbers_in_llama_cpp(
+def test_llama_cpp_gives_the_same_log_probabilities(
     model_type: str, problems: dict[str, tuple[Path, Path, str]], table: Table
 ) -> None:
     folder, file, problem = problems[model_type]

@@ -1,4 +1,4 @@
-"""Multimodal checkpoints used for text: the text part alone is in memory, and what leaves fits the whole model.
+"""Text-only loading of multimodal checkpoints; adapters and merges fit the whole model.
 
 The reference is the whole model in plain Transformers: what was merged, and PEFT's own loading of the adapter onto it.
 """
@@ -64,9 +64,7 @@ def merge(base: Path, run: RunFolder, config: Any, output: Path, onto: Any) -> A
 
 
 @pytest.mark.parametrize("model_type", sorted(WHOLE))
-def test_text_part_is_loaded_alone_and_computes_what_the_whole_model_does(
-    model_type: str, whole: Callable[[str], Path]
-) -> None:
+def test_text_model_computes_as_the_whole_model(model_type: str, whole: Callable[[str], Path]) -> None:
     folder = whole(model_type)
     reference = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32)
     text = text_model(AutoConfig.from_pretrained(folder))
@@ -83,7 +81,7 @@ def test_text_part_is_loaded_alone_and_computes_what_the_whole_model_does(
 
 
 @pytest.mark.parametrize("model_type", sorted(WHOLE))
-def test_row_and_positions_are_those_of_the_text_part(model_type: str) -> None:
+def test_row_and_positions_are_those_of_the_text_config(model_type: str) -> None:
     config = build_whole_config(model_type)
     row = detect(config.to_dict())
     assert row.known
@@ -99,7 +97,7 @@ def test_text_types_are_those_of_the_config_classes(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", [name for name in sorted(WHOLE) if TEXT_TYPES[name] in TEXT_ARCHITECTURES])
-def test_rows_of_text_parts_describe_their_models(model_type: str) -> None:
+def test_text_only_rows_match_their_models(model_type: str) -> None:
     config, row = build_whole_config(model_type), TEXT_ARCHITECTURES[TEXT_TYPES[model_type]]
     with torch.device("meta"):
         model = text_model(config).build(config)
@@ -111,7 +109,7 @@ def test_rows_of_text_parts_describe_their_models(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", TRIED)
-def test_adapter_and_merge_of_the_text_part_fit_the_whole_model(
+def test_adapter_and_merge_fit_the_whole_model(
     model_type: str, whole: Callable[[str], Path], tmp_path: Path, table: Table, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = whole(model_type)
@@ -163,16 +161,14 @@ def test_adapter_and_merge_of_the_text_part_fit_the_whole_model(
 
 
 @pytest.mark.parametrize("model_type", TRIED if LONG else SHORT[:1])
-def test_stopped_run_of_a_text_part_ends_in_the_same_bits(
-    model_type: str, whole: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_stopped_text_only_run_resumes_bitwise(model_type: str, whole: Callable[[str], Path], tmp_path: Path) -> None:
     straight = train_run(tmp_path, whole(model_type), *SETTINGS, name="straight")
     stopped_copy(straight, tmp_path / "stopped")
     assert adapter_bytes(train_run(tmp_path, whole(model_type), *SETTINGS, name="stopped")) == adapter_bytes(straight)
 
 
 @pytest.mark.parametrize("model_type", TRIED)
-def test_text_part_packs_or_says_why_not(model_type: str, whole: Callable[[str], Path], tmp_path: Path) -> None:
+def test_text_model_packs_or_names_the_reason(model_type: str, whole: Callable[[str], Path], tmp_path: Path) -> None:
     row = detect(build_whole_config(model_type).to_dict())
     if row.packing_error:
         with pytest.raises(ConfigError, match="packed documents would attend to each other"):
@@ -197,8 +193,8 @@ def test_model_that_needs_its_encoders_is_refused_in_one_line(model_type: str, r
     assert "\n" not in str(caught.value)
 
 
-def test_text_part_that_sees_the_future_is_refused(whole: Callable[[str], Path]) -> None:
-    """PaliGemma's mask is for a prompt that is read as a whole."""
+def test_bidirectional_text_model_is_refused(whole: Callable[[str], Path]) -> None:
+    """PaliGemma's mask is bidirectional over the prompt."""
     text = {"model_type": "gemma", **FAMILIES["gemma"]}
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="a later token changes"):
@@ -207,7 +203,7 @@ def test_text_part_that_sees_the_future_is_refused(whole: Callable[[str], Path])
 
 
 @pytest.mark.parametrize("model_type", sorted(WHOLE))
-def test_no_text_part_of_the_table_sees_the_future(model_type: str, whole: Callable[[str], Path]) -> None:
+def test_text_models_of_the_table_are_causal(model_type: str, whole: Callable[[str], Path]) -> None:
     model = AutoModelForMultimodalLM.from_pretrained(whole(model_type), dtype=torch.float32).train()
     changed = torch.cat([IDS[:, :-1], IDS[:, :1]], dim=1)
     with torch.no_grad():
@@ -215,7 +211,7 @@ def test_no_text_part_of_the_table_sees_the_future(model_type: str, whole: Calla
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-def test_run_on_a_text_part_is_merged_and_measured_as_any_other(whole: Callable[[str], Path], tmp_path: Path) -> None:
+def test_text_only_run_is_merged_and_evaluated(whole: Callable[[str], Path], tmp_path: Path) -> None:
     run = train_run(tmp_path, whole("llava"), *SETTINGS, "export.max_loss_increase=10")
     choice = pipeline.merge(run.path, device="cpu")
     assert set(choice.losses) == {"original", "dequantized"}
@@ -225,7 +221,7 @@ def test_run_on_a_text_part_is_merged_and_measured_as_any_other(whole: Callable[
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen3_vl"])
-def test_rope_scaling_is_that_of_the_text_part(model_type: str, whole: Callable[[str], Path]) -> None:
+def test_rope_scaling_applies_to_the_text_config(model_type: str, whole: Callable[[str], Path]) -> None:
     scaling = {"rope_type": "linear", "factor": 2.0}
     section = ModelSection(model_name_or_path=str(whole(model_type)), rope_scaling=scaling)
     text = model_config(resolve_base(section), section).get_text_config()

@@ -84,7 +84,7 @@ def test_default_positions_are_those_of_the_config_class(model_type: str) -> Non
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_default_attention_is_the_one_that_transformers_takes_without_flash(model_type: str) -> None:
+def test_default_attention_is_that_of_transformers_without_flash(model_type: str) -> None:
     row = ARCHITECTURES[model_type]
     if not row.attention_reason:  # where there is a reason, releases of Transformers differ
         chosen = choose_attention("auto", row, CPU, torch.float32, has_sdpa=supports_sdpa(build_config(model_type)))
@@ -149,12 +149,12 @@ def test_rope_scaling_in_the_checkpoint_extends_its_positions() -> None:
     assert positions({"model_type": "qwen2", "max_position_embeddings": 32768, "rope_scaling": rope}) == 131072
 
 
-def test_alibi_has_no_last_position() -> None:
+def test_alibi_has_unlimited_positions() -> None:
     assert positions({"model_type": "falcon", "alibi": True}) is None
     assert positions({"model_type": "falcon", "alibi": False}) == 2048
 
 
-def test_target_of_another_architecture_is_refused_before_any_download() -> None:
+def test_target_of_another_architecture_is_refused_early() -> None:
     with pytest.raises(ConfigError, match=r"lora.target_modules: q_proj.*qkv_proj"):
         check_target_modules(ARCHITECTURES["phi3"], ("q_proj", "o_proj"))
     check_target_modules(ARCHITECTURES["phi3"], ("qkv_proj", "layers.0.mlp.down_proj", "lm_head", "embed_tokens"))
@@ -162,7 +162,7 @@ def test_target_of_another_architecture_is_refused_before_any_download() -> None
     check_target_modules(detect({"model_type": "brand_new"}), ("q_proj",))
 
 
-def test_sdpa_is_refused_or_computes_something_else_where_the_row_has_a_reason_against_it() -> None:
+def test_sdpa_is_refused_or_differs_if_the_row_refuses_it() -> None:
     for row in ARCHITECTURES.values():
         if not row.attention_reason:
             continue
@@ -178,7 +178,7 @@ def test_sdpa_is_refused_or_computes_something_else_where_the_row_has_a_reason_a
             assert (eager(ids).logits - sdpa(ids).logits).abs().max() > 1e-3
 
 
-def test_turn_tokens_of_the_vocabulary_decide_the_chat_template(pico_llama) -> None:
+def test_turn_tokens_select_the_chat_template(pico_llama) -> None:
     llama = ARCHITECTURES["llama"]
     assert default_chat_template(llama, AutoTokenizer.from_pretrained(pico_llama).get_vocab()) == "chatml"
     assert default_chat_template(llama, {"<|start_header_id|>": 1}) == "llama3"
@@ -190,7 +190,7 @@ def test_table_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_page_of_architectures_is_made_from_the_table(tmp_path: Path) -> None:
+def test_docs_page_is_generated_from_the_table(tmp_path: Path) -> None:
     made = tmp_path / "architectures.md"
     subprocess.run([sys.executable, "scripts/architectures.py", str(made)], cwd=ROOT, check=True)
     assert (ROOT / "docs" / "architectures.md").read_text() == made.read_text(), "run: python scripts/architectures.py"

@@ -1,4 +1,4 @@
-"""A config is read as it looks, checked as a whole, and answered line by line when it is wrong."""
+"""Configs: YAML 1.2 scalars, one error line per problem, overrides, and the resolved config."""
 
 import glob
 import json
@@ -37,7 +37,7 @@ KEYS = [
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Write a config next to which the test runs, so that messages begin with `run.yaml`."""
+    """Write run.yaml into the current folder."""
     monkeypatch.chdir(tmp_path)
 
     def to_file(text: str) -> Path:
@@ -68,7 +68,7 @@ def test_plain_scalars_follow_the_yaml_1_2_core_schema(text, value):
     assert type(core_scalar(text)) is type(value)
 
 
-def test_not_a_number_is_read_as_one_and_then_refused(write):
+def test_nan_is_refused(write):
     assert math.isnan(core_scalar(".nan"))
     assert problems_of(write(SMALLEST + "train:\n  learning_rate: .nan\n")) == [
         "run.yaml:6: train.learning_rate: out of range (found nan); allowed: a number > 0 and <= 1"
@@ -76,12 +76,12 @@ def test_not_a_number_is_read_as_one_and_then_refused(write):
 
 
 @given(st.floats(allow_nan=False) | st.integers())
-def test_every_number_that_python_prints_is_read_back(number):
+def test_every_printed_number_is_read_back(number):
     text = repr(number).replace("inf", ".inf")
     assert core_scalar(text) == number
 
 
-def test_quotes_make_a_string_of_anything(write):
+def test_quoted_scalars_are_strings(write):
     config = load_config(write("model:\n  model_name_or_path: '010'\n  revision: \"no\"\ndata:\n  train: 'null'\n"))
     assert (config.model.model_name_or_path, config.model.revision, config.data.train[0].path) == ("010", "no", "null")
 
@@ -105,7 +105,7 @@ def test_a_single_name_is_a_list_of_one(write):
 
 
 @pytest.mark.parametrize("style", ["|", ">", ">-", "|+"])
-def test_line_break_that_ends_a_block_is_no_part_of_the_text(style, write):
+def test_final_line_break_of_a_block_scalar_is_dropped(style, write):
     text = SMALLEST.replace("rows.jsonl", f"{style}\n    rows.jsonl\n\n")
     config = load_config(write(text + f"lora:\n  target_modules: {style}\n    .*\\.q_proj\n"))
     assert (config.data.train[0].path, config.lora.target_modules) == ("rows.jsonl", ".*\\.q_proj")
@@ -122,24 +122,21 @@ def test_a_section_without_keys_has_the_defaults(write):
     assert load_config(write(SMALLEST + "lora:\n  # r: 8\ntrain:\n")) == load_config(write(SMALLEST))
 
 
-def test_a_whole_number_is_a_number_but_not_the_reverse(write):
+def test_integer_is_a_valid_float_but_not_the_reverse(write):
     assert load_config(write(SMALLEST + "train:\n  num_train_epochs: 3\n")).train.num_train_epochs == 3.0
     assert problems_of(write(SMALLEST + "train:\n  save_total_limit: 2.0\n")) == [
         "run.yaml:6: train.save_total_limit: the wrong type (found 2.0); allowed: a whole number >= 1"
     ]
 
 
-@pytest.mark.parametrize("path", sorted(MALFORMED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_malformed_config_is_answered_with_exactly_these_lines(path, monkeypatch):
+def test_malformed_configs_have_exactly_these_errors(monkeypatch):
     monkeypatch.chdir(MALFORMED)
-    expected = path.with_suffix(".expected").read_text(encoding="utf-8").splitlines()
-    assert problems_of(path.name) == expected
-
-
-def test_there_are_at_least_thirty_malformed_configs():
-    names = {path.stem for path in MALFORMED.glob("*.yaml")}
-    assert len(names) >= 30
-    assert names == {path.stem for path in MALFORMED.glob("*.expected")}
+    paths = sorted(MALFORMED.glob("*.yaml"))
+    assert len(paths) >= 90
+    assert {path.stem for path in paths} == {path.stem for path in MALFORMED.glob("*.expected")}
+    for path in paths:
+        expected = path.with_suffix(".expected").read_text(encoding="utf-8").splitlines()
+        assert problems_of(path.name) == expected, path.name
 
 
 def changed_by_one_letter(key):
@@ -149,24 +146,24 @@ def changed_by_one_letter(key):
             yield key[:index] + key[index + 1 :]
 
 
-@pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda part: part)
-def test_key_with_one_letter_changed_is_suggested(section, key, write):
-    sections = {"model": {"model_name_or_path": "some/model"}, "data": {"train": "rows.jsonl"}}
+def test_key_with_one_letter_changed_is_suggested(write):
     valid = {name for _, name in KEYS}
-    typos = set(changed_by_one_letter(key)) - valid
-    sections.setdefault(section, {}).update(dict.fromkeys(typos, 1))
-    problems = problems_of(write(json.dumps(sections)))
-    assert len(problems) == len(typos)
-    for problem in problems:
-        answer = problem.partition("unknown key; ")[2]
-        if len(key) > 1:
-            answer = re.fullmatch(r"did you mean (.*)\?", answer)[1]
-        assert key in re.split(r" or |, |: ", answer), problem
+    for section, key in KEYS:
+        sections = {"model": {"model_name_or_path": "some/model"}, "data": {"train": "rows.jsonl"}}
+        typos = set(changed_by_one_letter(key)) - valid
+        sections.setdefault(section, {}).update(dict.fromkeys(typos, 1))
+        problems = problems_of(write(json.dumps(sections)))
+        assert len(problems) == len(typos), key
+        for problem in problems:
+            answer = problem.partition("unknown key; ")[2]
+            if len(key) > 1:
+                answer = re.fullmatch(r"did you mean (.*)\?", answer)[1]
+            assert key in re.split(r" or |, |: ", answer), problem
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damaged_config_is_read_or_answered_in_lines(data, tmp_path):
+def test_damaged_config_loads_or_is_a_config_error(data, tmp_path):
     text = SMALLEST + "lora:\n  target_modules: [q_proj, v_proj]\ntrain:\n  learning_rate: 2e-4\n  max_steps: 10\n"
     begin = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(begin, min(begin + 10, len(text))))
@@ -183,15 +180,15 @@ def test_damaged_config_is_read_or_answered_in_lines(data, tmp_path):
             assert len(problem.splitlines()) == 1
 
 
-@pytest.mark.parametrize("section", list(RunConfig.model_fields))
-def test_section_with_one_letter_changed_is_suggested(section, write):
-    for index in range(len(section)):
-        typo = section[:index] + "w" + section[index + 1 :]
-        (problem,) = problems_of(write(SMALLEST + f"{typo}: {{}}\n"))
-        assert problem == f"run.yaml:5: {typo}: unknown section; did you mean {section}?"
+def test_section_with_one_letter_changed_is_suggested(write):
+    for section in RunConfig.model_fields:
+        for index in range(len(section)):
+            typo = section[:index] + "w" + section[index + 1 :]
+            (problem,) = problems_of(write(SMALLEST + f"{typo}: {{}}\n"))
+            assert problem == f"run.yaml:5: {typo}: unknown section; did you mean {section}?"
 
 
-def test_names_of_other_trainers_lead_to_settings_that_there_are():
+def test_names_of_other_trainers_map_to_existing_settings():
     settings = {f"{section}.{key}" for section, key in KEYS}
     assert set(OTHER_NAMES.values()) <= settings
     assert not {name for _, name in KEYS} & (OTHER_NAMES.keys() | UNSUPPORTED.keys())
@@ -214,11 +211,11 @@ def test_names_of_other_trainers_lead_to_settings_that_there_are():
         ("", ["a"], []),
     ],
 )
-def test_suggestion_needs_a_real_likeness(word, names, expected):
+def test_only_similar_names_are_suggested(word, names, expected):
     assert nearest_names(word, names) == expected
 
 
-def test_key_of_another_section_is_sent_home(write):
+def test_key_in_the_wrong_section_names_its_section(write):
     assert problems_of(write(SMALLEST + "run:\n  max_length: 512\n")) == [
         "run.yaml:6: run.max_length: unknown key; max_length belongs in data"
     ]
@@ -233,7 +230,7 @@ def test_override_replaces_a_value_and_the_last_one_wins(write):
     assert [source.path for source in config.data.train] == ["a.jsonl", "b.jsonl"]
 
 
-def test_override_reaches_into_a_mapping(write):
+def test_override_sets_a_nested_key(write):
     path = write(SMALLEST.replace("rows.jsonl", "{path: some/set, split: train}"))
     assert load_config(path, ["data.train.split=test"]).data.train[0].split == "test"
     assert problems_of(write(SMALLEST), ["data.train.split=test"]) == [
@@ -241,7 +238,7 @@ def test_override_reaches_into_a_mapping(write):
     ]
 
 
-def test_override_repairs_what_the_file_has_wrong(write):
+def test_override_replaces_an_invalid_value(write):
     path = write(SMALLEST + "lora:\n  r: sixteen\n")
     assert load_config(path, ["lora.r=16"]).lora.r == 16
 
@@ -262,18 +259,18 @@ def test_override_repairs_what_the_file_has_wrong(write):
         ("train.load_best_model_at_end=true", "needs held-out rows; set data.eval to a file or a share like 0.05"),
     ],
 )
-def test_wrong_override_is_named_in_its_message(override, problem, write):
+def test_invalid_override_is_named_in_its_error(override, problem, write):
     assert problems_of(write(SMALLEST), [override]) == [f"override {override}: {problem}"]
 
 
-def test_problems_of_file_and_overrides_come_together_in_order(write):
+def test_problems_of_file_and_overrides_are_sorted(write):
     path = write(SMALLEST + "train:\n  max_steps: 0\nlora:\n  r: 0\n")
     places = [problem.split(": ")[0] for problem in problems_of(path, ["run.sed=1", "data.max_length=1"])]
     assert places[:2] == ["run.yaml:6", "run.yaml:8"]
     assert sorted(places[2:]) == ["override data.max_length=1", "override run.sed=1"]
 
 
-def test_missing_file_is_answered_with_the_nearest_one(write):
+def test_missing_file_suggests_the_nearest_one(write):
     write(SMALLEST)
     assert problems_of("runn.yaml") == ["runn.yaml: no such file; did you mean run.yaml?"]
     assert problems_of("nope.yaml") == ["nope.yaml: no such file"]
@@ -310,7 +307,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_small_file_that_means_much_is_answered_in_few_lines(name, write):
+def test_small_file_with_large_content_has_few_errors(name, write):
     problems = problems_of(write(BOMBS[name]))
     assert len(problems) <= 201
     assert all(len(problem) < 1000 and "\n" not in problem for problem in problems)
@@ -327,11 +324,11 @@ def test_depth_size_and_digits_are_limited_in_overrides_too(write):
     assert "a number of 500 characters; at most 400" in problem
 
 
-def test_thousands_of_wrong_keys_are_answered_quickly_and_counted(write):
-    begin = time.perf_counter()
+def test_thousands_of_wrong_keys_are_counted_quickly(write):
+    begin = time.process_time()
     problems = problems_of(write(SMALLEST + "run:\n" + "".join(f"  wrong_{index}: 1\n" for index in range(3000))))
     assert problems[0] == "run.yaml:1: and 2900 more problems, not listed"
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 texts = st.text(min_size=1, max_size=20) | st.sampled_from(
@@ -389,19 +386,19 @@ configs = st.fixed_dictionaries(
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=configs)
-def test_resolved_config_reads_back_as_an_equal_one(values, tmp_path):
+def test_resolved_config_loads_as_an_equal_config(values, tmp_path):
     config = RunConfig.model_validate(values)
     path = tmp_path / "resolved.yaml"
     path.write_text(to_yaml(config), encoding="utf-8", newline="")
     assert load_config(path) == config
 
 
-def test_resolved_config_holds_every_value_and_other_yaml_readers_agree(write):
+def test_resolved_config_has_every_value_for_any_yaml_reader(write):
     config = load_config(write(SMALLEST + "run:\n  output_dir: 2e-4x\n"))
     assert yaml.safe_load(to_yaml(config)) == json.loads(config.model_dump_json())
 
 
-def test_absolute_paths_lead_to_the_same_files_from_anywhere(tmp_path, monkeypatch):
+def test_absolute_paths_work_from_any_folder(tmp_path, monkeypatch):
     here = tmp_path / "a[1]"
     (here / "base").mkdir(parents=True)
     for name in ("rows.jsonl", "more.jsonl", "mine.jinja"):
@@ -429,7 +426,7 @@ def test_absolute_paths_lead_to_the_same_files_from_anywhere(tmp_path, monkeypat
     assert with_absolute_paths(found) == found
 
 
-def test_absolute_paths_leave_what_is_on_the_hub():
+def test_absolute_paths_keep_hub_ids():
     config = RunConfig.model_validate(
         {"model": {"model_name_or_path": "some/model", "chat_template": "chatml"}, "data": {"train": "some/set"}}
     )
@@ -445,19 +442,19 @@ def test_provenance_names_the_line_the_override_or_the_default(write):
     assert found["run.seed"] == (42, "default")
 
 
-def test_every_setting_explains_itself():
+def test_every_setting_has_documentation():
     for section, key in KEYS:
         spec = RunConfig.model_fields[section].annotation.model_fields[key]
         assert spec.description, f"{section}.{key} has no docstring"
 
 
 @pytest.mark.parametrize("name", get_args(SCHEDULES))
-def test_every_schedule_can_be_made_without_settings_of_its_own(name):
+def test_every_schedule_needs_no_further_settings(name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2e-4)
     get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=10)
 
 
-def test_polynomial_schedule_ends_where_the_config_says():
+def test_polynomial_schedule_ends_at_the_constant():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2 * POLYNOMIAL_END)
     get_scheduler("polynomial", optimizer, num_warmup_steps=0, num_training_steps=10)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=POLYNOMIAL_END)

@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 LOCAL_CONFIGS = ("demo",)
-"""Configs whose base is made on the machine, so that there is no published config.json to keep here."""
+"""Configs whose base is generated, without a published config.json."""
 NF4_BLOCK = 64
-"""Weights that share one scale."""
+"""NF4 block size."""
 
 
 def values(model_type, hidden, intermediate, layers, heads, kv_heads, vocabulary, positions, **others):
-    """Return the values of a published config.json that decide the shapes."""
+    """Return the values of a published config.json that determine shapes."""
     return {
         "model_type": model_type,
         "hidden_size": hidden,
@@ -122,7 +122,7 @@ def meta_model():
     return build
 
 
-def test_the_promised_files_are_there():
+def test_promised_files_exist():
     assert {path.stem for path in CONFIGS} >= {
         "llama7b", "llama3.1-8b", "mistral7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "phi3.5-mini", "tinyllama",
         "llama70b",
@@ -174,13 +174,13 @@ def test_rows_fit_into_the_models_positions(path):
 
 
 @shipped
-def test_chat_template_is_one_of_ours_or_the_models_own(path):
+def test_chat_template_is_bundled_or_the_models(path):
     template = load_config(path).model.chat_template
     assert template is None or template in CHAT_TEMPLATES
 
 
 @pytest.mark.parametrize("model_id", list(MODELS))
-def test_the_kept_values_are_those_of_the_published_checkpoint(model_id, meta_model):
+def test_values_are_those_of_the_published_checkpoint(model_id, meta_model):
     assert sum(parameter.numel() for parameter in meta_model(model_id).parameters()) == NUM_PARAMETERS[model_id]
 
 
@@ -209,7 +209,7 @@ def test_bundled_rows_are_recognised_and_unique(name, monkeypatch):
 
 
 def assert_rows_are_usable(data: DataSection) -> None:
-    """Every row can be used and says something of its own, and a share that is held out leaves rows on both sides."""
+    """Every row is usable and unique, and a held-out share leaves rows on both sides."""
     prepared = prepare_data(data, build_tokenizer(), seed=42)
     source = prepared.report.sources[0]
     assert source.num_records >= 20

@@ -1,4 +1,4 @@
-"""CUDA's allocator extends its segments wherever that works, and keeps what the user set."""
+"""Expandable segments are on where supported; the user's value wins."""
 
 import os
 import platform
@@ -37,7 +37,7 @@ def test_torch_reads_the_setting_before_cuda_is_initialised(given: dict[str, str
     ("system", "release", "expands"),
     [("linux", "6.8.0-51-generic", True), ("linux", "5.15.167-microsoft-standard-WSL2", False), ("win32", "11", False)],
 )
-def test_only_where_it_is_supported(
+def test_expandable_segments_only_where_supported(
     system: str, release: str, expands: bool, unset: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)
@@ -46,13 +46,13 @@ def test_only_where_it_is_supported(
     assert ("PYTORCH_ALLOC_CONF" in os.environ) == expands
 
 
-def test_deprecated_name_of_the_user_counts(unset: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deprecated_variable_of_the_user_wins(unset: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
     expand_segments()
     assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
-def test_driver_that_does_not_support_it_is_one_line_with_the_way_out() -> None:
+def test_unsupported_driver_is_one_line_with_the_workaround() -> None:
     line = explain(RuntimeError("CUDA driver error: operation not supported"))
     assert line is not None
     assert "PYTORCH_ALLOC_CONF=expandable_segments:False" in line

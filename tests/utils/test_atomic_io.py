@@ -1,4 +1,4 @@
-"""What is written is whole or absent: any damage is noticed, any failure leaves the old content."""
+"""Writes are atomic: damage is detected and failures keep the old content."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ FILES = {"adapter.safetensors": b"\x00\x01\x02weights", "state.json": b'{"step":
 
 
 class StoppedError(BaseException):
-    """As KeyboardInterrupt and SystemExit, no Exception."""
+    """A BaseException that is not an Exception."""
 
 
 def fill(folder: Path, suffix: bytes = b"") -> None:
@@ -35,7 +35,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_folder_appears_whole_with_a_manifest_of_every_file(written: Path) -> None:
+def test_folder_has_a_manifest_of_every_file(written: Path) -> None:
     assert verify_manifest(written) is None
     found = content(written)
     entries = json.loads(found.pop(MANIFEST))["files"]
@@ -46,7 +46,7 @@ def test_folder_appears_whole_with_a_manifest_of_every_file(written: Path) -> No
     assert [path.name for path in written.parent.iterdir()] == ["step-1"], "nothing is left beside it"
 
 
-def test_nothing_is_there_before_the_block_has_ended(tmp_path: Path) -> None:
+def test_folder_does_not_exist_before_the_block_ends(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "new") as staging:
         fill(staging)
         assert not (tmp_path / "new").exists()
@@ -92,7 +92,7 @@ def test_new_folder_replaces_the_old_one_as_a_whole(written: Path) -> None:
     assert [path.name for path in written.parent.iterdir()] == ["step-1"]
 
 
-def test_leftovers_of_a_killed_process_do_not_hinder(written: Path) -> None:
+def test_stale_files_do_not_block_a_new_folder(written: Path) -> None:
     for leftover in (".step-1.staging", ".step-1.old"):
         fill(written.with_name(leftover), b"half")
         (written.with_name(leftover) / "stray.bin").write_bytes(b"stray")
@@ -105,7 +105,7 @@ def test_leftovers_of_a_killed_process_do_not_hinder(written: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
-def test_every_flipped_byte_is_noticed(name: str, written: Path) -> None:
+def test_every_flipped_byte_is_detected(name: str, written: Path) -> None:
     file = written / name
     original = file.read_bytes()
     for position in range(len(original)):
@@ -117,7 +117,7 @@ def test_every_flipped_byte_is_noticed(name: str, written: Path) -> None:
 
 
 def _noticed(folder: Path) -> bool:
-    """Whether damage is reported, or the manifest still says the same to the reader (white space, mostly)."""
+    """Tell whether damage is reported, or the manifest still has the same meaning (white space)."""
     problem = verify_manifest(folder)
     if problem is not None:
         return bool(problem.strip()) and "\n" not in problem
@@ -128,7 +128,7 @@ def _noticed(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "state.json", MANIFEST])
-def test_every_truncation_is_noticed(name: str, written: Path) -> None:
+def test_every_truncation_is_detected(name: str, written: Path) -> None:
     file = written / name
     original = file.read_bytes()
     for length in range(len(original.rstrip())):
@@ -149,9 +149,7 @@ def becomes_a_folder(file: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", [Path.unlink, longer, becomes_a_folder])
-def test_missing_grown_and_replaced_files_are_noticed_by_name(
-    harm: Callable[[Path], None], name: str, written: Path
-) -> None:
+def test_missing_grown_and_replaced_files_are_named(harm: Callable[[Path], None], name: str, written: Path) -> None:
     harm(written / name)
     problem = verify_manifest(written)
     assert problem is not None
@@ -163,12 +161,12 @@ def test_missing_grown_and_replaced_files_are_noticed_by_name(
     ["", "{", "[]", "null", "3", '"files"', "{}", '{"files": []}', '{"files": {"state.json": {}}}',
      '{"files": {"state.json": 3}}', '{"files": {"state.json": {"size_bytes": 11}}}'],
 )  # fmt: skip
-def test_manifest_that_makes_no_sense_is_damage(text: str, written: Path) -> None:
+def test_malformed_manifest_is_not_readable(text: str, written: Path) -> None:
     (written / MANIFEST).write_text(text)
     assert verify_manifest(written) == f"{MANIFEST} is not readable"
 
 
-def test_manifest_that_is_missing_or_no_text_is_damage(written: Path) -> None:
+def test_missing_or_binary_manifest_is_an_error(written: Path) -> None:
     (written / MANIFEST).write_bytes(b"\xff\xfe\x00")
     assert verify_manifest(written) == f"{MANIFEST} is not readable"
     (written / MANIFEST).unlink()
@@ -177,7 +175,7 @@ def test_manifest_that_is_missing_or_no_text_is_damage(written: Path) -> None:
     assert verify_manifest(written) == f"{MANIFEST} is missing"
 
 
-def test_changed_folder_is_whole_again_after_a_new_manifest(written: Path) -> None:
+def test_new_manifest_accepts_changed_files(written: Path) -> None:
     (written / "card.md").write_text("more")
     (written / "state.json").write_text("{}")
     assert verify_manifest(written) is not None
@@ -185,7 +183,7 @@ def test_changed_folder_is_whole_again_after_a_new_manifest(written: Path) -> No
     assert verify_manifest(written) is None
 
 
-def test_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results.json"
     write_text(file, "old\n")
     write_text(file, "näw\n")
@@ -204,7 +202,7 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"], "no temporary file is left"
 
 
-def test_digest_is_sha256_of_files_larger_than_a_block(tmp_path: Path) -> None:
+def test_sha256_of_a_large_file(tmp_path: Path) -> None:
     import hashlib
 
     data = bytes(range(256)) * 8192  # two blocks
@@ -212,7 +210,7 @@ def test_digest_is_sha256_of_files_larger_than_a_block(tmp_path: Path) -> None:
     assert sha256_of(tmp_path / "large") == hashlib.sha256(data + b"x").hexdigest()
 
 
-def test_fault_that_is_not_a_kind_and_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_fault_variable_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for text in ("kill", "kill@", "explode@3", "kill@x"):
         monkeypatch.setenv(fault_injection.VARIABLE, text)
         with pytest.raises(ValueError, match="not KIND@NUMBER"):
@@ -220,9 +218,7 @@ def test_fault_that_is_not_a_kind_and_a_number_is_an_error(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("kind", ["enospc", "perm"])
-def test_text_that_cannot_be_written_or_renamed_stays_the_old_one(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_old_text(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results.json"
     for number in (1, 2):
         write_text(file, "old\n")
@@ -234,7 +230,7 @@ def test_text_that_cannot_be_written_or_renamed_stays_the_old_one(
         monkeypatch.delenv(fault_injection.VARIABLE)
 
 
-def test_sweep_puts_back_what_was_being_replaced_and_clears_the_rest(written: Path) -> None:
+def test_stale_files_are_removed_and_a_replaced_folder_restored(written: Path) -> None:
     parent = written.parent
     written.rename(parent / ".step-1.old")
     for name in (".step-1.staging", ".step-3.deleted", ".step-2.old"):

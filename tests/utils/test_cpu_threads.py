@@ -1,4 +1,4 @@
-"""How idle OpenMP threads wait: chosen by what else runs, before torch is loaded, and what libgomp then does."""
+"""OpenMP's wait policy follows the CPU load, and libgomp applies it."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ SLEEPS, SPINS = "GOMP_SPINCOUNT = '0'", f"GOMP_SPINCOUNT = '{cpu_threads.SPIN_CO
         ("0.0", {"OMP_WAIT_POLICY": "passive"}, "OMP_WAIT_POLICY=passive (environment)", SLEEPS),
     ],
 )
-def test_libgomp_waits_as_the_use_of_the_cpus_asks(busy: str, chosen: dict[str, str], logged: str, policy: str) -> None:
+def test_libgomp_follows_the_wait_policy(busy: str, chosen: dict[str, str], logged: str, policy: str) -> None:
     """`OMP_DISPLAY_ENV` makes libgomp print what it read when torch loaded it."""
     inherited = {name: value for name, value in os.environ.items() if name not in cpu_threads._VARIABLES}
     done = subprocess.run(
@@ -45,8 +45,8 @@ def test_libgomp_waits_as_the_use_of_the_cpus_asks(busy: str, chosen: dict[str, 
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/stat")
-def test_busy_share_counts_the_programs_that_run_beside() -> None:
-    """As many endless loops as there are CPUs leave next to nothing idle."""
+def test_busy_share_counts_other_programs() -> None:
+    """One endless loop per CPU leaves almost nothing idle."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
     try:
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Which device a process uses, what it logs of it, and why a GPU that is there cannot be used. No GPU is needed."""
+"""Device selection, its log line, and errors for unusable GPUs. No GPU is needed."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def driver(fake_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Driver 535 with CUDA 12.2 and a GPU, beside a torch that finds none; a test changes what it likes."""
+    """Driver 535 with CUDA 12.2 and a GPU that torch does not find."""
     (tmp_path / "version").write_text(MODULE)
     monkeypatch.setattr(nvidia_driver, "VERSION_FILE", tmp_path / "version")
     monkeypatch.setattr(nvidia_driver, "LIBRARY", str(fake_library))
@@ -64,7 +64,7 @@ def refusal() -> str:
     return str(caught.value)
 
 
-def test_a_driver_that_is_too_old_is_one_line_that_names_the_one_to_install(driver: pytest.MonkeyPatch) -> None:
+def test_old_driver_is_one_line_with_the_required_version(driver: pytest.MonkeyPatch) -> None:
     assert re.match(
         r"GPU: the NVIDIA driver 535\.104\.05 has CUDA 12\.2 and torch \S+ needs CUDA 13\.0; install driver 580 or newer, "
         r"or torch for CUDA 12 \(https://pytorch\.org/\S+\)", refusal(),
@@ -73,22 +73,20 @@ def test_a_driver_that_is_too_old_is_one_line_that_names_the_one_to_install(driv
     assert "does not find the GPU of the NVIDIA driver 535.104.05" in refusal()
 
 
-def test_a_build_of_torch_without_cuda_beside_a_gpu_is_one_line(driver: pytest.MonkeyPatch) -> None:
+def test_torch_without_cuda_on_a_gpu_machine_is_one_line(driver: pytest.MonkeyPatch) -> None:
     driver.setattr(torch.version, "cuda", None)
     assert "is built without CUDA and the NVIDIA driver 535.104.05 has a GPU; install a CUDA build" in refusal()
 
 
-def test_a_driver_that_fails_is_one_line_with_its_error(driver: pytest.MonkeyPatch) -> None:
+def test_failing_driver_is_one_line_with_its_error(driver: pytest.MonkeyPatch) -> None:
     driver.setenv("FAKE_STATUS", NOT_READY)
     assert "the NVIDIA driver 535.104.05 fails (CUDA_ERROR_SYSTEM_NOT_READY); see nvidia-smi" in refusal()
 
 
 @pytest.mark.parametrize("library", ["its own", "missing"])
 @pytest.mark.parametrize("visible", ["7", "GPU-12ab", None])
-def test_a_driver_whose_gpus_this_process_does_not_see_is_one_line(
-    library: str, visible: str | None, driver: pytest.MonkeyPatch
-) -> None:
-    """A wrong CUDA_VISIBLE_DEVICES, or a container without its GPUs; with a CPU build of torch the latter is meant."""
+def test_invisible_gpus_are_one_line(library: str, visible: str | None, driver: pytest.MonkeyPatch) -> None:
+    """A wrong CUDA_VISIBLE_DEVICES, or a container started without GPUs."""
     driver.setenv("FAKE_STATUS", NO_DEVICE)
     if library == "missing":
         driver.setattr(nvidia_driver, "LIBRARY", "libcuda.so.none")
@@ -101,7 +99,7 @@ def test_a_driver_whose_gpus_this_process_does_not_see_is_one_line(
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
-def test_gpus_that_are_hidden_on_purpose_mean_the_cpu_and_one_line(
+def test_hidden_gpus_select_the_cpu(
     visible: str, driver: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
 ) -> None:
     driver.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -121,7 +119,7 @@ def test_a_machine_without_a_driver_trains_on_the_cpu(
     assert messages.messages == ["device: CPU, 1 thread (no CUDA GPU found)"]
 
 
-def test_the_command_line_refuses_to_train_on_the_cpu_beside_a_gpu(
+def test_command_line_refuses_the_cpu_on_a_gpu_machine(
     driver: pytest.MonkeyPatch, pico_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_config(tmp_path, pico_llama)
@@ -154,7 +152,7 @@ def test_the_gpu_is_logged_once_with_memory_architecture_and_driver(
     assert messages.messages == ["device: NVIDIA H200, 139.7 GiB, sm_90, driver 535.104.05"]
 
 
-def test_a_gpu_that_torch_has_no_kernels_for_is_one_line(h200: pytest.MonkeyPatch) -> None:
+def test_gpu_without_kernels_is_one_line(h200: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(name="Tesla V100", total_memory=2**34, major=7, minor=0)
     h200.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     assert re.match(
@@ -186,7 +184,7 @@ def test_cuda_that_cannot_be_initialised_is_one_line(h200: pytest.MonkeyPatch) -
 
 
 def test_a_gpu_in_exclusive_mode_is_one_line() -> None:
-    """Some clusters set it; a saved model is checked by a second process, which explains its error so too."""
+    """Saved models are verified by a second process."""
     text = "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be"
     line = explain(RuntimeError(text))
     assert line is not None
@@ -198,9 +196,7 @@ def test_a_gpu_in_exclusive_mode_is_one_line() -> None:
     ("visible", "shown"),
     [(None, "0"), ("5, 6", "5"), ("GPU-1f,GPU-2e", "GPU-1f"), ("MIG-3a/1/0", "MIG-3a/1/0"), ("", ""), ("-1", "-1")],
 )
-def test_one_gpu_is_shown_to_cuda_whatever_its_name(
-    visible: str | None, shown: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_sees_one_gpu_by_number_or_uuid(visible: str | None, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -229,7 +225,7 @@ import bitsandbytes
 def test_the_trainer_uses_one_of_several_visible_gpus(
     h200: pytest.MonkeyPatch, pico_llama: Path, tmp_path: Path
 ) -> None:
-    """CUDA may be initialised already in a notebook, too late to hide the others; TRL refuses several."""
+    """In a notebook CUDA may already be initialised; TRL refuses several GPUs."""
     h200.setattr(torch.cuda, "set_device", lambda _: None)
     adapted: Any = SimpleNamespace(loaded=SimpleNamespace(device=torch.device("cuda", 0), compute_dtype=torch.float32))
     settings = make_config(tmp_path, pico_llama, "train.optim=adamw_torch")

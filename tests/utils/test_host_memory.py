@@ -1,4 +1,4 @@
-"""The memory of the host is what the tightest cgroup leaves, in both versions, from inside a container and outside."""
+"""Available host memory respects cgroups v1 and v2, inside and outside containers."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(tmp_path, monkeypatch)
 
 
-def test_machine_without_cgroups_has_what_is_free(machine: Machine) -> None:
+def test_without_cgroups_free_memory_counts(machine: Machine) -> None:
     assert available_bytes() == 50 * GIB
     machine.member("0::/user.slice")
     machine.group("", "user.slice", "max", 9 * GIB)
@@ -72,7 +72,7 @@ def test_limit_is_found_from_inside_a_container(controller: str, line: str, mach
     assert available_bytes() == 6 * GIB
 
 
-def test_group_without_statistics_has_no_page_cache_to_drop(machine: Machine) -> None:
+def test_cgroup_without_statistics_has_no_page_cache(machine: Machine) -> None:
     """As in gVisor's memory controller."""
     machine.member("4:memory:/")
     machine.group("memory", "", 8 * GIB, 2 * GIB)
@@ -86,7 +86,7 @@ def test_unlimited_group_of_version_1_is_no_limit(machine: Machine) -> None:
     assert available_bytes() == 50 * GIB
 
 
-def test_caches_and_offloading_keep_to_the_limit(machine: Machine) -> None:
+def test_caches_and_offloading_respect_the_limit(machine: Machine) -> None:
     machine.member("0::/")
     machine.group("", "", 8 * GIB, 7 * GIB)
     assert dequantized_cache.budget_bytes("auto", CPU) == dequantized_cache.AUTO_SHARE * GIB

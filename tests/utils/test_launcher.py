@@ -1,4 +1,4 @@
-"""One process under torchrun, accelerate or mpirun trains as one that was started by hand."""
+"""One process under torchrun, accelerate or mpirun trains as without a launcher."""
 
 import os
 import subprocess

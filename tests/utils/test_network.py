@@ -1,4 +1,4 @@
-"""Offline no connection is tried, and with a network that does not answer every wait has an end."""
+"""Offline runs open no connection, and requests to a silent Hub end."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def command(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own, with an empty cache, and a network only if there is one."""
+    """Run a command in a new process with an empty cache."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "WANDB_"))}
     own = {"PYTHONPATH": f"{folder / 'site'}:{ROOT}", "SOCKETS": str(folder / "sockets"), "OMP_NUM_THREADS": "1"}
     caches = {"HF_HOME": str(folder / "hub"), "XDG_CACHE_HOME": str(folder / "cache")}
@@ -71,7 +71,7 @@ def sockets(folder: Path) -> str:
 
 
 def messages(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """Return what was said besides the log of what was looked at."""
+    """Return the output without the log."""
     log = re.compile(r"^cpu threads: |^device: |^tokenizer: |^chat template: |: looking for the Hub data set ")
     return [line for line in done.stderr.splitlines() if not log.search(line)]
 
@@ -111,8 +111,8 @@ def test_offline_run_with_everything_local_opens_no_socket(pico_llama: Path, tmp
     assert sockets(tmp_path) == ""
 
 
-def test_without_offline_the_network_is_tried_and_its_absence_is_one_line(tmp_path: Path, site: Path) -> None:
-    """The same process without the option does meet the watch: it sees what it should."""
+def test_missing_network_is_one_line(tmp_path: Path, site: Path) -> None:
+    """Without the option the audit hook does see connections."""
     write_config(tmp_path, base="some-org/some-model", rows=write_rows(tmp_path / "rows.jsonl"))
     done = command(tmp_path, "train", "run.yaml")
     assert (done.returncode, done.stdout) == (2, "")
@@ -125,7 +125,7 @@ def test_without_offline_the_network_is_tried_and_its_absence_is_one_line(tmp_pa
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """A server that takes connections and never says a word."""
+    """A server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -140,9 +140,7 @@ sys.exit(cli.main(["data", "run.yaml"]))
 
 
 @pytest.mark.parametrize("absent", ["model", "data set"])
-def test_hub_that_never_answers_is_given_up_in_one_line(
-    absent: str, pico_llama: Path, tmp_path: Path, silent_server: str
-) -> None:
+def test_silent_hub_is_one_line(absent: str, pico_llama: Path, tmp_path: Path, silent_server: str) -> None:
     rows = "some-org/some-set" if absent == "data set" else str(write_rows(tmp_path / "rows.jsonl"))
     write_config(tmp_path, base="some-org/some-model" if absent == "model" else pico_llama, rows=rows)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
@@ -157,13 +155,13 @@ def test_hub_that_never_answers_is_given_up_in_one_line(
 
 
 class Request:
-    """What a client's request has of time limits."""
+    """The timeouts of an HTTP request."""
 
     def __init__(self, **limits: float | None) -> None:
         self.extensions = {"timeout": limits}
 
 
-def test_silence_is_borne_for_a_time_and_an_answer_begins_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_budget_ends_and_an_answer_resets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(network, "time", clock)
     budget = network.RetryBudget()
@@ -182,11 +180,11 @@ def test_silence_is_borne_for_a_time_and_an_answer_begins_it_anew(monkeypatch: p
 
 
 @pytest.mark.parametrize(("value", "offline"), [("1", True), ("true", True), ("0", False), ("", False)])
-def test_environment_is_read_as_the_libraries_read_it(value: str, offline: bool) -> None:
+def test_offline_variable_is_parsed_as_by_the_libraries(value: str, offline: bool) -> None:
     assert network.is_offline({"HF_HUB_OFFLINE": value}) is offline
 
 
-def test_going_offline_leaves_a_tracker_off_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_offline_keeps_a_disabled_tracker_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "0")
     monkeypatch.setenv("WANDB_MODE", "online")
     network.go_offline()
