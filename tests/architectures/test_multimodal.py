@@ -119,7 +119,7 @@ def test_adapter_and_merge_fit_the_whole_model(
     caplog.clear()
     with caplog.at_level("INFO"):
         loaded = load_model(config.model, config.quantization)
-    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text part:")]
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text-only:")]
     assert len(said) == 1
     assert all(module.name in said[0] for module in loaded.omitted_modules)
     assert loaded.omitted_modules
@@ -183,8 +183,8 @@ def test_text_model_packs_or_names_the_reason(model_type: str, whole: Callable[[
     [
         ("paligemma", "attention over text is bidirectional"),
         ("qwen2_audio", "reads the device of its audio encoder"),
-        ("phi4_multimodal", "its modules lie inside the language model"),
-        ("florence2", "an encoder and a decoder"),
+        ("phi4_multimodal", "its encoders are inside the language model"),
+        ("florence2", "an encoder-decoder"),
     ],
 )
 def test_model_that_needs_its_encoders_is_refused_in_one_line(model_type: str, reason: str) -> None:
@@ -197,7 +197,7 @@ def test_bidirectional_text_model_is_refused(whole: Callable[[str], Path]) -> No
     """PaliGemma's mask is bidirectional over the prompt."""
     text = {"model_type": "gemma", **FAMILIES["gemma"]}
     torch.manual_seed(0)
-    with pytest.raises(ModelError, match="a later token changes"):
+    with pytest.raises(ModelError, match="depend on later tokens"):
         check_causal(AutoModelForMultimodalLM.from_config(build_whole_config("paligemma", text)))
     check_causal(AutoModelForMultimodalLM.from_pretrained(whole("gemma3")))
 
