@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -78,18 +77,6 @@ def compute_in_batches(
 def row_too_long(num_tokens: int, reason: str | None, advice: str) -> ModelError:
     """Return the error for a single row that does not fit into memory."""
     return ModelError(f"out of memory: one row of {num_tokens} tokens does not fit ({reason}); {advice}")
-
-
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Put every module into evaluation mode, and restore the mode of each afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def input_device(model: Any) -> torch.device:

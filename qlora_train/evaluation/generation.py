@@ -14,10 +14,10 @@ from qlora_train.data.types import Prompt
 from qlora_train.evaluation.batched_inference import (
     batches_by_length,
     compute_in_batches,
-    evaluation_mode,
     input_device,
 )
 from qlora_train.utils.errors import DataError, ModelError
+from qlora_train.utils.eval_mode import eval_mode
 
 
 def generate_answers(
@@ -56,7 +56,7 @@ def generate_answers(
             end = next((at for at, token in enumerate(new) if token in stops), len(new))
             answers[index] = tokenizer.decode(new[:end], skip_special_tokens=True)
 
-    with evaluation_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         compute_in_batches(
             batches_by_length(lengths, batch_size), answer, lengths,
             setting="--batch-size", advice="lower --max-new-tokens, or shorten the prompt",

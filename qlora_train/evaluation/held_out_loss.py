@@ -14,7 +14,6 @@ from qlora_train.data.types import Example
 from qlora_train.evaluation.batched_inference import (
     batches_by_length,
     compute_in_batches,
-    evaluation_mode,
     input_device,
     row_too_long,
 )
@@ -23,6 +22,7 @@ from qlora_train.objectives.sft_loss import label_logits, label_losses
 from qlora_train.utils import signals
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import DataError
+from qlora_train.utils.eval_mode import eval_mode
 
 MAX_LOGITS = 1 << 28
 """Maximum logits per batch of several rows; 1 GiB if a model returns them in float32."""
@@ -89,7 +89,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
         losses = label_losses(model, **inputs, labels=tensors["labels"])
         nll.index_add_(0, tensors["row"][losses.row_index], losses.nll.double().cpu())
 
-    with evaluation_mode(model):
+    with eval_mode(model):
         compute_in_batches(
             batches_by_length(lengths, batch_size, num_labels, max_labels), compute, lengths,
             setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
@@ -109,7 +109,7 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
         Stop: a signal asked the process to stop.
     """
     collate, device = PaddingCollator(0), input_device(model)
-    with evaluation_mode(model):
+    with eval_mode(model):
         for example in examples:
             signals.raise_if_requested()
             tensors = collate([(0, example)])

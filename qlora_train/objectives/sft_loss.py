@@ -24,6 +24,7 @@ from qlora_train.objectives.chunked_loss import (
     selected_hidden_states,
 )
 from qlora_train.utils.constants import IGNORE_INDEX
+from qlora_train.utils.eval_mode import eval_mode
 
 CHUNK_TOLERANCE = 0.02
 """Max difference of a chunked loss, in nats per token: rounding in 16 bits."""
@@ -161,14 +162,10 @@ def _probe(
     """Return the losses of a few tokens; None if the model does not support it."""
     device, vocab_size = next(model.parameters()).device, model.config.get_text_config().vocab_size
     tokens = torch.arange(1, 9, device=device)[None] % vocab_size
-    was_training = model.training
-    model.eval()
     try:
-        with torch.set_grad_enabled(with_gradients):
+        with eval_mode(model), torch.set_grad_enabled(with_gradients):
             return label_losses(model, chunk_tokens, input_ids=tokens, labels=tokens, with_aux_loss=with_aux_loss)
     except torch.OutOfMemoryError:  # no evidence against the model
         raise
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
         return None
-    finally:
-        model.train(was_training)

@@ -24,6 +24,7 @@ from qlora_train.kernels.packed import attention
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import ConfigError, first_line
+from qlora_train.utils.eval_mode import eval_mode
 
 CHECK_TOKENS = 32
 """Tokens of each document in the check."""
@@ -100,16 +101,13 @@ def _last_losses(adapted: AdaptedModel, tokens: torch.Tensor, positions: torch.T
     labels[: 1 - CHECK_TOKENS] = IGNORE_INDEX
     inputs: dict[str, Any] = {"input_ids": tokens, "labels": labels}
     inputs |= {"attention_mask": torch.ones_like(tokens)} if positions is None else {"position_ids": positions}
-    was_training = adapted.model.training
-    adapted.model.eval()
+    batch = {name: tensor[None].to(adapted.loaded.device) for name, tensor in inputs.items()}
     try:
-        batch = {name: tensor[None].to(adapted.loaded.device) for name, tensor in inputs.items()}
-        return label_losses(adapted.model, **batch).nll
+        with eval_mode(adapted.model):
+            return label_losses(adapted.model, **batch).nll
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
         if positions is None:
             raise
         _refuse(adapted, f"its attention fails on packs ({first_line(error)})")
-    finally:
-        adapted.model.train(was_training)
