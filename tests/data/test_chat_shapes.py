@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +18,10 @@ from jinja2.exceptions import TemplateError
 from qlora_train.data.render import INLINE_REASONING, Renderer
 from qlora_train.data.types import UnusableRowError
 from qlora_train.utils.errors import DataError
+from tests.support.chat_oracle import BLOCK, DATE, OWN_TEMPLATES, TRL_TEMPLATES, compiled, label_texts
 from tests.support.chat_shapes import SHAPES, Shape
 from tests.support.pico import build_tokenizer
-from tests.support.rendering import label_texts
 from tests.support.rows import WEATHER, read
-from tests.support.template_oracle import BLOCK, DATE, REAL, environment, without_blocks
 
 IM, END, TURN, COHERE = "<|im_end|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>"
 STOPS: dict[str, str | None] = {
@@ -40,7 +38,7 @@ CALL_STOPS = {
     "gemma4": "<tool_call|><|tool_response>",
     "diffusion": "<tool_call|><|tool_response>",
 }
-TEMPLATES = {path.stem: path for path in sorted(REAL.glob("*.jinja"))}
+TEMPLATES = {path.stem: path for path in sorted(TRL_TEMPLATES.glob("*.jinja"))}
 SPECIAL = re.compile(
     r"<\|?[A-Za-z_]+\|>|<\|[A-Za-z_]+>|<(?:start|end)_of_turn>|<end_of_utterance>|<｜[^｜']+｜>|\[/?[A-Z_]+\]"
 )
@@ -50,6 +48,7 @@ def _of(table: dict[str, Any], name: str, default: Any = None) -> Any:
     return next((stop for prefix, stop in table.items() if name.startswith(prefix)), default)
 
 
+@cache
 def shape(name: str) -> Shape:
     if name in SHAPES:
         return SHAPES[name]
@@ -110,7 +109,7 @@ class Oracle:
     """One template for one list of tools."""
 
     def __init__(self, name: str, tools: list[Any]) -> None:
-        self._template = environment().from_string(without_blocks(shape(name).jinja))
+        self._template = compiled(shape(name).jinja)
         self.stop, self.call_stop = shape(name).stop, shape(name).call_stop or shape(name).stop
         self.tools = tools
 
@@ -127,7 +126,7 @@ class Oracle:
             return False
 
     def form(self, turns: Sequence[Any]) -> list[Any]:
-        """Return a row as its author would give it to the template: thoughts in their field, null where it is wanted."""
+        """Return a row as the template reads it: reasoning in its field, null content where it tests for null."""
         split = [self._split(turn) for turn in turns] if self.reads_reasoning() else list(turns)
         null = [turn if (turn["content"] or "").strip() else turn | {"content": None} for turn in split]
         empty = [turn | {"content": turn["content"] or ""} for turn in null]
@@ -183,7 +182,7 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def said(turn: Any) -> list[str]:
+def parts_of(turn: Any) -> list[str]:
     """Return what an answer must have."""
     calls = [one["function"] for one in turn.get("tool_calls", [])]
     arguments = [str(value) for one in calls for item in one["arguments"].items() for value in item]
@@ -200,7 +199,7 @@ def is_lost(oracle: Oracle, turns: Sequence[Any]) -> bool:
     return any(
         part not in squeezed(begin + text)
         for turn, begin, text in zip(answers, opened, texts, strict=True)
-        for part in said(turn)
+        for part in parts_of(turn)
     )
 
 
@@ -239,8 +238,8 @@ def has_no_end(oracle: Oracle, turns: Sequence[Any]) -> bool:
 
 def writes_more_thoughts(oracle: Oracle, turns: Sequence[Any]) -> bool:
     """Say whether the text has more ends of thoughts than the row says."""
-    num_said = sum((turn["content"] or "").count("</think>") + ("reasoning_content" in turn) for turn in turns)
-    return oracle.text(turns).count("</think>") > num_said
+    num_expected = sum((turn["content"] or "").count("</think>") + ("reasoning_content" in turn) for turn in turns)
+    return oracle.text(turns).count("</think>") > num_expected
 
 
 REASONS: dict[str, Callable[[Oracle, Sequence[Any]], bool]] = {
@@ -268,6 +267,7 @@ def holds(reason: str, oracle: Oracle, turns: Sequence[Any]) -> bool:
     return fails(oracle, turns) if fails(oracle, turns) else REASONS[reason](oracle, turns)
 
 
+@cache
 def outcome(name: str, case: str) -> str:
     """Return what becomes of a row: "equal", or the reason of a refusal, both compared with the oracle."""
     tools = [WEATHER] if case in WITH_TOOLS else []
@@ -311,22 +311,22 @@ def test_the_oracle_covers_what_trl_carries_and_twenty_shapes() -> None:
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, *SHAPES])
-def test_rows_are_learnt_as_the_oracle_has_them_or_refused_for_a_true_reason(name: str) -> None:
+def test_labels_equal_the_oracle_or_the_row_is_refused_for_a_true_reason(name: str) -> None:
     assert {case: outcome(name, case) for case in CASES}
 
 
-TRAINED_WHOLLY = ("qwen3_training", "qwen3_5_think_training", "qwen3_6_training", "command r7b")
+COMPLETE = ("qwen3_training", "qwen3_5_think_training", "qwen3_6_training", "command r7b")
 """Templates with a place for everything: no kind of row is refused."""
 
 
-@pytest.mark.parametrize("name", TRAINED_WHOLLY)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_a_template_with_a_place_for_everything_refuses_nothing(name: str) -> None:
     assert {outcome(name, case) for case in CASES} == {"equal"}
 
 
-def learnt_of(template: str, turns: list[dict[str, Any]]) -> list[str]:
+def labels_of(template: str, turns: list[dict[str, Any]]) -> list[str]:
     tokenizer = copy.deepcopy(tokenizer_for("chatml"))
-    tokenizer.chat_template = (Path(__file__).parents[1] / "files" / "chat_templates" / f"{template}.jinja").read_text()
+    tokenizer.chat_template = (OWN_TEMPLATES / f"{template}.jinja").read_text()
     renderer = Renderer(tokenizer, train_on="assistant", date=DATE)
     return label_texts(tokenizer, renderer.render(read({"messages": turns})))
 
@@ -335,22 +335,22 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
 
 
 @pytest.mark.parametrize("content", [None, "", " \n"])
-def test_a_call_without_text_is_learnt_though_the_last_turn_is_written_otherwise(content: str | None) -> None:
+def test_a_call_without_text_is_trained_where_the_last_turn_differs(content: str | None) -> None:
     """What "as the last turn" and "in the middle" have in common ends within `<tool_call>`."""
     turns = [user(), answer(content, tool_calls=[OSLO]), COLD, answer()]
-    assert learnt_of("last_turn_thinks", turns) == [f"{CALL}<|im_end|>", "<think>\n\n</think>\n\nIt is cold.<|im_end|>"]
+    assert labels_of("last_turn_thinks", turns) == [f"{CALL}<|im_end|>", "<think>\n\n</think>\n\nIt is cold.<|im_end|>"]
 
 
-def test_thoughts_in_the_content_are_learnt_behind_the_tag_that_the_prompt_opens() -> None:
+def test_thoughts_in_the_content_are_trained_behind_the_tag_that_the_prompt_opens() -> None:
     turns = [user("Two plus two?"), answer("<think>\nAdding them.\n</think>\n\nFour.")]
-    assert learnt_of("prompt_opens_thoughts", turns) == ["Adding them.\n</think>\n\nFour.<|im_end|>"]
+    assert labels_of("prompt_opens_thoughts", turns) == ["Adding them.\n</think>\n\nFour.<|im_end|>"]
 
 
 def test_only_rows_without_reasoning_are_refused_where_empty_thoughts_differ_from_the_prompt() -> None:
     reasoned = [user("Two plus two?"), answer("Four.", reasoning_content="Adding them.")]
-    assert learnt_of("empty_thoughts_on_one_line", reasoned) == ["Adding them.\n</think>\nFour.<|im_end|>"]
+    assert labels_of("empty_thoughts_on_one_line", reasoned) == ["Adding them.\n</think>\nFour.<|im_end|>"]
     with pytest.raises(UnusableRowError, match="does not begin as the generation prompt ends: thoughts are opened"):
-        learnt_of("empty_thoughts_on_one_line", [user("Two plus two?"), answer("Four.")])
+        labels_of("empty_thoughts_on_one_line", [user("Two plus two?"), answer("Four.")])
 
 
 def test_an_answer_ends_at_its_end_of_turn_where_the_next_header_always_follows() -> None:
@@ -378,7 +378,7 @@ COLD_LABEL = f"<think>\n\n</think>\n\nIt is cold.{IM}"
 
 
 @pytest.mark.parametrize("content", [None, "", " \n"])
-def test_calls_without_text_are_learnt_where_the_last_turn_is_written_differently(content: Any) -> None:
+def test_calls_without_text_are_trained_where_the_last_turn_is_written_differently(content: Any) -> None:
     oslo, both = "\n" + one_call(city="Oslo"), "\n" + one_call(city="Oslo") + "\n" + one_call(city="Bergen", days=2)
     turns = [user(), answer(content, tool_calls=[OSLO]), COLD, answer()]
     assert trained(LAST_TURN_THINKS, turns) == [oslo + IM, COLD_LABEL]
@@ -393,7 +393,7 @@ def test_calls_without_text_are_learnt_where_the_last_turn_is_written_differentl
 
 
 @pytest.mark.parametrize("name", ["qwen3.5 thinking", "thoughts that are not looked for in the content", "nemotron"])
-def test_thoughts_that_the_prompt_opens_are_learnt_once(name: str) -> None:
+def test_thoughts_that_the_prompt_opens_are_trained_once(name: str) -> None:
     behind = "\n</think>\n" if name == "nemotron" else "\n</think>\n\n"
     expected = [f"So cold there.{behind}It is cold.{IM}"]
     for case in ("reasoning", "inline thoughts"):
@@ -440,5 +440,5 @@ def test_no_loss_falls_on_a_header_behind_the_end_of_the_turn(name: str, case: s
     tokenizer = copy.deepcopy(tokenizer_for(name))
     tokenizer.chat_template = jinja
     example = Renderer(tokenizer, train_on="assistant", date=DATE).render(read({"messages": CASES[case]}))
-    said = [turn["content"] or json.dumps(OSLO["function"]) for turn in CASES[case] if turn["role"] == "assistant"]
-    assert label_texts(tokenizer, example) == [text + str(SHAPES[name].stop) for text in said]
+    texts = [turn["content"] or json.dumps(OSLO["function"]) for turn in CASES[case] if turn["role"] == "assistant"]
+    assert label_texts(tokenizer, example) == [text + str(SHAPES[name].stop) for text in texts]

@@ -14,7 +14,7 @@ from qlora_train.data.types import Row, UnusableRowError
 from tests.support.rows import HELLO, HI, WEATHER, call, calling, read, reason_of, result, turns_of
 
 
-def test_text_parts_are_joined_and_empty_fields_say_nothing() -> None:
+def test_text_parts_are_joined_and_empty_fields_are_ignored() -> None:
     parts = [{"type": "text", "text": "hel", "image_url": None}, {"type": "text", "text": "lo"}]
     turns = [
         HI | {"name": None, "tool_calls": [], "weight": None, "train": None},
@@ -65,12 +65,12 @@ def test_reasoning_is_read_under_each_of_its_names(name: str) -> None:
         ({"weight": None, "train": None}, set()),
     ],
 )
-def test_train_and_weight_say_which_answers_are_learnt(flags: dict[str, Any], untrained: set[int]) -> None:
+def test_train_and_weight_select_the_trained_answers(flags: dict[str, Any], untrained: set[int]) -> None:
     row = read({"messages": [HI | {"train": False, "weight": 0}, HELLO | flags, HI, HELLO]})
     assert (row.untrained, list(row.messages or ())) == (untrained, [HI, HELLO, HI, HELLO])
 
 
-def test_answers_that_are_not_learnt_keep_their_place_in_every_format() -> None:
+def test_untrained_answers_have_their_index_in_every_format() -> None:
     system = {"system": "be brief"}
     silent = HELLO | {"weight": 0}
     assert read({"messages": [HI, HELLO, HI, silent]} | system).untrained == {4}
@@ -231,10 +231,10 @@ def test_sharegpt_turns_that_cannot_be_used_give_their_reason(turns: Any, reason
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
-SAID = TEXTS.filter(str.strip)
+NOT_BLANK = TEXTS.filter(str.strip)
 JSON = st.recursive(
     st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SAID, inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NOT_BLANK, inner, max_size=3),
     max_leaves=5,
 )
 
@@ -244,16 +244,16 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Conversations in the one shape that all are read into, without ids of calls."""
     turns: list[dict[str, Any]] = []
     if draw(st.booleans()):
-        turns.append({"role": "system", "content": draw(SAID)})
+        turns.append({"role": "system", "content": draw(NOT_BLANK)})
     for _ in range(draw(st.integers(1, 3))):
         turns.append({"role": "user", "content": draw(TEXTS)})
         if draw(st.booleans()):
-            arguments = draw(st.lists(st.dictionaries(SAID, JSON, max_size=3), min_size=1, max_size=2))
-            turns.append(calling(*(call(draw(SAID), one) for one in arguments)))
+            arguments = draw(st.lists(st.dictionaries(NOT_BLANK, JSON, max_size=3), min_size=1, max_size=2))
+            turns.append(calling(*(call(draw(NOT_BLANK), one) for one in arguments)))
             turns += [result(draw(TEXTS)) for _ in arguments]
-        turns.append({"role": "assistant", "content": draw(SAID)})
+        turns.append({"role": "assistant", "content": draw(NOT_BLANK)})
         if draw(st.booleans()):
-            turns[-1]["reasoning_content"] = draw(SAID)
+            turns[-1]["reasoning_content"] = draw(NOT_BLANK)
     return turns
 
 
@@ -280,8 +280,11 @@ def test_a_conversation_is_the_same_in_every_shape(turns: list[dict[str, Any]]) 
     assert read({"messages": turns}) == expected
     assert read({"conversations": turns}) == expected
     assert read({"conversations": [as_sharegpt(turn) for turn in turns]}) == expected
-    told = [*turns[:-1], turns[-1] | {"content": [{"type": "text", "text": letter} for letter in turns[-1]["content"]]}]
-    assert read({"messages": told}) == expected
+    in_parts = [
+        *turns[:-1],
+        turns[-1] | {"content": [{"type": "text", "text": letter} for letter in turns[-1]["content"]]},
+    ]
+    assert read({"messages": in_parts}) == expected
     halves = read({"prompt": turns[:1], "completion": turns[1:]})
     assert (halves.messages, halves.loss_from) == (expected.messages, 1)
 

@@ -1,4 +1,4 @@
-"""Columns decide the format of a file, and every format says what its rows say."""
+"""Columns decide the format of a file, and each format has its reader."""
 
 import itertools
 import json
@@ -66,7 +66,7 @@ def test_columns_that_fit_two_formats_are_refused_until_one_is_named(one: str, o
     assert (read(values, format_name=one), read(values, format_name=other)) == (EXPECTED[one], EXPECTED[other])
 
 
-def test_a_renaming_says_which_of_two_formats_is_meant() -> None:
+def test_a_renaming_decides_between_two_formats() -> None:
     values = {"question": "hi", "answer": "hello"}
     assert read(values, {"prompt": "question", "completion": "answer"}) == EXPECTED["prompt_completion"]
     assert read(values, {"instruction": "question", "output": "answer"}) == EXPECTED["alpaca"]
@@ -162,7 +162,7 @@ def test_a_reader_goes_to_another_process_as_it_is() -> None:
         ("text", "text"),
     ],
 )
-def test_every_bundled_row_is_usable_and_says_something_of_its_own(file: str, name: str) -> None:
+def test_every_bundled_row_is_usable_and_unique(file: str, name: str) -> None:
     lines = (EXAMPLES / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [read(json.loads(line)) for line in lines]
     assert recognise(Record("", json.loads(lines[0])), "auto", {}) == name
@@ -176,14 +176,14 @@ def test_prompt_and_completion_lists_are_one_conversation_with_loss_on_the_compl
     assert (list(row.messages or ()), row.loss_from, row.tools) == (turns, 3, (WEATHER,))
 
 
-def test_a_system_column_stands_before_a_prompt_of_turns_and_leaves_the_completion_as_it_is() -> None:
+def test_a_system_column_precedes_a_prompt_of_turns() -> None:
     row = read({"prompt": chat("a", "b", "c"), "completion": [HELLO], "system": "In French."})
     expected = [{"role": "system", "content": "In French."}, *chat("a", "b", "c"), HELLO]
     assert (list(row.messages or ()), row.loss_from) == (expected, 4)
 
 
 @pytest.mark.parametrize("column", ["tools", "system", "chat_template_kwargs"])
-def test_what_only_a_chat_template_can_say_is_refused_beside_plain_text_and_read_as_its_message_advises(
+def test_columns_for_chat_templates_are_refused_beside_plain_text(
     column: str,
 ) -> None:
     said: dict[str, Any] = {
@@ -212,7 +212,7 @@ def test_variables_of_the_chat_template_are_read_with_every_conversation(name: s
 
 
 @pytest.mark.parametrize("name", ["messages", "conversations", "prompt_completion", "alpaca", "question_answer"])
-def test_an_answer_that_is_not_wanted_is_refused_and_one_that_is_noted(name: str) -> None:
+def test_an_undesirable_answer_is_refused_and_a_desirable_one_gets_a_warning(name: str) -> None:
     for column in ("label", "kto_tag"):
         for value in (False, "false", "False"):
             assert reason_of(ROWS[name] | {column: value}) == (
@@ -227,7 +227,7 @@ def test_an_answer_that_is_not_wanted_is_refused_and_one_that_is_noted(name: str
 
 @pytest.mark.parametrize("column", ["image", "images", "video", "videos", "audio"])
 @pytest.mark.parametrize("name", ROWS)
-def test_a_row_about_what_is_not_seen_is_refused(name: str, column: str) -> None:
+def test_a_row_with_media_is_refused(name: str, column: str) -> None:
     for value in ("a.png", ["a.png"], [{"bytes": b"x", "path": None}]):
         assert reason_of(ROWS[name] | {column: value}) == (
             f"the column {column} holds what a text model does not see; leave the row out, or the column where no answer "
@@ -248,7 +248,7 @@ OF_TURNS = {
 
 
 @pytest.mark.parametrize("column", OF_TURNS)
-def test_a_column_that_may_matter_is_noted_where_a_row_fills_it(column: str) -> None:
+def test_a_column_that_may_matter_gets_a_warning_where_a_row_fills_it(column: str) -> None:
     row = read(ROWS["messages"] | {column: "x", "id": "7", "source": "y"})
     assert row.warnings == (f"the column {column} is not used: {OF_TURNS[column]}",)
     assert read(ROWS["text"] | {column: "x"}).warnings == (f"the column {column} is not used",)
@@ -329,7 +329,7 @@ def test_known_shapes_are_answered_with_renames_that_read_all_of_them(name: str)
     assert warned == (["the column rejected"] if name in PAIRS and values["rejected"] else [])
 
 
-def test_a_conversation_whose_answer_stands_in_a_preference_pair_is_refused_as_such() -> None:
+def test_a_conversation_with_its_answer_in_a_preference_pair_is_refused() -> None:
     said = [{"from": "gpt", "value": value} for value in ("So.", "No.")]
     values = {"conversations": [{"from": "human", "value": "What?"}], "chosen": said[0], "rejected": said[1]}
     assert reason_of(values).startswith(
@@ -440,7 +440,7 @@ ANYTHING = st.recursive(
 
 @given(st.sampled_from(sorted(FORMATS)), st.data())
 @settings(max_examples=300, deadline=None)
-def test_whatever_a_row_holds_it_is_read_or_refused_with_a_short_reason(name: str, data: st.DataObject) -> None:
+def test_any_row_is_read_or_refused_with_a_short_reason(name: str, data: st.DataObject) -> None:
     optional = data.draw(st.sets(st.sampled_from([*FORMATS[name].required, *FORMATS[name].optional])))
     values = {column: data.draw(ANYTHING) for column in {*FORMATS[name].required, *optional}}
     if name in ("messages", "conversations"):

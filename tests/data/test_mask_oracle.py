@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,11 +24,8 @@ from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
 from qlora_train.data.render import CROSSES_PROMPT_END, Renderer
 from qlora_train.data.types import Message, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
+from tests.support.chat_oracle import DATE, OWN_TEMPLATES, TRL_TEMPLATES, compiled, metaspace_tokenizer
 from tests.support.pico import build_tokenizer
-from tests.support.rendering import metaspace_tokenizer
-from tests.support.template_oracle import DATE, REAL, environment, without_blocks
-
-WRITTEN = Path(__file__).parents[1] / "files" / "chat_templates"
 
 IM, COHERE, LLAMA = "<|im_end|>", "<|END_OF_TURN_TOKEN|>", "<|eot_id|>"
 STOPS = {
@@ -70,16 +66,17 @@ LAST_ONLY = {
     "qwen3_5_nothink": (IM, "renders the prompt of an answer differently"),
     "qwen3_6": (IM, "renders the prompt of an answer differently"),
 }
-"""Templates that write earlier answers otherwise than a model gives them, so that only the last one can be learnt."""
+"""Templates that write earlier answers differently from inference: only the last one can be trained."""
 OPENED = re.compile(r"<think>\s*(</think>\s*)?$")
 SPECIAL = re.compile(r"<\|[A-Za-z_]+\|>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|<end_of_utterance>")
 
 
+@cache
 def source(name: str) -> str:
     if name in LIBRARY:
         return CHAT_TEMPLATES[LIBRARY[name]].jinja
-    written = WRITTEN / f"{name}.jinja"
-    return (written if written.exists() else REAL / f"{name}.jinja").read_text()
+    own = OWN_TEMPLATES / f"{name}.jinja"
+    return (own if own.exists() else TRL_TEMPLATES / f"{name}.jinja").read_text()
 
 
 @cache
@@ -96,20 +93,15 @@ def tokenizer_for(name: str, kind: str) -> Any:
     return tokenizer
 
 
-@cache
-def jinja_for(name: str) -> Any:
-    return environment().from_string(without_blocks(source(name)))
-
-
 def rendered(name: str, turns: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-    text: str = jinja_for(name).render(
+    text: str = compiled(source(name)).render(
         messages=turns, tools=None, add_generation_prompt=add_generation_prompt, bos_token="<s>", eos_token="</s>"
     )
     return text
 
 
 class RefusedError(Exception):
-    """The oracle cannot say where an answer stands: its prompt or its content is not in the text; or a turn is lost."""
+    """The oracle cannot locate an answer: its prompt or content is not in the text, or a turn is lost."""
 
 
 @dataclass
@@ -204,12 +196,12 @@ def holds_special(name: str, kind: str, turns: Sequence[Message]) -> bool:
 
 @cache
 def renderer_for(name: str, kind: str) -> Renderer:
-    """One renderer for all examples, as in a run: what it learns from one row serves the next."""
+    """One renderer for all examples, as in a run: its caches serve the next row."""
     return Renderer(tokenizer_for(name, kind), train_on="assistant", date=DATE)
 
 
 def check(name: str, kind: str, turns: tuple[Message, ...]) -> None:
-    """Compare one row with the oracle; it is refused where, and only where, the oracle sees no place for an answer."""
+    """Compare one row with the oracle; it is refused where, and only where, the oracle cannot locate an answer."""
     answers, row = answers_of(turns), Row("row", turns)
     turns = with_reasoning(name, turns)
     try:
@@ -269,7 +261,7 @@ NAMES = sorted(STOPS)
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(contents=texts, system=st.none() | st.sampled_from(["Be brief.", "/no_think", ""]))
 def test_tokens_and_masks_equal_the_oracle(name: str, kind: str, contents: list[str], system: str | None) -> None:
     contents = [text.replace("\0", "").replace("\ue010", "") for text in contents[: len(contents) // 2 * 2]]
@@ -279,17 +271,17 @@ def test_tokens_and_masks_equal_the_oracle(name: str, kind: str, contents: list[
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("name", NAMES)
-def test_contents_that_equal_each_other_or_a_role_are_told_apart(name: str, kind: str) -> None:
+def test_equal_contents_and_contents_that_equal_a_role_are_distinguished(name: str, kind: str) -> None:
     for words in (["a"] * 6, ["user", "assistant", "assistant", "user"], ["one", "one\none", "one", "one"]):
         check(name, kind, conversation(words))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 @pytest.mark.parametrize("name", NAMES)
-def test_an_answer_may_say_what_special_tokens_begin_or_end_with(name: str, kind: str) -> None:
+def test_contents_may_begin_or_end_like_special_tokens(name: str, kind: str) -> None:
     begins = (["", "<", "", "ok"], ["<", "<", "<|", "<|", "<|e", "<"], ["a", "<s", "[", "</s", "<|im", "<|end|"])
     for words in (*begins, ["", ">", "", "ok"], ["|", "|>", "a", "s>", "b", ">"]):
-        renderer_for.cache_clear()  # the first row of an order is the one that skeletons are compared on
+        renderer_for.cache_clear()  # the layouts are confirmed on the first row of each sequence of roles
         check(name, kind, conversation(words))
 
 
@@ -300,7 +292,7 @@ def test_templates_that_cannot_be_trained_with_are_refused_with_the_reason(name:
 
 
 @pytest.mark.parametrize("name", LAST_ONLY)
-def test_templates_that_rewrite_earlier_answers_teach_the_last_one(name: str) -> None:
+def test_templates_that_rewrite_earlier_answers_train_the_last_one(name: str) -> None:
     stop, reason = LAST_ONLY[name]
     tokenizer, turns = tokenizer_for(name, "bytes"), conversation(["one", "two", "three", "four"])
     with pytest.raises(UnusableRowError, match=reason):

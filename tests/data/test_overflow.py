@@ -1,4 +1,4 @@
-"""What becomes of rows beyond `data.max_length`, checked token by token."""
+"""Rows longer than `data.max_length`, checked token by token."""
 
 from typing import Any
 
@@ -23,16 +23,16 @@ def example(mask: str, *, bos: bool = False) -> Example:
     return Example("rows.jsonl:3", ids, np.array([c == "x" for c in mask]), "asked", "told", ("before",))
 
 
-def shown(piece: Example) -> str:
-    """Return the positions of a piece's tokens, labels in brackets; ^ is the beginning token."""
-    names = ["^" if token == BOS else str(token - 100) for token in piece.input_ids.tolist()]
-    return " ".join(f"[{name}]" if label else name for name, label in zip(names, piece.loss_mask, strict=True))
+def shown(part: Example) -> str:
+    """Return the positions of a part's tokens, labels in brackets; ^ is the beginning token."""
+    names = ["^" if token == BOS else str(token - 100) for token in part.input_ids.tolist()]
+    return " ".join(f"[{name}]" if label else name for name, label in zip(names, part.loss_mask, strict=True))
 
 
 def cut(mask: str, overflow: Any, max_length: int, *, bos: bool = False) -> list[str]:
     return [
-        shown(piece)
-        for piece in apply_overflow(example(mask, bos=bos), max_length=max_length, overflow=overflow, bos=BOS)
+        shown(part)
+        for part in apply_overflow(example(mask, bos=bos), max_length=max_length, overflow=overflow, bos=BOS)
     ]
 
 
@@ -52,7 +52,7 @@ def test_a_long_row_is_refused_with_its_place_length_and_the_way_out() -> None:
         cut("..xx", "refuse", 3)
 
 
-def test_cuts_keep_the_tokens_that_they_say() -> None:
+def test_each_cut_keeps_its_tokens() -> None:
     assert cut("..xx..xx", "truncate", 5) == ["0 1 [2] [3] 4"]
     assert cut("..xx..xx", "keep_end", 5) == ["3 4 5 [6] [7]"]
     assert cut("..xx..xx", "keep_answer", 5) == ["3 4 5 [6] [7]"]
@@ -62,11 +62,10 @@ def test_cuts_keep_the_tokens_that_they_say() -> None:
     assert cut("...xxx...", "split", 3) == ["2 [3] [4]", "4 [5] 6"]
 
 
-def test_notes_say_what_was_cut_once_a_row() -> None:
+def test_warnings_name_the_cut_once_per_row() -> None:
     def warnings(mask: str, overflow: Any, max_length: int) -> list[tuple[str, ...]]:
         return [
-            piece.warnings
-            for piece in apply_overflow(example(mask), max_length=max_length, overflow=overflow, bos=None)
+            part.warnings for part in apply_overflow(example(mask), max_length=max_length, overflow=overflow, bos=None)
         ]
 
     assert warnings("..xx..", "truncate", 4) == [("before", "cut at the end to data.max_length")]
@@ -79,9 +78,9 @@ def test_notes_say_what_was_cut_once_a_row() -> None:
     assert warnings(".x.x", "split", 2) == [("before", "split into pieces of data.max_length"), ()]
 
 
-def test_pieces_of_one_row_are_asked_for_once() -> None:
-    pieces = apply_overflow(example(".x.x"), max_length=2, overflow="split", bos=None)
-    assert [(piece.prompt, piece.answer) for piece in pieces] == [("asked", "told"), (None, None)]
+def test_only_the_first_part_of_a_row_has_its_prompt() -> None:
+    parts = apply_overflow(example(".x.x"), max_length=2, overflow="split", bos=None)
+    assert [(part.prompt, part.answer) for part in parts] == [("asked", "told"), (None, None)]
 
 
 @pytest.mark.parametrize(
@@ -111,27 +110,27 @@ def test_an_answer_that_does_not_fit_with_a_token_before_it_is_unusable() -> Non
     overflow=st.sampled_from(CUTTING),
     bos=st.booleans(),
 )
-def test_every_piece_is_short_has_a_label_and_keeps_the_rows_labels(
+def test_every_part_is_short_has_a_label_and_keeps_the_rows_labels(
     labels: list[bool], max_length: int, overflow: Any, bos: bool
 ) -> None:
     row = example("".join(".x"[label] for label in [False, *labels[1:]]), bos=bos)
     assume(row.loss_mask.any())
     try:
-        pieces = apply_overflow(row, max_length=max_length, overflow=overflow, bos=BOS)
+        parts = apply_overflow(row, max_length=max_length, overflow=overflow, bos=BOS)
     except UnusableRowError:
         return
     is_label = dict(zip(row.input_ids.tolist(), row.loss_mask.tolist(), strict=True))
-    for piece in pieces:
-        assert len(piece.input_ids) == len(piece.loss_mask) <= max(max_length, 1)
-        assert piece.loss_mask.any()
-        assert not piece.loss_mask[0]
-        tokens = piece.input_ids.tolist()
-        assert piece.loss_mask.tolist()[1:] == [is_label[token] for token in tokens[1:]]
+    for part in parts:
+        assert len(part.input_ids) == len(part.loss_mask) <= max(max_length, 1)
+        assert part.loss_mask.any()
+        assert not part.loss_mask[0]
+        tokens = part.input_ids.tolist()
+        assert part.loss_mask.tolist()[1:] == [is_label[token] for token in tokens[1:]]
         assert tokens[1:] == sorted(tokens[1:])
     if overflow == "split":
-        learnt = [token for piece in pieces for token in piece.input_ids[piece.loss_mask].tolist()]
-        assert learnt == [token for token, label in is_label.items() if label], "every label once"
+        trained = [token for part in parts for token in part.input_ids[part.loss_mask].tolist()]
+        assert trained == [token for token, label in is_label.items() if label], "every label once"
     if overflow == "keep_answer":
         last = [token for token, label in is_label.items() if label][-1]
-        assert pieces[0].loss_mask[pieces[0].input_ids.tolist().index(last)]
-        assert (pieces[0].input_ids[0] == BOS) == bos
+        assert parts[0].loss_mask[parts[0].input_ids.tolist().index(last)]
+        assert (parts[0].input_ids[0] == BOS) == bos

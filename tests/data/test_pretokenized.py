@@ -27,7 +27,7 @@ def test_a_token_is_a_label_where_every_given_column_says_so(
     assert (row.input_ids, row.loss_mask) == (tuple(values["input_ids"]), tuple(expected))
 
 
-def test_masks_may_be_true_and_false_and_null_columns_say_nothing() -> None:
+def test_masks_may_be_boolean_and_null_columns_are_ignored() -> None:
     row = read({"input_ids": [5, 6, 7], "loss_mask": [False, True, True], "labels": None, "attention_mask": None})
     assert row == Row("a.jsonl:1", input_ids=(5, 6, 7), loss_mask=(False, True, True))
 

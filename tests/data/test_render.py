@@ -1,6 +1,5 @@
-"""Masks against an oracle: contents are replaced by marks, so that the template's own text is known piece by piece."""
+"""Masks against an oracle: contents are replaced by markers, which shows the template's own text."""
 
-import datetime
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,9 @@ from qlora_train.data.default_chat_templates import CHAT_TEMPLATES, resolve_chat
 from qlora_train.data.render import CROSSES_PROMPT_END, TWO_BOS, Renderer
 from qlora_train.data.types import Example, Message, Row, UnusableRowError
 from qlora_train.utils.errors import ConfigError, DataError
+from tests.support.chat_oracle import DATE, label_texts, metaspace_tokenizer
 from tests.support.pico import build_tokenizer
-from tests.support.rendering import label_texts, metaspace_tokenizer
 
-DATE = datetime.date(2024, 2, 29)
 TURN = "{{ '<|im_start|>' + m['role'] + '\n' }}"
 GENERATION_PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 EVERY_TURN = TURN + "{{ m['content'] }}"
@@ -144,7 +142,7 @@ contents = st.text(max_size=20) | st.sampled_from(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(texts=st.lists(contents, min_size=2, max_size=6))
 def test_masks_equal_the_oracle_for_any_contents(name: str, texts: list[str]) -> None:
     texts = texts[: len(texts) // 2 * 2]
@@ -171,13 +169,13 @@ def test_the_prompts_tokens_are_those_of_inference(name: str) -> None:
 def test_loss_on_chooses_last_every_or_all_tokens() -> None:
     tokenizer = TOKENIZERS["chatml"]
     row = Row("row", conversation("a", "b", "c", "d"))
-    learnt = {}
+    trained = {}
     for train_on in ("last", "assistant", "all"):
         example = renderer(tokenizer, train_on=train_on).render(row)
-        learnt[train_on] = tokenizer.decode(example.input_ids[example.loss_mask])
-    assert learnt["last"] == "d<|im_end|>"
-    assert learnt["assistant"] == "b<|im_end|>d<|im_end|>"
-    assert learnt["all"] == tokenizer.apply_chat_template(list(row.messages or ()), tokenize=False).removeprefix("<s>")
+        trained[train_on] = tokenizer.decode(example.input_ids[example.loss_mask])
+    assert trained["last"] == "d<|im_end|>"
+    assert trained["assistant"] == "b<|im_end|>d<|im_end|>"
+    assert trained["all"] == tokenizer.apply_chat_template(list(row.messages or ()), tokenize=False).removeprefix("<s>")
 
 
 def test_turns_of_a_prompt_list_carry_no_loss() -> None:
@@ -186,14 +184,14 @@ def test_turns_of_a_prompt_list_carry_no_loss() -> None:
     assert tokenizer.decode(example.input_ids[example.loss_mask]) == "d<|im_end|>"
 
 
-def test_a_template_that_drops_reasoning_is_refused_unless_only_the_last_turn_is_learnt() -> None:
+def test_a_template_that_drops_reasoning_is_refused_unless_only_the_last_turn_is_trained() -> None:
     tokenizer = tokenizer_for("thoughts", STRIPS_THOUGHTS)
     row = Row("row", conversation("a", "<think>x</think>b", "c", "<think>y</think>d"))
     with pytest.raises(UnusableRowError, match="leaves out or rewrites part of an assistant turn"):
         renderer(tokenizer).render(row)
     example = renderer(tokenizer, train_on="last").render(row)
-    learnt = tokenizer.decode(example.input_ids[example.loss_mask])
-    assert learnt == "<think>y</think>d<|im_end|>"
+    trained = tokenizer.decode(example.input_ids[example.loss_mask])
+    assert trained == "<think>y</think>d<|im_end|>"
 
 
 def test_the_names_that_a_config_may_give_are_those_of_the_library() -> None:
@@ -287,7 +285,7 @@ def test_a_row_whose_user_turn_the_template_drops_is_refused() -> None:
         renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b", "c", "d")))
 
 
-def test_a_rows_own_template_variables_are_rendered_and_noted_where_they_matter() -> None:
+def test_template_variables_of_a_row_are_rendered_and_warned_of_where_they_matter() -> None:
     thinks = "{% if enable_thinking is not defined or enable_thinking %}{{ '<think>\n' }}{% else %}"
     thinks += "{{ 'Reply: ' }}{% endif %}"
     jinja = TEMPLATES["chatml"].replace("assistant\\n' -}}{%- endif", "assistant\\n' -}}" + thinks + "{%- endif")
@@ -320,7 +318,7 @@ def plain_tokenizer(*, adds_bos: bool) -> Any:
 
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize("text", ["hello world", "<s>hello world", "hello world<|im_end|>"])
-def test_plain_text_begins_and_ends_once_and_learns_its_end(adds_bos: bool, text: str) -> None:
+def test_plain_text_begins_and_ends_once_and_trains_its_end(adds_bos: bool, text: str) -> None:
     tokenizer = plain_tokenizer(adds_bos=adds_bos)
     example = renderer(tokenizer).render(Row("row", text=text))
     begins = adds_bos or text.startswith("<s>")
@@ -341,7 +339,7 @@ def test_prompt_and_completion_are_joined_as_they_are(adds_bos: bool) -> None:
     assert example.warnings == ()
 
 
-def test_loss_on_all_learns_the_prompt_of_plain_text_too() -> None:
+def test_loss_on_all_trains_the_prompt_of_plain_text_too() -> None:
     tokenizer = plain_tokenizer(adds_bos=True)
     example = renderer(tokenizer, train_on="all").render(Row("row", prompt="Q: why?", text=" because"))
     assert tokenizer.decode(example.input_ids) == "<s>Q: why? because<|im_end|>"
@@ -354,9 +352,9 @@ def test_a_token_over_the_border_counts_as_the_answers_and_is_reported(trim_offs
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim_offsets)
     it = renderer(tokenizer)
     example = it.render(Row("file:7", prompt="which? ", text="the fox"))
-    learnt = example.input_ids[example.loss_mask].tolist()
-    assert tokenizer.convert_ids_to_tokens(learnt[0]) == "Ġthe"
-    assert tokenizer.decode(learnt) == " the fox<|im_end|>"
+    trained = example.input_ids[example.loss_mask].tolist()
+    assert tokenizer.convert_ids_to_tokens(trained[0]) == "Ġthe"
+    assert tokenizer.decode(trained) == " the fox<|im_end|>"
     assert example.warnings == (CROSSES_PROMPT_END,)
 
 
@@ -366,18 +364,18 @@ def test_masks_are_right_with_a_sentencepiece_like_tokenizer(name: str) -> None:
     tokenizer.chat_template = TEMPLATES[name]
     it = renderer(tokenizer)
     example = it.render(Row("row", conversation("what is the capital?", "Paris is", "over the 😀", "lazy 😀 dog")))
-    learnt = example.input_ids[example.loss_mask].tolist()
+    trained = example.input_ids[example.loss_mask].tolist()
     end = CHAT_TEMPLATES[name].end_of_turn or ""
-    assert "".join(tokenizer.decode(learnt).split()) == f"Parisis{end}lazy😀dog{end}"
+    assert "".join(tokenizer.decode(trained).split()) == f"Parisis{end}lazy😀dog{end}"
     assert example.warnings == ()
 
 
 HEADER, THOUGHTS = "{{ '<|im_start|>assistant\n' }}", "{{ '<think></think>' }}"
 
 
-@pytest.mark.parametrize("tools", [(), TOOLS], ids=["by skeleton", "by prompts"])
+@pytest.mark.parametrize("tools", [(), TOOLS], ids=["by layout", "by prompts"])
 @pytest.mark.parametrize("start", [HEADER + THOUGHTS + "{% generation %}", "{% generation %}" + HEADER])
-def test_learning_begins_with_the_generation_block_but_not_before_the_prompt_ends(start: str, tools: Any) -> None:
+def test_labels_begin_with_the_generation_block_but_not_before_the_prompt_ends(start: str, tools: Any) -> None:
     jinja = (
         "{% if tools %}{{ tools | tojson }}{% endif %}"
         "{% for m in messages %}{% if m['role'] == 'assistant' %}" + start + "{{ m['content'] + '<|im_end|>' }}"
@@ -398,7 +396,7 @@ def test_answers_without_a_generation_block_are_refused_where_others_have_one() 
         renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d")))
 
 
-def test_completion_learns_all_that_follows_the_prompt() -> None:
+def test_completion_trains_all_that_follows_the_prompt() -> None:
     tokenizer = TOKENIZERS["chatml"]
     it = renderer(tokenizer, "completion")
     follows = "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"
@@ -410,7 +408,7 @@ def test_completion_learns_all_that_follows_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train_on", "learnt"),
+    ("train_on", "trained"),
     [
         ("assistant", ["d<|im_end|>"]),
         ("last", ["d<|im_end|>"]),
@@ -419,10 +417,10 @@ def test_completion_learns_all_that_follows_the_prompt() -> None:
                  "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"]),
     ],
 )  # fmt: skip
-def test_turns_that_the_row_excludes_carry_no_loss(train_on: str, learnt: list[str]) -> None:
+def test_turns_that_the_row_excludes_carry_no_loss(train_on: str, trained: list[str]) -> None:
     tokenizer = TOKENIZERS["chatml"]
     row = Row("row", conversation("a", "b", "c", "d"), untrained=frozenset({1}))
-    assert label_texts(tokenizer, renderer(tokenizer, train_on).render(row)) == learnt
+    assert label_texts(tokenizer, renderer(tokenizer, train_on).render(row)) == trained
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last"])
@@ -442,7 +440,7 @@ def test_a_row_of_tokens_keeps_its_own_labels(train_on: str) -> None:
         it.render(Row("row", input_ids=(5, 6), loss_mask=(True, False)))
 
 
-def test_the_beginning_token_comes_once_and_a_row_of_tokens_with_two_is_noted() -> None:
+def test_the_beginning_token_comes_once_and_a_row_of_tokens_with_two_gets_a_warning() -> None:
     tokenizer = plain_tokenizer(adds_bos=True)
     bos = tokenizer.bos_token_id
     example = renderer(tokenizer).render(Row("row", text="<s><s><s>hello"))
@@ -489,7 +487,7 @@ def unknown_words_tokenizer() -> Any:
 
 @pytest.mark.parametrize("special", [[], ["<tool_call>", "</tool_call>"]], ids=["words", "special tokens"])
 @pytest.mark.parametrize("tools", [(), TOOLS])
-def test_calls_of_tools_and_reasoning_are_learnt_to_their_end(tools: Any, special: list[str]) -> None:
+def test_tool_calls_and_reasoning_are_trained_to_their_end(tools: Any, special: list[str]) -> None:
     tokenizer = tokenizer_for("own", CALLS)
     tokenizer.add_special_tokens({"additional_special_tokens": special}, False)
     example = renderer(tokenizer).render(Row("row", turns_with_calls(), tools=tools))
@@ -514,7 +512,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("reason", LOST)
-def test_functions_calls_and_results_are_not_lost_before_the_answer_that_is_learnt(reason: str) -> None:
+def test_lost_tools_calls_and_results_before_the_trained_answer_are_refused(reason: str) -> None:
     jinja, tools = LOST[reason]
     tokenizer = tokenizer_for("own", jinja)
     turns = (*turns_with_calls()[:2], Message(role="tool", content="27 F"), Message(role="assistant", content="yes"))
@@ -552,7 +550,7 @@ def test_a_template_that_drops_calls_arguments_or_reasoning_is_refused(jinja: st
         (turns_with_calls(), ({"function": {"name": "a", "<|im_end|>": 1}},), "the list of tools"),
     ],
 )  # fmt: skip
-def test_special_tokens_are_refused_wherever_a_row_says_them(turns: Any, tools: Any, where: str) -> None:
+def test_special_tokens_are_refused_in_every_field(turns: Any, tools: Any, where: str) -> None:
     with pytest.raises(UnusableRowError, match=f"^{where}.* holds the special token <"):
         renderer(tokenizer_for("own", CALLS)).render(Row("row", turns, tools=tools))
 
@@ -593,7 +591,7 @@ def test_a_prompt_that_depends_on_a_word_in_a_turn_is_rendered_for_rows_with_tha
 BY_LENGTH = SWITCHED.replace("'/fast' in messages[0]['content']", "messages[0]['content'] | length < 3")
 
 
-def test_an_order_of_roles_whose_first_row_contradicts_its_skeleton_is_rendered_in_full() -> None:
+def test_roles_whose_first_row_contradicts_the_layout_use_prompts() -> None:
     it = renderer(tokenizer_for("own", BY_LENGTH))
     for text, refused in (("a", True), ("aaaa", False), ("a", True)):
         row = Row("row", conversation(text, "b"))

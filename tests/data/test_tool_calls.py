@@ -28,14 +28,14 @@ def test_tools_and_calls_have_one_shape_whatever_the_row_holds() -> None:
     ]  # fmt: skip
     fields = [[one] for one in calls] + [json.dumps([one]) for one in calls[:3]] + [json.dumps(calls[2]), calls[2]]
     expected = [HI, calling(calls[0]), result(), HELLO]
-    for said, field in itertools.zip_longest(tools, fields, fillvalue=tools[0]):
+    for tool, field in itertools.zip_longest(tools, fields, fillvalue=tools[0]):
         turns = [HI, {"role": "assistant", "tool_calls": field}, result(), HELLO]
-        row = read({"messages": turns, "tools": said})
+        row = read({"messages": turns, "tools": tool})
         assert (list(row.messages or ()), row.tools, list(row.tools[0])) == (expected, (WEATHER,), ["type", "function"])
 
 
 @pytest.mark.parametrize("tools", [None, "", [], "[]", "null", {}])
-def test_no_tools_is_said_in_many_ways(tools: Any) -> None:
+def test_empty_tools_are_no_tools(tools: Any) -> None:
     row = read({"messages": [HI, HELLO], "tools": tools})
     assert (list(row.messages or ()), row.tools) == ([HI, HELLO], ())
 
