@@ -24,9 +24,9 @@ from qlora_train.export.export_formats import EXPORT_FORMATS, ExportRequest
 from qlora_train.export.gguf.converter import find_converter
 from qlora_train.export.hub_upload import Upload, plan_upload
 from qlora_train.export.merging.merge import check_mergeable
-from qlora_train.export.merging.merge_run import library_versions, merge_run
+from qlora_train.export.merging.merge_run import merge_run
 from qlora_train.export.merging.verify import MergeResult
-from qlora_train.export.model_card import adapter_loading, clean_adapter_config, write_card
+from qlora_train.export.model_card import adapter_loading, clean_adapter_config, library_versions, write_card
 from qlora_train.inference.eval_report import EvalSettings, evaluate_run
 from qlora_train.inference.finished_run import (
     FinishedRun,
@@ -147,7 +147,7 @@ def write_adapter(
         write_card(
             staging, base=source.name, revision=source.revision, config=config,
             metrics={key: float(result[key]) for key in ("train_loss", "eval_loss") if result[key] is not None},
-            num_train_rows=data.num_train_rows, library_versions=library_versions(), kind="adapter",
+            num_train_rows=data.num_train_rows, kind="adapter",
             loading=adapter_loading(loaded, config, folder.system_prompt()),
         )  # fmt: skip
         folder.add_results(training=result)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_train.export.merging.merge_run import library_versions
+from qlora_train.export.model_card import library_versions
 
 PRECISIONS: dict[str, list[str]] = {"nf4": [], "16-bit": ["quantization.load_in_4bit=false"]}
 

@@ -1,14 +1,12 @@
-"""The adapter that a run has written, loaded as its card says and compared with the model that was trained.
+"""Check a written adapter: load it by the code on its card in a fresh process and compare it with the trained model.
 
-Predictions are compared as those of a merge are: by Kullback-Leibler divergence and first choice. In float32 nothing but
-the order of sums lies between the two. In bfloat16 and float16 it is rounding too, which the limit for merges allows for
-(`export.max_divergence`).
+In float32 the two differ only by the order of sums. In bfloat16 and float16 they also differ by rounding, which
+`export.max_divergence`, the limit for merges, allows for.
 """
 
 import datetime
 import logging
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +21,7 @@ from qlora_train.data.held_out_rows import RunRows
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.export.fresh_process import ReloadCheck, check_in_fresh_process
 from qlora_train.export.loading_code import adapter_code
-from qlora_train.export.predictions import NUM_LIKELIEST, Predictions, Reference, compared_rows
+from qlora_train.export.predictions import TOP_K, Predictions, Reference, compared_rows
 from qlora_train.models import LoadedModel
 from qlora_train.models.token_probes import NUM_ROWS, run_probes
 from qlora_train.runs import RunFolder
@@ -33,22 +31,22 @@ from qlora_train.utils.errors import ExportError
 logger = logging.getLogger(__name__)
 
 NUM_COMPARED_ROWS, MAX_TOKENS = 4, 128
-"""Rows on which predictions are compared, and how much of each: the check is to cost seconds."""
-MAX_REFERENCE_BYTES = NUM_COMPARED_ROWS * MAX_TOKENS * NUM_LIKELIEST * 8 + 1024 * 1024
-"""Of its predictions (an id and a float32 each) and its texts on the disk."""
+"""Rows on which predictions are compared, and tokens of each: the check takes seconds."""
+MAX_REFERENCE_BYTES = NUM_COMPARED_ROWS * MAX_TOKENS * TOP_K * 8 + 1024 * 1024
+"""Disk space of the predictions (an id and a float32 each) and texts."""
 FLOAT32_LIMIT = 1e-5
-"""Nats per token that float32 allows; logits that differ by 2e-3 are 2e-6 apart."""
+"""KL divergence in nats per token; logits that differ by 2e-3 give 2e-6."""
 
 
 @dataclass(frozen=True)
 class AdapterReference:
-    """What the trained model does, in `file`, and the lines that are to load the same model.
+    """Measurements of the trained model and the code that must load the same model.
 
     Attributes:
-        file: of `Reference.save`; in a folder of its own.
-        code: the card's lines, with the paths of this machine.
+        file: written by `Reference.save`, in its own folder.
+        code: as on the card, with the paths of this machine.
         compute_dtype: of the run.
-        num_texts: that are tokenised.
+        num_texts: number of tokenized texts.
     """
 
     file: Path
@@ -60,19 +58,17 @@ class AdapterReference:
 def measure_adapter(
     run: RunFolder, config: RunConfig, data: RunRows, model: Any, loaded: LoadedModel, date: datetime.date
 ) -> AdapterReference:
-    """Write what a trained model does on a few short rows into the run folder.
+    """Measure the trained model on a few short rows, after its adapter is written.
 
     Args:
-        run: its adapter is written already.
-        config: the run's settings.
-        data: gives the rows.
+        run: gets the file of the measurements.
         model: the base with its adapter.
         loaded: the base as the run loaded it.
-        date: that the run renders dated chat templates for.
+        date: printed by chat templates with a date.
     """
-    rows = _first_rows(data)
+    rows = list(islice(data.eval or data.first_rows(), NUM_ROWS))
     probes = run_probes(loaded.tokenizer, rows, date=date)
-    short = sorted((_beginning(row) for row in rows[:NUM_COMPARED_ROWS]), key=lambda row: len(row.input_ids))
+    short = sorted((_shortened(row) for row in rows[:NUM_COMPARED_ROWS]), key=lambda row: len(row.input_ids))
     losses = held_out_loss(
         model,
         short,
@@ -81,18 +77,20 @@ def measure_adapter(
     )
     reference = Reference(short, bool(data.eval), losses, Predictions.of(model, compared_rows(short)), probes)
     folder = run.path / f".adapter-check{STAGING}"
-    shutil.rmtree(folder, ignore_errors=True)  # a run that was killed may have left it
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     folder.mkdir()
     reference.save(folder / "reference.safetensors")
-    code = adapter_code(loaded, config, _path_of_base(loaded, config), str(run.adapter.resolve()))
+    local = Path(config.model.model_name_or_path).expanduser()
+    base = str(local.resolve() if local.exists() else loaded.source.folder)
+    code = adapter_code(loaded, config, base, str(run.adapter.resolve()))
     return AdapterReference(folder / "reference.safetensors", code, loaded.compute_dtype, len(probes))
 
 
 def check_adapter(run: RunFolder, config: RunConfig, reference: AdapterReference) -> None:
-    """Load the adapter in a fresh process as its card says, compare it with the trained model, and record the result.
+    """Load the adapter in a fresh process, compare it with the trained model, and record the result.
 
     Raises:
-        ExportError: it cannot be loaded, its tokenizer makes other tokens, or its predictions are beyond rounding.
+        ExportError: it cannot be loaded, its tokenizer differs, or its predictions differ by more than rounding.
     """
     try:
         check = check_in_fresh_process(
@@ -106,57 +104,43 @@ def check_adapter(run: RunFolder, config: RunConfig, reference: AdapterReference
         shutil.rmtree(reference.file.parent, ignore_errors=True)
     limit = FLOAT32_LIMIT if reference.compute_dtype == torch.float32 else config.export.max_divergence
     dtype = str(reference.compute_dtype).removeprefix("torch.")
-    found = check.divergence
-    problem = _problem(check, limit, dtype)
+    divergence, problem = check.divergence, _problem(check, limit, dtype)
     run.add_results(
         adapter_check={
             "passed": problem is None,
-            "kl_divergence": found.kl,
+            "kl_divergence": divergence.kl,
             "max_divergence": limit,
-            "max_difference": found.max_difference,
-            "top1_agreement": found.top1_agreement,
-            "num_tokens": found.num_tokens,
+            "max_difference": divergence.max_difference,
+            "top1_agreement": divergence.top1_agreement,
+            "num_tokens": divergence.num_tokens,
             "num_texts": reference.num_texts,
             "token_differences": check.token_differences,
         }
     )
     if problem is not None:
         raise ExportError(
-            f"{run.adapter}: loaded as its card says, it is not the model that was trained: {problem}; the adapter is "
-            "kept, and chat, eval and merge load it as the run did"
+            f"{run.adapter}: the code on its card does not load the trained model: {problem}; the adapter is kept, and "
+            "chat, eval and merge load it as the run did"
         )
     logger.info(
-        "adapter check: loaded as its card says: %d texts, the same tokens; KL %.2g nats/token (limit %g, %s), max "
-        "difference %.2g, top-1 equal at %.1f %% of %d tokens",
-        reference.num_texts, found.kl, limit, dtype, found.max_difference, 100 * found.top1_agreement,
-        found.num_tokens,
+        "adapter check: passed (KL %.2g nats/token, limit %g for %s; top-1 equal at %.1f %% of %d tokens; %d texts alike)",
+        divergence.kl, limit, dtype, 100 * divergence.top1_agreement, divergence.num_tokens, reference.num_texts,
     )  # fmt: skip
 
 
 def _problem(check: ReloadCheck, limit: float, dtype: str) -> str | None:
     if check.token_differences:
-        return f"its tokenizer makes other tokens than the run trained on: {check.token_differences[0]}"
-    found = check.divergence
-    if found.kl <= limit:  # false for what is not a number
+        return f"its tokenizer encodes text differently than the run's: {check.token_differences[0]}"
+    divergence = check.divergence
+    if divergence.kl <= limit:  # False for NaN
         return None
     return (
-        f"its predictions are {found.kl:.2g} nats/token (KL) from the run's, where {dtype} allows {limit:g}; the "
-        f"first choice is the same at {100 * found.top1_agreement:.1f} % of {found.num_tokens} tokens"
+        f"KL divergence {divergence.kl:.2g} nats/token, allowed in {dtype}: {limit:g}; top-1 equal at "
+        f"{100 * divergence.top1_agreement:.1f} % of {divergence.num_tokens} tokens"
     )
 
 
-def _first_rows(data: RunRows) -> Sequence[Example]:
-    """Return the first rows that are held out, else that are trained on."""
-    return list(islice(data.eval or data.first_rows(), NUM_ROWS))
-
-
-def _beginning(row: Example) -> Example:
-    """Return the beginning of a row with every token a label: what it predicts of prompts counts as well."""
+def _shortened(row: Example) -> Example:
+    """Return the first tokens of a row, all of them labels: predictions inside prompts count too."""
     ids = np.asarray(row.input_ids, dtype=np.int32)[:MAX_TOKENS]
     return replace(row, input_ids=ids, loss_mask=np.ones(len(ids), dtype=np.bool_))
-
-
-def _path_of_base(loaded: LoadedModel, config: RunConfig) -> str:
-    """Return where the base is on this machine: what the config names, or the snapshot of a Hub repository."""
-    local = Path(config.model.model_name_or_path).expanduser()
-    return str(local.resolve() if local.exists() else loaded.source.folder)

@@ -1,8 +1,7 @@
-"""The Python lines of a card: they load what the run trained, and nothing else that looks like it.
+"""The Python code on a card, which loads exactly the model that the run trained.
 
-A QLoRA adapter belongs to the base in the 4 bits that it was trained on, with the run's RoPE scaling, attention and new
-tokens. The lines say all of it. Where Transformers and PEFT alone would build another model (the experts of a mixture stay
-in 16 bits there), the lines use this package, and the card says why.
+A QLoRA adapter belongs to the base in the 4 bits it was trained on, with the run's RoPE scaling, attention and new tokens.
+If Transformers and PEFT alone would build another model (they leave experts in 16 bits), the code uses this package.
 """
 
 import json
@@ -23,18 +22,19 @@ from qlora_train.models.moe import expert_modules
 from qlora_train.models.prequantized import prequantized_format
 
 THIS_ADAPTER, THIS_MODEL = "PATH-OR-ID-OF-THIS-ADAPTER", "PATH-OR-ID-OF-THIS-MODEL"
-"""What a reader of a card puts the folder's path or Hub id for."""
+"""Placeholders on a card for the folder's path or Hub id."""
 QUESTION = "YOUR-QUESTION"
+_TRUST = {"trust_remote_code": "True"}
 
 
 def adapter_code(loaded: LoadedModel, config: RunConfig, base: str, this: str = THIS_ADAPTER) -> str:
-    """Return the lines that load the adapter as `model`, with its `tokenizer`.
+    """Return the code that loads the adapter as `model`, with its `tokenizer`.
 
     Args:
         loaded: the base as the run loaded it.
         config: the run's settings.
-        base: Hub id or path that the lines name.
-        this: path that the lines name for the adapter.
+        base: Hub id or path of the base in the code.
+        this: path of the adapter in the code.
     """
     write = _package_lines if needs_package(loaded, config) else _plain_lines
     return "\n".join(write(loaded, config, base, this))
@@ -43,16 +43,16 @@ def adapter_code(loaded: LoadedModel, config: RunConfig, base: str, this: str = 
 def merged_code(
     auto_class: str, *, attention: str | None, trust_remote_code: bool, this: str = THIS_MODEL, device_map: str = "auto"
 ) -> str:
-    """Return the lines that load a merged folder as `model`, with its `tokenizer`.
+    """Return the code that loads a merged folder as `model`, with its `tokenizer`.
 
     Args:
-        auto_class: class of Transformers that loads it.
-        attention: attention implementation that the architecture needs, None where the default is right.
+        auto_class: Transformers' class that loads it.
+        attention: attention implementation; None for the default.
         trust_remote_code: run Python code shipped with the model.
-        this: path that the lines name for the folder.
-        device_map: where it is loaded.
+        this: path of the folder in the code.
+        device_map: argument of `from_pretrained`.
     """
-    trusted = {"trust_remote_code": "True"} if trust_remote_code else {}
+    trusted = _TRUST if trust_remote_code else {}
     settings = {**trusted, **_attention(attention), "dtype": '"auto"', "device_map": _quoted(device_map)}
     return "\n".join(
         [
@@ -65,18 +65,16 @@ def merged_code(
 
 
 def usage_code(tokenizer: Any, generation: GenerationConfig, *, system: str, ends: Sequence[int] = ()) -> str:
-    """Return the lines that ask a loaded `model` a question as it was asked in training; empty without a chat template.
+    """Return the code that asks a loaded `model` a question as in training; empty without a chat template.
 
     Args:
-        tokenizer: with the chat template.
-        generation: the model's generation settings, whose penalties are switched off.
-        system: the system prompt that the training rows share, empty where they share none.
-        ends: tokens that end an answer, where the generation settings do not name them all.
+        generation: the model's generation config; its repetition penalty is turned off.
+        system: shared system prompt of the training rows; empty for none.
+        ends: tokens that end an answer, if the generation config does not list them all.
     """
     if not tokenizer.chat_template:
         return ""
     turns = [{"role": "system", "content": system}] if system else []
-    messages = [*turns, {"role": "user", "content": QUESTION}]
     settings = {"max_new_tokens": "256", "do_sample": "False"}
     if ends:
         settings["eos_token_id"] = f"tokenizer.convert_tokens_to_ids({_quoted(tokenizer.convert_ids_to_tokens(ends))})"
@@ -86,7 +84,7 @@ def usage_code(tokenizer: Any, generation: GenerationConfig, *, system: str, end
     return "\n".join(
         [
             "messages = [",
-            *(f"    {_quoted(turn)}," for turn in messages),
+            *(f"    {_quoted(turn)}," for turn in [*turns, {"role": "user", "content": QUESTION}]),
             "]",
             f"prompt = {_call('tokenizer.apply_chat_template', ['messages'], rendered)}",
             f"output = {_call('model.generate', ['**prompt.to(model.device)'], settings)}",
@@ -97,41 +95,37 @@ def usage_code(tokenizer: Any, generation: GenerationConfig, *, system: str, end
 
 
 def needs_package(loaded: LoadedModel, config: RunConfig) -> str:
-    """Return why Transformers and PEFT alone would load another model than the run's; empty where they load the same."""
+    """Return why Transformers and PEFT alone would load another model; empty if they load the same."""
     if config.model.model_name_or_path.endswith(".gguf"):
-        return "the base is a GGUF file, which Transformers does not quantise to 4 bits"
+        return "the base is a GGUF file, which Transformers does not quantize to 4 bits"
     if stored_format := prequantized_format(loaded.source.config, loaded.source.name):
-        return f"the base is stored in {stored_format.description} and was trained on in {_bits(config)} bits"
+        num_bits = 4 if config.quantization.load_in_4bit else 16
+        return f"the base is stored in {stored_format.description} and the run held it in {num_bits} bits"
     if loaded.source.config.keys() & {"attn_implementation", "_attn_implementation"}:
-        return (
-            "the base's config.json names an attention kernel, which Transformers would fetch and the run did not use"
-        )
+        return "the base's config.json names an attention kernel, which Transformers would download and the run did not"
     if not config.quantization.load_in_4bit:
         return ""
     if any(parametrize.is_parametrized(module) for _, module in expert_modules(loaded.model)):
-        return "the run held the experts of this mixture in 4 bits, and Transformers leaves them in 16"
+        return "the run held the experts in 4 bits, and Transformers leaves them in 16"
     if loaded.architecture.linear_classes:
         name = loaded.architecture.linear_classes[0]
         return f"the run held layers of class {name} in 4 bits, and Transformers leaves them in 16"
     if has_partial_blocks(loaded.model):
-        return "bitsandbytes on a CPU dequantises rows wrongly that are no whole number of blocks, which this model has"
+        return (
+            "rows of this model are not a multiple of the block size, which bitsandbytes dequantizes wrongly on a CPU"
+        )
     return ""
-
-
-def _bits(config: RunConfig) -> int:
-    return 4 if config.quantization.load_in_4bit else 16
 
 
 def _plain_lines(loaded: LoadedModel, config: RunConfig, base: str, this: str) -> Iterator[str]:
     auto_class = auto_class_of(loaded.source, config.model)
-    trusted = {"trust_remote_code": "True"} if config.model.trust_remote_code else {}
+    trusted = _TRUST if config.model.trust_remote_code else {}
     at = {"revision": _quoted(loaded.source.revision)} if loaded.source.revision else {}
     dtype = str(loaded.compute_dtype)
     changes = list(_config_changes(loaded, config))
     quantization = {} if _is_stored_in_4bit(loaded) else _quantization(loaded, config)
-    has_4bit_layers = config.quantization.load_in_4bit
-    # DoRA dequantises the weights, which bitsandbytes' bfloat16 path on CPUs repacks in place
-    exact_on_cpus = has_4bit_layers and (loaded.compute_dtype == torch.float32 or config.lora.use_dora)
+    # DoRA dequantizes the weights, which bitsandbytes' bfloat16 path on CPUs repacks in place
+    exact_on_cpus = config.quantization.load_in_4bit and (loaded.compute_dtype == torch.float32 or config.lora.use_dora)
     names = [auto_class, "AutoTokenizer", *["AutoConfig"] * bool(changes), *["BitsAndBytesConfig"] * bool(quantization)]
 
     yield "import torch"
@@ -166,23 +160,19 @@ def _plain_lines(loaded: LoadedModel, config: RunConfig, base: str, this: str) -
 
 def _package_lines(loaded: LoadedModel, config: RunConfig, base: str, this: str) -> Iterator[str]:
     model = config.model
-    trusted = {"trust_remote_code": "True"} if model.trust_remote_code else {}
+    trusted = _TRUST if model.trust_remote_code else {}
     revision = model.revision if model.trust_remote_code else loaded.source.revision
-    section = {
-        "model_name_or_path": _quoted(base),
-        **({"revision": _quoted(revision)} if revision else {}),
-        **trusted,
-        **({"rope_scaling": _quoted(model.rope_scaling)} if model.rope_scaling else {}),
-        **({"new_tokens": repr(model.new_tokens)} if model.new_tokens else {}),
+    settings = {
+        "model_name_or_path": base,
+        "revision": revision,
+        "trust_remote_code": model.trust_remote_code,
+        "rope_scaling": model.rope_scaling,
+        "new_tokens": model.new_tokens,
     }
-    quantization = config.quantization
-    stored = {
-        "load_in_4bit": str(quantization.load_in_4bit),
-        "bnb_4bit_quant_type": _quoted(quantization.bnb_4bit_quant_type),
-        "bnb_4bit_use_double_quant": str(quantization.bnb_4bit_use_double_quant),
-        "bnb_4bit_compute_dtype": _quoted(str(loaded.compute_dtype).removeprefix("torch.")),
-        "min_quantized_share": str(quantization.min_quantized_share),
-    }
+    section = {key: _quoted(value) for key, value in settings.items() if value}
+    dtype = str(loaded.compute_dtype).removeprefix("torch.")
+    stored = {**config.quantization.model_dump(), "bnb_4bit_compute_dtype": dtype}
+    quantization = {key: _quoted(value) for key, value in stored.items()}
     yield "from pathlib import Path"
     yield ""
     yield "from qlora_train.adapters import load_trained"
@@ -192,12 +182,12 @@ def _package_lines(loaded: LoadedModel, config: RunConfig, base: str, this: str)
     yield ""
     yield f"tokenizer = {_call('AutoTokenizer.from_pretrained', [_quoted(this)], trusted)}"
     yield f"base = {_call('ModelSection', [], section)}"
-    yield f"quantization = {_call('QuantizationSection', [], stored)}"
+    yield f"quantization = {_call('QuantizationSection', [], quantization)}"
     yield f"model = load_trained(load_model(base, quantization, tokenizer=tokenizer), Path({_quoted(this)}))"
 
 
 def _quantization(loaded: LoadedModel, config: RunConfig) -> dict[str, str]:
-    """Return the argument that quantises the base as the run did; none for a run in 16 bits."""
+    """Return the argument that quantizes the base as the run did; empty for 16 bits."""
     if not config.quantization.load_in_4bit:
         return {}
     settings = {
@@ -206,14 +196,14 @@ def _quantization(loaded: LoadedModel, config: RunConfig) -> dict[str, str]:
         "bnb_4bit_use_double_quant": str(config.quantization.bnb_4bit_use_double_quant),
         "bnb_4bit_compute_dtype": str(loaded.compute_dtype),
     }
-    if loaded.architecture.keep_16bit:  # naming any replaces the library's own choice
-        kept = [*loaded.architecture.keep_16bit, *get_keys_to_not_convert(loaded.model)]
-        settings["llm_int8_skip_modules"] = _quoted(sorted(kept))
+    if loaded.architecture.keep_16bit:  # an explicit list replaces the library's default
+        skipped = [*loaded.architecture.keep_16bit, *get_keys_to_not_convert(loaded.model)]
+        settings["llm_int8_skip_modules"] = _quoted(sorted(skipped))
     return {"quantization_config": _call("BitsAndBytesConfig", [], settings, depth=1)}
 
 
 def _config_changes(loaded: LoadedModel, config: RunConfig) -> Iterator[str]:
-    """Yield lines that change the base's `config` to what the run trained with."""
+    """Yield the lines that set the run's RoPE scaling and compute dtype in the base's `config`."""
     if config.model.rope_scaling is not None:
         text = loaded.model.config.get_text_config()
         yield f"config.get_text_config().rope_parameters = {_quoted(dict(text.rope_parameters))}"
@@ -229,7 +219,7 @@ def _is_stored_in_4bit(loaded: LoadedModel) -> bool:
 
 
 def needed_attention(architecture: Architecture) -> str | None:
-    """Return the attention implementation that lines have to name; None where Transformers' default computes the same."""
+    """Return the attention implementation that an architecture needs; None for Transformers' default."""
     return architecture.attention if architecture.attention_reason else None
 
 
@@ -238,7 +228,7 @@ def _attention(name: str | None) -> dict[str, str]:
 
 
 def _call(function: str, positional: list[str], keywords: Mapping[str, str], *, depth: int = 0) -> str:
-    """Return a call on one line where it is short, else a line an argument."""
+    """Format a call on one line if it is short, else with one line per argument."""
     arguments = [*positional, *(f"{key}={value}" for key, value in keywords.items())]
     short = f"{function}({', '.join(arguments)})"
     if len(short) < 90 and "\n" not in short:
@@ -248,7 +238,7 @@ def _call(function: str, positional: list[str], keywords: Mapping[str, str], *, 
 
 
 def _quoted(value: Any) -> str:
-    """Return a Python literal, with the double quotes that formatted code has."""
+    """Format a Python literal with double quotes, as code formatters do."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):

@@ -80,13 +80,13 @@ KINDS: dict[str, tuple[Callable[[Path], Path] | dict[str, Any], tuple[str, ...],
     ),
     "code of its own": (with_own_code, TRUSTED, ("trust_remote_code=True",)),
     "stored in 4 bits": (stored_in_4bit, (), ('config.quantization_config["bnb_4bit_compute_dtype"] = "float32"',)),
-    "experts": ({"model_type": "qwen3_moe", **EXPERTS}, (), (LINES_OF_PACKAGE, "experts of this mixture in 4 bits")),
+    "experts": ({"model_type": "qwen3_moe", **EXPERTS}, (), (LINES_OF_PACKAGE, "held the experts in 4 bits")),
     "a class of linear layers": ({"model_type": "falcon"}, (), (LINES_OF_PACKAGE, "FalconLinear")),
     "soft-capped attention": ({"model_type": "gemma2"}, (), ('attn_implementation="eager"',)),
     "a layer kept in 16 bits": (
         {"model_type": "mamba"}, ("quantization.min_quantized_share=0.5",), ("llm_int8_skip_modules", '"dt_proj"')
     ),
-    "odd rows": ({"hidden_size": 96, "head_dim": 16}, (), (LINES_OF_PACKAGE, "no whole number of blocks")),
+    "odd rows": ({"hidden_size": 96, "head_dim": 16}, (), (LINES_OF_PACKAGE, "not a multiple of the block size")),
     "a GGUF file": (gguf_file, (), (LINES_OF_PACKAGE,)),
 }  # fmt: skip
 """Base (a builder, or arguments of a pico model), settings of the run, and what has to be in the card."""

@@ -570,7 +570,7 @@ def test_architecture_that_the_converter_does_not_know_is_one_line(base: Path, t
     folder.mkdir()
     config = json.loads((base / "config.json").read_text()) | {"architectures": ["StrangeForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ExportError, match="does not know StrangeForCausalLM") as caught:
+    with pytest.raises(ExportError, match="does not support StrangeForCausalLM") as caught:
         find_converter(None).run(MODEL_SCRIPT, [str(folder), "--outfile", str(tmp_path / "x")], what=folder)
     assert "\n" not in str(caught.value)
 

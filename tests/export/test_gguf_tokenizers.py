@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from qlora_train.config import ModelSection, RunConfig
 from qlora_train.config.schema import DataSection
-from qlora_train.export.gguf.converter import Converter, _problem, find_converter
+from qlora_train.export.gguf.converter import Converter, find_converter
 from qlora_train.models.token_probes import HARD_STRINGS
 from qlora_train.utils.errors import ExportError
 from tests.support.imported_converter import convert, load
@@ -40,7 +40,7 @@ REFUSALS = {
     "no tokenizer.model": "needs tokenizer.model",
     "unknown": "does not know how this tokenizer splits text",
     "other tokens": "llama.cpp tokenizes",
-    "space": "space behind special tokens, against the tokenizer",
+    "space": "space after special tokens, unlike the tokenizer",
 }
 PROBES = [*ROWS, *(f"<s>{text}" for text in HARD_STRINGS)]
 
@@ -55,7 +55,7 @@ class ImportedConverter(Converter):
 
     def run(self, script: str, arguments: Sequence[str], *, what: Path) -> None:
         if output := self.process.submit(convert, script, list(arguments)).result():
-            raise ExportError(_problem(what, script, output, 1))
+            raise ExportError(f"{what}: {script} {describe_failure(output, 1)}")
 
 
 @pytest.fixture(scope="module")

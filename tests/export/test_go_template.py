@@ -98,7 +98,7 @@ def test_role_that_the_model_does_not_know_is_an_error() -> None:
         ("{{ strftime_now('%d') }}" + WITH_DEFAULT_SYSTEM, "today's date"),
         ("{% for m in messages %}{{ m['role'] + loop.index|string + m['content'] }}{% endfor %}", "its neighbours"),
         ("{% for m in messages %}{{ m['role'] + m['content']|upper }}{% endfor %}", "rewrites"),
-        ("{{ messages[-1]['content'] }}", "leaves out"),
+        ("{{ messages[-1]['content'] }}", "omits"),
         ("{{ raise_exception('never') }}", "refuses a plain conversation"),
     ],
 )
@@ -112,7 +112,7 @@ def test_template_of_another_form_is_not_written(jinja: str, reason: str, caplog
 
 
 def test_beginning_token_that_no_prompt_has_is_no_template() -> None:
-    with pytest.raises(UnsupportedTemplateError, match="writes none"):
+    with pytest.raises(UnsupportedTemplateError, match="does not write it"):
         find_separators(lambda turns: expected(tokenizer_with(WITH_DEFAULT_SYSTEM), list(turns)), "")[0].without_bos(
             "<s>"
         )
@@ -151,7 +151,7 @@ def test_system_prompt_of_the_rows_stands_before_every_chat(name: str, system: s
 def test_system_prompt_that_a_modelfile_cannot_hold_is_told(system: str, messages: pytest.LogCaptureFixture) -> None:
     text = modelfile(tokenizer_with(CHATML), model="m.gguf", adapter=None, adds_bos=False, system=system)
     assert "SYSTEM" not in read_modelfile(text)
-    assert "no SYSTEM: the system prompt of the training rows holds what a Modelfile cannot" in messages.text
+    assert "no SYSTEM (a Modelfile cannot hold the system prompt of the training rows" in messages.text
 
 
 def test_template_keeps_characters_that_a_modelfile_drops() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from qlora_train.config.schema import RunConfig
@@ -28,7 +29,6 @@ def card(folder: Path, settings: RunConfig, **changes: Any) -> tuple[dict[str, A
         "config": settings,
         "metrics": {"held-out loss": 0.194512, "exact match": 0.62},
         "num_train_rows": 1272,
-        "library_versions": {"torch": "2.13.0", "peft": "0.21.2"},
         "kind": "adapter",
         "loading": "## Loading\n\nThe lines of the caller.",
     }
@@ -44,7 +44,13 @@ def test_an_adapters_card_names_base_data_results_and_settings(tmp_path: Path) -
     assert front["base_model_relation"] == "adapter"
     assert front["library_name"] == "peft"
     assert front["datasets"] == ["org/addresses"]
-    for part in ("| held-out loss | 0.1945 |", "| torch | 2.13.0 |", "1272 training rows", "rank 8", "learning_rate"):
+    for part in (
+        "| held-out loss | 0.1945 |",
+        f"| torch | {torch.__version__} |",
+        "1272 training rows",
+        "rank 8",
+        "learning_rate",
+    ):
         assert part in text
     assert "The lines of the caller." in text
 

@@ -294,7 +294,7 @@ def test_files_that_cannot_be_loaded_are_one_line(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_merges(monkeypatch, lambda folder: (folder / "model.safetensors").write_bytes(b"torn"))
-    with pytest.raises(MergeError, match="loaded as its card says, it fails in a process of its own") as caught:
+    with pytest.raises(MergeError, match="the code on its card fails in a fresh process") as caught:
         choose(tuned, tmp_path / "merged")
     assert "\n" not in str(caught.value)
 
@@ -324,7 +324,7 @@ def test_a_stop_ends_the_check_too(tuned: Tuned, tmp_path: Path, monkeypatch: py
         if any(process.is_alive() for process in multiprocessing.active_children()):
             raise stop
 
-    monkeypatch.setattr(fresh_process.stopping, "check", asked)
+    monkeypatch.setattr(fresh_process.signals, "raise_if_requested", asked)
     with pytest.raises(signals.Stop):
         choose(tuned, tmp_path / "merged")
     assert multiprocessing.active_children() == []

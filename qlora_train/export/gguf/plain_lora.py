@@ -1,8 +1,7 @@
-"""A run's adapter as the simplest LoRA there is, for programs that know no other.
+"""Write an adapter as plain LoRA for llama.cpp, which scales every pair by one ``lora_alpha / rank``.
 
-llama.cpp scales every pair by ``lora_alpha / rank`` with one alpha for all. rsLoRA divides by the root of the rank, and
-patterns give layers alphas of their own: a file converted as it is would be loaded, run, and be another model. Here what
-differs is multiplied into B. What a pair of matrices cannot say is refused.
+rsLoRA divides by the square root of the rank, and patterns give layers their own alphas; the difference is multiplied into
+B. What a pair of matrices cannot express is refused.
 """
 
 import json
@@ -11,30 +10,27 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from qlora_train.export.merging.adapter_deltas import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFile, LowRank, listed
+from qlora_train.adapters.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_train.export.merging.adapter_deltas import AdapterFile, LowRank, listed
 from qlora_train.utils.errors import ExportError
 
 
 def write_plain_adapter(adapter: AdapterFile, folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Write an adapter whose scale is alpha over rank everywhere.
-
-    Args:
-        adapter: the run's.
-        folder: empty; gets config, weights, and a card that carries the name.
-        name: of the model.
-
-    Returns:
-        What was written, by the names in the file.
+    """Write config, weights and a card that holds the model's name into an empty folder; return the weights by name.
 
     Raises:
-        ExportError: it holds DoRA magnitudes, replaced tensors, trained token rows, or pairs over parameters that are not
-            linear layers stored as (out, in).
+        ExportError: the adapter has DoRA, fully trained modules, trained token rows, or LoRA on experts or on layers stored
+            as (in, out).
     """
-    others = [target for target, update in adapter.updates.items() if not _is_plain(target, update)]
-    if others:
+    unsupported = [
+        target
+        for target, update in adapter.updates.items()
+        if not isinstance(update, LowRank) or update.magnitude or update.transposed or not target.endswith(".weight")
+    ]
+    if unsupported:
         raise ExportError(
-            f"{adapter.path}: {len(others)} changes that llama.cpp's LoRA cannot hold (DoRA, experts, whole tensors, token "
-            f"rows): {listed(others, 3)}; export the merged model: --format gguf"
+            f"{adapter.path}: {len(unsupported)} changes that llama.cpp's LoRA cannot hold (DoRA, experts, full modules, "
+            f"token rows): {listed(unsupported, 3)}; export the merged model: --format gguf"
         )
     alpha = float(adapter.config["lora_alpha"])
     tensors: dict[str, torch.Tensor] = {}
@@ -48,9 +44,3 @@ def write_plain_adapter(adapter: AdapterFile, folder: Path, name: str) -> dict[s
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(f"---\nmodel_name: {json.dumps(name)}\n---\n", encoding="utf-8")
     return tensors
-
-
-def _is_plain(target: str, update: object) -> bool:
-    """Say whether an update is a pair of matrices over a linear layer stored as (out, in)."""
-    plain = isinstance(update, LowRank) and update.magnitude is None and not update.transposed
-    return plain and target.endswith(".weight")

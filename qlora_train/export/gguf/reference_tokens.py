@@ -1,7 +1,7 @@
-"""Texts as llama.cpp itself tokenises them, with the package ``xllamacpp`` where it is installed.
+"""Tokenize texts with llama.cpp itself, by the package ``xllamacpp`` if it is installed.
 
-llama.cpp ends the process when it cannot read a file, so it runs in one of its own: ``python -m
-qlora_train.export.gguf.reference_tokens FILE`` reads a JSON list of texts and prints one of their tokens.
+llama.cpp ends the process if it cannot read a file, so it runs in a subprocess: ``python -m
+qlora_train.export.gguf.reference_tokens FILE`` reads a JSON list of texts and prints a list of their token ids.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ INSTALL = "pip install xllamacpp"
 
 
 def tokenize(file: Path, texts: Sequence[str]) -> list[list[int]] | None:
-    """Return the tokens of texts, special tokens in them included and none added; None where llama.cpp is not installed.
+    """Return the token ids of texts, without added special tokens; None if xllamacpp is not installed.
 
     Raises:
         ExportError: llama.cpp cannot read the file.
@@ -45,17 +45,17 @@ def _main(file: str) -> None:
     parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers = 32, 1, 0
     parameters.warmup, parameters.no_extra_bufts, parameters.verbosity = False, True, -1
     server = xllamacpp.Server(parameters)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is for other machines
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not for this machine
 
-    def tokens(text: str) -> list[int]:
-        asked = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
-        request = urllib.request.Request(f"{server.listening_address}/tokenize", asked)
+    def tokenize_one(text: str) -> list[int]:
+        body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+        request = urllib.request.Request(f"{server.listening_address}/tokenize", body)
         request.add_header("Content-Type", "application/json")
         with opener.open(request) as answer:
-            found: list[int] = json.load(answer)["tokens"]
-        return found
+            ids: list[int] = json.load(answer)["tokens"]
+        return ids
 
-    print(json.dumps([tokens(text) for text in json.load(sys.stdin)]))
+    print(json.dumps([tokenize_one(text) for text in json.load(sys.stdin)]))
 
 
 if __name__ == "__main__":

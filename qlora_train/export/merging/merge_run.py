@@ -3,7 +3,6 @@
 import datetime
 import logging
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,13 +27,6 @@ from qlora_train.runs import RunFolder
 from qlora_train.utils.device import free_memory, select_device
 
 logger = logging.getLogger(__name__)
-
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide a run's numbers."""
-    return {name: version(name) for name in LIBRARIES}
 
 
 def merge_run(
@@ -69,7 +61,6 @@ def merge_run(
             config=config,
             metrics=_training_metrics(folder),
             num_train_rows=data.num_train_rows,
-            library_versions=library_versions(),
             kind="merged",
             loading=merged_loading(
                 staging, merge.loading_code(), folder.system_prompt(), trust_remote_code=config.model.trust_remote_code
