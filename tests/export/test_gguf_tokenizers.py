@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from qlora_train.config import ModelSection, RunConfig
 from qlora_train.config.schema import DataSection
-from qlora_train.export.gguf.converter import Converter, find_converter
+from qlora_train.export.gguf.converter import Converter, describe_failure, find_converter
 from qlora_train.models.token_probes import HARD_STRINGS
 from qlora_train.utils.errors import ExportError
 from tests.support.imported_converter import convert, load
