@@ -108,7 +108,7 @@ def settings_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
 def merge(base: Path) -> dict[str, str]:
     """Merge a random adapter with the tokenizer that a run saves; return where from and where to."""
     from qlora_train.config import ModelSection
-    from qlora_train.export.merging.merge import merge_adapter
+    from qlora_train.export.merging.merge import MergeSettings, merge_adapter
     from qlora_train.models import load_tokenizer, resolve_base
     from qlora_train.models.tokenizer import save_tokenizer
     from tests.support.merging import NF4, plain, save_adapter
@@ -118,7 +118,7 @@ def merge(base: Path) -> dict[str, str]:
     try:
         save_adapter(plain(base), adapter)
         save_tokenizer(load_tokenizer(resolve_base(section), section), adapter)
-        merge_adapter(base, adapter, output, merge_base="original", quantization=NF4, dtype=torch.float32)
+        merge_adapter(MergeSettings(base, adapter, NF4, torch.float32), output, "original")
     except Exception as error:
         return {"folder": str(output), "problem": f"{type(error).__name__}: {error}"}
     return {"folder": str(output)}

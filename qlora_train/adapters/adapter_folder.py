@@ -117,8 +117,8 @@ def read_adapter_config(folder: Path, where: str = "") -> dict[str, Any]:
     return content
 
 
-def read_adapter_settings(folder: Path, base: BaseSource, where: str = "") -> AdapterSettings:
-    """Return the settings of an adapter for this base.
+def read_adapter_settings(folder: Path, base: BaseSource | None, where: str = "") -> AdapterSettings:
+    """Return the settings of an adapter for this base, or for any base if it is None.
 
     Raises:
         ConfigError: no adapter, not a plain LoRA adapter, or an adapter of another base.
@@ -141,7 +141,8 @@ def read_adapter_settings(folder: Path, base: BaseSource, where: str = "") -> Ad
             raise ConfigError(
                 f"{source}: {shorten(key)}: {shorten(value)} is no setting of a plain LoRA adapter; allowed: null"
             )
-    _check_base(settings.base_model_name_or_path, base, source)
+    if base is not None:
+        _check_base(settings.base_model_name_or_path, base, source)
     return settings
 
 

@@ -1,7 +1,7 @@
 """Export a run's adapter for vLLM, which serves LoRA on a 16-bit base.
 
-vLLM reads seven settings of adapter_config.json and ignores the rest (`rank_pattern` and `alpha_pattern` would give other
-scales), and it skips adapter tensors that are not LoRA. It supports LoRA and rsLoRA on linear layers with one rank and one
+vLLM reads seven settings of adapter_config.json and ignores the rest, and it skips adapter tensors that are not LoRA. It
+supports LoRA and rsLoRA on linear layers with one rank and one
 alpha; LoRA on the output head only in some model classes. Everything else is refused here; the merged model serves it.
 
 From vLLM's `vllm/config/lora.py`, `vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py` and `vllm/lora/utils.py`.
@@ -11,18 +11,16 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from qlora_train.adapters.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_train.adapters.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_settings
 from qlora_train.export.export_formats import ExportRequest
 from qlora_train.export.loading_code import QUESTION
 from qlora_train.export.model_card import is_hub_id
 from qlora_train.utils import atomic_io
-from qlora_train.utils.errors import ExportError, first_line
+from qlora_train.utils.errors import ExportError
 
 logger = logging.getLogger(__name__)
 
@@ -34,34 +32,29 @@ PLAIN_LORA_KEYS = (
 )  # fmt: skip
 """Settings of plain LoRA; all others are left at PEFT's defaults."""
 PLAIN_LORA_TENSORS = (".lora_A.weight", ".lora_B.weight")
-UNSUPPORTED = {
-    "use_dora": "DoRA (lora.use_dora)",
-    "modules_to_save": "fully trained modules (lora.modules_to_save)",
-    "trainable_token_indices": "trained token rows (model.new_tokens)",
-    "rank_pattern": "ranks that differ by layer (rank_pattern)",
-    "alpha_pattern": "alphas that differ by layer (alpha_pattern)",
-    "target_parameters": "LoRA on stacked experts (target_parameters)",
-    "layer_replication": "replicated layers (layer_replication)",
-    "lora_bias": "biases of LoRA (lora_bias)",
-}
 
 
 def check_vllm(adapter_folder: Path) -> tuple[str, ...]:
     """Return the reasons why vLLM cannot serve an adapter as LoRA; empty when it can.
 
     Raises:
-        ExportError: the folder has no readable adapter.
+        ConfigError: the folder has no plain LoRA adapter.
     """
-    config, names = _read(adapter_folder)
-    reasons = [reason for key, reason in UNSUPPORTED.items() if config.get(key)]
-    if config.get("peft_type") != "LORA":
-        reasons.append(f"an adapter of type {config.get('peft_type')}, not LORA")
-    if config.get("bias", "none") != "none":
-        reasons.append(f"trained biases (lora.bias: {config['bias']})")
-    if config.get("r", 0) > MAX_RANKS[-1]:
-        reasons.append(f"rank {config['r']}, above {MAX_RANKS[-1]} (lora.r)")
-    if any(name.split(".lora_")[0].endswith(("lm_head", "embed_out")) for name in names):
-        reasons.append("LoRA on the output head, which only some of its models support (lora.target_modules)")
+    settings = read_adapter_settings(adapter_folder, None)
+    with safe_open(str(adapter_folder / ADAPTER_WEIGHTS), framework="pt") as file:
+        names = sorted(file.keys())
+    unsupported = {
+        "DoRA (lora.use_dora)": settings.use_dora,
+        "fully trained modules (lora.modules_to_save)": settings.modules_to_save,
+        "trained token rows (model.new_tokens)": settings.trainable_token_indices,
+        "LoRA on stacked experts (target_parameters)": settings.target_parameters,
+        f"trained biases (lora.bias: {settings.bias})": settings.bias != "none",
+        f"rank {settings.r}, above {MAX_RANKS[-1]} (lora.r)": settings.r > MAX_RANKS[-1],
+        "LoRA on the output head, which only some of its models support (lora.target_modules)": any(
+            name.split(".lora_")[0].endswith(("lm_head", "embed_out")) for name in names
+        ),
+    }
+    reasons = [reason for reason, found in unsupported.items() if found]
     other = [name for name in names if not name.endswith(PLAIN_LORA_TENSORS)]
     if other and not reasons:
         reasons.append(f"tensors that are not LoRA of linear layers, such as {other[0]}")
@@ -86,7 +79,7 @@ def export_vllm(request: ExportRequest) -> Path:
             f"{run.adapter}: vLLM cannot serve it as LoRA: {'; '.join(reasons)}; {merge_first}serve the merged model: "
             f"{shlex.join(['vllm', 'serve', str(run.merged)])}"
         )
-    settings, _ = _read(run.adapter)
+    settings = json.loads((run.adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     kept = {key: settings[key] for key in PLAIN_LORA_KEYS if key in settings} | {"inference_mode": True}
     max_rank = next(allowed for allowed in MAX_RANKS if allowed >= kept["r"])
     options = ["--revision", source.revision] if source.revision else []
@@ -114,19 +107,6 @@ def export_vllm(request: ExportRequest) -> Path:
     base = str(source.folder) if source.revision is None else source.name
     logger.info("serve it: %s", command(base, str(output)))
     return output
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Return an adapter's settings and the names of its tensors."""
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        with safe_open(str(folder / ADAPTER_WEIGHTS), framework="pt") as file:
-            names = sorted(file.keys())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ExportError(f"{folder}: no readable adapter ({first_line(error)}); give one that PEFT wrote") from None
-    if not isinstance(config, Mapping):
-        raise ExportError(f"{folder / ADAPTER_CONFIG}: not a mapping; give an adapter that PEFT wrote")
-    return dict(config), names
 
 
 def _serving_section(command: str, name: str, system: str) -> str:

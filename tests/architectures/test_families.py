@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.adapters import load_trained
 from qlora_train.architectures import ARCHITECTURES, check_packing
-from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.models import load_model, resolve_base
 from qlora_train.models.moe import expert_parameters
 from qlora_train.utils.errors import ConfigError
 from tests.architectures.conftest import LONG, Table
+from tests.support.merging import merge
 from tests.support.pico import build_pico
 from tests.support.runs import adapter_bytes, losses, make_config, stopped_copy, train_run
 
@@ -55,7 +55,7 @@ def test_family_trains_in_4_bits_and_merges_to_the_same_model(
     assert planned.adapter_bytes == sum(
         tensor.nbytes for tensor in load_file(run.adapter / "adapter_model.safetensors").values()
     )
-    merge_adapter(
+    merge(
         resolve_base(config.model).folder,
         run.adapter,
         tmp_path / "merged",

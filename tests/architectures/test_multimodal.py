@@ -19,7 +19,6 @@ from qlora_train import pipeline
 from qlora_train.adapters import find_linears, load_trained
 from qlora_train.architectures import TEXT_ARCHITECTURES, TEXT_TYPES, check_packing, detect, max_positions
 from qlora_train.config import ModelSection
-from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.models import load_model, resolve_base
 from qlora_train.models.loading import model_config
 from qlora_train.models.moe import expert_parameters, routers
@@ -27,6 +26,7 @@ from qlora_train.models.text_only import check_causal, text_model
 from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ConfigError, ModelError
 from tests.architectures.conftest import LONG, Table
+from tests.support.merging import merge
 from tests.support.pico import FAMILIES
 from tests.support.pico_multimodal import WHOLE, build_whole, build_whole_config
 from tests.support.runs import adapter_bytes, losses, make_config, stopped_copy, train_run
@@ -56,10 +56,8 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
-def merge(base: Path, run: RunFolder, config: Any, output: Path, onto: Any) -> Any:
-    merge_adapter(
-        base, run.adapter, output, merge_base=onto, quantization=config.quantization, dtype=torch.float32
-    )  # fmt: skip
+def load_merge(base: Path, run: RunFolder, config: Any, output: Path, onto: Any) -> Any:
+    merge(base, run.adapter, output, merge_base=onto, quantization=config.quantization)
     return AutoModelForMultimodalLM.from_pretrained(output, dtype=torch.float32)
 
 
@@ -132,7 +130,7 @@ def test_adapter_and_merge_fit_the_whole_model(
 
     wanted = logits(load_trained(loaded, run.adapter))
     folder = resolve_base(config.model).folder
-    merged = logits(merge(folder, run, config, tmp_path / "merged", "dequantized"))
+    merged = logits(load_merge(folder, run, config, tmp_path / "merged", "dequantized"))
     torch.testing.assert_close(merged, wanted, rtol=1e-3, atol=2e-4)
 
     before, after = (load_file(place / "model.safetensors") for place in (base, tmp_path / "merged"))
@@ -151,7 +149,7 @@ def test_adapter_and_merge_fit_the_whole_model(
         warnings.filterwarnings("error", message=".*missing adapter keys")
         on_whole = logits(PeftModel.from_pretrained(plain, str(run.adapter)))
     assert (on_whole - untrained).abs().max() > 0.01, "the adapter changes nothing"
-    original = logits(merge(folder, run, config, tmp_path / "original", "original"))
+    original = logits(load_merge(folder, run, config, tmp_path / "original", "original"))
     torch.testing.assert_close(on_whole, original, rtol=1e-3, atol=2e-4)
     assert (tmp_path / "merged" / PROCESSOR).read_text() == (base / PROCESSOR).read_text()
     table[model_type] |= {

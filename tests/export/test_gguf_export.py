@@ -456,8 +456,7 @@ def test_adapter_over_the_base_equals_the_merged_model(run: RunFolder, base: Pat
 
 
 def test_adapter_with_scales_of_its_own_is_the_adapter_of_peft(base: Path, base_file: Path, tmp_path: Path) -> None:
-    settings = {"use_rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"down_proj": 2}}
-    saved = save_adapter(plain(base), tmp_path / "adapter", **settings)
+    saved = save_adapter(plain(base), tmp_path / "adapter", use_rslora=True)
     (tmp_path / "plain").mkdir()
     write_plain_adapter(
         AdapterFile(saved, build_meta_model(AutoConfig.from_pretrained(base))), tmp_path / "plain", "rs"

@@ -14,9 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
-from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.export.merging.merged_model import load_merged
-from qlora_train.export.merging.verify import MergeSettings
 from qlora_train.models.shard_writer import bytes_of_size, pack, write_shards
 from qlora_train.utils.errors import MergeError
 from tests.support.merging import (
@@ -26,6 +24,7 @@ from tests.support.merging import (
     change_adapter,
     dequantized_reference,
     logits,
+    merge,
     merged_logits,
     peft_merged_logits,
     plain,
@@ -68,8 +67,6 @@ def test_dequantized_merge_matches_in_other_families(pico: Pico, tmp_path: Path,
         {},
         {"use_rslora": True},
         {"use_dora": True},
-        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}, "alpha_pattern": {"o_proj": 31}},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 5}, "use_rslora": True},
         {"target_modules": ["q_proj", "down_proj"]},
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens", "norm"]},
@@ -105,7 +102,7 @@ def test_new_tokens_extend_the_vocabulary(pico: Pico, tmp_path: Path, tied: bool
     grown = plain(base)
     grown.resize_token_embeddings(size + 2)
     expected = PeftModel.from_pretrained(grown, adapter).eval()
-    merge_adapter(base, adapter, tmp_path / "m", merge_base="original", quantization=NF4, dtype=torch.float32)
+    merge(base, adapter, tmp_path / "m")
     merged = plain(tmp_path / "m")
     ids = torch.tensor([[5, 9, size, 11, size + 1, 5]])
     torch.testing.assert_close(merged(input_ids=ids).logits, expected(input_ids=ids).logits, atol=2e-6, rtol=1e-5)
@@ -152,9 +149,9 @@ def test_sharded_base_and_sharded_output_hold_the_same_tensors(pico_llama: Path,
     assert len(list(sharded.glob("*.safetensors"))) > 1
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     whole = merged_logits(pico_llama, adapter, tmp_path / "whole")
-    report = merge_adapter(
+    report = merge(
         sharded, adapter, tmp_path / "parts",
-        merge_base="original", quantization=NF4, dtype=torch.float32, max_shard_size="100KB",
+        max_shard_size="100KB",
     )  # fmt: skip
     files = sorted((tmp_path / "parts").glob("*.safetensors"))
     assert report.num_shards == len(files) > 1
@@ -180,15 +177,13 @@ def test_output_is_a_complete_model_folder_in_16_bits(pico_llama: Path, tmp_path
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(adapter)
     output = tmp_path / "merged"
-    report = merge_adapter(
-        pico_llama, adapter, output, merge_base="dequantized", quantization=NF4, dtype=torch.bfloat16
-    )
+    report = merge(pico_llama, adapter, output, merge_base="dequantized", quantization=NF4, dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert AutoTokenizer.from_pretrained(output).chat_template == tokenizer.chat_template
     assert (output / "generation_config.json").is_file()
     assert str(tmp_path) not in "".join(path.read_text() for path in output.glob("*.json"))
-    assert (report.num_changed, report.num_rounded, report.num_shards) == (14, 14, 1)
+    assert (report.num_changed, report.num_quantized, report.num_shards) == (14, 14, 1)
 
 
 def merge_with(base: Path, tokenizer: Any, output: Path, **generation: Any) -> Path:
@@ -198,7 +193,7 @@ def merge_with(base: Path, tokenizer: Any, output: Path, **generation: Any) -> P
     (copied / "generation_config.json").write_text(json.dumps(generation))
     adapter = save_adapter(plain(base), output.with_name("adapter"))
     tokenizer.save_pretrained(adapter)
-    merge_adapter(copied, adapter, output, merge_base="original", quantization=NF4, dtype=torch.float32)
+    merge(copied, adapter, output)
     return output
 
 
@@ -255,8 +250,7 @@ def test_a_model_with_code_of_its_own_is_merged_with_that_code(pico_llama: Path,
     base = with_remote_code(Path(shutil.copytree(pico_llama, tmp_path / "own")))
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     merged_logits(pico_llama, adapter, tmp_path / "of_llama")
-    run = MergeSettings(base, adapter, NF4, torch.float32, trust_remote_code=True)
-    run.merge(tmp_path / "of_own", "original")
+    merge(base, adapter, tmp_path / "of_own", trust_remote_code=True)
     model = load_merged(tmp_path / "of_own", "cpu", trust_remote_code=True)
     assert type(model).__name__ == "OwnForCausalLM"
     torch.testing.assert_close(logits(model.eval()), logits(plain(tmp_path / "of_llama")), atol=0, rtol=0)
@@ -271,7 +265,7 @@ def test_a_merge_has_the_number_formats_of_the_base(pico: Pico, tmp_path: Path, 
     adapter = save_adapter(plain(base), tmp_path / "adapter")
     for merge_base in ("original", "dequantized"):
         output = tmp_path / merge_base
-        MergeSettings(base, adapter, NF4, None, load_dtype=torch.float32).merge(output, merge_base)
+        merge(base, adapter, output, merge_base=merge_base, dtype=None, load_dtype=torch.float32)
         written = load_file(output / "model.safetensors")
         assert {name: tensor.dtype for name, tensor in written.items()} == {n: t.dtype for n, t in tensors.items()}
         assert json.loads((output / "config.json").read_text())["dtype"] == stored
@@ -284,14 +278,14 @@ def test_a_change_beyond_the_range_of_the_base_is_refused(pico: Pico, tmp_path: 
     adapter = save_adapter(plain(base), tmp_path / "adapter")
     change_adapter(adapter, lambda tensors: [tensor.mul_(1e4) for tensor in tensors.values()])
     with pytest.raises(MergeError, match=r"the merged weight is beyond the range of torch\.float16"):
-        MergeSettings(base, adapter, NF4, None).merge(tmp_path / "merged", "original")
+        merge(base, adapter, tmp_path / "merged", dtype=None)
 
 
 def test_weights_are_rounded_once(pico_llama: Path, tmp_path: Path) -> None:
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     settings: dict[str, Any] = {"merge_base": "original", "quantization": NF4}
-    merge_adapter(pico_llama, adapter, tmp_path / "fp32", dtype=torch.float32, **settings)
-    merge_adapter(pico_llama, adapter, tmp_path / "bf16", dtype=torch.bfloat16, **settings)
+    merge(pico_llama, adapter, tmp_path / "fp32", dtype=torch.float32, **settings)
+    merge(pico_llama, adapter, tmp_path / "bf16", dtype=torch.bfloat16, **settings)
     exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "bf16"))
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
 

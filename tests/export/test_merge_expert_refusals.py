@@ -46,7 +46,7 @@ def _expert_by_expert(tensors: Tensors) -> None:
         (_other_rank, r"experts has factors A and B of .*\(32, 96\).* ask for .*\(16, 96\).*merge onto the base"),
         (_three_wrappers, r"unknown kind: .*base_layer.base_layer.lora_A"),
         (_magnitude, r"unknown kind: .*experts.lora_magnitude_vector"),
-        (_expert_by_expert, r"find no tensor .*experts.0.gate_proj.weight"),
+        (_expert_by_expert, r"have no tensor .*experts.0.gate_proj.weight"),
     ],
 )
 def test_an_adapter_of_experts_that_is_not_understood_is_refused(
@@ -63,7 +63,7 @@ def test_an_adapter_of_experts_that_is_not_understood_is_refused(
 def test_wrappers_of_one_shape_in_two_possible_orders_are_refused(pico: Pico, tmp_path: Path) -> None:
     base = mixture(pico, "gpt_oss", hidden_size=192, intermediate_size=96)
     adapter = adapted(base, tmp_path / "adapter", target_parameters=["gate_up_proj_bias", "down_proj_bias"])
-    with pytest.raises(MergeError, match=r"factors of one shape for .*gate_up_proj_bias.*nothing says which is whose"):
+    with pytest.raises(MergeError, match=r"factors of the same shape for .*gate_up_proj_bias.*their order is unknown"):
         merged_logits(base, adapter, tmp_path / "merged")
 
 
@@ -80,7 +80,10 @@ def without(base: Path, folder: Path, name: str) -> Path:
     ("name", "message"),
     [
         ("experts.3.gate_proj", r"cannot convert it to model.layers.0.mlp.experts.gate_up_proj"),
-        ("experts.3.down_proj", r"3 tensors like .*experts.0.down_proj.weight make \(3, 64, 96\) .*\(4, 64, 96\)"),
+        (
+            "experts.3.down_proj",
+            r"3 tensors like .*experts.0.down_proj.weight give shape \(3, 64, 96\), .*\(4, 64, 96\)",
+        ),
     ],
 )
 def test_a_base_without_some_expert_is_refused(pico: Pico, tmp_path: Path, name: str, message: str) -> None:
@@ -100,15 +103,3 @@ def test_experts_that_are_there_twice_are_refused(pico: Pico, tmp_path: Path) ->
     adapter = adapted(mixture(pico, "qwen3_moe"), tmp_path / "adapter")
     with pytest.raises(MergeError, match=rf"{name} and .*experts.0.down_proj.weight both hold {name} of the model"):
         merged_logits(base, adapter, tmp_path / "merged")
-
-
-def test_experts_in_a_foreign_4_bit_format_are_refused(pico: Pico, tmp_path: Path) -> None:
-    base = mixture(pico, "gpt_oss")
-    adapter = adapted(base, tmp_path / "adapter")
-    name = "model.layers.0.mlp.experts.down_proj"
-    broken = without(base, tmp_path / "base", name)
-    parts = {f"{name}_{part}": torch.ones(4, dtype=torch.uint8) for part in ("blocks", "scales")}
-    tensors = load_file(broken / "model.safetensors") | parts
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MergeError, match=r"down_proj_blocks belongs to a quantised format"):
-        merged_logits(broken, adapter, tmp_path / "merged")

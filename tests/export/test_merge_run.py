@@ -10,7 +10,8 @@ from peft import PeftModel
 
 from qlora_train import pipeline
 from qlora_train.export.merging import merge_run as run_module
-from qlora_train.export.merging.verify import MergeResult, MergeSettings
+from qlora_train.export.merging import verify
+from qlora_train.export.merging.verify import MergeResult
 from qlora_train.runs import RunFolder
 from qlora_train.utils.atomic_io import MANIFEST, verify_manifest
 from tests.support.runs import train_run
@@ -25,17 +26,17 @@ def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
 ) -> None:
     run = train_run(tmp_path, pico_llama, "train.max_steps=2", "quantization.bnb_4bit_compute_dtype=bfloat16")
     alive: list[bool] = []
-    original = MergeSettings.merge
+    original = verify.merge_adapter
 
-    def counted(self: MergeSettings, *arguments: Any) -> Any:
+    def counted(*arguments: Any) -> Any:
         alive.append(any(isinstance(thing, PeftModel) for thing in gc.get_objects()))
-        return original(self, *arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(MergeSettings, "merge", counted)
-    choice = merge(run)
+    monkeypatch.setattr(verify, "merge_adapter", counted)
+    result = merge(run)
     assert alive == [False, False], "the measured adapter model is gone before a merge begins"
     results = run.read_results()["merge"]
-    assert results["merge_base"] == choice.report.merge_base
+    assert results["merge_base"] == result.report.merge_base
     card = (run.merged / "README.md").read_text(encoding="utf-8")
     assert f"| adapter on the base it was trained on | {results['adapter_loss']:.4g} |" in card
     for kind in ("original", "dequantized"):

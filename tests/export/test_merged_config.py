@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from qlora_train.config import ModelSection
-from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.export.merging.merged_config import write_config
 from qlora_train.models import resolve_base
 from qlora_train.models.loading import model_config
 from qlora_train.models.tokenizer import save_tokenizer
-from tests.support.merging import NF4, plain, save_adapter
+from tests.support.merging import merge, plain, save_adapter
 from tests.support.pico import build_config
 from tests.support.pico_multimodal import build_whole
 
@@ -137,7 +136,7 @@ def test_a_merge_onto_a_classifier_is_a_language_model(pico: Pico, tmp_path: Pat
     tensors = load_file(base / "model.safetensors")
     save_file({**tensors, "score.weight": torch.ones(2, 64)}, base / "model.safetensors", metadata={"format": "pt"})
     adapter = save_adapter(model, tmp_path / "adapter")
-    merge_adapter(base, adapter, tmp_path / "merged", merge_base="original", quantization=NF4, dtype=torch.float32)
+    merge(base, adapter, tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 

@@ -24,10 +24,10 @@ from qlora_train.evaluation.held_out_loss import ExampleLoss, HeldOutLoss, held_
 from qlora_train.export import fresh_process
 from qlora_train.export.merging import check_budget, merged_model, verify
 from qlora_train.export.merging.check_budget import bounded_reference
-from qlora_train.export.merging.merge import MARKER
-from qlora_train.export.merging.merge_quality import Comparison
-from qlora_train.export.merging.merged_model import load_merged, place_for, streamed_bytes
-from qlora_train.export.merging.verify import Finish, MergeResult, MergeSettings, choose_merge_base
+from qlora_train.export.merging.merge import MARKER, merge_adapter
+from qlora_train.export.merging.merge_quality import merge_results
+from qlora_train.export.merging.merged_model import choose_device_map, load_merged, streamed_bytes
+from qlora_train.export.merging.verify import Finish, MergeResult, MergeRun, choose_merge_base
 from qlora_train.export.predictions import Predictions, Reference, compared_rows, load_reference, measure_divergence
 from qlora_train.utils import signals
 from qlora_train.utils.atomic_io import MANIFEST, verify_manifest
@@ -43,7 +43,7 @@ def examples() -> list[Example]:
 
 @dataclass
 class Tuned:
-    run: MergeSettings
+    run: MergeRun
     reference: Reference
 
 
@@ -54,7 +54,7 @@ def tuned(pico_llama: Path, tmp_path: Path) -> Tuned:
     model = PeftModel.from_pretrained(quantized(pico_llama), adapter)
     losses = held_out_loss(model, examples(), batch_size=2, pad_token_id=0)
     reference = Reference(examples(), True, losses, Predictions.of(model, compared_rows(examples())))
-    return Tuned(MergeSettings(pico_llama, adapter, NF4, torch.bfloat16), reference)
+    return Tuned(MergeRun(pico_llama, adapter, NF4, torch.bfloat16), reference)
 
 
 def with_loss(reference: Reference, loss: float) -> Reference:
@@ -119,8 +119,8 @@ def test_weights_that_crowd_the_device_are_spread_to_host_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (24e9, 24e9))
     monkeypatch.setattr(merged_model, "weights_bytes", lambda _folder: int(weights_gb * 1e9))
     assert streamed_bytes(tmp_path, "cuda:0") == pytest.approx(streamed_gb * 1e9)
-    assert place_for(tmp_path, "cuda:0") == ("auto" if streamed_gb else {"": torch.device("cuda:0")})
-    assert place_for(tmp_path, "cpu") == {"": torch.device("cpu")}
+    assert choose_device_map(tmp_path, "cuda:0") == ("auto" if streamed_gb else {"": torch.device("cuda:0")})
+    assert choose_device_map(tmp_path, "cpu") == {"": torch.device("cpu")}
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,9 @@ def test_a_check_over_pcie_or_on_the_cpu_is_bounded_and_announced(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (80e9, 80e9))
     for module in (merged_model, check_budget):
         monkeypatch.setattr(module, "weights_bytes", lambda _folder: int(weights_gb * 1e9))
-    monkeypatch.setattr(check_budget, "MIN_LABEL_TOKENS", 10)  # of two rows
     monkeypatch.setattr(logging.getLogger("qlora_train"), "propagate", True)
     caplog.set_level("INFO", logger="qlora_train")
-    bounded = bounded_reference(tuned.reference, tmp_path, device)
+    bounded = bounded_reference(tuned.reference, tmp_path, device, min_label_tokens=10)  # of two rows
     assert len(bounded.rows) == checked
     assert (message in caplog.text) if message else not caplog.messages
 
@@ -175,12 +174,11 @@ def test_a_merge_in_host_memory_is_checked_there(tuned: Tuned, tmp_path: Path, m
 def test_a_bounded_check_measures_the_same_rows_of_adapter_and_merge(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check_budget, "MAX_CHECK_SECONDS", 0.0)
-    monkeypatch.setattr(check_budget, "MIN_LABEL_TOKENS", 10)
+    monkeypatch.setattr(verify, "bounded_reference", partial(bounded_reference, max_seconds=0, min_label_tokens=10))
     choice = choose(tuned, tmp_path / "merged", merge_base="dequantized")
     rows = tuned.reference.rows[:2]
     assert list(choice.reference.rows) == list(rows)
-    assert Comparison(choice).results()["num_rows"] == len(rows) < len(tuned.reference.rows)
+    assert merge_results(choice)["num_rows"] == len(rows) < len(tuned.reference.rows)
     assert choice.checks["dequantized"].divergence.num_tokens == 9 * len(rows)
     of_adapter = tuned.reference.losses.per_example[: len(rows)]
     assert choice.reference.loss == HeldOutLoss.of(of_adapter).loss
@@ -191,10 +189,10 @@ def test_a_bounded_check_measures_the_same_rows_of_adapter_and_merge(
 def test_a_merge_larger_than_the_gpu_is_measured_all_the_same(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuned.run.merge(tmp_path / "merged", "original")
+    merge_adapter(tuned.run, tmp_path / "merged", "original")
     size = (tmp_path / "merged" / "model.safetensors").stat().st_size
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (size // 2, size))
-    assert place_for(tmp_path / "merged", "cuda:0") == "auto"
+    assert choose_device_map(tmp_path / "merged", "cuda:0") == "auto"
     on_cpu, spread = (load_merged(tmp_path / "merged", device) for device in ("cpu", "cuda:0"))
     expected = held_out_loss(on_cpu, examples(), batch_size=2, pad_token_id=0)
     found = held_out_loss(spread, examples(), batch_size=2, pad_token_id=0)
@@ -204,8 +202,8 @@ def test_a_merge_larger_than_the_gpu_is_measured_all_the_same(
 def test_weights_that_are_spread_leave_room_for_activations_on_every_device(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuned.run.merge(tmp_path / "merged", "original")
-    monkeypatch.setattr(merged_model, "place_for", lambda *_: "auto")
+    merge_adapter(tuned.run, tmp_path / "merged", "original")
+    monkeypatch.setattr(merged_model, "choose_device_map", lambda *_: "auto")
     monkeypatch.setattr(merged_model, "get_max_memory", lambda: {0: 12_000, "cpu": 64_000})
     monkeypatch.setattr(merged_model, "available_bytes", lambda: 32_000)
     seen: dict[str, Any] = {}
@@ -255,14 +253,14 @@ def test_without_held_out_rows_what_was_trained_is_taken_and_checked_all_the_sam
 
 def change_merges(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
     """Let something happen to each merge after it was written."""
-    original = MergeSettings.merge
+    original = verify.merge_adapter
 
-    def changed(self: MergeSettings, output: Path, merge_base: Any) -> Any:
-        report = original(self, output, merge_base)
+    def changed(settings: MergeRun, output: Path, merge_base: Any) -> Any:
+        report = original(settings, output, merge_base)
         change(output)
         return report
 
-    monkeypatch.setattr(MergeSettings, "merge", changed)
+    monkeypatch.setattr(verify, "merge_adapter", changed)
 
 
 def damage_tensor(how: str) -> Callable[[Path], None]:
@@ -285,7 +283,7 @@ def test_damage_that_the_loss_does_not_show_is_seen(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     change_merges(monkeypatch, damage_tensor(how))
-    with pytest.raises(MergeError, match=r"another than the adapter.*export\.max_divergence allows 0\.02"):
+    with pytest.raises(MergeError, match=r"differs from the adapter.*export\.max_divergence allows 0\.02"):
         choose(tuned, tmp_path / "merged", merge_base="dequantized", max_loss_increase=10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 

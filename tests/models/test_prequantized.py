@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
-from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.models import LoadedModel, load_model
 from qlora_train.utils.errors import MergeError, ModelError
-from tests.support.merging import save_adapter
+from tests.support.merging import merge, save_adapter
 from tests.support.runs import losses, train_run
 
 Pico = Callable[..., Path]
@@ -164,7 +163,7 @@ def test_prequantized_base_merges_to_16_bits(case: str, merge_base: Any, pico: P
     adapter = save_adapter(load(plain).model, tmp_path / "adapter")
     merged = {}
     for base in (released, plain):
-        merge_adapter(
+        merge(
             base, adapter, tmp_path / f"{base.name}-merged",
             merge_base=merge_base, quantization=QuantizationSection(), dtype=torch.bfloat16,
         )  # fmt: skip

@@ -15,7 +15,6 @@ from qlora_train.data.held_out_rows import load_rows
 from qlora_train.evaluation.generation import generate_answers
 from qlora_train.export.export_formats import ExportRequest
 from qlora_train.export.merging.auxiliary_files import write_auxiliary_files
-from qlora_train.export.merging.merge import merge_adapter
 from qlora_train.export.vllm import export_vllm
 from qlora_train.inference.chat import Chat, ChatSettings
 from qlora_train.inference.eval_report import EvalSettings
@@ -26,6 +25,7 @@ from qlora_train.models.tokenizer import check_can_be_saved, save_tokenizer
 from qlora_train.pipeline import evaluate, run
 from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ConfigError, DataError, ModelError
+from tests.support.merging import merge
 from tests.support.pico import CHATML, build_config, build_pico
 from tests.support.runs import make_config, train_run
 from tests.support.tokenizer_grid import PAIRS, SPLIT_RULES, VOCAB_SIZE, write_tokenizer
@@ -193,7 +193,7 @@ def test_new_token_beyond_the_embedding_trains_and_merges(longer: Path, tmp_path
     [(_, adapter, tokenizer)] = finished.models(["adapter"])
     ids = torch.tensor([tokenizer("a <|tool|>[PAD] b")["input_ids"]])
     assert {320, 321} <= set(ids[0].tolist())
-    merge_adapter(
+    merge(
         longer, run.adapter, tmp_path / "merged", merge_base="original", quantization=finished.config.quantization,
         dtype=torch.float32,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora_train.config.schema import ModelSection, QuantizationSection
-from qlora_train.export.merging.merge import merge_adapter
+from qlora_train.export.merging.merge import MergeBase, MergeReport, MergeSettings, merge_adapter
 from qlora_train.models import load_model
 from qlora_train.models.text_only import text_model
 
@@ -89,9 +89,16 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
+def merge(
+    base: Path, adapter: Path, output: Path, *, merge_base: MergeBase = "original", **settings: Any
+) -> MergeReport:
+    """Merge in float32 unless the settings say otherwise."""
+    options: dict[str, Any] = {"quantization": NF4, "dtype": torch.float32, **settings}
+    return merge_adapter(MergeSettings(base, adapter, **options), output, merge_base)
+
+
 def merged_logits(base: Path, adapter: Path, output: Path, **settings: Any) -> torch.Tensor:
-    options: dict[str, Any] = {"merge_base": "original", "quantization": NF4, "dtype": torch.float32, **settings}
-    merge_adapter(base, adapter, output, **options)
+    merge(base, adapter, output, **settings)
     return logits(plain(output))
 
 

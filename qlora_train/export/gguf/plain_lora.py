@@ -32,7 +32,7 @@ def write_plain_adapter(adapter: AdapterFile, folder: Path, name: str) -> dict[s
             f"{adapter.path}: {len(unsupported)} changes that llama.cpp's LoRA cannot hold (DoRA, experts, full modules, "
             f"token rows): {listed(unsupported, 3)}; export the merged model: --format gguf"
         )
-    alpha = float(adapter.config["lora_alpha"])
+    alpha = adapter.settings.lora_alpha
     tensors: dict[str, torch.Tensor] = {}
     for update in adapter.updates.values():
         assert isinstance(update, LowRank)
@@ -40,7 +40,7 @@ def write_plain_adapter(adapter: AdapterFile, folder: Path, name: str) -> dict[s
         tensors[update.a] = a
         tensors[update.b] = b * (update.scale * a.shape[0] / alpha)
     save_file(tensors, str(folder / ADAPTER_WEIGHTS))
-    config = {"peft_type": "LORA", "r": adapter.config["r"], "lora_alpha": alpha}
+    config = {"peft_type": "LORA", "r": adapter.settings.r, "lora_alpha": alpha}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(f"---\nmodel_name: {json.dumps(name)}\n---\n", encoding="utf-8")
     return tensors

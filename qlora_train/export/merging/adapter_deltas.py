@@ -1,44 +1,35 @@
-"""An adapter as PEFT saved it, read as a list of changes to the parameters of the model.
+"""Read a PEFT adapter as changes to the model's parameters, without loading a model.
 
-Every tensor of the file is understood, or the adapter is refused: a tensor skipped in silence is a model that was never
-trained. Nothing here loads a model.
+Every tensor of the file must be understood, or the adapter is refused: a skipped tensor would give a model that was never
+trained.
 """
 
-import json
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from qlora_train.adapters.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_settings
 from qlora_train.export.merging.meta_model import MetaModel
 from qlora_train.export.merging.peft_wrappers import WrappedParameter, in_wrapping_order, targeted_parameters
 from qlora_train.utils.errors import MergeError
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LORA_A, _LORA_B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-_UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "lora_ga_config",
-    "megatron_config", "monteclora_config", "use_bdlora", "use_qalora", "velora_config",
-)  # fmt: skip
 _WRAPPED = ".base_layer"
-_MARKERS = ("lora_", "base_layer", "token_adapter", "modules_to_save", "original_module")
-"""Parts of a name that PEFT puts into it: with one of these a key is no name of the base."""
-_EXACT_INITS = (True, False, "gaussian", "eva")
+_PEFT_PARTS = ("lora_", "base_layer", "token_adapter", "modules_to_save", "original_module")
+"""A key with one of these is not a name of the base."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """W + scale * B @ A; with `magnitude` (DoRA) every row is then scaled to that length. Fields are adapter keys.
+    """W + scale * B @ A; DoRA then scales every row to its `magnitude`. Fields are adapter keys.
 
-    Where the parameter is stored as (in, out), `transposed`, W is its transpose.
+    `transposed`: the parameter is stored as (in, out), the transpose of W.
     """
 
     a: str
@@ -52,7 +43,7 @@ class LowRank:
 class ExpertLowRank:
     """W[e] + scale * B[:, :, e] @ A[e] for every expert e, of A as (experts, rank, in) and B as (out, rank, experts).
 
-    Where W[e] is stored as (in, out), `transposed`, what is added is the transpose.
+    `transposed`: W[e] is stored as (in, out).
     """
 
     a: str
@@ -64,14 +55,14 @@ class ExpertLowRank:
 
 @dataclass(frozen=True)
 class Replace:
-    """The base's tensor is replaced by the adapter's (biases, modules_to_save)."""
+    """The adapter's tensor replaces the base's (biases, modules_to_save)."""
 
     key: str
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows `indices` of an embedding are replaced, and rows beyond its end appended."""
+    """Replace rows `indices` of an embedding; append those beyond its end."""
 
     key: str
     indices: tuple[int, ...]
@@ -81,27 +72,24 @@ Update = LowRank | ExpertLowRank | Replace | TokenRows
 
 
 class AdapterFile:
-    """The adapter's config, its changes by parameter name, and its tensors, each of which is read exactly once.
-
-    Args:
-        folder: a PEFT adapter folder.
-        skeleton: the model that it is of.
+    """A PEFT adapter folder: its settings, its changes by parameter name, and its tensors, each read exactly once.
 
     Raises:
-        MergeError: no adapter there, another kind than LoRA, or a tensor or setting whose meaning is not known.
+        ConfigError: no plain LoRA adapter.
+        MergeError: an unknown tensor.
     """
 
     def __init__(self, folder: Path, meta_model: MetaModel) -> None:
         self.path = folder / ADAPTER_WEIGHTS
-        self.config = _read_config(folder)
-        if not self.path.is_file():
-            raise MergeError(f"{folder}: no {ADAPTER_WEIGHTS}; point to a folder that PEFT saved an adapter to")
-        self._skeleton = meta_model
+        self.settings = read_adapter_settings(folder, None)
+        rank, alpha = self.settings.r, self.settings.lora_alpha
+        self._scale = alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
+        self._meta_model = meta_model
         self._file = safe_open(str(self.path), framework="pt", device="cpu")
         self._keys = set(self._file.keys())
         self._reads: Counter[str] = Counter()
-        self._wrapped = targeted_parameters(meta_model.model, self.config.get("target_parameters") or [])
-        self.updates = self._understand()
+        self._wrapped = targeted_parameters(meta_model.model, self.settings.target_parameters or [])
+        self.updates = self._find_updates()
 
     def read(self, key: str) -> torch.Tensor:
         """Return a tensor in float32 and count the read."""
@@ -115,16 +103,16 @@ class AdapterFile:
         """Return a tensor's shape without reading it."""
         return tuple(self._file.get_slice(key).get_shape())
 
-    def same(self, key: str, other: str) -> bool:
-        """Say whether two tensors are equal; does not count as reading them."""
+    def is_equal(self, key: str, other: str) -> bool:
+        """Compare two tensors; does not count as a read."""
         return torch.equal(self._file.get_tensor(key), self._file.get_tensor(other))
 
     def assert_all_read_once(self) -> None:
-        """Hold the merge to its promise: every tensor went into exactly one place."""
+        """Assert that every tensor was used exactly once."""
         wrong = {key: self._reads[key] for key in self._keys if self._reads[key] != 1}
         assert not wrong, f"adapter tensors not used exactly once: {wrong}"
 
-    def _understand(self) -> dict[str, Update]:
+    def _find_updates(self) -> dict[str, Update]:
         updates: dict[str, Update] = {}
         unknown = sorted(key for key in self._keys if not key.startswith(_PREFIX))
         for key in sorted(self._keys - set(unknown)):
@@ -132,7 +120,7 @@ class AdapterFile:
             if target is None:
                 unknown.append(key)
             elif update is not None and target in updates:
-                raise MergeError(f"{self.path}: {key} changes {target} a second time; which one counts is unknown")
+                raise MergeError(f"{self.path}: {key} changes {target} a second time; it is unknown which one counts")
             elif update is not None:
                 updates[target] = update
         if unknown:
@@ -143,7 +131,7 @@ class AdapterFile:
         return updates
 
     def _update_of(self, key: str) -> tuple[str | None, Update | None]:
-        """Return the parameter that a key changes (None: unknown kind) and how (None: another key says so)."""
+        """Return the parameter that a key changes (None: unknown kind) and how (None: its partner key defines it)."""
         name = key.removeprefix(_PREFIX)
         if name.endswith(_LORA_A):
             module = name.removesuffix(_LORA_A)
@@ -161,29 +149,27 @@ class AdapterFile:
             return f"{module}.weight", TokenRows(key, self._token_indices(module))
         if name.endswith(".base_layer.bias"):
             return name.replace(".base_layer.bias", ".bias"), Replace(key)
-        known = name in self._skeleton.shapes or name.endswith((".weight", ".bias"))
-        plain = known and not any(marker in name for marker in _MARKERS)
+        known = name in self._meta_model.shapes or name.endswith((".weight", ".bias"))
+        plain = known and not any(part in name for part in _PEFT_PARTS)
         return (name, Replace(key)) if plain else (None, None)
 
     def _low_rank(self, key: str, module: str) -> tuple[str | None, Update | None]:
         partner, magnitude = f"{_PREFIX}{module}{_LORA_B}", f"{_PREFIX}{module}{_MAGNITUDE}"
         if partner not in self._keys:
             return None, None
-        if bool(self.config.get("use_dora")) != (magnitude in self._keys):
+        has_magnitude = magnitude in self._keys
+        if self.settings.use_dora != has_magnitude:
             raise MergeError(
-                f"{self.path}: use_dora is {self.config.get('use_dora')} in {ADAPTER_CONFIG}, but the magnitude vector "
-                f"of {module} is {'there' if magnitude in self._keys else 'missing'}; save the adapter again"
+                f"{self.path}: use_dora is {self.settings.use_dora} in {ADAPTER_CONFIG}, but {module} has "
+                f"{'a' if has_magnitude else 'no'} magnitude vector; save the adapter again"
             )
-        rank = self.shape(key)[0]
-        expected = self._rank(module)
-        if expected != rank or self.shape(partner)[1] != rank:
+        if not self.settings.r == self.shape(key)[0] == self.shape(partner)[1]:
             raise MergeError(
-                f"{self.path}: {module} has A {self.shape(key)} and B {self.shape(partner)}, but {ADAPTER_CONFIG} "
-                f"gives it rank {expected}; the two files are not of one adapter"
+                f"{self.path}: {module} has A {self.shape(key)} and B {self.shape(partner)}, but {ADAPTER_CONFIG} has rank "
+                f"{self.settings.r}; the two files do not belong together"
             )
-        dora = magnitude if magnitude in self._keys else None
-        transposed = module in self._skeleton.conv1d
-        return f"{module}.weight", LowRank(key, partner, dora, self._scale(module, rank), transposed)
+        transposed = module in self._meta_model.conv1d
+        return f"{module}.weight", LowRank(key, partner, magnitude if has_magnitude else None, self._scale, transposed)
 
     def _of_parameter(self, key: str, module: str) -> tuple[str | None, Update | None]:
         """Return the parameter of a wrapped module that the A of one of its wrappers changes, and how."""
@@ -192,32 +178,24 @@ class AdapterFile:
         partners = [a.replace(_LORA_A, _LORA_B) for a in keys]
         if key not in keys or not self._keys.issuperset(keys + partners):
             return None, None
+        is_transposed = bool(getattr(self._meta_model.model.get_submodule(module), "is_transposed", False))
         order = in_wrapping_order(
             f"{self.path}: {module}",
-            [self._wrapped_parameter(module, name) for name in self._wrapped[module]],
+            [
+                WrappedParameter(name, self._meta_model.shapes[name], self.settings.r, is_transposed)
+                for name in self._wrapped[module]
+            ],
             [(self.shape(a), self.shape(b)) for a, b in zip(keys, partners, strict=True)],
         )
-        position = keys.index(key)
-        parameter, partner = order[position], partners[position]
-        scale = self._scale(parameter.name, parameter.rank)
+        index = keys.index(key)
+        parameter, partner = order[index], partners[index]
         if len(parameter.shape) == 2:
-            return parameter.name, LowRank(key, partner, None, scale, transposed=False)
-        return parameter.name, ExpertLowRank(key, partner, scale, parameter.num_experts, parameter.is_transposed)
-
-    def _wrapped_parameter(self, module: str, name: str) -> WrappedParameter:
-        is_transposed = bool(getattr(self._skeleton.model.get_submodule(module), "is_transposed", False))
-        return WrappedParameter(name, self._skeleton.shapes[name], self._rank(name), is_transposed)
-
-    def _rank(self, name: str) -> int:
-        return int(_by_pattern(self.config.get("rank_pattern"), name, self.config["r"]))
-
-    def _scale(self, name: str, rank: int) -> float:
-        alpha = _by_pattern(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+            return parameter.name, LowRank(key, partner, None, self._scale, transposed=False)
+        return parameter.name, ExpertLowRank(key, partner, self._scale, parameter.num_experts, parameter.is_transposed)
 
     def _token_indices(self, module: str) -> tuple[int, ...]:
-        setting = self.config.get("trainable_token_indices")
-        by_name = setting if isinstance(setting, dict) else {self._skeleton.embedding: setting}
+        setting = self.settings.trainable_token_indices
+        by_name = setting if isinstance(setting, dict) else {self._meta_model.embedding: setting}
         for name, indices in by_name.items():
             if indices and (module == name or module.endswith(f".{name}")):
                 return tuple(indices)
@@ -227,38 +205,7 @@ class AdapterFile:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / ADAPTER_CONFIG
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MergeError(f"{path}: not there; point to a folder that PEFT saved an adapter to") from None
-    except ValueError as error:
-        raise MergeError(f"{path}: not readable as JSON ({error}); take another checkpoint") from None
-    if config.get("peft_type") != "LORA":
-        raise MergeError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be merged")
-    for name in _UNSUPPORTED:
-        if config.get(name):
-            raise MergeError(
-                f"{path}: {name} is set to {config[name]!r}, which the merge does not know; use the adapter"
-            )
-    init = config.get("init_lora_weights", True)
-    if not isinstance(init, list) and init not in _EXACT_INITS:
-        raise MergeError(
-            f"{path}: init_lora_weights is {init!r}, which changed the base while training; convert it to a plain LoRA "
-            "adapter first (PEFT: path_initial_model_for_weight_conversion)"
-        )
-    return config
-
-
-def _by_pattern(patterns: dict[str, Any] | None, name: str, default: float) -> float:
-    """Return the first value whose pattern is the full name or its end, as PEFT reads such patterns."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return float(value)
-    return float(default)
-
-
 def listed(names: list[str], limit: int = 8) -> str:
+    """Join names for a message, at most `limit` of them."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

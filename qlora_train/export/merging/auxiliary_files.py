@@ -1,8 +1,7 @@
-"""All of a merged folder but its weights: config, generation settings, tokenizer, and code that the config refers to.
+"""Write the files of a merged folder besides its weights: config, generation config, tokenizer, processor and code.
 
-A fine-tuned model ends its answers with the tokens that it was trained to end them with, and the base often names
-others: a base model's eos is rarely what ends a turn of a chat template. An engine that knows only the base's would
-never stop, so the written files name both.
+A fine-tuned model ends its answers with the tokens it was trained on, and the base often names others: a base model's eos
+is rarely the end of turn of a chat template. The written files name both, so that every engine stops.
 """
 
 import json
@@ -30,9 +29,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", SENTENCEPIECE, "spiece.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""How images and sound are prepared for the towers that the merge copies."""
 
 
 def write_auxiliary_files(
@@ -46,29 +43,28 @@ def write_auxiliary_files(
     dtype: torch.dtype | None,
     trust_remote_code: bool,
 ) -> None:
-    """Complete `folder`, which holds the merged weights, to a model folder.
+    """Complete a folder of merged weights to a model folder.
 
     Args:
-        base_folder: gives code, and whatever of tokenizer and generation settings the adapter's folder has not.
-        adapter_folder: its tokenizer is taken as a whole, its generation settings likewise.
-        config: Transformers config of the model; changed to what the weights are.
+        folder: gets the files.
+        base_folder: source of code and processor, and of tokenizer and generation config if the adapter has none.
+        adapter_folder: source of tokenizer and generation config.
+        config: Transformers config of the model; updated in place.
         tied: whether embedding and head are one matrix.
         num_embeddings: rows of the embedding.
-        dtype: of the weights; None where they are as the base's config says.
+        dtype: of the weights; None for the base's.
         trust_remote_code: run the tokenizer's own code.
     """
     text = config.get_text_config()
     config.dtype, config._name_or_path = dtype or config.dtype, ""
     text.tie_word_embeddings = config.tie_word_embeddings = tied
     text.vocab_size = num_embeddings
-    for code in base_folder.glob("*.py"):
-        shutil.copyfile(code, folder / code.name)
-    for file in (base_folder / name for name in _PROCESSOR_FILES):
+    for file in (*base_folder.glob("*.py"), *(base_folder / name for name in _PROCESSOR_FILES)):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     tokenizer = _copy_tokenizer(base_folder, adapter_folder, folder, config, trust_remote_code)
     write_transformers_4_names(folder)
-    generation = _generation_settings(adapter_folder, base_folder)
+    generation = _generation_config(adapter_folder, base_folder)
     special = _special_ids(tokenizer, text, generation)
     for key, value in special.items():
         setattr(text, key, value)
@@ -86,35 +82,27 @@ def write_auxiliary_files(
 
 
 def _special_ids(tokenizer: Any, text_config: Any, generation: dict[str, Any]) -> dict[str, int | list[int]]:
-    """Return `eos_token_id` and `pad_token_id` as both files name them, each where there is one.
-
-    Args:
-        tokenizer: what ends its answers comes first, before what ended the base's; None where there is none.
-        text_config: Transformers config with the final vocabulary size.
-        generation: the generation settings so far.
-    """
+    """Return `eos_token_id` and `pad_token_id` for both configs; the tokenizer's ends of answers come first."""
     special: dict[str, int | list[int]] = {}
     ends = [*_ids(generation.get("eos_token_id")), *_ids(getattr(text_config, "eos_token_id", None))]
     if tokenizer is not None:
         ends = [*answer_end_ids(tokenizer), *ends]
-        # an id beyond the embedding would keep the model from loading
+        # the model does not load with an id beyond the embedding
         if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < text_config.vocab_size:
             special["pad_token_id"] = tokenizer.pad_token_id
-    different = list(dict.fromkeys(ends))
-    if different:
-        special["eos_token_id"] = different if len(different) > 1 else different[0]
+    unique = list(dict.fromkeys(ends))
+    if unique:
+        special["eos_token_id"] = unique if len(unique) > 1 else unique[0]
     return special
 
 
 def _copy_tokenizer(base_folder: Path, adapter_folder: Path, folder: Path, config: Any, trust_remote_code: bool) -> Any:
-    """Copy the tokenizer as a whole from one side, and return it as that side's files say; None without one.
-
-    A fast tokenizer saves no copy of SentencePiece's file, without whose scores other programs split text differently.
-    """
+    """Copy all tokenizer files of the adapter, or else of the base, and load the tokenizer; None if there is none."""
     source = adapter_folder if (adapter_folder / "tokenizer_config.json").is_file() else base_folder
     files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
     if not files:
         return None
+    # a fast tokenizer does not save it, and without its scores other programs split text differently
     if not (source / SENTENCEPIECE).is_file() and (base_folder / SENTENCEPIECE).is_file():
         files.append(base_folder / SENTENCEPIECE)
     for file in files:
@@ -132,26 +120,21 @@ def _copy_tokenizer(base_folder: Path, adapter_folder: Path, folder: Path, confi
         ) from error
 
 
-def _generation_settings(adapter_folder: Path, base_folder: Path) -> dict[str, Any]:
-    """Return the content of the first generation_config.json, or nothing when neither side has one."""
-    for side in (adapter_folder, base_folder):
-        path = side / GENERATION_CONFIG
-        if path.is_file():
-            content = _read_mapping(path)
-            # left in, it makes Transformers take the tokens from config.json again
-            content.pop("_from_model_config", None)
-            return content
+def _generation_config(adapter_folder: Path, base_folder: Path) -> dict[str, Any]:
+    """Return the content of the first generation_config.json, empty if there is none."""
+    for path in (adapter_folder / GENERATION_CONFIG, base_folder / GENERATION_CONFIG):
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise MergeError(f"{path}: not readable as JSON ({error}); restore it") from None
+        if not isinstance(content, dict):
+            raise MergeError(f"{path}: not a mapping; restore it")
+        # with it Transformers reads the tokens from config.json instead
+        content.pop("_from_model_config", None)
+        return content
     return {}
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MergeError(f"{path}: not readable as JSON ({error}); restore it") from None
-    if not isinstance(content, dict):
-        raise MergeError(f"{path}: holds no mapping; restore it")
-    return content
 
 
 def _ids(setting: int | list[int] | None) -> list[int]:

@@ -1,7 +1,7 @@
-"""Settings of a model under the names that they had before Transformers 5.
+"""Add the names of Transformers 4 for settings of a config.json.
 
-Transformers 5 reads the old names and writes the new ones. Programs that know the old ones alone (Transformers 4, engines
-built on it, llama.cpp's converter) would take a default for what they do not find: a RoPE base of 10,000 and no scaling.
+Transformers 5 reads the old names and writes the new ones. Programs that know only the old ones (Transformers 4, engines
+built on it, llama.cpp's converter) silently use defaults instead: a RoPE base of 10,000 and no scaling.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 
 
 def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a config.json, and of its parts, with the names of Transformers 4 beside the new ones."""
+    """Return the content of a config.json with the names of Transformers 4 beside the new ones, in all sections."""
     content = {
         key: with_old_names(value) if key.endswith("_config") and isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -27,7 +27,7 @@ def with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def for_converter(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a config.json with what llama.cpp's converter asks for besides; what is there stays."""
+    """Add the settings that llama.cpp's converter asks for to a config.json."""
     share = (config.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
     added: dict[str, Any] = {}
     if "rope_parameters" in config:
@@ -40,17 +40,16 @@ def for_converter(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _old_rope(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Return RoPE parameters by their old names."""
-    if "full_attention" in rope:  # by kind of layer: the scaling was that of full attention
+    if "full_attention" in rope:  # by layer type; the old setting was that of full attention
         old = _old_rope(config, rope["full_attention"])
         local = (rope.get("sliding_attention") or {}).get("rope_theta")
         return old | ({"rope_local_base_freq": local} if str(config.get("model_type")).startswith("gemma3") else {})
     scaling = {key: value for key, value in rope.items() if key not in _NOT_SCALING}
     if "original_max_position_embeddings" in config and scaling.get("rope_type") == "longrope":
-        # Phi-3 allows these three keys and no others
+        # Phi-3 allows only these three keys
         scaling = {"type": "longrope", **{key: scaling[key] for key in ("short_factor", "long_factor")}}
     old = {key: rope[key] for key in _NOT_SCALING if rope.get(key) is not None}
     if str(config.get("model_type")).startswith("gpt_neox"):
         old |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
-    # null would be read as an old name that overrules the new ones
+    # null would overrule the new names
     return old if scaling == {"rope_type": "default"} else {**old, "rope_scaling": scaling}

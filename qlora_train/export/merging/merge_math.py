@@ -1,37 +1,81 @@
-"""What a merge computes: a parameter rounded through 4 bits where the run held it so, changed in float32, rounded once."""
+"""The arithmetic of a merge: quantize to 4 bits and back as the run did, add the update in float32, round once."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import torch
+from bitsandbytes.functional import quantize_4bit
 
+from qlora_train.config.schema import QuantizationSection
 from qlora_train.export.merging.adapter_deltas import AdapterFile, ExpertLowRank, LowRank, Replace, TokenRows, Update
-from qlora_train.export.merging.base_checkpoint import Rounding
+from qlora_train.kernels.expert_weights import BLOCK_SIZE
+from qlora_train.kernels.ops.dequantize import by_bitsandbytes
 
 
-def merged_parameter(
-    adapter: AdapterFile, name: str, weight: torch.Tensor, update: Update | None, rounding: Rounding, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return a parameter as it is written, in `dtype`.
+@dataclass(frozen=True)
+class QuantizationRoundTrip:
+    """Quantize matrices to 4 bits and back, as a load in `load_dtype` does; computed on `device`.
 
-    Args:
-        weight: as the base holds it; in three dimensions where it stacks a matrix an expert.
+    Attributes:
+        names: parameters that the run held in 4 bits.
+        transposed: those stored as (in, out), which bitsandbytes quantizes as (out, in).
     """
+
+    names: frozenset[str]
+    transposed: frozenset[str]
+    quantization: QuantizationSection
+    load_dtype: torch.dtype
+    device: str
+
+    def __call__(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
+        """Return the dequantized matrix of a parameter, or the matrix itself if it was not in 4 bits."""
+        if name not in self.names:
+            return matrix
+        if name in self.transposed:
+            return self._round_trip(matrix.T).T
+        return self._round_trip(matrix)
+
+    def _round_trip(self, matrix: torch.Tensor) -> torch.Tensor:
+        codes, state = quantize_4bit(
+            matrix.to(self.device, self.load_dtype).contiguous(),
+            blocksize=BLOCK_SIZE,
+            compress_statistics=self.quantization.bnb_4bit_use_double_quant,
+            quant_type=self.quantization.bnb_4bit_quant_type,
+        )
+        return by_bitsandbytes(codes, state).to("cpu")
+
+
+def merge_parameter(
+    adapter: AdapterFile,
+    name: str,
+    weight: torch.Tensor,
+    update: Update | None,
+    round_trip: QuantizationRoundTrip,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return a parameter to write, in `dtype`; `weight` of experts is (experts, ...)."""
     if not weight.is_floating_point():
         return weight
     if isinstance(update, ExpertLowRank) or (update is None and weight.ndim == 3):
-        return _merged_experts(adapter, name, weight, update, rounding, dtype)
-    return merged_tensor(adapter, update, rounding(name, weight).float()).to(dtype)
+        merged = torch.empty(weight.shape, dtype=dtype)
+        deltas = repeat(None) if update is None else _expert_deltas(adapter, update)
+        for target, matrix, delta in zip(
+            merged, weight, deltas, strict=False
+        ):  # float32 copies of one matrix at a time
+            dequantized = round_trip(name, matrix).float()
+            target.copy_(dequantized if delta is None else dequantized + delta)
+        return merged
+    return merge_tensor(adapter, update, round_trip(name, weight).float()).to(dtype)
 
 
-def merged_tensor(
+def merge_tensor(
     adapter: AdapterFile, update: LowRank | Replace | TokenRows | None, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Return the base's float32 weight with the adapter's change, in float32.
+    """Apply an update to a float32 weight.
 
-    LoRA: W + scale * B A (https://arxiv.org/abs/2106.09685). DoRA: each row i of that is scaled to the learnt length
-    m_i (https://arxiv.org/abs/2402.09353); the length divided by is that of this very base.
+    LoRA: W + scale * B A (https://arxiv.org/abs/2106.09685). DoRA: each row i of that is scaled to the trained length m_i
+    (https://arxiv.org/abs/2402.09353), divided by its length on this base.
     """
     if update is None:
         return weight
@@ -43,7 +87,7 @@ def merged_tensor(
         grown[: weight.shape[0]] = weight
         return grown.index_copy_(0, indices, rows)
     if update.transposed:
-        return merged_tensor(adapter, replace(update, transposed=False), weight.T).T
+        return merge_tensor(adapter, replace(update, transposed=False), weight.T).T
     weight = weight + (adapter.read(update.b) @ adapter.read(update.a)) * update.scale
     if update.magnitude is None:
         return weight
@@ -51,27 +95,10 @@ def merged_tensor(
     return (adapter.read(update.magnitude) / length).unsqueeze(1) * weight
 
 
-def _merged_experts(
-    adapter: AdapterFile,
-    name: str,
-    weight: torch.Tensor,
-    update: ExpertLowRank | None,
-    rounding: Rounding,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Merge one expert after the other, so that float32 copies are of a single matrix."""
-    merged = torch.empty(weight.shape, dtype=dtype)
-    changes = repeat(None) if update is None else _expert_changes(adapter, update)
-    for target, matrix, change in zip(merged, weight, changes, strict=False):
-        rounded = rounding(name, matrix).float()
-        target.copy_(rounded if change is None else rounded + change)
-    return merged
-
-
-def _expert_changes(adapter: AdapterFile, update: ExpertLowRank) -> Iterator[torch.Tensor]:
-    """Yield what is added to each expert's matrix; PEFT keeps A by expert and rank, B by rank and expert."""
+def _expert_deltas(adapter: AdapterFile, update: ExpertLowRank) -> Iterator[torch.Tensor]:
+    """Yield the delta of each expert; PEFT stores A by expert and rank, B by rank and expert."""
     a, b = adapter.read(update.a), adapter.read(update.b)
     a, b = a.reshape(update.num_experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, update.num_experts)
     for expert in range(update.num_experts):
-        change = (b[:, :, expert] @ a[expert]) * update.scale
-        yield change.T if update.transposed else change
+        delta = (b[:, :, expert] @ a[expert]) * update.scale
+        yield delta.T if update.transposed else delta

@@ -1,4 +1,4 @@
-"""Merge a finished run: measure the adapter, merge from files, measure the result, keep it only when it is as good."""
+"""Merge a finished run: measure the adapter, merge from files, verify the result, and keep it if it is as good."""
 
 import datetime
 import logging
@@ -15,8 +15,8 @@ from qlora_train.data.held_out_rows import RunRows
 from qlora_train.data.types import Example
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.export.loading_code import needed_attention
-from qlora_train.export.merging.merge_quality import Comparison
-from qlora_train.export.merging.verify import MergeResult, MergeSettings, choose_merge_base
+from qlora_train.export.merging.merge_quality import merge_log, merge_results, merge_section
+from qlora_train.export.merging.verify import MergeResult, MergeRun, choose_merge_base
 from qlora_train.export.model_card import merged_loading, write_card
 from qlora_train.export.predictions import Predictions, Reference, compared_rows
 from qlora_train.models import BaseSource, load_model
@@ -32,63 +32,61 @@ logger = logging.getLogger(__name__)
 def merge_run(
     folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, date: datetime.date, device: str
 ) -> MergeResult:
-    """Merge a finished run's adapter into `folder.merged` and record what was measured.
+    """Merge a finished run's adapter into `folder.merged` and record the measurements.
 
     Args:
-        folder: a finished run.
-        config: its settings.
-        source: its base model, with weights.
-        data: its rows; the held-out ones are measured.
-        date: that the run renders dated chat templates for.
+        source: the base, with weights.
+        data: rows to measure on, the held-out ones if there are any.
+        date: printed by chat templates with a date.
         device: on which to merge and to check the merged model; the adapter is measured where it was trained.
 
     Raises:
-        ConfigError: the adapter is not a plain LoRA adapter of this base.
-        MergeError: the merge cannot be done exactly, or its loss exceeds the adapter's by more than the config allows.
+        ConfigError: no plain LoRA adapter of this base.
+        MergeError: the merge is refused or exceeds a limit.
     """
     read_adapter_settings(folder.adapter, source)
-    step = folder.read_results().get("training", {}).get("taken_from_step", "unknown (results.json is gone)")
+    training = folder.read_results().get("training", {})
+    step = training.get("taken_from_step", "unknown (no results.json)")
     logger.info("merge: adapter of step %s onto %s", step, config.export.merge_base)
-    reference = _reference(folder, config, source, data, date)
+    reference = _measure_adapter(folder, config, source, data, date)
     free_memory()
-    merge = _merge_run(folder, config, source, device)
+    run = _merge_settings(folder, config, source, device)
 
-    def write_merged_card(staging: Path, choice: MergeResult) -> None:
+    def write_merged_card(staging: Path, result: MergeResult) -> None:
         write_card(
             staging,
             base=source.name,
             revision=source.revision,
             config=config,
-            metrics=_training_metrics(folder),
+            metrics={key: float(training[key]) for key in ("train_loss", "eval_loss") if training.get(key) is not None},
             num_train_rows=data.num_train_rows,
             kind="merged",
             loading=merged_loading(
-                staging, merge.loading_code(), folder.system_prompt(), trust_remote_code=config.model.trust_remote_code
+                staging, run.loading_code(), folder.system_prompt(), trust_remote_code=config.model.trust_remote_code
             ),
-            merge=Comparison(choice).section(),
+            merge=merge_section(result),
         )
 
-    choice = choose_merge_base(
-        merge,
+    result = choose_merge_base(
+        run,
         folder.merged,
         reference=reference,
         export=config.export,
         batch_size=config.train.per_device_eval_batch_size,
         finish=write_merged_card,
     )
-    comparison = Comparison(choice)
     folder.delete_merged_results()
-    folder.add_results(merge=comparison.results())
-    for line in comparison.lines():
+    folder.add_results(merge=merge_results(result))
+    for line in merge_log(result):
         logger.info("%s", line)
-    logger.info("merged: %s (onto the %s base)", folder.merged, choice.report.merge_base)
-    return choice
+    logger.info("merged: %s (onto the %s base)", folder.merged, result.report.merge_base)
+    return result
 
 
-def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, device: str) -> MergeSettings:
+def _merge_settings(folder: RunFolder, config: RunConfig, source: BaseSource, device: str) -> MergeRun:
     compute_dtype = choose_compute_dtype(config.quantization.bnb_4bit_compute_dtype, select_device())
     dtype = torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
-    return MergeSettings(
+    return MergeRun(
         base_folder=source.folder,
         adapter_folder=folder.adapter,
         quantization=config.quantization,
@@ -103,15 +101,15 @@ def _merge_run(folder: RunFolder, config: RunConfig, source: BaseSource, device:
     )
 
 
-def _reference(
+def _measure_adapter(
     folder: RunFolder, config: RunConfig, source: BaseSource, data: RunRows, date: datetime.date
 ) -> Reference:
-    """Measure the adapter on its 4-bit base; nothing refers to the model afterwards."""
+    """Measure the adapter on its base; no reference to the model remains."""
     loaded = load_model(config.model, config.quantization, source=source)
     adapted = load_trained(loaded, folder.adapter)
     rows: Sequence[Example] = data.eval
     if not rows:
-        logger.info("merge: checked on training rows, for none were held out (data.eval)")
+        logger.info("merge: checked on training rows (data.eval has none)")
         rows = compared_rows(data.first_rows())
     losses = held_out_loss(
         adapted,
@@ -121,9 +119,3 @@ def _reference(
     )
     probes = run_probes(loaded.tokenizer, rows, date=date)
     return Reference(rows, bool(data.eval), losses, Predictions.of(adapted, compared_rows(rows)), probes)
-
-
-def _training_metrics(folder: RunFolder) -> dict[str, float]:
-    """Return the losses of the training, as far as they were written down."""
-    training = folder.read_results().get("training", {})
-    return {key: float(training[key]) for key in ("train_loss", "eval_loss") if training.get(key) is not None}

@@ -1,4 +1,4 @@
-"""Load a merged folder as any user would, with Transformers alone, where it fits."""
+"""Load a merged folder with Transformers alone, partly in host memory if it does not fit on the GPU."""
 
 import logging
 from pathlib import Path
@@ -18,22 +18,25 @@ from qlora_train.utils.host_memory import available_bytes
 logger = logging.getLogger(__name__)
 
 WEIGHTS_SHARE = 0.9
-"""Of free memory for weights; the rest is for the activations of an evaluation."""
+"""Share of free memory for weights; the rest is for the activations of an evaluation."""
 PCIE_BYTES_PER_SECOND = 10e9
 """Assumed, from pageable host memory over PCIe 4.0 x16."""
-Placement = dict[str, torch.device] | Literal["auto"]
 
 
 def load_merged(folder: Path, device: torch.device | str, *, trust_remote_code: bool = False) -> Any:
-    """Load a merged folder from disk in the dtype it was written in, placed by `place_for`."""
+    """Load a merged folder in the dtype it was written in, with the device map of `choose_device_map`."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    placement = place_for(folder, device)
+    device_map = choose_device_map(folder, device)
+    max_memory = None
+    if device_map == "auto":  # accelerate fills what it is given and ignores memory limits of containers
+        free = {**get_max_memory(), "cpu": available_bytes()}
+        max_memory = {name: int(WEIGHTS_SHARE * num_bytes) for name, num_bytes in free.items()}
     model = text_model(config).model_class.from_pretrained(
         folder,
         dtype="auto",
         local_files_only=True,
-        device_map=placement,
-        max_memory=_max_memory() if placement == "auto" else None,
+        device_map=device_map,
+        max_memory=max_memory,
         trust_remote_code=trust_remote_code,
         attn_implementation=needed_attention(detect(config.to_dict())),
     )
@@ -41,17 +44,8 @@ def load_merged(folder: Path, device: torch.device | str, *, trust_remote_code: 
     return model
 
 
-def _max_memory() -> dict[int | str, int]:
-    """Return the bytes of weights by device; accelerate fills what it is given and does not know limits of containers."""
-    free = {**get_max_memory(), "cpu": available_bytes()}
-    return {device: int(WEIGHTS_SHARE * num_bytes) for device, num_bytes in free.items()}
-
-
-def place_for(folder: Path, device: torch.device | str) -> Placement:
-    """Return the `device_map` to load a model folder with: the device, or what fits there and the rest in host memory.
-
-    A model that was trained in 4 bits need not fit on the same device in 16.
-    """
+def choose_device_map(folder: Path, device: torch.device | str) -> dict[str, torch.device] | Literal["auto"]:
+    """Return the device if the weights fit there, else "auto"; 16-bit weights may not fit where 4-bit ones did."""
     num_bytes = streamed_bytes(folder, device)
     if not num_bytes:
         return {"": torch.device(device)}
@@ -63,7 +57,7 @@ def place_for(folder: Path, device: torch.device | str) -> Placement:
 
 
 def streamed_bytes(folder: Path, device: torch.device | str) -> int:
-    """Return the bytes of weights that a GPU does not hold, and that move to it in every forward pass."""
+    """Return the bytes of weights that do not fit on a GPU and move to it in every forward pass."""
     if torch.device(device).type != "cuda":
         return 0
     free_memory()

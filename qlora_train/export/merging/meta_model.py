@@ -1,4 +1,4 @@
-"""The model of a config without its weights: names, shapes and kinds of parameters that no file tells."""
+"""The model of a config on the meta device: names, shapes and kinds of parameters, without weights."""
 
 import re
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from qlora_train.models.text_only import text_model
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A model on the meta device and what a merge asks of it.
+    """A model on the meta device and the names of its parts.
 
     Attributes:
-        model: the model; its parameters have shapes and no values.
-        shapes: of its parameters and stored buffers, by name.
+        model: on the meta device.
+        shapes: of its parameters and persistent buffers, by name.
         embedding: module name of the input embeddings.
-        head: module name of the output head.
-        tied: whether the model makes the two one matrix.
-        linears: module names of the linear layers that a 4-bit load quantises.
-        conv1d: module names of the linear layers that are stored as (in, out), as GPT-2's are.
-        experts: names of the parameters that hold one matrix an expert, (experts, ...), in three dimensions.
+        head: module name of the output embeddings.
+        tied: whether the two share one matrix.
+        linears: module names of the linear layers that a 4-bit load quantizes.
+        conv1d: module names of the linear layers stored as (in, out), as in GPT-2.
+        experts: names of the parameters of stacked expert matrices, (experts, ...).
     """
 
     model: Any
@@ -41,23 +41,23 @@ class MetaModel:
 
     @property
     def untied(self) -> frozenset[str]:
-        """Names of the parameters that no other parameter gives their values."""
+        """Names of the parameters that are not tied to another."""
         tied = self.model.all_tied_weights_keys
         return frozenset(name for name, _ in self.model.named_parameters() if name not in tied)
 
     @property
     def quantized(self) -> frozenset[str]:
-        """Names of the parameters that a 4-bit load quantises."""
+        """Names of the parameters that a 4-bit load quantizes."""
         return frozenset(f"{name}.weight" for name in self.linears) | self.experts
 
-    def kept_in_float32(self, dtype: torch.dtype) -> frozenset[str]:
-        """Return the names that Transformers keeps in float32 when it loads the rest in `dtype`."""
+    def float32_parameters(self, dtype: torch.dtype) -> frozenset[str]:
+        """Return the names that Transformers loads in float32 when the rest is `dtype`."""
         patterns = [pattern.replace("*", ".*") for pattern in self.model._get_dtype_plan(dtype)]
         return frozenset(name for name in self.shapes if any(re.search(pattern, name) for pattern in patterns))
 
 
 def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> MetaModel:
-    """Build the model of a Transformers config, or the text part of a multimodal one, without memory and name its parts."""
+    """Build the model of a Transformers config, or the text part of a multimodal one, on the meta device."""
     with torch.device("meta"):
         model = text_model(config).build(config, trust_remote_code=trust_remote_code)
     names = {id(module): name for name, module in model.named_modules()}
@@ -76,17 +76,12 @@ def build_meta_model(config: Any, *, trust_remote_code: bool = False) -> MetaMod
 
 
 def quantized_linears(model: Any, architecture: Architecture) -> frozenset[str]:
-    """Return the module names of the linear layers that a 4-bit load quantises.
-
-    Args:
-        model: on any device, as it is before quantisation.
-        architecture: its row, which says what is quantised and what is not besides what the library decides.
-    """
+    """Return the module names of the linear layers that a 4-bit load quantizes, of a model that is not quantized."""
     named = modules_to_not_convert(model, architecture.keep_16bit)
-    kept = HfQuantizer.get_modules_to_not_convert(model, named, model._keep_in_fp32_modules)
+    skipped = HfQuantizer.get_modules_to_not_convert(model, named, model._keep_in_fp32_modules)
     return frozenset(
         name
         for name, module in model.named_modules()
         if (type(module) in (torch.nn.Linear, Conv1D) or type(module).__name__ in architecture.linear_classes)
-        and should_convert_module(name, kept)
+        and should_convert_module(name, skipped)
     )

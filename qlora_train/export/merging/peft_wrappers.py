@@ -1,9 +1,8 @@
-"""Which of PEFT's wrappers around a module changes which of its parameters (`target_parameters`).
+"""Find which of PEFT's wrappers around a module changes which of its parameters (`target_parameters`).
 
-A module of experts holds its matrices as parameters of its own, and PEFT wraps the whole module once for each of them,
-one wrapper around the other. The file numbers the wrappers by their depth and does not name the parameters. PEFT goes
-through a module's parameters in the order of their registration, and through the sorted targets where a parameter is
-computed (parametrised, as a quantised one is); the shapes say which of the two it was.
+PEFT wraps a module of experts once per targeted parameter, one wrapper around the other. The file numbers the wrappers by
+depth and does not name the parameters. PEFT wraps plain parameters in the order of registration and parametrized
+(quantized) ones in the order of their sorted names; the shapes tell the two orders apart.
 """
 
 from collections.abc import Sequence
@@ -12,22 +11,24 @@ from typing import Any
 
 from qlora_train.utils.errors import MergeError
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class WrappedParameter:
-    """A parameter that PEFT wraps: its full name, its shape, the rank asked for, and whether experts are (in, out)."""
+    """A parameter that PEFT wraps; `is_transposed`: its experts are stored as (in, out)."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     rank: int
     is_transposed: bool
 
     @property
     def num_experts(self) -> int:
-        """The matrices that it stacks; 1 for a matrix."""
+        """Number of stacked matrices."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
-    def factors(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def factors(self) -> tuple[Shape, Shape]:
         """Return the shapes of A, (rank * experts, in), and B, (out, rank * experts)."""
         first, second = self.shape[-2:]
         num_out, num_in = (second, first) if len(self.shape) == 3 and self.is_transposed else (first, second)
@@ -35,7 +36,7 @@ class WrappedParameter:
 
 
 def targeted_parameters(model: Any, targets: Sequence[str]) -> dict[str, list[str]]:
-    """Return the parameters that PEFT finds for `target_parameters`, by module, in the order of their registration."""
+    """Return the parameters that PEFT finds for `target_parameters`, by module, in the order of registration."""
     found: dict[str, list[str]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -46,13 +47,13 @@ def targeted_parameters(model: Any, targets: Sequence[str]) -> dict[str, list[st
 
 
 def in_wrapping_order(
-    where: str, parameters: Sequence[WrappedParameter], factors: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
+    where: str, parameters: Sequence[WrappedParameter], factors: Sequence[tuple[Shape, Shape]]
 ) -> list[WrappedParameter]:
     """Return a module's parameters in the order of its wrappers.
 
     Args:
-        where: the adapter's file and the module, for messages.
-        parameters: in the order of their registration.
+        where: prefix of error messages.
+        parameters: in the order of registration.
         factors: shapes of A and B of each wrapper, the innermost first.
 
     Raises:
@@ -68,7 +69,7 @@ def in_wrapping_order(
         )
     if len(fitting) == 2 and fitting[0] != fitting[1]:
         raise MergeError(
-            f"{where} has factors of one shape for {', '.join(p.name for p in parameters)}, and nothing says which is "
-            "whose; use the adapter unmerged"
+            f"{where} has factors of the same shape for {', '.join(p.name for p in parameters)}, so that their order is "
+            "unknown; use the adapter unmerged"
         )
     return fitting[0]

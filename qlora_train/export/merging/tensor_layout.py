@@ -1,12 +1,11 @@
-"""Which tensors of a checkpoint make which parameters of the model, and how to go both ways.
+"""Map the tensors of a checkpoint to the parameters of the model, and back.
 
-A file's names are often not the model's. Transformers renames on loading (prefixes, older names) and converts: the
-matrices of a hundred experts, a tensor each in the file, become one parameter of three dimensions. An adapter speaks the
-model's names, and a merged folder must speak the file's, or nothing but Transformers would read it.
+Transformers renames tensors on loading (prefixes, older names) and converts them: the matrices of a hundred experts, one
+tensor each in the file, become one parameter of three dimensions. An adapter uses the model's names; a merged folder must
+use the file's, or other programs cannot read it.
 
-The rules are Transformers' own, asked for every name. Going back is not left to its rules for saving alone, which cannot
-know every file: what comes back must have the names and shapes of the tensors that went in, or the merge is refused
-before it begins.
+The rules are Transformers' own. Its rules for saving cannot know every file, so the way back is tried first: it must give
+the names and shapes that the file has, or the merge is refused before it begins.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -28,12 +27,12 @@ from qlora_train.utils.errors import MergeError, first_line
 
 Read = Callable[[str], torch.Tensor]
 _CONVERSION_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What operations of Transformers raise on tensors that they were not made for."""
+"""Raised by operations of Transformers on unsuitable tensors."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the file: the pattern of the converter that takes it, and its name between renaming and converting."""
+    """A tensor that a converter takes: the converter's pattern, and the tensor's name after renaming."""
 
     name: str
     pattern: str
@@ -42,7 +41,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Conversion:
-    """One use of a converter of Transformers: `sources` in the order it takes them, `first` the parameter it starts at."""
+    """A use of a Transformers converter: `sources` in its order; `first` is the parameter it starts at."""
 
     model: Any
     converter: Any
@@ -50,14 +49,14 @@ class Conversion:
     sources: tuple[Source, ...]
 
     def forward(self, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the parameters by name; the tensors are let go as they are used."""
+        """Convert the file's tensors to parameters by name; each tensor is released once it is used."""
         converter = deepcopy(self.converter)
         for source, tensor in zip(self.sources, tensors, strict=True):
             converter.add_tensor(self.first, source.name, source.pattern, tensor)
         return self._run(converter, self.first)
 
     def backward(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the file's tensors by their names there."""
+        """Convert parameters to the file's tensors by name."""
         converter = self.converter.reverse_transform()
         for name, tensor in parameters.items():
             start, pattern = converter.rename_source_key(name)
@@ -66,8 +65,8 @@ class Conversion:
         return {in_file[name]: tensor for name, tensor in self._run(converter, start).items()}
 
     def _run(self, converter: Any, start: str) -> dict[str, torch.Tensor]:
-        made = converter.convert(start, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        converted = converter.convert(start, model=self.model, config=self.model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class TensorGroup:
 
     Attributes:
         sources: names of the tensors to read.
-        parameters: names of what they make; empty when no parameter of the model is made of them.
-        conversion: how they make it; None when one tensor is one parameter.
+        parameters: names of the parameters made of them; empty for unmapped tensors.
+        conversion: None if one tensor is one parameter.
         outputs: names of the tensors to write.
     """
 
@@ -87,20 +86,19 @@ class TensorGroup:
     outputs: tuple[str, ...]
 
     def load(self, read: Read) -> dict[str, torch.Tensor]:
-        """Return the parameters that the sources make.
+        """Return the parameters by name.
 
         Raises:
             MergeError: converting back does not give the sources bit for bit.
         """
         if self.conversion is None:
             return {self.parameters[0]: read(self.sources[0])}
-        order = [source.name for source in self.conversion.sources]
-        parameters = self.conversion.forward(read(name) for name in order)
+        parameters = self.conversion.forward(read(source.name) for source in self.conversion.sources)
         for name, tensor in self.conversion.backward(parameters).items():
             if not torch.equal(tensor, read(name)):
                 raise MergeError(
-                    f"{name}: Transformers' conversion to {self.parameters[0]} loses some of it, so that it cannot be "
-                    "written back exactly; use the adapter unmerged"
+                    f"{name}: Transformers' conversion to {self.parameters[0]} is not reversible exactly; use the adapter "
+                    "unmerged"
                 )
         return parameters
 
@@ -112,7 +110,7 @@ class TensorGroup:
 
 
 class NameMapping:
-    """Transformers' rules for the names of one model's checkpoints."""
+    """Transformers' rules for the tensor names of one model's checkpoints."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -122,15 +120,15 @@ class NameMapping:
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
     def target(self, name: str) -> tuple[str, str | None]:
-        """Return the parameter that a tensor goes into, and the pattern of the converter that takes it there."""
+        """Return the parameter that a tensor goes into, and the pattern of the converter that does it."""
         prefix, known = self.model.base_model_prefix, self.parameters
         target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, known)
-        if target not in known and name in known:  # renamed by a rule that is meant for another file's names
+        if target not in known and name in known:  # renamed by a rule for another file's names
             target, pattern = rename_source_key(name, [], [], prefix, known)
         return target, pattern
 
     def source(self, name: str, pattern: str, target: str) -> Source:
-        """Return a tensor with its name after renaming, with the prefix that its parameter has got."""
+        """Return a tensor of a converter with its name after renaming, with the prefix of its parameter."""
         renamed, _ = rename_source_key(name, self._renamings, [])
         converted, _ = rename_source_key(name, self._renamings, self._converters)
         return Source(name, pattern, target.removesuffix(converted) + str(renamed))
@@ -141,13 +139,10 @@ class NameMapping:
         return Conversion(self.model, by_pattern[sources[0].pattern], first, tuple(sources))
 
     def name_in_file(self, parameter: str, neighbour: str, neighbour_in_file: str) -> str:
-        """Return the name for a parameter that the file does not hold yet.
+        """Return the name of a parameter that is new in the file.
 
-        It is the model's own, unless the file follows rules for older names and one of them is for this parameter.
-
-        Args:
-            neighbour: a parameter that it holds, which must keep its name.
-            neighbour_in_file: that one's name.
+        The model's own, unless the file follows rules for older names and one of them is for this parameter; that rule
+        must leave the name of a neighbour in the file unchanged.
         """
         used = [rule for rule in self._renamings if rule.was_used()]
         others = [rule for rule in self._renamings if rule not in used and not isinstance(rule, PrefixChange)]
@@ -161,14 +156,10 @@ class NameMapping:
 
 
 def group_tensors(names: NameMapping, shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorGroup, ...]:
-    """Return what a checkpoint consists of, in the order of its names.
-
-    Args:
-        names: rules of the model that it is of.
-        shapes: of its tensors, by name.
+    """Group the tensors of a checkpoint, in the order of `shapes`.
 
     Raises:
-        MergeError: two tensors make one parameter, or tensors do not make the parameters that they are meant for.
+        MergeError: two tensors make one parameter, or tensors do not make the expected parameters.
     """
     groups: list[TensorGroup] = []
     holders: dict[str, str] = {}
@@ -179,68 +170,67 @@ def group_tensors(names: NameMapping, shapes: Mapping[str, tuple[int, ...]]) -> 
             groups.append(TensorGroup((name,), (), None, (name,)))
         elif pattern is not None:
             converted.setdefault(target, []).append(names.source(name, pattern, target))
-        elif (holder := holders.setdefault(target, name)) == name:
-            groups.append(TensorGroup((name,), (target,), None, (name,)))
         else:
-            raise _held_twice(holder, name, target)
-    order = {name: position for position, name in enumerate(shapes)}
+            _set_holder(holders, target, name)
+            groups.append(TensorGroup((name,), (target,), None, (name,)))
+    order = {name: index for index, name in enumerate(shapes)}
     for first, sources in converted.items():
         conversion = names.conversion(first, sources)
-        parameters = _made(conversion, names.parameters, shapes)
+        parameters = _try_forward(conversion, names.parameters, shapes)
         in_file = tuple(sorted((source.name for source in sources), key=order.__getitem__))
         for parameter in parameters:
-            if (holder := holders.setdefault(parameter, in_file[0])) != in_file[0]:
-                raise _held_twice(holder, in_file[0], parameter)
+            _set_holder(holders, parameter, in_file[0])
         groups.append(TensorGroup(in_file, parameters, conversion, in_file))
     return tuple(sorted(groups, key=lambda group: order[group.sources[0]]))
 
 
-def refuse_irreversible(group: TensorGroup, names: NameMapping, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Try on shapes alone that what a unit makes can be written back.
+def check_reversible(group: TensorGroup, names: NameMapping, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Try on shapes alone that a group's parameters can be written back.
 
     Raises:
-        MergeError: it cannot.
+        MergeError: they cannot.
     """
     if group.conversion is None:
         return
+    reason = ""
     try:
         back = group.conversion.backward({name: torch.empty_like(names.parameters[name]) for name in group.parameters})
+        for name in group.sources:
+            actual = tuple(back[name].shape) if name in back else "missing"
+            if actual != shapes[name]:
+                reason = f"{name} is {shapes[name]} and would be {actual}"
+                break
     except _CONVERSION_ERRORS as error:
-        raise _irreversible(group, repr(error)) from error
-    for name in group.sources:
-        found = tuple(back[name].shape) if name in back else "missing"
-        if found != shapes[name]:
-            raise _irreversible(group, f"{name} is {shapes[name]} and would be {found}")
+        reason = repr(error)
+    if reason:
+        raise MergeError(
+            f"{group.sources[0]}: Transformers converts it to {group.parameters[0]}, which cannot be written back: "
+            f"{reason}; use the adapter unmerged"
+        )
 
 
-def _made(
+def _try_forward(
     conversion: Conversion, parameters: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, ...]:
-    """Return the names of the parameters that a conversion makes, tried on shapes alone."""
+    """Try a conversion on shapes alone and return the names of its parameters."""
     sources = [source.name for source in conversion.sources]
     try:
-        made = conversion.forward(torch.empty(shapes[name], device="meta") for name in sources)
+        converted = conversion.forward(torch.empty(shapes[name], device="meta") for name in sources)
     except _CONVERSION_ERRORS as error:
         raise MergeError(
             f"{sources[0]}: Transformers cannot convert it to {conversion.first}: {first_line(error)}; the files do not "
             "hold the model that config.json describes"
         ) from error
-    for name, tensor in made.items():
+    for name, tensor in converted.items():
         expected = tuple(parameters[name].shape) if name in parameters else "no such parameter"
         if tuple(tensor.shape) != expected:
             raise MergeError(
-                f"{name}: {len(sources)} tensors like {sources[0]} make {tuple(tensor.shape)} where config.json asks for "
-                f"{expected}; the base is not whole, or not of this config"
+                f"{name}: {len(sources)} tensors like {sources[0]} give shape {tuple(tensor.shape)}, config.json "
+                f"{expected}; the base is incomplete, or does not belong to this config"
             )
-    return tuple(made)
+    return tuple(converted)
 
 
-def _held_twice(one: str, other: str, parameter: str) -> MergeError:
-    return MergeError(f"{one} and {other} both hold {parameter} of the model; remove one of them from the base")
-
-
-def _irreversible(group: TensorGroup, reason: str) -> MergeError:
-    return MergeError(
-        f"{group.sources[0]}: what Transformers makes of it, {group.parameters[0]}, cannot be written back: {reason}; use "
-        "the adapter unmerged"
-    )
+def _set_holder(holders: dict[str, str], parameter: str, name: str) -> None:
+    if (holder := holders.setdefault(parameter, name)) != name:
+        raise MergeError(f"{holder} and {name} both hold {parameter} of the model; remove one of them from the base")
