@@ -155,8 +155,11 @@ def _plan_group(
 def _unties(adapter: AdapterFile, embedding: str, head: str) -> bool:
     """Return whether the adapter unties embedding and head; drop the update of a head that equals the embedding's."""
     of_embedding, of_head = adapter.updates.get(embedding), adapter.updates.get(head)
-    both = isinstance(of_embedding, Replace) and isinstance(of_head, Replace)
-    if both and adapter.is_equal(of_embedding.key, of_head.key):
+    if (
+        isinstance(of_embedding, Replace)
+        and isinstance(of_head, Replace)
+        and adapter.is_equal(of_embedding.key, of_head.key)
+    ):
         adapter.read(of_head.key)
         del adapter.updates[head]
         return False
