@@ -70,10 +70,7 @@ def measure_adapter(
     probes = run_probes(loaded.tokenizer, rows, date=date)
     short = sorted((_shortened(row) for row in rows[:NUM_COMPARED_ROWS]), key=lambda row: len(row.input_ids))
     losses = held_out_loss(
-        model,
-        short,
-        batch_size=config.train.per_device_eval_batch_size,
-        pad_token_id=loaded.tokenizer.pad_token_id,
+        model, short, batch_size=config.train.per_device_eval_batch_size, pad_token_id=loaded.tokenizer.pad_token_id
     )
     reference = Reference(short, bool(data.eval), losses, Predictions.of(model, compared_rows(short)), probes)
     folder = run.path / f".adapter-check{STAGING}"

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, revert_weight_conversion
 
 from qlora_train.export.merging.meta_model import build_meta_model
-from qlora_train.export.merging.tensor_layout import NameMapping, group_tensors, refuse_irreversible
+from qlora_train.export.merging.tensor_layout import NameMapping, group_tensors, check_reversible
 from qlora_train.utils.errors import MergeError
 from tests.support.merging import Tensors, logits, merged_logits, plain, save_adapter, tensor_shapes, with_tensors
 
@@ -28,7 +28,7 @@ def test_what_transformers_saves_of_a_model_is_understood_and_written_back(model
     groups = group_tensors(names, shapes)
     assert {parameter for group in groups for parameter in group.parameters} == meta_model.shapes.keys()
     for group in groups:
-        refuse_irreversible(group, names, shapes)
+        check_reversible(group, names, shapes)
 
 
 def converting(monkeypatch: pytest.MonkeyPatch, converter: WeightConverter) -> None:

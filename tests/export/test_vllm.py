@@ -97,10 +97,7 @@ def test_request_on_the_card_asks_with_the_system_prompt_of_the_training_rows(
         (["model.new_tokens=['<tool>']"], "trained token rows (model.new_tokens)"),
         (["lora.bias=lora_only"], "trained biases (lora.bias: lora_only)"),
         (["lora.r=513"], "rank 513, above 512 (lora.r)"),
-        (
-            ["model.rope_scaling={rope_type: linear, factor: 2.0}"],
-            "RoPE scaling that the base does not have",
-        ),
+        (["model.rope_scaling={rope_type: linear, factor: 2.0}"], "RoPE scaling that the base does not have"),
     ],
 )
 def test_what_vllm_cannot_hold_is_refused_with_the_merged_model_instead(
@@ -125,10 +122,7 @@ def test_what_vllm_cannot_hold_is_refused_with_the_merged_model_instead(
     [
         ("lm_head.lora_A.weight", "LoRA on the output head"),
         ("model.embed_tokens.weight", "not LoRA of linear layers, such as base_model.model.model.embed_tokens"),
-        (
-            "model.layers.0.mlp.up_proj.base_layer.weight",
-            "not LoRA of linear layers, such as base_model.model.model",
-        ),
+        ("model.layers.0.mlp.up_proj.base_layer.weight", "not LoRA of linear layers, such as base_model.model.model"),
     ],
 )
 def test_tensors_that_vllm_would_refuse_or_skip_are_reasons(

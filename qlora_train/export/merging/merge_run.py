@@ -112,10 +112,7 @@ def _measure_adapter(
         logger.info("merge: checked on training rows (data.eval has none)")
         rows = compared_rows(data.first_rows())
     losses = held_out_loss(
-        adapted,
-        rows,
-        batch_size=config.train.per_device_eval_batch_size,
-        pad_token_id=loaded.tokenizer.pad_token_id,
+        adapted, rows, batch_size=config.train.per_device_eval_batch_size, pad_token_id=loaded.tokenizer.pad_token_id
     )
     probes = run_probes(loaded.tokenizer, rows, date=date)
     return Reference(rows, bool(data.eval), losses, Predictions.of(adapted, compared_rows(rows)), probes)
