@@ -40,14 +40,7 @@ FLOAT32_LIMIT = 1e-5
 
 @dataclass(frozen=True)
 class AdapterReference:
-    """Measurements of the trained model and the code that must load the same model.
-
-    Attributes:
-        file: written by `Reference.save`, in its own folder.
-        code: as on the card, with the paths of this machine.
-        compute_dtype: of the run.
-        num_texts: number of tokenized texts.
-    """
+    """Measurements of the trained model in `file` (see `Reference.save`), and the code that must load the same model."""
 
     file: Path
     code: str
@@ -58,14 +51,7 @@ class AdapterReference:
 def measure_adapter(
     run: RunFolder, config: RunConfig, data: RunRows, model: Any, loaded: LoadedModel, date: datetime.date
 ) -> AdapterReference:
-    """Measure the trained model on a few short rows, after its adapter is written.
-
-    Args:
-        run: gets the file of the measurements.
-        model: the base with its adapter.
-        loaded: the base as the run loaded it.
-        date: printed by chat templates with a date.
-    """
+    """Measure the trained model on a few short rows, after its adapter is written; `date` is for dated chat templates."""
     rows = list(islice(data.eval or data.first_rows(), NUM_ROWS))
     probes = run_probes(loaded.tokenizer, rows, date=date)
     short = sorted((_shortened(row) for row in rows[:NUM_COMPARED_ROWS]), key=lambda row: len(row.input_ids))

@@ -43,13 +43,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class ReloadCheck:
-    """Comparison of a saved model with the run.
-
-    Attributes:
-        loss: NLL per label token on the rows of the reference.
-        divergence: of its predictions.
-        token_differences: texts that its tokenizer encodes differently.
-    """
+    """Comparison of a saved model with the run: its loss (nats per label token), predictions and tokenizer."""
 
     loss: float
     divergence: Divergence
@@ -65,12 +59,7 @@ def check_in_fresh_process(
         folder: of the model, for messages.
         code: lines that define `model` and `tokenizer`.
         reference: file that `Reference.save` wrote.
-        batch_size: rows per batch.
-        error: class of the error to raise.
-
-    Raises:
-        UserError: of class `error`: the model cannot be loaded or computed with, or the process died.
-        Stop: this process was asked to stop; the other has ended.
+        error: raised if the model cannot be loaded or computed with, or the process died.
     """
     context: Any = multiprocessing.get_context(start_method())
     context.set_forkserver_preload(PRELOAD)  # has no effect on spawn

@@ -69,12 +69,7 @@ class Upload:
 
 
 def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:
-    """Check every file that would be sent, without network access.
-
-    Args:
-        folder: an adapter or a merged model.
-        repo: `owner/name`.
-        private: visibility of a new repository.
+    """Check every file of an adapter or a merged model that would be sent, without network access.
 
     Raises:
         ExportError: `repo` is not a repository name, or the folder is damaged, has no card, or has a file that is not of a

@@ -28,14 +28,7 @@ _TRUST = {"trust_remote_code": "True"}
 
 
 def adapter_code(loaded: LoadedModel, config: RunConfig, base: str, this: str = THIS_ADAPTER) -> str:
-    """Return the code that loads the adapter as `model`, with its `tokenizer`.
-
-    Args:
-        loaded: the base as the run loaded it.
-        config: the run's settings.
-        base: Hub id or path of the base in the code.
-        this: path of the adapter in the code.
-    """
+    """Return the code that loads the adapter `this` on `base` as `model`, with its `tokenizer`."""
     write = _package_lines if needs_package(loaded, config) else _plain_lines
     return "\n".join(write(loaded, config, base, this))
 
@@ -43,15 +36,7 @@ def adapter_code(loaded: LoadedModel, config: RunConfig, base: str, this: str = 
 def merged_code(
     auto_class: str, *, attention: str | None, trust_remote_code: bool, this: str = THIS_MODEL, device_map: str = "auto"
 ) -> str:
-    """Return the code that loads a merged folder as `model`, with its `tokenizer`.
-
-    Args:
-        auto_class: Transformers' class that loads it.
-        attention: attention implementation; None for the default.
-        trust_remote_code: run Python code shipped with the model.
-        this: path of the folder in the code.
-        device_map: argument of `from_pretrained`.
-    """
+    """Return the code that loads the merged folder `this` as `model`, with its `tokenizer`."""
     trusted = _TRUST if trust_remote_code else {}
     settings = {**trusted, **_attention(attention), "dtype": '"auto"', "device_map": _quoted(device_map)}
     return "\n".join(

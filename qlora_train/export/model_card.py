@@ -70,7 +70,6 @@ def write_card(
 
     Args:
         base: Hub id or path of the base model.
-        metrics: results by name, such as `{"eval_loss": 0.19}`.
         num_train_rows: None for streamed data.
         loading: section that `adapter_loading` or `merged_loading` returned.
         merge: section about a merge; empty for none.
@@ -109,13 +108,7 @@ def clean_adapter_config(folder: Path, base: str, revision: str | None) -> None:
 
 
 def adapter_loading(loaded: LoadedModel, config: RunConfig, system: str) -> str:
-    """Return the card's section about loading an adapter.
-
-    Args:
-        loaded: the base as the run loaded it.
-        config: the run's settings.
-        system: shared system prompt of the training rows; empty for none.
-    """
+    """Return the card's section about loading an adapter; `system` is the shared system prompt of the rows, or empty."""
     base = public_name(loaded.source.name)
     notes = []
     if config.quantization.load_in_4bit:

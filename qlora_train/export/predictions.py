@@ -43,19 +43,15 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Difference between two models' predictions.
-
-    Attributes:
-        kl: Kullback-Leibler divergence in nats per token, a lower bound.
-        top1_agreement: share of labels with the same most likely token.
-        num_tokens: labels that were compared.
-        max_difference: maximum difference of the stored log-probabilities.
-    """
+    """Difference between two models' predictions."""
 
     kl: float
+    """Kullback-Leibler divergence in nats per token, a lower bound."""
     top1_agreement: float
+    """Share of labels with the same most likely token."""
     num_tokens: int
     max_difference: float
+    """Of the stored log-probabilities."""
 
 
 def measure_divergence(model: Any, rows: Sequence[Example], expected: Predictions) -> Divergence:

@@ -235,7 +235,7 @@ def test_added_token_that_is_a_plain_one_in_the_file_is_refused(base: Path, base
     GGUFFile(base_file).check_added_tokens(tokenizer)
     number, piece = next((i, p) for i in range(259, 300) if (p := tokenizer.convert_ids_to_tokens(i)).isalpha())
     tokenizer.add_tokens([AddedToken(piece, normalized=False)])
-    expected = rf"token {number} is '{piece}' \(added\) in the tokenizer, and the converter wrote '{piece}' \(normal\)"
+    expected = rf"token {number} is '{piece}' \(added\) in the tokenizer, but the converter wrote '{piece}' \(normal\)"
     with pytest.raises(ExportError, match=expected):
         GGUFFile(base_file).check_added_tokens(tokenizer)
 

@@ -120,15 +120,6 @@ def test_training_one_side_of_a_tied_pair_unties_it(pico: Pico, tmp_path: Path, 
     assert AutoConfig.from_pretrained(tmp_path / "merged").tie_word_embeddings is False
 
 
-def test_training_both_sides_of_a_tied_pair_as_one_keeps_it_tied(pico: Pico, tmp_path: Path) -> None:
-    base = pico("llama", tie_word_embeddings=True)
-    adapter = save_adapter(plain(base), tmp_path / "a", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-    expected = logits(PeftModel.from_pretrained(plain(base), adapter).eval())
-    torch.testing.assert_close(merged_logits(base, adapter, tmp_path / "m"), expected, atol=2e-6, rtol=1e-5)
-    assert AutoConfig.from_pretrained(tmp_path / "m").tie_word_embeddings is True
-    assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
-
-
 def test_a_base_stored_in_4_bits_is_dequantized_from_its_own_state(pico_llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "base4bit"
     quantized(pico_llama).save_pretrained(base)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, Transpose, WeightConverter, revert_weight_conversion
 
 from qlora_train.export.merging.meta_model import build_meta_model
-from qlora_train.export.merging.tensor_layout import NameMapping, group_tensors, check_reversible
+from qlora_train.export.merging.tensor_layout import NameMapping, check_reversible, group_tensors
 from qlora_train.utils.errors import MergeError
 from tests.support.merging import Tensors, logits, merged_logits, plain, save_adapter, tensor_shapes, with_tensors
 

@@ -43,12 +43,7 @@ class Converter:
     folder: Path
 
     def run(self, script: str, arguments: Sequence[str], *, what: Path) -> None:
-        """Run a script.
-
-        Args:
-            script: its file name.
-            arguments: its command line.
-            what: the converted folder, for the message.
+        """Run a script; `what` is the converted folder, for the message.
 
         Raises:
             ExportError: it failed.

@@ -51,13 +51,7 @@ def answer_end(tokenizer: Any) -> str | None:
 
 
 def link_model(model: Path, view: Path, tokenizer: Any, config: Mapping[str, Any]) -> None:
-    """Fill an empty folder with links to a model's files and with complete settings for the converter.
-
-    Args:
-        model: the model folder.
-        view: the empty folder.
-        tokenizer: the model's.
-        config: content of config.json.
+    """Fill the empty folder `view` with links to a model's files and with complete settings for the converter.
 
     Raises:
         ExportError: a token in use has no embedding row.

@@ -102,14 +102,7 @@ class Separators:
 
 
 def find_separators(render: Render, jinja: str) -> tuple[Separators, list[str]]:
-    """Find the separators of a chat template and prove that they render alike.
-
-    Args:
-        render: of the chat template.
-        jinja: its source.
-
-    Returns:
-        The separators, and the contents that they render differently, in words.
+    """Return the separators of a chat template, proven to render alike, and the contents that they render differently.
 
     Raises:
         UnsupportedTemplateError: they do not render alike.

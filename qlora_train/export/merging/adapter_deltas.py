@@ -103,10 +103,6 @@ class AdapterFile:
         """Return a tensor's shape without reading it."""
         return tuple(self._file.get_slice(key).get_shape())
 
-    def is_equal(self, key: str, other: str) -> bool:
-        """Compare two tensors; does not count as a read."""
-        return torch.equal(self._file.get_tensor(key), self._file.get_tensor(other))
-
     def assert_all_read_once(self) -> None:
         """Assert that every tensor was used exactly once."""
         wrong = {key: self._reads[key] for key in self._keys if self._reads[key] != 1}

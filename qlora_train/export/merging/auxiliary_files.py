@@ -45,15 +45,11 @@ def write_auxiliary_files(
 ) -> None:
     """Complete a folder of merged weights to a model folder.
 
+    Code and processor come from the base, tokenizer and generation config from the adapter, or else from the base.
+
     Args:
-        folder: gets the files.
-        base_folder: source of code and processor, and of tokenizer and generation config if the adapter has none.
-        adapter_folder: source of tokenizer and generation config.
         config: Transformers config of the model; updated in place.
-        tied: whether embedding and head are one matrix.
-        num_embeddings: rows of the embedding.
         dtype: of the weights; None for the base's.
-        trust_remote_code: run the tokenizer's own code.
     """
     text = config.get_text_config()
     config.dtype, config._name_or_path = dtype or config.dtype, ""

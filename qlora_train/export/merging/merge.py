@@ -132,10 +132,7 @@ def merge_adapter(settings: MergeSettings, output: Path, merge_base: MergeBase) 
 
 
 def check_mergeable(source_config: Mapping[str, Any], config: RunConfig) -> None:
-    """Check before training that the base allows the merge that the config asks for.
-
-    Args:
-        source_config: content of the base's config.json.
+    """Check before training that the base, with this config.json, allows the merge that the config asks for.
 
     Raises:
         ConfigError: `original` is asked for and the base is stored in 4 bits.

@@ -89,7 +89,6 @@ def plan_merge(
     """Match every update of the adapter with the group of its parameter.
 
     Args:
-        groups: of the base's tensors.
         quantized: parameters that are quantized to 4 bits and back.
         dtype: of the floating-point parameters to write; None for the base's own.
 
@@ -105,7 +104,8 @@ def plan_merge(
     tied = meta_model.tied and (head not in holders or _is_equal(base, holders, embedding, head))
     if tied and head in holders:
         groups = tuple(group for group in groups if group is not holders[head])
-    if tied and _unties(adapter, embedding, head):
+    # token rows are trained in both; any other update is of one of them
+    if tied and (head in adapter.updates or not isinstance(adapter.updates.get(embedding), TokenRows | None)):
         stored = holders[embedding].sources
         name = names.name_in_file(head, embedding, stored[0])
         groups, tied = (*groups, TensorGroup(stored, (head,), None, (name,))), False
@@ -150,20 +150,6 @@ def _plan_group(
         is_copied = not group.parameters or not stored.is_floating_point
         outputs.append(OutputTensor(name, shape, stored if is_copied or written is None else written))
     return PlannedGroup(group, updates, bool(updates) or not quantized.isdisjoint(group.parameters), tuple(outputs))
-
-
-def _unties(adapter: AdapterFile, embedding: str, head: str) -> bool:
-    """Return whether the adapter unties embedding and head; drop the update of a head that equals the embedding's."""
-    of_embedding, of_head = adapter.updates.get(embedding), adapter.updates.get(head)
-    if (
-        isinstance(of_embedding, Replace)
-        and isinstance(of_head, Replace)
-        and adapter.is_equal(of_embedding.key, of_head.key)
-    ):
-        adapter.read(of_head.key)
-        del adapter.updates[head]
-        return False
-    return of_head is not None or not isinstance(of_embedding, TokenRows | None)
 
 
 def _check_matched(base: BaseCheckpoint, adapter: AdapterFile, names: set[str]) -> None:

@@ -35,9 +35,7 @@ def merge_run(
     """Merge a finished run's adapter into `folder.merged` and record the measurements.
 
     Args:
-        source: the base, with weights.
-        data: rows to measure on, the held-out ones if there are any.
-        date: printed by chat templates with a date.
+        date: for dated chat templates.
         device: on which to merge and to check the merged model; the adapter is measured where it was trained.
 
     Raises:

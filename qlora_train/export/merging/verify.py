@@ -75,12 +75,6 @@ def choose_merge_base(
     Candidates are written beside `output` under hidden names; `auto` needs disk space for two. `output` is written or
     replaced atomically, once the checks have passed and `finish` has run.
 
-    Args:
-        reference: the adapter on all rows; if they are training rows, `auto` merges onto what was trained.
-        export: the base to merge onto, and the limits.
-        batch_size: rows per batch.
-        finish: gets the staging folder of the kept merge.
-
     Raises:
         MergeError: the merge is refused, cannot be loaded, or exceeds a limit; `output` is unchanged.
     """
@@ -132,14 +126,7 @@ def choose_merge_base(
 def candidate_bases(
     merge_base: str, *, stored_in_4bit: bool, load_in_4bit: bool, measured: bool
 ) -> tuple[tuple[MergeBase, ...], str]:
-    """Return the kinds of base to try, the trained one first, and why `auto` tries only one.
-
-    Args:
-        merge_base: the setting.
-        stored_in_4bit: the base's files are in 4 bits.
-        load_in_4bit: the run held it in 4 bits.
-        measured: there are held-out rows.
-    """
+    """Return the kinds of base to try, the trained one first, and why `auto` tries only one."""
     if merge_base != "auto":
         return ("original" if merge_base == "original" else "dequantized",), ""
     if stored_in_4bit:
