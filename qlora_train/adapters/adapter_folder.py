@@ -25,6 +25,7 @@ MAX_BYTES = 1_000_000
 IGNORED = {
     "peft_version", "inference_mode", "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
     "exclude_modules",
+    "fan_in_fan_out",  # PEFT sets it by the class of the base layer
 }  # fmt: skip
 """Settings without effect on trained weights, unless together with another one that is refused."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
