@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,20 +91,27 @@ def test_request_on_the_card_asks_with_the_system_prompt_of_the_training_rows(
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (["lora.use_dora=true"], "DoRA (lora.use_dora)"),
-        (["lora.modules_to_save=[lm_head]"], "fully trained modules (lora.modules_to_save)"),
-        (["model.new_tokens=['<tool>']"], "trained token rows (model.new_tokens)"),
-        (["lora.bias=lora_only"], "trained biases (lora.bias: lora_only)"),
-        (["lora.r=513"], "rank 513, above 512 (lora.r)"),
-        (["model.rope_scaling={rope_type: linear, factor: 2.0}"], "RoPE scaling that the base does not have"),
+        ({"use_dora": True}, "DoRA (lora.use_dora)"),
+        ({"modules_to_save": ["lm_head"]}, "fully trained modules (lora.modules_to_save)"),
+        ({"trainable_token_indices": {"embed_tokens": [5]}}, "trained token rows (model.new_tokens)"),
+        ({"bias": "lora_only"}, "trained biases (lora.bias: lora_only)"),
+        ({"r": 513}, "rank 513, above 512 (lora.r)"),
+        ({"target_parameters": ["experts.down_proj"]}, "LoRA on stacked experts (target_parameters)"),
+        ({}, "RoPE scaling that the base does not have (model.rope_scaling)"),
     ],
 )
 def test_what_vllm_cannot_hold_is_refused_with_the_merged_model_instead(
-    settings: list[str], reason: str, pico: Callable[..., Path], tmp_path: Path
+    settings: dict[str, object], reason: str, run: RunFolder, tmp_path: Path
 ) -> None:
-    run = train_run(tmp_path, pico("qwen2"), "train.max_steps=1", *settings)
+    run = RunFolder(Path(shutil.copytree(run.path, tmp_path / "run", ignore=shutil.ignore_patterns("export"))))
+    change_settings(run.adapter, **settings)
+    config = load_config(run.config_file)
+    if not settings:
+        scaled = config.model.model_copy(update={"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+        config = config.model_copy(update={"model": scaled})
+    request = ExportRequest(run, config, resolve_base(config.model))
     with pytest.raises(ExportError, match=re.escape(reason)) as caught:
-        export(run)
+        export_vllm(request)
     assert str(caught.value).endswith(
         f"; merge it (qlora-train merge {run.path}) and serve the merged model: vllm serve {run.merged}"
     )
@@ -114,7 +120,12 @@ def test_what_vllm_cannot_hold_is_refused_with_the_merged_model_instead(
     run.merged.mkdir()
     atomic_io.write_manifest(run.merged)
     with pytest.raises(ExportError, match=re.escape(f"; serve the merged model: vllm serve {run.merged}")):
-        export(run)
+        export_vllm(request)
+
+
+def change_settings(adapter: Path, **settings: object) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
 
 
 @pytest.mark.parametrize(
@@ -139,17 +150,12 @@ def test_adapter_of_another_kind_is_refused(run: RunFolder, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"adapter_config\.json is missing"):
         check_vllm(tmp_path)
     adapter = Path(shutil.copytree(run.adapter, tmp_path / "adapter"))
-    file = adapter / "adapter_config.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "rank_pattern": {"q_proj": 4}}))
+    change_settings(adapter, rank_pattern={"q_proj": 4})
     with pytest.raises(ConfigError, match="rank_pattern"):
         check_vllm(adapter)
-    file.write_text(json.dumps({**content, "target_parameters": ["experts.down_proj"]}))
-    assert check_vllm(adapter) == ("LoRA on stacked experts (target_parameters)",)
 
 
-def test_command_writes_the_folder_and_says_how_it_is_served(tmp_path: Path, pico_llama: Path) -> None:
-    run = train_run(tmp_path, pico_llama, "train.max_steps=2")
+def test_command_writes_the_folder_and_says_how_it_is_served(run: RunFolder) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "qlora_train.cli.main", "export", str(run.path), "--format", "vllm", "--offline"],
         capture_output=True, text=True, check=True,
