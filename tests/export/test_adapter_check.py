@@ -1,4 +1,4 @@
-"""What a run has written, loaded as its card says by a process that has only the files, is the model that was trained."""
+"""The code on a card loads the trained model in a process that has only the files."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def test_saved_tokenizer_that_makes_other_tokens_is_named(
     assert "\n" not in str(caught.value)
 
 
-def test_run_that_was_killed_before_the_check_does_it_when_started_again(
+def test_run_killed_before_the_check_does_it_on_restart(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as killed:

@@ -545,7 +545,7 @@ def test_command_merges_first_and_says_what_was_checked(
     assert sorted(p.name for p in (run.path / "export").iterdir()) == ["gguf-q8_0"]
 
 
-def test_damaged_values_and_missing_tensors_are_seen(run: RunFolder) -> None:
+def test_wrong_values_and_missing_tensors_are_refused(run: RunFolder) -> None:
     file = GGUFFile(written(run, "gguf", "f32"))
     name = "model.layers.0.mlp.up_proj.weight"
     weight = plain(run.merged).state_dict()[name]
@@ -620,7 +620,7 @@ def test_adapter_over_transposed_weights_is_refused(pico: Any, tmp_path: Path) -
         write_plain_adapter(AdapterFile(saved, build_meta_model(AutoConfig.from_pretrained(base))), tmp_path, "x")
 
 
-def test_k_quants_say_how(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_k_quants_name_llama_quantize(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run.path), "--format", "gguf", "--quant", "q4_k_m"]) == 2
     assert "llama-quantize NAME-f16.gguf NAME-q4_k_m.gguf Q4_K_M" in capsys.readouterr().err
 

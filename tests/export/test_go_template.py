@@ -102,7 +102,7 @@ def test_role_that_the_model_does_not_know_is_an_error() -> None:
         ("{{ raise_exception('never') }}", "refuses a plain conversation"),
     ],
 )
-def test_template_of_another_form_is_not_written(jinja: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_unsupported_template_is_not_written(jinja: str, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "qlora_train")
     logging.getLogger("qlora_train").propagate = True
     text = modelfile(tokenizer_with(jinja), model="m.gguf", adapter=None, adds_bos=False)
@@ -118,7 +118,7 @@ def test_beginning_token_that_no_prompt_has_is_no_template() -> None:
         )
 
 
-def test_what_is_not_the_same_for_every_content_is_said() -> None:
+def test_contents_that_render_differently_are_listed() -> None:
     said = {}
     for name in ("chatml", "llama3"):
         tokenizer = tokenizer_with(TEMPLATES[name])
@@ -148,7 +148,9 @@ def test_system_prompt_of_the_rows_stands_before_every_chat(name: str, system: s
 
 
 @pytest.mark.parametrize("system", ['"""\nx', 'a """ \nb', "a\u200db", "a\xa0b"])
-def test_system_prompt_that_a_modelfile_cannot_hold_is_told(system: str, messages: pytest.LogCaptureFixture) -> None:
+def test_system_prompt_that_a_modelfile_cannot_hold_is_a_warning(
+    system: str, messages: pytest.LogCaptureFixture
+) -> None:
     text = modelfile(tokenizer_with(CHATML), model="m.gguf", adapter=None, adds_bos=False, system=system)
     assert "SYSTEM" not in read_modelfile(text)
     assert "no SYSTEM (a Modelfile cannot hold the system prompt of the training rows" in messages.text

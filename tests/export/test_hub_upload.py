@@ -116,7 +116,7 @@ def serve(online: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         hub.server.server_close()
 
 
-def test_dry_run_says_what_would_be_sent_and_connects_to_nothing(
+def test_dry_run_lists_the_upload_without_a_connection(
     trained: RunFolder, serve: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub = serve()
@@ -158,7 +158,7 @@ def test_refusal_of_the_hub_is_one_line(trained: RunFolder, serve: Any, status: 
     assert "\n" not in str(caught.value)
 
 
-def test_hub_that_is_not_there_is_one_line(trained: RunFolder, serve: Any) -> None:
+def test_unreachable_hub_is_one_line(trained: RunFolder, serve: Any) -> None:
     hub = serve()
     hub.server.server_close()
     with pytest.raises(ExportError, match="cannot be reached") as caught:
@@ -180,7 +180,7 @@ def test_without_network_or_token_nothing_is_tried(
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors.bak", "rows.jsonl", "training_args.bin", "notes.txt"])
-def test_what_is_no_part_of_a_model_is_not_sent(own: RunFolder, name: str) -> None:
+def test_other_files_are_not_sent(own: RunFolder, name: str) -> None:
     rewrite(own.adapter, name, "{}")
     with pytest.raises(ExportError, match=f"{name}: not a model file"):
         plan_upload(own.adapter, REPO, private=True)

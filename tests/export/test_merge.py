@@ -151,7 +151,7 @@ def test_sharded_base_and_sharded_output_hold_the_same_tensors(pico_llama: Path,
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list what a process has mapped")
-def test_files_of_the_base_are_let_go_one_by_one(pico_llama: Path, tmp_path: Path) -> None:
+def test_files_of_the_base_are_not_mapped_into_memory(pico_llama: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(pico_llama).save_pretrained(tmp_path, max_shard_size="60KB")
     shards = {str(file) for file in tmp_path.glob("*.safetensors")}
     with BaseCheckpoint(tmp_path) as base:
@@ -248,7 +248,7 @@ def test_a_model_with_code_of_its_own_is_merged_with_that_code(pico_llama: Path,
 
 
 @pytest.mark.parametrize("stored", ["float16", "float32", "bfloat16"])
-def test_a_merge_has_the_number_formats_of_the_base(pico: Pico, tmp_path: Path, stored: str) -> None:
+def test_merge_has_the_dtypes_of_the_base(pico: Pico, tmp_path: Path, stored: str) -> None:
     base = Path(shutil.copytree(pico("llama", dtype=stored), tmp_path / "base"))
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
@@ -264,7 +264,7 @@ def test_a_merge_has_the_number_formats_of_the_base(pico: Pico, tmp_path: Path, 
     torch.testing.assert_close(got, peft_merged_logits(base, adapter), atol=0.1, rtol=0)
 
 
-def test_a_change_beyond_the_range_of_the_base_is_refused(pico: Pico, tmp_path: Path) -> None:
+def test_update_beyond_the_dtype_of_the_base_is_refused(pico: Pico, tmp_path: Path) -> None:
     base = pico("llama", dtype="float16")
     adapter = save_adapter(plain(base), tmp_path / "adapter")
     change_adapter(adapter, lambda tensors: [tensor.mul_(1e4) for tensor in tensors.values()])

@@ -18,7 +18,7 @@ from tests.support.merging import Tensors, logits, merged_logits, plain, save_ad
     "model_type",
     ["ernie4_5_moe", "glm4_moe", "jamba", "longcat_flash", "minimax_m2", "nemotron_h", "olmo_hybrid", "phimoe"],
 )
-def test_what_transformers_saves_of_a_model_is_understood_and_written_back(model_type: str) -> None:
+def test_every_saved_tensor_is_mapped_and_written_back(model_type: str) -> None:
     """Names and shapes of models of full size; no weights."""
     meta_model = build_meta_model(AutoConfig.for_model(model_type))
     saved = revert_weight_conversion(meta_model.model, dict(meta_model.model.state_dict()))
@@ -90,16 +90,16 @@ class OneWay(Halved):
     ],
     ids=["transposed when shapes ask for it", "no way back", "lossy"],
 )
-def test_a_conversion_that_cannot_be_undone_is_refused(
+def test_irreversible_conversion_is_refused(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: ConversionOps, message: str
 ) -> None:
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
 
-    def turned(tensors: Tensors) -> Tensors:
+    def transposed(tensors: Tensors) -> Tensors:
         wants = isinstance(operation, Transpose)
         return {name: t.T.contiguous() if wants and "down_proj" in name else t for name, t in tensors.items()}
 
-    base = with_tensors(pico_llama, tmp_path / "base", turned)
+    base = with_tensors(pico_llama, tmp_path / "base", transposed)
     converting(monkeypatch, WeightConverter("mlp.down_proj.weight", "mlp.down_proj.weight", [operation]))
     assert logits(AutoModelForCausalLM.from_pretrained(base)).isfinite().all(), "Transformers reads it"
     with pytest.raises(MergeError, match=message):

@@ -49,7 +49,7 @@ def _expert_by_expert(tensors: Tensors) -> None:
         (_expert_by_expert, r"have no tensor .*experts.0.gate_proj.weight"),
     ],
 )
-def test_an_adapter_of_experts_that_is_not_understood_is_refused(
+def test_expert_adapter_with_unknown_tensors_is_refused(
     pico: Pico, tmp_path: Path, edit: Callable[[Tensors], None], message: str
 ) -> None:
     base = mixture(pico, "qwen3_moe")
@@ -94,7 +94,7 @@ def test_a_base_without_some_expert_is_refused(pico: Pico, tmp_path: Path, name:
         merged_logits(broken, adapter, tmp_path / "merged")
 
 
-def test_experts_that_are_there_twice_are_refused(pico: Pico, tmp_path: Path) -> None:
+def test_experts_stored_twice_are_refused(pico: Pico, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(mixture(pico, "qwen3_moe"), base)
     name = "model.layers.0.mlp.experts.down_proj"

@@ -108,7 +108,7 @@ def test_square_matrices_are_transposed_as_the_model_says(pico: Pico, tmp_path: 
     torch.testing.assert_close(got, peft_merged_logits(base, adapter), atol=1e-5, rtol=1e-5)
 
 
-def test_matrices_and_biases_of_experts_are_told_apart(pico: Pico, tmp_path: Path) -> None:
+def test_matrices_and_biases_of_experts_are_distinguished(pico: Pico, tmp_path: Path) -> None:
     base = mixture(pico, "gpt_oss")
     targets = [*EXPERTS, "experts.gate_up_proj_bias", "experts.down_proj_bias"]
     adapter = adapted(base, tmp_path / "adapter", target_parameters=targets, bias="all")
@@ -167,7 +167,7 @@ def rounded(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
-def test_experts_are_rounded_one_by_one(pico: Pico, tmp_path: Path, model_type: str) -> None:
+def test_experts_are_quantized_one_by_one(pico: Pico, tmp_path: Path, model_type: str) -> None:
     base = mixture(pico, model_type)
     adapter = adapted(base, tmp_path / "adapter")
     expected = logits(PeftModel.from_pretrained(in_4_bits(base), adapter))
@@ -183,7 +183,7 @@ class Computed(nn.Module):
         return tensor
 
 
-def test_wrappers_of_computed_parameters_are_told_apart(pico: Pico, tmp_path: Path) -> None:
+def test_wrappers_of_parametrized_parameters_are_distinguished(pico: Pico, tmp_path: Path) -> None:
     """PEFT wraps the parameters of a parametrised module in another order, which the adapter does not record."""
     base = mixture(pico, "qwen3_moe")
     computed = plain(base)
@@ -210,7 +210,7 @@ def test_wrappers_of_computed_parameters_are_told_apart(pico: Pico, tmp_path: Pa
     torch.testing.assert_close(merged_logits(base, adapter, tmp_path / "merged"), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_a_4_bit_load_quantizes_is_known_without_it(pico: Pico) -> None:
+def test_quantized_parameters_are_known_from_the_meta_model(pico: Pico) -> None:
     for base in (
         mixture(pico, "qwen2_moe"),
         mixture(pico, "gpt_oss"),

@@ -1,4 +1,4 @@
-"""Checkpoints whose names or layouts are not the model's: prefixes, other towers, transposed layers, conversions."""
+"""Checkpoints whose names or layouts are not the model's: prefixes, other encoders, transposed layers, conversions."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def test_transposed_layers_are_merged(pico: Pico, tmp_path: Path, settings: dict
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["rounded while loading", "stored in 4 bits"])
-def test_transposed_layers_are_rounded_as_bitsandbytes_holds_them(pico: Pico, tmp_path: Path, stored: bool) -> None:
+def test_transposed_layers_are_quantized_as_bitsandbytes_stores_them(pico: Pico, tmp_path: Path, stored: bool) -> None:
     base = pico("gpt2", **GPT2)
     adapter = save_adapter(quantized(base), tmp_path / "adapter")
     expected = logits(PeftModel.from_pretrained(dequantized_reference(base), adapter))
@@ -70,7 +70,7 @@ def test_a_base_without_its_prefix_keeps_its_names(
     assert tensor_shapes(tmp_path / "merged") == tensor_shapes(base)
 
 
-def build_several_towers(folder: Path, model_type: str, text: dict[str, Any], vision: dict[str, Any]) -> Path:
+def build_multimodal(folder: Path, model_type: str, text: dict[str, Any], vision: dict[str, Any]) -> Path:
     """Save a pico model of text and pictures in bfloat16 with its tokenizer."""
     config = AutoConfig.for_model(model_type, text_config={**COMMON, **text}, vision_config=vision, image_token_id=319)
     with torch.random.fork_rng(devices=[]):
@@ -86,28 +86,28 @@ def build_several_towers(folder: Path, model_type: str, text: dict[str, Any], vi
 
 @pytest.fixture(scope="module")
 def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both towers are loaded; the file has prefixes that the model has elsewhere."""
+    """Text and vision model; prefixes in the file differ from the model's."""
     text = {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}
     vision = {
         "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
     }  # fmt: skip
-    return build_several_towers(tmp_path_factory.mktemp("gemma3"), "gemma3", text, vision)
+    return build_multimodal(tmp_path_factory.mktemp("gemma3"), "gemma3", text, vision)
 
 
 @pytest.fixture(scope="module")
 def qwen3_5_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The text tower alone is loaded, with its experts stacked in the file too."""
+    """Only its text model is loaded; its experts are stacked in the file too."""
     text = {
         "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
         "shared_expert_intermediate_size": 32, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 16, "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
     }  # fmt: skip
     vision = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
-    return build_several_towers(tmp_path_factory.mktemp("qwen3_5_moe"), "qwen3_5_moe", text, vision)
+    return build_multimodal(tmp_path_factory.mktemp("qwen3_5_moe"), "qwen3_5_moe", text, vision)
 
 
-def test_a_model_of_text_and_pictures_keeps_its_names_and_its_eyes(gemma3: Path, tmp_path: Path) -> None:
+def test_multimodal_model_keeps_its_names_and_its_vision_encoder(gemma3: Path, tmp_path: Path) -> None:
     adapter = save_adapter(plain(gemma3), tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     got = merged_logits(gemma3, adapter, tmp_path / "merged")
     torch.testing.assert_close(got, peft_merged_logits(gemma3, adapter), atol=1e-5, rtol=1e-5)
@@ -118,7 +118,7 @@ def test_a_model_of_text_and_pictures_keeps_its_names_and_its_eyes(gemma3: Path,
     torch.testing.assert_close(logits(whole.eval()), got, atol=0, rtol=0)
 
 
-def test_the_text_part_that_was_held_in_4_bits_is_rounded(gemma3: Path, tmp_path: Path) -> None:
+def test_text_part_is_quantized_and_dequantized(gemma3: Path, tmp_path: Path) -> None:
     share = {"min_quantized_share": 0.5}
     adapter = save_adapter(quantized(gemma3, **share), tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
     reference = PeftModel.from_pretrained(dequantized_reference(gemma3, **share), adapter).merge_and_unload()
@@ -129,9 +129,7 @@ def test_the_text_part_that_was_held_in_4_bits_is_rounded(gemma3: Path, tmp_path
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["the file's names", "the model's names"])
-def test_a_head_that_becomes_its_own_is_named_as_its_neighbours_are(
-    gemma3: Path, tmp_path: Path, original: bool
-) -> None:
+def test_untied_head_is_named_like_its_neighbours(gemma3: Path, tmp_path: Path, original: bool) -> None:
     base = tmp_path / "base"
     AutoModelForImageTextToText.from_pretrained(gemma3).save_pretrained(base, save_original_format=original)
     adapter = save_adapter(plain(gemma3), tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
@@ -142,7 +140,7 @@ def test_a_head_that_becomes_its_own_is_named_as_its_neighbours_are(
     assert added == {"language_model.lm_head.weight" if original else "lm_head.weight"}
 
 
-def test_towers_that_are_not_loaded_are_copied_and_counted(
+def test_encoders_that_are_not_loaded_are_copied(
     qwen3_5_moe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="qlora_train")
@@ -173,7 +171,7 @@ def test_tensors_beyond_the_model_are_copied_as_they_are(
     assert "2 tensors copied (no parameter of the model)" in caplog.text
 
 
-def test_what_transformers_keeps_in_float32_stays_so(pico: Pico, tmp_path: Path) -> None:
+def test_float32_parameters_of_transformers_stay_float32(pico: Pico, tmp_path: Path) -> None:
     experts = {
         "n_routed_experts": 4,
         "n_group": 2,
@@ -190,9 +188,7 @@ def test_what_transformers_keeps_in_float32_stays_so(pico: Pico, tmp_path: Path)
     torch.testing.assert_close(plain(tmp_path / "merged").get_buffer(bias), uneven, atol=0, rtol=0)
 
 
-def test_a_parameter_that_is_nowhere_is_warned_of(
-    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_parameter_is_a_warning(pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     partial = with_tensors(
         pico_llama, tmp_path / "base", lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
@@ -202,7 +198,7 @@ def test_a_parameter_that_is_nowhere_is_warned_of(
     assert f"1 parameters of LlamaForCausalLM are missing in the base and random after each load: {name}" in caplog.text
 
 
-def test_a_whole_base_is_not_warned_of(pico: Pico, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_complete_base_gives_no_warning(pico: Pico, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for model_type in ("llama", "gemma"):  # the second has no head of its own
         adapter = save_adapter(plain(pico(model_type)), tmp_path / f"{model_type}-adapter")
         merged_logits(pico(model_type), adapter, tmp_path / model_type)
@@ -220,7 +216,7 @@ def test_two_tensors_of_one_parameter_are_refused(pico_llama: Path, tmp_path: Pa
         merged_logits(twice, adapter, tmp_path / "merged")
 
 
-def test_weights_that_were_rounded_must_be_there(pico_llama: Path, tmp_path: Path) -> None:
+def test_missing_quantized_weights_are_refused(pico_llama: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     partial = with_tensors(
         pico_llama, tmp_path / "base", lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
@@ -230,7 +226,7 @@ def test_weights_that_were_rounded_must_be_there(pico_llama: Path, tmp_path: Pat
         merged_logits(partial, adapter, tmp_path / "merged", merge_base="dequantized")
 
 
-def test_numbers_of_an_unknown_kind_are_refused(pico_llama: Path, tmp_path: Path) -> None:
+def test_unknown_dtype_is_refused(pico_llama: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     in_8_bits = with_tensors(
         pico_llama, tmp_path / "base", lambda tensors: {**tensors, name: tensors[name].to(torch.float8_e4m3fn)}

@@ -78,7 +78,7 @@ def _stray_magnitude(tensors: dict[str, torch.Tensor]) -> None:
         (_stray_magnitude, r"use_dora"),
     ],
 )
-def test_an_adapter_that_is_not_understood_is_refused(
+def test_adapter_with_unknown_tensors_is_refused(
     pico_llama: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
 ) -> None:
     adapter = with_tensors(save_adapter(plain(pico_llama), tmp_path / "a"), tmp_path / "b", change)
@@ -108,7 +108,7 @@ def test_new_tokens_on_the_embedding_alone_are_refused_when_the_head_is_its_own(
         merged_logits(base, adapter, tmp_path / "merged")
 
 
-def test_a_new_row_that_nobody_trained_is_refused(pico: Pico, tmp_path: Path) -> None:
+def test_untrained_new_row_is_refused(pico: Pico, tmp_path: Path) -> None:
     base = pico("llama", tie_word_embeddings=True)
     size = AutoConfig.from_pretrained(base).vocab_size
     model = plain(base)
@@ -118,7 +118,7 @@ def test_a_new_row_that_nobody_trained_is_refused(pico: Pico, tmp_path: Path) ->
         merged_logits(base, adapter, tmp_path / "merged")
 
 
-def test_places_that_would_lose_files_are_refused(pico_llama: Path, tmp_path: Path) -> None:
+def test_output_that_would_overwrite_files_is_refused(pico_llama: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(pico_llama, base)
     adapter = save_adapter(plain(base), tmp_path / "run" / "adapter")
@@ -182,9 +182,7 @@ def test_dequantized_is_refused_when_the_run_did_not_quantize(pico_llama: Path, 
 
 
 @pytest.mark.parametrize(("merge_base", "refused"), [("original", True), ("dequantized", False), ("auto", False)])
-def test_original_weights_that_are_not_there_are_asked_for_in_vain_before_training(
-    merge_base: str, refused: bool
-) -> None:
+def test_original_merge_of_a_4_bit_base_is_refused_before_training(merge_base: str, refused: bool) -> None:
     config = RunConfig.model_validate(
         {
             "model": {"model_name_or_path": "org/model-4bit"},

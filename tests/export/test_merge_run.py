@@ -1,4 +1,4 @@
-"""A finished run is merged: measured, with a card, whole or not at all, and with one model in memory at a time."""
+"""A finished run is merged atomically, with a card, measurements and one model in memory at a time."""
 
 import gc
 import json
@@ -21,9 +21,7 @@ def merge(run: RunFolder) -> MergeResult:
     return pipeline.merge(run.path, device="cpu")
 
 
-def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
-    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_merged_run_has_its_card_and_results(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train_run(tmp_path, pico_llama, "train.max_steps=2", "quantization.bnb_4bit_compute_dtype=bfloat16")
     alive: list[bool] = []
     original = verify.merge_adapter
@@ -61,7 +59,7 @@ def test_a_merged_run_is_whole_with_its_card_and_its_numbers(
     assert sorted(path.name for path in run.path.iterdir()) == before
 
 
-def test_a_run_without_held_out_rows_is_merged_and_checked_on_training_rows(
+def test_run_without_held_out_rows_is_checked_on_training_rows(
     pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="qlora_train")

@@ -97,7 +97,7 @@ def test_the_settings_in_a_card_are_a_config_again(tmp_path: Path) -> None:
     assert RunConfig.model_validate(yaml.safe_load(block)) == settings
 
 
-def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_ids_are_distinguished_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "llama").mkdir(parents=True)
     assert is_hub_id(HUB)

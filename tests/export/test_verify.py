@@ -92,7 +92,7 @@ def test_auto_keeps_the_better_base_and_reports_both(tuned: Tuned, tmp_path: Pat
     assert choice.losses["dequantized"] == pytest.approx(tuned.reference.loss, abs=0.02)
 
 
-def test_what_is_added_to_a_merge_is_part_of_the_whole(tuned: Tuned, tmp_path: Path) -> None:
+def test_files_that_finish_adds_are_in_the_manifest(tuned: Tuned, tmp_path: Path) -> None:
     output = tmp_path / "merged"
     choice = choose(tuned, output, merge_base="original")
     assert json.loads((output / "note.json").read_text()) == {"kept": "original", **choice.losses}
@@ -100,7 +100,7 @@ def test_what_is_added_to_a_merge_is_part_of_the_whole(tuned: Tuned, tmp_path: P
     assert "note.json" in json.loads((output / MANIFEST).read_text())["files"]
 
 
-def test_a_merge_that_cannot_be_finished_is_not_there(tuned: Tuned, tmp_path: Path) -> None:
+def test_failure_in_finish_writes_nothing(tuned: Tuned, tmp_path: Path) -> None:
     def full_disk(staging: Path, choice: MergeResult) -> None:
         raise OSError(28, "No space left on device")
 
@@ -109,7 +109,7 @@ def test_a_merge_that_cannot_be_finished_is_not_there(tuned: Tuned, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_something_else_is_not_replaced(tuned: Tuned, tmp_path: Path) -> None:
+def test_folder_that_is_not_a_merge_is_not_replaced(tuned: Tuned, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "thesis.tex").write_text("years of work")
     with pytest.raises(MergeError, match="not a previous merge"):
@@ -118,7 +118,7 @@ def test_a_folder_of_something_else_is_not_replaced(tuned: Tuned, tmp_path: Path
 
 
 @pytest.mark.parametrize(("weights_gb", "streamed_gb"), [(13, 0), (23, 1.4), (140, 118.4)])
-def test_weights_that_crowd_the_device_are_spread_to_host_memory(
+def test_weights_that_do_not_fit_use_host_memory(
     weights_gb: int, streamed_gb: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The activations need room too."""
@@ -192,9 +192,7 @@ def test_a_bounded_check_measures_the_same_rows_of_adapter_and_merge(
     assert choice.losses["dequantized"] == pytest.approx(again.loss, abs=1e-6)
 
 
-def test_a_merge_larger_than_the_gpu_is_measured_all_the_same(
-    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_merge_larger_than_the_gpu_is_measured(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge_adapter(tuned.run, tmp_path / "merged", "original")
     size = (tmp_path / "merged" / "model.safetensors").stat().st_size
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (size // 2, size))
@@ -205,7 +203,7 @@ def test_a_merge_larger_than_the_gpu_is_measured_all_the_same(
     assert found.loss == pytest.approx(expected.loss, abs=0.01)
 
 
-def test_weights_that_are_spread_leave_room_for_activations_on_every_device(
+def test_device_map_auto_leaves_room_for_activations(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge_adapter(tuned.run, tmp_path / "merged", "original")
@@ -227,7 +225,7 @@ def test_weights_that_are_spread_leave_room_for_activations_on_every_device(
 @pytest.mark.parametrize(
     "on_device", [{"lm_head"}, {"model.embed_tokens"}, {"model.embed_tokens", "model.layers.0", "model.layers.1"}]
 )
-def test_a_model_with_parts_elsewhere_has_the_same_loss(pico_llama: Path, tmp_path: Path, on_device: set[str]) -> None:
+def test_offloaded_model_has_the_same_loss(pico_llama: Path, tmp_path: Path, on_device: set[str]) -> None:
     """The other parts wait elsewhere and are brought to the device when they are needed."""
     names = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
     whole = AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32)
@@ -237,14 +235,14 @@ def test_a_model_with_parts_elsewhere_has_the_same_loss(pico_llama: Path, tmp_pa
     assert held_out_loss(model, examples(), batch_size=2, pad_token_id=0).loss == pytest.approx(expected.loss, rel=1e-6)
 
 
-def test_a_merge_that_costs_too_much_is_refused_with_both_numbers(tuned: Tuned, tmp_path: Path) -> None:
+def test_merge_with_a_higher_loss_is_refused_with_both_losses(tuned: Tuned, tmp_path: Path) -> None:
     tuned.reference = with_loss(tuned.reference, 0.1)
     with pytest.raises(MergeError, match=r"after merging and 0\.1000 with the adapter.*allows 0\.02"):
         choose(tuned, tmp_path / "merged", max_loss_increase=0.02)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_held_out_rows_what_was_trained_is_taken_and_checked_all_the_same(
+def test_without_held_out_rows_auto_merges_onto_the_dequantized_base(
     tuned: Tuned, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="qlora_train")
@@ -285,7 +283,7 @@ def damage_tensor(how: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("how", ["zeroed", "swapped", "gone"])
-def test_damage_that_the_loss_does_not_show_is_seen(
+def test_divergence_finds_damage_that_the_loss_misses(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     change_merges(monkeypatch, damage_tensor(how))
@@ -294,9 +292,7 @@ def test_damage_that_the_loss_does_not_show_is_seen(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_that_cannot_be_loaded_are_one_line(
-    tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_merge_that_cannot_be_loaded_is_one_line(tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_merges(monkeypatch, lambda folder: (folder / "model.safetensors").write_bytes(b"torn"))
     with pytest.raises(MergeError, match="the code on its card fails in a fresh process") as caught:
         choose(tuned, tmp_path / "merged")
@@ -338,9 +334,7 @@ def wait_for_ever(*_: Any) -> None:
     time.sleep(600)
 
 
-def test_divergence_is_a_lower_bound_of_that_over_the_whole_vocabulary_and_near_it(
-    pico_llama: Path, tmp_path: Path
-) -> None:
+def test_divergence_is_a_close_lower_bound_of_the_exact_one(pico_llama: Path, tmp_path: Path) -> None:
     rows = compared_rows(examples())
     model, other = (AutoModelForCausalLM.from_pretrained(pico_llama, dtype=torch.float32).eval() for _ in range(2))
     other.model.layers[0].mlp.down_proj.weight.data *= 0.8
