@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qlora_train.adapters.targets import is_target
 from qlora_train.config import LoraSection
 from qlora_train.kernels.expert_linear import experts_forward, follows_interface
-from qlora_train.kernels.expert_weights import LowRankStack, quantized_experts
+from qlora_train.kernels.expert_weights import ExpertLora, quantized_experts
 from qlora_train.models.moe import expert_parameters, stacks
 from qlora_train.utils.errors import ConfigError
 
@@ -104,16 +104,16 @@ def _updated_weights_forward(experts: nn.Module, wrappers: list[Wrapper]) -> Any
         weights = {wrapper: found[1] for wrapper, found in stacks_of.items() if found is not None}
         try:
             for wrapper, stack in weights.items():
-                stack.change = next(_update(wrapper), None)
+                stack.lora = next(_update(wrapper), None)
             return experts(*arguments, **keywords)
         finally:
             for stack in weights.values():
-                stack.change = None
+                stack.lora = None
 
     return forward
 
 
-def _update(wrapper: Wrapper) -> Iterator[LowRankStack]:
+def _update(wrapper: Wrapper) -> Iterator[ExpertLora]:
     """Yield the update of the active adapter, or nothing if adapters are disabled.
 
     PEFT stores `a` as (experts * r, in), experts outermost, and `b` as (out, r * experts), experts innermost.
@@ -125,7 +125,7 @@ def _update(wrapper: Wrapper) -> Iterator[LowRankStack]:
     assert len(active) == 1, "one adapter at a time"
     a, b = wrapper.lora_A[active[0]].weight, wrapper.lora_B[active[0]].weight
     number = wrapper.num_experts
-    yield LowRankStack(
+    yield ExpertLora(
         a=a.reshape(number, -1, a.shape[1]),
         b=b.reshape(b.shape[0], -1, number).permute(2, 0, 1),
         scale=wrapper.scaling[active[0]],

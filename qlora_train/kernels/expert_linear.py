@@ -1,12 +1,12 @@
-"""A mixture's experts with low-rank changes, without ever holding more than one expert's weights in 16 bits.
+"""A mixture's experts with LoRA, with one expert's weights dequantized at a time.
 
-For the tokens x that the router gave to expert e, with weights W of (out, in) and the low-rank change of each projection:
+For the tokens x of expert e, with weights W_e (out, in) and LoRA factors A_e, B_e of each projection:
 
     project(x) = x W_e' + s (x A_e') B_e' + bias_e
     y          = project_down(gate(project_up(x)))          sum over the experts of a token, times its routing weight
 
-The backward pass dequantises W_e again instead of keeping it. What is computed is what Transformers' experts compute with
-the weights W_e + s B_e A_e; the low-rank part is applied to the tokens, not to the weights.
+The backward pass dequantizes W_e again. The result is that of Transformers' experts with the weights W_e + s B_e A_e; LoRA
+is applied to the tokens, not to the weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_train.kernels.expert_weights import LowRankStack, expert_reader
+from qlora_train.kernels.expert_weights import ExpertLora, expert_reader
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """x W' (or x W) of a weight that `read` makes, and makes again in the backward pass."""
+class _FrozenMatmul(torch.autograd.Function):
+    """x W' (or x W) of a weight that `read` returns, in the backward pass too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, read: Callable[[], Tensor], transposed: bool) -> Tensor:
@@ -34,13 +34,8 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def follows_interface(experts: nn.Module) -> bool:
-    """Say whether a module keeps to Transformers' interface for experts, whose parts are then known by name."""
+    """Return whether a module implements Transformers' experts interface, which names its parts."""
     return all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
-
-
-def projections(experts: Any) -> tuple[str, str]:
-    """Return the parameter names of the first and the second projection."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
 def experts_forward(
@@ -48,45 +43,43 @@ def experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    changes: Mapping[str, LowRankStack] | None = None,
+    lora: Mapping[str, ExpertLora] | None = None,
 ) -> Tensor:
     """Return the mixture's output, (tokens, hidden), in the dtype of its input.
 
     Args:
         experts: a module that `follows_interface`.
         hidden_states: (tokens, hidden).
-        top_k_index: (tokens, k) expert of each choice; ids from num_experts on mean no expert.
+        top_k_index: (tokens, k) experts of each token; ids from num_experts on mean no expert.
         top_k_weights: (tokens, k) routing weights.
-        changes: low-rank changes by parameter name.
+        lora: by parameter name.
     """
-    changes = changes or {}
-    up, down = projections(experts)
-    num_choices = top_k_index.shape[-1]
-    chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    counts = torch.bincount(chosen, minlength=experts.num_experts)[: experts.num_experts].tolist()
-    token = order // num_choices
-    inputs, outputs, begin = hidden_states[token], [], 0
+    lora = lora or {}
+    up, down = ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+    top_k = top_k_index.shape[-1]
+    sorted_experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    counts = torch.bincount(sorted_experts, minlength=experts.num_experts)[: experts.num_experts].tolist()
+    inputs, outputs, begin = hidden_states[order // top_k], [], 0
     for index, count in enumerate(counts):
         if count:
-            x = _project(experts, up, changes.get(up), inputs[begin : begin + count], index)
+            x = _project(experts, up, lora.get(up), inputs[begin : begin + count], index)
             x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-            outputs.append(_project(experts, down, changes.get(down), x, index))
+            outputs.append(_project(experts, down, lora.get(down), x, index))
             begin += count
     result = torch.cat(outputs) if outputs else inputs[:0]
     if getattr(experts, "has_post_expert_norm", False):
         result = experts.post_expert_norm(result)
     weighted = result * top_k_weights.reshape(-1)[order[:begin]].unsqueeze(-1)
     by_choice = weighted.new_zeros((order.shape[0], hidden_states.shape[-1])).index_copy(0, order[:begin], weighted)
-    summed = by_choice.view(hidden_states.shape[0], num_choices, -1).sum(dim=1)
-    return summed.to(hidden_states.dtype)
+    return by_choice.view(hidden_states.shape[0], top_k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
-def _project(experts: Any, name: str, change: LowRankStack | None, x: Tensor, index: int) -> Tensor:
+def _project(experts: Any, name: str, lora: ExpertLora | None, x: Tensor, index: int) -> Tensor:
     read = expert_reader(experts, name)
-    result: Tensor = _FrozenProduct.apply(x, lambda: read(index), experts.is_transposed)
+    result: Tensor = _FrozenMatmul.apply(x, lambda: read(index), experts.is_transposed)
     if experts.has_bias:
         result = result + getattr(experts, f"{name}_bias")[index]
-    if change is not None:
-        a, b = change.a[index].to(x.dtype), change.b[index].to(x.dtype)
-        result = result + (x @ a.T @ b.T) * change.scale
+    if lora is not None:
+        a, b = lora.a[index].to(x.dtype), lora.b[index].to(x.dtype)
+        result = result + (x @ a.T @ b.T) * lora.scale
     return result

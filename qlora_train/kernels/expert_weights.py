@@ -1,10 +1,9 @@
-"""A stack of expert matrices in 4 bits: one 3-D parameter, each expert quantised on its own.
+"""Stacked expert weights in 4 bits: one 3-D parameter, each expert quantized on its own.
 
-Transformers keeps the experts of a layer as one parameter of shape (experts, a, b), which bitsandbytes' linear layers
-cannot hold. Here the parameter becomes the packed codes, and this module, registered as its parametrisation, the scales:
-whoever reads the parameter gets the dequantised stack, and whoever needs one expert asks for that one alone. The numbers
-are those of bitsandbytes for the matrix of a linear layer (blocks of 64, double quantisation in blocks of 256), so that an
-expert has the very weights it would have as a layer of its own.
+Transformers stores the experts of a layer as one parameter (experts, a, b), which bitsandbytes' linear layers do not
+support. Here the parameter is the packed codes, parametrized by the scales: reading it dequantizes the whole stack, and
+`expert_reader` dequantizes one expert. Codes and scales are bitwise those of bitsandbytes for a linear layer: blocks of 64,
+double quantization in blocks of 256.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,10 +22,10 @@ ABSMAX_BLOCK_SIZE = 256
 
 
 @dataclass(frozen=True)
-class LowRankStack:
-    """A low-rank change of a stack, W_e + scale * b_e a_e: `a` (experts, r, in), `b` (experts, out, r).
+class ExpertLora:
+    """LoRA of stacked experts, W_e + scale * b_e a_e: `a` (experts, r, in), `b` (experts, out, r).
 
-    `transposed` stacks hold (in, out) matrices, and change by the transpose.
+    A `transposed` stack holds (in, out) matrices.
     """
 
     a: Tensor
@@ -35,21 +34,21 @@ class LowRankStack:
     transposed: bool = False
 
     def add_to(self, stack: Tensor) -> Tensor:
-        """Return the changed stack, (experts, out, in) or, when transposed, (experts, in, out)."""
-        change = (self.b @ self.a) * self.scale
-        return stack + (change.mT if self.transposed else change).to(stack.dtype)
+        """Return the updated stack, (experts, out, in) or, transposed, (experts, in, out)."""
+        update = (self.b @ self.a) * self.scale
+        return stack + (update.mT if self.transposed else update).to(stack.dtype)
 
 
 @dataclass(frozen=True)
 class QuantizedStack:
-    """What `quantize_stack` makes: `codes` (experts, bytes of one expert) uint8, and the state of each expert."""
+    """`codes` (experts, bytes of one expert) uint8, and the quantization state of each expert."""
 
     codes: Tensor
     states: tuple[QuantState, ...]
 
 
 def quantize_stack(matrices: Iterable[Tensor], *, quant_type: str, double_quant: bool) -> QuantizedStack:
-    """Quantise the matrices (a, b) of a stack of experts, each on its own and one at a time."""
+    """Quantize the matrices (a, b) of a stack, one at a time."""
     codes, states = [], []
     for matrix in matrices:
         packed, state = quantize_4bit(
@@ -61,17 +60,17 @@ def quantize_stack(matrices: Iterable[Tensor], *, quant_type: str, double_quant:
 
 
 class ExpertWeights(nn.Module):
-    """The scales of a quantised stack; as a parametrisation, `forward(codes)` is the dequantised stack.
+    """The scales of a quantized stack; as a parametrization, `forward(codes)` is the dequantized stack.
 
     Attributes:
         shape: (experts, a, b) of the stack.
-        dtype: of the dequantised weights.
-        change: added to the stack that `forward` makes, while it is set.
+        dtype: of the dequantized weights.
+        lora: added to the stack by `forward`; None: the base weights.
     """
 
     def __init__(self, states: tuple[QuantState, ...]) -> None:
         super().__init__()
-        self.change: LowRankStack | None = None
+        self.lora: ExpertLora | None = None
         first = states[0]
         self.shape = torch.Size((len(states), *first.shape))
         self.dtype: torch.dtype = first.dtype
@@ -86,15 +85,15 @@ class ExpertWeights(nn.Module):
             self.absmax_code = nn.Buffer(first.state2.code, persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Return the dequantised stack, (experts, a, b), with the change that is set."""
+        """Return the dequantized stack, (experts, a, b), with LoRA if set."""
         stack = torch.empty(self.shape, dtype=self.dtype, device=codes.device)
-        for index, place in enumerate(stack):
-            self.matrix(codes, index, out=place)
-        return stack if self.change is None else self.change.add_to(stack)
+        for index, out in enumerate(stack):
+            self.matrix(codes, index, out=out)
+        return stack if self.lora is None else self.lora.add_to(stack)
 
     @torch.no_grad()
     def matrix(self, codes: Tensor, index: int, *, out: Tensor | None = None) -> Tensor:
-        """Return the dequantised weights of one expert, (a, b), written into `out` where it is given."""
+        """Return the dequantized weights of one expert, (a, b), without LoRA."""
         return dequantize(codes[index].unsqueeze(1), self._state(index), self.dtype, out=out)
 
     def _state(self, index: int) -> QuantState:
@@ -119,23 +118,23 @@ class ExpertWeights(nn.Module):
 
     @property
     def scale_tensors(self) -> tuple[Tensor, ...]:
-        """The block scales of all experts, both levels, with their offsets."""
+        """Block scales of all experts, both levels, and their offsets."""
         return (self.absmax, self.offsets, self.absmax_scales) if self.nested else (self.absmax,)
 
     @property
     def table_tensors(self) -> tuple[Tensor, ...]:
-        """The code tables, which all experts share."""
+        """Code tables, shared by all experts."""
         return (self.code, self.absmax_code) if self.nested else (self.code,)
 
 
 def parametrize_experts(module: nn.Module, name: str, states: tuple[QuantState, ...]) -> None:
-    """Make `module.<name>`, which holds packed codes, read as the stack that they stand for."""
-    # unsafe: the parametrisation changes shape and dtype on purpose, and nothing is assigned through it
+    """Parametrize `module.<name>`, which holds packed codes, to read as the dequantized stack."""
+    # unsafe: the parametrization changes shape and dtype on purpose, and has no right inverse
     parametrize.register_parametrization(module, name, ExpertWeights(states), unsafe=True)
 
 
 def quantized_experts(module: nn.Module, name: str) -> tuple[Tensor, ExpertWeights] | None:
-    """Return the packed codes and the scales of `module.<name>`; None where it is not in 4 bits."""
+    """Return the packed codes and the scales of `module.<name>`; None if it is not in 4 bits."""
     if not parametrize.is_parametrized(module, name):
         return None
     chain: Any = module.parametrizations[name]  # type: ignore[index]
@@ -144,10 +143,10 @@ def quantized_experts(module: nn.Module, name: str) -> tuple[Tensor, ExpertWeigh
 
 
 def expert_reader(module: nn.Module, name: str) -> Callable[[int], Tensor]:
-    """Return the function that gives the weights of one expert, (a, b), whether they are in 4 bits or not."""
-    found = quantized_experts(module, name)
-    if found is not None:
-        codes, weights = found
+    """Return index -> weights (a, b) of one expert of `module.<name>`, in 4 bits or not."""
+    quantized = quantized_experts(module, name)
+    if quantized is not None:
+        codes, weights = quantized
         return lambda index: weights.matrix(codes, index)
     stack: Tensor = getattr(module, name)
     return lambda index: stack[index]

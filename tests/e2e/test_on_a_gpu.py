@@ -28,7 +28,7 @@ from qlora_train.training.memory import activation_offloading
 from qlora_train.utils import signals
 from tests.support import fake_cuda
 from tests.support.runs import losses, make_config, train_run, write_rows
-from tests.support.varlen_reference import plain_varlen
+from tests.support.varlen_reference import reference_varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 Pico = Callable[..., Path]
@@ -56,7 +56,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (adapter_check, verify):
         monkeypatch.setattr(module, "check_in_fresh_process", check_here)
     if fake_cuda.IS_FAKE:
-        monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)  # torch's has no kernel for the CPU
+        monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)  # torch's has no kernel for the CPU
     fake_cuda.mismatches.clear()
     yield
     assert fake_cuda.mismatches == []

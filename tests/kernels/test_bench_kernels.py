@@ -1,6 +1,7 @@
 """The benchmark of the kernels computes every row of its table."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,9 @@ pytest.importorskip("triton", reason="Triton has no package for this platform")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_kernels.py"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=False)
-
-
-def test_a_dry_run_computes_every_row_and_finds_both_sides_equal() -> None:
-    done = run("--dry-run", "--tokens", "128")
+def test_dry_run_computes_every_row_and_kernels_match_their_references() -> None:
+    command = [sys.executable, str(SCRIPT), "--dry-run", "--tokens", "128"]
+    done = subprocess.run(command, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     title, _, _, *rows = done.stdout.splitlines()
     assert title.startswith("dry run, ")
@@ -27,12 +24,16 @@ def test_a_dry_run_computes_every_row_and_finds_both_sides_equal() -> None:
     for row in rows:
         *_, ratio, difference = row.split()
         assert re.fullmatch(r"\d+\.\d\d", ratio), row
-        # the interpreter cuts bfloat16 off where a GPU rounds: two of its steps at the largest of these numbers
+        # the interpreter truncates bfloat16 where a GPU rounds: two ulps at the largest of these values
         assert 0 <= float(difference) <= 2 * 2.0**-7 * 16, row
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_what_works() -> None:
-    done = run()
-    assert done.returncode == 2
-    assert "no CUDA device: only --dry-run works on this machine" in done.stderr
+def test_without_a_gpu_it_names_the_dry_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert exit_.value.code == 2
+    assert "no CUDA device: only --dry-run works on this machine" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the kernels become for NVIDIA GPUs, compiled on this machine, which needs none: with the launches' own arguments."""
+"""The kernels compiled for NVIDIA GPUs, without a GPU, with the arguments of their launches."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ from qlora_train.kernels.ops import (
     rms_norm_triton,
     rotary_triton,
 )
-from qlora_train.kernels.ops import dequantize as dispatch
+from qlora_train.kernels.ops.dequantize import by_triton
 from qlora_train.kernels.ops.rms_norm import Variant
 from tests.support.triton_interpreter import IS_INTERPRETED
 
@@ -38,11 +38,11 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 
 class Compiled:
-    """Stands where a kernel is launched, and compiles it for a GPU instead.
+    """Compiles a kernel for a GPU instead of launching it.
 
     Attributes:
-        assembly: the PTX of each launch.
-        machine_code: what ptxas makes of it.
+        assembly: PTX of each launch.
+        machine_code: cubin of each launch.
     """
 
     def __init__(self, kernel: Any, capability: int) -> None:
@@ -82,9 +82,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[[Module
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
 
     def get(module: ModuleType, name: str, capability: int) -> Compiled:
-        standing_in = Compiled(getattr(module, name), capability)
-        monkeypatch.setattr(module, name, standing_in)
-        return standing_in
+        compiler = Compiled(getattr(module, name), capability)
+        monkeypatch.setattr(module, name, compiler)
+        return compiler
 
     return get
 
@@ -92,13 +92,13 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[[Module
 @CAPABILITIES
 @DTYPES
 @pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
-def test_dequantisation_rounds_every_product_and_sum(
+def test_dequantization_rounds_every_product_and_sum(
     double_quant: bool, dtype: torch.dtype, capability: int, compiled: Callable[..., Compiled]
 ) -> None:
     kernel = compiled(dequantize_triton, "_dequantize", capability)
     packed, state = bnb.quantize_4bit(torch.randn(64, 64), compress_statistics=double_quant, quant_type="nf4")
-    dispatch.by_triton(packed, state, dtype, None)
-    dispatch.by_triton(packed, state, dtype, torch.empty(64, 128, dtype=dtype)[:, :64])
+    by_triton(packed, state, dtype, None)
+    by_triton(packed, state, dtype, torch.empty(64, 128, dtype=dtype)[:, :64])
     assert len(kernel.assembly) == 2
     for assembly in kernel.assembly:
         assert "mul.rn.f32" in assembly
@@ -134,13 +134,13 @@ def test_every_other_operation_compiles(dtype: torch.dtype, capability: int, com
             assert f".target sm_{capability}" in assembly
 
 
-OF_A_BLOCK = {rms_norm_triton: ("_forward", "_backward"), gated_triton: ("_forward", "_backward"),
+KERNELS = {rms_norm_triton: ("_forward", "_backward"), gated_triton: ("_forward", "_backward"),
               rotary_triton: ("_rotate",),
               dequantize_triton: ("_dequantize",), cross_entropy_triton: ("_losses_and_gradient",)}  # fmt: skip
 
 
 def test_large_models_fit_into_registers_and_move_sixteen_bytes_at_a_time(compiled: Callable[..., Compiled]) -> None:
-    kernels = [compiled(module, name, 90) for module, names in OF_A_BLOCK.items() for name in names]
+    kernels = [compiled(module, name, 90) for module, names in KERNELS.items() for name in names]
     x = torch.randn(2, 16384).bfloat16()  # as wide as the largest dense models
     variant = Variant(0.0, rounds_first=True)
     _, scale = rms_norm_triton.forward(x, x[0], 1e-6, variant)
@@ -148,7 +148,7 @@ def test_large_models_fit_into_registers_and_move_sixteen_bytes_at_a_time(compil
     gated_triton.forward(x, x, "silu")
     gated_triton.backward(x, x, x, "silu")
     rotary_triton.forward(x.view(1, 128, 2, 128), x[:1, :256].view(1, 1, 2, 128), x[:1, :256].view(1, 1, 2, 128))
-    dispatch.by_triton(*bnb.quantize_4bit(x, compress_statistics=True, quant_type="nf4"), torch.bfloat16, None)
+    by_triton(*bnb.quantize_4bit(x, compress_statistics=True, quant_type="nf4"), torch.bfloat16, None)
     cross_entropy_triton.losses_and_gradient_(torch.randn(2, 128256).bfloat16(), torch.arange(2))
     for kernel in kernels:
         [assembly], [machine_code] = kernel.assembly, kernel.machine_code
@@ -158,12 +158,12 @@ def test_large_models_fit_into_registers_and_move_sixteen_bytes_at_a_time(compil
         assert "st.global.v4.b32" in assembly
         alone = re.findall(r"(?:ld|st)\.global(?:\.v2)?\.b16", assembly)
         assert len(alone) == (kernel.kernel.__name__ == "_losses_and_gradient"), (
-            "the logit of a target alone moves by itself"
+            "only the target logit is a scalar load"
         )
 
 
 def resource_usage(machine_code: bytes) -> dict[str, int]:
-    """Return what the one kernel of a cubin takes: registers of a thread, bytes of its stack and of shared memory."""
+    """Return registers per thread, and bytes of stack and shared memory, of the kernel in a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(machine_code)
         file.flush()

@@ -1,4 +1,4 @@
-"""LoRA dropout in the fused kernels: its share, its scale, its memory, and gradients against autograd in float64."""
+"""LoRA dropout in the fused kernels: rate, scale, memory, and gradients against autograd in float64."""
 
 from collections.abc import Callable
 
@@ -29,13 +29,13 @@ def mask_of(rows: int, features: int, rate: float) -> Tensor:
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.05, 0.1, 0.5, 0.99])
-def test_share_of_dropped_numbers_is_the_rate(rate: float) -> None:
+def test_share_of_zeros_is_the_rate(rate: float) -> None:
     rows, features = 2000, 501
     mask = mask_of(rows, features, rate)
     deviation = (rate * (1 - rate) / mask.numel()) ** 0.5
     assert set(mask.unique().tolist()) == {0, 1}
     assert 1 - float(mask.float().mean()) == pytest.approx(rate, abs=5 * deviation)
-    if rate >= 0.05:  # rarer ones are not normally distributed
+    if rate >= 0.05:  # rarer zeros are not normally distributed
         columns = 1 - mask.float().mean(0)
         assert float((columns - rate).abs().max()) < 6 * (rate * (1 - rate) / rows) ** 0.5
 
@@ -47,7 +47,7 @@ def test_neighbours_are_dropped_independently() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_masked_numbers_are_themselves_or_zero(dtype: torch.dtype) -> None:
+def test_masked_values_are_unchanged_or_zero(dtype: torch.dtype) -> None:
     x, mask = torch.randn(7, 13).to(dtype), mask_of(7, 13, RATE)
     assert torch.equal(masked(x, mask), torch.where(mask.bool(), x, 0))
     changed = x.clone()
@@ -73,12 +73,12 @@ def reference(x: Tensor, mask: Tensor, layers: LoraLayers) -> Tensor:
 
 
 def compare(
-    found: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor], x: Tensor, layers: LoraLayers
+    actual: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], x: Tensor, layers: LoraLayers
 ) -> None:
     shape = (*x.shape[:-1], sum(len(b) for b in layers.b))
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     pairs = []
-    for function in (found, wanted):
+    for function in (actual, expected):
         leaf = x.clone().requires_grad_()
         y = function(leaf)
         pairs.append([y, *torch.autograd.grad(y, [leaf, *layers.a, *layers.b], grad)])
@@ -105,32 +105,32 @@ def test_gated_layer_with_the_same_mask(name: str) -> None:
     def parts(x: Tensor) -> tuple[Tensor, Tensor]:
         return x[..., :6] * 1, x[..., 6:] * 1
 
-    def wanted(x: Tensor) -> Tensor:
+    def expected(x: Tensor) -> Tensor:
         gate, up = parts(x)
         return reference(ACTIVATIONS[name].forward(gate) * up, mask, layers)
 
-    compare(lambda x: gated_linear(*parts(x), ACTIVATIONS[name], layers), wanted, x, layers)
+    compare(lambda x: gated_linear(*parts(x), ACTIVATIONS[name], layers), expected, x, layers)
 
 
 @pytest.mark.parametrize("tile_rows", [1, 5, 100])
-def test_recomputed_tiles_have_the_same_masks(tile_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_tiles_draw_the_same_masks(tile_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_train.kernels.tiled.TILE_ROWS", tile_rows)
     layers, x = layers_of(10), torch.randn(14, 6, dtype=torch.float64)
-    found, after = [], []
+    actual, after = [], []
     for way in (compute_tiled, lambda function, x: checkpoint_tiled(function, x, [*layers.a, *layers.b])):
         torch.manual_seed(3)
         leaf = x.clone().requires_grad_()
         y = way(lambda x: lora_linears(x, layers)[0], leaf)
         drawn = torch.get_rng_state()
-        found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *layers.a, *layers.b])])
-        assert torch.equal(drawn, torch.get_rng_state()), "a backward pass leaves the generator as it was"
+        actual.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *layers.a, *layers.b])])
+        assert torch.equal(drawn, torch.get_rng_state()), "a backward pass restores the generator"
         after.append(drawn)
     assert torch.equal(*after)
-    for one, other in zip(*found, strict=True):
+    for one, other in zip(*actual, strict=True):
         assert torch.equal(one, other)
 
 
-def test_one_byte_per_number_is_saved() -> None:
+def test_one_byte_per_value_is_saved() -> None:
     layers, x = layers_of(10, 4), torch.randn(64, 6, dtype=torch.float64, requires_grad=True)
     saved: list[Tensor] = []
 
@@ -146,7 +146,7 @@ def test_one_byte_per_number_is_saved() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_masks_of_a_gpu_are_seeded_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_masks_are_seeded_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_train.kernels.tiled.TILE_ROWS", 300)
     gpu = torch.device("cuda", 0)
     state = torch.get_rng_state()
@@ -158,11 +158,11 @@ def test_masks_of_a_gpu_are_seeded_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -
     linear = nn.Linear(512, 64, device=gpu).requires_grad_(False)
     a, b = (torch.randn(shape, device=gpu, requires_grad=True) for shape in ((8, 512), (64, 8)))
     layers, x = LoraLayers([FrozenWeight(linear)], [a], [b], [1.0], RATE), torch.randn(1000, 512, device=gpu)
-    found = []
+    actual = []
     for way in (compute_tiled, lambda function, x: checkpoint_tiled(function, x, [a, b])):
         torch.manual_seed(3)
         leaf = x.clone().requires_grad_()
         y = way(lambda x: lora_linears(x, layers)[0], leaf)
-        found.append([y, *torch.autograd.grad(y.square().sum(), [leaf, a, b])])
-    for one, other in zip(*found, strict=True):
+        actual.append([y, *torch.autograd.grad(y.square().sum(), [leaf, a, b])])
+    for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other)

@@ -1,4 +1,4 @@
-"""When operations stay with plain torch and bitsandbytes, and what else than numbers holds for kernels on a GPU."""
+"""When operations run in torch and bitsandbytes, and properties of the kernels on a GPU other than their results."""
 
 import logging
 import os
@@ -19,15 +19,15 @@ from tests.support.triton_interpreter import IS_INTERPRETED
 pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="this process interprets kernels")
 
 
-def test_tensors_on_the_cpu_stay_with_plain_torch() -> None:
+def test_no_kernels_for_cpu_tensors() -> None:
     assert not has_kernels(torch.zeros(2, dtype=torch.uint8))
     assert not runs_triton(torch.zeros(2))
 
 
-def test_where_triton_fails_it_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_triton_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger("qlora_train"), "propagate", True)
     works_on.cache_clear()
-    device = torch.device("cpu")  # which Triton compiles for no more than for a GPU that is too old
+    device = torch.device("cpu")  # Triton cannot compile for it, as for a GPU that is too old
     with caplog.at_level(logging.WARNING, logger="qlora_train"):
         assert not works_on(device)
         assert caplog.messages[0].startswith("Triton kernels: off on cpu, bitsandbytes and torch compute instead (")
@@ -41,7 +41,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available() or IS_FAKE, reaso
 
 @pytest.mark.gpu
 @needs_a_gpu
-def test_without_a_c_compiler_triton_is_found_not_to_work(tmp_path: Path) -> None:
+def test_probe_fails_without_a_c_compiler(tmp_path: Path) -> None:
     code = (
         "import torch; from qlora_train.kernels.ops.dispatch import works_on; print(works_on(torch.device('cuda', 0)))"
     )
@@ -54,7 +54,7 @@ def test_without_a_c_compiler_triton_is_found_not_to_work(tmp_path: Path) -> Non
 
 @pytest.mark.gpu
 @needs_a_gpu
-def test_a_cuda_graph_repeats_every_kernel_on_other_numbers() -> None:
+def test_cuda_graph_replays_every_kernel_on_new_values() -> None:
     from qlora_train.kernels.ops import cross_entropy_triton, gated_triton, rms_norm_triton, rotary_triton
     from qlora_train.kernels.ops.rms_norm import Variant
 
@@ -85,10 +85,10 @@ def test_a_cuda_graph_repeats_every_kernel_on_other_numbers() -> None:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = compute()
+        actual = compute()
     for given in (x, up, grad, weight, cos, sin, packed):
         given.copy_(given.flip(0, -1))
     packed.copy_(packed.roll(7))
     graph.replay()
-    for repeated, wanted in zip(found, compute(), strict=True):
-        assert torch.equal(repeated, wanted)
+    for repeated, expected in zip(actual, compute(), strict=True):
+        assert torch.equal(repeated, expected)

@@ -1,4 +1,4 @@
-"""Which keys and values sdpa gets where a GPU's fused kernels refuse grouped queries, and that the result is the same."""
+"""Keys and values are repeated only if no fused kernel supports grouped queries, without changing results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,27 +21,27 @@ SHARED_KEYS = SimpleNamespace(num_key_value_groups=4, is_causal=True)
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
     """Record the key heads and the keyword arguments of every call of sdpa."""
-    found: list[tuple[int, dict[str, Any]]] = []
+    actual: list[tuple[int, dict[str, Any]]] = []
     own = functional.scaled_dot_product_attention
 
     def record(query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Tensor:
-        found.append((key.shape[1], keywords))
+        actual.append((key.shape[1], keywords))
         return torch.empty(query.shape) if query.is_cuda else own(query, key, value, **keywords)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", record)
-    return found
+    return actual
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     """Answer as torch 2.13's sdp_utils.cpp on such a GPU."""
 
-    def fused_takes_groups(params: Any, debug: bool = False) -> bool:
+    def fused_supports_groups(params: Any, debug: bool = False) -> bool:
         del debug
         return (
             capability >= (8, 0) and params.query.dtype in (torch.float16, torch.bfloat16) and params.attn_mask is None
         )
 
-    monkeypatch.setattr(cuda, "can_use_flash_attention", fused_takes_groups)
+    monkeypatch.setattr(cuda, "can_use_flash_attention", fused_supports_groups)
     for name in ("can_use_cudnn_attention", "can_use_efficient_attention"):
         monkeypatch.setattr(cuda, name, lambda *_: False)
 
@@ -56,7 +56,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) ->
         ((9, 0), torch.float32, True),
     ],
 )
-def test_keys_are_repeated_where_only_the_math_kernel_takes_groups(
+def test_keys_are_repeated_if_only_the_math_kernel_supports_groups(
     capability: tuple[int, int], dtype: torch.dtype, repeated: bool, monkeypatch: pytest.MonkeyPatch, calls: list[Any]
 ) -> None:
     pretend_gpu(monkeypatch, capability)
@@ -69,7 +69,7 @@ def test_keys_are_repeated_where_only_the_math_kernel_takes_groups(
     assert (keywords["is_causal"], keywords["attn_mask"]) == (True, None)
 
 
-def test_autocast_decides_the_dtype_that_kernels_see(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_chosen_for_the_dtype_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch, (8, 0))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)  # torch.autocast needs a GPU
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
@@ -86,7 +86,7 @@ def test_repeated_keys_change_neither_logits_nor_gradients(
     model = AutoModelForCausalLM.from_pretrained(pico(model_type), dtype=torch.float64, attn_implementation="sdpa")
     tokens, results = torch.arange(3, 27)[None], []
     for repeated in (False, True):
-        monkeypatch.setattr(grouped_sdpa, "needs_repeated_keys", lambda *_, found=repeated: found)
+        monkeypatch.setattr(grouped_sdpa, "needs_repeated_keys", lambda *_, actual=repeated: actual)
         model.zero_grad()
         output = model(input_ids=tokens, labels=tokens)
         output.loss.backward()

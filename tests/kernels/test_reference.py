@@ -1,4 +1,4 @@
-"""The plain-torch 4-bit quantiser against the paper's numbers and against what bitsandbytes stores."""
+"""The reference of 4-bit quantization against the paper's values and bitsandbytes' storage."""
 
 import pytest
 import torch
@@ -44,13 +44,13 @@ BLOCKS = {
 
 
 def zero_has_one_sign(codes: Tensor, quant_type: str) -> Tensor:
-    """FP4 has two codes for zero, of equal meaning; bitsandbytes picks by the sign of what was rounded."""
+    """FP4 has two codes for zero; bitsandbytes picks by the sign of the rounded value."""
     return torch.where(codes == 8, torch.zeros_like(codes), codes) if quant_type == "fp4" else codes
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_codes_absmax_and_values_equal_what_bitsandbytes_stores(name: str, quant_type: str) -> None:
+def test_codes_absmax_and_values_equal_bitsandbytes(name: str, quant_type: str) -> None:
     x = BLOCKS[name]
     packed, absmax = nf4_reference.quantize_4bit(x, quant_type)
     stored, state = bnb.quantize_4bit(x, quant_type=quant_type)
@@ -84,7 +84,7 @@ def test_every_code_is_the_nearest_value(seed: int) -> None:
 
 @given(seed=st.integers(0, 2**32), quant_type=st.sampled_from(["nf4", "fp4"]))
 @settings(max_examples=20, deadline=None)
-def test_quantising_what_was_stored_changes_nothing(seed: int, quant_type: str) -> None:
+def test_quantization_is_idempotent(seed: int, quant_type: str) -> None:
     once = nf4_reference.dequantize_4bit(
         *nf4_reference.quantize_4bit(random_blocks(seed=seed), quant_type), (64, 192), quant_type
     )
@@ -109,7 +109,7 @@ def test_fp4_codebook_and_dynamic_map_are_those_of_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_double_quantised_absmax_is_the_nested_state_up_to_its_resolution(name: str) -> None:
+def test_double_quantized_absmax_matches_the_nested_state(name: str) -> None:
     _, absmax = nf4_reference.quantize_4bit(BLOCKS[name])
     _, state = bnb.quantize_4bit(BLOCKS[name], quant_type="nf4", compress_statistics=True)
     ours = nf4_reference.double_quantize(absmax)
@@ -123,20 +123,20 @@ def test_double_quantised_absmax_is_the_nested_state_up_to_its_resolution(name: 
     assert torch.equal(nf4_reference.double_dequantize(theirs), restored)
 
 
-def test_most_indices_of_the_nested_state_are_the_nearest_ones() -> None:
+def test_most_indices_of_the_nested_state_are_nearest() -> None:
     x = random_blocks(shape=(1024, 1024))
     _, absmax = nf4_reference.quantize_4bit(x)
     _, state = bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
     assert (nf4_reference.double_quantize(absmax).indices == state.absmax).float().mean() > 0.99
 
 
-def test_double_quantisation_moves_a_scale_by_less_than_a_hundredth_of_their_spread() -> None:
+def test_double_quantization_error_is_below_1_percent_of_the_spread() -> None:
     _, absmax = nf4_reference.quantize_4bit(random_blocks(shape=(512, 512)))
     error = (nf4_reference.double_dequantize(nf4_reference.double_quantize(absmax)) - absmax).abs().max()
     assert error <= (absmax - absmax.mean()).abs().max() * 0.01
 
 
-def test_storage_is_4_127_bits_a_weight_with_double_quantisation_and_4_5_without() -> None:
+def test_storage_is_4_127_bits_per_weight_double_quantized_and_4_5_single() -> None:
     x = torch.zeros(1024, 1024)
     packed, absmax = nf4_reference.quantize_4bit(x)
     nested = nf4_reference.double_quantize(absmax)

@@ -1,4 +1,4 @@
-"""A function of rows in tiles: what the whole computes, in the same bits whether it is computed again or not."""
+"""Tiled computation matches the whole, and is bitwise equal with and without recomputation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,12 +28,12 @@ def weights_of(dtype: torch.dtype) -> list[Tensor]:
 
 
 def mlp(weights: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a gated MLP; the last of its weights is not used."""
+    """Return a gated MLP; the last weight is unused."""
     return lambda x: (torch.sigmoid(x @ weights[0]) * (x @ weights[1])) @ weights[2]
 
 
 def gradients(way: Callable[..., Tensor], *, passes: int = 1, dtype: torch.dtype = torch.float64) -> list[Any]:
-    """Return what a way computes and the gradients it makes, after some passes on the same weights."""
+    """Return outputs and gradients after some passes on the same weights."""
     weights, x = weights_of(dtype), numbers(1, ROWS, WIDTH, dtype=dtype).requires_grad_()
     for _ in range(passes):
         y = way(mlp(weights), x, weights)
@@ -42,39 +42,39 @@ def gradients(way: Callable[..., Tensor], *, passes: int = 1, dtype: torch.dtype
 
 
 def whole(function: Any, x: Tensor, _weights: Any) -> Tensor:
-    found: Tensor = function(x)
-    return found
+    actual: Tensor = function(x)
+    return actual
 
 
-def kept(function: Any, x: Tensor, _weights: Any) -> Tensor:
+def saved(function: Any, x: Tensor, _weights: Any) -> Tensor:
     return compute_tiled(function, x)
 
 
-def test_tiles_compute_what_the_whole_does() -> None:
-    *found, unused = gradients(checkpoint_tiled)
-    *wanted, _ = gradients(whole)
+def test_tiles_match_the_whole() -> None:
+    *actual, unused = gradients(checkpoint_tiled)
+    *expected, _ = gradients(whole)
     assert unused is None
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_are_the_same_whether_it_is_computed_again_or_not(dtype: torch.dtype) -> None:
-    found, wanted = (gradients(way, passes=3, dtype=dtype) for way in (checkpoint_tiled, kept))
-    for one, other in zip(found[:-1], wanted[:-1], strict=True):
+def test_recomputation_is_bitwise_equal(dtype: torch.dtype) -> None:
+    actual, expected = (gradients(way, passes=3, dtype=dtype) for way in (checkpoint_tiled, saved))
+    for one, other in zip(actual[:-1], expected[:-1], strict=True):
         assert torch.equal(one, other)
 
 
-def test_an_input_without_a_gradient_is_computed_with() -> None:
+def test_input_without_a_gradient() -> None:
     weights, x = weights_of(torch.float64), numbers(ROWS, WIDTH)
     checkpoint_tiled(mlp(weights), x, weights).sum().backward()
-    found = [weight.grad for weight in weights[:3]]
-    wanted = torch.autograd.grad(mlp(weights)(x).sum(), weights[:3])
-    for one, other in zip(found, wanted, strict=True):
+    actual = [weight.grad for weight in weights[:3]]
+    expected = torch.autograd.grad(mlp(weights)(x).sum(), weights[:3])
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_autocast_is_in_the_backward_pass_as_it_was_in_the_forward_pass() -> None:
+def test_backward_pass_recomputes_under_the_autocast_of_the_forward_pass() -> None:
     seen = []
     weights = weights_of(torch.float32)
 
@@ -90,7 +90,7 @@ def test_autocast_is_in_the_backward_pass_as_it_was_in_the_forward_pass() -> Non
     assert len(seen) % 2 == 0
 
 
-def test_nothing_but_the_input_is_kept() -> None:
+def test_only_the_input_is_saved() -> None:
     held: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one-pass dequantisation against bitsandbytes on the CPU and against the plain-torch definition: equal bits."""
+"""Dequantization kernels, bitwise equal to bitsandbytes on the CPU and to the reference."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
-from qlora_train.kernels.ops import dequantize as dispatch
+from qlora_train.kernels.ops.dequantize import by_triton
 from tests.support import nf4_reference
 from tests.support.triton_interpreter import DEVICE, needs_its_device
 
@@ -14,8 +14,8 @@ pytestmark = needs_its_device
 SINGLE_OR_DOUBLE = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 WHOLE_BLOCKS = [(64, 64, 64), (3, 4160, 64), (40, 256, 128), (9, 96, 32), (4, 2048, 1024), (300, 128, 64)]
-"""(rows, columns, block size) with whole blocks in a row, the only ones whose even rows bitsandbytes gets right on CPUs."""
-PARTS_OF_BLOCKS = [
+"""(rows, columns, block size) with whole blocks per row: the only ones bitsandbytes dequantizes correctly on CPUs."""
+PARTIAL_BLOCKS = [
     (1, 1, 64),
     (5, 7, 64),
     (7, 33, 32),
@@ -38,12 +38,12 @@ def stored(
     return packed, state
 
 
-def found(packed: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def actual(packed: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     moved = QuantState.from_dict(state.as_dict(packed=True), device=torch.device(DEVICE))
-    return dispatch.by_triton(packed.to(DEVICE), moved, dtype, out).cpu()
+    return by_triton(packed.to(DEVICE), moved, dtype, out).cpu()
 
 
-def by_definition(packed: Tensor, state: QuantState) -> Tensor:
+def by_reference(packed: Tensor, state: QuantState) -> Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = nf4_reference.double_dequantize(
@@ -58,69 +58,69 @@ def by_definition(packed: Tensor, state: QuantState) -> Tensor:
 @SINGLE_OR_DOUBLE
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize(("rows", "columns", "block_size"), WHOLE_BLOCKS)
-def test_weights_are_those_of_bitsandbytes(
+def test_weights_match_bitsandbytes(
     rows: int, columns: int, block_size: int, quant_type: str, double_quant: bool, dtype: torch.dtype
 ) -> None:
     packed, state = stored(rows, columns, block_size, dtype, quant_type=quant_type, double_quant=double_quant)
-    assert torch.equal(found(packed, state, dtype), bnb.dequantize_4bit(packed, state))
+    assert torch.equal(actual(packed, state, dtype), bnb.dequantize_4bit(packed, state))
 
 
 @DTYPES
 @SINGLE_OR_DOUBLE
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize(("rows", "columns", "block_size"), PARTS_OF_BLOCKS)
-def test_weights_are_those_of_the_definition_where_a_block_ends_in_another_row(
+@pytest.mark.parametrize(("rows", "columns", "block_size"), PARTIAL_BLOCKS)
+def test_weights_match_the_reference_if_rows_are_partial_blocks(
     rows: int, columns: int, block_size: int, quant_type: str, double_quant: bool, dtype: torch.dtype
 ) -> None:
     packed, state = stored(rows, columns, block_size, dtype, quant_type=quant_type, double_quant=double_quant)
-    assert torch.equal(found(packed, state, dtype), by_definition(packed, state))
+    assert torch.equal(actual(packed, state, dtype), by_reference(packed, state))
 
 
 @SINGLE_OR_DOUBLE
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=str)
-def test_codes_may_be_stored_as_wider_numbers(storage: torch.dtype, double_quant: bool) -> None:
+def test_codes_in_a_wider_storage_dtype(storage: torch.dtype, double_quant: bool) -> None:
     packed, state = stored(24, 128, 64, torch.bfloat16, double_quant=double_quant, storage=storage)
     assert packed.dtype == storage
-    assert torch.equal(found(packed, state, torch.bfloat16), bnb.dequantize_4bit(packed, state))
+    assert torch.equal(actual(packed, state, torch.bfloat16), bnb.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("stored_as", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_weights_are_rounded_to_their_own_dtype_first(stored_as: torch.dtype, wanted: torch.dtype) -> None:
+@pytest.mark.parametrize("expected", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_are_rounded_to_the_dtype_of_the_state_first(stored_as: torch.dtype, expected: torch.dtype) -> None:
     packed, state = stored(24, 128, 64, stored_as)
-    assert torch.equal(found(packed, state, wanted), bnb.dequantize_4bit(packed, state).to(wanted))
+    assert torch.equal(actual(packed, state, expected), bnb.dequantize_4bit(packed, state).to(expected))
 
 
-@pytest.mark.parametrize("place", ["rows", "columns", "one of a stack"])
-def test_weights_go_into_a_place_and_leave_what_is_around_it(place: str) -> None:
+@pytest.mark.parametrize("view", ["rows", "columns", "one of a stack"])
+def test_out_may_be_a_view_of_a_larger_tensor(view: str) -> None:
     index = {
         "rows": (0, slice(8, 32), slice(0, 160)),
         "columns": (1, slice(0, 40), slice(64, 128)),
         "one of a stack": (2,),
-    }[place]
+    }[view]
     around = torch.full((3, 40, 160), 7.0, device=DEVICE)
     packed, state = stored(*around[index].shape, 32)
-    found(packed, state, torch.float32, out=around[index])
+    actual(packed, state, torch.float32, out=around[index])
     assert torch.equal(around[index].cpu(), bnb.dequantize_4bit(packed, state))
     around[index] = 7.0
     assert (around == 7.0).all()
 
 
-def test_a_place_whose_rows_are_not_contiguous_is_refused() -> None:
+def test_out_with_strided_rows_is_refused() -> None:
     packed, state = stored(24, 64, 64)
     with pytest.raises(AssertionError, match="rows of the output are contiguous"):
-        found(packed, state, torch.float32, out=torch.zeros(64, 24, device=DEVICE).T)
+        actual(packed, state, torch.float32, out=torch.zeros(64, 24, device=DEVICE).T)
 
 
-def test_autograd_learns_that_a_place_was_written_to() -> None:
+def test_autograd_detects_the_write_to_out() -> None:
     packed, state = stored(24, 64, 64)
-    factor, place = torch.ones(24, 64, device=DEVICE, requires_grad=True), torch.ones(24, 64, device=DEVICE)
-    product = factor * place
-    found(packed, state, torch.float32, out=place)
+    factor, out = torch.ones(24, 64, device=DEVICE, requires_grad=True), torch.ones(24, 64, device=DEVICE)
+    product = factor * out
+    actual(packed, state, torch.float32, out=out)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
     with torch.inference_mode():
-        assert torch.equal(found(packed, state, torch.float32, out=torch.ones_like(place)), place.cpu())
+        assert torch.equal(actual(packed, state, torch.float32, out=torch.ones_like(out)), out.cpu())
 
 
 @SINGLE_OR_DOUBLE
@@ -128,11 +128,11 @@ def test_a_state_with_too_few_scales_is_refused(double_quant: bool) -> None:
     packed, state = stored(24, 64, 64, double_quant=double_quant)
     state.absmax = state.absmax[:-1]
     with pytest.raises(AssertionError, match="every block has a scale"):
-        found(packed, state, torch.float32)
+        actual(packed, state, torch.float32)
 
 
 def test_a_state_with_too_few_scales_of_scales_is_refused() -> None:
     packed, state = stored(257, 64, 64)
     state.state2.absmax = state.state2.absmax[:-1]
     with pytest.raises(AssertionError, match="every absmax has a scale"):
-        found(packed, state, torch.float32)
+        actual(packed, state, torch.float32)

@@ -1,4 +1,4 @@
-"""Where Triton works, its kernels are found to."""
+"""The probe of Triton passes on a device where Triton works."""
 
 import torch
 
@@ -8,5 +8,5 @@ from tests.support.triton_interpreter import DEVICE, needs_its_device
 pytestmark = needs_its_device
 
 
-def test_a_kernel_is_tried_and_works() -> None:
+def test_probe_passes() -> None:
     assert works_on(torch.device(DEVICE))

@@ -1,4 +1,4 @@
-"""Whole models on the fast path with every operation as a kernel: the gradients are those of PEFT and Transformers."""
+"""Whole models with every operation as a Triton kernel: gradients match PEFT and Transformers."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -58,14 +58,14 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         ("mixtral", {"dequantize", "rms_norm", "rotary"}),
     ],
 )
-def test_gradients_are_those_of_the_plain_path(
+def test_gradients_match_the_reference(
     model_type: str, operations: set[str], pico: Callable[..., Path], used: Counter[str], tmp_path: Path
 ) -> None:
     batch: dict[str, Any] = {"input_ids": IDS.to(DEVICE), "labels": IDS.to(DEVICE)}
     model = adapted_model(tmp_path, pico(model_type), "quantization.bnb_4bit_compute_dtype=float32")
-    wanted = gradients_of(model, batch)
+    expected = gradients_of(model, batch)
     install(model.model, lambda: label_losses(model.model, **batch))
     used.clear()
-    found = gradients_of(model, batch)
+    actual = gradients_of(model, batch)
     assert set(used) == operations
-    assert compare_gradients(wanted, found).gradient < 1e-5
+    assert compare_gradients(expected, actual).gradient < 1e-5

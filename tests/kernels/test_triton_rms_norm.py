@@ -1,10 +1,10 @@
-"""RMS normalisation as kernels against the plain torch code, and against autograd in float64."""
+"""RMS norm kernels against the reference and against autograd in float64."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from qlora_train.kernels.ops import rms_norm as plain
+from qlora_train.kernels.ops import rms_norm as reference
 from qlora_train.kernels.ops.rms_norm import Variant, rms_norm
 from tests.support.triton_interpreter import CLOSE, DEVICE, needs_its_device, use_kernels
 
@@ -13,7 +13,7 @@ EPS = 1e-5
 VARIANTS = pytest.mark.parametrize(
     "variant", [Variant(offset, rounds_first) for offset in (0.0, 1.0) for rounds_first in (True, False)], ids=str
 )
-SHAPES = pytest.mark.parametrize("shape", [(2, 7, 64), (3, 1, 5, 96), (1, 1), (5, 1000), (40, 130), (2, 5000)], ids=str)
+SHAPES = pytest.mark.parametrize("shape", [(3, 1, 5, 96), (1, 1), (40, 130), (2, 5000)], ids=str)
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -23,50 +23,50 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> T
 @SHAPES
 @VARIANTS
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-def test_both_passes_are_those_of_the_plain_code(shape: tuple[int, ...], variant: Variant, dtype: torch.dtype) -> None:
+def test_both_passes_match_the_reference(shape: tuple[int, ...], variant: Variant, dtype: torch.dtype) -> None:
     from qlora_train.kernels.ops import rms_norm_triton as kernels
 
     x, weight, grad = numbers(*shape, dtype=dtype), numbers(shape[-1], seed=1, dtype=dtype), numbers(*shape, seed=2)
-    wanted, wanted_scale = plain.REFERENCE.forward(x, weight, EPS, variant)
-    found, scale = kernels.forward(x, weight, EPS, variant)
+    expected, wanted_scale = reference.REFERENCE.forward(x, weight, EPS, variant)
+    actual, scale = kernels.forward(x, weight, EPS, variant)
     torch.testing.assert_close(scale, wanted_scale, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found, wanted, **CLOSE[dtype])
+    torch.testing.assert_close(actual, expected, **CLOSE[dtype])
 
     arguments = (grad.to(dtype), x, weight, scale, variant)
-    torch.testing.assert_close(kernels.backward(*arguments), plain.REFERENCE.backward(*arguments), **CLOSE[dtype])
+    torch.testing.assert_close(kernels.backward(*arguments), reference.REFERENCE.backward(*arguments), **CLOSE[dtype])
 
 
 @VARIANTS
-def test_gradients_are_those_of_autograd_in_float64(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_match_autograd_in_float64(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     use_kernels(monkeypatch)
     x, weight, grad = numbers(6, 70), numbers(70, seed=1), numbers(6, 70, seed=2)
     leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
-    found = rms_norm(leaf, weight, EPS, variant)
-    wanted = exact / (exact.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * (weight.double() + variant.offset)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
-    found.backward(grad)
-    wanted.backward(grad.double())
+    actual = rms_norm(leaf, weight, EPS, variant)
+    expected = exact / (exact.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * (weight.double() + variant.offset)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+    actual.backward(grad)
+    expected.backward(grad.double())
     assert leaf.grad is not None
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
 
 
 @VARIANTS
-def test_a_weight_in_float32_makes_the_output_what_torch_makes_it(variant: Variant) -> None:
+def test_float32_weight_gives_the_dtype_of_the_reference(variant: Variant) -> None:
     from qlora_train.kernels.ops import rms_norm_triton as kernels
 
     x, weight = numbers(6, 70, dtype=torch.bfloat16), numbers(70, seed=1)
-    wanted, scale = plain.REFERENCE.forward(x, weight, EPS, variant)
-    found, _ = kernels.forward(x, weight, EPS, variant)
-    assert found.dtype == wanted.dtype
-    torch.testing.assert_close(found, wanted, **CLOSE[found.dtype])
-    arguments = (numbers(6, 70, seed=2, dtype=found.dtype), x, weight, scale, variant)
+    expected, scale = reference.REFERENCE.forward(x, weight, EPS, variant)
+    actual, _ = kernels.forward(x, weight, EPS, variant)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, **CLOSE[actual.dtype])
+    arguments = (numbers(6, 70, seed=2, dtype=actual.dtype), x, weight, scale, variant)
     torch.testing.assert_close(
-        kernels.backward(*arguments), plain.REFERENCE.backward(*arguments), **CLOSE[torch.bfloat16]
+        kernels.backward(*arguments), reference.REFERENCE.backward(*arguments), **CLOSE[torch.bfloat16]
     )
 
 
 @pytest.mark.parametrize("layout", ["a part of wider rows", "heads before positions", "features apart"])
-def test_rows_may_lie_anywhere(layout: str) -> None:
+def test_inputs_of_any_strides(layout: str) -> None:
     from qlora_train.kernels.ops import rms_norm_triton as kernels
 
     part = {
@@ -76,7 +76,7 @@ def test_rows_may_lie_anywhere(layout: str) -> None:
     }[layout]
     made, grads = (part(numbers(4, 5, 192, seed=seed)) for seed in (0, 2))
     weight, variant = numbers(64, seed=1), Variant(0.0, False)
-    wanted, scale = plain.REFERENCE.forward(made, weight, EPS, variant)
-    torch.testing.assert_close(kernels.forward(made, weight, EPS, variant)[0], wanted)
+    expected, scale = reference.REFERENCE.forward(made, weight, EPS, variant)
+    torch.testing.assert_close(kernels.forward(made, weight, EPS, variant)[0], expected)
     arguments = (grads, made, weight, scale, variant)
-    torch.testing.assert_close(kernels.backward(*arguments), plain.REFERENCE.backward(*arguments))
+    torch.testing.assert_close(kernels.backward(*arguments), reference.REFERENCE.backward(*arguments))

@@ -1,4 +1,4 @@
-"""The loss in chunks is the loss, on every family and with gradients, and keeps no logits; activations on the host."""
+"""The chunked loss and its gradients match the loss of all labels on every family, without saved logits."""
 
 import gc
 import weakref
@@ -26,9 +26,9 @@ SCALED_HEADS = {
     "granite": {"logits_scaling": 8.0},
     "cohere": {"logit_scale": 0.0625},
 }
-"""Families that do something to their logits, strongly enough for its absence to show."""
-NOT_IN_CHUNKS = "opt"
-"""Its outermost module reaches past the next one, into the decoder."""
+"""Families that scale or cap their logits, strongly enough to detect its absence."""
+NOT_CHUNKED = "opt"
+"""Its outermost module calls the decoder inside the next one."""
 
 
 def adapted(family: str, **peft: Any) -> Any:
@@ -37,11 +37,11 @@ def adapted(family: str, **peft: Any) -> Any:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     targets = choose_targets(model, find_linears(model), LoraSection(), ARCHITECTURES[family])
     lora = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM", **peft)
-    return get_peft_model(model, lora).eval()  # some drop out
+    return get_peft_model(model, lora).eval()  # some have a dropout
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Return three ragged rows, the labels of which no chunk length divides."""
+    """Return three ragged rows with a number of labels that no chunk size divides."""
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(4, 300, (3, 20), generator=generator)
     labels, attention_mask = input_ids.clone(), torch.ones_like(input_ids)
@@ -58,13 +58,13 @@ def losses_and_gradients(model: Any, chunk_tokens: int | None) -> tuple[torch.Te
     return losses.detach(), {name: parameter.grad.clone() for name, parameter in trained.items()}
 
 
-@pytest.mark.parametrize("family", sorted({*FAMILIES} - {NOT_IN_CHUNKS}))
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {NOT_CHUNKED}))
 @pytest.mark.parametrize("chunk_tokens", [5, 1000])
-def test_loss_and_gradients_in_chunks_are_those_of_the_whole(family: str, chunk_tokens: int) -> None:
+def test_loss_and_gradients_match_those_of_all_labels(family: str, chunk_tokens: int) -> None:
     model = adapted(family)
-    wanted, wanted_gradients = losses_and_gradients(model, None)
-    found, gradients = losses_and_gradients(model, chunk_tokens)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    expected, wanted_gradients = losses_and_gradients(model, None)
+    actual, gradients = losses_and_gradients(model, chunk_tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == wanted_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -72,7 +72,7 @@ def test_loss_and_gradients_in_chunks_are_those_of_the_whole(family: str, chunk_
 
 
 @pytest.mark.parametrize("family", SCALED_HEADS)
-def test_what_these_families_do_around_the_head_matters(family: str) -> None:
+def test_logits_of_these_families_are_scaled_or_capped(family: str) -> None:
     model = adapted(family)
     hidden = model.get_base_model().base_model(input_ids=batch()["input_ids"]).last_hidden_state
     plain = model.get_output_embeddings()(hidden)
@@ -80,18 +80,18 @@ def test_what_these_families_do_around_the_head_matters(family: str) -> None:
     assert float((plain - logits).abs().max()) > 0.5
 
 
-def test_a_head_that_is_trained_gets_its_gradient() -> None:
+def test_trained_head_has_its_gradient() -> None:
     model = adapted("llama", modules_to_save=["lm_head"])
-    _, wanted = losses_and_gradients(model, None)
-    _, found = losses_and_gradients(model, 5)
-    (name,) = [name for name in wanted if "lm_head" in name]
-    torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+    _, expected = losses_and_gradients(model, None)
+    _, actual = losses_and_gradients(model, 5)
+    (name,) = [name for name in expected if "lm_head" in name]
+    torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_gradient_of_logits_is_made_where_they_are(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No operation but the head's product, and the soft-capping there is, makes a tensor of their size."""
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", 1)  # a row at a time
+def test_gradients_overwrite_the_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the matmul of the head and soft-capping allocate a tensor of their size."""
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 1)  # one row per chunk
     model = adapted(family)
     num_labels = int((batch()["labels"][:, 1:] != IGNORE_INDEX).sum())
     large: list[str] = []
@@ -114,8 +114,8 @@ def test_the_gradient_of_logits_is_made_where_they_are(family: str, monkeypatch:
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
-def test_logits_of_one_chunk_live_at_a_time(head: str) -> None:
-    """Autograd keeps a chunk's rows of logits at most, and none of them after the forward pass."""
+def test_one_chunk_of_logits_exists_at_a_time(head: str) -> None:
+    """Autograd saves at most one chunk of logits, and none after the forward pass."""
     model = adapted("llama", **({"modules_to_save": ["lm_head"]} if head == "trained" else {}))
     vocabulary, hidden = model.config.vocab_size, model.config.hidden_size
 
@@ -143,7 +143,7 @@ def test_logits_of_one_chunk_live_at_a_time(head: str) -> None:
     assert left == 0
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_model_is_unchanged() -> None:
     model = adapted("llama")
     before = {name: id(module) for name, module in model.named_modules()}
     losses_and_gradients(model, 5)
@@ -154,12 +154,12 @@ def test_the_model_is_left_as_it_was() -> None:
         assert not module._forward_hooks
 
 
-def test_a_model_that_is_built_otherwise_is_recognised() -> None:
-    assert not supports_chunking(adapted(NOT_IN_CHUNKS))
+def test_decoder_inside_another_module_does_not_support_chunking() -> None:
+    assert not supports_chunking(adapted(NOT_CHUNKED))
 
 
-class _LogitsOfItsOwn(nn.Module):
-    """A causal language model around another, which does something that hidden states alone do not tell."""
+class _LogitsFromInputIds(nn.Module):
+    """A causal language model whose logits depend on more than hidden states."""
 
     base_model_prefix = "model"
 
@@ -179,12 +179,12 @@ class _LogitsOfItsOwn(nn.Module):
         return output
 
 
-def test_a_model_whose_logits_need_more_than_hidden_states_is_recognised() -> None:
-    assert not supports_chunking(_LogitsOfItsOwn(adapted("llama").get_base_model()))
+def test_logits_from_more_than_hidden_states_do_not_support_chunking() -> None:
+    assert not supports_chunking(_LogitsFromInputIds(adapted("llama").get_base_model()))
 
 
-def test_a_head_that_needs_its_logits_for_the_gradient_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their gradient would take their place: tanh makes its own of what it returned."""
+def test_head_that_saves_its_logits_does_not_support_chunking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients overwrite the logits, and the gradient of tanh needs its output."""
     model = adapted("llama")
     head = model.get_output_embeddings()
     monkeypatch.setattr(head, "forward", lambda hidden: nn.functional.linear(hidden, head.weight).tanh())
@@ -194,8 +194,8 @@ def test_a_head_that_needs_its_logits_for_the_gradient_is_recognised(monkeypatch
     assert not supports_chunking(model)
 
 
-def test_a_model_that_rounds_otherwise_with_gradients_can_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So do models on the fast path; both ways of the loss are tried with gradients."""
+def test_model_that_rounds_differently_with_gradients_supports_chunking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As models with fused kernels do: both losses are probed with gradients."""
     model = adapted("llama")
     mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
     own = mlp.forward

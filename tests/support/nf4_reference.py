@@ -1,4 +1,4 @@
-"""4-bit blockwise quantisation in plain torch: the definition that faster code, and bitsandbytes, is compared with.
+"""Reference of 4-bit blockwise quantization in torch, for comparison with kernels and bitsandbytes.
 
 QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314) stores a weight in 4 bits. The weight is read as one row
 of numbers and cut into blocks of 64; each block keeps its largest magnitude, and each number the index of the nearest

@@ -1,6 +1,6 @@
-"""Where the Triton kernels are tested: on a GPU, and on the fake one by Triton's interpreter, in a process of its own.
+"""Devices for tests of Triton kernels: a GPU, or a fake one with Triton's interpreter, in a separate process.
 
-Triton decides at import whether it interprets, so `test_interpreted.py` starts a second pytest for the interpreted cases.
+Triton chooses the interpreter at import, so `test_interpreted.py` starts a second pytest.
 """
 
 import os
@@ -14,8 +14,7 @@ from qlora_train.kernels.ops import dispatch
 from tests.support.fake_cuda import IS_FAKE
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether this process interprets kernels instead of compiling them for a GPU. They run on tensors of the fake
-device then, or of the CPU."""
+"""Whether this process interprets kernels, on tensors of the fake device or of the CPU."""
 
 DEVICE = "cpu" if IS_INTERPRETED and not IS_FAKE else "cuda"
 has_its_device = IS_INTERPRETED or (torch.cuda.is_available() and not IS_FAKE)
@@ -27,16 +26,16 @@ CLOSE = {
     torch.bfloat16: {"rtol": 2.0**-7, "atol": 1e-6},
     torch.float16: {"rtol": 2.0**-10, "atol": 1e-6},
 }
-"""How far kernels may be from the plain code: sums in another order, which may round one number to its neighbour."""
+"""Tolerances against the reference: sums in another order may round differently by one ulp."""
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have operations run as kernels on the tensors of this process."""
+    """Run operations as kernels on this process's tensors."""
     monkeypatch.setattr(dispatch, "runs_triton", lambda x: True)
 
 
 def round_like_a_gpu() -> None:
-    """Make the interpreter round float32 to bfloat16 to nearest, ties to even, as Triton compiles it; it cuts off."""
+    """Make the interpreter round float32 to bfloat16 to nearest, ties to even, as compiled kernels do; it truncates."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

@@ -1,4 +1,4 @@
-"""A plain attention of sequences of any lengths, in the place of torch's kernel, which needs a GPU."""
+"""A reference of torch's varlen attention, whose kernel needs a GPU."""
 
 import itertools
 from typing import Any
@@ -10,13 +10,13 @@ from torch import Tensor
 from qlora_train.kernels.packed import varlen
 
 
-def put_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let the plain kernel be found to work, also for the dtypes of tests, and return a list that grows with every call."""
+def use_reference_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replace the varlen kernel, for the dtypes of tests too, and return a list that grows with every call."""
     calls: list[int] = []
 
     def counted(*arguments: Any, **keywords: Any) -> Tensor:
         calls.append(1)
-        return plain_varlen(*arguments, **keywords)
+        return reference_varlen(*arguments, **keywords)
 
     monkeypatch.setattr(varlen, "varlen_attn", counted)
     monkeypatch.setattr(varlen, "works_on", lambda *_, **__: True)
@@ -24,11 +24,11 @@ def put_plain_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def plain_varlen(
+def reference_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
     scale: float, window_size: tuple[int, int], enable_gqa: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return what `torch.nn.attention.varlen.varlen_attn` says it does for causal attention, (queries, heads, head_dim)."""
+    """Compute causal attention as documented for `torch.nn.attention.varlen.varlen_attn`, (queries, heads, head_dim)."""
     left, right = window_size
     assert left >= -1
     assert right == 0

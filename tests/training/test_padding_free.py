@@ -32,7 +32,7 @@ from tests.support.packing import PACKABLE, WINDOWS
 from tests.support.packing import losses_and_gradients as in_order
 from tests.support.runs import adapted_model, adapter_bytes, losses, make_config, stopped_copy, train_run
 from tests.support.stores import example
-from tests.support.varlen_reference import put_plain_kernel
+from tests.support.varlen_reference import use_reference_kernel
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32",)
 ON = "padding-free: on ("
@@ -190,7 +190,7 @@ def test_documents_longer_than_what_a_cpu_computes_with_all_scores(pico_llama: P
 def test_with_a_kernel_for_any_lengths_they_are_too(
     model_type: str, pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = put_plain_kernel(monkeypatch)
+    calls = use_reference_kernel(monkeypatch)
     adapted = adapted_model(tmp_path, pico(model_type, **WINDOWS.get(model_type, {})))
     model = adapted.model.eval()
     wanted = losses_and_gradients(model, one_by_one(ROWS))
