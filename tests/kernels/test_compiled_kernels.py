@@ -106,8 +106,7 @@ def test_dequantization_rounds_every_product_and_sum(
         assert "fma.rn.f32" not in assembly
 
 
-@CAPABILITIES
-@DTYPES
+@pytest.mark.parametrize(("dtype", "capability"), [(torch.bfloat16, 75), (torch.float32, 90)], ids=str)
 def test_every_other_operation_compiles(dtype: torch.dtype, capability: int, compiled: Callable[..., Compiled]) -> None:
     kernels = [
         compiled(module, name, capability)

@@ -24,9 +24,8 @@ def cos_and_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @SHAPES
-@ONE_ROW
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
-@pytest.mark.parametrize("positions_first", [False, True])
+@pytest.mark.parametrize(("one_row_of_angles", "positions_first"), [(False, False), (True, True)])
 def test_both_passes_match_the_reference(
     shape: tuple[int, int, int, int], one_row_of_angles: bool, dtype: torch.dtype, positions_first: bool
 ) -> None:
