@@ -71,12 +71,14 @@ SLOW_NAMES = {
     "build_pico",
 }
 SLOW_FIXTURES = {"pico", "pico_llama"}
+SLOW_FOLDERS = {"architectures", "e2e", "faults", "fuzz", "kernels", "scripts"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests as `fast` if they use no model and their module starts no run and no process."""
     for item in items:
-        slow = SLOW_NAMES & vars(item.module).keys() or SLOW_FIXTURES & set(item.fixturenames)  # type: ignore[attr-defined]
+        names, fixtures = vars(item.module).keys(), set(item.fixturenames)  # type: ignore[attr-defined]
+        slow = SLOW_NAMES & names or SLOW_FIXTURES & fixtures or item.path.parent.name in SLOW_FOLDERS
         if not slow and not item.get_closest_marker("slow") and not item.get_closest_marker("gpu"):
             item.add_marker("fast")
 
