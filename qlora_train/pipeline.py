@@ -208,13 +208,7 @@ def measure_again(run: FinishedRun) -> AdapterReference:
 
 
 def merge(path: Path, overrides: Sequence[str] = (), *, device: str | None = None) -> MergeResult:
-    """Merge the adapter of a finished run into 16-bit weights.
-
-    Args:
-        path: the run folder.
-        overrides: `export.key=value`.
-        device: where to merge; None is the selected device.
-    """
+    """Merge the adapter of a finished run into 16-bit weights; overrides are `export.key=value`."""
     run = open_finished_run(path, overrides)
     with run_lock(run.folder):
         return _merge(run, device)
@@ -237,8 +231,6 @@ def export(path: Path, *, format_name: str, quant: str | None = None, llama_cpp:
     """Write a finished run in a format of `EXPORT_FORMATS` and return its folder; merge first if the format needs it.
 
     Args:
-        path: the run folder.
-        format_name: the format.
         quant: number format of a GGUF file; None for the default.
         llama_cpp: a checkout of llama.cpp; None for the installed package.
     """
@@ -259,13 +251,7 @@ def export(path: Path, *, format_name: str, quant: str | None = None, llama_cpp:
 
 
 def planned_upload(path: Path, repo: str, *, what: str, private: bool) -> Upload:
-    """Return what a finished run would upload to the Hub.
-
-    Args:
-        path: the run folder.
-        repo: `owner/name`.
-        what: `adapter` or `merged`.
-        private: whether a new repository is private.
+    """Return what a finished run would upload to the Hub; `what` is `adapter` or `merged`.
 
     Raises:
         ExportError: no merged model, or something in the folder must not be uploaded.

@@ -59,11 +59,7 @@ class FinishedRun:
 
 
 def open_finished_run(path: Path, overrides: Sequence[str] = ()) -> FinishedRun:
-    """Open a run folder whose training has finished.
-
-    Args:
-        path: the run folder.
-        overrides: `section.key=value` for settings that do not affect training.
+    """Open a run folder whose training has finished; overrides must not affect training.
 
     Raises:
         CheckpointError: no run, an unfinished one, or one whose base has changed.
@@ -77,11 +73,6 @@ def open_finished_run(path: Path, overrides: Sequence[str] = ()) -> FinishedRun:
 
 def reopen(folder: RunFolder, config: RunConfig, *, weights: bool = True) -> FinishedRun:
     """Return a finished run with these settings; its base must be the one that it was trained on.
-
-    Args:
-        folder: the run.
-        config: its settings.
-        weights: whether the weights of the base are needed.
 
     Raises:
         CheckpointError: the base has changed.

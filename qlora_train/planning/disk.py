@@ -89,15 +89,7 @@ def check_disk_space(run: RunFolder, plan: DiskPlan, free_bytes: int) -> None:
 def plan_disk(
     run: RunFolder, adapted: AdaptedModel, config: RunConfig, data: PreparedData, checkpoint: Path | None
 ) -> DiskPlan:
-    """Estimate what a run still writes.
-
-    Args:
-        run: its folder; complete checkpoints in it will be rotated out.
-        adapted: the model with its adapter.
-        config: the run's settings, with the resolved optimizer.
-        data: its rows.
-        checkpoint: the one that it resumes from, or None.
-    """
+    """Estimate what a run still writes; `config` has the resolved optimizer."""
     train, num_rows = config.train, data.num_train_rows
     tensors = trained_tensors(adapted)
     num_existing = sum(run.checkpoint_problem(step) is None for step in run.checkpoint_steps())
@@ -123,13 +115,7 @@ def plan_disk(
 
 
 def num_more_checkpoints(num_kept: int, num_saves: int, num_existing: int) -> int:
-    """Return how many more checkpoints than now exist while one is being written.
-
-    Args:
-        num_kept: checkpoints that rotation keeps.
-        num_saves: saves to come.
-        num_existing: complete ones now.
-    """
+    """Return how many more checkpoints than now exist while one is being written; rotation keeps `num_kept`."""
     return min(num_saves, max(1, num_kept + 1 - num_existing))
 
 

@@ -30,12 +30,7 @@ def inspect(config: RunConfig, *, num_shown: int) -> PreparedData:
 def prepare_tokenizer_and_data(
     config: RunConfig, source: BaseSource, *, date: datetime.date
 ) -> tuple[PreparedData, Any]:
-    """Prepare the data of a config, and return it with the tokenizer.
-
-    Args:
-        config: the resolved config.
-        source: the base; its weights are not needed.
-        date: date for chat templates that print it.
+    """Prepare the data of a config, and return it with the tokenizer; `date` is for chat templates that print it.
 
     Raises:
         UserError: tokenizer or data cannot be loaded or used.

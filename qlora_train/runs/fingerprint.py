@@ -51,11 +51,6 @@ def check_same_metadata(run: RunFolder, metadata: Mapping[str, Any]) -> None:
 def record_metadata(run: RunFolder, config: RunConfig, metadata: Mapping[str, Any]) -> None:
     """Write run.json when a run starts; when it resumes, compare with it and record the allowed changes.
 
-    Args:
-        run: the run.
-        config: its current settings.
-        metadata: what determines the run besides its settings, as JSON values.
-
     Raises:
         CheckpointError: a change that `run.allow_changed` does not name.
     """
