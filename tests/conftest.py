@@ -71,7 +71,7 @@ SLOW_NAMES = {
     "build_pico",
 }
 SLOW_FIXTURES = {"pico", "pico_llama"}
-SLOW_FOLDERS = {"architectures", "e2e", "faults", "fuzz", "kernels", "scripts"}
+SLOW_FOLDERS = {"adapters", "architectures", "e2e", "faults", "fuzz", "kernels", "objectives", "scripts", "training"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
