@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ class ImportedConverter(Converter):
     process: ProcessPoolExecutor
 
     def run(self, script: str, arguments: Sequence[str], *, what: Path) -> None:
-        if output := self.process.submit(convert, script, list(arguments)).result():
+        if output := self.process.submit(convert, self.folder / script, list(arguments)).result():
             raise ExportError(f"{what}: {script} {describe_failure(output, 1)}")
 
 
@@ -55,11 +56,11 @@ def load(folder: Path) -> None:
     importlib.import_module("conversion.base").TextModel.get_vocab_base_pre = name_of_split
 
 
-def convert(script: str, arguments: list[str]) -> str:
-    """Run a loaded script; return its traceback, empty where it ended well."""
-    sys.argv = [script, *arguments]
+def convert(script: Path, arguments: list[str]) -> str:
+    """Run a loaded script; return its traceback, empty if it succeeds."""
+    sys.argv = [str(script), *arguments]
     try:
-        importlib.import_module(Path(script).stem).main()
+        runpy.run_path(str(script), run_name="__main__")
     except Exception:
         return traceback.format_exc()
     return ""
