@@ -35,32 +35,32 @@ def choose_targets(
     Raises:
         ConfigError: a name or expression that matches no linear layer, or a layer that cannot carry an adapter.
     """
-    asked = lora.target_modules
-    if asked == "all-linear":
+    targets = lora.target_modules
+    if targets == "all-linear":
         return _every_layer(model, linears, architecture)
     short_names = sorted({name.rpartition(".")[2] for name in linears})
-    if isinstance(asked, str):
-        matched = [name for name in linears if re.fullmatch(asked, name)]
+    if isinstance(targets, str):
+        matched = [name for name in linears if re.fullmatch(targets, name)]
         if not matched:
             raise ConfigError(
-                f"lora.target_modules: {asked!r} matches no linear layer; a full name is, for example, "
+                f"lora.target_modules: {targets!r} matches no linear layer; a full name is, for example, "
                 f"{next(iter(linears))!r}, and the layers are {', '.join(short_names)}"
             )
         for name, module in model.named_modules():
-            if module in output_heads(model) and re.fullmatch(asked, name):
+            if module in output_heads(model) and re.fullmatch(targets, name):
                 logger.warning(
                     "lora.target_modules: %r also matches the output head %s, which has no adapter; train it with "
-                    "lora.modules_to_save", asked, name,
+                    "lora.modules_to_save", targets, name,
                 )  # fmt: skip
         chosen = matched  # PEFT would also match the head, norms and blocks
     else:
-        unknown = [name for name in asked if not any(is_target(full, [name]) for full in linears)]
+        unknown = [name for name in targets if not any(is_target(full, [name]) for full in linears)]
         if unknown:
             raise ConfigError(
                 f"lora.target_modules: no linear layer is called {', '.join(unknown)}; this model has "
                 f"{', '.join(short_names)}"
             )
-        chosen = sorted(asked)
+        chosen = sorted(targets)
     refused = _without_adapter(model, {name.rpartition(".")[2] for name in chosen}, architecture)
     if refused:
         name, reason = next(iter(refused.items()))

@@ -90,23 +90,24 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
     return source
 
 
-def _read_config(folder: Path, asked: str) -> dict[str, Any]:
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    where = f"model.model_name_or_path: {name}"
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         if (folder / "adapter_config.json").is_file():
             raise ModelError(
-                f"model.model_name_or_path: {asked}: the folder holds an adapter and no model; set the model that it was "
+                f"{where}: the folder holds an adapter and no model; set the model that it was "
                 "trained on, and this folder as lora.adapter_path"
             ) from None
         raise ModelError(
-            f"model.model_name_or_path: {asked}: the folder holds no config.json; use a folder written by "
+            f"{where}: the folder holds no config.json; use a folder written by "
             "save_pretrained, a .gguf file or a Hub id"
         ) from None
     except (ValueError, OSError) as error:
-        raise ModelError(f"model.model_name_or_path: {asked}: config.json cannot be read ({error})") from None
+        raise ModelError(f"{where}: config.json cannot be read ({error})") from None
     if not isinstance(content, dict):
-        raise ModelError(f"model.model_name_or_path: {asked}: config.json holds no mapping")
+        raise ModelError(f"{where}: config.json holds no mapping")
     return content
 
 

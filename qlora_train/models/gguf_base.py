@@ -166,23 +166,23 @@ def _match(
         module, _, kind = parameter.rpartition(".")
         return f"{names.get_name(module)}.{kind}"
 
-    wanted = {parameter: gguf_name(parameter) for parameter in parameters}
-    missing = sorted(set(wanted.values()) - tensors.keys())
-    unused = sorted(tensors.keys() - set(wanted.values()))
+    gguf_names = {parameter: gguf_name(parameter) for parameter in parameters}
+    missing = sorted(set(gguf_names.values()) - tensors.keys())
+    unused = sorted(tensors.keys() - set(gguf_names.values()))
     if missing or unused:
         raise ModelError(
             f"model.model_name_or_path: {path} does not hold one whole {architecture} model: {len(missing)} tensors are "
             f"missing {missing[:3]} and {len(unused)} are unmapped {unused[:3]}; use an unsplit file, or the original "
             "safetensors model"
         )
-    for parameter, name in wanted.items():
+    for parameter, name in gguf_names.items():
         # GGUF lists the fastest dimension first
         if (found := tuple(reversed(tensors[name].shape.tolist()))) != tuple(parameters[parameter]):
             raise ModelError(
                 f"model.model_name_or_path: {path}: tensor {name} has shape {found}, but the file's own settings ask for "
                 f"{tuple(parameters[parameter])}; use the original safetensors model instead"
             )
-    return {parameter: tensors[name] for parameter, name in wanted.items()}
+    return {parameter: tensors[name] for parameter, name in gguf_names.items()}
 
 
 def _dequantize(stored: Any) -> Tensor:

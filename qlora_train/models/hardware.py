@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import logging
-from typing import Literal
 
 import torch
 
@@ -13,21 +12,18 @@ from qlora_train.utils.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 
-
-def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
+def choose_compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products; `auto` chooses a fast one that needs no loss scaler."""
     if setting != "auto":
         dtype, reason = getattr(torch, setting), "set in the config"
-        if setting == "bfloat16" and device.type == "cuda" and not _multiplies_bfloat16():
+        if setting == "bfloat16" and device.type == "cuda" and not _supports_bfloat16():
             logger.warning(
                 "compute dtype: %s emulates bfloat16, slowly and without fused attention; use auto or float16",
                 torch.cuda.get_device_name(device),
             )
     elif device.type == "cuda":
-        fast = _multiplies_bfloat16()
+        fast = _supports_bfloat16()
         dtype = torch.bfloat16 if fast else torch.float16
         name = torch.cuda.get_device_name(device)
         reason = f"{name} supports bfloat16" if fast else f"{name} does not support bfloat16"
@@ -40,12 +36,12 @@ def choose_compute_dtype(setting: Dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _multiplies_bfloat16() -> bool:
+def _supports_bfloat16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def choose_attention(
-    setting: Attention, architecture: Architecture, device: torch.device, dtype: torch.dtype, *, has_sdpa: bool
+    setting: str, architecture: Architecture, device: torch.device, dtype: torch.dtype, *, has_sdpa: bool
 ) -> str:
     """Return the attention implementation; `auto` never chooses the flash-attn package, whose kernel sdpa contains.
 
@@ -64,7 +60,7 @@ def choose_attention(
     if setting in FLASH_ATTENTION and (problem := missing_attention(setting) or _flash_problem(setting, device, dtype)):
         raise ConfigError(problem)
     if setting != "auto":
-        name, reason = str(setting), "set in the config"
+        name, reason = setting, "set in the config"
     elif architecture.attention_reason:
         name, reason = architecture.attention, architecture.attention_reason
     elif has_sdpa:

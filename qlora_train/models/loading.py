@@ -156,9 +156,9 @@ def _check_stored_quantization(stored: dict[str, Any], source: BaseSource, quant
         )
     stored = {**_BNB_DEFAULTS, **stored}
     wrong = [
-        f"quantization.{key}: {asked}, but {source.name} is stored with {stored[key]}; set it to {stored[key]}"
+        f"quantization.{key}: {setting}, but {source.name} is stored with {stored[key]}; set it to {stored[key]}"
         for key in _BNB_DEFAULTS
-        if stored[key] != (asked := getattr(quantization, key))
+        if stored[key] != (setting := getattr(quantization, key))
     ]
     if wrong:
         raise ConfigError(wrong)

@@ -1,6 +1,6 @@
-"""Writing a model's safetensors files one shard at a time, so that host memory never holds the model.
+"""Write safetensors files one shard at a time.
 
-At the peak it holds a shard twice, since safetensors copies what it writes, and what making the next tensors takes.
+Peak memory is two shards, since safetensors copies what it writes.
 """
 
 import json
@@ -26,14 +26,14 @@ def bytes_of_size(text: str) -> int:
 
 
 def pack(sizes_bytes: Sequence[int], limit_bytes: int) -> list[list[int]]:
-    """Return positions of `sizes_bytes` in consecutive groups of at most the limit; a larger tensor stands alone."""
+    """Return indices of `sizes_bytes` in consecutive groups of at most the limit, or of one larger tensor."""
     groups: list[list[int]] = []
     filled_bytes = limit_bytes
-    for position, size_bytes in enumerate(sizes_bytes):
+    for index, size_bytes in enumerate(sizes_bytes):
         if not groups or filled_bytes + size_bytes > limit_bytes:
             groups.append([])
             filled_bytes = 0
-        groups[-1].append(position)
+        groups[-1].append(index)
         filled_bytes += size_bytes
     return groups
 
@@ -48,15 +48,14 @@ def write_shards(
     """Write a tensor for every name, with an index when it takes more than one file; return the number of files.
 
     Args:
-        sizes_bytes: of the tensors, which decide the shards before the first is made.
-        tensors: in the order of `names`; the next is asked for when its shard is being filled.
+        tensors: in the order of `names`; each is consumed when its shard is written.
     """
     groups = pack(sizes_bytes, limit_bytes)
     weight_map: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
         made = islice(tensors, len(group))
-        shard = {names[position]: tensor.contiguous() for position, tensor in zip(group, made, strict=True)}
+        shard = {names[index]: tensor.contiguous() for index, tensor in zip(group, made, strict=True)}
         assert all(shard[names[p]].nbytes == sizes_bytes[p] for p in group), "a tensor has another size than planned"
         save_file(shard, str(folder / file), metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
