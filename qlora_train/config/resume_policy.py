@@ -74,7 +74,7 @@ def why_not_allowed(key: str, settings: Sequence[str]) -> str | None:
             "lora.adapter_path to start from this run's adapter"
         )
     if key in settings:
-        return "may always differ; drop it here" if is_mutable(key) else None
+        return "can always change; drop it here" if is_mutable(key) else None
     if key in RUN_METADATA:
         return None
     allowed = [*RUN_METADATA, *(name for name in settings if not is_mutable(name) and name not in FIXED_SHAPE)]

@@ -153,15 +153,15 @@ class LoraSection(Section):
                     "model.layers.0.self_attn.q_proj; allowed: all-linear, or a list of layer names: [q_proj, v_proj]"
                 )
         if value in ((), ""):
-            raise ValueError("names no layer; use all-linear, a list of layer names or a regular expression")
+            raise ValueError("is empty; use all-linear, a list of layer names or a regular expression")
         return value
 
     @model_validator(mode="after")
     def _check_init_is_used(self) -> Self:
         if self.adapter_path is not None and self.init_lora_weights != "default":
             raise ValueError(
-                f"lora.init_lora_weights: {self.init_lora_weights} has no effect beside lora.adapter_path, whose weights "
-                "are the start; drop one of them"
+                f"lora.init_lora_weights: {self.init_lora_weights} has no effect with lora.adapter_path, which provides "
+                "the initial weights; drop one of them"
             )
         return self
 
@@ -196,7 +196,7 @@ class Source(Section):
     @model_validator(mode="after")
     def _check_amount(self) -> Self:
         if self.weight is not None and self.num_rows is not None:
-            raise ValueError("weight and num_rows both say how many rows to take; drop one of them")
+            raise ValueError("weight and num_rows are both set; drop one of them")
         return self
 
 
@@ -215,12 +215,12 @@ NULL_WORDS = ("none", "no", "off", "false", "nil")
 def _as_sources_or_share(value: Any) -> Any:
     # refused here, because the Hub would be asked for a data set of this name
     if isinstance(value, str) and value.strip().lower() in NULL_WORDS:
-        raise ValueError(f"{value!r} names no data; for no evaluation write null, or leave data.eval out")
+        raise ValueError(f"{value!r} is not a data set; for no evaluation write null, or leave data.eval out")
     if isinstance(value, str) and (match := SHARE.fullmatch(value)):
         share = float(match[1]) / (100 if match[2] else 1)
         example = f"{share:g}" if 0 < share < 1 else "0.05"
         raise ValueError(
-            f"{value!r} names no data; a share of data.train is a number without quotes, such as {example}"
+            f"{value!r} is not a data set; a share of data.train is a number without quotes, such as {example}"
         )
     return value if value is None or isinstance(value, int | float) else _as_sources(value)
 
@@ -364,8 +364,8 @@ class TrainSection(Section):
     def _check_polynomial_schedule(self) -> Self:
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
             raise ValueError(
-                f"learning_rate: {self.learning_rate:g} is where lr_scheduler_type: polynomial ends, or below; allowed "
-                f"with it: a number > {POLYNOMIAL_END:g}"
+                f"learning_rate: {self.learning_rate:g} is not above the final rate of lr_scheduler_type: polynomial; "
+                f"allowed: a number > {POLYNOMIAL_END:g}"
             )
         return self
 
@@ -460,7 +460,7 @@ def _streaming_conflicts(config: RunConfig) -> Iterator[str]:
         "train.eval_steps": train.eval_steps or data.eval is None,
     }  # fmt: skip
     if missing := [key for key, value in needed.items() if not value]:
-        yield f"data.streaming has no epochs to count by; set {', '.join(missing)}"
+        yield f"data.streaming has no epochs; set {', '.join(missing)}"
     unsupported = {
         "data.packing": data.packing, "data.deduplicate": data.deduplicate, "data.max_rows": data.max_rows,
         "data.eval as a share": isinstance(data.eval, float), "train.group_by_length": train.group_by_length,
@@ -468,7 +468,7 @@ def _streaming_conflicts(config: RunConfig) -> Iterator[str]:
         "lora.init_lora_weights: eva": config.lora.init_lora_weights == "eva",
     }  # fmt: skip
     if found := [name for name, value in unsupported.items() if value]:
-        yield f"data.streaming: true never has all rows at once, as {', '.join(found)} would need; drop one or the other"
+        yield f"data.streaming: true does not support {', '.join(found)}; drop one or the other"
 
 
 def _refused_changes(config: RunConfig) -> Iterator[str]:

@@ -337,7 +337,7 @@ def test_eva_with_too_high_a_rank_is_refused(pico_llama: Path, tmp_path: Path) -
 
 
 def test_eva_with_a_warm_start_is_refused(pico_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no effect beside lora\.adapter_path"):
+    with pytest.raises(ConfigError, match=r"has no effect with lora\.adapter_path"):
         make_config(tmp_path, pico_llama, "lora.init_lora_weights=eva", f"lora.adapter_path={tmp_path}")
 
 

@@ -96,8 +96,8 @@ def run_file(file: Path, ids: list[int], halves: list[int]) -> tuple[list[tuple[
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1]), ""
-    said = re.search(r"GGML_ASSERT.*|(?<=error loading model: ).*", done.stderr)
-    return [], said[0] if said else f"llama.cpp ends with status {done.returncode}"
+    message = re.search(r"GGML_ASSERT.*|(?<=error loading model: ).*", done.stderr)
+    return [], message[0] if message else f"llama.cpp ends with status {done.returncode}"
 
 
 @torch.no_grad()
@@ -119,9 +119,9 @@ def test_llama_cpp_gives_the_same_log_probabilities(
     ids = tokenizer("<|im_start|>user\nWhat is the capital of France?<|im_end|>\n", add_special_tokens=False)[
         "input_ids"
     ]
-    steps, said = ([], problem) if problem else run_file(file, ids, halves)
+    steps, message = ([], problem) if problem else run_file(file, ids, halves)
     difference = largest_difference(folder, ids, steps) if steps else float("inf")
-    found = said or f"{'equal' if difference < BOUND else 'differs'} ({difference:.0e})"
+    found = message or f"{'equal' if difference < BOUND else 'differs'} ({difference:.0e})"
     table[model_type]["gguf"] = f"{found}: {OTHER[model_type]}" if model_type in OTHER else found
     if problem != "the converter does not know it":
         assert (difference < BOUND) == (model_type not in OTHER), found

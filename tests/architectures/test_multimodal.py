@@ -117,9 +117,9 @@ def test_adapter_and_merge_fit_the_whole_model(
     caplog.clear()
     with caplog.at_level("INFO"):
         loaded = load_model(config.model, config.quantization)
-    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text-only:")]
-    assert len(said) == 1
-    assert all(module.name in said[0] for module in loaded.omitted_modules)
+    messages = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text-only:")]
+    assert len(messages) == 1
+    assert all(module.name in messages[0] for module in loaded.omitted_modules)
     assert loaded.omitted_modules
     assert loaded.quantization_summary.quantized_share > 0.95
     planned = memory_plan(loaded.model.config.to_dict(), r=config.lora.r, tokens=64)

@@ -410,8 +410,8 @@ def test_train_merge_and_eval_exit_with_status_0(pico_llama: Path, tmp_path: Pat
     assert main([str(config), "train.max_steps=1"]) == 0
     first = capsys.readouterr()
     assert first.out == f"finished: {tmp_path / 'run'}\n"
-    for said in ("compute dtype:", "attention:", "quantization:", "adapter:", "training: starts", "step 1/1"):
-        assert said in first.err
+    for line in ("compute dtype:", "attention:", "quantization:", "adapter:", "training: starts", "step 1/1"):
+        assert line in first.err
     assert main([str(config), "train.max_steps=1"]) == 0
     assert "has finished already" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "run")]) == 0
