@@ -1,4 +1,4 @@
-"""Chat templates for base models that come without one; each is written here in Jinja, after the format's description.
+"""Chat templates for base models that come without one, written here after the description of each format.
 
 All begin with the tokenizer's bos token where it has one, and end every assistant turn with `end_of_turn`, which must
 be one token of the vocabulary: a model can only learn to stop with a token of its own.
@@ -16,13 +16,13 @@ from qlora_train.utils.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A chat template and what it asks of the tokenizer.
+    """A chat template and the tokens that it needs.
 
     Attributes:
-        name: of the library, or the path of a file.
+        name: in `CHAT_TEMPLATES`, or the path of a file.
         jinja: the text for `tokenizer.chat_template`.
-        end_of_turn: the text that ends an assistant turn; None: the tokenizer's eos token, or what a file says.
-        special_tokens: texts that must be single tokens for the format to mean what it does.
+        end_of_turn: ends an assistant turn; None: the tokenizer's eos token, or what a file writes.
+        special_tokens: texts that must be single tokens.
     """
 
     name: str
@@ -31,7 +31,7 @@ class ChatTemplate:
     special_tokens: tuple[str, ...]
 
     def ending_with(self, token: str) -> "ChatTemplate":
-        """Return this template with another end-of-turn text, for a vocabulary that lacks its own."""
+        """Return this template with another end-of-turn token, for a vocabulary that lacks its own."""
         assert self.end_of_turn is not None, "a template without an end-of-turn text of its own ends with eos_token"
         others = tuple(text for text in self.special_tokens if text != self.end_of_turn)
         jinja = self.jinja.replace(_setting(self.end_of_turn), _setting(token))
@@ -50,7 +50,7 @@ SYSTEM_FIRST = (
     "{%- set system = messages[0]['content'] | trim -%}{%- set turns = messages[1:] -%}"
     "{%- endif -%}"
 )
-"""Takes the system turn out, for formats that have no place of its own for it."""
+"""Removes the system turn, for formats that write it into the first user turn."""
 
 _CHATML = (
     BOS + "{%- for message in messages -%}"
@@ -126,7 +126,7 @@ CHAT_TEMPLATES: Mapping[str, ChatTemplate] = MappingProxyType(
         "alpaca": ChatTemplate("alpaca", _ALPACA, None, ()),
     }
 )
-"""By the names that `model.chat_template` takes."""
+"""By the names allowed for `model.chat_template`."""
 
 
 def resolve_chat_template(name_or_file: str) -> ChatTemplate:
@@ -145,7 +145,7 @@ def resolve_chat_template(name_or_file: str) -> ChatTemplate:
 
 def _from_file(path: Path) -> ChatTemplate:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a mark would stand before every row
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark would begin every row
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"model.chat_template: {path} cannot be read as UTF-8 text: {error}") from None
     if not text.strip():

@@ -186,12 +186,12 @@ def test_a_system_column_precedes_a_prompt_of_turns() -> None:
 def test_columns_for_chat_templates_are_refused_beside_plain_text(
     column: str,
 ) -> None:
-    said: dict[str, Any] = {
+    filled: dict[str, Any] = {
         "tools": [WEATHER],
         "system": "In French.",
         "chat_template_kwargs": {"enable_thinking": False},
     }
-    values = {"prompt": "hi", "completion": "hello", column: said[column]}
+    values = {"prompt": "hi", "completion": "hello", column: filled[column]}
     assert reason_of(values) == (
         f"{column} beside a prompt that is a string, to which no chat template is applied; data.columns: {{question: "
         "prompt, answer: completion} makes turns of it"
@@ -199,7 +199,7 @@ def test_columns_for_chat_templates_are_refused_beside_plain_text(
     row = read(values, {"question": "prompt", "answer": "completion"})
     assert [turn["content"] for turn in row.messages or ()][-2:] == ["hi", "hello"]
     assert (list(row.tools), row.chat_template_kwargs, (row.messages or ())[0]["content"]) == (
-        [WEATHER] if column == "tools" else [], said[column] if column == "chat_template_kwargs" else {},
+        [WEATHER] if column == "tools" else [], filled[column] if column == "chat_template_kwargs" else {},
         "In French." if column == "system" else "hi",
     )  # fmt: skip
 
@@ -322,16 +322,15 @@ def test_known_shapes_are_answered_with_renames_that_read_all_of_them(name: str)
     assert str(caught.value).endswith((PREFERENCE if name in PAIRS else "") + advice)
     row = read(values, columns)
     texts = ["It is so.", "Be brief.", "This.", "What?", "So."]
-    said = [text for text in texts if text in json.dumps(values)]
-    assert all(text in text_of(row) for text in said)
+    assert all(text in text_of(row) for text in texts if text in json.dumps(values))
     assert "No." not in text_of(row)
     warned = [note.split(" is not used")[0] for note in row.warnings]
     assert warned == (["the column rejected"] if name in PAIRS and values["rejected"] else [])
 
 
 def test_a_conversation_with_its_answer_in_a_preference_pair_is_refused() -> None:
-    said = [{"from": "gpt", "value": value} for value in ("So.", "No.")]
-    values = {"conversations": [{"from": "human", "value": "What?"}], "chosen": said[0], "rejected": said[1]}
+    answers = [{"from": "gpt", "value": value} for value in ("So.", "No.")]
+    values = {"conversations": [{"from": "human", "value": "What?"}], "chosen": answers[0], "rejected": answers[1]}
     assert reason_of(values).startswith(
         "chosen is the answer of a preference pair; preference training is not supported: append"
     )
@@ -452,6 +451,6 @@ def test_any_row_is_read_or_refused_with_a_short_reason(name: str, data: st.Data
     except UnusableRowError as error:
         reason = error.reason
     if reason is None:
-        assert sum(said is not None for said in (row.messages, row.text, row.input_ids)) == 1
+        assert sum(field is not None for field in (row.messages, row.text, row.input_ids)) == 1
     else:
         assert 0 < len(reason) <= 203

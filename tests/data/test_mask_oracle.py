@@ -124,9 +124,9 @@ def answer_chars(name: str, turns: Sequence[Message], text: str, answer: int) ->
         raise RefusedError
     opened = OPENED.search(prompt)
     written = (opened[0] if opened else "") + text[len(prompt) : end]
-    said = written if "think>" in content else text[len(prompt) : end]
+    answer_text = written if "think>" in content else text[len(prompt) : end]
     reasoning = turns[answer].get("reasoning_content", "")
-    if any("".join(part.split()) not in "".join(said.split()) for part in (content, reasoning)):
+    if any("".join(part.split()) not in "".join(answer_text.split()) for part in (content, reasoning)):
         raise RefusedError
     if has_more_thoughts(content, written):
         raise RefusedError

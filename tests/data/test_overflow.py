@@ -20,7 +20,7 @@ def example(mask: str, *, bos: bool = False) -> Example:
     ids = np.arange(100, 100 + len(mask), dtype=np.int32)
     if bos:
         ids[0] = BOS
-    return Example("rows.jsonl:3", ids, np.array([c == "x" for c in mask]), "asked", "told", ("before",))
+    return Example("rows.jsonl:3", ids, np.array([c == "x" for c in mask]), "question", "answer", ("before",))
 
 
 def shown(part: Example) -> str:
@@ -80,7 +80,7 @@ def test_warnings_name_the_cut_once_per_row() -> None:
 
 def test_only_the_first_part_of_a_row_has_its_prompt() -> None:
     parts = apply_overflow(example(".x.x"), max_length=2, overflow="split", bos=None)
-    assert [(part.prompt, part.answer) for part in parts] == [("asked", "told"), (None, None)]
+    assert [(part.prompt, part.answer) for part in parts] == [("question", "answer"), (None, None)]
 
 
 @pytest.mark.parametrize(
