@@ -3,7 +3,7 @@
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from qlora_train.data.answer_spans import LOST_CALL, REWRITTEN, THINK_WINDOW, AnswerSpan
 from qlora_train.data.reasoning import THINK_END, THINK_START
+from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.types import Message, TokenArray, UnusableRowError
 
 NO_END = (
@@ -31,13 +32,16 @@ class TokenizedText:
     Attributes:
         ids: the tokens.
         input_ids: the same, int32 (seq,).
+        special: indices of the special tokens, in order.
+        eos: the end-of-sequence token.
     """
 
-    def __init__(self, tokenizer: Any, text: str) -> None:
+    def __init__(self, tokenizer: Any, special: SpecialTokens, text: str) -> None:
         encoding = tokenize(tokenizer, text)
         self.text = text
         self.ids: list[int] = encoding.ids
         self.input_ids: TokenArray = np.array(self.ids, np.int32)
+        self.special, self.eos = special.indices_in(self.input_ids), special.eos
         self._encoding = encoding
 
     @cached_property
@@ -64,9 +68,7 @@ def tokenize(tokenizer: Any, text: str) -> Any:
     return tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
 
 
-def answer_tokens(
-    whole: TokenizedText, span: AnswerSpan, turn: Message, special: Sequence[int], eos: int
-) -> tuple[int, int]:
+def answer_tokens(whole: TokenizedText, span: AnswerSpan, turn: Message) -> tuple[int, int]:
     """Return the first and the last token of an answer; the last is the special token that ends the turn.
 
     Special tokens that follow each other without anything between them end the turn together.
@@ -75,14 +77,12 @@ def answer_tokens(
         whole: the conversation.
         span: of the answer.
         turn: the answer as the row has it.
-        special: indices of all special tokens of `whole`, in order.
-        eos: the end-of-sequence token.
 
     Raises:
         UnusableRowError: no special token ends the turn, or the text lacks a part of it.
     """
-    first, behind = (bisect_left(special, whole.first_token_from(it)) for it in (span.content_end, span.end))
-    ends = _before_next_header(whole, span, special[first:behind], special, eos)
+    first, behind = (bisect_left(whole.special, whole.first_token_from(it)) for it in (span.content_end, span.end))
+    ends = _before_next_header(whole, span, whole.special[first:behind])
     if not ends:
         raise UnusableRowError(NO_END)
     last = len(ends) - 1 if turn.get("tool_calls") else 0  # special tokens may enclose calls
@@ -92,16 +92,14 @@ def answer_tokens(
     return whole.first_token_from(span.begin), ends[last]
 
 
-def _before_next_header(
-    whole: TokenizedText, span: AnswerSpan, ends: Sequence[int], special: Sequence[int], eos: int
-) -> Sequence[int]:
+def _before_next_header(whole: TokenizedText, span: AnswerSpan, ends: Sequence[int]) -> Sequence[int]:
     """Return the special tokens behind an answer up to the header of the next turn.
 
     Some templates write that header even where no turn follows. It begins with a token that begins the conversation, or
     repeats the end of the answer's own prompt.
     """
-    num_leading = next((i for i, token in enumerate(special) if token != i), len(special))
-    openers: Container[int] = {whole.ids[token] for token in special[:num_leading]} - {eos}
+    num_leading = next((i for i, token in enumerate(whole.special) if token != i), len(whole.special))
+    openers = {whole.ids[token] for token in whole.special[:num_leading]} - {whole.eos}
     for index, token in enumerate(ends[1:], start=1):
         rest = whole.text[whole.chars_of(token)[0] :]
         if whole.ids[token] in openers or whole.text.endswith(rest, 0, span.prompt_end):

@@ -108,9 +108,9 @@ class Renderer:
 
     def _plain(self, row: Row, text: str) -> Example:
         prompt = row.prompt or ""
-        whole = TokenizedText(self._tokenizer, prompt + text)
+        whole = TokenizedText(self._tokenizer, self._special, prompt + text)
         num_prompt = whole.first_token_from(len(prompt))
-        warnings = self._crossing(whole, [len(prompt)] if prompt else [], self._special.indices_in(whole.input_ids))
+        warnings = self._crossing(whole, [len(prompt)] if prompt else [])
         ids = whole.ids
         while self._special.starts_with_two_bos(ids):
             ids = ids[1:]
@@ -155,10 +155,9 @@ class Renderer:
         if row.tools or any(turn["role"] == "tool" or "tool_calls" in turn for turn in turns):
             refuse_lost_tools(whole.text, without_tools, turns, row.tools)
             refuse_misread_arguments(turns, whole.text, text_arguments=chat.text_arguments)
-        special = self._special.indices_in(whole.input_ids)
-        tokens = {i: answer_tokens(whole, spans[i], turns[i], special, self._special.eos) for i in located}
+        tokens = {i: answer_tokens(whole, spans[i], turns[i]) for i in located}
         mask = self._mask(len(whole.ids), tokens, trained)
-        warnings = self._crossing(whole, [spans[i].prompt_end for i in trained], special)
+        warnings = self._crossing(whole, [spans[i].prompt_end for i in trained])
         if row.chat_template_kwargs:
             warnings += _kwargs_warning(chat, turns, whole.text)
         assert row.messages is not None
@@ -191,7 +190,7 @@ class Renderer:
     ) -> tuple[TokenizedText, Mapping[int, AnswerSpan]]:
         """Return the conversation as text and tokens, and the spans of the answers `located`, perhaps of others too."""
         text = chat.text(turns)
-        whole = TokenizedText(self._tokenizer, text)
+        whole = TokenizedText(self._tokenizer, self._special, text)
         layout = None if chat.tools or chat.chat_template_kwargs else layouts.get(turns)
         spans = layout.find_answers(turns, text) if layout else None
         roles = initials_of(turns)
@@ -212,10 +211,9 @@ class Renderer:
         """Return whether the layout's spans of the last answer and one before it are those of their prompts."""
         answers = list(spans)
         chosen = sorted({answers[len(answers) // 2 - 1], answers[-1]})
-        special = self._special.indices_in(whole.input_ids)
 
         def begin_and_tokens(span: AnswerSpan, index: int) -> tuple[int, int, tuple[int, int]]:
-            return span.prompt_end, span.begin, answer_tokens(whole, span, turns[index], special, self._special.eos)
+            return span.prompt_end, span.begin, answer_tokens(whole, span, turns[index])
 
         try:
             defined = find_answers(chat, turns, whole.text, chosen)
@@ -223,16 +221,16 @@ class Renderer:
         except (TemplateError, UnusableRowError):
             return False
 
-    def _crossing(self, whole: TokenizedText, prompt_ends: Iterable[int], special: Sequence[int]) -> tuple[str, ...]:
+    def _crossing(self, whole: TokenizedText, prompt_ends: Iterable[int]) -> tuple[str, ...]:
         """Return a warning if the tokens of a prompt alone differ from those of its text here."""
-        crosses = any(self._crosses(whole, prompt_end, special) for prompt_end in prompt_ends)
+        crosses = any(self._crosses(whole, prompt_end) for prompt_end in prompt_ends)
         return (CROSSES_PROMPT_END,) if crosses else ()
 
-    def _crosses(self, whole: TokenizedText, prompt_end: int, special: Sequence[int]) -> bool:
+    def _crosses(self, whole: TokenizedText, prompt_end: int) -> bool:
         """Compare from the prompt's last special token on, since the tokens before it are the same; else the whole."""
         first = whole.first_token_from(prompt_end)
-        number = bisect_left(special, first) - 1
-        from_token = special[number] if number >= 0 else 0
+        number = bisect_left(whole.special, first) - 1
+        from_token = whole.special[number] if number >= 0 else 0
         from_char = whole.chars_of(from_token)[0] if number >= 0 else 0
         if self._tokens_of_prompt_end(whole.text[from_char:prompt_end]) == whole.ids[from_token:first]:
             return False
@@ -279,9 +277,9 @@ class Renderer:
         return self._layouts
 
     def _probed(self, chat: ChatRenderer, turns: Sequence[Message]) -> list[int]:
-        whole = TokenizedText(self._tokenizer, chat.text(turns))
+        whole = TokenizedText(self._tokenizer, self._special, chat.text(turns))
         span = find_answers(chat, turns, whole.text, [1])[1]
-        answer_tokens(whole, span, turns[1], self._special.indices_in(whole.input_ids), self._special.eos)
+        answer_tokens(whole, span, turns[1])
         return whole.ids
 
 
