@@ -132,13 +132,12 @@ def set_up(adapted: AdaptedModel, data: PreparedData, config: RunConfig) -> None
     if config.data.packing:
         isolate_documents(adapted, config, data.train)
     loaded, layers = adapted.loaded, LayerCheckpointing(adapted.model, [])
-    level, checkpoints_all = choose_checkpointing(
+    checkpoints_all = choose_checkpointing(
         config.train,
         layers,
         on_gpu=loaded.device.type == "cuda",
         supported=loaded.model.supports_gradient_checkpointing,
     )
-    layers.set(level)
     if checkpoints_all:
         adapted.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

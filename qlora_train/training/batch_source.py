@@ -38,32 +38,6 @@ from qlora_train.data.types import Example
 logger = logging.getLogger(__name__)
 
 
-class BatchSource(Protocol):
-    """The training data of a run."""
-
-    @property
-    def steps_per_epoch(self) -> int | None:
-        """Optimizer steps per epoch; None for a stream."""
-
-    def loader(self, trainer: "HasTrainerState") -> DataLoader[Any]:
-        """Return a loader of steps; an iteration begins after the trainer's current step."""
-
-    def location(self, row: int) -> str:
-        """Return the source location of a row of the last step, by its index in the batch's `row`."""
-
-    def collate_unshared(self, rows: Sequence[Example]) -> Batch:
-        """Return rows as one micro-batch without shared prefixes."""
-
-    def num_tokens(self, batch: Batch) -> int:
-        """Return the tokens of a micro-batch's rows, without padding."""
-
-    def state(self) -> list[list[int]]:
-        """Return what a checkpoint stores to spare a resumed run recomputation."""
-
-    def restore(self, state: list[list[int]]) -> None:
-        """Restore the state of a checkpoint."""
-
-
 class HasTrainerState(Protocol):
     """A trainer, whose `global_step` a batch source reads."""
 
@@ -72,7 +46,7 @@ class HasTrainerState(Protocol):
 
 def make_batch_source(
     rows: Rows | RowStream, config: RunConfig, pad_token_id: int, device: torch.device, *, group_batch_size: int
-) -> "RowBatches | StreamBatches":
+) -> "BatchSource":
     """Return the batch source of a config. `group_batch_size`: see `RowOrder`."""
     pad = PaddingCollator(pad_token_id, padding_multiple(device))
     if isinstance(rows, RowStream):
@@ -88,7 +62,7 @@ def make_batch_source(
 
 
 def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
-    """Pack rows of these lengths, (num_rows,), and log how full the packs are."""
+    """Pack rows of these lengths, (num_rows,)."""
     packs = PackOrder(
         lengths, max_length=config.data.max_length, seed=config.run.seed,
         batch_size=config.train.per_device_train_batch_size,
@@ -132,7 +106,7 @@ class RowBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
+        """Optimizer steps per epoch; None for a stream."""
         return math.ceil(len(self._order) / self._config.train.gradient_accumulation_steps)
 
     def loader(self, trainer: HasTrainerState) -> DataLoader[Any]:
@@ -140,7 +114,7 @@ class RowBatches:
         return DataLoader(RowDataset(self.rows), batch_sampler=_EpochSampler(trainer, self), collate_fn=self.collate)
 
     def location(self, row: int) -> str:
-        """Return the source location of a row."""
+        """Return the source location of a row, by its index in a batch's `row`."""
         return self.rows[row].where
 
     def collate_unshared(self, rows: Sequence[Example]) -> Batch:
@@ -151,11 +125,11 @@ class RowBatches:
         return collate(list(enumerate(rows)))
 
     def num_tokens(self, batch: Batch) -> int:
-        """Return the tokens of a micro-batch's rows."""
+        """Return the tokens of a micro-batch's rows, without padding."""
         return int(self.rows.lengths[batch["row"].cpu().numpy()].sum())
 
     def state(self) -> list[list[int]]:
-        """Return nothing: the order is a function of the step."""
+        """Return the state for a checkpoint: nothing, since the order is a function of the step."""
         return []
 
     def restore(self, state: list[list[int]]) -> None:
@@ -222,3 +196,6 @@ class StreamBatches(IterableDataset[list[Batch]]):
     def restore(self, state: list[list[int]]) -> None:
         """Restore the row counts of windows that an earlier process tokenised."""
         self._stream.counts = list(state)
+
+
+BatchSource = RowBatches | StreamBatches

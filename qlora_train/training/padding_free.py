@@ -107,10 +107,7 @@ def choose_padding_free(
         return None
     run_id = run.metadata().get("run_id", "")
     parity = load_parity(run.padding_free_file, run_id)
-    if parity is not None:
-        min_tokens = parity.min_tokens
-    else:  # what fits depends on other processes, and reruns would round differently
-        min_tokens = 0 if config.run.deterministic else min_tokens_on(adapted.loaded.device)
+    min_tokens = _initial_min_tokens(adapted, config) if parity is None else parity.min_tokens
     flattened = _flattened(adapted, padded, config, chunked_loss, min_tokens)
     num_steps = min(-(-NUM_BATCHES // config.train.gradient_accumulation_steps), padded.steps_per_epoch)
     savings = Savings.of(padded, flattened, num_steps)
@@ -118,14 +115,13 @@ def choose_padding_free(
         logger.info("padding-free: off (%s)", savings)
         return None
     attention_before = adapted.loaded.model.config._attn_implementation
+    problem = _isolation_problem(adapted, config, padded) if parity is None or parity.passed else ""
     if parity is None:
-        problem = _isolation_problem(adapted, config, padded)
-        parity = (
-            ParityResult(run_id, False, problem) if problem else _check_parity(adapted, flattened, num_steps, run_id)
-        )
+        failed = ParityResult(run_id, False, problem)
+        parity = failed if problem else _check_parity(adapted, flattened, num_steps, run_id)
         raised = flattened.collate.budget != _flattened(adapted, padded, config, chunked_loss, 0).collate.budget
         save_parity(run.padding_free_file, replace(parity, min_tokens=min_tokens if raised and parity.passed else 0))
-    elif parity.passed and (problem := _isolation_problem(adapted, config, padded)):
+    elif problem:
         raise CheckpointError(
             f"{run.padding_free_file}: this run began padding-free, which fails here ({problem}); resume where it began, "
             "or delete the file to resume with padding"
@@ -136,6 +132,11 @@ def choose_padding_free(
         return None
     logger.info("padding-free: on (%s)", savings)
     return flattened
+
+
+def _initial_min_tokens(adapted: AdaptedModel, config: RunConfig) -> int:
+    # what fits depends on other processes, and reruns would round differently
+    return 0 if config.run.deterministic else min_tokens_on(adapted.loaded.device)
 
 
 def min_tokens_on(device: torch.device) -> int:

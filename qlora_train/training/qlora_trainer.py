@@ -94,16 +94,12 @@ class QloraTrainer(ResumableTrainer):
         self._aux_losses: list[float] = []
         self.guard = NonFiniteGuard(config.train)
         self.layer_checkpointing = layer_checkpointing or LayerCheckpointing(adapted.model, [])
-        level, checkpoints_all = choose_checkpointing(
+        checkpoints_all = choose_checkpointing(
             config.train,
             self.layer_checkpointing,
             on_gpu=adapted.loaded.device.type == "cuda",
             supported=adapted.loaded.model.supports_gradient_checkpointing,
         )
-        if checkpoints_all:
-            self.layer_checkpointing.leave_to_transformers()
-        else:
-            self.layer_checkpointing.set(level)
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
         super().__init__(
             model=adapted.model,

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 MAX_SCALER_SKIPS = 8
 """Consecutive steps that float16's loss scaler may skip; each halves its scale."""
+STATE = (
+    "total_loss", "num_updates", "num_skipped", "num_overflows", "consecutive_overflows", "num_spikes", "quiet_until",
+)  # fmt: skip
+"""Attributes of the guard in a checkpoint."""
 RESUME = "the same command resumes from the last checkpoint"
 NEW_RUN = "start a new run with a lower train.learning_rate"
 
@@ -62,19 +66,20 @@ class NonFiniteGuard:
         num_skipped: steps skipped for a non-finite number, at most `train.max_skipped_steps`.
         num_overflows: steps that the float16 loss scaler skipped.
         num_spikes: loss spikes that were warned of.
+        quiet_until: last step without another warning.
     """
 
     def __init__(self, train: TrainSection) -> None:
         self._train = train
         self._detector = LossSpikeDetector()
-        self._total_loss = 0.0
+        self.total_loss = 0.0
         self.num_updates = self.num_skipped = self.num_overflows = self.num_spikes = 0
-        self._consecutive_overflows = self._quiet_until = 0
+        self.consecutive_overflows = self.quiet_until = 0
 
     @property
     def mean_loss(self) -> float | None:
         """Mean loss of the steps with an update, in nats per label token; None without any."""
-        return self._total_loss / self.num_updates if self.num_updates else None
+        return self.total_loss / self.num_updates if self.num_updates else None
 
     def counts(self) -> dict[str, int]:
         """Return the counts for results.json."""
@@ -93,9 +98,9 @@ class NonFiniteGuard:
         if math.isfinite(step.loss) and math.isfinite(step.norm):
             self._check_spike(step)
             self._detector.add(step.loss)
-            self._total_loss += step.loss
+            self.total_loss += step.loss
             self.num_updates += 1
-            self._consecutive_overflows = 0
+            self.consecutive_overflows = 0
             return True
         if math.isfinite(step.loss) and step.scaled:
             self._count_overflow(step)
@@ -105,18 +110,12 @@ class NonFiniteGuard:
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {
-            "total_loss": self._total_loss, "num_updates": self.num_updates, "num_skipped": self.num_skipped,
-            "num_overflows": self.num_overflows, "consecutive_overflows": self._consecutive_overflows,
-            "num_spikes": self.num_spikes, "quiet_until": self._quiet_until, "losses": self._detector.state(),
-        }  # fmt: skip
+        return {**{name: getattr(self, name) for name in STATE}, "losses": self._detector.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore the state of a checkpoint."""
-        self._total_loss, self.num_updates = state["total_loss"], state["num_updates"]
-        self.num_skipped, self.num_spikes = state["num_skipped"], state["num_spikes"]
-        self.num_overflows, self._consecutive_overflows = state["num_overflows"], state["consecutive_overflows"]
-        self._quiet_until = state["quiet_until"]
+        for name in STATE:
+            setattr(self, name, state[name])
         self._detector.restore(state["losses"])
 
     def _check_spike(self, step: Step) -> None:
@@ -132,18 +131,18 @@ class NonFiniteGuard:
                 f"{message}; nothing was updated; check these rows; {RESUME}, with train.on_loss_spike=warn past this "
                 f"step; or {NEW_RUN}"
             )
-        if step.number > self._quiet_until:
+        if step.number > self.quiet_until:
             self.num_spikes += 1
-            self._quiet_until = step.number + WINDOW_STEPS
+            self.quiet_until = step.number + WINDOW_STEPS
             logger.warning(
                 "%s; check these rows, or %s if it recurs (next warning in %d steps)", message, NEW_RUN, WINDOW_STEPS
             )
 
     def _count_overflow(self, step: Step) -> None:
         self.num_overflows += 1
-        self._consecutive_overflows += 1
+        self.consecutive_overflows += 1
         logger.warning("step %d: gradient overflow in float16, the loss scaler skips the update", step.number)
-        if self._consecutive_overflows >= MAX_SCALER_SKIPS:
+        if self.consecutive_overflows >= MAX_SCALER_SKIPS:
             raise TrainingError(
                 f"step {step.number}: {step.problem}, the {MAX_SCALER_SKIPS}th consecutive overflow in float16; nothing "
                 f"was updated; rows of this step: {step.rows()}; use bfloat16 where the hardware has it "

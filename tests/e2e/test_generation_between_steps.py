@@ -1,7 +1,7 @@
-"""Answers and losses that are computed between two steps change nothing of what is trained.
+"""Generation and evaluation between steps change nothing in training.
 
-Two things could: random numbers that are drawn, and, on CPUs with AVX512-BF16, weights that bitsandbytes packs anew in its
-first forward pass without gradients. Both are done on purpose here too, so that the comparison is known to see them.
+Two things could: random numbers, and, on CPUs with AVX512-BF16, weights that bitsandbytes repacks in its first forward pass
+without gradients. Both are provoked here, to show that the comparison detects them.
 """
 
 from collections.abc import Callable
@@ -22,18 +22,16 @@ from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer
 from tests.support.runs import make_config
 
-NUM_STEPS = 6
+NUM_STEPS = 4
 VARIANTS = {
-    "plain": (),
-    "dropout and noise": ("lora.lora_dropout=0.1", "train.neftune_noise_alpha=5"),
-    "recomputed activations": ("train.gradient_checkpointing=full", "lora.lora_dropout=0.1"),
-    "8-bit optimizer": ("train.optim=adamw_8bit", "lora.r=64"),
+    "dropout and NEFTune": ("lora.lora_dropout=0.1", "train.neftune_noise_alpha=5"),
+    "checkpointing and 8-bit optimizer": ("train.gradient_checkpointing=full", "train.optim=adamw_8bit", "lora.r=64"),
 }
 Act = Callable[[QloraTrainer], None]
 
 
 class InBetween(TrainerCallback):
-    """Does something between micro-batches and after some steps."""
+    """Calls a function between micro-batches and after odd steps."""
 
     trainer: QloraTrainer
 
@@ -53,7 +51,7 @@ def nothing(trainer: QloraTrainer) -> None:
 
 
 def generate(trainer: QloraTrainer, *, do_sample: bool = False) -> None:
-    """Generate as anyone would: with the library's own function, in evaluation mode."""
+    """Generate with Transformers, in evaluation mode."""
     model: Any = trainer.model
     prompts = torch.tensor([example.input_ids[:6] for example in list(trainer.examples.eval)[:2]], dtype=torch.long)
     model.eval()
@@ -71,7 +69,7 @@ def sample(trainer: QloraTrainer) -> None:
 
 
 def evaluate(trainer: QloraTrainer) -> None:
-    """Measure as `qlora-train eval` does: held-out loss and greedy answers."""
+    """Compute the held-out loss and greedy answers, like `qlora-train eval`."""
     held_out, tokenizer = trainer.examples.eval, trainer.processing_class
     held_out_loss(trainer.model, held_out, batch_size=4, pad_token_id=0)
     prompts = [example.prompt for example in held_out if example.prompt is not None][:2]
@@ -80,7 +78,7 @@ def evaluate(trainer: QloraTrainer) -> None:
 
 
 def trained(folder: Path, base: Path, act: Act, *settings: str, repack: bool = False) -> dict[str, bytes | list[float]]:
-    """Train with something in between; return the losses, and what the last checkpoint holds of a run's state."""
+    """Train with `act` in between; return the losses and the content of the last checkpoint."""
     config = make_config(folder, base, f"train.max_steps={NUM_STEPS}", *settings, name=f"{act.__name__}-{repack}")
     run = RunFolder(Path(str(config.run.output_dir)))
     source, data = prepare(config, run)
@@ -115,14 +113,14 @@ def test_generating_and_evaluating_change_nothing(variant: str, tmp_path: Path, 
         assert differences(straight, other) == []
 
 
-def test_the_comparison_sees_random_numbers_that_are_drawn(tmp_path: Path, pico_llama: Path) -> None:
-    settings = VARIANTS["dropout and noise"]
+def test_comparison_detects_random_numbers(tmp_path: Path, pico_llama: Path) -> None:
+    settings = VARIANTS["dropout and NEFTune"]
     found = differences(*(trained(tmp_path, pico_llama, act, *settings) for act in (nothing, sample)))
     assert {"losses", "adapter", "random.safetensors"} <= set(found)
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="only CPUs with AVX512-BF16 repack weights")
-def test_the_comparison_sees_weights_that_are_packed_anew(tmp_path: Path, pico_llama: Path) -> None:
+def test_comparison_detects_repacked_weights(tmp_path: Path, pico_llama: Path) -> None:
     straight = trained(tmp_path, pico_llama, generate)
     damaged = trained(tmp_path, pico_llama, generate, repack=True)
     assert {"losses", "adapter"} <= set(differences(straight, damaged))

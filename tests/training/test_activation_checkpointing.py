@@ -1,4 +1,4 @@
-"""What layers compute again: the same bits at every level, less memory from level to level, a plan within its budget."""
+"""Activation checkpointing: bitwise equal at every level, less memory per level, a plan within its budget."""
 
 import itertools
 import logging
@@ -46,7 +46,7 @@ def on_the_fused_kernels(model_type: str, pico: Pico, folder: Path, *settings: s
 
 
 def bytes_saved(model: Any, run: Callable[[], Any]) -> int:
-    """Return the bytes of everything that autograd keeps at once, weights apart."""
+    """Return the bytes of all that autograd saves, without weights."""
     kept: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,8 +59,7 @@ def bytes_saved(model: Any, run: Callable[[], Any]) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("tile_rows", [tiled.TILE_ROWS, 7])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "tile_rows"), [("float32", tiled.TILE_ROWS), ("bfloat16", 7)])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_level_has_the_same_bits(
     model_type: str, dtype: str, tile_rows: int, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,9 +81,7 @@ def test_every_level_has_the_same_bits(
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_layer_keeps_less_from_level_to_level_and_as_much_as_is_counted(
-    model_type: str, pico: Pico, tmp_path: Path
-) -> None:
+def test_each_level_saves_less_and_as_much_as_counted(model_type: str, pico: Pico, tmp_path: Path) -> None:
     adapted, layers = on_the_fused_kernels(model_type, pico, tmp_path)
 
     def run() -> Any:  # in chunks, whose gradient is made in the forward pass
@@ -106,7 +103,7 @@ def test_a_layer_keeps_less_from_level_to_level_and_as_much_as_is_counted(
     assert all(x <= each <= 3 * x for each in counted["full"])  # the input, and a mask or angles that all layers read
 
 
-def test_the_inside_of_the_mlp_is_what_the_middle_level_leaves_out(pico: Pico, tmp_path: Path) -> None:
+def test_mlp_level_saves_all_but_gate_and_up(pico: Pico, tmp_path: Path) -> None:
     adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     adapted.model.train()
     counted = saved_bytes(adapted.model, layers, lambda: label_losses(adapted.model, **BATCH))
@@ -116,7 +113,7 @@ def test_the_inside_of_the_mlp_is_what_the_middle_level_leaves_out(pico: Pico, t
 
 
 @pytest.mark.parametrize("level", ["mlp", "full"])
-def test_tiles_are_computed_once_more_and_no_two_at_a_time(
+def test_tiles_are_recomputed_once_and_one_at_a_time(
     level: CheckpointingLevel, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiled, "TILE_ROWS", 7)
@@ -145,7 +142,7 @@ WORK = {"none": 0.0, "mlp": 0.7, "full": 1.0}
 
 
 @pytest.mark.parametrize("budget", range(0, 601, 45))
-def test_plan_keeps_to_its_budget_and_is_as_good_as_any(budget: int) -> None:
+def test_plan_is_within_its_budget_and_near_optimal(budget: int) -> None:
     def work(levels: tuple[CheckpointingLevel, ...]) -> float:
         return sum(WORK[level] for level in levels)
 
@@ -158,13 +155,13 @@ def test_plan_keeps_to_its_budget_and_is_as_good_as_any(budget: int) -> None:
     assert work(plan) <= best + 0.31  # half a step of one layer
 
 
-def test_plan_without_a_middle_level_and_with_layers_of_many_sizes() -> None:
+def test_plan_without_mlp_level_and_with_unequal_layers() -> None:
     kept: dict[CheckpointingLevel, list[int]] = {"none": [30, 20, 90], "full": [1, 1, 1]}
     assert plan_levels(kept, lambda _, level: WORK[level], 50) == ["none", "none", "full"]
     assert plan_levels(kept, lambda _, level: WORK[level], 28) == ["full", "none", "full"]
 
 
-def test_memory_that_is_left_goes_to_layers_and_is_tried(pico: Pico, tmp_path: Path) -> None:
+def test_free_memory_relaxes_checkpointing(pico: Pico, tmp_path: Path) -> None:
     config = make_config(tmp_path, pico("llama"), "train.gradient_checkpointing=full")
     adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
@@ -184,10 +181,10 @@ def test_memory_that_is_left_goes_to_layers_and_is_tried(pico: Pico, tmp_path: P
 
 
 @pytest.mark.parametrize("moment", ["counting", "trying"])
-def test_layers_that_cannot_keep_more_after_all_keep_their_input_and_say_so(
+def test_out_of_memory_restores_full_checkpointing(
     moment: str, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A GPU's memory runs out where layers keep more than their input, whatever was counted."""
+    """The GPU may run out of memory although the plan fits."""
     config = make_config(tmp_path, pico("llama"), "train.gradient_checkpointing=full")
     adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
@@ -209,10 +206,10 @@ def test_layers_that_cannot_keep_more_after_all_keep_their_input_and_say_so(
     assert "gradient_checkpointing: full (anything less did not fit: CUDA out of memory)" in caplog.text
 
 
-def test_layers_keep_no_more_than_leaves_room_for_fragmentation(
+def test_relaxed_checkpointing_leaves_room_for_fragmentation(
     pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
-    """What fits without the margin is given up: later batches have other lengths, and memory between them is lost."""
+    """Batches of other lengths fragment the memory later."""
     config = make_config(tmp_path, pico("llama"), "train.gradient_checkpointing=full")
     adapted, layers = on_the_fused_kernels("llama", pico, tmp_path)
     folder = RunFolder(Path(config.run.output_dir))
@@ -240,14 +237,16 @@ def test_layers_keep_no_more_than_leaves_room_for_fragmentation(
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def test_levels_change_no_bit_of_a_run(pico_llama: Path, tmp_path: Path) -> None:
-    kept = train_run(tmp_path, pico_llama, name="kept")
+def test_runs_are_bitwise_equal_at_every_level(pico_llama: Path, tmp_path: Path) -> None:
+    kept = train_run(tmp_path, pico_llama, "train.max_steps=3", name="kept")
     for level in ("mlp", "full"):
-        again = train_run(tmp_path, pico_llama, f"train.gradient_checkpointing={level}", name=level)
+        again = train_run(
+            tmp_path, pico_llama, f"train.gradient_checkpointing={level}", "train.max_steps=3", name=level
+        )
         assert adapter_bytes(again) == adapter_bytes(kept)
 
 
-def test_what_a_model_cannot_do_is_one_line(pico: Pico, tmp_path: Path) -> None:
+def test_unsupported_levels_are_refused(pico: Pico, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing: full, but Transformers does not support it"):
         train_run(tmp_path, pico("jetmoe"), "train.gradient_checkpointing=full")
     with pytest.raises(ConfigError, match="gradient_checkpointing: mlp, but no MLP of this model has fused kernels"):

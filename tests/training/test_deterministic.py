@@ -1,4 +1,4 @@
-"""`run.deterministic`: on before the model loads, off after the run, bitwise reruns, one line where it cannot be had."""
+"""`run.deterministic`: on before the model loads, off after the run, bitwise reruns, an error if unsupported."""
 
 import os
 from pathlib import Path
@@ -31,7 +31,7 @@ def settings() -> Settings:
     )
 
 
-def test_settings_are_those_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
     before = settings()
@@ -42,7 +42,7 @@ def test_settings_are_those_before_afterwards(monkeypatch: pytest.MonkeyPatch) -
     assert settings() == before
 
 
-def test_they_are_set_before_the_model_loads_and_undone_after_the_run(
+def test_settings_are_on_before_the_model_loads_and_off_after_the_run(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
 ) -> None:
     seen: list[Settings] = []
@@ -59,10 +59,10 @@ def test_they_are_set_before_the_model_loads_and_undone_after_the_run(
     assert "deterministic algorithms: on (run.deterministic: true)" in messages.text
     again = train_run(tmp_path, pico_llama, "train.max_steps=2", name="again")
     assert seen[1] == before
-    assert adapter_bytes(again) == adapter_bytes(run), "on a CPU it changes nothing"
+    assert adapter_bytes(again) == adapter_bytes(run), "no effect on a CPU"
 
 
-def test_a_process_that_used_the_gpu_before_is_no_fault_of_the_model() -> None:
+def test_cublas_error_asks_for_a_new_process() -> None:
     error = RuntimeError(
         "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
         "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS "
@@ -74,7 +74,7 @@ def test_a_process_that_used_the_gpu_before_is_no_fault_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("module", [fused_kernels, padding_free])
-def test_an_operation_without_an_algorithm_is_one_line_and_no_parity_result(
+def test_nondeterministic_operation_is_an_error_and_no_parity_result(
     module: Any, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -96,9 +96,7 @@ def test_an_operation_without_an_algorithm_is_one_line_and_no_parity_result(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [(), ("data.packing=true",), ("lora.lora_dropout=0.1",)])
-def test_runs_on_a_gpu_repeat_and_resume_to_the_same_bits(
-    options: tuple[str, ...], pico_llama: Path, tmp_path: Path
-) -> None:
+def test_runs_on_a_gpu_repeat_and_resume_bitwise(options: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
     asked = (ON, "train.save_steps=2", "train.max_steps=6", *options)
     first = train_run(tmp_path, pico_llama, *asked, name="first")
     assert adapter_bytes(train_run(tmp_path, pico_llama, *asked, name="second")) == adapter_bytes(first)

@@ -1,4 +1,4 @@
-"""The fast path: what it leaves alone, when it stays off, and that nothing else of a run notices it."""
+"""Fused kernels in a model and a run: what they skip, when they are off, and that results match the reference."""
 
 import json
 import shutil
@@ -28,12 +28,12 @@ IDS = torch.arange(60).reshape(3, 20) * 5 % 300 + 4
 BATCH: dict[str, Any] = {"input_ids": IDS, "labels": IDS}
 
 
-def put_in(model: AdaptedModel) -> FusedKernels:
+def install_fused_kernels(model: AdaptedModel) -> FusedKernels:
     return install(model.model, lambda: label_losses(model.model, **BATCH))
 
 
 def test_layers_that_read_the_same_input_are_one_group(pico_llama: Path, tmp_path: Path) -> None:
-    fast = put_in(adapted_model(tmp_path, pico_llama))
+    fast = install_fused_kernels(adapted_model(tmp_path, pico_llama))
     layers, pairs = 2, "groups of them that read the same input"
     assert fast.counts == {
         "adapted linear layers": 7 * layers, pairs: 2 * layers, "gated MLPs": layers, "RMS norms": 2 * layers + 1,
@@ -43,7 +43,7 @@ def test_layers_that_read_the_same_input_are_one_group(pico_llama: Path, tmp_pat
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "gpt2", "mixtral"])
-def test_evaluation_and_a_switched_off_adapter_are_the_models_own(model_type: str, pico: Pico, tmp_path: Path) -> None:
+def test_evaluation_and_disabled_adapters_use_the_reference(model_type: str, pico: Pico, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico(model_type))
 
     def logits() -> list[torch.Tensor]:
@@ -55,16 +55,16 @@ def test_evaluation_and_a_switched_off_adapter_are_the_models_own(model_type: st
             found.append(model.model(input_ids=IDS, use_cache=False).logits.detach())
         return found
 
-    wanted = logits()
-    put_in(model)
-    for before, after in zip(wanted, logits(), strict=True):
+    expected = logits()
+    install_fused_kernels(model)
+    for before, after in zip(expected, logits(), strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=0 if before.dtype == torch.long else 5e-6)
 
 
-def test_adapter_is_stored_as_without_it(pico_llama: Path, tmp_path: Path) -> None:
+def test_adapter_files_are_equal_with_and_without_fused_kernels(pico_llama: Path, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico_llama)
     model.model.save_pretrained(tmp_path / "plain")
-    put_in(model)
+    install_fused_kernels(model)
     model.model.save_pretrained(tmp_path / "fast")
     plain, fast = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "fast"))
     assert plain == fast
@@ -74,27 +74,29 @@ def test_adapter_is_stored_as_without_it(pico_llama: Path, tmp_path: Path) -> No
     ("setting", "reason"),
     [("lora.use_dora=true", "DoRA"), ("lora.bias=all", "a custom forward")],
 )
-def test_what_it_does_not_compute_is_left_to_peft(setting: str, reason: str, pico: Pico, tmp_path: Path) -> None:
+def test_unsupported_layers_are_left_to_peft(setting: str, reason: str, pico: Pico, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico("qwen2"), setting)
-    wanted = gradients_of(model, BATCH)
-    fast = put_in(model)
+    expected = gradients_of(model, BATCH)
+    fast = install_fused_kernels(model)
     assert fast.skipped[reason] > 0
-    assert compare_gradients(wanted, gradients_of(model, BATCH)).gradient < 1e-5
+    assert compare_gradients(expected, gradients_of(model, BATCH)).gradient < 1e-5
 
 
 @pytest.mark.parametrize("settings", [(), ("quantization.load_in_4bit=false",), ("lora.use_rslora=true",)])
-def test_recomputed_layers_have_the_same_gradients(settings: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
+def test_checkpointed_layers_have_the_same_gradients(
+    settings: tuple[str, ...], pico_llama: Path, tmp_path: Path
+) -> None:
     model = adapted_model(tmp_path, pico_llama, *settings)
-    wanted = gradients_of(model, BATCH)
-    put_in(model)
+    expected = gradients_of(model, BATCH)
+    install_fused_kernels(model)
     model.model.enable_input_require_grads()
     model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert compare_gradients(wanted, gradients_of(model, BATCH)).gradient < 1e-5
+    assert compare_gradients(expected, gradients_of(model, BATCH)).gradient < 1e-5
 
 
-def test_recomputation_ends_before_the_product_that_nothing_reads(pico_llama: Path, tmp_path: Path) -> None:
+def test_recomputation_skips_the_last_product(pico_llama: Path, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico_llama)
-    fast = put_in(model)
+    fast = install_fused_kernels(model)
     reads: Counter[str] = Counter()
     names = {
         layer.get_base_layer(): name for name, layer in model.model.named_modules() if isinstance(layer, LoraLayer)
@@ -111,39 +113,39 @@ def test_recomputation_ends_before_the_product_that_nothing_reads(pico_llama: Pa
     }
 
 
-def test_a_layer_of_a_group_that_reads_something_else_computes_it(pico_llama: Path, tmp_path: Path) -> None:
+def test_layer_of_a_group_may_have_another_input(pico_llama: Path, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico_llama)
     attention = model.model.get_base_model().model.layers[0].self_attn
     x, other = torch.randn(1, 5, 64, requires_grad=True), torch.randn(1, 5, 64)
-    wanted = [attention.q_proj(x), attention.k_proj(other), attention.v_proj(x), attention.v_proj(2 * x)]
-    put_in(model)
+    expected = [attention.q_proj(x), attention.k_proj(other), attention.v_proj(x), attention.v_proj(2 * x)]
+    install_fused_kernels(model)
     changed = x.detach().clone().requires_grad_()
     found = [attention.q_proj(changed), attention.k_proj(other), attention.v_proj(changed)]
     with torch.no_grad():
-        changed.mul_(2)  # the same tensor with other numbers
+        changed.mul_(2)  # same tensor, other values
     found.append(attention.v_proj(changed))
-    for before, after in zip(wanted, found, strict=True):
+    for before, after in zip(expected, found, strict=True):
         torch.testing.assert_close(after, before)
 
 
-def test_kept_copies_are_the_same_numbers(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+def test_cached_weights_have_the_same_values(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     model = adapted_model(tmp_path, pico_llama)
-    fast = put_in(model)
-    wanted = gradients_of(model, BATCH)
+    fast = install_fused_kernels(model)
+    expected = gradients_of(model, BATCH)
     one = fast.weights[0].dequantized_bytes
     fill_cache(fast.weights, 3.5 * one / 1e9, torch.device("cpu"))
     assert 0 < sum(weight.cached is not None for weight in fast.weights) < len(fast.weights)
     assert sum(weight.cached.nbytes for weight in fast.weights if weight.cached is not None) <= 3.5 * one
     fill_cache(fast.weights, "auto", torch.device("cpu"))
     assert all(weight.cached is not None for weight in fast.weights)
-    assert compare_gradients(wanted, gradients_of(model, BATCH)).gradient == 0
+    assert compare_gradients(expected, gradients_of(model, BATCH)).gradient == 0
     assert "dequantized cache: 14 of 14 weights" in messages.text
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------
 
 
-def test_run_takes_it_and_trains_as_without_it(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+def test_run_with_fused_kernels_trains_like_the_reference(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     fast = train_run(tmp_path, pico_llama, *SETTINGS, name="fast")
     assert "fused kernels: 14 adapted linear layers, 4 groups" in messages.text
     parity = json.loads(fast.fused_kernels_file.read_text())
@@ -160,14 +162,14 @@ def test_run_takes_it_and_trains_as_without_it(pico_llama: Path, tmp_path: Path,
     assert adapter_bytes(fast) != adapter_bytes(plain)
 
 
-def test_copies_of_weights_change_no_bit_of_a_run(pico_llama: Path, tmp_path: Path) -> None:
+def test_dequantized_cache_changes_no_bit_of_a_run(pico_llama: Path, tmp_path: Path) -> None:
     kept = train_run(tmp_path, pico_llama, *SETTINGS, name="kept")
     none = train_run(tmp_path, pico_llama, *SETTINGS, "train.dequantized_cache_gb=0", name="none")
     assert adapter_bytes(kept) == adapter_bytes(none)
 
 
 @pytest.mark.parametrize("fault", ["wrong", "failing"])
-def test_where_it_computes_something_else_the_run_stays_plain(
+def test_run_keeps_the_reference_if_the_parity_check_fails(
     fault: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     right = shared_input.lora_linears
@@ -185,9 +187,7 @@ def test_where_it_computes_something_else_the_run_stays_plain(
     assert f"fused kernels: off ({problem}" in messages.text
 
 
-def test_run_that_goes_on_takes_the_path_that_it_began_with(
-    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_keeps_its_parity_result(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = shared_input.lora_linears
     monkeypatch.setattr(shared_input, "lora_linears", lambda *arguments: [2 * each for each in right(*arguments)])
     straight = train_run(tmp_path, pico_llama, *SETTINGS, name="straight")
@@ -197,7 +197,7 @@ def test_run_that_goes_on_takes_the_path_that_it_began_with(
     assert adapter_bytes(train_run(tmp_path, pico_llama, *SETTINGS, name="stopped")) == adapter_bytes(straight)
 
 
-def test_a_damaged_parity_result_is_one_line(pico_llama: Path, tmp_path: Path) -> None:
+def test_damaged_parity_result_is_an_error(pico_llama: Path, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico_llama, *SETTINGS, name="run")
     shutil.rmtree(run.adapter)
     run.fused_kernels_file.write_text('{"passed": true, "colour": "red"}')

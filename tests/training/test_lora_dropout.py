@@ -1,4 +1,4 @@
-"""LoRA dropout in a model and a run: PEFT's numbers with the same masks, the same bits at every checkpointing level."""
+"""LoRA dropout in fused kernels: equal to PEFT with the same masks, bitwise equal at every checkpointing level."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,12 +41,12 @@ class Masked(nn.Module):
         return x * self._mask.view(x.shape) / (1 - RATE)
 
 
-def put_in(model: AdaptedModel) -> FusedKernels:
+def install_fused_kernels(model: AdaptedModel) -> FusedKernels:
     return install(model.model, lambda: label_losses(model.model, **BATCH))
 
 
 def drawn_masks(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Tensor]:
-    """Return the mask of each base layer, filled as masks are drawn; one that is drawn again must be the same."""
+    """Return the mask of each base layer, filled while masks are drawn; a second draw must be equal."""
     masks: dict[Any, Tensor] = {}
     draw = LoraLayers.draw_mask
 
@@ -63,22 +63,22 @@ def drawn_masks(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _with_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `gradients_of` compute with dropout, which it switches off for a run's own parity checks."""
+    """Keep dropout on in `gradients_of`, which disables it for parity checks."""
     if "run" not in request.function.__name__:
         monkeypatch.setattr(gradients, "lora_dropout_off", lambda _: nullcontext())
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_loss_and_gradients_are_those_of_peft_with_the_same_masks(
+def test_loss_and_gradients_match_peft_with_the_same_masks(
     model_type: str, level: Any, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted_model(tmp_path, pico(model_type), DROPOUT)
-    fast = put_in(model)
+    fast = install_fused_kernels(model)
     assert not fast.skipped
     layers = LayerCheckpointing(model.model, fast.mlps)
     if not layers.supports(level):
-        pytest.skip("no MLP of it is fused")
+        pytest.skip("no fused MLP")
     layers.set(level)
     masks = drawn_masks(monkeypatch)
     found = gradients_of(model, BATCH)
@@ -95,12 +95,12 @@ def test_loss_and_gradients_are_those_of_peft_with_the_same_masks(
 
 @pytest.mark.parametrize("tile_rows", [tiled.TILE_ROWS, 7])
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma2"])
-def test_every_checkpointing_level_has_the_same_bits(
+def test_checkpointing_levels_are_bitwise_equal(
     model_type: str, tile_rows: int, pico: Pico, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiled, "TILE_ROWS", tile_rows)
     model = adapted_model(tmp_path, pico(model_type), DROPOUT, dtype="bfloat16")
-    fast = put_in(model)
+    fast = install_fused_kernels(model)
     layers = LayerCheckpointing(model.model, fast.mlps)
     wanted = gradients_of(model, BATCH)
     for level in (level for level in LEVELS if layers.supports(level)):
@@ -109,9 +109,9 @@ def test_every_checkpointing_level_has_the_same_bits(
         assert (found.loss, found.gradient) == (0, 0), level
 
 
-def test_evaluation_mode_drops_nothing(pico_llama: Path, tmp_path: Path) -> None:
+def test_evaluation_mode_has_no_dropout(pico_llama: Path, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico_llama, DROPOUT)
-    fast = put_in(model)
+    fast = install_fused_kernels(model)
     state = torch.get_rng_state()
     model.model.eval()
     found = label_losses(model.model, **BATCH).nll
@@ -120,10 +120,10 @@ def test_evaluation_mode_drops_nothing(pico_llama: Path, tmp_path: Path) -> None
     torch.testing.assert_close(found, label_losses(model.model, **BATCH).nll, rtol=1e-5, atol=1e-5)
 
 
-def test_parity_check_of_a_run_is_without_dropout(pico_llama: Path, tmp_path: Path) -> None:
+def test_parity_check_of_a_run_has_no_dropout(pico_llama: Path, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico_llama, DROPOUT)
     wanted = gradients_of(model, BATCH)
-    fast = put_in(model)
+    fast = install_fused_kernels(model)
     found = compare_gradients(wanted, gradients_of(model, BATCH))
     assert (found.loss < 1e-5, found.gradient < 1e-5) == (True, True)
     assert fast.mlps
@@ -133,7 +133,7 @@ def test_parity_check_of_a_run_is_without_dropout(pico_llama: Path, tmp_path: Pa
 
 def test_memory_plan_counts_the_masks(pico_llama: Path, tmp_path: Path) -> None:
     model = adapted_model(tmp_path, pico_llama, DROPOUT)
-    layers = LayerCheckpointing(model.model, put_in(model).mlps)
+    layers = LayerCheckpointing(model.model, install_fused_kernels(model).mlps)
     model.model.train()
     kept = saved_bytes(model.model, layers, lambda: label_losses(model.model, **BATCH))["none"]
     with lora_dropout_off(model.model.modules()):
@@ -148,7 +148,7 @@ def test_memory_plan_counts_the_masks(pico_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp"])
-def test_resumed_run_ends_in_the_same_bits(recompute: str, pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+def test_resumed_run_is_bitwise_equal(recompute: str, pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     settings = (
         DROPOUT, "train.max_steps=4", "train.save_steps=2", "train.per_device_train_batch_size=6",
         f"train.gradient_checkpointing={recompute}",

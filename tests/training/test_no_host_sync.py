@@ -1,6 +1,6 @@
-"""A training step does not wait for the device: what the host needs to know it computes from the host's tensors.
+"""A training step does not synchronize with the GPU before its end.
 
-The exception is padded rows with sdpa: Transformers asks whether there is padding.
+Exception: padded rows with sdpa, where Transformers checks for padding.
 """
 
 from collections.abc import Iterator
@@ -23,18 +23,18 @@ from tests.support.trainers import trainer_of
 WAITING = {
     "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim", "unique_consecutive"
 }  # fmt: skip
-"""Operations whose result the host needs, or whose shape."""
+"""Operations whose result, or its shape, the host reads."""
 READING = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
-"""Methods that a CPU's tensors do without an operation."""
+"""Methods that dispatch no operation on the CPU."""
 
 
 class OnDevice(TorchDispatchMode):
-    """Takes some tensors, and all that is computed from them, for a device's, and notes what would wait for it."""
+    """Treats some tensors, and all computed from them, as on a GPU, and records what would synchronize."""
 
     def __init__(self, tensors: Any) -> None:
         super().__init__()
         self.waits: list[str] = []
-        self._storages: dict[int, Tensor] = {}  # which it keeps alive, so that no address comes again
+        self._storages: dict[int, Tensor] = {}  # kept alive, so that no address is reused
         for tensor in tensors:
             self.add(tensor)
 
@@ -76,7 +76,7 @@ EAGER = ("model.attn_implementation=eager",)
 
 @contextmanager
 def on_device(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Yield what would wait for the device that a model is on."""
+    """Yield the operations that would synchronize with the model's device."""
     device = OnDevice([*model.parameters(), *model.buffers()])
     monkeypatch.setattr(host_copies, "to_device", lambda tensor, _device: device.add(tensor.clone()))
     with device, Reads(device):
@@ -93,7 +93,7 @@ def on_device(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterat
     ],
     ids=["padding-free", "packs", "packs without shared prefixes", "padded"],
 )
-def test_a_training_step_waits_for_the_device_at_its_end_alone(
+def test_training_step_synchronizes_at_its_end_only(
     settings: tuple[str, ...], pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tmp_path, pico_llama, "data.eval=null", "train.eval_steps=null", *settings)
@@ -116,7 +116,7 @@ def test_a_training_step_waits_for_the_device_at_its_end_alone(
 @pytest.mark.gpu
 @pytest.mark.skipif(IS_FAKE or not torch.cuda.is_available(), reason="needs a CUDA device that reports what waits")
 @pytest.mark.parametrize("settings", [PADDING_FREE, ("data.packing=true",)], ids=["padding-free", "packs"])
-def test_torch_sees_no_wait_on_a_gpu(settings: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
+def test_torch_sees_no_synchronization_on_a_gpu(settings: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, pico_llama, "data.eval=null", "train.eval_steps=null", *settings)
     trainer, _ = trainer_of(config)
     trainer.create_optimizer()
@@ -124,7 +124,7 @@ def test_torch_sees_no_wait_on_a_gpu(settings: tuple[str, ...], pico_llama: Path
     step = next(iter(trainer.get_train_dataloader()))
     num_labels = trainer._get_num_items_in_batch([step], torch.device("cuda"))
     model = trainer.model.train()
-    trainer.training_step(model, step, num_labels)  # the first one fills caches
+    trainer.training_step(model, step, num_labels)  # the first step fills caches
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer.training_step(model, step, num_labels)

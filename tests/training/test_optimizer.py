@@ -1,4 +1,4 @@
-"""The automatic optimizer: chosen by its state's share of the GPU's memory, kept by a resumed run, paged again."""
+"""`train.optim: auto`: chosen by the state's share of GPU memory, kept by resumed runs, paged after a resume."""
 
 import logging
 from dataclasses import replace
@@ -42,7 +42,7 @@ def with_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
 @pytest.mark.parametrize(
     ("share", "name"), [(0.0199, "adamw_torch_fused"), (0.02, "adamw_torch_fused"), (0.0201, "paged_adamw_8bit")]
 )
-def test_state_that_is_small_for_the_gpu_stays_there(
+def test_small_state_stays_on_the_gpu(
     share: float, name: str, on_gpu: AdaptedModel, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
     state_bytes = 8 * sum(tensor.numel for tensor in trained_tensors(on_gpu))
@@ -54,7 +54,7 @@ def test_state_that_is_small_for_the_gpu_stays_there(
     assert f"is {side} 2% of the GPU's" in message
 
 
-def test_optimizers_that_are_named_are_kept(on_gpu: AdaptedModel, said: pytest.LogCaptureFixture) -> None:
+def test_named_optimizers_are_used(on_gpu: AdaptedModel, said: pytest.LogCaptureFixture) -> None:
     for name in ("paged_adamw_8bit", "adamw_8bit", "adamw_torch_fused", "sgd"):
         assert choose_optimizer(name, on_gpu) == name
     assert not said.messages
@@ -62,7 +62,7 @@ def test_optimizers_that_are_named_are_kept(on_gpu: AdaptedModel, said: pytest.L
 
 @pytest.mark.parametrize("name", ["adamw_torch_fused", "paged_adamw_8bit"])
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
-def test_a_resumed_run_keeps_its_optimizer_on_another_gpu(
+def test_resumed_run_keeps_its_optimizer_on_another_gpu(
     name: str, on_gpu: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
     weight = torch.nn.Parameter(torch.ones(64, 64))
@@ -77,7 +77,7 @@ def test_a_resumed_run_keeps_its_optimizer_on_another_gpu(
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
-def test_restored_state_of_a_paged_optimizer_is_in_pages_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restored_state_of_a_paged_optimizer_is_paged(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.nn.Parameter(torch.ones(64, 128))
     first, second = (bnb.optim.PagedAdamW8bit([weight]) for _ in range(2))
     weight.grad = torch.randn_like(weight)
@@ -101,14 +101,14 @@ def test_restored_state_of_a_paged_optimizer_is_in_pages_again(monkeypatch: pyte
     ("gpu_bytes", "name", "state_bytes"),
     [(24 * 10**9, "adamw_torch_fused", 319_815_680), (6 * 10**9, "paged_adamw_8bit", 81_205_248)],
 )
-def test_the_plan_counts_the_optimizer_of_the_gpu(gpu_bytes: int, name: str, state_bytes: int) -> None:
+def test_memory_plan_counts_the_optimizer_of_the_gpu(gpu_bytes: int, name: str, state_bytes: int) -> None:
     plan = memory_plan(LLAMA_2_7B, r=16, tokens=512, gpu_bytes=gpu_bytes)
     assert (plan.optimizer, plan.optimizer_bytes) == (name, state_bytes)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(IS_FAKE or not torch.cuda.is_available(), reason="needs a CUDA device and bitsandbytes' pages")
-def test_pages_hold_restored_state_on_a_gpu() -> None:
+def test_restored_state_is_paged_on_a_gpu() -> None:
     weight = torch.nn.Parameter(torch.ones(512, 512, device="cuda"))
     first, second = (bnb.optim.PagedAdamW8bit([weight]) for _ in range(2))
     weight.grad = torch.randn_like(weight)

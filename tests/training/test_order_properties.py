@@ -1,4 +1,4 @@
-"""Where a run stands in its data is a pure function of (seed, epoch, step): every order, every place to resume from."""
+"""The position in the data is a function of seed, epoch and step, in every order."""
 
 import math
 from collections import Counter
@@ -19,13 +19,13 @@ from qlora_train.training.batch_source import RowBatches
 
 MAX_LENGTH = 32
 LENGTHS = st.lists(st.integers(1, MAX_LENGTH), min_size=1, max_size=60)
-NO_ROWS: Any = [None]  # an order is of numbers: no row is read
+NO_ROWS: Any = [None]  # orders are of indices: no row is read
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 @st.composite
 def orders(draw: Any) -> tuple[BatchOrder, int]:
-    """Return an order of rows, grouped or not, or of packs; and its number of rows. Equal draws give equal orders."""
+    """Return an order of rows or packs, and its number of rows."""
     lengths = np.array(draw(LENGTHS), np.int32)
     seed, batch_size = draw(SEEDS), draw(st.integers(1, 7))
     if draw(st.booleans()):
@@ -44,25 +44,24 @@ def config_of(accumulation: int) -> RunConfig:
 
 
 def steps_from(order: BatchOrder, accumulation: int, step: int) -> Iterator[list[list[int]]]:
-    """Yield the micro-batches of each optimizer step after `step`, as a training loop that begins there takes them.
+    """Yield the micro-batches of each optimizer step after `step`, like a training loop that resumes there.
 
-    The loop opens the epoch's loader and passes over the steps that were taken; the last step of an epoch may have fewer
-    micro-batches.
+    The loop opens the epoch's loader and skips the earlier steps.
     """
-    standing = SimpleNamespace(state=SimpleNamespace(global_step=step))
-    feed = RowBatches(NO_ROWS, order, config_of(accumulation), FlatteningCollator())
-    steps = feed.loader(standing).batch_sampler
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=step))
+    source = RowBatches(NO_ROWS, order, config_of(accumulation), FlatteningCollator())
+    steps = source.loader(trainer).batch_sampler
     assert steps is not None
-    assert len(steps) == feed.steps_per_epoch == math.ceil(len(order) / accumulation)
+    assert len(steps) == source.steps_per_epoch == math.ceil(len(order) / accumulation)
     while True:
-        for micro_batches in islice(iter(steps), standing.state.global_step % feed.steps_per_epoch, None):
+        for micro_batches in islice(iter(steps), trainer.state.global_step % source.steps_per_epoch, None):
             yield micro_batches
-            standing.state.global_step += 1
+            trainer.state.global_step += 1
 
 
 @settings(max_examples=200, deadline=None)
 @given(orders(), st.integers(1, 5), st.integers(0, 40))
-def test_the_batches_after_a_resume_are_the_rest_of_the_straight_order(
+def test_batches_after_a_resume_are_the_rest_of_the_order(
     drawn: tuple[BatchOrder, int], accumulation: int, step: int
 ) -> None:
     order, _ = drawn
@@ -72,7 +71,7 @@ def test_the_batches_after_a_resume_are_the_rest_of_the_straight_order(
 
 @settings(max_examples=200, deadline=None)
 @given(orders(), st.integers(0, 5), st.integers(1, 5))
-def test_every_row_is_seen_exactly_once_an_epoch(drawn: tuple[BatchOrder, int], epoch: int, accumulation: int) -> None:
+def test_every_row_is_used_once_per_epoch(drawn: tuple[BatchOrder, int], epoch: int, accumulation: int) -> None:
     order, num_rows = drawn
     batches = list(order.epoch_batches(epoch))
     assert len(batches) == len(order)
@@ -84,7 +83,7 @@ def test_every_row_is_seen_exactly_once_an_epoch(drawn: tuple[BatchOrder, int], 
 
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, SEEDS, st.integers(1, 7), st.booleans(), st.integers(0, 2**31))
-def test_the_order_of_an_epoch_depends_on_its_arguments_alone(
+def test_order_of_an_epoch_depends_on_its_arguments_only(
     lengths: list[int], seed: int, batch_size: int, grouped: bool, epoch: int
 ) -> None:
     def made() -> list[BatchOrder]:
@@ -93,14 +92,14 @@ def test_the_order_of_an_epoch_depends_on_its_arguments_alone(
         return [RowOrder(array, seed, batch_size, grouped, batch_size), packs]
 
     for one, other in zip(made(), made(), strict=True):
-        list(other.epoch_batches(epoch + 1))  # what was asked for before has no part in it
+        list(other.epoch_batches(epoch + 1))  # earlier calls have no effect
         np.random.default_rng().random()
         assert list(one.epoch_batches(epoch)) == list(other.epoch_batches(epoch))
 
 
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, SEEDS, st.integers(0, 5))
-def test_no_pack_has_more_tokens_than_it_holds(lengths: list[int], seed: int, epoch: int) -> None:
+def test_no_pack_exceeds_the_max_length(lengths: list[int], seed: int, epoch: int) -> None:
     order = PackOrder(np.array(lengths, np.int32), max_length=MAX_LENGTH, seed=seed, batch_size=1)
     packs = list(order.epoch_batches(epoch))
     assert max(sum(lengths[row] for row in pack) for pack in packs) <= MAX_LENGTH

@@ -1,4 +1,4 @@
-"""Memory that does not suffice: tried before step 1 without a trace, met by a smaller setting with the same result."""
+"""Out of memory: probed before step 1, and met by smaller settings with the same result."""
 
 import itertools
 import json
@@ -37,14 +37,14 @@ SETTINGS = (
     "train.per_device_train_batch_size=4", "train.max_steps=2", "train.logging_steps=1", "run.seed=7",
     "train.adam_epsilon=1e-3",
 )  # fmt: skip
-"""With a smaller epsilon Adam makes whole steps of gradients that are rounding."""
+"""With a smaller epsilon, Adam amplifies rounding errors of tiny gradients to whole steps."""
 SPARE = {"a row": 500 * MB, "a layer": 240 * MB}
-"""What a process may take beyond its model: enough for what all layers keep of a row, or one layer."""
+"""Memory beyond the model: enough for what all layers save of a row, or for one layer."""
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited and measured as on Linux")
 
 
-# --- without a trace --------------------------------------------------------------------------------------------------
+# --- the probe preserves the run --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -54,20 +54,21 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the address space
         ("lora.lora_dropout=0.1", "train.optim=adamw_8bit", "lora.r=64", "train.gradient_checkpointing=full"),
         ("data.packing=true", "lora.lora_dropout=0.1"),
     ],
-    ids=["dropout and NEFTune", "8-bit optimizer and recomputation", "packs"],
+    ids=["dropout and NEFTune", "8-bit optimizer and checkpointing", "packs"],
 )
-def test_a_run_whose_largest_batch_was_tried_has_the_bits_of_one_without(
+def test_memory_probe_changes_no_bit_of_a_run(
     settings: tuple[str, ...], pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried = train_run(tmp_path, pico_llama, *settings, name="tried")
+    settings = (*settings, "train.max_steps=2")
+    probed = train_run(tmp_path, pico_llama, *settings, name="probed")
     monkeypatch.setattr(train_loop, "fitting_trainer", lambda make, config, _run: make(config))
-    untried = train_run(tmp_path, pico_llama, *settings, name="untried")
-    assert losses(tried) == losses(untried)
-    assert adapter_bytes(tried) == adapter_bytes(untried)
+    unprobed = train_run(tmp_path, pico_llama, *settings, name="unprobed")
+    assert losses(probed) == losses(unprobed)
+    assert adapter_bytes(probed) == adapter_bytes(unprobed)
 
 
-def test_nothing_is_left_of_the_trial(pico: Callable[..., Path], tmp_path: Path) -> None:
-    """Rotary positions that stretch with the longest row seen are as if it had not been seen."""
+def test_memory_probe_preserves_the_model_state(pico: Callable[..., Path], tmp_path: Path) -> None:
+    """Dynamic RoPE forgets the length of the probe."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
     base = pico("llama", max_position_embeddings=32, rope_parameters=rope)
     trainer, _ = trainer_of(make_config(tmp_path, base, "lora.lora_dropout=0.1", "data.max_length=64"))
@@ -83,7 +84,7 @@ def test_nothing_is_left_of_the_trial(pico: Callable[..., Path], tmp_path: Path)
             [module.training for module in model.modules()], [parameter.grad for parameter in model.parameters()],
         ]  # fmt: skip
 
-    model(input_ids=torch.ones(1, 40, dtype=torch.long))  # the trial's rows are longer still
+    model(input_ids=torch.ones(1, 40, dtype=torch.long))  # the probe's rows are longer
     assert rotary.max_seq_len_cached == 40
     before = state()
     assert probe_memory(trainer).problem is None
@@ -91,7 +92,7 @@ def test_nothing_is_left_of_the_trial(pico: Callable[..., Path], tmp_path: Path)
         assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
 
 
-# --- what is tried ----------------------------------------------------------------------------------------------------
+# --- the worst case ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_nothing_is_left_of_the_trial(pico: Callable[..., Path], tmp_path: Path)
     ],
     ids=" ".join,
 )
-def test_no_batch_of_a_run_is_larger_than_the_one_tried(
+def test_no_batch_of_a_run_is_larger_than_the_worst_case(
     settings: tuple[str, ...], pico_llama: Path, tmp_path: Path
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
@@ -135,10 +136,10 @@ def test_no_batch_of_a_run_is_larger_than_the_one_tried(
     assert num_documents >= max(documents)
     if "train.padding_free=false" in settings:
         assert num_tried <= 1.25 * max(labels)
-        assert tried["input_ids"].numel() <= 1.1 * max(tokens)  # and is no larger than it need be
+        assert tried["input_ids"].numel() <= 1.1 * max(tokens)  # and not much larger than necessary
 
 
-def test_of_a_stream_full_rows_are_tried(pico_llama: Path, tmp_path: Path) -> None:
+def test_worst_case_of_a_stream_is_full_rows(pico_llama: Path, tmp_path: Path) -> None:
     streamed = ("data.streaming=true", "data.eval=null", "train.eval_steps=null", "train.save_steps=1")
     config = make_config(tmp_path, pico_llama, *streamed, "train.per_device_train_batch_size=3")
     data, _ = prepare_tokenizer_and_data(config, resolve_base(config.model), date=DATE)
@@ -154,7 +155,7 @@ def test_of_a_stream_full_rows_are_tried(pico_llama: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("num_rows", [37, 48])
-def test_groups_of_like_length_are_those_of_the_batch_that_was_asked_for(num_rows: int) -> None:
+def test_fitted_batches_group_rows_like_the_original_ones(num_rows: int) -> None:
     lengths = np.random.default_rng(3).integers(5, 99, num_rows).astype(np.int32)
     asked = RowOrder(lengths, seed=3, batch_size=8, group_by_length=True, group_batch_size=8)
     fitted = RowOrder(lengths, seed=3, batch_size=2, group_by_length=True, group_batch_size=8)
@@ -165,10 +166,10 @@ def test_groups_of_like_length_are_those_of_the_batch_that_was_asked_for(num_row
 
 
 @pytest.mark.parametrize("settings", [("train.group_by_length=true",), ("data.packing=true", "data.max_length=64")])
-def test_a_run_that_goes_on_with_a_smaller_micro_batch_has_the_same_result(
+def test_resuming_with_a_smaller_micro_batch_has_the_same_result(
     settings: tuple[str, ...], pico_llama: Path, tmp_path: Path
 ) -> None:
-    """From a checkpoint inside the second epoch on, the recorded rung is taken at once; the config stays as asked."""
+    """Resumes inside the second epoch with the recorded settings; the config keeps its own."""
     exact = (
         "quantization.bnb_4bit_compute_dtype=float32",
         "train.auto_find_batch_size=true",
@@ -194,7 +195,7 @@ def test_a_run_that_goes_on_with_a_smaller_micro_batch_has_the_same_result(
     assert "per_device_train_batch_size: 4" in run.config_file.read_text()
 
 
-def test_what_was_recorded_counts_for_the_settings_it_was_recorded_for(pico_llama: Path, tmp_path: Path) -> None:
+def test_fitted_settings_apply_to_the_settings_they_were_recorded_for(pico_llama: Path, tmp_path: Path) -> None:
     asked = make_config(tmp_path, pico_llama, "train.per_device_train_batch_size=4").train
     run = RunFolder(tmp_path)
     assert apply_fitted_settings(run, asked) == asked
@@ -208,7 +209,7 @@ def test_what_was_recorded_counts_for_the_settings_it_was_recorded_for(pico_llam
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"requested": 3}', '{"requested": {}, "applied": {}}'])
-def test_a_record_that_is_damaged_is_named(content: str, pico_llama: Path, tmp_path: Path) -> None:
+def test_damaged_fitted_settings_are_an_error(content: str, pico_llama: Path, tmp_path: Path) -> None:
     asked, run = make_config(tmp_path, pico_llama).train, RunFolder(tmp_path)
     run.fitted_settings_file.write_text(content)
     if content == "[]":
@@ -218,12 +219,12 @@ def test_a_record_that_is_damaged_is_named(content: str, pico_llama: Path, tmp_p
         apply_fitted_settings(run, asked)
 
 
-# --- memory really runs out -------------------------------------------------------------------------------------------
+# --- real out of memory -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def arguments(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return what is typed but for run.output_dir: long rows of text, and layers that keep much of them."""
+    """Return the command line without run.output_dir: long rows and wide MLPs."""
     folder = tmp_path_factory.mktemp("out-of-memory")
     words, generator = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"), random.Random(0)
     rows = [" ".join(generator.choices(words, k=generator.randint(250, 270))) for _ in range(12)]
@@ -253,7 +254,7 @@ def assert_same_weights(run: RunFolder, wanted: RunFolder) -> None:
 
 
 @on_linux
-def test_a_batch_that_does_not_fit_stops_with_one_line_and_what_does(arguments: list[str], tmp_path: Path) -> None:
+def test_batch_that_does_not_fit_is_an_error_with_settings_that_do(arguments: list[str], tmp_path: Path) -> None:
     ended = run_limited(
         [*arguments, f"run.output_dir={tmp_path / 'run'}"], tmp_path / "log", moment="fitting_trainer",
         spare_bytes=SPARE["a row"],
@@ -278,7 +279,7 @@ def test_a_batch_that_does_not_fit_stops_with_one_line_and_what_does(arguments: 
     ],
     ids=["a row fits", "a layer fits"],
 )  # fmt: skip
-def test_auto_fit_trains_with_what_fits_to_the_same_weights(
+def test_auto_find_batch_size_trains_to_the_same_weights(
     spare: str, applied: dict[str, Any], arguments: list[str], unlimited: RunFolder, tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -292,7 +293,7 @@ def test_auto_fit_trains_with_what_fits_to_the_same_weights(
 
 
 @on_linux
-def test_memory_that_runs_out_in_mid_run_is_met_by_the_next_rung_when_the_command_is_repeated(
+def test_out_of_memory_in_mid_run_uses_the_next_fallback_on_repeat(
     arguments: list[str], unlimited: RunFolder, tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -308,7 +309,7 @@ def test_memory_that_runs_out_in_mid_run_is_met_by_the_next_rung_when_the_comman
     assert_same_weights(run, unlimited)
 
 
-def test_errors_that_mean_too_little_memory_are_known() -> None:
+def test_out_of_memory_errors_are_recognised() -> None:
     allocator = "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError(allocator))

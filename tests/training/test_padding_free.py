@@ -1,4 +1,4 @@
-"""Rows of a step end to end, what they begin with once: same losses, same gradients, same bits after a stop."""
+"""Padding-free training and shared prefixes: losses and gradients of padded rows; stopped runs resume bitwise."""
 
 import json
 import re
@@ -53,7 +53,7 @@ ROWS = [
     row(SYSTEM, tokens(30, 3), 12),
     row(OTHER, tokens(9, 4), 8),
     row(SYSTEM, tokens(11, 5), 11),  # the first token after the prefix is a label
-    row(SYSTEM[:13], tokens(20, 6), 5),  # shares a part of it
+    row(SYSTEM[:13], tokens(20, 6), 5),  # shares a part of the prefix
     row(OTHER, tokens(14, 7), 3),
     row(SYSTEM, tokens(6, 8), 5),
     row([], tokens(12, 9), 11),  # shares nothing
@@ -67,13 +67,13 @@ def batch_of(rows: Sequence[Example], collate: FlatteningCollator) -> dict[str, 
 
 
 def losses_and_gradients(model: Any, rows: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the losses of all labels, sorted, as rows change places, and the gradient of their sum, of all that trains."""
+    """Return the sorted losses of all labels, since the order of rows differs, and the gradient of their sum."""
     found, gradients = in_order(model, rows)
     return found.sort()[0], gradients
 
 
 def one_by_one(rows: Sequence[Example]) -> list[dict[str, torch.Tensor]]:
-    """Each row as it is, padded by nothing and packed with nothing."""
+    """Each row as a batch of its own."""
     return [
         {
             "input_ids": torch.from_numpy(each.input_ids).long()[None],
@@ -85,10 +85,10 @@ def one_by_one(rows: Sequence[Example]) -> list[dict[str, torch.Tensor]]:
     ]
 
 
-# --- how rows are laid out --------------------------------------------------------------------------------------------
+# --- flattened batches ------------------------------------------------------------------------------------------------
 
 
-def test_a_shared_prefix_stands_in_a_row_once() -> None:
+def test_shared_prefix_occurs_once() -> None:
     prefix = [1, 2, 3, 4, 5]
     batch = FlatteningCollator(share_prefixes=True)([(3, row(prefix, [6, 7], 2)), (8, row(prefix, [7, 8, 9], 1))])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 7, 8, 9, 5, 6, 7]], "5 predicts the label 6"
@@ -97,12 +97,12 @@ def test_a_shared_prefix_stands_in_a_row_once() -> None:
     assert batch["row"].tolist() == [8, 3]
 
 
-def test_a_few_tokens_in_common_are_not_worth_it() -> None:
+def test_short_common_prefix_is_not_shared() -> None:
     rows = [(0, row([1, 2, 3], [4, 5], 1)), (1, row([1, 2, 3], [6, 7], 1))]
     assert FlatteningCollator(share_prefixes=True)(rows)["input_ids"].numel() == 10
 
 
-def test_padding_is_documents_without_labels_that_are_no_longer_than_the_longest() -> None:
+def test_padding_is_unlabelled_documents_of_at_most_the_max_length() -> None:
     batch = FlatteningCollator(pad_token_id=9, pad_to_multiple_of=16)([(0, row([], [1, 2, 3, 4, 5], 2))])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5] + [9] * 11]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]]
@@ -111,7 +111,7 @@ def test_padding_is_documents_without_labels_that_are_no_longer_than_the_longest
 
 @st.composite
 def conversations(draw: st.DrawFn) -> list[Example]:
-    """Rows over an alphabet of two tokens, which begin alike most of the time."""
+    """Rows over two tokens, most of which share a prefix."""
     rows = []
     for _ in range(draw(st.integers(1, 6))):
         ids = draw(st.lists(st.integers(0, 1), min_size=2, max_size=14))
@@ -122,16 +122,16 @@ def conversations(draw: st.DrawFn) -> list[Example]:
 
 @given(conversations(), st.integers(1, 9))
 @settings(max_examples=300, deadline=None)
-def test_every_row_can_be_read_from_the_row_that_all_are_laid_into(rows: list[Example], multiple: int) -> None:
+def test_every_row_can_be_reconstructed_from_the_flattened_batch(rows: list[Example], multiple: int) -> None:
     batch = FlatteningCollator(7, multiple, share_prefixes=True)(list(enumerate(rows)))
     ids, labels, positions = (batch[name][0].tolist() for name in ("input_ids", "labels", "position_ids"))
     assert len(ids) % multiple == 0
-    begins = [place for place in range(len(ids)) if place == 0 or positions[place] != positions[place - 1] + 1]
+    begins = [i for i in range(len(ids)) if i == 0 or positions[i] != positions[i - 1] + 1]
     found, root = [], 0
     for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True):
         if positions[begin] == 0:
             root = begin
-        assert labels[begin] == IGNORE_INDEX, "nothing of its own predicts it"
+        assert labels[begin] == IGNORE_INDEX, "no token of the document predicts it"
         shared = positions[begin]
         found.append((ids[root : root + shared] + ids[begin:end], [IGNORE_INDEX] * shared + labels[begin:end]))
         assert shared == 0 or shared >= MIN_SHARED_PREFIX
@@ -147,19 +147,19 @@ def test_every_row_can_be_read_from_the_row_that_all_are_laid_into(rows: list[Ex
     assert sorted(batch["row"].tolist()) == list(range(len(rows)))
 
 
-def test_no_more_is_shared_than_a_row_can_do_without() -> None:
+def test_tokens_that_predict_labels_are_not_shared() -> None:
     one = row([1, 2, 3, 4, 5, 6], [], 2)
     assert shared_prefix_length(one, row([1, 2, 3, 4, 5, 6, 7], [], 1)) == 3, "predicts the first label"
     assert shared_prefix_length(one, row([1, 2], [9], 1)) == 2
-    assert shared_prefix_length(row([1, 2, 3], [], 0), row([1, 2, 3], [], 0)) == 2, "something is left of every row"
+    assert shared_prefix_length(row([1, 2, 3], [], 0), row([1, 2, 3], [], 0)) == 2, "every row keeps a token"
     assert shared_prefix_length(row([1, 2], [], 1), one) == 0
 
 
-# --- what is computed -------------------------------------------------------------------------------------------------
+# --- losses and gradients ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", PACKABLE)
-def test_losses_and_lora_gradients_are_those_of_the_rows_one_by_one(
+def test_losses_and_lora_gradients_match_separate_rows(
     model_type: str, pico: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapted = adapted_model(tmp_path, pico(model_type, **WINDOWS.get(model_type, {})))
@@ -174,7 +174,7 @@ def test_losses_and_lora_gradients_are_those_of_the_rows_one_by_one(
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5 * float(wanted[1].abs().max()))
 
 
-def test_documents_longer_than_what_a_cpu_computes_with_all_scores(pico_llama: Path, tmp_path: Path) -> None:
+def test_documents_too_long_for_full_score_matrices_match_separate_rows(pico_llama: Path, tmp_path: Path) -> None:
     adapted = adapted_model(tmp_path, pico_llama, "data.max_length=512")
     model, prefix = adapted.model.eval(), tokens(100, 1)
     rows = [row(prefix, tokens(count, count), 9) for count in (190, 170, 60, 20)]
@@ -187,7 +187,7 @@ def test_documents_longer_than_what_a_cpu_computes_with_all_scores(pico_llama: P
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma3_text", "gemma2"])
-def test_with_a_kernel_for_any_lengths_they_are_too(
+def test_varlen_kernel_matches_separate_rows(
     model_type: str, pico: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = use_reference_kernel(monkeypatch)
@@ -206,7 +206,7 @@ def test_with_a_kernel_for_any_lengths_they_are_too(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_computes_the_same(pico_llama: Path, tmp_path: Path) -> None:
+def test_gpu_matches_separate_rows(pico_llama: Path, tmp_path: Path) -> None:
     adapted = adapted_model(tmp_path, pico_llama)
 
     def on_gpu(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -221,8 +221,8 @@ def test_a_gpu_computes_the_same(pico_llama: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-3, atol=1e-4 * float(wanted[1].abs().max()))
 
 
-def test_a_prefix_that_is_forgotten_is_seen(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests above can fail: without positions, rows would go on where nothing is."""
+def test_comparison_detects_a_missing_prefix(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above can fail: without the prefix, gradients differ."""
     adapted = adapted_model(tmp_path, pico_llama)
     wanted = losses_and_gradients(adapted.model.eval(), one_by_one(ROWS))
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
@@ -232,7 +232,7 @@ def test_a_prefix_that_is_forgotten_is_seen(pico_llama: Path, tmp_path: Path, mo
     assert (found[1] - wanted[1]).norm() > 1e-2 * wanted[1].norm(), "gradients of prefixes"
 
 
-def test_recomputed_layers_share_too(pico: Callable[..., Path], tmp_path: Path) -> None:
+def test_checkpointed_layers_share_prefixes_too(pico: Callable[..., Path], tmp_path: Path) -> None:
     adapted = adapted_model(tmp_path, pico("gemma3_text", **WINDOWS["gemma3_text"]))
     wanted = losses_and_gradients(adapted.model.eval(), one_by_one(ROWS))
     isolate_documents(adapted, make_config(tmp_path, Path("nowhere"), *EXACT, "data.packing=true"), ROWS)
@@ -269,27 +269,29 @@ def built(config: RunConfig) -> tuple[AdaptedModel, QloraTrainer]:
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
-def test_run_shares_and_trains_as_without(packing: str, pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+def test_run_with_shared_prefixes_trains_like_a_padded_one(
+    packing: str, pico_llama: Path, tmp_path: Path, messages: Any
+) -> None:
     write_tasks(tmp_path)
-    rows = (*EXACT, f"data.packing={packing}", "train.max_steps=4")
+    rows = (*EXACT, f"data.packing={packing}", "train.max_steps=2")
     shared = train_run(tmp_path, pico_llama, *rows, name="shared")
     assert ON in messages.text
     assert json.loads(shared.padding_free_file.read_text())["passed"]
     alone = train_run(tmp_path, pico_llama, *rows, "train.padding_free=false", name="alone")
     assert not alone.padding_free_file.exists()
     assert losses(shared) == pytest.approx(losses(alone), rel=1e-4)
-    assert adapter_bytes(shared) != adapter_bytes(alone), "rounding differs where they do not compute the same way"
+    assert adapter_bytes(shared) != adapter_bytes(alone), "computed in another way, so rounded differently"
     counts = [
         [json.loads(line).get("num_input_tokens_seen") for line in run.metrics_file.read_text().splitlines()]
         for run in (shared, alone)
     ]
-    assert counts[0] == counts[1], "tokens of rows, however they are computed"
+    assert counts[0] == counts[1], "tokens of rows, shared or not"
 
 
 A_ROW_AT_A_TIME = ("data.max_length=256", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=6")
 
 
-def test_run_computes_short_rows_of_a_step_together(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+def test_short_rows_of_a_step_are_one_micro_batch(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     write_tasks(tmp_path, long=(2, 5, 9, 20))
     rows = (*EXACT, *A_ROW_AT_A_TIME, "train.max_steps=4")
     together = train_run(tmp_path, pico_llama, *rows, name="together")
@@ -308,9 +310,7 @@ def test_run_computes_short_rows_of_a_step_together(pico_llama: Path, tmp_path: 
     assert sorted(numbers) == list(range(len(numbers)))
 
 
-def test_rows_of_one_length_that_share_nothing_stay_a_row_at_a_time(
-    pico_llama: Path, tmp_path: Path, messages: Any
-) -> None:
+def test_rows_of_one_length_without_shared_prefix_stay_padded(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     with (tmp_path / "rows.jsonl").open("w") as file:
         for number in range(24):
             ids = tokens(30, number)
@@ -320,22 +320,28 @@ def test_rows_of_one_length_that_share_nothing_stay_a_row_at_a_time(
 
 
 @pytest.mark.parametrize("sizes", [(), A_ROW_AT_A_TIME])
-def test_run_that_was_stopped_ends_in_the_same_bits(sizes: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
+def test_stopped_run_resumes_bitwise_or_not_at_all(
+    sizes: tuple[str, ...], pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tasks(tmp_path, long=(2, 5, 9, 20) if sizes else ())
-    saved = (*EXACT, *sizes, "train.save_steps=2")
+    saved = (*EXACT, *sizes, "train.save_steps=2", "train.max_steps=4")
     straight = train_run(tmp_path, pico_llama, *saved, name="straight")
     assert json.loads(straight.padding_free_file.read_text())["passed"]
     stopped_copy(straight, tmp_path / "stopped")
     resumed = train_run(tmp_path, pico_llama, *saved, name="stopped")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
+    stopped_copy(straight, tmp_path / "elsewhere")
+    monkeypatch.setattr(attention, "packed_mask", lambda **_: None)  # rows attend to each other
+    with pytest.raises(CheckpointError, match=r"padding_free\.json: this run began padding-free, which fails here \("):
+        train_run(tmp_path, pico_llama, *saved, name="elsewhere")
 
 
-def test_run_that_began_without_goes_on_without(
+def test_run_without_parity_resumes_padded(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     write_tasks(tmp_path)
     monkeypatch.setattr(document_index, "shared_prefixes", lambda *_: None)
-    saved = (*EXACT, "train.save_steps=2")
+    saved = (*EXACT, "train.save_steps=2", "train.max_steps=4")
     straight = train_run(tmp_path, pico_llama, *saved, name="straight")
     assert "padding-free: off (it differs on this model (loss by" in messages.text
     monkeypatch.undo()
@@ -349,30 +355,18 @@ def test_run_that_began_without_goes_on_without(
         train_run(tmp_path, pico_llama, *saved, name="straight")
 
 
-def test_run_that_began_with_and_cannot_go_on_so_is_one_line(
-    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_tasks(tmp_path)
-    saved = (*EXACT, "train.save_steps=2")
-    straight = train_run(tmp_path, pico_llama, *saved, name="straight")
-    stopped_copy(straight, tmp_path / "stopped")
-    monkeypatch.setattr(attention, "packed_mask", lambda **_: None)  # rows see each other
-    with pytest.raises(CheckpointError, match=r"padding_free\.json: this run began padding-free, which fails here \("):
-        train_run(tmp_path, pico_llama, *saved, name="stopped")
-
-
-def test_rows_of_ragged_length_that_share_nothing_are_not_padded(
+def test_rows_of_ragged_length_without_shared_prefix_are_flattened(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     monkeypatch.setattr(batches, "MIN_SHARED_PREFIX", 1000)
-    ragged = (*EXACT, "train.per_device_train_batch_size=6")
+    ragged = (*EXACT, "train.per_device_train_batch_size=6", "train.max_steps=2")
     alone = train_run(tmp_path, pico_llama, *ragged, "train.padding_free=false", name="alone")
     together = train_run(tmp_path, pico_llama, *ragged, name="together")
     assert ON in messages.text
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
 
 
-def test_model_that_is_not_to_share_attends_as_before(
+def test_failed_parity_check_restores_the_attention_function(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tasks(tmp_path)
@@ -393,7 +387,7 @@ def test_model_that_is_not_to_share_attends_as_before(
         ("model.attn_implementation=eager", "attention is eager"),
     ],
 )
-def test_what_a_run_does_not_share_for_is_said(
+def test_reasons_for_padding_are_logged(
     override: str, reason: str, pico_llama: Path, tmp_path: Path, messages: Any
 ) -> None:
     write_tasks(tmp_path)
@@ -403,7 +397,7 @@ def test_what_a_run_does_not_share_for_is_said(
     assert adapted.model.config._attn_implementation in ("sdpa", "eager")
 
 
-def test_dropout_is_padding_free_and_shares_no_prefix(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
+def test_lora_dropout_is_padding_free_without_shared_prefixes(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     write_tasks(tmp_path, long=(0, 9))
     _, trainer = built(make_config(tmp_path, pico_llama, "lora.lora_dropout=0.1", "data.max_length=256"))
     assert ON in messages.text
@@ -412,15 +406,13 @@ def test_dropout_is_padding_free_and_shares_no_prefix(pico_llama: Path, tmp_path
         assert num_tokens <= batch["input_ids"].numel() < num_tokens + flattened_multiple(torch.device("cpu"))
 
 
-def test_dropout_of_the_model_itself_computes_rows_apart(
-    pico: Callable[..., Path], tmp_path: Path, messages: Any
-) -> None:
+def test_dropout_of_the_model_keeps_padding(pico: Callable[..., Path], tmp_path: Path, messages: Any) -> None:
     write_tasks(tmp_path)
     built(make_config(tmp_path, pico("llama", attention_dropout=0.1)))
     assert "padding-free: off (NEFTune or the model's own dropout)" in messages.text
 
 
-def test_experts_that_are_balanced_count_every_token(pico: Callable[..., Path], tmp_path: Path, messages: Any) -> None:
+def test_router_loss_counts_every_token(pico: Callable[..., Path], tmp_path: Path, messages: Any) -> None:
     write_tasks(tmp_path)
     _, trainer = built(
         make_config(tmp_path, pico("mixtral"), "train.router_aux_loss_coef=0.1", "data.packing=true", *EXACT)
@@ -428,10 +420,10 @@ def test_experts_that_are_balanced_count_every_token(pico: Callable[..., Path], 
     assert "padding-free: off (the router loss counts every token of every row)" in messages.text
     for batch in chain.from_iterable(trainer.get_train_dataloader()):
         num_tokens = sum(len(trainer.examples.train[number].input_ids) for number in batch["row"].tolist())
-        assert batch["input_ids"].numel() == num_tokens, "nor is anything padded"
+        assert batch["input_ids"].numel() == num_tokens, "and no padding"
 
 
-def test_rows_that_have_little_in_common_stay_as_they_are(
+def test_small_savings_keep_padding(
     pico_llama: Path, tmp_path: Path, messages: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(padding_free, "MIN_SAVINGS", 0.4)
@@ -440,7 +432,7 @@ def test_rows_that_have_little_in_common_stay_as_they_are(
     assert "attention_mask" in next(iter(trainer.get_train_dataloader()))[0]
 
 
-def test_architecture_whose_rows_would_see_each_other_computes_them_apart(
+def test_architecture_that_cannot_isolate_rows_keeps_padding(
     pico: Callable[..., Path], tmp_path: Path, messages: Any
 ) -> None:
     write_tasks(tmp_path)
@@ -448,7 +440,7 @@ def test_architecture_whose_rows_would_see_each_other_computes_them_apart(
     assert "padding-free: off (flattened rows would attend to each other: " in messages.text
 
 
-def test_model_that_leaks_although_the_table_does_not_know_is_found(
+def test_leak_that_the_table_lacks_is_detected(
     pico: Callable[..., Path], tmp_path: Path, messages: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tasks(tmp_path)

@@ -1,4 +1,4 @@
-"""Memory of the start-up parity checks: as little as a recomputing step takes, and never mistaken for a wrong model."""
+"""Memory of parity checks: that of a checkpointed step; out of memory is never a result."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from qlora_train.training.parity.gradients import TOLERANCES, gradients_of
 from qlora_train.training.parity.parity_check import check_parity
 from qlora_train.utils.errors import TrainingError
 from tests.support.live_bytes import LiveBytes
-from tests.support.runs import adapted_model, adapter_bytes, train_run
+from tests.support.runs import adapted_model, train_run
 
 Pico = Callable[..., Path]
 SETTINGS = (
@@ -41,7 +41,7 @@ CHECKS = {"fused kernels": fused_kernels, "padding-free": padding_free}
 
 @contextmanager
 def out_of_memory_from(num_tokens: int, check: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Let the model run out of memory on that many tokens or more while it is checked; yield the sizes tried."""
+    """Let the parity check run out of memory on that many tokens or more; yield the sizes."""
     tried: list[int] = []
 
     def limited(adapted: AdaptedModel, batch: dict[str, Any]) -> Any:
@@ -62,7 +62,7 @@ def out_of_memory_from(num_tokens: int, check: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_parity_check_out_of_memory_is_repeated_on_fewer_rows(
+def test_parity_check_out_of_memory_is_retried_on_fewer_rows(
     check: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     with out_of_memory_from(140, check, monkeypatch) as tried:
@@ -75,18 +75,18 @@ def test_parity_check_out_of_memory_is_repeated_on_fewer_rows(
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_parity_check_out_of_memory_is_no_result_of_the_run(
+def test_parity_check_out_of_memory_is_no_result(
     check: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with out_of_memory_from(0, check, monkeypatch), pytest.raises(TrainingError, match=f"{check}: out of memory"):
         train_run(tmp_path, pico_llama, *SETTINGS)
     later = train_run(tmp_path, pico_llama, *SETTINGS)
-    assert json.loads(later.fused_kernels_file.read_text())["passed"]
-    assert adapter_bytes(later) == adapter_bytes(train_run(tmp_path, pico_llama, *SETTINGS, name="undisturbed"))
+    for file in (later.fused_kernels_file, later.padding_free_file):
+        assert json.loads(file.read_text())["passed"]
 
 
 def saved_bytes(adapted: AdaptedModel, check: Callable[[], Any]) -> int:
-    """Return the bytes that autograd saves outside of what is recomputed, weights not counted."""
+    """Return the bytes that autograd saves outside of checkpointed layers, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in adapted.model.parameters()}
     sizes: list[int] = []
 
@@ -101,7 +101,7 @@ def saved_bytes(adapted: AdaptedModel, check: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize(("owner", "name"), [(fused_mlp.GatedMlp, "_gate_and_up"), (rms_norm.nn.Module, "__call__")])
-def test_out_of_memory_leaves_no_operation_out(
+def test_out_of_memory_skips_no_fused_operation(
     owner: Any, name: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted_model(tmp_path, pico_llama)
@@ -116,7 +116,7 @@ def test_out_of_memory_leaves_no_operation_out(
         function_overrides._match(torch.cos, out_of_memory, (torch.ones(1),), {})
 
 
-def test_out_of_memory_is_no_result_of_the_varlen_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_no_result_of_the_varlen_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "_trial", out_of_memory)
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
@@ -124,7 +124,7 @@ def test_out_of_memory_is_no_result_of_the_varlen_trial(monkeypatch: pytest.Monk
 
 
 def test_parity_check_saves_only_the_input_of_each_layer(pico: Pico, tmp_path: Path) -> None:
-    """Reference and fused kernels each save the hidden state in front of a layer, and nothing of its inside."""
+    """Reference and fused kernels each save one hidden state per layer."""
     ids = torch.arange(120).reshape(2, 60) % 300 + 4
     batch = {"input_ids": ids, "labels": ids}
     found = {}
@@ -144,8 +144,8 @@ def test_parity_check_saves_only_the_input_of_each_layer(pico: Pico, tmp_path: P
     assert found[6] - found[2] <= 2 * 4 * hidden_bytes
 
 
-def test_watching_a_model_keeps_no_more_alive_for_more_layers(pico: Pico, tmp_path: Path) -> None:
-    """To find what kernels replace, every layer is watched; its inputs are freed as without."""
+def test_watching_a_model_keeps_no_inputs_alive(pico: Pico, tmp_path: Path) -> None:
+    """`install` watches every layer to find what it can replace; inputs are freed as usual."""
     ids = torch.arange(120).reshape(2, 60) % 300 + 4
     peaks = []
     for num_layers in (2, 6):

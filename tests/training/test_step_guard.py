@@ -1,4 +1,4 @@
-"""A number that is not finite never reaches the weights, and every step that is unlike the others is counted."""
+"""Non-finite numbers never reach the weights; skipped steps, overflows and loss spikes are counted."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def trainer_of(config: RunConfig, callbacks: Any = ()) -> QloraTrainer:
 
 
 def resumed(config: RunConfig, step: int | None = None) -> QloraTrainer:
-    """Return a new trainer that went on from a checkpoint, the newest by default, to the end."""
+    """Return a new trainer resumed from a checkpoint, by default the latest, and trained to the end."""
     trainer = trainer_of(config)
     checkpoint = trainer.run.latest_checkpoint() if step is None else trainer.run.checkpoint(step)
     trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -59,7 +59,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def spoil_loss(trainer: QloraTrainer, step: int, value: float) -> None:
-    """Let the logits of one step become `value`, or the other infinity, or NaN."""
+    """Multiply the logits of one step by `value`."""
 
     def hook(_module: torch.nn.Module, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits * value if trainer.state.global_step == step - 1 else logits
@@ -68,7 +68,7 @@ def spoil_loss(trainer: QloraTrainer, step: int, value: float) -> None:
 
 
 def spoil_gradient(trainer: QloraTrainer, step: int, value: float) -> None:
-    """Let one number of one gradient become `value` in one step."""
+    """Set one element of one gradient to `value` in one step."""
     weight = list(trainable_state(trainer.model).values())[5]
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def spoil_gradient(trainer: QloraTrainer, step: int, value: float) -> None:
 
 
 class Spoiler(TrainerCallback):
-    """Calls a function once, before or after the steps of a number."""
+    """Calls a function before or after one step."""
 
     def __init__(self, step: int, spoil: Callable[[], None], *, after: bool = False) -> None:
         self._step, self._spoil, self._after = step, spoil, after
@@ -96,7 +96,7 @@ class Spoiler(TrainerCallback):
 
 
 def spoiling_weight(trainer: QloraTrainer, step: int, value: float, *, after: bool = False) -> Spoiler:
-    """Let one number of one weight become `value` in memory."""
+    """Set one element of one weight to `value`."""
 
     def write() -> None:
         list(trainable_state(trainer.model).values())[4].data.view(-1)[11] = value
@@ -108,35 +108,32 @@ def spoil_weight(trainer: QloraTrainer, step: int, value: float) -> None:
     trainer.add_callback(spoiling_weight(trainer, step, value))
 
 
-PLACES: dict[str, Spoil] = {"loss": spoil_loss, "gradient": spoil_gradient, "weight": spoil_weight}
-STEPS = random.Random(4)
+TARGETS: dict[str, Spoil] = {"loss": spoil_loss, "gradient": spoil_gradient, "weight": spoil_weight}
 CELLS = [
-    (place, value, step)
-    for place, value in itertools.product(PLACES, (NAN, INF, -INF))
-    for step in sorted(STEPS.sample(range(2, 7), 2))
+    (name, value, 2 + index % 5) for index, (name, value) in enumerate(itertools.product(TARGETS, (NAN, INF, -INF)))
 ]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> QloraTrainer:
-    """A trainer that took all six steps with nothing injected."""
+    """A trainer after six undisturbed steps."""
     trainer = trainer_of(make_config(tmp_path_factory.mktemp("undisturbed"), pico_llama, *EVERY_STEP))
     trainer.train()
     return trainer
 
 
-@pytest.mark.parametrize(("place", "value", "step"), CELLS)
-def test_what_is_not_finite_stops_the_run_before_the_update_and_the_last_checkpoint_goes_on_to_the_same_bits(
-    place: str, value: float, step: int, undisturbed: QloraTrainer, pico_llama: Path, tmp_path: Path
+@pytest.mark.parametrize(("target", "value", "step"), CELLS)
+def test_non_finite_number_stops_the_run_before_the_update_and_it_resumes_bitwise(
+    target: str, value: float, step: int, undisturbed: QloraTrainer, pico_llama: Path, tmp_path: Path
 ) -> None:
     config = make_config(tmp_path, pico_llama, *EVERY_STEP)
     trainer = trainer_of(config)
-    PLACES[place](trainer, step, value)
+    TARGETS[target](trainer, step, value)
     with pytest.raises(TrainingError, match=rf"^step {step}: .*; nothing was updated; rows of this step: \S+:\d+"):
         trainer.train()
     assert trainer.run.checkpoint_steps() == list(range(1, step))
     found, kept = weights(trainer), load_tree(trainer.run.checkpoint(step - 1), "adapter")
-    if place == "weight":
+    if target == "weight":
         name = list(found)[4]
         assert not torch.isfinite(found[name].view(-1)[11])
         found[name].view(-1)[11] = kept[name].view(-1)[11]
@@ -149,7 +146,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update_and_the_last_checkpo
         assert last[0].read_bytes() == last[1].read_bytes()
 
 
-def test_a_run_stops_with_one_line_and_may_be_told_to_skip_the_step_when_it_goes_on(
+def test_run_that_stopped_may_skip_the_step_when_it_resumes(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = QloraTrainer.get_train_dataloader
@@ -172,9 +169,8 @@ def test_a_run_stops_with_one_line_and_may_be_told_to_skip_the_step_when_it_goes
 OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion_8bit")
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("step", [1, 3])
-def test_skipped_step_changes_neither_weights_nor_moments(
+@pytest.mark.parametrize(("step", "optimizer"), [(1, "adamw_8bit"), *((3, name) for name in OPTIMIZERS)])
+def test_skipped_step_changes_neither_weights_nor_optimizer_state(
     step: int, optimizer: str, pico_llama: Path, tmp_path: Path
 ) -> None:
     trainer = trainer_of(
@@ -206,7 +202,7 @@ def test_skipped_step_changes_neither_weights_nor_moments(
         assert load_tree(trainer.run.checkpoint(1), "optimizer")["state"] == {}
 
 
-def test_skipped_steps_are_named_and_counted_and_no_part_of_any_mean(
+def test_skipped_steps_are_counted_and_part_of_no_mean(
     pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     each = trainer_of(make_config(tmp_path, pico_llama, *SKIP, name="each"))
@@ -227,9 +223,7 @@ def test_skipped_steps_are_named_and_counted_and_no_part_of_any_mean(
     assert means == pytest.approx(wanted, rel=1e-6)
 
 
-def test_the_learning_rate_of_a_step_is_the_same_whatever_was_skipped_before(
-    undisturbed: QloraTrainer, pico_llama: Path, tmp_path: Path
-) -> None:
+def test_skipped_steps_change_no_learning_rate(undisturbed: QloraTrainer, pico_llama: Path, tmp_path: Path) -> None:
     trainer = trainer_of(make_config(tmp_path, pico_llama, *SKIP))
     spoil_loss(trainer, 2, NAN)
     trainer.train()
@@ -241,8 +235,8 @@ def test_the_learning_rate_of_a_step_is_the_same_whatever_was_skipped_before(
     assert len(rates(trainer)) == 5
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_a_resumed_run_counts_skipped_steps_on(step: int, pico_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [2, 3])
+def test_resumed_run_continues_the_count_of_skipped_steps(step: int, pico_llama: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, pico_llama, *SKIP, "train.max_skipped_steps=2")
     straight = trainer_of(config)
     for number in (1, 3):
@@ -264,8 +258,8 @@ def test_a_resumed_run_counts_skipped_steps_on(step: int, pico_llama: Path, tmp_
         one_more.train(resume_from_checkpoint=str(straight.run.checkpoint(step)))
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_a_weight_that_is_not_finite_is_not_saved(value: float, pico_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [NAN, -INF])
+def test_non_finite_weight_is_not_saved(value: float, pico_llama: Path, tmp_path: Path) -> None:
     trainer = trainer_of(make_config(tmp_path, pico_llama, *EVERY_STEP))
     trainer.add_callback(spoiling_weight(trainer, 3, value, after=True))
     with pytest.raises(TrainingError, match=r"^step 3: \S*lora_[AB]\S* has 1 of 512 values that are not finite after"):
@@ -273,7 +267,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(value: float, pico_llama: Path
     assert trainer.run.checkpoint_steps() == [1, 2]
 
 
-def test_a_moment_that_is_not_finite_is_not_saved(pico_llama: Path, tmp_path: Path) -> None:
+def test_non_finite_optimizer_state_is_not_saved(pico_llama: Path, tmp_path: Path) -> None:
     trainer = trainer_of(make_config(tmp_path, pico_llama, *EVERY_STEP, "train.optim=adamw_torch"))
 
     def spoil() -> None:
@@ -285,7 +279,7 @@ def test_a_moment_that_is_not_finite_is_not_saved(pico_llama: Path, tmp_path: Pa
     assert trainer.run.checkpoint_steps() == [1, 2]
 
 
-def test_an_adapter_that_is_not_finite_is_not_the_result(
+def test_non_finite_adapter_is_not_the_result(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights break after the last checkpoint was written."""
@@ -302,7 +296,7 @@ def test_an_adapter_that_is_not_finite_is_not_the_result(
     assert not RunFolder(Path(str(config.run.output_dir))).adapter.exists()
 
 
-def test_an_adapter_to_start_from_that_is_not_finite_is_refused(pico_llama: Path, tmp_path: Path) -> None:
+def test_non_finite_initial_adapter_is_refused(pico_llama: Path, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico_llama, "train.max_steps=1")
     file = run.adapter / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -332,18 +326,18 @@ FLOAT16 = (
     "train.save_steps=1",
 )
 TOO_LARGE = 2.0**22
-"""A scale at which the first gradients overflow; each that does halves it."""
+"""A scale at which the first gradients overflow; each overflow halves it."""
 
 
 @pytest.fixture
 def own_accelerate() -> Iterator[None]:
-    """Forget accelerate's shared state after a test that changes it."""
+    """Reset accelerate's shared state after the test."""
     yield
     AcceleratorState._reset_state()
 
 
 @pytest.mark.usefixtures("own_accelerate")
-def test_overflows_of_a_real_loss_scaler_are_counted_skipped_and_resumed(
+def test_overflows_of_the_loss_scaler_are_skipped_counted_and_resumed(
     pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(tmp_path, pico_llama, *FLOAT16, "train.max_steps=8")
@@ -355,7 +349,7 @@ def test_overflows_of_a_real_loss_scaler_are_counted_skipped_and_resumed(
     assert caplog.text.count("the loss scaler skips the update") == num_skips
     assert straight.guard.num_updates == 8 - num_skips
     assert straight.lr_scheduler.last_epoch == 8
-    for step in (1, num_skips, num_skips + 1):
+    for step in (num_skips, num_skips + 1):
         again = scaled_trainer(config, 1.0)
         again.train(resume_from_checkpoint=str(straight.run.checkpoint(step)))
         assert equal(weights(again), weights(straight))
@@ -364,7 +358,7 @@ def test_overflows_of_a_real_loss_scaler_are_counted_skipped_and_resumed(
 
 
 @pytest.mark.usefixtures("own_accelerate")
-def test_a_loss_scaler_that_overflows_on_and_on_stops_the_run(pico_llama: Path, tmp_path: Path) -> None:
+def test_repeated_overflows_stop_the_run(pico_llama: Path, tmp_path: Path) -> None:
     trainer = scaled_trainer(make_config(tmp_path, pico_llama, *FLOAT16, "train.max_steps=20"), 2.0**60)
     before = weights(trainer)
     with pytest.raises(
@@ -376,7 +370,7 @@ def test_a_loss_scaler_that_overflows_on_and_on_stops_the_run(pico_llama: Path, 
 
 
 @pytest.mark.usefixtures("own_accelerate")
-def test_a_loss_that_is_not_finite_is_no_matter_of_the_loss_scaler(pico_llama: Path, tmp_path: Path) -> None:
+def test_non_finite_loss_is_no_overflow(pico_llama: Path, tmp_path: Path) -> None:
     trainer = scaled_trainer(make_config(tmp_path, pico_llama, *FLOAT16, "train.on_nonfinite=skip"), 1.0)
     spoil_loss(trainer, 3, NAN)
     trainer.train()
@@ -391,7 +385,7 @@ LONG = (*EVERY_STEP, "train.max_steps=26", "train.gradient_accumulation_steps=1"
 
 
 def spoil_logits_at(trainer: QloraTrainer, *steps: int) -> None:
-    """Make the model sure of the wrong tokens in some steps."""
+    """Make the model confident of wrong tokens in some steps."""
 
     def hook(_module: torch.nn.Module, _inputs: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits * -20 if trainer.state.global_step + 1 in steps else logits
@@ -403,7 +397,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if "after a median of" in record.getMessage()]
 
 
-def test_a_spike_is_warned_of_once_at_the_same_step_straight_and_resumed(
+def test_spike_warns_once_at_the_same_step_when_resumed(
     pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(tmp_path, pico_llama, *LONG)
@@ -417,7 +411,7 @@ def test_a_spike_is_warned_of_once_at_the_same_step_straight_and_resumed(
     assert warning.startswith(f"step 21: the loss is {logged[21]:.4f}, after a median of {median:.4f} (limit ")
     assert "rows of this step: " in warning
     assert "rows.jsonl:" in warning
-    for step in (5, 20, 21, 22, 25):
+    for step in (20, 22):
         caplog.clear()
         again = trainer_of(config)
         spoil_logits_at(again, 10, 21, 23)
@@ -427,7 +421,7 @@ def test_a_spike_is_warned_of_once_at_the_same_step_straight_and_resumed(
         assert equal(weights(again), weights(straight))
 
 
-def test_a_spike_stops_the_run_before_the_update_where_the_config_says_so(pico_llama: Path, tmp_path: Path) -> None:
+def test_spike_stops_the_run_before_the_update_if_configured(pico_llama: Path, tmp_path: Path) -> None:
     trainer = trainer_of(make_config(tmp_path, pico_llama, *LONG, "train.on_loss_spike=stop"))
     spoil_logits_at(trainer, 21)
     with pytest.raises(
@@ -439,9 +433,7 @@ def test_a_spike_stops_the_run_before_the_update_where_the_config_says_so(pico_l
     assert equal(weights(trainer), load_tree(trainer.run.checkpoint(20), "adapter"))
 
 
-def test_a_spike_that_is_to_be_ignored_changes_nothing(
-    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ignored_spike_changes_nothing(pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="qlora_train")
     ends = []
     for setting in ("ignore", "warn"):
@@ -454,7 +446,7 @@ def test_a_spike_that_is_to_be_ignored_changes_nothing(
     assert equal(*ends)
 
 
-def window_of(values: list[float]) -> LossSpikeDetector:
+def detector_of(values: list[float]) -> LossSpikeDetector:
     window = LossSpikeDetector()
     for value in values:
         window.add(value)
@@ -463,30 +455,30 @@ def window_of(values: list[float]) -> LossSpikeDetector:
 
 @pytest.mark.parametrize("value", [NAN, INF, 1e30])
 def test_nan_and_infinity_are_spikes(value: float) -> None:
-    assert window_of([2.0] * 20).detect(value) is not None
+    assert detector_of([2.0] * 20).detect(value) is not None
 
 
-def test_spikes_are_judged_by_the_median_and_the_spread_of_the_last_losses() -> None:
+def test_spikes_are_detected_by_median_and_mad_of_the_last_losses() -> None:
     generator = random.Random(3)
     losses = [generator.gauss(2.0, 0.5) for _ in range(200)]
     last = losses[-WINDOW_STEPS:]
     middle = statistics.median(last)
     spread = 1.4826 * statistics.median([abs(loss - middle) for loss in last])
-    window = window_of(losses)
+    window = detector_of(losses)
     assert window.detect(middle + 7.99 * spread) is None
     assert window.detect(middle + 8.01 * spread) == Spike(
         middle + 8.01 * spread, middle, pytest.approx(middle + 8 * spread)
     )
-    assert window_of([0.1] * 40).detect(0.59) is None, "a level course needs half a nat"
-    assert window_of([0.1] * 40).detect(0.61) is not None
-    assert window_of([0.1] * (MIN_STEPS - 1)).detect(1e9) is None, "too few to judge by"
+    assert detector_of([0.1] * 40).detect(0.59) is None, "at least half a nat above the median"
+    assert detector_of([0.1] * 40).detect(0.61) is not None
+    assert detector_of([0.1] * (MIN_STEPS - 1)).detect(1e9) is None, "too few losses"
 
 
 @given(st.lists(st.floats(0, 20), max_size=150), st.integers(0, 150))
-def test_a_restored_window_judges_as_the_one_that_was_saved(values: list[float], cut: int) -> None:
-    straight = window_of(values)
+def test_restored_detector_equals_the_saved_one(values: list[float], cut: int) -> None:
+    straight = detector_of(values)
     saved = LossSpikeDetector()
-    saved.restore(json.loads(json.dumps(window_of(values[:cut]).state())))
+    saved.restore(json.loads(json.dumps(detector_of(values[:cut]).state())))
     for value in values[cut:]:
         saved.add(value)
     assert saved.state() == straight.state()

@@ -1,4 +1,4 @@
-"""Padding-free micro-batches on a GPU hold 8,192 tokens where they fit: the budget, its fallbacks, resuming."""
+"""Token budget of padding-free micro-batches: 8,192 on a GPU, lowered if it does not fit, and resumed."""
 
 import json
 from collections.abc import Callable
@@ -35,10 +35,10 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Fitting:
-    """A run whose memory is what a test says.
+    """A run with simulated memory.
 
     Attributes:
-        budgets: of each micro-batch that was tried, in tokens.
+        budgets: of the trainers that were probed, in tokens.
     """
 
     def __init__(self, folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,12 +48,12 @@ class Fitting:
         self.budgets: list[int] = []
         self._patch = monkeypatch
 
-    def trainer(self, tried: Callable[[int], MemoryProbe]) -> QloraTrainer:
-        """Fit a trainer; `tried` says what a micro-batch of so many tokens leads to."""
+    def trainer(self, probe: Callable[[int], MemoryProbe]) -> QloraTrainer:
+        """Fit a trainer; `probe` returns the result for a micro-batch of so many tokens."""
 
         def attempted(trainer: QloraTrainer) -> MemoryProbe:
             self.budgets.append(self.budget(trainer))
-            return tried(self.budgets[-1])
+            return probe(self.budgets[-1])
 
         self._patch.setattr(auto_batch_size, "probe_memory", attempted)
         return fitting_trainer(
@@ -65,12 +65,12 @@ class Fitting:
         return trainer.batch_source.collate.budget.max_tokens  # type: ignore[attr-defined]
 
 
-def test_only_a_gpu_raises_it() -> None:
+def test_only_a_gpu_raises_the_budget() -> None:
     assert min_tokens_on(torch.device("cpu")) == 0
     assert min_tokens_on(torch.device("cuda", 0)) == 8192
 
 
-def test_it_is_raised_to_what_a_step_has_at_most(pico_llama: Path, tmp_path: Path) -> None:
+def test_budget_is_limited_to_the_tokens_of_a_step(pico_llama: Path, tmp_path: Path) -> None:
     trainer, data = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME))
     lengths = np.sort(data.train.lengths)[::-1]  # type: ignore[union-attr]
     assert Fitting.budget(trainer) == lengths[:6].sum()
@@ -90,7 +90,7 @@ def test_deterministic_runs_do_not_depend_on_free_memory(pico_llama: Path, tmp_p
     assert trainer.batch_source.collate.budget is None, "the micro-batches of the settings"  # type: ignore[union-attr]
 
 
-def test_a_step_has_fewer_micro_batches_none_larger_than_the_one_tried(pico_llama: Path, tmp_path: Path) -> None:
+def test_raised_budget_makes_fewer_micro_batches_within_the_worst_case(pico_llama: Path, tmp_path: Path) -> None:
     trainer, _ = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME))
     assert isinstance(probe_memory(trainer), MemoryProbe)
     batches = trainer.worst_case_batches()
@@ -101,7 +101,7 @@ def test_a_step_has_fewer_micro_batches_none_larger_than_the_one_tried(pico_llam
     assert max(len(batch["row"]) for batch in batches) >= 6
 
 
-def test_a_budget_that_does_not_fit_is_lowered_to_the_settings(
+def test_budget_that_does_not_fit_is_lowered(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any
 ) -> None:
     fitted = Fitting(tmp_path, pico_llama, monkeypatch)
@@ -115,7 +115,7 @@ def test_a_budget_that_does_not_fit_is_lowered_to_the_settings(
     assert json.loads(fitted.run.padding_free_file.read_text())["min_tokens"] == 0
 
 
-def test_a_budget_that_leaves_too_little_is_lowered(
+def test_budget_that_leaves_no_room_for_fragmentation_is_lowered(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted = Fitting(tmp_path, pico_llama, monkeypatch)
@@ -127,7 +127,7 @@ def test_a_budget_that_leaves_too_little_is_lowered(
 
 
 @pytest.mark.parametrize("recomputed", [True, False])
-def test_activations_are_kept_before_it_is_raised(
+def test_less_recomputation_comes_before_a_raised_budget(
     recomputed: bool, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted = Fitting(tmp_path, pico_llama, monkeypatch)
@@ -144,7 +144,7 @@ def test_activations_are_kept_before_it_is_raised(
     assert len(fitted.budgets) == 1 + recomputed
 
 
-def test_memory_that_runs_out_in_mid_run_lowers_it_first(
+def test_out_of_memory_in_mid_run_lowers_the_budget_first(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted = Fitting(tmp_path, pico_llama, monkeypatch)
@@ -153,13 +153,13 @@ def test_memory_that_runs_out_in_mid_run_lowers_it_first(
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_resumed_run_keeps_it_and_ends_in_the_same_bits(
+def test_resumed_run_keeps_its_budget_bitwise(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = (*A_ROW_AT_A_TIME, "train.max_steps=4", "train.save_steps=2")
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
     stopped_copy(straight, tmp_path / "stopped")
-    monkeypatch.undo()  # where it began decides, not where it resumes
+    monkeypatch.undo()  # the stored budget decides, not the device
     resumed = train_run(tmp_path, pico_llama, *settings, name="stopped")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
     assert losses(resumed) == losses(straight)

@@ -94,14 +94,12 @@ def _frozen_linears(layer: nn.Module) -> Iterator[Any]:
     return (module for module in layer.modules() if isinstance(module, nn.Linear) and not module.weight.requires_grad)
 
 
-def choose_checkpointing(
-    train: TrainSection, layers: LayerCheckpointing, *, on_gpu: bool, supported: bool
-) -> tuple[CheckpointingLevel, bool]:
-    """Return the first level of all layers, and whether Transformers checkpoints all layers instead.
+def choose_checkpointing(train: TrainSection, layers: LayerCheckpointing, *, on_gpu: bool, supported: bool) -> bool:
+    """Set the first level of all layers, and return whether Transformers has to checkpoint all layers instead.
 
     Args:
         train: the settings.
-        layers: the layers of the model.
+        layers: the layers; their level is set.
         on_gpu: the model is on a GPU.
         supported: Transformers supports checkpointing for this architecture.
 
@@ -122,13 +120,15 @@ def choose_checkpointing(
             "it: auto or none"
         )
     if level == "full" and not layers.supports("full"):
-        return "none", True
+        layers.leave_to_transformers()
+        return True
     if not layers.supports(level):
         raise ConfigError(
             f"train.gradient_checkpointing: {level}, but no MLP of this model has fused kernels; allowed for it: auto, "
             "none or full"
         )
-    return level, False
+    layers.set(level)
+    return False
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------
