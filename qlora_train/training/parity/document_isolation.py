@@ -23,7 +23,6 @@ from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention
 from qlora_train.objectives.sft_loss import label_losses
 from qlora_train.utils.constants import IGNORE_INDEX
-from qlora_train.utils.eval_mode import eval_mode
 from qlora_train.utils.errors import ConfigError, first_line
 from qlora_train.utils.eval_mode import eval_mode
 
