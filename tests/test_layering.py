@@ -4,11 +4,10 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "qlora_train"
-FILES = sorted(PACKAGE.rglob("*.py"))
+from tests.support.source_tree import FILES, PACKAGE, imported, tree_of
+
 ORDER = (
     "utils", "config", "architectures", "kernels", "objectives", "data", "models", "adapters", "runs", "evaluation",
     "training", "export", "planning", "inference", "pipeline", "cli",
@@ -31,24 +30,8 @@ RESTRICTED = PACKAGE / "models" / "legacy_bin.py"
 PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
-@cache
-def tree_of(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
-
-
 def stage_of(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
-    """Yield the full names of imported modules; `from package import name` gives `package.name` too."""
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield str(node.module)
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def stages_imported_by(file: Path) -> set[str]:

@@ -1,10 +1,9 @@
-"""The data stage: files -> rows -> tokens and loss mask -> batches.
+"""The data stage: files -> records -> rows -> examples -> stored tokens -> batches.
 
-In this order: `sources` finds files, `readers` split them into chunks of records, `formats` turns records into rows,
-`render` turns rows into tokens and loss masks, `overflow` cuts long ones. `tokenize_chunk` does all that for one chunk, in
-the processes of `worker_pool`; `token_store` and `token_cache` keep the result. `prepare` runs it and selects the rows to
-train on and to hold out, `data_report` counts what became of each row. `collate` and `packing` build batches; only they
-import torch.
+`sources` finds files and `readers` cut them into chunks of records; `formats` reads records into rows; `render` makes
+examples (tokens and loss mask) of them; `tokenize_chunk` does that for a chunk in a worker process; `token_store` holds
+the result, cached by `token_cache`. `prepare` runs all of it and chooses the rows, `data_report` describes them. `collate`,
+`batch_order` and `packing` make batches; only `collate` imports torch.
 """
 
 from qlora_train.data.chat_template import encode_chat, render_chat

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from qlora_train.data.readers.csv_table import listed
+from qlora_train.data.readers.chunk import header_text
 
 QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "input", "request", "user", "human")
 ANSWERS = ("output", "answer", "response", "completion", "solution", "reply", "assistant", "target")
@@ -91,4 +91,4 @@ def _sft_columns(values: Mapping[str, Any], chosen: str) -> dict[str, str]:
 
 
 def _as_yaml(columns: Mapping[str, str]) -> str:
-    return "{" + ", ".join(f"{column}: {listed([name])}" for column, name in columns.items()) + "}"
+    return "{" + ", ".join(f"{column}: {header_text([name])}" for column, name in columns.items()) + "}"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_train.data.field_values import EMPTY, read_string
-from qlora_train.data.readers import kind_of
+from qlora_train.data.readers import json_type
 from qlora_train.data.tool_calls import read_calls
 from qlora_train.data.types import Message, UnusableRowError
 
@@ -68,7 +68,7 @@ def read_turns(value: Any, column: str, *, sharegpt: bool = False) -> tuple[list
     """
     shape = "from, value" if sharegpt else "role, content"
     if not isinstance(value, list):
-        raise UnusableRowError(f"{column} is {kind_of(value)}, expected a list of {{{shape}}}")
+        raise UnusableRowError(f"{column} is {json_type(value)}, expected a list of {{{shape}}}")
     if not value:
         raise UnusableRowError(f"{column} is an empty list")
     messages: list[Message] = []
@@ -108,7 +108,7 @@ def _from_sharegpt(turn: Any) -> Any:
 
 def _check_fields(turn: Any, column: str, shape: str) -> None:
     if not isinstance(turn, dict):
-        raise UnusableRowError(f"{column} holds {kind_of(turn)}, expected {{{shape}}}")
+        raise UnusableRowError(f"{column} holds {json_type(turn)}, expected {{{shape}}}")
     if "role" not in turn or ("content" not in turn and all(turn.get(name) in EMPTY for name in CALLS)):
         found = ", ".join(turn) or "none"
         is_sharegpt = column == "messages" and "from" in turn
@@ -119,7 +119,7 @@ def _check_fields(turn: Any, column: str, shape: str) -> None:
 def _read_role(role: Any) -> str:
     known = ROLES.get(role) if isinstance(role, str) else None
     if known is None:
-        found = f'"{role}"' if isinstance(role, str) else kind_of(role)
+        found = f'"{role}"' if isinstance(role, str) else json_type(role)
         raise UnusableRowError(f"a turn has the role {found}, expected {ROLE_NAMES}")
     return known
 
@@ -132,7 +132,7 @@ def _read_content(content: Any, role: str) -> str:
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else None
-            found = f"of type {kind}" if isinstance(kind, str) else f"that is {kind_of(part)}"
+            found = f"of type {kind}" if isinstance(kind, str) else f"that is {json_type(part)}"
             raise UnusableRowError(f"{name} has a part {found}, expected {{type: text, text: ...}}")
         texts.append(read_string(part.get("text"), name))
     return "".join(texts)
@@ -184,7 +184,7 @@ def _read_flag(value: Any, name: str) -> bool:
     if name == "weight" and type(value) in (int, float) and value in (0, 1):
         return bool(value)
     expected = "true or false" if name == "train" else "0 or 1"
-    found = "another number" if name == "weight" and type(value) in (int, float) else kind_of(value)
+    found = "another number" if name == "weight" and type(value) in (int, float) else json_type(value)
     raise UnusableRowError(f"{name} of a turn is {found}, expected {expected}")
 
 

@@ -1,61 +1,56 @@
-"""What became of the data: rows read, left out and used, their tokens and lengths, and what somebody should look at.
+"""The report of a run's data: rows read, dropped and used, their tokens and lengths, and findings to look at.
 
-`check_limits` is the gate: it stops a run whose data lost more rows than `data.max_dropped`. `DataReport` is what passed
-it, for the log, for the terminal, and as JSON.
+`check_max_dropped` stops a run whose data lost more rows than `data.max_dropped`. `DataReport` describes the data that
+passed, for the log, for the terminal, and as JSON.
 """
 
 import logging
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from qlora_train.data.reason_counts import by_frequency, described, merged, named, to_json
+from qlora_train.data.reason_counts import ReasonCounts, locations_text
 from qlora_train.data.rendered_rows import RenderedRow
 from qlora_train.data.token_store import SourceSummary
-from qlora_train.data.types import ReasonCounts
 from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
 
 NUM_FIRST_ROWS = 5
 """Rows that a report shows as text."""
-FEW_LABELS = 0.01
-"""Share of tokens with loss below which most of the computing teaches nothing."""
-CUTTING = ("truncate", "keep_end", "keep_answer")
-"""Values of `data.overflow` under which a row of max_length tokens has probably lost some."""
-LONGEST_SYSTEM = 60
-"""Characters of a system prompt in a line of the log."""
+MIN_LABEL_SHARE = 0.01
+"""Share of label tokens below which most of the computation trains nothing."""
+TRUNCATING = ("truncate", "keep_end", "keep_answer")
+"""Values of `data.overflow` under which a row of max_length tokens was probably truncated."""
+MAX_SYSTEM_CHARACTERS = 60
+"""Characters of a system prompt in a log line."""
 MIN_SYSTEM_SHARE = 0.9
 """Share of the conversations from which on their system prompt is the run's: inference uses it too."""
 
 
-def check_limits(key: str, dropped: ReasonCounts, num_records: int, max_dropped: float) -> None:
-    """Refuse data of which too little is left.
-
-    Args:
-        key: ``data.train`` or ``data.eval``.
-        dropped: its rows that cannot be used.
-        num_records: all of its rows, these included.
-        max_dropped: `data.max_dropped`.
+def check_max_dropped(key: str, summaries: Iterable[SourceSummary], max_dropped: float) -> None:
+    """Refuse the sources of `key`, ``data.train`` or ``data.eval``, if too few of their rows are left.
 
     Raises:
-        DataError: more rows cannot be used than `max_dropped` allows, or none is left; the message counts the reasons,
-            the most frequent first, and names a few rows of each.
+        DataError: more rows than `data.max_dropped` are unusable, or all are; the message counts the reasons, the most
+            frequent first, with a few locations of each.
     """
+    summaries = list(summaries)
+    dropped = ReasonCounts.sum(summary.dropped for summary in summaries)
+    num_records = sum(summary.num_records for summary in summaries)
     num_allowed = int(max_dropped * num_records + 1e-9)  # 0.29 * 100 is 28.999999999999996
     if dropped.total > num_allowed:
         raise DataError(
             f"{key}: {dropped.total} of {num_records} rows cannot be used, data.max_dropped ({max_dropped:g}) allows "
-            f"{num_allowed}: {described(dropped)}; correct the rows or raise data.max_dropped"
+            f"{num_allowed}: {dropped.summary()}; correct the rows or raise data.max_dropped"
         )
-    if dropped.total == num_records:
-        raise DataError(f"{key}: no row can be used: {described(dropped)}")
+    if summaries and dropped.total == num_records:
+        raise DataError(f"{key}: no row can be used: {dropped.summary()}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,47 +59,36 @@ class SourceReport:
 
     Attributes:
         key: ``data.train`` or ``data.eval``.
-        path: as the config has it.
-        format: of its rows.
-        cached: it had been tokenised before.
-        num_records: rows in its files.
-        num_rows: rows made of them; a row that was split counts as several.
-        num_taken: rows of the part `key` that come from it, in one epoch.
-        dropped: rows that cannot be used, by reason.
-        noted: rows with something to know about them, by what it is.
+        path: as in the config.
+        summary: counts of its rows; one that was split counts as several.
+        num_used: its rows in one epoch.
+        cached: an earlier run tokenised it.
     """
 
     key: str
     path: str
-    format: str
-    cached: bool
-    num_records: int
-    num_rows: int
-    num_taken: int
-    dropped: ReasonCounts
-    warned: ReasonCounts
-
-    @classmethod
-    def of(cls, key: str, path: str, summary: SourceSummary, *, num_taken: int, cached: bool) -> Self:
-        """Return the report of a source from what its store counted."""
-        return cls(
-            key, path, summary.format, cached, summary.num_records, summary.num_rows, num_taken, summary.dropped,
-            summary.warned,
-        )  # fmt: skip
+    summary: SourceSummary
+    num_used: int
+    cached: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object, with the reasons as a list, the most frequent first."""
-        lists = {"dropped": to_json(self.dropped), "warned": to_json(self.warned)}
-        return {**asdict(self), "num_dropped": self.dropped.total, **lists}
+        """Return it as a JSON object."""
+        summary = self.summary
+        return {
+            "key": self.key, "path": self.path, "format": summary.format, "cached": self.cached,
+            "num_records": summary.num_records, "num_rows": summary.num_rows, "num_used": self.num_used,
+            "num_dropped": summary.dropped.total, "dropped": summary.dropped.to_json(), "warned": summary.warned.to_json(),
+        }  # fmt: skip
 
     def line(self) -> str:
         """Return it as a line."""
-        made = f", {self.num_rows:,} made of them" if self.num_rows != self.num_records else ""
-        taken = f", {self.num_taken:,} taken" if self.num_taken != self.num_rows else ""
-        cached = " (tokenised before)" if self.cached else ""
+        summary = self.summary
+        split = f", {summary.num_rows:,} after splitting" if summary.num_rows > summary.num_records else ""
+        used = f", {self.num_used:,} used" if self.num_used != summary.num_rows else ""
+        cached = " (cached)" if self.cached else ""
         return (
-            f"{self.key}: {self.path}: {self.num_records:,} rows of format {self.format}, {self.dropped.total:,} left out"
-            f"{made}{taken}{cached}"
+            f"{self.key}: {self.path}: {summary.num_records:,} rows (format {summary.format}), "
+            f"{summary.dropped.total:,} dropped{split}{used}{cached}"
         )
 
 
@@ -116,16 +100,13 @@ class SystemPrompt:
     share: float
 
     @classmethod
-    def shared(cls, sources: Iterable[tuple[SourceSummary, int]]) -> Self | None:
-        """Return the system prompt of at least MIN_SYSTEM_SHARE of the conversations, None where there is none.
-
-        Args:
-            sources: each with the number of its rows that are taken, of which all of its prompts have the same part.
-        """
+    def shared(cls, sources: Iterable[SourceReport]) -> Self | None:
+        """Return the system prompt of at least MIN_SYSTEM_SHARE of the conversations, weighted by used rows."""
         counts: defaultdict[str, float] = defaultdict(float)
         num_conversations = 0.0
-        for summary, num_taken in sources:
-            weight = num_taken / summary.num_rows if summary.num_rows else 0.0
+        for source in sources:
+            summary = source.summary
+            weight = source.num_used / summary.num_rows if summary.num_rows else 0.0
             num_conversations += weight * summary.num_conversations
             for text, count in summary.systems.items():
                 counts[text] += weight * count
@@ -135,103 +116,71 @@ class SystemPrompt:
 
     def line(self) -> str:
         """Return it for the log."""
-        shown = textwrap.shorten(self.text, LONGEST_SYSTEM, placeholder="...")
-        return f"system prompt of {100 * self.share:.0f} % of the conversations, used in inference too: {shown!r}"
+        shown = textwrap.shorten(self.text, MAX_SYSTEM_CHARACTERS, placeholder="...")
+        return f"data.train: system prompt of {100 * self.share:.0f} % of conversations, also for inference: {shown!r}"
+
+
+def length_quantiles(lengths: npt.NDArray[np.int32]) -> dict[str, int]:
+    """Return min, median, p90, p99 and max of at least one length; each is a row's."""
+    values = np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1), method="inverted_cdf")
+    return dict(zip(("min", "median", "p90", "p99", "max"), map(int, values), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
-    """How long rows are, in tokens: the shortest, the middle one, those that 90 % and 99 % do not exceed, the longest."""
-
-    min: int
-    median: int
-    p90: int
-    p99: int
-    max: int
-
-    @classmethod
-    def of(cls, lengths: npt.NDArray[np.int32]) -> Self:
-        """Return the lengths of at least one row, (num_rows,); each is that of some row."""
-        return cls(*map(int, np.quantile(lengths, (0, 0.5, 0.9, 0.99, 1), method="inverted_cdf")))
-
-
-@dataclass(frozen=True, slots=True)
-class PartReport:
-    """The rows of `data.train` or of `data.eval` as they are used, in one epoch.
+class SplitReport:
+    """The rows of `data.train` or `data.eval` that are used in one epoch.
 
     Attributes:
-        num_rows: rows.
+        num_rows: rows, at least one.
         num_tokens: their tokens.
-        num_labels: those of them that carry loss.
-        lengths: of the rows.
+        num_labels: their label tokens.
+        lengths: tokens per row, from `length_quantiles`.
         num_at_max_length: rows of exactly `data.max_length` tokens.
-        num_repeats: rows that say the same as an earlier one.
-        num_deduplicated: rows that `data.deduplicate` took out.
+        num_duplicates: rows that equal an earlier one.
+        num_deduplicated: rows that `data.deduplicate` removed.
     """
 
     num_rows: int
     num_tokens: int
     num_labels: int
-    lengths: Lengths
+    lengths: dict[str, int]
     num_at_max_length: int
-    num_repeats: int
-    num_deduplicated: int
+    num_duplicates: int = 0
+    num_deduplicated: int = 0
 
     @classmethod
     def of(
-        cls,
-        lengths: npt.NDArray[np.int32],
-        num_labels: npt.NDArray[np.int32],
-        *,
-        max_length: int,
-        num_repeats: int,
-        num_deduplicated: int = 0,
+        cls, lengths: npt.NDArray[np.int32], num_labels: npt.NDArray[np.int32], max_length: int, **counts: int
     ) -> Self:
-        """Count at least one row.
-
-        Args:
-            lengths: tokens of each row, (num_rows,).
-            num_labels: tokens with loss of each row, (num_rows,).
-            max_length: `data.max_length`.
-            num_repeats: rows that say the same as an earlier one.
-            num_deduplicated: rows that `data.deduplicate` took out.
-        """
+        """Count rows by their tokens and label tokens, each (num_rows,)."""
         return cls(
             num_rows=len(lengths),
             num_tokens=int(lengths.sum(dtype=np.int64)),
             num_labels=int(num_labels.sum(dtype=np.int64)),
-            lengths=Lengths.of(lengths),
+            lengths=length_quantiles(lengths),
             num_at_max_length=int(np.count_nonzero(lengths == max_length)),
-            num_repeats=num_repeats,
-            num_deduplicated=num_deduplicated,
+            **counts,
         )
 
     @property
     def label_share(self) -> float:
-        """Share of the tokens that carries loss."""
+        """Share of label tokens."""
         return self.num_labels / self.num_tokens
 
-    def line(self, key: str, max_length: int) -> str:
-        """Return it as a line."""
-        removed = f", {self.num_deduplicated} more taken out by data.deduplicate" if self.num_deduplicated else ""
-        lengths = self.lengths
-        return (
-            f"{key}: {self.num_rows} rows ({self.num_repeats} of them repeat an earlier one{removed}), "
-            f"{self.num_tokens:,} tokens, {self.num_labels:,} of them with loss ({100 * self.label_share:.1f} %); tokens a "
-            f"row: least {lengths.min}, median {lengths.median}, 90 % up to {lengths.p90}, 99 % up to {lengths.p99}, most "
-            f"{lengths.max}; rows of data.max_length ({max_length}): {self.num_at_max_length}"
-        )
+    def lines(self, key: str, max_length: int) -> list[str]:
+        """Return it as lines."""
+        quantiles = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
+        removed = f", {self.num_deduplicated} removed by data.deduplicate" if self.num_deduplicated else ""
+        return [
+            f"{key}: {self.num_rows:,} rows ({self.num_duplicates} duplicates{removed}), {self.num_tokens:,} tokens, "
+            f"{self.num_labels:,} labels ({100 * self.label_share:.1f} %)",
+            f"{key}: tokens per row: {quantiles}; {self.num_at_max_length} of data.max_length ({max_length})",
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something that does not stop a run, and that somebody should look at.
-
-    Attributes:
-        key: ``data.train`` or ``data.eval``.
-        num_rows: rows that it is about.
-        text: what was found, with places, and what can be done.
-    """
+    """Something to look at that does not stop a run: about `num_rows` rows of ``data.train`` or ``data.eval``."""
 
     key: str
     num_rows: int
@@ -240,76 +189,77 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """What became of all the data of a run.
+    """The report of all data of a run.
 
     Attributes:
         max_length: `data.max_length`.
         overflow: `data.overflow`.
         sources: in the order of the config.
-        parts: by ``data.train`` and, where rows are held out, ``data.eval``.
-        overlap: rows of `data.eval` that are trained on too.
-        first_rows: the first ones of `data.train`, as text.
-        system_prompt: what the conversations of `data.train` share.
-        is_streamed: of `data.train` only the beginning is known.
+        splits: by ``data.train`` and, if rows are held out, ``data.eval``.
+        first_rows: of `data.train`, as text.
+        overlap: rows of `data.eval` that are in `data.train` too.
+        is_streamed: only the beginning of `data.train` is known.
     """
 
     max_length: int
     overflow: str
     sources: tuple[SourceReport, ...]
-    parts: dict[str, PartReport]
-    overlap: ReasonCounts
+    splits: dict[str, SplitReport]
     first_rows: tuple[RenderedRow, ...]
-    system_prompt: SystemPrompt | None = None
+    overlap: ReasonCounts = field(default_factory=ReasonCounts)
     is_streamed: bool = False
 
-    def findings(self) -> list[Finding]:
-        """Return what somebody should look at, in the order of the config."""
-        return [finding for key in self._keys() for finding in chain(self._of_sources(key), self._of_part(key))]
+    @property
+    def system_prompt(self) -> SystemPrompt | None:
+        """The system prompt that the conversations of `data.train` share."""
+        return SystemPrompt.shared(source for source in self.sources if source.key == "data.train")
 
-    def _keys(self) -> list[str]:
-        return list(dict.fromkeys([*(source.key for source in self.sources), *self.parts]))
+    def findings(self) -> list[Finding]:
+        """Return what to look at, in the order of the config."""
+        keys = dict.fromkeys([*(source.key for source in self.sources), *self.splits])
+        return [finding for key in keys for finding in (*self._of_sources(key), *self._of_split(key))]
 
     def _of_sources(self, key: str) -> Iterator[Finding]:
-        sources = [source for source in self.sources if source.key == key]
-        dropped = merged(source.dropped for source in sources)
+        summaries = [source.summary for source in self.sources if source.key == key]
+        dropped = ReasonCounts.sum(summary.dropped for summary in summaries)
         if dropped.total:
-            num_records = sum(source.num_records for source in sources)
-            told = f"{dropped.total} of {num_records} rows cannot be used and are left out: {described(dropped)}"
-            yield Finding(key, dropped.total, told)
-        for note, count, places in by_frequency(merged(source.warned for source in sources)):
-            yield Finding(key, count, f"{count} rows: {note} ({named(places, count)})")
+            num_records = sum(summary.num_records for summary in summaries)
+            text = f"{dropped.total} of {num_records} rows cannot be used and are dropped: {dropped.summary()}"
+            yield Finding(key, dropped.total, text)
+        for warning, count, where in ReasonCounts.sum(summary.warned for summary in summaries).by_frequency():
+            yield Finding(key, count, f"{count} rows: {warning} ({locations_text(where, count)})")
 
-    def _of_part(self, key: str) -> Iterator[Finding]:
-        part = self.parts.get(key)
-        if part is None:
+    def _of_split(self, key: str) -> Iterator[Finding]:
+        split = self.splits.get(key)
+        if split is None:
             return
-        if part.label_share < FEW_LABELS:
-            told = f"only {100 * part.label_share:.2g} % of the tokens carry loss; shorten prompts or see data.train_on"
-            yield Finding(key, part.num_rows, told)
-        if self.overflow in CUTTING and part.num_at_max_length > part.num_rows / 2:
-            told = (
-                f"{part.num_at_max_length} of {part.num_rows} rows fill data.max_length ({self.max_length} tokens), most "
-                "of them probably cut to it; raise it, or set data.overflow: split"
+        if split.label_share < MIN_LABEL_SHARE:
+            text = (
+                f"only {100 * split.label_share:.2g} % of the tokens are labels; shorten prompts or see data.train_on"
             )
-            yield Finding(key, part.num_at_max_length, told)
-        if key == "data.eval" and self.overlap.total:
-            places = [place for *_, places in by_frequency(self.overlap) for place in places]
-            told = (
-                f"{self.overlap.total} of {part.num_rows} rows of data.eval stand in data.train too, so the evaluation "
-                f"flatters: {named(places, self.overlap.total)}; data.deduplicate: true trains without them"
+            yield Finding(key, split.num_rows, text)
+        if self.overflow in TRUNCATING and split.num_at_max_length > split.num_rows / 2:
+            text = (
+                f"{split.num_at_max_length} of {split.num_rows} rows have data.max_length ({self.max_length}) tokens, most "
+                "of them probably truncated; raise it, or set data.overflow: split"
             )
-            yield Finding(key, self.overlap.total, told)
+            yield Finding(key, split.num_at_max_length, text)
+        for reason, count, where in self.overlap.by_frequency() if key == "data.eval" else ():
+            text = (
+                f"{count} of {split.num_rows} rows are {reason}, so the evaluation is biased: "
+                f"{locations_text(where, count)}; data.deduplicate: true trains without them"
+            )
+            yield Finding(key, count, text)
 
     def lines(self) -> list[str]:
-        """Return what became of the data, a line a source and a part; the findings are not among them."""
+        """Return the report without its findings, a line per source and two per split."""
         sources = [source.line() for source in self.sources]
-        parts = [part.line(key, self.max_length) for key, part in self.parts.items()]
-        streamed = ["data.train: streamed; what follows is its beginning"] if self.is_streamed else []
-        system = [f"data.train: {self.system_prompt.line()}"] if self.system_prompt else []
-        return [*sources, *streamed, *parts, *system]
+        streamed = ["data.train: streamed; the counts are those of its beginning"] if self.is_streamed else []
+        splits = [line for key, split in self.splits.items() for line in split.lines(key, self.max_length)]
+        return [*sources, *streamed, *splits, *([self.system_prompt.line()] if self.system_prompt else [])]
 
     def log(self) -> None:
-        """Write it to the log: the lines as information, the findings as warnings."""
+        """Log the lines as information and the findings as warnings."""
         for line in self.lines():
             log.info("%s", line)
         for finding in self.findings():
@@ -322,8 +272,8 @@ class DataReport:
             "overflow": self.overflow,
             "is_streamed": self.is_streamed,
             "sources": [source.to_json() for source in self.sources],
-            "parts": {key: {**asdict(part), "label_share": part.label_share} for key, part in self.parts.items()},
-            "overlap": to_json(self.overlap),
+            "splits": {key: {**asdict(split), "label_share": split.label_share} for key, split in self.splits.items()},
+            "overlap": self.overlap.to_json(),
             "system_prompt": asdict(self.system_prompt) if self.system_prompt else None,
             "findings": [asdict(finding) for finding in self.findings()],
             "first_rows": [row.to_json() for row in self.first_rows],

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from qlora_train.data.readers.json_values import DECODER, kind_of
+from qlora_train.data.readers.json_values import DECODER, json_type
 from qlora_train.data.types import UnusableRowError
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -17,7 +17,7 @@ EMPTY: tuple[Any, ...] = (None, "", [], {})
 def read_string(value: Any, name: str) -> str:
     """Return a string without NUL or unpaired surrogates."""
     if not isinstance(value, str):
-        raise UnusableRowError(f"{name} is {kind_of(value)}, expected a string")
+        raise UnusableRowError(f"{name} is {json_type(value)}, expected a string")
     if "\0" in value:
         raise UnusableRowError(f"{name} holds a NUL character")
     if not value.isascii():
@@ -74,5 +74,5 @@ def _checked(value: Any, name: str, *, keep_null: bool) -> Any:
         return [_checked(item, name, keep_null=keep_null) for item in value]
     if value is None or kind is bool or kind is int or (kind is float and math.isfinite(value)):
         return value
-    found = "a number that is not finite" if kind is float else kind_of(value)
+    found = "a number that is not finite" if kind is float else json_type(value)
     raise UnusableRowError(f"{name} holds {found}, which JSON cannot say")

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_train.data.conversation import check_turns, read_turns
 from qlora_train.data.field_values import EMPTY, read_optional_string, read_string
-from qlora_train.data.readers import kind_of
+from qlora_train.data.readers import json_type
 from qlora_train.data.tool_calls import read_chat_template_kwargs, read_tools
 from qlora_train.data.types import Message, Row, UnusableRowError
 
@@ -36,8 +36,8 @@ def from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
         return _conversation(where, values, turns + answers, untrained, loss_from=len(turns))
     if isinstance(prompt, list) or isinstance(completion, list):
         raise UnusableRowError(
-            f"prompt is {kind_of(prompt)} and completion is {kind_of(completion)}, expected two strings or two lists of "
-            "{role, content}"
+            f"prompt is {json_type(prompt)} and completion is {json_type(completion)}, expected two strings or two "
+            "lists of {role, content}"
         )
     text = read_string(completion, "completion")
     if not text.strip():
@@ -106,7 +106,7 @@ def _history(value: Any) -> list[Message]:
     if value in EMPTY:
         return []
     if not isinstance(value, list):
-        raise UnusableRowError(f"history is {kind_of(value)}, expected a list of [question, answer]")
+        raise UnusableRowError(f"history is {json_type(value)}, expected a list of [question, answer]")
     turns: list[Message] = []
     for pair in value:
         if not isinstance(pair, list) or len(pair) != 2:

@@ -38,7 +38,7 @@ from qlora_train.data.format_readers import (
     from_text,
 )
 from qlora_train.data.pretokenized import MASKS, read_token_row
-from qlora_train.data.readers.csv_table import listed
+from qlora_train.data.readers.chunk import header_text
 from qlora_train.data.types import Record, Row
 from qlora_train.utils.errors import ConfigError, DataError
 
@@ -127,10 +127,10 @@ class RowReader:
         by_file_column = {in_file: column for column, in_file in self._columns.items()}
         values = {by_file_column.get(name, name): value for name, value in record.values.items()}
         nearest = misspelled(values, self._format.required).get(column)
-        hint = f"; did you mean data.columns: {{{column}: {listed([nearest])}}}?" if nearest else ""
+        hint = f"; did you mean data.columns: {{{column}: {header_text([nearest])}}}?" if nearest else ""
         return DataError(
             f"{record.where}: the column {self._columns.get(column, column)} of the format {self.name} is missing; found "
-            f"{listed(list(record.values)) or 'none'}{hint}"
+            f"{header_text(list(record.values)) or 'none'}{hint}"
         )
 
 
@@ -168,7 +168,7 @@ def recognise(record: Record, format_name: str, columns: Mapping[str, str]) -> s
     """
     name = _recognised(record, columns) if format_name == "auto" else format_name
     used = FORMATS[name].file_columns(columns).values()
-    unused = listed([column for column in record.values if column not in used])
+    unused = header_text([column for column in record.values if column not in used])
     log.info("%s: format %s%s", record.where, name, f"; columns not used: {unused}" * bool(unused))
     idle = ", ".join(f"{column}: {file}" for column, file in columns.items() if column not in FORMATS[name].columns)
     if idle:
@@ -187,7 +187,7 @@ def _recognised(record: Record, columns: Mapping[str, str]) -> str:
     fitting = renamed or fitting
     if len(fitting) == 1:
         return fitting[0]
-    found = listed(list(record.values)) or "none"
+    found = header_text(list(record.values)) or "none"
     if fitting:
         raise DataError(
             f"{record.where}: the columns {found} fit {' and '.join(fitting)}; set data.format to the one that is meant"

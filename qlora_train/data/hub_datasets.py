@@ -1,7 +1,6 @@
-"""Data sets of the Hub: fetched by `datasets` into its cache of Arrow files, and read from there like any others.
+"""Data sets of the Hub: `datasets` downloads them into its cache of Arrow files, which are read like any others.
 
-Values stay as they are stored: pictures and sounds are not decoded, so that a data set with them needs no further
-library as long as only its text is used.
+Images and audio stay undecoded, so that a data set with them needs no further library as long as only its text is used.
 """
 
 import logging
@@ -18,24 +17,20 @@ log = logging.getLogger("qlora_train")
 
 
 def hub_files(source: Source, key: str) -> list[DataFile]:
-    """Fetch a data set and return the Arrow files of its split; ``train[:10%]`` and ``train+test`` are splits too.
-
-    Args:
-        source: its path is a Hub id.
-        key: the setting it came from, for messages.
+    """Download a data set and return the Arrow files of its split, which may be ``train[:10%]`` or ``train+test``.
 
     Raises:
-        DataError: it cannot be had, or has no such split.
+        DataError: it cannot be loaded, or has no such split.
     """
     import datasets
 
     name = f"{source.path}[{source.split}]"
-    log.info("%s: looking for the Hub data set %s", key, name)
+    log.info("%s: loading the Hub data set %s", key, name)
     try:
         loaded = datasets.load_dataset(source.path, source.subset, revision=source.revision, keep_in_memory=False)
         num_rows = {split: len(rows) for split, rows in loaded.items()}
         ranges = datasets.ReadInstruction.from_spec(source.split).to_absolute(num_rows)
-        return _files_of(name, [(loaded[it.splitname], it.from_, it.to) for it in ranges])
+        return _files_of_ranges(name, [(loaded[it.splitname], it.from_, it.to) for it in ranges])
     except ConnectionError:
         raise DataError(f"{key}: the Hub data set {name} {network.unreachable_reason()}") from None
     except Exception as error:  # datasets, huggingface_hub, httpx and fsspec each raise their own kinds
@@ -45,8 +40,8 @@ def hub_files(source: Source, key: str) -> list[DataFile]:
         ) from None
 
 
-def _files_of(name: str, ranges: list[tuple[Any, int, int]]) -> list[DataFile]:
-    """Return the files of ranges of rows (data set, first row, row behind the last)."""
+def _files_of_ranges(name: str, ranges: list[tuple[Any, int, int]]) -> list[DataFile]:
+    """Return the files of ranges of rows, each (data set, first row, row behind the last)."""
     files: list[DataFile] = []
     num_before = 0
     for rows, begin, end in ranges:

@@ -8,7 +8,7 @@ token is a label. Padding and packed documents are refused.
 from collections.abc import Mapping
 from typing import Any
 
-from qlora_train.data.readers import kind_of
+from qlora_train.data.readers import json_type
 from qlora_train.data.types import Row, UnusableRowError
 from qlora_train.utils.constants import IGNORE_INDEX
 
@@ -47,10 +47,10 @@ def read_token_row(where: str, values: Mapping[str, Any]) -> Row:
 
 def _integers(value: Any, name: str, length: int | None = None, *, or_bool: bool = False) -> list[int]:
     if not isinstance(value, list):
-        raise UnusableRowError(f"{name} is {kind_of(value)}, expected a list of whole numbers")
+        raise UnusableRowError(f"{name} is {json_type(value)}, expected a list of whole numbers")
     other = set(map(type, value)) - ({int, bool} if or_bool else {int})
     if other:
-        found = "a number with a point" if float in other else kind_of(next(v for v in value if type(v) in other))
+        found = "a number with a point" if float in other else json_type(next(v for v in value if type(v) in other))
         raise UnusableRowError(f"{name} holds {found}, expected whole numbers")
     if length is not None and len(value) != length:
         raise UnusableRowError(f"{name} and input_ids differ in length")

@@ -1,76 +1,80 @@
-"""Rows counted by reason, as text and as JSON: the most frequent reason first, a few places of each."""
+"""Rows counted by reason, each reason with a few locations."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
-
-from qlora_train.data.types import NUM_LOCATIONS, Example, ReasonCounts
-
-NUM_NAMED_REASONS = 8
-"""Reasons that a message gives."""
+MAX_LOCATIONS = 5
+"""Locations that are stored for each reason."""
+MAX_REASONS = 8
+"""Reasons in a message; the rest is counted together."""
 
 
-def merged(tallies: Iterable[ReasonCounts]) -> ReasonCounts:
-    """Return what several have counted, in their order."""
-    whole = ReasonCounts()
-    for tally in tallies:
-        whole.merge(tally)
-    return whole
+@dataclass(slots=True)
+class ReasonCounts:
+    """Rows counted by reason, with the first few locations of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    locations: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def sum(cls, several: Iterable[Self]) -> Self:
+        """Return what several have counted, in their order."""
+        total = cls()
+        for each in several:
+            total.merge(each)
+        return total
+
+    def add(self, reason: str, where: str) -> None:
+        """Count one row."""
+        self._add(reason, 1, [where])
+
+    def merge(self, other: Self) -> None:
+        """Add the counts of later rows."""
+        for reason, count in other.counts.items():
+            self._add(reason, count, other.locations[reason])
+
+    def _add(self, reason: str, count: int, locations: list[str]) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        known = self.locations.setdefault(reason, [])
+        known.extend(locations[: MAX_LOCATIONS - len(known)])
+
+    @property
+    def total(self) -> int:
+        """Return the number of rows."""
+        return sum(self.counts.values())
+
+    def with_file_names(self, files: Sequence[str]) -> Self:
+        """Replace the index of a file, with which stored locations begin, by its name."""
+        named = {
+            reason: [f"{files[int(index)]}:{line}" for index, _, line in (place.partition(":") for place in locations)]
+            for reason, locations in self.locations.items()
+        }
+        return type(self)(self.counts, named)
+
+    def by_frequency(self) -> list[tuple[str, int, list[str]]]:
+        """Return each reason with its count and locations, the most frequent first."""
+        ordered = sorted(self.counts.items(), key=lambda item: -item[1])
+        return [(reason, count, self.locations[reason]) for reason, count in ordered]
+
+    def summary(self) -> str:
+        """Return the most frequent reasons in one line, each with its count and a few locations."""
+        ordered = self.by_frequency()
+        parts = [
+            f"{count} x {reason} ({locations_text(where, count)})" for reason, count, where in ordered[:MAX_REASONS]
+        ]
+        if rest := ordered[MAX_REASONS:]:
+            count = sum(count for _, count, _ in rest)
+            locations = [location for *_, where in rest for location in where]
+            parts.append(f"{count} x other reasons ({locations_text(locations, count)})")
+        return "; ".join(parts)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return a list of JSON objects, the most frequent reason first."""
+        return [{"reason": reason, "count": count, "locations": where} for reason, count, where in self.by_frequency()]
 
 
-def placed(tally: ReasonCounts, files: Sequence[str]) -> ReasonCounts:
-    """Return a tally whose places begin with the number of a file, as stores keep them, with the files' names."""
-    return ReasonCounts(
-        tally.counts,
-        {reason: [_placed(place, files) for place in locations] for reason, locations in tally.locations.items()},
-    )
-
-
-def _placed(place: str, files: Sequence[str]) -> str:
-    number, mark, rest = place.partition(":")
-    return f"{files[int(number)]}{mark}{rest}"
-
-
-def tally_of(rows: Sequence[Example], chosen: npt.NDArray[np.bool_], reason: str) -> ReasonCounts:
-    """Count those rows of which `chosen`, (num_rows,), is true, all for one reason."""
-    indices = np.flatnonzero(chosen)
-    if not len(indices):
-        return ReasonCounts()
-    return ReasonCounts({reason: len(indices)}, {reason: [rows[int(index)].where for index in indices[:NUM_LOCATIONS]]})
-
-
-def by_frequency(tally: ReasonCounts) -> list[tuple[str, int, list[str]]]:
-    """Return each reason with its count and places, the most frequent first."""
-    ordered = sorted(tally.counts.items(), key=lambda item: -item[1])
-    return [(reason, count, tally.locations[reason]) for reason, count in ordered]
-
-
-def described(tally: ReasonCounts) -> str:
-    """Return the most frequent reasons in one line, each with its count and a few places."""
-    ordered = by_frequency(tally)
-    told = [
-        f"{count} x {reason} ({named(locations, count)})" for reason, count, locations in ordered[:NUM_NAMED_REASONS]
-    ]
-    rest = ordered[NUM_NAMED_REASONS:]
-    if rest:
-        count = sum(count for _, count, _ in rest)
-        told.append(
-            f"{count} x other reasons ({named([place for *_, locations in rest for place in locations], count)})"
-        )
-    return "; ".join(told)
-
-
-def named(locations: Sequence[str], count: int) -> str:
-    """Join the first few places of `count` rows, and say how many more there are."""
-    few = locations[:NUM_LOCATIONS]
-    more = count - len(few)
-    return ", ".join(few) + (f" and {more} more" if more > 0 else "")
-
-
-def to_json(tally: ReasonCounts) -> list[dict[str, Any]]:
-    """Return it as a list of JSON objects, the most frequent reason first."""
-    return [
-        {"reason": reason, "count": count, "locations": locations} for reason, count, locations in by_frequency(tally)
-    ]
+def locations_text(locations: Sequence[str], count: int) -> str:
+    """Join the first locations of `count` rows, and how many more there are."""
+    first = locations[:MAX_LOCATIONS]
+    return ", ".join(first) + (f" and {count - len(first)} more" if count > len(first) else "")

@@ -1,4 +1,4 @@
-"""Which rows of the stores are trained on and which are held out: every choice is a pure function of content and seed."""
+"""Which rows of the stores are trained on and which are held out: pure functions of content and seed."""
 
 import logging
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_train.config.schema import Source
-from qlora_train.data.shuffle import mixed
+from qlora_train.data.shuffle import shuffle_hash
 from qlora_train.data.token_store import Rows
 from qlora_train.data.tokenize_chunk import is_held_out
 from qlora_train.utils.errors import DataError
@@ -16,30 +16,26 @@ from qlora_train.utils.errors import DataError
 log = logging.getLogger("qlora_train")
 
 Indices = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
-def keyed_order(digests: npt.NDArray[np.uint64], seed: int) -> Indices:
-    """Return an order of rows that looks random and depends on what each says and on the seed alone.
-
-    Args:
-        digests: uint64 (num_rows, 2).
-        seed: another seed gives an unrelated order.
-    """
-    return np.argsort(mixed(digests[:, 0], seed), kind="stable").astype(np.int64)
+def content_order(digests: npt.NDArray[np.uint64], seed: int) -> Indices:
+    """Shuffle rows by their content, given as uint64 (num_rows, 2), and the seed alone."""
+    return np.argsort(shuffle_hash(digests[:, 0], seed), kind="stable").astype(np.int64)
 
 
-def sample(indices: Indices, digests: npt.NDArray[np.uint64], count: int, seed: int) -> Indices:
-    """Return `count` of the indices in their order: each as often as it goes into `count`, and a sample for the rest."""
+def _sample(indices: Indices, digests: npt.NDArray[np.uint64], count: int, seed: int) -> Indices:
+    """Return `count` of the indices in order: each as often as it fits into `count`, and a sample for the rest."""
     if not count:
         return indices[:0]
     times, rest = divmod(count, len(indices))
-    extra = np.sort(keyed_order(digests, seed)[:rest])
+    extra = np.sort(content_order(digests, seed)[:rest])
     return np.concatenate([*[indices] * times, indices[extra]])
 
 
-def groups_of_equals(*columns: npt.NDArray[Any]) -> tuple[Indices, npt.NDArray[np.bool_]]:
-    """Return a number for each row that equal rows share, and whether no earlier row has it; each (num_rows,)."""
-    order = np.lexsort(columns)  # stable: equal rows stay in their order
+def _group_equal(*columns: npt.NDArray[Any]) -> tuple[Indices, Mask]:
+    """Return a group number that equal rows share, and whether a row is the first of its group; each (num_rows,)."""
+    order = np.lexsort(columns)  # stable: equal rows stay in order
     is_new = np.zeros(len(order), np.bool_)
     is_new[:1] = True
     for column in columns:
@@ -49,32 +45,32 @@ def groups_of_equals(*columns: npt.NDArray[Any]) -> tuple[Indices, npt.NDArray[n
     return group, is_first
 
 
-def first_of_equals(rows: Rows) -> npt.NDArray[np.bool_]:
-    """Say of each row whether no earlier one says the same; the pieces of one row are different rows."""
+def first_occurrences(rows: Rows) -> Mask:
+    """Return for each row whether no earlier one is equal; the parts of a row that was split are different rows."""
     digests = rows.digests
-    return groups_of_equals(digests[:, 0], digests[:, 1], rows.parts)[1]
+    return _group_equal(digests[:, 0], digests[:, 1], rows.part_indices)[1]
 
 
-def num_repeats(rows: Rows) -> int:
-    """Return how many of the files' rows say the same as an earlier one; one that is taken twice is no repeat."""
+def num_duplicates(rows: Rows) -> int:
+    """Return how many rows of the files equal an earlier one; sampling a row twice does not count."""
     distinct = Rows(rows.stores, np.unique(rows.indices))
-    return int((~first_of_equals(distinct)).sum())
+    return int((~first_occurrences(distinct)).sum())
 
 
-def is_among(rows: Rows, others: Rows) -> npt.NDArray[np.bool_]:
-    """Say of each row whether one of the others says the same."""
+def is_among(rows: Rows, others: Rows) -> Mask:
+    """Return for each row whether one of the others is equal."""
     both = np.concatenate([rows.digests, others.digests])
-    group, _ = groups_of_equals(both[:, 0], both[:, 1])
+    group, _ = _group_equal(both[:, 0], both[:, 1])
     present = np.zeros(len(both), np.bool_)
     present[group[len(rows) :]] = True
     return present[group[: len(rows)]]
 
 
-def split(digests: npt.NDArray[np.uint64], share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Say of each row whether it is held out (see `is_held_out`).
+def held_out_mask(digests: npt.NDArray[np.uint64], share: float, seed: int) -> Mask:
+    """Return for each row whether it is held out (see `is_held_out`).
 
     Raises:
-        DataError: nothing would be left to train on or to hold out.
+        DataError: no row would be left to train on or to hold out.
     """
     held_out = np.array([is_held_out(digest.tobytes(), share, seed) for digest in digests], np.bool_)
     for name, num_rows in (("to train on", (~held_out).sum()), ("to hold out", held_out.sum())):
@@ -86,32 +82,31 @@ def split(digests: npt.NDArray[np.uint64], share: float, seed: int) -> npt.NDArr
     return held_out
 
 
-def amount(source: Source, num_rows: int) -> int:
-    """Return how many rows of a source an epoch takes, of the `num_rows` that it has."""
+def mix(sources: Sequence[Source], rows: Rows, max_rows: int | None, seed: int) -> Rows:
+    """Take from each source as many rows as its weight or number says, and at most `max_rows` (`data.max_rows`) of all.
+
+    Args:
+        sources: `data.train`, one for each store of `rows`.
+        rows: the candidates.
+        max_rows: `data.max_rows`.
+        seed: decides the rows of a sample.
+    """
+    store_indices, digests = rows.store_indices, rows.digests
+    own = [store_indices == index for index in range(len(sources))]
+    counts = [_num_used(source, int(mask.sum())) for source, mask in zip(sources, own, strict=True)]
+    if max_rows is not None and max_rows < sum(counts):  # every source gives up the same share
+        counts = np.diff(np.cumsum([0, *counts]) * max_rows // sum(counts)).tolist()
+    samples = [
+        _sample(rows.indices[mask], digests[mask], count, seed + index)
+        for index, (mask, count) in enumerate(zip(own, counts, strict=True))
+    ]
+    return Rows(rows.stores, np.concatenate(samples))
+
+
+def _num_used(source: Source, num_rows: int) -> int:
     if not num_rows:
         log.warning("data.train: %s: no row of it is left to train on", source.path)
         return 0
     if source.num_rows is not None:
         return source.num_rows
     return num_rows if source.weight is None else max(1, round(source.weight * num_rows))
-
-
-def mix(sources: Sequence[Source], rows: Rows, max_rows: int | None, seed: int) -> Rows:
-    """Take from each source what its weight or number says, and of all that at most `max_rows`.
-
-    Args:
-        sources: `data.train`, one for each store of `rows`.
-        rows: what may be trained on.
-        max_rows: `data.max_rows`.
-        seed: decides which rows a sample holds.
-    """
-    origins, digests = rows.origins, rows.digests
-    own = [origins == number for number in range(len(sources))]
-    counts = [amount(source, int(chosen.sum())) for source, chosen in zip(sources, own, strict=True)]
-    if max_rows is not None and max_rows < sum(counts):  # every source gives up the same share
-        counts = np.diff(np.cumsum([0, *counts]) * max_rows // sum(counts)).tolist()
-    taken = [
-        sample(rows.indices[chosen], digests[chosen], count, seed + number)
-        for number, (chosen, count) in enumerate(zip(own, counts, strict=True))
-    ]
-    return Rows(rows.stores, np.concatenate(taken))

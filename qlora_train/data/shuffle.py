@@ -1,4 +1,4 @@
-"""Orders that look random and are pure functions of their arguments, whatever the release of a library."""
+"""Shuffles that are pure functions of their arguments, independent of library versions."""
 
 import numpy as np
 import numpy.typing as npt
@@ -7,11 +7,8 @@ GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111E
 ALL_BITS = (1 << 64) - 1
 
 
-def mixed(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
-    """Return numbers without a pattern, one for each value, unrelated for another key.
-
-    The function is SplitMix64's (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014).
-    """
+def shuffle_hash(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+    """Hash each value with a key: SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Generators", 2014)."""
     with np.errstate(over="ignore"):
         result = values + np.uint64(GOLDEN * (key + 1) & ALL_BITS)
         result = (result ^ (result >> np.uint64(30))) * np.uint64(MIX_1)
@@ -20,8 +17,8 @@ def mixed(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
 
 
 def permutation(count: int, *keys: int) -> npt.NDArray[np.int64]:
-    """Return the numbers below `count` in an order that the keys decide, int64 (count,)."""
+    """Return a permutation of the numbers below `count` that the keys decide, int64 (count,)."""
     values = np.arange(count, dtype=np.uint64)
     for key in keys:
-        values = mixed(values, key)
+        values = shuffle_hash(values, key)
     return np.argsort(values, kind="stable").astype(np.int64)

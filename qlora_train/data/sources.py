@@ -1,7 +1,7 @@
-"""Where the rows of a source lie: a local file, a glob, a folder, or a data set on the Hub.
+"""The files of a source: a local file, a glob, a folder, or a data set on the Hub.
 
-A path that names a file (a known suffix, a glob, a leading ``./``, ``../``, ``/`` or ``~``, or something that exists)
-is never looked for on the Hub, so that a typing error is answered at once with the nearest name.
+A path that names a file (a known suffix, a glob, a leading ``./``, ``../``, ``/`` or ``~``, or an existing path) is never
+looked up on the Hub, so that a typing error is answered at once with the nearest name.
 """
 
 import glob
@@ -23,28 +23,28 @@ SUFFIX_LIST = f"{', '.join(f'.{kind}' for kind in (*TEXT_KINDS, *ALIASES))} (als
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_SETTINGS = {"split": "train", "subset": None, "revision": None}
 """Settings of a source that mean nothing for a plain file, and their defaults."""
-
 SAVED_DICT, SAVED_DATASET = "dataset_dict.json", "state.json"
-"""What `save_to_disk` of datasets writes beside a folder a split, and beside the .arrow files of one."""
+"""What `save_to_disk` writes beside a folder per split, and beside the .arrow files of one."""
 SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
 }  # fmt: skip
-"""First words of file names that say which split they hold, as the Hub understands them."""
+"""Words in file names -> the split they name, as on the Hub."""
 SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One file of a source, or some rows of one.
+    """A file of a source, or a range of its rows.
 
     Attributes:
-        name: what people call it: the path, or ``owner/name[split]`` for the Hub.
-        kind: one of `KINDS`.
-        compression: ``gz``, ``zst`` or nothing.
-        begin: the first row that is meant, from 0; only arrow files are read in part.
-        end: the row behind the last one; None: all.
-        first_row: the number that people give to the first row that is meant: a split of the Hub can have several files.
+        path: the file.
+        name: in messages: the path, or ``owner/name[split]`` for the Hub.
+        kind: its suffix without the dot and the compression, in lower case.
+        compression: ``gz``, ``zst`` or empty.
+        begin: the first row of the range, from 0; only Arrow files have ranges.
+        end: the row behind the range; None for all.
+        first_row: the number of the first row in messages: a split of the Hub can have several files.
     """
 
     path: Path
@@ -60,11 +60,11 @@ def find_files(source: Source, key: str) -> list[DataFile]:
     """Return the files of a source, in order; those of a Hub data set are downloaded.
 
     Args:
-        source: one entry of `data.train` or `data.eval`.
+        source: an entry of `data.train` or `data.eval`.
         key: the setting it came from, for messages.
 
     Raises:
-        DataError: nothing is there, the suffix is unknown, splits or kinds are mixed, or a setting has no effect.
+        DataError: nothing is found, the suffix is unknown, splits or kinds are mixed, or a setting has no effect.
     """
     path = Path(source.path).expanduser()
     try:
@@ -82,9 +82,9 @@ def find_files(source: Source, key: str) -> list[DataFile]:
 def _local_files(source: Source, path: Path, key: str) -> list[DataFile]:
     if path.is_dir() and any((path / name).is_file() for name in (SAVED_DICT, SAVED_DATASET)):
         return _files_of_saved(source, path, key)
-    _refuse_idle_settings(source, HUB_SETTINGS, key)
+    _refuse_hub_settings(source, HUB_SETTINGS, key)
     if path.is_file():
-        return [_known(path, key)]
+        return [_data_file(path, key)]
     if path.is_dir():
         return _files_of_folder(path, key)
     if path.exists():
@@ -94,39 +94,33 @@ def _local_files(source: Source, path: Path, key: str) -> list[DataFile]:
     return _files_of_glob(path, key)
 
 
-def _refuse_idle_settings(source: Source, settings: Iterable[str], key: str) -> None:
+def _refuse_hub_settings(source: Source, settings: Iterable[str], key: str) -> None:
     for setting in settings:
         if getattr(source, setting) != HUB_SETTINGS[setting]:
             raise DataError(f"{key}: {setting} has no effect on the local path {source.path}; remove it")
 
 
-def _known(path: Path, key: str) -> DataFile:
+def _data_file(path: Path, key: str) -> DataFile:
     known = data_file_type(path)
     if known is None:
         found = "".join(path.suffixes[-2:]) if path.suffix[1:].lower() in COMPRESSIONS else path.suffix
         raise DataError(f"{key}: {path} cannot be read: found {found or 'no suffix'}; expected {SUFFIX_LIST}")
-    kind, compression = known
-    return DataFile(path, str(path), kind, compression)
+    return DataFile(path, str(path), *known)
 
 
 def _files_of_folder(folder: Path, key: str) -> list[DataFile]:
     entries = sorted(folder.iterdir())
     visible = [entry for entry in entries if not entry.name.startswith(".") and not entry.is_dir()]
-    files = [_known(entry, key) for entry in visible if data_file_type(entry) is not None]
+    files = [_data_file(entry, key) for entry in visible if data_file_type(entry) is not None]
     if not files:
         found = ", ".join(entry.name + "/" * entry.is_dir() for entry in entries[:5]) or "no files"
         raise DataError(f"{key}: folder {folder} holds no data file: found {found}; expected {SUFFIX_LIST}")
     _refuse_several_splits(files, f"folder {folder}", key)
     _refuse_several_kinds(files, folder, key)
-    read = {file.path for file in files}
-    others = ", ".join(entry.name for entry in entries if entry not in read)
-    log.info(
-        "%s: folder %s: reading %s%s",
-        key,
-        folder,
-        ", ".join(file.path.name for file in files),
-        f"; not {others}" * bool(others),
-    )
+    paths = {file.path for file in files}
+    others = ", ".join(entry.name for entry in entries if entry not in paths)
+    names = ", ".join(file.path.name for file in files)
+    log.info("%s: folder %s: reading %s%s", key, folder, names, f"; not {others}" * bool(others))
     return files
 
 
@@ -134,14 +128,14 @@ def _files_of_glob(pattern: Path, key: str) -> list[DataFile]:
     paths = [Path(match) for match in sorted(glob.glob(str(pattern), recursive=True)) if not Path(match).is_dir()]  # noqa: PTH207
     if not paths:
         raise DataError(f"{key}: {no_match(pattern)}")
-    files = [_known(path, key) for path in paths]
+    files = [_data_file(path, key) for path in paths]
     _refuse_several_splits(files, f"the pattern {pattern}", key)
     return files
 
 
 def _refuse_several_splits(files: Sequence[DataFile], place: str, key: str) -> None:
     """Refuse to read a data set's train and test files as one: held-out rows would be trained on."""
-    # where no file's name says it, the name of its folder may
+    # if no file name shows a split, the name of its folder may
     splits = _splits_of(files, lambda path: path.name) or _splits_of(files, lambda path: path.parent.name)
     if len(splits) > 1:
         raise DataError(
@@ -151,7 +145,7 @@ def _refuse_several_splits(files: Sequence[DataFile], place: str, key: str) -> N
 
 
 def _splits_of(files: Sequence[DataFile], name_of: Callable[[Path], str]) -> dict[str, str]:
-    """Return the splits that names say, each with the first file of it."""
+    """Return the splits that names show, each with its first file."""
     splits: dict[str, str] = {}
     for file in files:
         if match := SPLIT_NAME.search(name_of(file.path)):
@@ -172,7 +166,7 @@ def _refuse_several_kinds(files: Sequence[DataFile], folder: Path, key: str) -> 
 
 def _files_of_saved(source: Source, folder: Path, key: str) -> list[DataFile]:
     """Return the files of a folder that `save_to_disk` wrote, in the order in which it lists them."""
-    _refuse_idle_settings(source, ("subset", "revision"), key)
+    _refuse_hub_settings(source, ("subset", "revision"), key)
     if (folder / SAVED_DICT).is_file():
         splits = _listed(folder / SAVED_DICT, "splits", key)
         if source.split not in splits:
@@ -182,7 +176,7 @@ def _files_of_saved(source: Source, folder: Path, key: str) -> list[DataFile]:
             )
         folder /= source.split
     else:
-        _refuse_idle_settings(source, ("split",), key)
+        _refuse_hub_settings(source, ("split",), key)
     entries = _listed(folder / SAVED_DATASET, "_data_files", key)
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
     files = [DataFile(folder / name, str(folder / name), "arrow") for name in names if isinstance(name, str)]
@@ -199,7 +193,7 @@ def _files_of_saved(source: Source, folder: Path, key: str) -> list[DataFile]:
 
 
 def _listed(path: Path, field: str, key: str) -> list[object]:
-    """Return a list that stands in a JSON file of `save_to_disk`."""
+    """Return a list in a JSON file of `save_to_disk`."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))[field]
     except FileNotFoundError:

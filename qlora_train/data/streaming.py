@@ -1,10 +1,9 @@
-"""Rows that are tokenised while they are trained on, for data that no disk cache should hold.
+"""Rows that are tokenised during training, for data that no disk cache should hold.
 
-The stream is endless and its order a pure function of the files and the seed: every epoch walks all chunks of all files
-in an order of its own; WINDOW_CHUNKS of them at a time are tokenised, in worker processes and ahead of the training, and
-their rows shuffled together. A row has a number, counted from the beginning of the stream, so that a run can go on at
-any row. How many rows a window gives is known only when it has been tokenised once; a run that remembers `counts` goes
-on without tokenising what lies before.
+The stream is endless and its order a pure function of the files and the seed: every epoch permutes all chunks of all
+files; windows of WINDOW_CHUNKS chunks are tokenised in worker processes, ahead of training, and their rows shuffled
+together. A run resumes at a row number counted from the beginning of the stream. How many rows a window has is known only
+after tokenising it; a run that stores `counts` resumes without tokenising earlier windows.
 """
 
 import hashlib
@@ -12,10 +11,9 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qlora_train.data.readers import Chunk
-from qlora_train.data.reason_counts import described, merged
+from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.shuffle import permutation
 from qlora_train.data.token_store import SourceSummary, TokenizedChunk, token_dtype
 from qlora_train.data.tokenize_chunk import ChunkTokenizer
@@ -28,20 +26,22 @@ log = logging.getLogger("qlora_train")
 WINDOW_CHUNKS = 16
 """Chunks whose rows are shuffled together."""
 MIN_RECORDS = 1000
-"""Rows from which on, before an epoch is over, a stream is judged by `data.max_dropped`."""
+"""Rows from which on `data.max_dropped` is checked before an epoch is over."""
+
+NumberedChunk = tuple[int, bool, Chunk]
+"""Index of its file, whether it is the file's first, and the chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamedSource:
-    """A source that is read while training: its chunks, which hold places in files, and their tokenizer."""
+    """A source that is read during training; `identity` is a hash of everything that decides its tokens."""
 
     path: str
     format: str
     files: Sequence[str]
-    chunks: Sequence[tuple[int, bool, Chunk]]
+    chunks: Sequence[NumberedChunk]
     tokenize: ChunkTokenizer
     identity: str
-    """A hash of everything that decides its tokens."""
 
 
 class RowStream:
@@ -50,13 +50,13 @@ class RowStream:
     Args:
         sources: at least one, with at least one chunk.
         seed: decides the order.
-        num_proc: processes that tokenise.
+        num_proc: worker processes.
         vocabulary_size: of the model.
         max_dropped: `data.max_dropped`, checked after every window.
 
     Attributes:
-        counts: of each window that was tokenised so far, from the first: its rows, its records, and those of them that
-            cannot be used; may be set to what an earlier run knew.
+        counts: of each window tokenised so far: its rows, its records, and its unusable records. May be set to those of
+            an earlier run.
         sources: as given.
         fingerprint: a sha256 that changes with the tokens of any row and with the order of all.
     """
@@ -70,7 +70,7 @@ class RowStream:
         self._seed, self._num_proc = seed, num_proc
         self._max_dropped, self._dtype = max_dropped, token_dtype(vocabulary_size)
         self._chunks = [(number, chunk) for number, source in enumerate(sources) for chunk in source.chunks]
-        self._windows_of_epoch = -(-len(self._chunks) // WINDOW_CHUNKS)
+        self._windows_per_epoch = -(-len(self._chunks) // WINDOW_CHUNKS)
         self._head: list[Example] | None = None
         parts = (*(source.identity for source in sources), str(seed), str(WINDOW_CHUNKS))
         self.fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
@@ -85,7 +85,7 @@ class RowStream:
         """Yield the rows from number `start` on, without end.
 
         Raises:
-            DataError: a chunk is malformed, more rows than `data.max_dropped` cannot be used, or no row can.
+            DataError: a chunk is malformed, more rows than `data.max_dropped` are unusable, or all are.
         """
         window, before = 0, 0
         while window < len(self.counts) and before + self.counts[window][0] <= start:
@@ -99,49 +99,47 @@ class RowStream:
             yield from rows[skip:]
             skip = max(0, skip - len(rows))
 
+    def summaries(self) -> list[SourceSummary]:
+        """Return the counts of the rows that this process tokenised, per source."""
+        named = zip(self._summaries, self.sources, strict=True)
+        return [summary.with_file_names(source.files) for summary, source in named]
+
     def _windows(self, first: int) -> Iterator[list[Example]]:
         """Yield the rows of each window from number `first` on, shuffled."""
-        plan = map(self._plan, itertools.count(first))
-        waiting, ahead = itertools.tee(plan)
+        windows, ahead = itertools.tee(map(self._window_chunks, itertools.count(first)))
         results = ordered_map(self._tokenize, itertools.chain.from_iterable(ahead), self._num_proc)
-        for number, chunks in zip(itertools.count(first), waiting, strict=False):
+        for number, chunks in zip(itertools.count(first), windows, strict=False):
             rows: list[Example] = []
-            seen: list[tuple[int, int]] = []
+            num_records = num_dropped = 0
             for source, _ in chunks:
                 chunk = next(results)
                 rows += chunk.examples(self.sources[source].files, self._dtype)
                 self._summaries[source].count(chunk)
-                seen.append((chunk.num_records, chunk.dropped.total))
-            self._record(number, [len(rows), *map(sum, zip(*seen, strict=True))])
+                num_records, num_dropped = num_records + chunk.num_records, num_dropped + chunk.dropped.total
+            self._record(number, [len(rows), num_records, num_dropped])
             yield [rows[i] for i in permutation(len(rows), self._seed, number)]
 
-    def _plan(self, window: int) -> list[tuple[int, Any]]:
-        """Return the chunks of a window: a slice of its epoch's permutation."""
-        epoch, position = divmod(window, self._windows_of_epoch)
+    def _window_chunks(self, window: int) -> list[tuple[int, NumberedChunk]]:
+        epoch, position = divmod(window, self._windows_per_epoch)
         order = permutation(len(self._chunks), self._seed, epoch)
         return [self._chunks[i] for i in order[position * WINDOW_CHUNKS : (position + 1) * WINDOW_CHUNKS]]
 
+    def _tokenize(self, item: tuple[int, NumberedChunk]) -> TokenizedChunk:
+        source, chunk = item
+        return self.sources[source].tokenize(chunk)
+
     def _record(self, window: int, count: list[int]) -> None:
-        """Remember what a window gave, and stop when too many rows of the windows so far could not be used."""
+        """Store the counts of a window, and check `data.max_dropped` for all windows so far."""
         if window == len(self.counts):
             self.counts.append(count)
         assert self.counts[window] == count, "a window gives the same rows whenever it is read"
         _, num_records, num_dropped = map(sum, zip(*self.counts, strict=True))
-        is_enough = num_records >= MIN_RECORDS or len(self.counts) >= self._windows_of_epoch
+        is_enough = num_records >= MIN_RECORDS or len(self.counts) >= self._windows_per_epoch
         num_allowed = int(self._max_dropped * num_records + 1e-9)
         if (is_enough and num_dropped > num_allowed) or num_dropped == num_records:
-            dropped = merged(summary.dropped for summary in self.summaries())
+            dropped = ReasonCounts.sum(summary.dropped for summary in self.summaries())
             raise DataError(
                 f"data.train: {num_dropped} of the first {num_records} rows of the stream cannot be used, data.max_dropped "
-                f"({self._max_dropped:g}) allows {num_allowed}: {described(dropped)}; correct the "
-                "rows or raise data.max_dropped"
+                f"({self._max_dropped:g}) allows {num_allowed}: {dropped.summary()}; correct the rows or raise "
+                "data.max_dropped"
             )
-
-    def summaries(self) -> list[SourceSummary]:
-        """Return what became of the rows that this process tokenised, a source each."""
-        named = zip(self._summaries, self.sources, strict=True)
-        return [summary.named(source.files) for summary, source in named]
-
-    def _tokenize(self, item: tuple[int, tuple[int, bool, Chunk]]) -> TokenizedChunk:
-        source, chunk = item
-        return self.sources[source].tokenize(chunk)

@@ -1,13 +1,12 @@
-"""Stores of tokenised data, kept for the next run: found again by what they were made of, and by nothing else.
+"""The cache of tokenised data: stores by a hash of what they were made from.
 
-The key is a sha256 of the bytes of the files, the tokenizer with its chat template, those data settings that decide tokens
-and masks, and the code of this stage; paths, model weights and training settings have no part in it. Stores are written
-durably, verified before they are used, and the least recently used ones make room when the folder grows beyond its limit.
+The hash covers the bytes of the files, the tokenizer with its chat template, the data settings that decide tokens and
+masks, and TOKENS_VERSION; not paths, model weights or training settings. Stores are written atomically and verified
+before use; beyond `data.cache_limit` the least recently used ones are deleted.
 """
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -25,8 +24,10 @@ log = logging.getLogger("qlora_train")
 
 Opened = TypeVar("Opened")
 
+TOKENS_VERSION = 1
+"""Raise it when tokens, masks or the layout of a store change for the same data (tests/data/test_tokens_version.py)."""
 STORE_NAME = re.compile(r"[0-9a-f]{64}")
-REMAINS_NAME = re.compile(r"\.([0-9a-f]{64})\.(?:staging|old|deleted)")
+STALE_NAME = re.compile(r"\.([0-9a-f]{64})\.(?:staging|old|deleted)")
 UNITS = {"MB": 10**6, "GB": 10**9}
 
 
@@ -44,16 +45,16 @@ class StoreCache:
         self._limit = limit
         self._limit_bytes = int(limit[:-2]) * UNITS[limit[-2:]]
 
-    def get(self, key: str, make: Callable[[Path], None], opened: Callable[[Path], Opened]) -> tuple[Opened, bool]:
-        """Return a store, and whether it was there.
+    def get(self, key: str, write: Callable[[Path], None], opened: Callable[[Path], Opened]) -> tuple[Opened, bool]:
+        """Return a store, and whether it was cached.
 
         Args:
-            key: from `key_of`.
-            make: writes a store into an empty folder.
-            opened: opens it; what is open can be read on when another process deletes the folder.
+            key: from `cache_key`.
+            write: writes the store into an empty folder.
+            opened: opens it; an open store stays readable when another process deletes the folder.
 
         Raises:
-            DataError: the folder cannot be written, or is full; and whatever `make` raises.
+            DataError: the folder cannot be written, or is full; and whatever `write` raises.
         """
         final = self.folder / key
         try:
@@ -61,79 +62,60 @@ class StoreCache:
             with self._locked(key):
                 problem = atomic_io.verify_manifest(final) if final.exists() else "absent"
                 if problem not in (None, "absent"):
-                    log.warning("%s: tokenised data is damaged (%s) and is made again", final, problem)
+                    log.warning("%s: tokenised data is damaged (%s); tokenising again", final, problem)
                 if problem is not None:
                     with atomic_io.atomic_folder(final) as staging:
-                        make(staging)
+                        write(staging)
                 os.utime(final)
                 store = opened(final)
                 self._make_room(final)
         except OSError as error:
             raise DataError(
-                f"data.cache_dir: {self.folder}: tokenised data cannot be kept there: "
-                f"{error.strerror or first_line(error)}; "
+                f"data.cache_dir: {self.folder}: tokenised data cannot be written: {error.strerror or first_line(error)}; "
                 "make room, or set data.cache_dir to another folder"
             ) from None
         return store, problem is None
 
     @contextlib.contextmanager
     def _locked(self, key: str, *, wait: bool = True) -> Iterator[None]:
-        """Let one process at a time make, open or delete a store; without `wait`, raise BlockingIOError where one is."""
+        """Let one process at a time write, open or delete a store; without `wait`, raise BlockingIOError instead."""
         with (self.folder / f".{key}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
 
     def _make_room(self, used: Path) -> None:
-        """Delete the stores that were not used for longest; `used` stays, and open ones stay readable."""
-        self._clear_remains(used.name)
-        sizes = {path: _size_bytes(path) for path in self._stores()}
-        excess = sum(sizes.values()) - self._limit_bytes
-        for path in sorted(sizes, key=_last_used):
+        """Delete what killed processes left, and the least recently used stores but `used`."""
+        for path in self.folder.iterdir():
+            match = STALE_NAME.fullmatch(path.name)
+            if match and match[1] != used.name:
+                with contextlib.suppress(BlockingIOError), self._locked(match[1], wait=False):
+                    shutil.rmtree(path, ignore_errors=True)
+        stores = [path for path in self.folder.iterdir() if STORE_NAME.fullmatch(path.name)]
+        sizes = {path: _size_and_age(path) for path in stores}
+        excess = sum(size for size, _ in sizes.values()) - self._limit_bytes
+        for path in sorted(stores, key=lambda path: sizes[path][1]):
             if excess <= 0:
                 return
             if path == used:
                 continue
             with contextlib.suppress(BlockingIOError), self._locked(path.name, wait=False):
                 atomic_io.remove_folder(path)
-                excess -= sizes[path]
-                log.info("%s: deleted to keep the cache below data.cache_limit (%s)", path, self._limit)
-
-    def _stores(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if STORE_NAME.fullmatch(path.name)]
-
-    def _clear_remains(self, used: str) -> None:
-        """Delete what a process that was killed left half made."""
-        for path in self.folder.iterdir():
-            match = REMAINS_NAME.fullmatch(path.name)
-            if match and match[1] != used:
-                with contextlib.suppress(BlockingIOError), self._locked(match[1], wait=False):
-                    shutil.rmtree(path, ignore_errors=True)
+                excess -= sizes[path][0]
+                log.info("%s: deleted (cache above data.cache_limit, %s)", path, self._limit)
 
 
-def _size_bytes(folder: Path) -> int:
-    """Return the size of a store's files; 0 where another process has just deleted it."""
+def _size_and_age(folder: Path) -> tuple[int, float]:
+    """Return the bytes of a store's files and when it was last used; zeros if another process has just deleted it."""
     try:
-        return sum(file.stat().st_size for file in folder.iterdir())
+        return sum(file.stat().st_size for file in folder.iterdir()), folder.stat().st_mtime
     except FileNotFoundError:
-        return 0
+        return 0, 0.0
 
 
-def _last_used(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
-@functools.cache
-def rules() -> str:
-    """Return a hash of the code that makes tokens and masks: a store of another release is not taken for one of this."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256("".join(atomic_io.sha256_of(file) for file in files).encode()).hexdigest()
-
-
-def key_of(files: Sequence[Path], decisive: Mapping[str, Any]) -> str:
-    """Return the key of a store: a hash of the files' content, in order, and of everything else that is `decisive`."""
+def cache_key(files: Sequence[Path], settings: Mapping[str, Any]) -> str:
+    """Return a hash of the files' content, in order, of TOKENS_VERSION and of the settings that decide the tokens."""
     content = [atomic_io.sha256_of(path) for path in files]
-    text = json.dumps({"rules": rules(), "content": content, "decisive": decisive}, sort_keys=True, default=str)
+    text = json.dumps(
+        {"version": TOKENS_VERSION, "content": content, "settings": settings}, sort_keys=True, default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()

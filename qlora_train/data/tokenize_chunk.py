@@ -17,9 +17,10 @@ from qlora_train.config.schema import DataSection
 from qlora_train.data.formats import RowReader
 from qlora_train.data.overflow import apply_overflow
 from qlora_train.data.readers import Chunk
+from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.render import Renderer
 from qlora_train.data.token_store import ROW, TokenizedChunk, token_dtype
-from qlora_train.data.types import Example, Message, ReasonCounts, Record, Row, UnusableRowError
+from qlora_train.data.types import Example, Message, Record, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
 
 

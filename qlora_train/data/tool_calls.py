@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_train.data.field_values import EMPTY, read_json, read_string
-from qlora_train.data.readers import kind_of
+from qlora_train.data.readers import json_type
 from qlora_train.data.types import Message, UnusableRowError
 
 CALL_FIELDS = ("id", "type", "function", "index")
@@ -61,14 +61,14 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     if tools in EMPTY:
         return ()
     if not isinstance(tools, list):
-        raise UnusableRowError(f"tools is {kind_of(tools)}, expected a list of functions")
+        raise UnusableRowError(f"tools is {json_type(tools)}, expected a list of functions")
     return tuple(_read_tool(tool) for tool in tools)
 
 
 def _read_tool(value: Any) -> dict[str, Any]:
     tool = read_json(value, "a function in tools") if isinstance(value, str) else value
     if not isinstance(tool, dict):
-        raise UnusableRowError(f"tools holds {kind_of(tool)}, expected {{type: function, function: {{name, ...}}}}")
+        raise UnusableRowError(f"tools holds {json_type(tool)}, expected {{type: function, function: {{name, ...}}}}")
     if tool.get("type") not in (None, "function"):
         raise UnusableRowError("tools holds something of another type than function")
     fields = {name: field for name, field in tool.items() if name != "type"}
@@ -82,7 +82,7 @@ def read_chat_template_kwargs(value: Any) -> dict[str, Any]:
     """Read the column `chat_template_kwargs`: an object, or a string with its JSON."""
     kwargs = read_json(value, "chat_template_kwargs") if value not in EMPTY else {}
     if not isinstance(kwargs, dict):
-        raise UnusableRowError(f"chat_template_kwargs is {kind_of(kwargs)}, expected an object")
+        raise UnusableRowError(f"chat_template_kwargs is {json_type(kwargs)}, expected an object")
     own = OWN_VARIABLES.intersection(kwargs)
     if own:
         raise UnusableRowError(f"chat_template_kwargs sets {min(own)}, expected variables of the chat template only")
@@ -96,14 +96,14 @@ def read_calls(value: Any, name: str) -> list[dict[str, Any]]:
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list) or not calls:
-        found = "an empty list" if calls == [] else kind_of(calls)
+        found = "an empty list" if calls == [] else json_type(calls)
         raise UnusableRowError(f"{name} is {found}, expected a list of calls")
     return [_read_call(call, name, is_text=is_text) for call in calls]
 
 
 def _read_call(value: Any, name: str, *, is_text: bool) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UnusableRowError(f"{name} holds {kind_of(value)}, expected {{name, arguments}}")
+        raise UnusableRowError(f"{name} holds {json_type(value)}, expected {{name, arguments}}")
     call = dict(value)
     if call.get("function") in EMPTY:  # the inner object alone, perhaps with an id beside its fields
         call["function"] = {field: call.pop(field, None) for field in FUNCTION_FIELDS}
@@ -136,5 +136,5 @@ def _read_arguments(value: Any, *, is_text: bool) -> dict[str, Any]:
         return {}
     arguments = value if is_text and isinstance(value, dict) else read_json(value, "arguments")
     if not isinstance(arguments, dict):
-        raise UnusableRowError(f"arguments is {kind_of(arguments)}, expected an object")
+        raise UnusableRowError(f"arguments is {json_type(arguments)}, expected an object")
     return arguments

@@ -1,15 +1,13 @@
 """The types of the data stage: records become rows, rows become examples, examples become batches. No torch."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, Self, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 MAX_REASON_LENGTH = 200
-NUM_LOCATIONS = 5
-"""Locations stored of rows that are counted together."""
 
 TokenArray = npt.NDArray[np.int32]
 MaskArray = npt.NDArray[np.bool_]
@@ -74,33 +72,6 @@ class UnusableRowError(Exception):
         """The reason in one short line; the error's text may quote a row or a chat template."""
         line = " ".join(str(self).split())
         return line if len(line) <= MAX_REASON_LENGTH else line[:MAX_REASON_LENGTH] + "..."
-
-
-@dataclass(slots=True)
-class ReasonCounts:
-    """Rows counted by reason, with the first few locations of each."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    locations: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, where: str) -> None:
-        """Count one row."""
-        self._add(reason, 1, (where,))
-
-    def merge(self, other: Self) -> None:
-        """Add the counts of later rows."""
-        for reason, count in other.counts.items():
-            self._add(reason, count, other.locations[reason])
-
-    def _add(self, reason: str, count: int, locations: Iterable[str]) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + count
-        known = self.locations.setdefault(reason, [])
-        known.extend(list(locations)[: NUM_LOCATIONS - len(known)])
-
-    @property
-    def total(self) -> int:
-        """Rows counted."""
-        return sum(self.counts.values())
 
 
 Prompt = tuple[Message, ...] | str

@@ -1,7 +1,7 @@
-"""A function over many items in several processes, results in the order of the items, with little in memory at once.
+"""Map a function over many items in worker processes, with results in order and few items in memory.
 
-The processes are forked, so that they have the tokenizer without loading it; where there is no fork everything runs in
-this process. They use neither torch nor a GPU.
+The processes are forked, so that they have the tokenizer without loading it; where fork is not available everything runs
+in this process. They use neither torch nor a GPU.
 """
 
 import gc
@@ -21,26 +21,19 @@ from qlora_train.utils.errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-AHEAD = 2
-"""Items that wait for each process."""
+QUEUED_PER_PROCESS = 2
 
 _function: Callable[[Any], Any] | None = None
-"""In a worker process: what it was started for."""
+"""In a worker process: the mapped function."""
 
 
-def num_processes(wanted: int | None, num_bytes: int, *, worth_bytes: int) -> int:
-    """Return how many processes to use: what is wanted, or one a core that this process may use.
-
-    Args:
-        wanted: `data.num_proc`.
-        num_bytes: size of all items.
-        worth_bytes: below this size starting processes takes longer than they save.
-    """
+def num_processes(wanted: int | None, num_bytes: int, *, min_bytes: int) -> int:
+    """Return the number of worker processes: `data.num_proc`, or one per core from `min_bytes` of data on."""
     if "fork" not in multiprocessing.get_all_start_methods():
         return 1
     if wanted is not None:
         return wanted
-    return 1 if num_bytes < worth_bytes else num_cores()
+    return 1 if num_bytes < min_bytes else num_cores()
 
 
 def num_cores() -> int:
@@ -49,15 +42,15 @@ def num_cores() -> int:
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:
-    """Yield `function(item)` of every item, in order; an exception is raised where its result would come.
+    """Yield `function(item)` of every item, in order; an exception is raised in the position of its result.
 
     Args:
         function: its results and exceptions must be picklable; itself it need not be.
-        items: read as they are needed.
+        items: read only as needed.
         num_proc: 1 runs everything in this process.
 
     Raises:
-        DataError: a process was killed, as a system does that runs out of memory.
+        DataError: a process was killed, as by a system that runs out of memory.
         Stop: this process was asked to stop.
     """
     if num_proc == 1:
@@ -65,59 +58,46 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_p
         return
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(num_proc, mp_context=context, initializer=_start, initargs=(function,)) as pool:
-        waiting: deque[Future[Result]] = deque()
-        reading = _Reading(items)
+        queued: deque[Future[Result]] = deque()
         try:
-            for item in reading:
-                waiting.append(pool.submit(_call, item))
-                if len(waiting) > AHEAD * num_proc:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-            reading.finish()
+            for future in _submitted(pool, items):
+                queued.append(future)
+                if len(queued) > QUEUED_PER_PROCESS * num_proc:
+                    yield queued.popleft().result()
+            while queued:
+                yield queued.popleft().result()
         except BrokenProcessPool:
-            signals.raise_if_requested()  # a signal to the whole group ends the workers too
+            signals.raise_if_requested()  # a signal to the process group ends the workers too
             raise DataError(
                 "data: a process that tokenises was killed, probably for want of memory; set data.num_proc below "
                 f"{num_proc}"
             ) from None
         finally:
-            for future in waiting:
+            for future in queued:
                 future.cancel()
 
 
-class _Reading(Iterator[Item]):
-    """Items until there are no more or one cannot be had; that error waits until the results before it are out."""
-
-    def __init__(self, items: Iterable[Item]) -> None:
-        self._items = iter(items)
-        self._error: Exception | None = None
-
-    def __next__(self) -> Item:
-        try:
-            return next(self._items)
-        except StopIteration:
-            raise
-        except Exception as error:
-            self._error = error
-            raise StopIteration from None
-
-    def finish(self) -> None:
-        """Raise the error that ended the items, if one did."""
-        if self._error is not None:
-            raise self._error
+def _submitted(pool: ProcessPoolExecutor, items: Iterable[Item]) -> Iterator[Future[Any]]:
+    """Submit the items; an error of `items` itself becomes the last future, raised after the results before it."""
+    try:
+        for item in items:
+            yield pool.submit(_call, item)
+    except Exception as error:
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        yield failed
 
 
 def _start(function: Callable[[Any], Any]) -> None:
     global _function  # noqa: PLW0603
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a process; threads do not survive a fork
-    gc.freeze()  # what was inherited is not looked through again and stays shared
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process; threads do not survive a fork
+    gc.freeze()  # collecting inherited objects would copy their memory
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _function = function
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent has gone, killed ones included: nobody else would tell it."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends: nothing else tells a worker that its parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])

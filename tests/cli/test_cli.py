@@ -180,7 +180,7 @@ def test_data_needs_neither_model_nor_run(base_without_weights: Path, tmp_path: 
     output = capsys.readouterr()
     rows = tmp_path / "rows.jsonl"
     num_rows = len(rows.read_text().splitlines())
-    assert f"data.train: {rows}: {num_rows} rows of format messages, 0 left out" in output.out
+    assert f"data.train: {rows}: {num_rows} rows (format messages), 0 dropped" in output.out
     shown = re.findall(r"^row (\d+): (.*):(\d+): (\d+) tokens, \d+ of them with loss$", output.out, re.MULTILINE)
     counts = token_counts(base_without_weights, rows)
     assert [(number, path) for number, path, _, _ in shown] == [("1", str(rows)), ("2", str(rows))]
@@ -195,7 +195,7 @@ def test_data_as_json_counts_every_token(base_without_weights: Path, tmp_path: P
     assert main(["data", str(config), "--json", "--show", "3"]) == 0
     report = json.loads(capsys.readouterr().out)
     counts = token_counts(base_without_weights, tmp_path / "rows.jsonl")
-    parts = report["parts"]
+    parts = report["splits"]
     assert sum(part["num_rows"] for part in parts.values()) == len(counts)
     assert sum(part["num_tokens"] for part in parts.values()) == sum(counts)
     assert max(part["lengths"]["max"] for part in parts.values()) == max(counts)
@@ -223,7 +223,7 @@ def test_data_shows_the_first_rows_of_a_stream(base_without_weights: Path, tmp_p
     assert main(["data", str(config), *settings, "--json", "--show", "2"]) == 0
     report = json.loads(capsys.readouterr().out)
     counts = token_counts(base_without_weights, tmp_path / "rows.jsonl")
-    assert report["parts"]["data.train"]["num_tokens"] == sum(counts), "so few rows are all at the beginning"
+    assert report["splits"]["data.train"]["num_tokens"] == sum(counts), "so few rows are all at the beginning"
     assert report["is_streamed"]
     lines = [int(row["where"].rpartition(":")[2]) for row in report["first_rows"]]
     assert [row["num_tokens"] for row in report["first_rows"]] == [counts[line - 1] for line in lines]

@@ -211,8 +211,8 @@ def test_bundled_rows_are_recognised_and_unique(name, monkeypatch):
 def assert_rows_are_usable(data: DataSection) -> None:
     """Every row is usable and unique, and a held-out share leaves rows on both sides."""
     prepared = prepare_data(data, build_tokenizer(), seed=42)
-    source = prepared.report.sources[0]
+    source = prepared.report.sources[0].summary
     assert source.num_records >= 20
     assert source.dropped.counts == {}
-    assert all(part.num_repeats == 0 for part in prepared.report.parts.values())
+    assert all(split.num_duplicates == 0 for split in prepared.report.splits.values())
     assert 0 < len(prepared.eval) < len(prepared.train)

@@ -76,11 +76,8 @@ def test_every_malformed_file_has_its_line() -> None:
     assert len(files) >= 120
 
 
-@pytest.mark.parametrize(
-    ("name", "place", "size"),
-    [("large.jsonl", 2, "9.5 MiB"), ("large.json", 2, "more than 8 MiB"), ("large.csv", 3, "9.5 MiB")],
-)
-def test_a_row_of_ten_megabytes_is_refused(tmp_path: Path, line: Line, name: str, place: int, size: str) -> None:
+@pytest.mark.parametrize(("name", "number"), [("large.jsonl", 2), ("large.json", 2), ("large.csv", 3)])
+def test_a_row_of_ten_megabytes_is_refused(tmp_path: Path, line: Line, name: str, number: int) -> None:
     large = "x" * 10_000_000
     content = {
         "large.jsonl": f'{{"text": "a"}}\n{{"text": "{large}"}}\n',
@@ -89,15 +86,15 @@ def test_a_row_of_ten_megabytes_is_refused(tmp_path: Path, line: Line, name: str
     }
     (tmp_path / name).write_text(content[name])
     assert line(str(tmp_path / name)) == (
-        f"{tmp_path / name}:{place}: found a row of {size}; expected at most 8 MiB: split it into several rows, or "
-        "correct the line or quote that does not end"
+        f"{tmp_path / name}:{number}: found a row of more than 8 MiB; split it into several rows, or correct the line or "
+        "quote that does not end"
     )
 
 
 def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path, line: Line) -> None:
     (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
     assert line(str(tmp_path / "deep.jsonl")) == (
-        f"{tmp_path / 'deep.jsonl'}:1: found JSON that is nested too deeply; expected one JSON object a line (a list of "
+        f"{tmp_path / 'deep.jsonl'}:1: found JSON that is nested too deeply; expected one JSON object per line (a list of "
         "objects is a .json file)"
     )
 

@@ -1,4 +1,4 @@
-"""From files to the rows of a run: what is used, what is left out and why, what is held out, and what is done only once."""
+"""From files to the rows of a run: used, dropped with a reason, held out, and cached."""
 
 import json
 import logging
@@ -40,7 +40,7 @@ def texts(rows: Any) -> list[str]:
 
 
 def dropped(data: PreparedData, source: int = 0) -> dict[str, int]:
-    return data.report.sources[source].dropped.counts
+    return data.report.sources[source].summary.dropped.counts
 
 
 def test_a_few_unusable_rows_are_counted_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -50,7 +50,7 @@ def test_a_few_unusable_rows_are_counted_named_and_left_out(tmp_path: Path, capl
         prepared = prepare(train=file, max_dropped=0.1)
     assert len(prepared.train) == 9
     assert dropped(prepared) == {"empty assistant turn": 1}
-    assert f"1 of 10 rows cannot be used and are left out: 1 x empty assistant turn ({file}:3)" in caplog.text
+    assert f"1 of 10 rows cannot be used and are dropped: 1 x empty assistant turn ({file}:3)" in caplog.text
 
 
 def test_dropped_rows_are_counted_by_where_they_were_read_and_why(
@@ -63,7 +63,7 @@ def test_dropped_rows_are_counted_by_where_they_were_read_and_why(
     assert dropped(prepared) == {"text is empty": 2, "text is null, expected a string": 1}
     assert dropped(prepared, 1) == {"text is empty": 1}
     assert f"2 x text is empty ({train}:2, {train}:4); 1 x text is null, expected a string ({train}:3)" in caplog.text
-    assert "data.eval: 2 rows (1 of them repeat an earlier one)" in caplog.text
+    assert "data.eval: 2 rows (1 duplicates)" in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -151,7 +151,7 @@ def test_a_long_row_is_split_and_its_pieces_are_no_repeats(tmp_path: Path) -> No
     whole = prepare(train=file, max_length=500)
     assert prepared.train.num_labels.sum() == whole.train.num_labels.sum()
     assert max(prepared.train.lengths) == 16
-    source = prepared.report.sources[0]
+    source = prepared.report.sources[0].summary
     assert (source.num_records, source.num_rows) == (2, len(prepared.train))
     assert texts(prepared.train)[-1] == "short"
 
@@ -198,7 +198,7 @@ def test_rows_in_train_and_eval_are_warned_of(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING, "qlora_train"):
         prepared = prepare(train=train, eval=held_out)
     assert (len(prepared.train), len(prepared.eval)) == (2, 2)
-    assert f"1 of 2 rows of data.eval stand in data.train too, so the evaluation flatters: {held_out}:2" in caplog.text
+    assert f"1 of 2 rows are in data.train too, so the evaluation is biased: {held_out}:2" in caplog.text
 
 
 def test_deduplication_trains_once_on_equal_rows_and_never_on_held_out_ones(
@@ -211,9 +211,9 @@ def test_deduplication_trains_once_on_equal_rows_and_never_on_held_out_ones(
         prepared = prepare(train=[first, second], eval=held_out, deduplicate=True)
     assert texts(prepared.train) == ["one", "two", "four"]
     assert texts(prepared.eval) == ["three", "held"]
-    assert "3 rows (0 of them repeat an earlier one, 4 more taken out by data.deduplicate)" in caplog.text
-    assert "flatters" not in caplog.text
-    with pytest.raises(DataError, match=r"every row of data.train stands in data.eval too"):
+    assert "3 rows (0 duplicates, 4 removed by data.deduplicate)" in caplog.text
+    assert "biased" not in caplog.text
+    with pytest.raises(DataError, match=r"every row of data.train is in data.eval too"):
         prepare(train=held_out, eval=held_out, deduplicate=True)
 
 
@@ -234,10 +234,10 @@ def test_sources_of_different_formats_are_mixed_by_weight_and_number(tmp_path: P
         {"path": paths[2], "weight": 2},
     ]
     prepared = prepare(train=sources)
-    origins = Counter(prepared.train.origins.tolist())
-    assert origins == {0: 5, 1: 7, 2: 8}
-    assert [source.num_taken for source in prepared.report.sources] == [5, 7, 8]
-    assert [source.format for source in prepared.report.sources] == ["text", "prompt_completion", "messages"]
+    used = Counter(prepared.train.store_indices.tolist())
+    assert used == {0: 5, 1: 7, 2: 8}
+    assert [source.num_used for source in prepared.report.sources] == [5, 7, 8]
+    assert [source.summary.format for source in prepared.report.sources] == ["text", "prompt_completion", "messages"]
     assert prepare(train=sources).fingerprint == prepared.fingerprint != prepare(1, train=sources).fingerprint
     assert len(prepare(train=sources, max_rows=6).train) == 6
 
@@ -289,7 +289,7 @@ def test_data_is_tokenised_again_only_when_something_that_matters_changes(tmp_pa
     prepare(train=bad, cache_dir=cache_dir, max_dropped=0.5)
     renamed = prepare(train=str(shutil.move(bad, tmp_path / "new.jsonl")), cache_dir=cache_dir, max_dropped=0.5)
     assert cached(renamed) == [True]
-    assert renamed.report.sources[0].dropped.locations == {"text is empty": [f"{tmp_path / 'new.jsonl'}:2"]}
+    assert renamed.report.sources[0].summary.dropped.locations == {"text is empty": [f"{tmp_path / 'new.jsonl'}:2"]}
     moved = prepare(train=elsewhere, cache_dir=cache_dir)
     assert moved.fingerprint == first.fingerprint
     assert moved.train[3].where == f"{elsewhere}:4"

@@ -1,4 +1,4 @@
-"""No forked process uses CUDA, which raises "Cannot re-initialize CUDA in forked subprocess"."""
+"""No forked process uses CUDA, which cannot be initialised again in one."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ from qlora_train.export import fresh_process
 from qlora_train.utils.errors import MergeError
 from tests.support.pico import build_tokenizer
 from tests.support.runs import write_rows
-from tests.test_layering import FILES, PACKAGE, imported, tree_of
+from tests.support.source_tree import FILES, PACKAGE, imported, tree_of
 
 STARTERS = {"multiprocessing", "concurrent", "subprocess", "multiprocess", "joblib", "pty"}
 """Libraries that start processes."""
@@ -35,7 +35,7 @@ FORKING = {
 TRAPS = ("_lazy_init", "is_available", "device_count", "get_rng_state", "current_device")
 
 
-def test_processes_are_started_in_these_files_alone() -> None:
+def test_only_these_files_start_processes() -> None:
     """`data/worker_pool.py` forks without torch, `export/fresh_process.py` spawns with CUDA, the others start programs."""
     starting = {
         file for file in FILES if STARTERS & {name.partition(".")[0] for name in imported(ast.walk(tree_of(file)))}
@@ -57,10 +57,7 @@ def names_called(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_processes_that_tokenise_do_not_touch_cuda(
-    streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are forked while this process uses CUDA: at the start of a run, and in a stream between its steps."""
+def test_worker_processes_do_not_use_cuda(streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forked = tmp_path / "forked"
 
     def trap(*_: Any, **__: Any) -> bool:
@@ -81,7 +78,7 @@ def test_processes_that_tokenise_do_not_touch_cuda(
 
 
 @pytest.mark.slow
-def test_a_saved_model_is_checked_by_a_new_interpreter_where_cuda_is(
+def test_a_saved_model_is_checked_in_a_new_interpreter_with_cuda(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fresh_process, "_run", tell_how_it_was_started)

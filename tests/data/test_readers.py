@@ -1,8 +1,9 @@
-"""Every kind of file gives the same records, whatever the size of its chunks; what is damaged is refused."""
+"""Every kind of file gives the same records in chunks of any size; damaged files are refused."""
 
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_train.config.schema import Source
-from qlora_train.data.readers import chunks
+from qlora_train.data.readers import read_chunks
 from qlora_train.data.readers.chunk import MAX_ROW_BYTES
 from qlora_train.data.sources import find_files
 from qlora_train.data.types import Record
@@ -33,7 +34,7 @@ def records_of(path: Path | str, chunk_bytes: int = 1 << 20, **settings_: Any) -
     """Read a source as a run does: each chunk goes to another process and comes from there."""
     found = []
     for file in find_files(Source(path=str(path), **settings_), "data.train"):
-        for chunk in chunks(file, chunk_bytes=chunk_bytes):
+        for chunk in read_chunks(file, chunk_bytes=chunk_bytes):
             found += pickle.loads(pickle.dumps(chunk)).records()
     return found
 
@@ -92,17 +93,19 @@ FILES: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("chunk_bytes", CHUNK_BYTES)
 @pytest.mark.parametrize("name", FILES)
-def test_the_same_rows_are_read_from_every_kind_of_file_in_chunks_of_any_size(
-    tmp_path: Path, name: str, chunk_bytes: int
-) -> None:
-    (tmp_path / name).write_bytes(FILES[name](ROWS))
-    assert values_of(tmp_path / name, chunk_bytes) == ROWS
+def test_every_kind_of_file_gives_the_same_rows_in_chunks_of_any_size(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(FILES[name](ROWS))
+    (file,) = find_files(Source(path=str(path)), "data.train")
+    for chunk_bytes in CHUNK_BYTES:
+        assert values_of(path, chunk_bytes) == ROWS
+        sizes = [chunk.num_bytes for chunk in read_chunks(file, chunk_bytes=chunk_bytes)]
+        assert path.stat().st_size - len(sizes) <= sum(sizes) <= path.stat().st_size, "bytes for the progress bar"
 
 
 @pytest.mark.parametrize("suffix", ["txt", "txt.gz", "txt.zst"])
-def test_a_text_file_has_a_row_a_line(tmp_path: Path, suffix: str) -> None:
+def test_a_text_file_has_one_row_per_line(tmp_path: Path, suffix: str) -> None:
     content = "one\n\n  two \r\n \t\nthree\u2028\x85 four\rfive".encode()
     packed = {"txt": content, "txt.gz": gzip.compress(content), "txt.zst": zstd(content)}[suffix]
     file = tmp_path / f"a.{suffix}"
@@ -112,18 +115,7 @@ def test_a_text_file_has_a_row_a_line(tmp_path: Path, suffix: str) -> None:
         assert records_of(file, chunk_bytes) == [Record(f"{file}:{n}", {"text": text}) for n, text in expected.items()]
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_chunks_account_for_the_bytes_of_the_file(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(FILES[name](ROWS))
-    (file,) = find_files(Source(path=str(path)), "data.train")
-    for chunk_bytes in CHUNK_BYTES:
-        sizes = [chunk.num_bytes for chunk in chunks(file, chunk_bytes=chunk_bytes)]
-        assert path.stat().st_size - len(sizes) <= sum(sizes) <= path.stat().st_size
-        assert len(sizes) > 1 or chunk_bytes == 1 << 20
-
-
-def test_chunks_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
+def test_chunks_have_about_the_requested_size(tmp_path: Path) -> None:
     rows = [{"text": f"{number:050d}"} for number in range(20_000)]
     for name in ("a.jsonl", "a.json", "a.csv", "small.parquet", "large.parquet", "large.arrow", "a.jsonl.gz"):
         if name.startswith("large"):
@@ -131,7 +123,7 @@ def test_chunks_have_the_size_that_is_asked_for(tmp_path: Path) -> None:
         else:
             (tmp_path / name).write_bytes(FILES[name.replace("small", "a")](rows))
         (file,) = find_files(Source(path=str(tmp_path / name)), "data.train")
-        sizes = [len(pickle.dumps(list(chunk.records()))) for chunk in chunks(file, chunk_bytes=100_000)]
+        sizes = [len(pickle.dumps(list(chunk.records()))) for chunk in read_chunks(file, chunk_bytes=100_000)]
         assert 5 < len(sizes) < 25, name
         assert max(sizes) < 500_000, name
 
@@ -145,27 +137,26 @@ def write_in_one_batch(rows: list[dict[str, Any]], path: Path) -> None:
         writer.write_table(table)
 
 
-def test_a_chunk_that_holds_no_rows_is_small(tmp_path: Path) -> None:
+def test_a_chunk_without_rows_is_small(tmp_path: Path) -> None:
     rows = [{"text": f"{number:050d}"} for number in range(5_000)]
     holding = []
     for name, content_of in FILES.items():
         (tmp_path / name).write_bytes(content_of(rows))
         (file,) = find_files(Source(path=str(tmp_path / name)), "data.train")
-        sizes = [(len(pickle.dumps(chunk)), chunk.holds_rows) for chunk in chunks(file, chunk_bytes=100_000)]
+        sizes = [(len(pickle.dumps(chunk)), chunk.holds_rows) for chunk in read_chunks(file, chunk_bytes=100_000)]
         assert max([size for size, holds_rows in sizes if not holds_rows], default=0) < 2000, name
         holding += [name] * any(holds_rows for _, holds_rows in sizes)
     assert not {"a.jsonl", "lines.json", "a.parquet", "a.arrow", "stream.arrow"} & set(holding)
 
 
-places = st.lists(st.sampled_from(["row", "blank", "pretty"]), min_size=1, max_size=30)
+line_kinds = st.lists(st.sampled_from(["row", "blank", "pretty"]), min_size=1, max_size=30)
 
 
 @settings(max_examples=50, deadline=None)
-@given(kinds=places, chunk_bytes=st.integers(1, 200), ending=st.sampled_from(["\n", "\r\n"]), last=st.booleans())
-def test_every_line_has_its_number_in_every_chunk(
+@given(kinds=line_kinds, chunk_bytes=st.integers(1, 200), ending=st.sampled_from(["\n", "\r\n"]), last=st.booleans())
+def test_each_row_has_its_line_number_in_every_chunk(
     tmp_path_factory: pytest.TempPathFactory, kinds: list[str], chunk_bytes: int, ending: str, last: bool
 ) -> None:
-    """Each row carries the number of the line it was written to."""
     file = tmp_path_factory.mktemp("lines") / "a.jsonl"
     lines = [json.dumps({"line": n}) if kind == "row" else " " * (kind == "pretty") for n, kind in enumerate(kinds, 1)]
     file.write_bytes((ending.join(lines) + ending * last).encode())
@@ -173,7 +164,7 @@ def test_every_line_has_its_number_in_every_chunk(
     assert records_of(file, chunk_bytes) == [Record(f"{file}:{n}", {"line": n}) for n in numbers]
 
 
-def test_rows_are_named_by_the_line_they_begin_at(tmp_path: Path) -> None:
+def test_rows_are_located_by_their_first_line(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[\n{"text":\n "one"},\n\n{"text": "two"},{"text":"three"}\n\n,\n{"text": "4"}]')
     (tmp_path / "a.csv").write_text('\ntext\n"one\none"\n\ntwo\n"three\n\n"\nfour')
     (tmp_path / "a.tsv").write_text('text\tid\n"one\none"\t1\ntwo\t2\n')
@@ -185,7 +176,7 @@ def test_rows_are_named_by_the_line_they_begin_at(tmp_path: Path) -> None:
             assert found == [f"{tmp_path / name}:{number}" for number in numbers]
 
 
-def test_rows_of_columns_are_numbered_over_batches_and_anew_in_each_file(tmp_path: Path) -> None:
+def test_rows_of_parquet_files_are_numbered_per_file(tmp_path: Path) -> None:
     table = pyarrow.table({"text": [f"{i}" for i in range(2500)]})
     for name in ("a", "b"):
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=700)
@@ -212,53 +203,27 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_is_named_with_its_line_in_every_chunk(tmp_path: Path, name: str, compressed: bool) -> None:
+def test_a_broken_line_is_located_in_every_chunk(tmp_path: Path, name: str) -> None:
     whole, broken, message = BROKEN[name]
     text = "[" * name.endswith(".json") + whole * (29 + name.endswith(("jsonl", "csv", "tsv", "txt"))) + broken + whole
     content = text.encode("utf-8", "surrogateescape")
-    file = tmp_path / (name + ".gz" * compressed)
-    file.write_bytes(gzip.compress(content) if compressed else content)
-    for chunk_bytes in CHUNK_BYTES:
+    for chunk_bytes, compressed in itertools.product(CHUNK_BYTES, (False, True)):
+        file = tmp_path / (name + ".gz" * compressed)
+        file.write_bytes(gzip.compress(content) if compressed else content)
         with pytest.raises(DataError) as caught:
             records_of(file, chunk_bytes)
         assert str(caught.value).startswith(f"{file}{message}")
         assert "\n" not in str(caught.value)
 
 
-def test_a_value_across_the_border_of_two_blocks_is_whole(tmp_path: Path) -> None:
-    """Values, escapes and multi-byte characters lie on every possible border of the blocks in which a list is read."""
-    row = {"text": 'é😀\\u00e9 \n"', "n": -12.5e-3, "flags": [True, False, None]}
-    packed = json.dumps(row, ensure_ascii=False).replace("\\\\", "\\")
-    size = len(packed.encode()) + 1
-    for shift in range(0, size, 3):
-        before = "x" * ((1 << 20) - 5 * size + shift)
-        file = tmp_path / "a.json"
-        file.write_text("[" + json.dumps({"text": before}) + "," + ",".join([packed] * 12) + "]")
-        values = values_of(file)
-        assert values[0] == {"text": before}
-        assert values[1:] == [json.loads(packed)] * 12
-
-
-def test_a_broken_list_is_refused_at_once_and_not_after_its_last_byte(tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    file.write_text('[{"text" "x"},\n' + '{"text": "x"},\n' * 1_500_000)
-    tracemalloc.start()
-    with pytest.raises(DataError, match=r"a.json:1:10: broken JSON: Expecting ':' delimiter"):
-        values_of(file)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8 << 20 < 60_000 * 200
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "line.json", "a.csv", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz"])
 def test_a_large_file_is_read_with_little_memory(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_bytes(FILES[name]([{"text": f"{number} " + "word " * 40} for number in range(60_000)]))
     (found,) = find_files(Source(path=str(file)), "data.train")
     tracemalloc.start()
-    num_rows = sum(1 for chunk in chunks(found, chunk_bytes=1 << 18) for _ in chunk.records())
+    num_rows = sum(1 for chunk in read_chunks(found, chunk_bytes=1 << 18) for _ in chunk.records())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert num_rows == 60_000
@@ -266,30 +231,34 @@ def test_a_large_file_is_read_with_little_memory(tmp_path: Path, name: str) -> N
 
 
 def large_row(name: str, num_bytes: int) -> bytes:
-    """A row of so many bytes in the third line of a file, or the second row."""
     rows = [{"text": "a", "id": "1"}, {"text": "x" * num_bytes, "id": "1"}, {"text": "b", "id": "1"}]
     if name.endswith(".json"):
         return json.dumps(rows, indent=1).encode()
     return FILES[name](rows) if name.endswith((".parquet", ".arrow", "sv")) else b"\n" + as_lines(rows)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow"])
-@pytest.mark.parametrize("chunk_bytes", [1 << 20, 1 << 25])
-def test_a_row_beyond_the_limit_is_refused_with_its_place(tmp_path: Path, name: str, chunk_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "chunk_bytes"),
+    [
+        ("a.jsonl", 1 << 20),
+        ("a.jsonl", 1 << 25),
+        *((f"a.{kind}", 1 << 20) for kind in ("json", "csv", "parquet", "arrow")),
+    ],
+)
+def test_a_row_beyond_the_limit_is_refused_with_its_location(tmp_path: Path, name: str, chunk_bytes: int) -> None:
     file = tmp_path / name
     file.write_bytes(large_row(name, MAX_ROW_BYTES - 4096))
     assert [len(values["text"]) for values in values_of(file, chunk_bytes)] == [1, MAX_ROW_BYTES - 4096, 1]
     file.write_bytes(large_row(name, 10_000_000))
     place = {"a.json": "6", "a.parquet": "row 2", "a.arrow": "row 2"}.get(name, "3")
-    size = "9.5 MiB" if name in ("a.jsonl", "a.parquet", "a.arrow") else r"(9.5|more than 8) MiB"
-    with pytest.raises(DataError, match=rf"{name}:{place}: found a row of {size}; expected at most 8 MiB: split it"):
+    with pytest.raises(DataError, match=rf"{name}:{place}: found a row of more than 8 MiB; split it"):
         values_of(file, chunk_bytes)
 
 
-def test_a_quote_that_does_not_end_is_found_without_reading_the_rest(tmp_path: Path) -> None:
+def test_a_quote_that_does_not_end_is_located(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text('text,id\n"one,1\n' + "two,2\n" * 3_000_000)
-    with pytest.raises(DataError, match=r"a.csv:2: found a row of more than 8 MiB; .* or correct the line or quote"):
+    with pytest.raises(DataError, match=r"a.csv:2: found a row of more than 8 MiB; .* or quote that does not end"):
         values_of(file)
 
 
@@ -360,8 +329,8 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*FILES, "a.txt"])
-def test_whatever_happens_to_a_file_it_is_read_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
-    """Bytes are overwritten, removed and inserted at random; only `DataError` may come of it."""
+def test_a_corrupted_file_is_read_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    """Overwrite, remove and insert random bytes; only `DataError` may result."""
     random = Random(name)
     whole = as_lines(ROWS) if name == "a.txt" else FILES[name](ROWS[:20])
     num_refused = 0
@@ -381,41 +350,38 @@ def test_whatever_happens_to_a_file_it_is_read_or_refused_in_one_line(tmp_path: 
     assert num_refused or name == "a.txt"
 
 
+TEXT = "; expected UTF-8 text: give the file the suffix of its kind"
 FOREIGN = {
-    "a.jsonl": (gzip.compress(b"{}"), "found gzip data; expected text: give it the suffix .gz"),
-    "a.json": (zstd(b"{}"), "found zstd data; expected text: give it the suffix .zst"),
-    "a.csv": (as_parquet(ROWS), "found a Parquet file; expected text: give it the suffix .parquet"),
-    "a.txt": (FILES["a.arrow"](ROWS), "found an Arrow file; expected text: give it the suffix .arrow"),
-    "b.csv": (
-        b"PK\x03\x04\x14\0\x06\0",
-        "found a zip archive (as spreadsheets are); expected text: unpack or export it",
-    ),
-    "a.jsonl.gz": (zstd(b"{}"), "found zstd data; expected gzip data, as the suffix .gz says"),
-    "b.jsonl.gz": (b'{"text": "a"}\n', "found no gzip data; expected gzip data, as the suffix .gz says"),
-    "a.jsonl.zst": (gzip.compress(b"{}"), "found gzip data; expected zstd data, as the suffix .zst says"),
-    "a.parquet": (b'{"text": "a"}\n', "not a readable Parquet file (ArrowInvalid)"),
-    "a.arrow": (as_parquet(ROWS), "not a readable Arrow file (ArrowInvalid)"),
+    "a.jsonl": (gzip.compress(b"{}"), f"found gzip data{TEXT}"),
+    "a.json": (zstd(b"{}"), f"found zstd data{TEXT}"),
+    "a.csv": (as_parquet(ROWS), f"found a Parquet file{TEXT}"),
+    "a.txt": (FILES["a.arrow"](ROWS), f"found an Arrow file{TEXT}"),
+    "b.jsonl": (b"version https://git-lfs.github.com/spec/v1\n", "found a Git LFS pointer; expected the file itself"),
+    "a.jsonl.gz": (zstd(b"{}"), r"the compressed data is damaged \(.*\); expected a whole gzip stream"),
+    "b.jsonl.gz": (b'{"text": "a"}\n', r"the compressed data is damaged \(.*\); expected a whole gzip stream"),
+    "a.jsonl.zst": (gzip.compress(b"{}"), r"the compressed data is damaged \(.*\); expected a whole zstd stream"),
+    "a.parquet": (b'{"text": "a"}\n', r"not a readable Parquet file \(ArrowInvalid\)"),
+    "a.arrow": (as_parquet(ROWS), r"not a readable Arrow file \(ArrowInvalid\)"),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_of_another_kind_than_its_suffix_says_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_file_of_another_kind_than_its_suffix_is_refused(tmp_path: Path, name: str) -> None:
     content, message = FOREIGN[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=rf"{name}: {message}"):
         values_of(tmp_path / name)
-    assert str(caught.value).startswith(f"{tmp_path / name}: {message}")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
-def test_other_encodings_are_refused_by_their_first_bytes(tmp_path: Path, name: str, encoding: str) -> None:
-    (tmp_path / name).write_bytes('{"text": "a"}\n'.encode(encoding))
-    with pytest.raises(DataError, match=rf"{name}:1: found UTF-16 or UTF-32 text; expected UTF-8"):
-        values_of(tmp_path / name)
+def test_other_encodings_are_refused(tmp_path: Path, encoding: str) -> None:
+    for name in ("a.jsonl", "a.json", "a.txt", "a.csv"):
+        (tmp_path / name).write_bytes('{"text": "a"}\n'.encode(encoding))
+        with pytest.raises(DataError, match=rf"{name}:1: found UTF-16 or UTF-32 text; expected UTF-8"):
+            values_of(tmp_path / name)
 
 
-def test_a_byte_order_mark_is_skipped_where_programs_write_one_and_refused_in_json(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped_in_tables_and_text_and_refused_in_json(tmp_path: Path) -> None:
     for name, content in (("a.csv", "text\né\n"), ("a.tsv", "text\né\n"), ("a.txt", "é\n")):
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
         for chunk_bytes in CHUNK_BYTES:
@@ -446,30 +412,30 @@ def test_a_file_without_rows_gives_no_records(tmp_path: Path, name: str, content
     assert records_of(tmp_path / name) == []
 
 
-def test_what_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+def test_a_file_that_changes_or_disappears_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n')
     (found,) = find_files(Source(path=str(file)), "data.train")
-    (chunk,) = chunks(found, chunk_bytes=100)
+    (chunk,) = read_chunks(found, chunk_bytes=100)
     file.write_text("")
     with pytest.raises(DataError, match=r"a.jsonl: the file became shorter while it was read"):
         list(chunk.records())
     file.unlink()
-    for read in (lambda: list(chunk.records()), lambda: list(chunks(found, chunk_bytes=100))):
+    for read in (lambda: list(chunk.records()), lambda: list(read_chunks(found, chunk_bytes=100))):
         with pytest.raises(DataError, match=r"a.jsonl: cannot be read: No such file or directory$"):
             read()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(FILES[name](ROWS))
-    (tmp_path / name).chmod(0)
-    with pytest.raises(DataError, match=rf"{name}: cannot be read: Permission denied$"):
-        values_of(tmp_path / name)
+def test_a_file_without_read_permission_is_one_line(tmp_path: Path) -> None:
+    for name, content_of in FILES.items():
+        (tmp_path / name).write_bytes(content_of(ROWS))
+        (tmp_path / name).chmod(0)
+        with pytest.raises(DataError, match=rf"{name}: cannot be read: Permission denied$"):
+            values_of(tmp_path / name)
 
 
-def test_columns_of_json_text_are_decoded_wherever_they_lie(tmp_path: Path) -> None:
+def test_columns_of_json_text_are_decoded_at_any_depth(tmp_path: Path) -> None:
     import datasets
 
     rows = [{"id": 1, "turns": [{"a": 1}, {"b": [None, "x"]}]}, {"id": 2, "turns": None}]
@@ -481,7 +447,7 @@ def test_columns_of_json_text_are_decoded_wherever_they_lie(tmp_path: Path) -> N
     assert values_of(tmp_path / "a.parquet") == rows
 
 
-def test_arrows_maps_are_objects_and_a_key_twice_is_refused(tmp_path: Path) -> None:
+def test_arrow_maps_are_objects_and_a_duplicate_key_is_refused(tmp_path: Path) -> None:
     kind = pyarrow.list_(pyarrow.struct({"name": pyarrow.string(), "arguments": pyarrow.map_("string", "string")}))
     calls = [{"name": "weather", "arguments": {"city": "Oslo", "days": "2"}}, {"name": "now", "arguments": {}}]
     twice = [{"name": "weather", "arguments": [("city", "Oslo"), ("city", "Ulm")]}]
@@ -500,7 +466,7 @@ def test_arrows_maps_are_objects_and_a_key_twice_is_refused(tmp_path: Path) -> N
                     values_of(tmp_path / name)
 
 
-def test_columns_of_a_dictionary_are_read_from_any_batch(tmp_path: Path) -> None:
+def test_dictionary_encoded_columns_are_read_from_any_batch(tmp_path: Path) -> None:
     words = [f"word {number % 5}" for number in range(30)]
     column = pyarrow.array(words).dictionary_encode()
     table = pyarrow.table({"text": column, "list": pyarrow.ListArray.from_arrays(list(range(31)), column)})
@@ -533,6 +499,3 @@ def test_a_tab_separated_table_keeps_its_commas(tmp_path: Path) -> None:
     file = tmp_path / "a.tsv"
     file.write_text('prompt\tcompletion\na, b\t"c\td"\n')
     assert values_of(file) == [{"prompt": "a, b", "completion": "c\td"}]
-    file.write_text("prompt,completion\na,b\n")
-    with pytest.raises(DataError, match=r"a.tsv:1: found the header prompt,completion without a tab; expected tabs"):
-        values_of(file)

@@ -1,4 +1,4 @@
-"""Which rows are taken: decided by content and seed, compared with slow and plain ways of saying the same."""
+"""Rows are selected by content and seed, compared with plain Python."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,36 +9,36 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_train.config.schema import Source
-from qlora_train.data.selection import first_of_equals, is_among, keyed_order, mix, split
+from qlora_train.data.selection import content_order, first_occurrences, held_out_mask, is_among, mix
 from qlora_train.data.token_store import Rows
 from qlora_train.utils.errors import DataError
 from tests.support.stores import example, rows_of, store_of
 
 
-def rows_saying(folder: Path, *said: int) -> Rows:
-    return rows_of(folder, [example([1, 2], [0, 1])] * len(said), digests=said)
+def rows_with(folder: Path, *contents: int) -> Rows:
+    return rows_of(folder, [example([1, 2], [0, 1])] * len(contents), digests=contents)
 
 
 WORDS = st.lists(st.integers(0, 5) | st.just(3 << 64), max_size=30)
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(said=WORDS, others=WORDS)
-def test_repeated_and_shared_rows_are_found(
-    tmp_path_factory: pytest.TempPathFactory, said: list[int], others: list[int]
+@given(contents=WORDS, others=WORDS)
+def test_duplicates_and_shared_rows_are_found(
+    tmp_path_factory: pytest.TempPathFactory, contents: list[int], others: list[int]
 ) -> None:
     folder = tmp_path_factory.mktemp("stores")
-    rows, held_out = rows_saying(folder / "a", *said), rows_saying(folder / "b", *others)
-    assert first_of_equals(rows).tolist() == [word not in said[:i] for i, word in enumerate(said)]
-    assert is_among(rows, held_out).tolist() == [word in others for word in said]
+    rows, held_out = rows_with(folder / "a", *contents), rows_with(folder / "b", *others)
+    assert first_occurrences(rows).tolist() == [word not in contents[:i] for i, word in enumerate(contents)]
+    assert is_among(rows, held_out).tolist() == [word in others for word in contents]
 
 
 def test_a_sample_depends_on_content_and_seed_and_not_on_order() -> None:
     digests = np.random.default_rng(0).integers(0, 2**63, (1000, 2)).astype(np.uint64)
     shuffled = np.random.default_rng(1).permutation(1000)
-    chosen = {tuple(digests[i]) for i in keyed_order(digests, 7)[:100]}
-    assert {tuple(digests[shuffled][i]) for i in keyed_order(digests[shuffled], 7)[:100]} == chosen
-    other = {tuple(digests[i]) for i in keyed_order(digests, 8)[:100]}
+    chosen = {tuple(digests[i]) for i in content_order(digests, 7)[:100]}
+    assert {tuple(digests[shuffled][i]) for i in content_order(digests[shuffled], 7)[:100]} == chosen
+    other = {tuple(digests[i]) for i in content_order(digests, 8)[:100]}
     assert len(chosen & other) < 30  # 10 are expected by chance
 
 
@@ -53,25 +53,25 @@ def test_a_sample_depends_on_content_and_seed_and_not_on_order() -> None:
         ({"weight": 0.001}, {"a": 1, "b": 4}),
     ],
 )
-def test_a_source_gives_the_rows_that_its_weight_or_number_says(
+def test_weight_and_num_rows_set_the_rows_of_a_source(
     tmp_path: Path, amounts: dict[str, float], expected: dict[str, int]
 ) -> None:
     stores = [store_of(tmp_path / name, [example([1, 2], [0, 1])] * count) for name, count in (("a", 10), ("b", 4))]
     sources = [Source.model_validate({"path": "a", **amounts}), Source(path="b")]
-    mixed = mix(sources, Rows.every(stores), None, seed=0)
+    mixed = mix(sources, Rows.all_of(stores), None, seed=0)
     counts = Counter(mixed.indices.tolist())
     from_a = [counts[i] for i in range(10)]
     assert sum(from_a) == expected["a"]
     assert max(from_a) - min(from_a) <= 1, "each row is seen as often as any other, or once more"
     assert [counts[i] for i in range(10, 14)] == [1] * 4
-    assert mix(sources, Rows.every(stores), None, seed=0).indices.tolist() == mixed.indices.tolist()
+    assert mix(sources, Rows.all_of(stores), None, seed=0).indices.tolist() == mixed.indices.tolist()
     if expected["a"] in (3, 5):
-        others = [mix(sources, Rows.every(stores), None, seed=seed).indices.tolist() for seed in range(1, 6)]
+        others = [mix(sources, Rows.all_of(stores), None, seed=seed).indices.tolist() for seed in range(1, 6)]
         assert any(other != mixed.indices.tolist() for other in others)
 
 
 def test_max_rows_takes_a_sample_of_the_mixture_in_its_order(tmp_path: Path) -> None:
-    rows = rows_saying(tmp_path / "a", *range(50))
+    rows = rows_with(tmp_path / "a", *range(50))
     few = mix([Source(path="a")], rows, 20, seed=0)
     assert len(few) == 20
     assert few.indices.tolist() == sorted(set(few.indices.tolist()))
@@ -86,22 +86,22 @@ def test_max_rows_takes_the_same_share_of_every_source(tmp_path: Path, weight: f
         for name, count, start in (("a", round(400 / weight), 0), ("b", 400, 10_000))
     ]
     for sources in ([Source(path="a", weight=weight), Source(path="b")],):
-        few = mix(sources, Rows.every(stores), 80, seed=0)
-        assert Counter(few.origins.tolist()) == {0: 40, 1: 40}
+        few = mix(sources, Rows.all_of(stores), 80, seed=0)
+        assert Counter(few.store_indices.tolist()) == {0: 40, 1: 40}
         assert len(set(few.indices.tolist())) == 80
 
 
-def test_a_share_holds_out_equal_rows_together_and_about_as_many_as_it_says(tmp_path: Path) -> None:
-    rows = rows_saying(tmp_path / "a", *(list(range(2000)) * 2))
-    held_out = split(rows.digests, 0.1, seed=3)
+def test_a_share_holds_out_equal_rows_together(tmp_path: Path) -> None:
+    rows = rows_with(tmp_path / "a", *(list(range(2000)) * 2))
+    held_out = held_out_mask(rows.digests, 0.1, seed=3)
     assert held_out[:2000].tolist() == held_out[2000:].tolist()
     assert 150 < held_out[:2000].sum() < 250
-    assert split(rows.digests, 0.1, seed=4).tolist() != held_out.tolist()
+    assert held_out_mask(rows.digests, 0.1, seed=4).tolist() != held_out.tolist()
 
 
 def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
-    rows = rows_saying(tmp_path / "a", 1, 2)
+    rows = rows_with(tmp_path / "a", 1, 2)
     with pytest.raises(DataError, match=r"a share of 1e-09 of 2 rows leaves none to hold out"):
-        split(rows.digests, 1e-9, seed=0)
+        held_out_mask(rows.digests, 1e-9, seed=0)
     with pytest.raises(DataError, match=r"leaves none to train on"):
-        split(rows.digests, 0.999999999, seed=0)
+        held_out_mask(rows.digests, 0.999999999, seed=0)

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_train.config.schema import Source
 from qlora_train.data.hub_datasets import hub_files
-from qlora_train.data.readers import chunks
+from qlora_train.data.readers import read_chunks
 from qlora_train.data.sources import DataFile, find_files
 from qlora_train.data.types import Record
 from qlora_train.utils.errors import DataError
@@ -28,7 +28,7 @@ def found(path: Path | str, **settings: Any) -> list[DataFile]:
 
 
 def records_of(files: list[DataFile]) -> list[Record]:
-    return [record for file in files for chunk in chunks(file, chunk_bytes=1 << 16) for record in chunk.records()]
+    return [record for file in files for chunk in read_chunks(file, chunk_bytes=1 << 16) for record in chunk.records()]
 
 
 @pytest.fixture
@@ -281,4 +281,4 @@ def test_a_link_to_a_file_that_is_gone_is_not_passed_over(tmp_path: Path) -> Non
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
     for place in (str(tmp_path), f"{tmp_path}/*.jsonl"):
         with pytest.raises(DataError, match=r"b\.jsonl"):
-            [list(chunks(file, chunk_bytes=100)) for file in find_files(Source(path=place), "data.train")]
+            [list(read_chunks(file, chunk_bytes=100)) for file in find_files(Source(path=place), "data.train")]

@@ -118,5 +118,5 @@ def test_too_many_bad_rows_stop_the_stream(tmp_path: Path) -> None:
 def test_a_compressed_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(gzip.compress(write(tmp_path / "a.jsonl").read_bytes()))
-    with pytest.raises(DataError, match=r"a.jsonl.gz cannot be streamed, .* expected jsonl, txt, arrow, or parquet"):
+    with pytest.raises(DataError, match=r"a.jsonl.gz cannot be streamed, .* expected jsonl, txt, arrow or parquet"):
         stream_of(file)

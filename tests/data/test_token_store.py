@@ -1,5 +1,7 @@
-"""Tokenised rows on disk: what is written is what is read, wherever the files lie and however the rows are chosen."""
+"""Stored rows are read as they were written, from moved files and in any selection."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,9 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("vocabulary_size", [1000, 1 << 16, (1 << 16) + 1])
-def test_rows_come_back_as_they_were_written(tmp_path: Path, vocabulary_size: int) -> None:
+def test_rows_are_read_as_they_were_written(tmp_path: Path, vocabulary_size: int) -> None:
     store = store_of(tmp_path / "store", EXAMPLES, vocabulary_size=vocabulary_size)
-    rows = Rows.every([store])
+    rows = Rows.all_of([store])
     assert len(rows) == len(EXAMPLES)
     for number, (row, wanted) in enumerate(zip(rows, EXAMPLES, strict=True)):
         assert row.where == f"file.jsonl:{number + 1}"
@@ -35,9 +37,9 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path, vocabulary_size: in
     assert (tmp_path / "store" / "tokens.bin").stat().st_size == 308 * token_dtype(vocabulary_size).itemsize
 
 
-def test_the_largest_token_ids_survive(tmp_path: Path) -> None:
+def test_the_largest_token_ids_are_stored(tmp_path: Path) -> None:
     for name, vocabulary_size in (("small", 1 << 16), ("large", 300_000)):
-        rows = Rows.every(
+        rows = Rows.all_of(
             [store_of(tmp_path / name, [example([vocabulary_size - 1], [0])], vocabulary_size=vocabulary_size)]
         )
         assert rows[0].input_ids.tolist() == [vocabulary_size - 1]
@@ -45,7 +47,7 @@ def test_the_largest_token_ids_survive(tmp_path: Path) -> None:
 
 def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path / "store", [])) == 0
-    assert len(Rows.every([])) == 0
+    assert len(Rows.all_of([])) == 0
 
 
 def test_a_selection_over_several_stores_finds_each_row(tmp_path: Path) -> None:
@@ -54,14 +56,14 @@ def test_a_selection_over_several_stores_finds_each_row(tmp_path: Path) -> None:
     wanted = [EXAMPLES[i] for i in (4, 0, 3, 3, 1, 2)]
     assert [row.input_ids.tolist() for row in rows] == [each.input_ids.tolist() for each in wanted]
     assert rows.lengths.tolist() == [len(each.input_ids) for each in wanted]
-    assert rows.origins.tolist() == [2, 0, 2, 2, 0, 2]
+    assert rows.store_indices.tolist() == [2, 0, 2, 2, 0, 2]
     assert rows[-1].input_ids.tolist() == wanted[-1].input_ids.tolist()
     assert [row.answer for row in rows[1:3]] == ["yes", None]
     with pytest.raises(IndexError):
         rows[6]
 
 
-def test_places_follow_the_names_that_files_have_today(tmp_path: Path) -> None:
+def test_locations_use_the_present_file_names(tmp_path: Path) -> None:
     store_of(tmp_path / "store", EXAMPLES)
     moved = Store(tmp_path / "store", ["elsewhere/renamed.jsonl"])
     assert moved.example(2).where == "elsewhere/renamed.jsonl:3"
@@ -79,7 +81,7 @@ def test_the_content_digest_changes_with_tokens_masks_and_borders(tmp_path: Path
     assert store_of(tmp_path / "again", variants["base"]).summary.content_sha256 == digests["base"]
 
 
-def test_a_summary_survives_its_file() -> None:
+def test_a_summary_is_read_from_its_json() -> None:
     summary = SourceSummary(format="text", num_records=3)
     summary.dropped.add("too long", "a:1")
-    assert SourceSummary.from_json(summary.to_json()) == summary
+    assert SourceSummary.from_json(json.dumps(asdict(summary))) == summary

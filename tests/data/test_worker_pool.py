@@ -1,4 +1,4 @@
-"""Worker processes: results in order, errors where they belong, a killed process told in one line."""
+"""Worker processes: results in order, errors in their position, a killed process in one line."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ def slow_square(number: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("num_proc", [1, 2, 3])
-def test_results_come_in_the_order_of_the_items(num_proc: int) -> None:
+def test_results_are_in_the_order_of_the_items(num_proc: int) -> None:
     results = list(ordered_map(slow_square, range(20), num_proc))
     assert [square for square, _ in results] == [number * number for number in range(20)]
     processes = {process for _, process in results}
@@ -31,7 +31,7 @@ def test_results_come_in_the_order_of_the_items(num_proc: int) -> None:
     assert len(processes) <= num_proc
 
 
-def test_items_are_read_only_as_they_are_needed() -> None:
+def test_items_are_read_only_as_needed() -> None:
     read = []
 
     def items() -> Iterator[int]:
@@ -53,7 +53,7 @@ def refuse_seven(number: int) -> int:
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_an_error_is_raised_in_its_place_with_all_its_problems(num_proc: int) -> None:
+def test_an_error_is_raised_in_its_position_with_all_problems(num_proc: int) -> None:
     results = ordered_map(refuse_seven, range(100), num_proc)
     assert [next(results) for _ in range(7)] == list(range(7))
     with pytest.raises(DataError) as caught:
@@ -80,15 +80,15 @@ def die_at_three(number: int) -> int:
     return number
 
 
-def test_a_killed_process_is_one_line_and_not_a_hang() -> None:
+def test_a_killed_process_is_a_one_line_error() -> None:
     with pytest.raises(DataError, match=r"a process that tokenises was killed, .* set data.num_proc below 2"):
         list(ordered_map(die_at_three, range(10), 2))
 
 
-def test_small_data_stays_in_this_process_unless_processes_are_asked_for() -> None:
-    assert num_processes(None, 999, worth_bytes=1000) == 1
-    assert num_processes(None, 1000, worth_bytes=1000) == num_cores()
-    assert num_processes(3, 1, worth_bytes=1000) == 3
+def test_small_data_needs_no_worker_process_by_default() -> None:
+    assert num_processes(None, 999, min_bytes=1000) == 1
+    assert num_processes(None, 1000, min_bytes=1000) == num_cores()
+    assert num_processes(3, 1, min_bytes=1000) == 3
 
 
 KILLED = """

@@ -17,7 +17,7 @@ from qlora_train.config import load_config
 from qlora_train.config.schema import DataSection
 from qlora_train.config.writer import to_yaml
 from qlora_train.data.formats import FORMATS, recognise
-from qlora_train.data.readers import chunks
+from qlora_train.data.readers import read_chunks
 from qlora_train.data.sources import DataFile
 from qlora_train.data.tokenize_chunk import ChunkTokenizer, StoredTexts
 from qlora_train.utils.errors import UserError
@@ -70,7 +70,7 @@ def jsonl_rows(data: bytes) -> None:
     choice, content = (data[0] if data else 0), data[1:]
     file = DataFile(written("rows.jsonl", content), "rows.jsonl", "jsonl")
     try:
-        pieces = list(chunks(file, chunk_bytes=1 << 12))
+        pieces = list(read_chunks(file, chunk_bytes=1 << 12))
         first = next((record for piece in pieces for record in piece.records()), None)
         if first is None:
             return

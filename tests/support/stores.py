@@ -1,4 +1,4 @@
-"""Stores of given rows, for tests of what stands on them."""
+"""Stores of given rows, for tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def example(ids: Sequence[int], mask: Sequence[int], **texts: object) -> Example
 def store_of(
     folder: Path, examples: Sequence[Example], *, digests: Sequence[int] | None = None, vocabulary_size: int = 1000
 ) -> Store:
-    """Write a store in two chunks and open it; the n-th row is line n, and says `digests[n]`, or something of its own."""
+    """Write a store in two chunks and open it; row n is line n + 1 with the digest `digests[n]`, or one of its own."""
     folder.mkdir()
     writer = StoreWriter(folder, "text", token_dtype(vocabulary_size))
     half = (len(examples) + 1) // 2
@@ -26,8 +26,8 @@ def store_of(
         builder = ChunkBuilder(0, token_dtype(vocabulary_size))
         for number, each in enumerate(examples[start : start + half], start):
             builder.num_records += 1
-            said = number if digests is None else digests[number]
-            digest = said.to_bytes(16, "little")
+            content = number if digests is None else digests[number]
+            digest = content.to_bytes(16, "little")
             builder.add(Record(f"file.jsonl:{number + 1}", {}), each, digest, 0, with_texts=True)
         writer.append(builder.build(num_bytes=100, unseen=frozenset()))
     writer.close()
@@ -36,4 +36,4 @@ def store_of(
 
 def rows_of(folder: Path, examples: Sequence[Example], *, digests: Sequence[int] | None = None) -> Rows:
     """Return all rows of a new store."""
-    return Rows.every([store_of(folder, examples, digests=digests)])
+    return Rows.all_of([store_of(folder, examples, digests=digests)])

@@ -1,10 +1,10 @@
-"""Rows of Arrow's columns as Python values, and what Parquet and Arrow files have in common."""
+"""Rows of Arrow record batches as Python values, for Parquet and Arrow files."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qlora_train.data.readers.chunk import MAX_ROW_BYTES, refuse_large_row
+from qlora_train.data.readers.chunk import MAX_ROW_BYTES, check_row_size
 from qlora_train.data.readers.json_values import DECODER
 from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
@@ -14,8 +14,8 @@ MAX_BATCH_ROWS = 1024
 
 
 @contextlib.contextmanager
-def explained(file: DataFile, kind: str) -> Iterator[None]:
-    """Turn what pyarrow says of a damaged file into a line for people."""
+def one_line_errors(file: DataFile, kind: str) -> Iterator[None]:
+    """Turn pyarrow's errors for a damaged file into a DataError of one line."""
     import pyarrow
 
     try:
@@ -30,29 +30,22 @@ def explained(file: DataFile, kind: str) -> Iterator[None]:
 
 
 def records_of(batch: Any, name: str, first_row: int) -> Iterator[Record]:
-    """Yield the rows of a record batch, of which a few at a time become Python values.
-
-    Args:
-        batch: a pyarrow.RecordBatch.
-        name: what people call the file.
-        first_row: the number of the batch's first row.
+    """Yield the rows of a pyarrow.RecordBatch whose first row has the number `first_row` in the file `name`.
 
     Raises:
-        DataError: a row is too large, or a value is none that Python has.
+        DataError: a row is too large, or a value has no Python equivalent.
     """
-    number = first_row
     for begin in range(0, batch.num_rows, MAX_BATCH_ROWS):
         part = batch.slice(begin, MAX_BATCH_ROWS)
+        number = first_row + begin
         if part.nbytes > MAX_ROW_BYTES:
             for row in range(part.num_rows):
-                refuse_large_row(f"{name}:row {number + row}", part.slice(row, 1).nbytes)
-        for values in _rows_of(part, f"{name}:row {number}"):
-            yield Record(f"{name}:row {number}", values)
-            number += 1
+                check_row_size(f"{name}:row {number + row}", part.slice(row, 1).nbytes)
+        for row, values in enumerate(_rows_of(part, f"{name}:row {number}"), number):
+            yield Record(f"{name}:row {row}", values)
 
 
 def _rows_of(batch: Any, where: str) -> list[dict[str, Any]]:
-    """Return the rows of a batch; `where` is the place of the first."""
     columns: dict[str, list[Any]] = {}
     for field, column in zip(batch.schema, batch.columns, strict=True):
         try:
@@ -64,14 +57,13 @@ def _rows_of(batch: Any, where: str) -> list[dict[str, Any]]:
                 f"{where} or one of the {batch.num_rows - 1} rows after it: the column {field.name} cannot be read: "
                 f"{first_line(error)}; leave the column out, or write it as text"
             ) from None
-    names = list(columns)
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """Return what decodes the JSON text inside values of an Arrow type; None where there is none.
+    """Return a decoder of the JSON text inside values of an Arrow type, None if it has none.
 
-    `datasets` stores columns whose type changes by row in this way.
+    `datasets` stores columns whose type differs by row as JSON text.
     """
     import pyarrow
 
@@ -82,11 +74,11 @@ def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
         return inner and (lambda values: None if values is None else [inner(value) for value in values])
     if pyarrow.types.is_struct(kind):
         fields = {field.name: decode for field in kind if (decode := _json_decoder(field.type)) is not None}
-        return _decode_fields(fields) if fields else None
+        return _struct_decoder(fields) if fields else None
     return None
 
 
-def _decode_fields(fields: dict[str, Callable[[Any], Any]]) -> Callable[[Any], Any]:
+def _struct_decoder(fields: dict[str, Callable[[Any], Any]]) -> Callable[[Any], Any]:
     def decode(value: Any) -> Any:
         return None if value is None else {**value, **{name: fields[name](value[name]) for name in fields}}
 

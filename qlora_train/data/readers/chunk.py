@@ -1,61 +1,54 @@
-"""A piece of a file: what every reader makes, and the limit that every reader keeps to."""
+"""A chunk of a file, which every reader yields, and the checks that all readers share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from qlora_train.data.types import Record
 from qlora_train.utils.errors import DataError
 
-MEBIBYTE = 1 << 20
-MAX_ROW_BYTES = 8 * MEBIBYTE
-"""No row that can be trained on is larger; a row that is has lost its end, or is a file of another kind."""
-
-
-class Chunk(Protocol):
-    """Some records of a file that follow one another. It can be sent to another process."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the file that it accounts for; those of all chunks add up to the file's size, or a little less."""
-
-    @property
-    def holds_rows(self) -> bool:
-        """Whether it is as large as its rows; otherwise it is only their place, and many can be kept."""
-
-    def records(self) -> Iterator[Record]:
-        """Yield the records, in order.
-
-        Raises:
-            DataError: the chunk is not well-formed, or can no longer be read.
-        """
+MAX_ROW_BYTES = 8 << 20
+"""A larger row has lost its end, or belongs to a file of another kind."""
+MAX_HEADER_CHARACTERS = 300
+"""Characters of a header in an error message."""
 
 
 @dataclass(frozen=True, slots=True)
-class ParsedChunk:
-    """Records of a file whose rows cannot be told apart without reading it from its beginning."""
+class Chunk:
+    """Consecutive records of a file. It can be sent to another process.
 
-    parsed: tuple[Record, ...]
-    num_bytes: int
-    holds_rows: bool = True
-
-    def records(self) -> Iterator[Record]:
-        """Yield the records, in order."""
-        return iter(self.parsed)
-
-
-def refuse_large_row(where: str, num_bytes: int, *, at_least: bool = False) -> None:
-    """Raise if a row is beyond `MAX_ROW_BYTES`.
-
-    Args:
-        where: the place of the row.
-        num_bytes: its size.
-        at_least: its end was not looked for.
+    Attributes:
+        records: yields them; raises DataError if they are not well-formed or can no longer be read.
+        num_bytes: bytes of the file that it accounts for; those of all chunks add up to about the file's size.
+        holds_rows: it contains its rows; otherwise only their location in the file, and is small.
     """
-    if num_bytes <= MAX_ROW_BYTES:
-        return
-    size = f"more than {MAX_ROW_BYTES // MEBIBYTE} MiB" if at_least else f"{num_bytes / MEBIBYTE:.1f} MiB"
-    raise DataError(
-        f"{where}: found a row of {size}; expected at most {MAX_ROW_BYTES // MEBIBYTE} MiB: split it into several rows, "
-        "or correct the line or quote that does not end"
-    )
+
+    records: Callable[[], Iterator[Record]]
+    num_bytes: int
+    holds_rows: bool = False
+
+
+def check_row_size(where: str, num_bytes: int) -> None:
+    """Raise DataError if a row is larger than MAX_ROW_BYTES."""
+    if num_bytes > MAX_ROW_BYTES:
+        raise DataError(
+            f"{where}: found a row of more than {MAX_ROW_BYTES >> 20} MiB; split it into several rows, or correct the line "
+            "or quote that does not end"
+        )
+
+
+def check_column_names(names: Sequence[str], where: str) -> None:
+    """Raise DataError if a column has no name, or two have the same."""
+    if not all(name.strip() for name in names):
+        raise DataError(
+            f"{where}: found the header {header_text(names)}, in which a column has no name; expected a name for each "
+            "(from pandas: to_csv(index=False))"
+        )
+    if len(set(names)) < len(names):
+        raise DataError(f"{where}: found the header {header_text(names)}; expected a different name for each column")
+
+
+def header_text(names: Sequence[str]) -> str:
+    """Join column names for an error message of one line."""
+    text = ", ".join(names)
+    shown = "".join(char if char.isprintable() else " " for char in text[:MAX_HEADER_CHARACTERS])
+    return shown + "..." * (len(text) > MAX_HEADER_CHARACTERS)

@@ -2,139 +2,78 @@
 
 import contextlib
 import csv
-import re
-import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
-from qlora_train.data.readers.chunk import ParsedChunk, refuse_large_row
-from qlora_train.data.readers.text_file import Block, blocks, numbered_lines
+from qlora_train.data.readers.chunk import MAX_ROW_BYTES, Chunk, check_column_names, check_row_size, header_text
+from qlora_train.data.readers.text_file import line_blocks, numbered_lines
 from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
 from qlora_train.utils.errors import DataError
 
-SEPARATORS = {"csv": (",", "comma", r"[;\t|]"), "tsv": ("\t", "tab", r"[,;|]|  ")}
-"""Kind -> its separator, that separator's name, and a pattern of what is found where another one was used."""
-
-LONGEST_NAME, NUM_NAMES = 40, 20
-"""Characters of a column's name, and names of columns, that a message shows."""
+SEPARATORS = {"csv": ",", "tsv": "\t"}
 
 
-def table_chunks(file: DataFile, chunk_bytes: int) -> Iterator[ParsedChunk]:
+def table_chunks(file: DataFile, chunk_bytes: int) -> Iterator[Chunk]:
     """Cut a .csv or .tsv file."""
-    lines = _CountedLines(file)
-    rows = _rows(file, lines)
-    header = next((fields for _, fields in rows if fields), [])
-    check_names(header, f"{file.name}:{lines.number}")
-    _check_separator(header, file, lines.number)
-    accounted = 0
-    while parsed := _next_records(rows, header, file.name, lines, chunk_bytes):
-        yield ParsedChunk(parsed, lines.num_bytes_read - accounted)
-        accounted = lines.num_bytes_read
+    lines = _Lines(file)
+    rows = _rows(file, csv.reader(lines, strict=True, delimiter=SEPARATORS[file.kind]))
+    where, header = next(rows, (file.name, []))
+    check_column_names(header, where)
+    records: list[Record] = []
+    size = accounted = 0
+    for where, fields in rows:
+        if len(fields) != len(header):
+            found = f"{len(fields)} field{'s' * (len(fields) > 1)}"
+            raise DataError(f"{where}: found {found}; expected {len(header)}: {header_text(header)}")
+        records.append(Record(where, dict(zip(header, fields, strict=True))))
+        size += sum(map(len, fields))
+        if size >= chunk_bytes:
+            yield Chunk(partial(iter, records), lines.num_bytes_read - accounted, holds_rows=True)
+            records, size, accounted = [], 0, lines.num_bytes_read
+    if records:
+        yield Chunk(partial(iter, records), lines.num_bytes_read - accounted, holds_rows=True)
 
 
-class _CountedLines:
-    """The lines of a file with their endings, as csv.reader takes them; counts what it hands out.
-
-    Attributes:
-        number: of the last line.
-        row_begin: line at which the row begins that is being read.
-        row_bytes: what was handed out since then.
-        total_bytes: what was handed out since the file's beginning.
-        num_bytes_read: bytes on disk behind that.
-    """
+class _Lines:
+    """The lines of a file with their newlines; counts the bytes read from disk."""
 
     def __init__(self, file: DataFile) -> None:
-        self.number, self.row_begin, self.row_bytes, self.total_bytes, self.num_bytes_read = 0, 1, 0, 0, 0
-        self._name = file.name
-        self._lines = self._read(blocks(file))
-
-    def _read(self, content: Iterator[Block]) -> Iterator[tuple[int, str]]:
-        for block in content:
-            self.num_bytes_read += block.num_bytes
-            yield from numbered_lines(self._name, block.first_line, block.content)
+        self._file, self.num_bytes_read = file, 0
 
     def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        self.number, line = next(self._lines)
-        self.row_bytes += len(line) + 1
-        self.total_bytes += len(line) + 1
-        refuse_large_row(f"{self._name}:{self.row_begin}", self.row_bytes, at_least=True)
-        return line + "\n"
-
-    def begin_row(self) -> None:
-        """Count anew from the next line on."""
-        self.row_begin, self.row_bytes = self.number + 1, 0
+        for block in line_blocks(self._file):
+            self.num_bytes_read += block.num_bytes
+            for _, line in numbered_lines(self._file.name, block.first_line, block.content):
+                yield line + "\n"
 
 
-def _rows(file: DataFile, lines: _CountedLines) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number of its first line, fields) of each row; a blank line is a row without fields."""
-    reader = csv.reader(lines, strict=True, delimiter=SEPARATORS[file.kind][0])
+def _rows(file: DataFile, reader: Any) -> Iterator[tuple[str, list[str]]]:
+    """Yield (location of its first line, fields) of each row that is not blank."""
     while True:
-        lines.begin_row()
+        where = f"{file.name}:{reader.line_num + 1}"
         try:
-            with _fields_of_any_size():
+            with _field_size_limit():
                 fields = next(reader, None)
         except csv.Error as error:
-            where = f"{file.name}:{lines.row_begin}: broken {file.kind.upper()}"
-            if "new-line character" in str(error):
-                raise DataError(f"{where}: found a carriage return that ends no line; expected newlines") from None
-            raise DataError(f"{where}: {error}; expected every quote closed, quotes inside doubled") from None
+            check_row_size(where, MAX_ROW_BYTES + ("field larger" in str(error)))
+            raise DataError(
+                f"{where}: broken {file.kind.upper()}: {error}; expected every quote closed, quotes inside doubled, and "
+                "lines that end with a newline"
+            ) from None
         if fields is None:
             return
-        yield lines.row_begin, fields
+        if fields:
+            check_row_size(where, sum(map(len, fields)))
+            yield where, fields
 
 
 @contextlib.contextmanager
-def _fields_of_any_size() -> Iterator[None]:
-    """Lift the limit of the csv module, which is one for the process, while a row is read; rows have one of their own."""
-    limit = csv.field_size_limit(sys.maxsize)
+def _field_size_limit() -> Iterator[None]:
+    """Set the csv module's limit, which is global and 128 KiB by default, while a row is read."""
+    limit = csv.field_size_limit(MAX_ROW_BYTES)
     try:
         yield
     finally:
         csv.field_size_limit(limit)
-
-
-def _next_records(
-    rows: Iterator[tuple[int, list[str]]], header: Sequence[str], name: str, lines: _CountedLines, chunk_bytes: int
-) -> tuple[Record, ...]:
-    records: list[Record] = []
-    begin = lines.total_bytes
-    for line, fields in rows:
-        if fields and len(fields) != len(header):
-            found = f"{len(fields)} field{'s' * (len(fields) > 1)}"
-            raise DataError(f"{name}:{line}: found {found}; expected {len(header)}: {listed(header)}")
-        if fields:
-            records.append(Record(f"{name}:{line}", dict(zip(header, fields, strict=True))))
-        if records and lines.total_bytes - begin >= chunk_bytes:
-            break
-    return tuple(records)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Join the names of columns for a message of one line, whatever a damaged header holds."""
-    printable = ("".join(char if char.isprintable() else " " for char in name) for name in names[:NUM_NAMES])
-    shown = [textwrap.shorten(name, LONGEST_NAME, placeholder="...") for name in printable]
-    return ", ".join(shown) + ", ..." * (len(names) > NUM_NAMES)
-
-
-def check_names(names: Sequence[str], where: str) -> None:
-    """Raise if columns cannot be told apart by their names."""
-    if not all(name.strip() for name in names):
-        raise DataError(
-            f"{where}: found the header {listed(names)}, where a column has no name; expected one for each (from "
-            "pandas: to_csv(index=False))"
-        )
-    if len(set(names)) < len(names):
-        raise DataError(f"{where}: found the header {listed(names)}; expected a different name for each column")
-
-
-def _check_separator(header: Sequence[str], file: DataFile, line: int) -> None:
-    _, name, others = SEPARATORS[file.kind]
-    if len(header) == 1 and re.search(others, header[0]):
-        raise DataError(
-            f"{file.name}:{line}: found the header {listed(header)} without a {name}; expected {name}s between columns: "
-            f"save the file {name}-separated"
-        )

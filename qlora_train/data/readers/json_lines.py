@@ -1,102 +1,62 @@
-"""JSON lines and plain text: a row a line, so that a chunk is a range of bytes which a worker reads by itself."""
+"""JSON lines and plain text: one row per line, so that a chunk is a byte range that a worker reads by itself."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
-from qlora_train.data.readers.chunk import MAX_ROW_BYTES, refuse_large_row
-from qlora_train.data.readers.json_values import DECODER, explained, kind_of
-from qlora_train.data.readers.text_file import blocks, numbered_lines, read_range
+from qlora_train.data.readers.chunk import Chunk, check_row_size
+from qlora_train.data.readers.json_values import DECODER, json_error, json_type
+from qlora_train.data.readers.text_file import line_blocks, numbered_lines
 from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
 from qlora_train.utils.errors import DataError
 
 EXPECTED = {
-    "jsonl": "expected one JSON object a line (a list of objects is a .json file)",
-    "json": "expected a list of objects, or one object a line",
+    "jsonl": "expected one JSON object per line (a list of objects is a .json file)",
+    "json": "expected a list of objects, or one object per line",
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LineChunk:
-    """Whole lines of a file.
-
-    Attributes:
-        file: the file.
-        offset: where they begin, in bytes; of use for files that are not compressed.
-        length: how many bytes they are.
-        first_line: the number of the first one.
-        num_bytes: bytes of the file that they account for.
-        content: the bytes themselves, of a file that is compressed.
-    """
-
-    file: DataFile
-    offset: int
-    length: int
-    first_line: int
-    num_bytes: int
-    content: bytes | None
-
-    @property
-    def holds_rows(self) -> bool:
-        """Whether the bytes themselves are here."""
-        return self.content is not None
-
-    def records(self) -> Iterator[Record]:
-        """Yield a record a line that is not blank, in order."""
-        name, content = self.file.name, self.content
-        if content is None:
-            try:
-                content = read_range(self.file.path, name, self.offset, self.length)
-            except OSError as error:
-                raise DataError(f"{name}: cannot be read: {error.strerror}") from None
-        lines = numbered_lines(name, self.first_line, content)
-        if len(content) > MAX_ROW_BYTES:
-            lines = _of_bearable_size(name, lines)
-        return _texts(name, lines) if self.file.kind == "txt" else _objects(name, lines, EXPECTED[self.file.kind])
+def line_chunks(file: DataFile, chunk_bytes: int) -> Iterator[Chunk]:
+    """Cut a file with one row per line; the bytes of a compressed file travel in the chunk."""
+    for content, offset, first_line, num_bytes in line_blocks(file, chunk_bytes):
+        if file.compression:
+            yield Chunk(partial(_records, file, first_line, content), num_bytes, holds_rows=True)
+        else:
+            yield Chunk(partial(_records_at, file, first_line, offset, len(content)), num_bytes)
 
 
-def line_chunks(file: DataFile, chunk_bytes: int) -> Iterator[LineChunk]:
-    """Cut a file of a row a line."""
-    for block in blocks(file, chunk_bytes):
-        content = block.content if file.compression else None
-        yield LineChunk(file, block.offset, len(block.content), block.first_line, block.num_bytes, content)
+def _records_at(file: DataFile, first_line: int, offset: int, length: int) -> Iterator[Record]:
+    try:
+        with file.path.open("rb") as handle:
+            handle.seek(offset)
+            content = handle.read(length)
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read: {error.strerror}") from None
+    if len(content) < length:
+        raise DataError(f"{file.name}: the file became shorter while it was read; start again when it is whole")
+    yield from _records(file, first_line, content)
 
 
-def _of_bearable_size(name: str, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    for number, line in lines:
-        if len(line) > MAX_ROW_BYTES // 4:  # which takes at most 4 bytes a character
-            refuse_large_row(f"{name}:{number}", len(line.encode()))
-        yield number, line
-
-
-def _texts(name: str, lines: Iterator[tuple[int, str]]) -> Iterator[Record]:
-    for number, line in lines:
-        if line and not line.isspace():
-            yield Record(f"{name}:{number}", {"text": line.removesuffix("\r")})
-
-
-def _objects(name: str, lines: Iterator[tuple[int, str]], expected: str) -> Iterator[Record]:
-    decode = DECODER.raw_decode
-    for number, line in lines:
+def _records(file: DataFile, first_line: int, content: bytes) -> Iterator[Record]:
+    for number, line in numbered_lines(file.name, first_line, content):
         if not line or line.isspace():
             continue
-        where = f"{name}:{number}"
-        try:
-            value, end = decode(line)
-            if end < len(line) and line[end:].strip(" \t\r"):
-                value = DECODER.decode(line)
-        except (ValueError, RecursionError):
-            value = _decode_carefully(line.removesuffix("\r"), where, expected)
-        if type(value) is not dict:
-            raise DataError(f"{where}: found {kind_of(value)}; {expected}")
-        yield Record(where, value)
+        where = f"{file.name}:{number}"
+        check_row_size(where, len(line))
+        if file.kind == "txt":
+            yield Record(where, {"text": line.removesuffix("\r")})
+        else:
+            yield Record(where, _object(where, line, EXPECTED[file.kind]))
 
 
-def _decode_carefully(line: str, where: str, expected: str) -> object:
-    """Decode a line that has spaces before its value, or is broken."""
-    if line.startswith("\ufeff"):
-        raise DataError(f"{where}: found a byte-order mark inside the file (files joined?); expected none: remove it")
+def _object(where: str, line: str, expected: str) -> dict[str, object]:
     try:
-        return DECODER.decode(line)
+        value = DECODER.decode(line)
     except (ValueError, RecursionError) as error:
-        raise explained(error, lambda position: f"{where}:{position + 1}", where, expected) from None
+        if line.startswith("\ufeff"):
+            found = "a byte-order mark inside the file (files joined?); expected none: remove it"
+            raise DataError(f"{where}: found {found}") from None
+        raise json_error(error, lambda position: f"{where}:{position + 1}", where, expected) from None
+    if type(value) is not dict:
+        raise DataError(f"{where}: found {json_type(value)}; {expected}")
+    return value
