@@ -45,9 +45,9 @@ warning says what was found.
   or why it is refused.
 
 Every row merges (`qlora-train merge`); the merged folder has the tensor names of the base. Whether it leaves as GGUF is
-up to llama.cpp's converter, which says so in one line: [export.md](export.md). The fast path takes adapted linear layers,
-gated MLPs, RMS norms, rotary embeddings of halves and eager attention, wherever a trial shows that a module computes what
-they do; layers of GPT-2's kind (`Conv1D`) and experts compute as before. `make test-architectures` prints how many of each.
+up to llama.cpp's converter, which says so in one line: [export.md](export.md). Fused kernels replace adapted linear layers,
+gated MLPs, RMS norms, rotary embeddings (rotate-half) and eager attention whose results they match; `Conv1D` layers (GPT-2)
+and experts are not fused. `make test-architectures` prints the number of each.
 
 In some mixtures PEFT 0.21 takes the names `gate_proj`, `up_proj` and `down_proj` for experts, which earlier versions of
 Transformers kept as layers of these names. The shared expert and the dense layers of those models carry no adapter; the

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 LONG = os.environ.get("QLORA_ARCHITECTURES", "short") == "long"
-COLUMNS = ("4 bits", "experts in 4 bits", "loss", "fast path", "packed", "resumed", "merged", "gguf")
+COLUMNS = ("4 bits", "experts in 4 bits", "loss", "fused kernels", "packed", "resumed", "merged", "gguf")
 Table = dict[str, dict[str, str]]
 
 _table: Table = defaultdict(dict)

@@ -36,10 +36,10 @@ def test_fused_kernels_match_the_reference(model_type: str, pico: Pico, tmp_path
     fast.uninstall()
     again = compare_gradients(wanted, gradients_of(model, BATCH))
     assert (again.loss, again.gradient) == (0, 0)
-    put_in = ", ".join(
+    fused = ", ".join(
         f"{fast.counts[operation]} {short}" for operation, short in SHORT.items() if fast.counts[operation]
     )
-    table[model_type]["fast path"] = f"{put_in} ({found.gradient:.0e})"
+    table[model_type]["fused kernels"] = f"{fused} ({found.gradient:.0e})"
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))

@@ -14,7 +14,7 @@ PUBLISHED_NF4 = (
     0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0,
 )  # fmt: skip
 NESTED_RESOLUTION = 2.0**-15
-"""Of the scale: how far beyond the nearest 8-bit value bitsandbytes may go on CPUs."""
+"""Error of bitsandbytes' 8-bit rounding on CPUs beyond the nearest value, relative to the scale."""
 
 
 def random_blocks(*, seed: int = 0, shape: tuple[int, ...] = (64, 192), dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,7 +8,7 @@ of 16 fixed values:
     code_i   = argmin_c |x_i / absmax_b - codebook_c|                                4 bits, two in a byte
     x̂_i      = codebook[code_i] * absmax_b
 
-That is 4 + 32/64 = 4.5 bits a weight. Double quantisation stores the absmax themselves in 8 bits, in blocks of 256
+That is 4 + 32/64 = 4.5 bits a weight. Double quantization stores the absmax themselves in 8 bits, in blocks of 256
 around their mean, which makes it 4 + 8/64 + 32/(64 * 256) = 4.127 bits:
 
     absmax_b ≈ mean(absmax) + dynamic_map[index_b] * scale_of_256
@@ -42,7 +42,7 @@ _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 
 @dataclass(frozen=True, slots=True)
 class QuantizedAbsmax:
-    """Double-quantised block scales.
+    """Double-quantized block scales.
 
     Attributes:
         indices: (blocks,) uint8, into `dynamic_map()`.
@@ -125,15 +125,15 @@ def _scaled_blocks(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_4bit(x: Tensor, quant_type: QuantType = "nf4", block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
-    """Quantise a tensor.
+    """Quantize a tensor.
 
     Args:
-        x: any shape, n numbers, floating point.
+        x: any shape, n values, floating point.
         quant_type: `nf4` or `fp4`.
-        block_size: numbers that share a scale.
+        block_size: values per scale.
 
     Returns:
-        packed: (ceil(n / 2),) uint8; the first number of a pair is in the high four bits.
+        packed: (ceil(n / 2),) uint8; the first value of a pair is in the high four bits.
         absmax: (ceil(n / block_size),) float32.
     """
     flat = x.detach().reshape(-1).float()
@@ -163,7 +163,7 @@ def dequantize_4bit(
     Args:
         packed: (ceil(n / 2),) or (ceil(n / 2), 1) uint8.
         absmax: (ceil(n / block_size),) float32.
-        shape: of the result, n numbers.
+        shape: of the result, n values.
     """
     number = torch.Size(shape).numel()
     values = codebook(quant_type).to(packed.device)[unpack_codes(packed)[:number].long()]
@@ -171,7 +171,7 @@ def dequantize_4bit(
 
 
 def double_quantize(absmax: Tensor) -> QuantizedAbsmax:
-    """Quantise block scales to 8 bits, in blocks of 256 around their mean.
+    """Quantize block scales to 8 bits, in blocks of 256 around their mean.
 
     Args:
         absmax: (blocks,) float32.
