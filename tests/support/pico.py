@@ -54,7 +54,7 @@ _EXPERTS: dict[str, Any] = {
     **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1),
     "head_dim": 16,
 }
-"""A mixture of four experts by whatever names the families call its parts."""
+"""A mixture of four experts under the names of all families."""
 _LATENT: dict[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
