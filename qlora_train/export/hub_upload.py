@@ -9,7 +9,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -37,12 +36,14 @@ TEXTS = (
 _PATH = re.compile(r"(?<![\w/.:<@-])(?:(?:/[\w.@+ -]*[\w.@+-]){2,}|~/[\w.-]+|file:/|[A-Za-z]:\\\w+)")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKEN_PAGE = "https://huggingface.co/settings/tokens"
-_STATUS_ADVICE = {
+_HINTS: dict[str | int, str] = {
     401: f"it does not know the token; set HF_TOKEN to one with write access ({_TOKEN_PAGE})",
     403: f"the token has no write access there; grant it ({_TOKEN_PAGE}), or name another owner",
     404: "no such owner, or the token has no access to it; check the name",
     413: "a file or the upload is too large",
     429: "too many requests; wait, then repeat the command",
+    "HFValidationError": "give owner/name",
+    "unreachable": "failed: the Hub cannot be reached; check the network, then repeat the command (sent files are kept)",
 }
 
 
@@ -108,7 +109,7 @@ def push(upload: Upload) -> str:
             f"--push {upload.repo}: no token; set HF_TOKEN to one with write access ({_TOKEN_PAGE}), or hf auth login"
         )
     api = HfApi()
-    with _hub_errors(upload.repo):
+    with network.hub_errors(f"--push {upload.repo}", ExportError, _HINTS):
         api.create_repo(upload.repo, private=upload.private, exist_ok=True)
         commit: Any = api.upload_folder(
             repo_id=upload.repo,
@@ -152,24 +153,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
-
-
-@contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
-    """Turn errors of the Hub's client into one line."""
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = _STATUS_ADVICE.get(status, "try again")
-        raise ExportError(f"--push {repo}: the Hub answered {status}: {advice}") from None
-    except errors.HFValidationError as error:
-        raise ExportError(f"--push {repo}: not a repository name ({first_line(error)}); give owner/name") from None
-    # HTTPError is the base class of the errors of the client's HTTP library
-    except (errors.HTTPError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
-        raise ExportError(
-            f"--push {repo}: the Hub cannot be reached; check the network, then repeat the command: files that were sent "
-            "are not sent again"
-        ) from None
