@@ -54,7 +54,7 @@ class StoreCache:
             opened: opens it; an open store stays readable when another process deletes the folder.
 
         Raises:
-            DataError: the folder cannot be written, or is full; and whatever `write` raises.
+            DataError: the folder cannot be written, or is full; and the errors of `write`.
         """
         final = self.folder / key
         try:
