@@ -39,6 +39,8 @@ from qlora_train.objectives.sft_loss import choose_chunk_tokens, label_losses
 from qlora_train.training.memory import memory_probe
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.parity import fused_kernels, preserve_state
+from qlora_train.training.parity.gradients import TOLERANCES
+from qlora_train.training.parity.parity_check import check_parity
 from tests.support.live_bytes import LiveBytes
 
 RANK = 16
@@ -180,9 +182,7 @@ def count(config_json: dict[str, Any], num_tokens: int) -> dict[str, int]:
 
         for num_rows in (1, 4, 8):  # as many as a micro-batch has, up to 4; 8 where padding-free is compared
             batch = batch_of(num_rows, 128)
-            peak_of(
-                f"parity check, {num_rows} x 128 tokens", lambda batch=batch: fused_kernels._compare(adapted, batch, "")
-            )
+            peak_of(f"parity check, {num_rows} x 128 tokens", partial(compare, adapted, batch))
         batch = batch_of(1, num_tokens)
         peak_of("evaluation, 1 row", lambda: evaluate(adapted, batch))
         for path in ("reference", "fused kernels"):
@@ -200,6 +200,12 @@ def evaluate(adapted: Any, batch: dict[str, Tensor]) -> None:
     adapted.model.eval()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         label_losses(adapted.model, **batch)
+
+
+def compare(adapted: Any, batch: dict[str, Tensor]) -> None:
+    """Run the parity check of fused kernels on a batch."""
+    size, tolerances = tuple(batch["input_ids"].shape), TOLERANCES[torch.bfloat16]
+    check_parity("", adapted, "", [size], lambda *_: fused_kernels.both_gradients(adapted, batch), tolerances)
 
 
 def trainer_of(adapted: Any, accumulation: int) -> Any:

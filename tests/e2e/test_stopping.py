@@ -36,14 +36,14 @@ def run_with_hook(
     folder: Path, base: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch, *settings: str, name: str
 ) -> RunFolder:
     """Run a config, with signals handled, whose model calls `hook` before every forward pass of its steps."""
-    config, train_on = make_config(folder, base, *settings, name=name), train_loop._train_on
+    config, train_on = make_config(folder, base, *settings, name=name), train_loop._run_steps
 
     def hooked(trainer: Any, *arguments: Any) -> None:
         trainer.model.register_forward_pre_hook(hook)
         train_on(trainer, *arguments)
 
     with monkeypatch.context() as patch, signals.handle_signals():
-        patch.setattr(train_loop, "_train_on", hooked)
+        patch.setattr(train_loop, "_run_steps", hooked)
         with pytest.raises(signals.Stop) as caught:
             pipeline.run(config)
     assert caught.value.status == {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 75}[caught.value.cause]
