@@ -344,7 +344,7 @@ def test_divergence_is_a_close_lower_bound_of_the_exact_one(pico_llama: Path, tm
     p, q = (torch.cat(list(label_log_probabilities(m, rows))).double() for m in (model, other))
     exact = float((p.exp() * (p - q)).sum(-1).mean())
     found = measure_divergence(other, again, predictions)
-    assert 0.9 * exact < found.kl <= exact + 1e-6, "256 of 320 tokens are told apart"
+    assert 0.9 * exact < found.kl <= exact + 1e-6, "256 of 320 tokens are compared one by one"
     assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert found.num_tokens == len(p) == 27
     assert measure_divergence(model, again, predictions).kl == pytest.approx(0, abs=1e-6)
