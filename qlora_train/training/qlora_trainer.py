@@ -80,7 +80,7 @@ class QloraTrainer(ResumableTrainer):
         has_fused_kernels: bool = True,
     ) -> None:
         self.config, self.run, self.examples, self.adapted = config, run, data, adapted
-        self.router_aux_loss_coef = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
+        self.aux_loss_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
         self.loss_chunk_tokens = choose_chunk_tokens(adapted.model)
         if self.loss_chunk_tokens is None:
             logger.info("loss: not chunked (this model's head cannot run by itself)")
@@ -147,7 +147,7 @@ class QloraTrainer(ResumableTrainer):
         if config.data.packing:
             how = isolate_documents(self.adapted, config, source.rows)
             logger.info("packing: documents are isolated (%s; checked on this model)", how)
-        has_router_loss = self.router_aux_loss_coef > 0
+        has_router_loss = self.aux_loss_weight > 0
         if has_fused_kernels:
             flattened = choose_padding_free(
                 self.adapted, source, config, self.run,
@@ -203,7 +203,7 @@ class QloraTrainer(ResumableTrainer):
         losses = self.label_losses(model, inputs)
         total = losses.nll.sum()
         if losses.aux_loss is not None:
-            total = total + self.router_aux_loss_coef * losses.aux_loss * losses.nll.numel()
+            total = total + self.aux_loss_weight * losses.aux_loss * losses.nll.numel()
             self._micro_aux_losses.append(losses.aux_loss.detach())
         loss = total / num_items_in_batch
         if not self._micro_losses:
@@ -218,7 +218,7 @@ class QloraTrainer(ResumableTrainer):
         device = self.adapted.loaded.device
         offloads = self.config.train.activation_offloading and device.type == "cuda"
         with offload_activations(model, device) if offloads else nullcontext():
-            return label_losses(model, self.loss_chunk_tokens, with_aux_loss=self.router_aux_loss_coef > 0, **batch)
+            return label_losses(model, self.loss_chunk_tokens, with_aux_loss=self.aux_loss_weight > 0, **batch)
 
     # --- checks ------------------------------------------------------------------------------------------------------
 

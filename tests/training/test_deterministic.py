@@ -70,7 +70,7 @@ def test_cublas_error_asks_for_a_new_process() -> None:
         "before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8 or CUBLAS_WORKSPACE_CONFIG=:16:8."
     )
     assert nondeterministic_operation(error) == "cuBLAS"
-    assert "repeat in a new process" in str(explain(error))
+    assert "start a new process" in str(explain(error))
 
 
 @pytest.mark.parametrize("module", [fused_kernels, padding_free])
