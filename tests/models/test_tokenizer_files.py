@@ -171,7 +171,7 @@ def test_pad_token_beyond_the_embedding_trains_merges_and_evaluates(
         generate_answers(model, tokenizer, ["a [PAD]"], max_new_tokens=1, batch_size=1)
     talk = Chat(model, tokenizer, ChatSettings(), open_finished_run(run.path), lambda text: None)
     talk.handle("a [PAD]")
-    assert "the model's embedding has no rows for '[PAD]' (320); write the question without" in messages.text
+    assert "the model's embedding has no rows for '[PAD]' (320); rephrase the question without" in messages.text
     assert talk.turns == []
 
 
