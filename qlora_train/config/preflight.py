@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from qlora_train.config.path_checks import is_local_data, is_local_model
 from qlora_train.config.schema import CHAT_TEMPLATE_NAMES
 from qlora_train.utils import network
 from qlora_train.utils.errors import ConfigError, did_you_mean
+from qlora_train.utils.trackers import TRACKERS
 
 FLASH_ATTENTION = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
@@ -102,13 +104,19 @@ def _nearest_file(path: Path) -> str:
 
 
 def tracker_problems(names: Sequence[str]) -> Iterator[str]:
-    """Yield an error per tracker that is not installed, or needs a network while offline."""
+    """Yield an error per tracker that is missing, needs a network while offline, or is to upload checkpoints."""
     for name in names:
-        variable = network.remote_tracker_variable(name)
+        tracker = TRACKERS[name]
+        variable, uploads = tracker.remote_server_variable(), tracker.upload_variable()
         if importlib.util.find_spec(name) is None:
             yield f"run.report_to: {name} is not installed; run: pip install {name}, or drop it"
         elif network.is_offline() and variable:
             yield (
                 f"run.report_to: {name} uses the network ({variable}), but this run is offline; unset {variable}, or "
                 f"drop {name}"
+            )
+        elif uploads:
+            yield (
+                f"run.report_to: {uploads}={os.environ[uploads]} uploads checkpoints in Transformers' layout, which this "
+                f"run does not write; unset {uploads}"
             )

@@ -16,6 +16,7 @@ from qlora_train.config.optimizers import OPTIMIZERS
 from qlora_train.config.path_checks import validate_path, validate_source
 from qlora_train.config.resume_policy import why_not_allowed
 from qlora_train.config.rope_scaling import check_rope_scaling
+from qlora_train.utils.trackers import TRACKERS
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REFUSED_INITS = {
@@ -275,8 +276,10 @@ class DataSection(Section):
 
 if TYPE_CHECKING:
     OptimizerName = str
+    TrackerName = str
 else:
     OptimizerName = Literal[("auto", *OPTIMIZERS)]
+    TrackerName = Literal[tuple(TRACKERS)]
 SCHEDULES = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 MIN_ADAM_EPSILON = 1e-20
 """In float32 the squares of smaller gradients are 0."""
@@ -380,9 +383,7 @@ class RunSection(Section):
     deterministic: bool = False
     """Use deterministic algorithms only: on the same GPU model and library versions, reruns and resumed runs are
     bitwise equal. Slower on a GPU; no effect on a CPU."""
-    report_to: Annotated[
-        tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], BeforeValidator(_as_trackers)
-    ] = ()
+    report_to: Annotated[tuple[TrackerName, ...], BeforeValidator(_as_trackers)] = ()
     """Trackers, one or a list, in addition to metrics.jsonl."""
     max_minutes: float | None = Field(None, gt=0, le=1e6)
     """Stop with a checkpoint and exit status 75 in time to end this many minutes after the start, for the time limit of

@@ -1,1 +1,1 @@
-"""What a run will take, before it starts: memory, disk space, data."""
+"""Disk space and data of a run, before it starts."""

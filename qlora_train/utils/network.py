@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from qlora_train.utils.errors import UserError, first_line
+from qlora_train.utils.trackers import TRACKERS
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} | {
+    name: value for tracker in TRACKERS.values() for name, value in tracker.offline.items()
+}
 TRUE = {"1", "ON", "YES", "TRUE"}
 TIMEOUT_SECONDS = 30.0
 """Maximum silence of the Hub in one request."""
@@ -106,11 +109,3 @@ def hub_errors(where: str, raised: type[UserError], hints: Mapping[str | int, st
     # HTTPError is the base class of the HTTP library's own exceptions
     except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError):  # type: ignore[attr-defined]
         raise raised(f"{where} {hints['unreachable']}") from None
-
-
-def remote_tracker_variable(name: str) -> str | None:
-    """Return the variable that makes a tracker use the network, or None if it is local."""
-    variables = {"mlflow": "MLFLOW_TRACKING_URI", "trackio": "TRACKIO_SPACE_ID"}
-    value = os.environ.get(variables.get(name, ""), "")
-    is_remote = bool(value) and (name != "mlflow" or value.startswith(("http://", "https://", "databricks")))
-    return variables[name] if is_remote else None

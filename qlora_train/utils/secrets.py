@@ -9,13 +9,15 @@ import logging
 import os
 import re
 
+from qlora_train.utils.trackers import TRACKERS
+
 HIDDEN = "[secret]"
 MIN_VALUE_LENGTH = 6
 """Shorter values of variables occur in any text."""
 
 VARIABLES = (
-    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
-    "DATABRICKS_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_API_KEY",
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", *(name for tracker in TRACKERS.values() for name in tracker.secrets),
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_API_KEY",
     "AZURE_CLIENT_SECRET", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING", "OPENAI_API_KEY",
     "ANTHROPIC_API_KEY", "GITHUB_TOKEN", "GH_TOKEN", "GITLAB_TOKEN", "SLACK_TOKEN",
 )  # fmt: skip

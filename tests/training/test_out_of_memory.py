@@ -92,6 +92,38 @@ def test_memory_probe_preserves_the_model_state(pico: Callable[..., Path], tmp_p
         assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_memory_probe_reserves_the_optimizer_state(
+    optim: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optimizers keep the state of a trained embedding in 32 bits."""
+    settings = ("lora.modules_to_save=[embed_tokens]", f"train.optim={optim}")
+    trainer, _ = trainer_of(make_config(tmp_path, pico_llama, *settings))
+    reserved: list[int] = []
+    empty = torch.empty
+
+    def counting(*shape: Any, **options: Any) -> torch.Tensor:
+        if options.get("dtype") is torch.uint8:
+            reserved.append(int(shape[0]))
+        return empty(*shape, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", counting)
+        assert probe_memory(trainer).problem is None
+    optimizer = trainer.create_optimizer()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = {value.data_ptr(): value for values in optimizer.state.values() for value in values.values()
+             if isinstance(value, torch.Tensor) and value.dim()}  # fmt: skip
+    tables = {
+        tensor.data_ptr() for values in optimizer.state.values() for name, tensor in values.items() if "qmap" in name
+    }
+    stored = sum(tensor.nbytes for pointer, tensor in state.items() if pointer not in tables)
+    assert stored <= reserved[0] <= stored + 2 * 1024 * len(optimizer.state)
+
+
 # --- the worst case ---------------------------------------------------------------------------------------------------
 
 

@@ -205,3 +205,19 @@ def test_offline_tracker_of_another_machine_is_refused(tmp_path: Path, monkeypat
     assert "mlflow uses the network (MLFLOW_TRACKING_URI), but this run is offline" in problem
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     assert list(tracker_problems(["mlflow"])) == []
+
+
+@pytest.mark.parametrize(
+    ("tracker", "variable", "value"),
+    [("wandb", "WANDB_LOG_MODEL", "checkpoint"), ("mlflow", "HF_MLFLOW_LOG_ARTIFACTS", "TRUE")],
+)
+def test_uploads_of_checkpoints_by_a_tracker_are_refused(
+    tracker: str, variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers' callbacks upload `output_dir/checkpoint-N`, a folder that a run does not have."""
+    (tmp_path / f"{tracker}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(tracker_problems([tracker])) == []
+    monkeypatch.setenv(variable, value)
+    [problem] = tracker_problems([tracker])
+    assert f"{variable}={value} uploads checkpoints in Transformers' layout" in problem

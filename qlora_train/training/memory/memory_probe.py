@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlora_train.adapters import trainable_state
-from qlora_train.config.optimizers import OPTIMIZERS, TrainedTensor, optimizer_state_bytes
+from qlora_train.config.optimizers import OPTIMIZERS, optimizer_state_bytes
 from qlora_train.data.collate import Batch
+from qlora_train.training.optimizer import trained_tensors
 from qlora_train.training.parity.gradients import enable_full_checkpointing
 from qlora_train.training.parity.preserve_state import preserve_model_state
 from qlora_train.training.qlora_trainer import QloraTrainer
@@ -60,13 +60,8 @@ def forward_worst_case(trainer: QloraTrainer) -> None:
 
 def _train(trainer: QloraTrainer, model: nn.Module, batches: Sequence[Batch]) -> None:
     """Compute gradients of each micro-batch, with as much memory allocated as the optimizer's state will need."""
-    args, device = trainer.args, trainer.adapted.loaded.device
-    tensors = [TrainedTensor(tuple(parameter.shape)) for parameter in trainable_state(model).values()]
-    optim = str(args.optim.value)
-    paged = OPTIMIZERS[optim].paged and device.type == "cuda"
-    state_bytes = 0 if paged else sum(optimizer_state_bytes(optim, tensor) for tensor in tensors)
-    _state = torch.empty(state_bytes, dtype=torch.uint8, device=device)
-    if args.gradient_checkpointing:
+    _state = torch.empty(_state_bytes(trainer), dtype=torch.uint8, device=trainer.adapted.loaded.device)
+    if trainer.args.gradient_checkpointing:
         enable_full_checkpointing(trainer.model)
     model.train()
     for batch in batches:
@@ -74,6 +69,14 @@ def _train(trainer: QloraTrainer, model: nn.Module, batches: Sequence[Batch]) ->
         for _ in range(min(2, trainer.config.train.gradient_accumulation_steps)):
             trainer.accelerator.backward(_mean_loss(trainer, model, batch))
         model.zero_grad(set_to_none=True)
+
+
+def _state_bytes(trainer: QloraTrainer) -> int:
+    """Return the size of the optimizer's state in the device's memory; paged state can leave it."""
+    optim, device = str(trainer.args.optim.value), trainer.adapted.loaded.device
+    if OPTIMIZERS[optim].paged and device.type == "cuda":
+        return 0
+    return sum(optimizer_state_bytes(optim, tensor) for tensor in trained_tensors(trainer.adapted))
 
 
 def _mean_loss(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> torch.Tensor:
