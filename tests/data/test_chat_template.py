@@ -83,7 +83,7 @@ def test_a_dated_template_is_reported_and_an_undated_one_does_not_change(
         assert len(prints) == 1
         assert "current date" not in caplog.text
         prepare_data(data, tokenizer_with(DATED), 0, date=DATE)
-    assert "chat template: writes the current date; every row is rendered for 2024-02-29" in caplog.text
+    assert "chat template: prints the current date; every row is rendered for 2024-02-29" in caplog.text
 
 
 @pytest.mark.parametrize(
