@@ -185,7 +185,7 @@ def with_table_row(adapted: AdaptedModel, **changes: Any) -> AdaptedModel:
 
 
 def test_falcon_is_refused_before_it_loads() -> None:
-    with pytest.raises(ConfigError, match=r"data\.packing: true, but .* see each other in a falcon model: .*positions"):
+    with pytest.raises(ConfigError, match=r"data\.packing: true, but .* attend to each other in a falcon model: .*position ids"):
         check_packing(ARCHITECTURES["falcon"])
 
 
