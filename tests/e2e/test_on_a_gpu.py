@@ -57,8 +57,11 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "check_in_fresh_process", check_here)
     if fake_cuda.IS_FAKE:
         monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)  # torch's has no kernel for the CPU
+        varlen.works_on.cache_clear()
     fake_cuda.mismatches.clear()
     yield
+    if fake_cuda.IS_FAKE:
+        varlen.works_on.cache_clear()  # torch's own kernel is back
     assert fake_cuda.mismatches == []
 
 

@@ -185,7 +185,8 @@ def with_table_row(adapted: AdaptedModel, **changes: Any) -> AdaptedModel:
 
 
 def test_falcon_is_refused_before_it_loads() -> None:
-    with pytest.raises(ConfigError, match=r"data\.packing: true, but .* attend to each other in a falcon model: .*position ids"):
+    wrong = r"data\.packing: true, but .* attend to each other in a falcon model: .*position ids"
+    with pytest.raises(ConfigError, match=wrong):
         check_packing(ARCHITECTURES["falcon"])
 
 
