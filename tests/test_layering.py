@@ -78,6 +78,19 @@ def test_file_names_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
+def modules_imported_by(file: Path) -> set[Path]:
+    """Return the files of this package that a file imports, at module level or inside a function."""
+    names = (name.split(".") for name in imported(ast.walk(tree_of(file))) if name.startswith("qlora_train."))
+    return {path for parts in names if (path := PACKAGE.joinpath(*parts[1:]).with_suffix(".py")).is_file()} - {file}
+
+
+def test_no_import_circle() -> None:
+    waiting = {file: modules_imported_by(file) for file in FILES}
+    while free := {file for file, needed in waiting.items() if not needed & waiting.keys()}:
+        waiting = {file: needed for file, needed in waiting.items() if file not in free}
+    assert sorted(str(file.relative_to(PACKAGE)) for file in waiting) == []
+
+
 def test_trl_is_imported_by_the_trainer_alone() -> None:
     assert {stage_of(file) for file in FILES if "trl" in libraries_imported_by(file)} == {"training"}
 

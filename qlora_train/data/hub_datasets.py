@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.config.schema import Source
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.readers.arrow import count_rows
-from qlora_train.data.sources import DataFile
 from qlora_train.utils import network
 from qlora_train.utils.errors import DataError, first_line
 

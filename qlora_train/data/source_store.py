@@ -15,9 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from qlora_train.config.schema import DataSection, Source
 from qlora_train.data.chat_template import is_dated
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.formats import check_renames, recognise
 from qlora_train.data.readers import Chunk, read_chunks
-from qlora_train.data.sources import DataFile, find_files
+from qlora_train.data.sources import find_files
 from qlora_train.data.streaming import StreamedSource
 from qlora_train.data.token_cache import StoreCache, cache_key
 from qlora_train.data.token_store import Store, StoreWriter, token_dtype

@@ -9,12 +9,12 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_train.config.path_checks import ALIASES, COMPRESSIONS, TEXT_KINDS, data_file_type, is_local_data
 from qlora_train.config.preflight import missing_data, no_match
 from qlora_train.config.schema import Source
+from qlora_train.data.data_file import DataFile
 from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
@@ -31,29 +31,6 @@ SPLITS = {
 }  # fmt: skip
 """Words in file names -> the split they name, as on the Hub."""
 SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """A file of a source, or a range of its rows.
-
-    Attributes:
-        path: the file.
-        name: in messages: the path, or ``owner/name[split]`` for the Hub.
-        kind: its suffix without the dot and the compression, in lower case.
-        compression: ``gz``, ``zst`` or empty.
-        begin: the first row of the range, from 0; only Arrow files have ranges.
-        end: the row behind the range; None for all.
-        first_row: the number of the first row in messages: a split of the Hub can have several files.
-    """
-
-    path: Path
-    name: str
-    kind: str
-    compression: str = ""
-    begin: int = 0
-    end: int | None = None
-    first_row: int = 1
 
 
 def find_files(source: Source, key: str) -> list[DataFile]:

@@ -10,9 +10,10 @@ import pyarrow.parquet
 import pytest
 
 from qlora_train.config.schema import Source
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.hub_datasets import hub_files
 from qlora_train.data.readers import read_chunks
-from qlora_train.data.sources import DataFile, find_files
+from qlora_train.data.sources import find_files
 from qlora_train.data.types import Record
 from qlora_train.utils.errors import DataError
 

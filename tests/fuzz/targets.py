@@ -16,9 +16,9 @@ from typing import Any
 from qlora_train.config import load_config
 from qlora_train.config.schema import DataSection
 from qlora_train.config.writer import to_yaml
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.formats import FORMATS, recognise
 from qlora_train.data.readers import read_chunks
-from qlora_train.data.sources import DataFile
 from qlora_train.data.tokenize_chunk import ChunkTokenizer, StoredTexts
 from qlora_train.utils.errors import UserError
 

@@ -7,6 +7,7 @@ expected``; whether a well-formed record can be used is decided later.
 
 from collections.abc import Callable, Iterator
 
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.readers.arrow import arrow_chunks
 from qlora_train.data.readers.chunk import Chunk
 from qlora_train.data.readers.csv_table import table_chunks
@@ -14,7 +15,6 @@ from qlora_train.data.readers.json_lines import line_chunks
 from qlora_train.data.readers.json_list import json_chunks
 from qlora_train.data.readers.json_values import json_type
 from qlora_train.data.readers.parquet import parquet_chunks
-from qlora_train.data.sources import DataFile
 from qlora_train.utils.errors import DataError, first_line
 
 __all__ = ["Chunk", "json_type", "read_chunks"]

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.readers.arrow_columns import MAX_BATCH_ROWS, one_line_errors, records_of
 from qlora_train.data.readers.chunk import Chunk, check_column_names
-from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
 
 FILE_MAGIC = b"ARROW1"

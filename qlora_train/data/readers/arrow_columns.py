@@ -4,9 +4,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.readers.chunk import MAX_ROW_BYTES, check_row_size
 from qlora_train.data.readers.json_values import DECODER
-from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
 from qlora_train.utils.errors import DataError, first_line
 

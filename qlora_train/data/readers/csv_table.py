@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.readers.chunk import MAX_ROW_BYTES, Chunk, check_column_names, check_row_size, header_text
 from qlora_train.data.readers.text_file import line_blocks, numbered_lines
-from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
 from qlora_train.utils.errors import DataError
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from functools import partial
 
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.readers.chunk import Chunk, check_row_size
 from qlora_train.data.readers.json_values import DECODER, json_error, json_type
 from qlora_train.data.readers.text_file import line_blocks, numbered_lines
-from qlora_train.data.sources import DataFile
 from qlora_train.data.types import Record
 from qlora_train.utils.errors import DataError
 

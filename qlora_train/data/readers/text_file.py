@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from qlora_train.data.data_file import DataFile
 from qlora_train.data.readers.chunk import check_row_size
-from qlora_train.data.sources import DataFile
 from qlora_train.utils.errors import DataError, first_line
 
 BLOCK_BYTES = 1 << 20
