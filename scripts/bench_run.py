@@ -139,7 +139,7 @@ def memory(config_json: dict[str, Any], resumed: Mapping[str, Any]) -> dict[str,
     """Return the bytes that the plan counts for the largest batch, those of torch's allocator, and the device's."""
     config_json.pop("quantization_config", None)
     batch = re.search(
-        r"memory: training on (\d+) x (\d+) tokens with (\d+) labels: fits(?:, ([\d.]+) GB)?", resumed["log"]
+        r"memory: training on (\d+) x (\d+) tokens with (\d+) labels fits(?: \(peak ([\d.]+) GB\))?", resumed["log"]
     )
     if batch is None:
         return {"plan_bytes": None, "torch_bytes": None, "device_bytes": None}
