@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     "bitsandbytes", "peft", "trl", "datasets", "dill", "multiprocess", "pydantic", "pydantic_core", "annotated-types",
-    "typing-inspection", "typing_extensions", "gguf",
+    "typing-inspection", "typing_extensions", "typer", "gguf",
 )  # fmt: skip
 """What an installation of torch and Transformers lacks; a test module imports gguf."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]

@@ -86,8 +86,13 @@ def parse_and_run(words: list[str]) -> int:
         if words[:1] == [name] or not {*words[:1]} & COMMANDS.keys():  # all of them for --help only
             module, function = target.split(".")
             app.command(name)(getattr(importlib.import_module(f"qlora_train.cli.{module}"), function))
-    status = typer.main.get_group(app).main(words, prog_name="qlora-train", standalone_mode=False)
-    return int(status or 0)
+    group = typer.main.get_group(app)
+    try:
+        # not group.main(), which ends in silence on a broken pipe or EOF inside a command
+        with group.make_context("qlora-train", words) as context:
+            return int(group.invoke(context) or 0)
+    except typer.Exit as done:
+        return int(done.exit_code)
 
 
 def _print_version(wanted: bool) -> None:

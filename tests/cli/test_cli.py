@@ -1,5 +1,6 @@
 """The command line: light commands import no torch, one line per problem, and exit statuses."""
 
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import transformers
 
 from qlora_train import __version__
+from qlora_train.cli import config_commands
 from qlora_train.cli.main import COMMANDS, main
 from qlora_train.config.writer import to_yaml
 from qlora_train.utils.errors import CheckpointError
@@ -543,3 +545,12 @@ def test_eval_of_a_missing_merged_model_keeps_other_results(
     assert "there is no merged model" in capsys.readouterr().err
     assert main(["eval", str(run.path), "--models", "base,merged", "--loss-only"]) == 0
     assert run.read_results()["evaluation"]["adapter"] == before
+
+
+def test_broken_pipe_inside_a_command_is_a_bug_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_pipe() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(config_commands, "schema", break_pipe)
+    with pytest.raises(BrokenPipeError):
+        main(["schema"])

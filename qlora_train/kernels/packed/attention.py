@@ -229,7 +229,9 @@ def packed_attention(
 
     def in_batches(states: Tensor, *, is_query: bool = False) -> list[Tensor]:
         """Return (1, heads, seq, head_dim) as (documents, heads, length, head_dim) of each batch."""
-        rows = states[0].transpose(0, 1).contiguous()  # index_select of strided rows is slow on CPUs
+        rows = states[0].transpose(0, 1)
+        if rows.device.type == "cpu":
+            rows = rows.contiguous()  # index_select of strided rows is slow there
         each = zip(documents.index.gather(rows, is_query=is_query).split(sizes), documents.batches, strict=True)
         return [part.unflatten(0, (batch.num_documents, batch.length)).transpose(1, 2) for part, batch in each]
 
