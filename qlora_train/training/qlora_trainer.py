@@ -36,7 +36,7 @@ from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import BatchSource, RowBatches, make_batch_source
 from qlora_train.training.lr_schedule import make_lr_scheduler
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, choose_checkpointing
-from qlora_train.training.memory.activation_offloading import offload_activations
+from qlora_train.training.memory.activation_offloading import ActivationOffloading
 from qlora_train.training.memory.worst_case_batch import worst_case_batches
 from qlora_train.training.padding_free import choose_padding_free
 from qlora_train.training.parity.document_isolation import isolate_documents
@@ -84,8 +84,12 @@ class QloraTrainer(ResumableTrainer):
         self.loss_chunk_tokens = choose_chunk_tokens(adapted.model)
         if self.loss_chunk_tokens is None:
             logger.info("loss: not chunked (this model's head cannot run by itself)")
-        if config.train.activation_offloading and adapted.loaded.device.type == "cpu":
-            logger.warning("train.activation_offloading: has no effect on a CPU")
+        self._offloading: ActivationOffloading | None = None
+        if config.train.activation_offloading:
+            if adapted.loaded.device.type == "cuda":
+                self._offloading = ActivationOffloading(adapted.loaded.device)
+            else:
+                logger.warning("train.activation_offloading: has no effect on a CPU")
         self.batch_source = self._make_batch_source(group_batch_size, has_fused_kernels)
         self.schedule = make_schedule(config, self.batch_source.steps_per_epoch, has_eval=bool(data.eval))
         self._micro_losses: list[torch.Tensor] = []
@@ -215,9 +219,7 @@ class QloraTrainer(ResumableTrainer):
     def label_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LabelLosses:
         """Return the losses of a micro-batch."""
         batch = {name: tensor for name, tensor in inputs.items() if name != "row"}
-        device = self.adapted.loaded.device
-        offloads = self.config.train.activation_offloading and device.type == "cuda"
-        with offload_activations(model, device) if offloads else nullcontext():
+        with self._offloading.forward_pass(model) if self._offloading else nullcontext():
             return label_losses(model, self.loss_chunk_tokens, with_aux_loss=self.aux_loss_weight > 0, **batch)
 
     # --- checks ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch import nn
 
 from qlora_train.training.memory import activation_offloading, dequantized_cache
 from qlora_train.utils import host_memory
@@ -91,4 +90,4 @@ def test_caches_and_offloading_respect_the_limit(machine: Machine) -> None:
     machine.group("", "", 8 * GIB, 7 * GIB)
     assert dequantized_cache.budget_bytes("auto", CPU) == dequantized_cache.AUTO_SHARE * GIB
     with pytest.raises(MemoryError, match=r"the host has 1\.1 GB left"):
-        activation_offloading.offload_activations(nn.Module(), CPU).pack_hook(torch.ones(1 << 26))
+        activation_offloading.Slabs(pinned=False).allocate(1)
