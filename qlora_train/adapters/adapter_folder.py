@@ -126,7 +126,11 @@ def read_adapter_settings(folder: Path, base: BaseSource | None, where: str = ""
     """
     content = read_adapter_config(folder, where)
     source = f"{where}{folder / ADAPTER_CONFIG}"
-    known = {key: value for key, value in content.items() if key in AdapterSettings.model_fields}
+    known = {
+        key: value
+        for key, value in content.items()
+        if key in AdapterSettings.model_fields and not (key == "auto_mapping" and _is_off(value))
+    }
     try:
         settings = AdapterSettings.model_validate(known)
     except ValidationError as error:
@@ -138,7 +142,7 @@ def read_adapter_settings(folder: Path, base: BaseSource | None, where: str = ""
         ) from None
     for key in sorted(content.keys() - known.keys() - IGNORED):
         value = content[key]
-        if value is not None and value is not False and value not in ("", [], {}):
+        if not _is_off(value):
             raise ConfigError(
                 f"{source}: {shorten(key)}: {shorten(value)} is no setting of a plain LoRA adapter; allowed: null"
             )
@@ -161,6 +165,10 @@ def read_adapter_weights(folder: Path, where: str = "") -> dict[str, torch.Tenso
     if problem := find_non_finite(weights):
         raise ConfigError(f"{where}{folder}: {file.name}: {problem}; use an earlier checkpoint of its training")
     return weights
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})
 
 
 def _unreadable(where: str, folder: Path, reason: str) -> ConfigError:

@@ -29,6 +29,8 @@ _HUB_HINTS: dict[str | int, str] = {
     "GatedRepoError": "the model is gated; accept its terms on its Hub page, then set HF_TOKEN",
     "RevisionNotFoundError": "no such revision; check model.revision",
     "RepositoryNotFoundError": "no such repository, or a private one; check the name, or set HF_TOKEN",
+    401: "HF_TOKEN is missing or not valid; check HF_TOKEN",
+    403: "HF_TOKEN has no access to it; check HF_TOKEN",
     "HFValidationError": "set a local path or a Hub id",
 }
 

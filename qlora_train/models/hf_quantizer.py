@@ -18,7 +18,6 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from qlora_train.architectures import detect
 from qlora_train.kernels.expert_linear import experts_forward, follows_interface
 from qlora_train.kernels.expert_weights import parametrize_experts, quantize_stack
 from qlora_train.models.malloc_trim import MemoryTrimmer
@@ -49,10 +48,6 @@ class Quantizer(Bnb4BitHfQuantizer):
         self.states: dict[str, tuple[QuantState, ...]] = {}
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **arguments: Any) -> None:
-        linear_classes = detect(model.config.to_dict()).linear_classes
-        for module in model.modules():
-            if type(module).__name__ in linear_classes:
-                module.__class__ = nn.Linear  # bitsandbytes' integration skips subclasses of nn.Linear
         self.expert_names = tuple(expert_parameters(model))
         named = self.quantization_config.llm_int8_skip_modules or ()
         self.quantization_config.llm_int8_skip_modules = modules_to_not_convert(model, named)

@@ -7,6 +7,7 @@ and refuses everything else before any code runs.
 import json
 import shutil
 import zipfile
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,13 @@ def convert_legacy_bin(folder: Path, cache_dir: Path, where: str) -> Path:
             copy = staging / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
-        tensors = {name: tensor for path in weights for name, tensor in _read(path, where).items()}
-        sizes = [tensor.nbytes for tensor in tensors.values()]
-        # clones, because safetensors refuses tensors that share memory, such as tied ones
-        write_shards(staging, [*tensors], sizes, SHARD_BYTES, (tensor.clone() for tensor in tensors.values()))
+        files: dict[str, Path] = {}
+        sizes: dict[str, int] = {}
+        for path in weights:
+            for name, size in _sizes(path, where).items():
+                files[name], sizes[name] = path, size  # of a name in several files the last counts
+        names = [name for path in weights for name in files if files[name] == path]
+        write_shards(staging, names, [sizes[name] for name in names], SHARD_BYTES, _tensors(weights, files, where))
 
     converted = cache_dir / f"{folder.resolve().name}-{digest.hexdigest()[:16]}"
     return convert_once(converted, weights[0].name, convert)
@@ -77,6 +81,19 @@ def _weights(folder: Path, where: str) -> list[Path]:
         problem = f"names no file of this folder ({wrong[0]})" if wrong else "names no tensor"
         raise ModelError(f"{where}: {INDEX} {problem}; download the weights again")
     return [folder / name for name in names]
+
+
+def _sizes(path: Path, where: str) -> dict[str, int]:
+    return {name: tensor.nbytes for name, tensor in _read(path, where).items()}
+
+
+def _tensors(weights: list[Path], files: dict[str, Path], where: str) -> Iterator[Tensor]:
+    """Yield the tensors file by file, so that only one file is open at a time."""
+    for path in weights:
+        content = _read(path, where)
+        for name in [name for name in files if files[name] == path]:
+            yield content.pop(name).clone()  # safetensors refuses tensors that share memory, such as tied ones
+        del content  # before the next file is read
 
 
 def _read(path: Path, where: str) -> dict[str, Tensor]:

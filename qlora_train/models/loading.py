@@ -39,6 +39,7 @@ from qlora_train.models.quantization_summary import (
     check_quantization,
     summarize_quantization,
 )
+from qlora_train.models.quantize_linears import quantize_linears
 from qlora_train.models.text_only import OmittedModule, check_causal, text_model
 from qlora_train.models.tokenizer import load_tokenizer
 from qlora_train.utils.device import select_device
@@ -97,6 +98,8 @@ def load_model(
     base = _from_pretrained(
         source, model, dtype, device, _quantization_config(source, quantization, dtype, architecture), architecture
     )
+    if quantization.load_in_4bit:
+        quantize_linears(base, architecture.linear_classes, quantization, dtype)
     base.config.use_cache = base.config.get_text_config().use_cache = False
     base.requires_grad_(False)
     fix_partial_blocks(base)

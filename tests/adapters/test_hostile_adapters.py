@@ -187,6 +187,12 @@ def test_peft_adapter_without_a_task_type_is_accepted(pico_llama: Path, tmp_path
     warm_start(tmp_path / "adapter", pico_llama)
 
 
+@pytest.mark.parametrize("off", [None, False, {}])
+def test_auto_mapping_that_is_off_is_accepted(off: Any, adapter: Path) -> None:
+    edit(adapter, auto_mapping=off)
+    assert read_adapter_settings(adapter, None).auto_mapping is None
+
+
 def test_own_adapters_of_other_initializations_are_accepted(pico_llama: Path, tmp_path: Path) -> None:
     for name in ("gaussian", "eva"):
         own = train_run(tmp_path, pico_llama, "train.max_steps=1", f"lora.init_lora_weights={name}", name=name)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_train.config import ModelSection
-from qlora_train.models import resolve_base
+from qlora_train.models import legacy_bin, resolve_base
 from qlora_train.utils.errors import ModelError
 from tests.support.runs import losses, train_run
 
@@ -58,6 +59,21 @@ def test_converted_tensors_are_equal(how: dict[str, Any], pico_llama: Path, tmp_
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert {path.name for path in pico_llama.iterdir()} - {WEIGHTS} <= {path.name for path in folder.iterdir()}
     assert not list(folder.rglob("*.bin*"))
+
+
+def test_one_file_is_in_memory_at_a_time(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    read = legacy_bin._read
+
+    def reading(path: Path, where: str) -> Tensors:
+        assert not [tensor for tensor in alive if tensor() is not None], f"another file is held while {path} is read"
+        content = read(path, where)
+        alive.extend(map(weakref.ref, content.values()))
+        return content
+
+    monkeypatch.setattr(legacy_bin, "_read", reading)
+    converted(pickled(pico_llama, tmp_path / "old", num_files=3))
+    assert len(alive) == 2 * len(load_file(pico_llama / WEIGHTS))
 
 
 def test_a_tied_model_trains_and_merges(pico: Pico, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.kernels import grouped_sdpa
@@ -194,6 +194,18 @@ def stored_in_4bit(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+def test_falcon_stored_by_transformers_in_4_bits_is_quantized(pico: Pico, tmp_path: Path) -> None:
+    """Transformers stores subclasses of nn.Linear in 16 bits."""
+    falcon, folder = pico("falcon"), copy_of(pico("falcon"), tmp_path / "stored")
+    expected, settings = load(falcon), BitsAndBytesConfig(load_in_4bit=True, **STORED)
+    model = AutoModelForCausalLM.from_pretrained(falcon, quantization_config=settings, dtype=expected.compute_dtype)
+    model.save_pretrained(folder)
+    found = load(folder)
+    assert found.quantization_summary == expected.quantization_summary
+    for name, layer in linears(expected).items():
+        assert torch.equal(found.model.get_submodule(name).weight, layer.weight)
+
+
 def test_4_bit_checkpoint_loads_unchanged(stored_in_4bit: Path, pico_llama: Path) -> None:
     again, first = load(stored_in_4bit), load(pico_llama)
     assert again.quantization_summary == first.quantization_summary
@@ -360,6 +372,8 @@ def answer(status: int) -> Any:
         (hub.RepositoryNotFoundError("no\nrepo", response=answer(404)), "404: no such repository, or a private one"),
         (hub.RepositoryNotFoundError("no\nrepo", response=answer(401)), "401: no such repository"),
         (hub.RevisionNotFoundError("no\nrevision", response=answer(404)), "no such revision"),
+        (hub.HfHubHTTPError("who\nis it", response=answer(401)), "the Hub answered 401: .*check HF_TOKEN"),
+        (hub.HfHubHTTPError("not\nyou", response=answer(403)), "the Hub answered 403: .*check HF_TOKEN"),
         (hub.HfHubHTTPError("down\nfor now", response=answer(503)), "the Hub answered 503"),
         (hub.HFValidationError("a bad name"), "no repository id"),
         (hub.LocalEntryNotFoundError("not\nthere"), "is not in the local cache"),

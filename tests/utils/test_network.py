@@ -72,7 +72,7 @@ def sockets(folder: Path) -> str:
 
 def messages(done: subprocess.CompletedProcess[str]) -> list[str]:
     """Return the output without the log."""
-    log = re.compile(r"^cpu threads: |^device: |^tokenizer: |^chat template: |: looking for the Hub data set ")
+    log = re.compile(r"^cpu threads: |^device: |^tokenizer: |^chat template: |: loading the Hub data set ")
     return [line for line in done.stderr.splitlines() if not log.search(line)]
 
 
