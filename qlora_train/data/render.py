@@ -35,7 +35,7 @@ from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
 from qlora_train.data.masking import TokenizedText, answer_tokens, refuse_lost_tools, tokenize
 from qlora_train.data.reasoning import with_reasoning
 from qlora_train.data.special_tokens import SpecialTokens
-from qlora_train.data.template_layout import LayoutCache, initials_of
+from qlora_train.data.template_layout import MOST_KEPT, LayoutCache, initials_of
 from qlora_train.data.tool_calls import as_json, refuse_misread_arguments
 from qlora_train.data.types import Example, MaskArray, Message, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
@@ -196,6 +196,8 @@ class Renderer:
         roles = initials_of(turns)
         if spans is not None and roles not in self._confirmed_layouts:
             if self._is_confirmed(chat, turns, whole, spans):
+                if len(self._confirmed_layouts) >= MOST_KEPT:
+                    self._confirmed_layouts.clear()
                 self._confirmed_layouts.add(roles)
             else:
                 layouts.reject(roles)

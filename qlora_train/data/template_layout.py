@@ -25,6 +25,8 @@ from qlora_train.data.reasoning import THINK_END, THINK_START
 from qlora_train.data.types import Message, UnusableRowError
 
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+MOST_KEPT = 2048
+"""Entries of a cache by sequence of roles, which is emptied then: a data set may have any number of sequences."""
 MARKER = re.compile("\ue000\\d+\ue001")
 END_OF_BLOCK = re.compile(r"\{%[-+]?\s*endgeneration\s*[-+]?%\}")
 STRING_TESTS = frozenset(
@@ -119,6 +121,8 @@ class LayoutCache:
             return None
         roles = initials_of(turns)
         if roles not in self._layouts:
+            if len(self._layouts) >= MOST_KEPT:
+                self._layouts.clear()
             self._layouts[roles] = self._make(roles)
         return self._layouts[roles]
 
@@ -159,6 +163,8 @@ class LayoutCache:
     def _text(self, roles: str, *, add_generation_prompt: bool = False) -> str:
         key = (roles, add_generation_prompt)
         if key not in self._rendered:
+            if len(self._rendered) >= MOST_KEPT:
+                self._rendered.clear()
             self._rendered[key] = self._chat.text(_marked(roles), add_generation_prompt=add_generation_prompt)
         return self._rendered[key]
 

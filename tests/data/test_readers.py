@@ -230,6 +230,36 @@ def test_a_large_file_is_read_with_little_memory(tmp_path: Path, name: str) -> N
     assert peak < 8 << 20 < 60_000 * 200
 
 
+def test_a_row_group_of_large_rows_is_decoded_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    original = pyarrow.parquet.ParquetFile.iter_batches
+
+    def recorded(self: Any, *arguments: Any, **options: Any) -> Any:
+        for batch in original(self, *arguments, **options):
+            decoded.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", recorded)
+    rows = [{"text": chr(97 + number) * 500_000} for number in range(24)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert values_of(tmp_path / "a.parquet") == rows
+    assert max(decoded) < 1_100_000
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv"])
+def test_the_size_of_a_row_is_counted_in_bytes(tmp_path: Path, name: str) -> None:
+    for text in ("\U0001f600" * (MAX_ROW_BYTES // 4 - 100), "\U0001f600" * (MAX_ROW_BYTES // 4 + 1)):
+        content = f"text\n{text}\n" if name == "a.csv" else json.dumps([{"text": text}], ensure_ascii=False)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        if len(text.encode()) < MAX_ROW_BYTES:
+            assert values_of(tmp_path / name) == [{"text": text}]
+        else:
+            with pytest.raises(DataError, match="found a row of more than 8 MiB"):
+                values_of(tmp_path / name)
+
+
 def large_row(name: str, num_bytes: int) -> bytes:
     rows = [{"text": "a", "id": "1"}, {"text": "x" * num_bytes, "id": "1"}, {"text": "b", "id": "1"}]
     if name.endswith(".json"):
@@ -357,6 +387,7 @@ FOREIGN = {
     "a.csv": (as_parquet(ROWS), f"found a Parquet file{TEXT}"),
     "a.txt": (FILES["a.arrow"](ROWS), f"found an Arrow file{TEXT}"),
     "b.jsonl": (b"version https://git-lfs.github.com/spec/v1\n", "found a Git LFS pointer; expected the file itself"),
+    "c.jsonl": (b"\xfd7zXZ\0\0\4", "found xz data; expected text: unpack it"),
     "a.jsonl.gz": (zstd(b"{}"), r"the compressed data is damaged \(.*\); expected a whole gzip stream"),
     "b.jsonl.gz": (b'{"text": "a"}\n', r"the compressed data is damaged \(.*\); expected a whole gzip stream"),
     "a.jsonl.zst": (gzip.compress(b"{}"), r"the compressed data is damaged \(.*\); expected a whole zstd stream"),

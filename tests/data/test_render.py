@@ -13,6 +13,8 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qlora_train.config.schema import CHAT_TEMPLATE_NAMES
+from qlora_train.data import template_layout
+from qlora_train.data.chat_template import ChatRenderer
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES, resolve_chat_template
 from qlora_train.data.render import CROSSES_PROMPT_END, TWO_BOS, Renderer
 from qlora_train.data.types import Example, Message, Row, UnusableRowError
@@ -630,6 +632,19 @@ def test_a_row_is_rendered_once_and_a_new_number_of_turns_a_few_times(
     for length in lengths:
         it.render(Row("row", conversation(*["b"] * length)))
     assert counted.num_turns == sum(lengths)
+
+
+def test_layouts_are_kept_for_a_limited_number_of_role_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_layout, "MOST_KEPT", 4)
+    chat = ChatRenderer(tokenizer_for("chatml"), DATE)
+    cache = template_layout.LayoutCache(chat)
+    for length in (*range(2, 22, 2), 2):
+        turns = conversation(*["a"] * length)
+        layout = cache.get(turns)
+        assert layout is not None
+        assert layout.find_answers(turns, chat.text(turns)) is not None
+        assert len(cache._layouts) <= 4
+        assert len(cache._rendered) <= 4
 
 
 def test_settings_that_another_call_left_in_the_tokenizer_do_not_cut_or_pad_rows() -> None:

@@ -2,7 +2,8 @@
 
 import contextlib
 import csv
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,15 +13,17 @@ from qlora_train.data.readers.text_file import line_blocks, numbered_lines
 from qlora_train.data.types import Record
 from qlora_train.utils.errors import DataError
 
-SEPARATORS = {"csv": ",", "tsv": "\t"}
+SEPARATORS = {"csv": (",", "comma", r"[;\t|]"), "tsv": ("\t", "tab", r"[,;|]|  ")}
+"""Kind -> its separator, the separator's name, and a pattern that a header with another separator matches."""
 
 
 def table_chunks(file: DataFile, chunk_bytes: int) -> Iterator[Chunk]:
     """Cut a .csv or .tsv file."""
     lines = _Lines(file)
-    rows = _rows(file, csv.reader(lines, strict=True, delimiter=SEPARATORS[file.kind]))
+    rows = _rows(file, csv.reader(lines, strict=True, delimiter=SEPARATORS[file.kind][0]))
     where, header = next(rows, (file.name, []))
     check_column_names(header, where)
+    _check_separator(header, where, file.kind)
     records: list[Record] = []
     size = accounted = 0
     for where, fields in rows:
@@ -34,6 +37,15 @@ def table_chunks(file: DataFile, chunk_bytes: int) -> Iterator[Chunk]:
             records, size, accounted = [], 0, lines.num_bytes_read
     if records:
         yield Chunk(partial(iter, records), lines.num_bytes_read - accounted, holds_rows=True)
+
+
+def _check_separator(header: Sequence[str], where: str, kind: str) -> None:
+    _, name, others = SEPARATORS[kind]
+    if len(header) == 1 and re.search(others, header[0]):
+        raise DataError(
+            f"{where}: found the header {header_text(header)} without a {name}; expected {name}s between columns: save "
+            f"the file {name}-separated"
+        )
 
 
 class _Lines:
@@ -65,7 +77,8 @@ def _rows(file: DataFile, reader: Any) -> Iterator[tuple[str, list[str]]]:
         if fields is None:
             return
         if fields:
-            check_row_size(where, sum(map(len, fields)))
+            if sum(map(len, fields)) > MAX_ROW_BYTES // 4:  # a character has up to four bytes
+                check_row_size(where, sum(len(field.encode()) for field in fields))
             yield where, fields
 
 

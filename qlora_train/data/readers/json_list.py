@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from qlora_train.data.data_file import DataFile
-from qlora_train.data.readers.chunk import Chunk, check_row_size
+from qlora_train.data.readers.chunk import MAX_ROW_BYTES, Chunk, check_row_size
 from qlora_train.data.readers.json_lines import line_chunks
 from qlora_train.data.readers.json_values import DECODER, json_error, json_type
 from qlora_train.data.readers.text_file import not_utf8, read_blocks
@@ -52,7 +52,8 @@ def _objects(name: str, text: str) -> Iterator[tuple[Record, int]]:
             raise json_error(error, partial(_location, name, text), where, "expected a list of objects") from None
         if type(value) is not dict:
             raise DataError(f"{where}: found {json_type(value)}; expected an object")
-        check_row_size(where, end - position)
+        if end - position > MAX_ROW_BYTES // 4:  # a character has up to four bytes
+            check_row_size(where, len(text[position:end].encode()))
         yield Record(where, value), end
         position = _after_space(text, end)
         mark = text[position : position + 1]

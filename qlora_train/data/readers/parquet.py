@@ -24,19 +24,23 @@ def parquet_chunks(file: DataFile, chunk_bytes: int) -> Iterator[Chunk]:
         metadata, first_row = table.metadata, 1
         for groups in _small_groups_together(metadata, chunk_bytes):
             total_rows = sum(metadata.row_group(index).num_rows for index in groups)
-            num_chunks = max(1, min(_num_bytes(metadata, groups) // chunk_bytes, MAX_CHUNKS_PER_GROUP))
+            total_bytes = max(1, _num_bytes(metadata, groups))
+            num_chunks = max(1, min(total_bytes // chunk_bytes, MAX_CHUNKS_PER_GROUP))
+            batch_rows = max(1, min(chunk_bytes * total_rows // total_bytes, MAX_BATCH_ROWS))  # bounds the memory
             chunk_rows = max(total_rows // num_chunks, 1)
             for begin in range(0, total_rows, chunk_rows):
                 num_rows = min(chunk_rows, total_rows - begin)
                 num_bytes = size * num_rows // metadata.num_rows
-                yield Chunk(partial(_records, file, groups, begin, num_rows, first_row), num_bytes)
+                yield Chunk(partial(_records, file, groups, begin, num_rows, first_row, batch_rows), num_bytes)
             first_row += total_rows
 
 
-def _records(file: DataFile, groups: range, begin: int, num_rows: int, first_row: int) -> Iterator[Record]:
+def _records(
+    file: DataFile, groups: range, begin: int, num_rows: int, first_row: int, batch_rows: int
+) -> Iterator[Record]:
     position, end = 0, begin + num_rows  # rows counted from the first group
     with one_line_errors(file, "Parquet"), _opened(file) as table:
-        for batch in table.iter_batches(batch_size=MAX_BATCH_ROWS, row_groups=groups, use_threads=False):
+        for batch in table.iter_batches(batch_size=batch_rows, row_groups=groups, use_threads=False):
             skipped = max(begin - position, 0)
             if skipped < batch.num_rows:
                 rows = batch.slice(skipped, end - position - skipped)

@@ -17,7 +17,12 @@ BINARY = {
     b"PK\x03\x04": "a zip archive (as spreadsheets are)",
 }  # fmt: skip
 """First bytes -> what was found."""
-GIT_LFS_POINTER = b"version https://git-lfs."
+NOT_THE_DATA = {
+    b"version https://git-lfs.": "a Git LFS pointer; expected the file itself: fetch it with git lfs pull",
+    b"\xfd7zXZ\0": "xz data; expected text: unpack it",
+    b"\0\0\0\0": "zeros; expected text: the file was not written whole, copy it again",
+}
+"""First bytes -> what was found and what to do, where another suffix would not help."""
 MIN_BLOCK_BYTES = 32
 """Enough for the first block to show what a file is not."""
 
@@ -56,8 +61,9 @@ def _read(stream: Any, file: DataFile, num_bytes: int) -> bytes:
 
 
 def _check_encoding(file: DataFile, start: bytes) -> None:
-    if start.startswith(GIT_LFS_POINTER):
-        raise DataError(f"{file.name}: found a Git LFS pointer; expected the file itself: fetch it with git lfs pull")
+    for magic, found in NOT_THE_DATA.items():
+        if start.startswith(magic):
+            raise DataError(f"{file.name}: found {found}")
     for magic, found in BINARY.items():
         if start.startswith(magic):
             raise DataError(f"{file.name}: found {found}; expected UTF-8 text: give the file the suffix of its kind")
