@@ -80,7 +80,10 @@ def test_untrusted_code_never_runs(case: str, pico_llama: Path, tmp_path: Path, 
         assert "runs Python code of its own (auto_map)" in error.splitlines()[-1]
 
 
-def test_code_beside_a_gguf_file_never_runs(pico_llama: Path, tmp_path: Path, canary: Path, capsys: Capture) -> None:
+def test_code_beside_a_gguf_file_never_runs(
+    pico_llama: Path, tmp_path: Path, canary: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # another test may have converted an equal file
     file = write_gguf(pico_llama, make_folder(tmp_path / "gguf") / "pico.gguf")
     plant(file.parent, canary, config={"auto_map": OWN, "model_type": "own"}, tokenizer_config={"auto_map": OWN})
     assert main(command(tmp_path, file)) == 2
