@@ -46,7 +46,7 @@ PROBE: tuple[Message, ...] = ({"role": "user", "content": "one"}, {"role": "assi
 PROBE_WITH_REASONING: tuple[Message, ...] = (PROBE[0], {**PROBE[1], "reasoning_content": "three"})
 INLINE_REASONING = "<think>...</think> at the start of an answer is read as its reasoning_content"
 """Warning: a template with its own way to write reasoning would write an empty think block before this one."""
-CROSSES_PROMPT_END = "a token reaches over the border of prompt and answer"
+CROSSES_PROMPT_END = "one token spans the end of the prompt and the start of the answer"
 """Warning: the prompt's tokens there are not those of inference; a token of both counts as the answer's."""
 TWO_BOS = "the row begins with the tokenizer's beginning token twice"
 
