@@ -9,6 +9,7 @@ https://arxiv.org/abs/2305.13245):
 It stores all scores, for short sequences.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,26 +47,49 @@ class _GroupedAttention(torch.autograd.Function):
     ) -> Tensor:
         shape, key_heads = query.shape[:3], key.shape[1]
         q, k, v = (_rows(states, key_heads) for states in (query, key, value))
-        scores = q.new_empty(len(q), q.shape[1], k.shape[1])
-        if attention_mask is None:
-            torch.bmm(q, k.mT, out=scores).mul_(scaling)
-        else:
-            scores.view(*shape, -1).copy_(attention_mask)
-            scores.baddbmm_(q, k.mT, alpha=scaling)
-        weights = torch.softmax(scores, -1)
+        output, weights = attend(q, k, v, attention_mask, scaling, shape)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scaling, ctx.shapes = scaling, (query.shape, key.shape, value.shape)
-        return torch.bmm(weights, v).view(*shape, -1).transpose(1, 2).contiguous()
+        return output.view(*shape, -1).transpose(1, 2).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, weights = ctx.saved_tensors
         grad_output = _rows(grad.transpose(1, 2), ctx.shapes[1][1])
-        grad_v = torch.bmm(weights.mT, grad_output)
-        grad_weights = torch.bmm(grad_output, v.mT)
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scaling)
-        grads = torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q), grad_v
+        grads = attend_backward(grad_output, q, k, v, weights, ctx.scaling)
         return *(each.view(shape) for each, shape in zip(grads, ctx.shapes, strict=True)), None, None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Return the output, (n, rows, value features), and the weights, (n, rows, key seq); n is batch * key heads.
+
+    Args:
+        q: (n, rows, features); rows are heads per key head * seq.
+        k: (n, key seq, features).
+        v: (n, key seq, value features).
+        mask: added to the scores, (batch or 1, 1, seq, key seq).
+        scaling: factor of the scores.
+        shape: (batch, heads, seq).
+    """
+    scores = q.new_empty(len(q), q.shape[1], k.shape[1])
+    if mask is None:
+        torch.bmm(q, k.mT, out=scores).mul_(scaling)
+    else:
+        scores.view(*shape, -1).copy_(mask)
+        scores.baddbmm_(q, k.mT, alpha=scaling)
+    weights = torch.softmax(scores, -1)
+    return torch.bmm(weights, v), weights
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v of `attend` from that of its output."""
+    grad_v = torch.bmm(weights.mT, grad)
+    grad_scores = torch._softmax_backward_data(torch.bmm(grad, v.mT), weights, -1, weights.dtype).mul_(scaling)
+    return torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q), grad_v
 
 
 def _rows(x: Tensor, key_heads: int) -> Tensor:

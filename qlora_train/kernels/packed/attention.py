@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from qlora_train.kernels.grouped_attention import grouped_attention, in_one_dtype
 from qlora_train.kernels.packed import varlen
 from qlora_train.kernels.packed.document_index import Document, DocumentIndex, find_documents
+from qlora_train.kernels.packed.eager_documents import EagerDocuments, eager_documents
 from qlora_train.kernels.packed.varlen import CAUSAL, SequenceLengths, Window, varlen_documents
 
 NAME = "packed_documents"
@@ -67,13 +67,13 @@ class Documents:
     Attributes:
         batches: in the order of `index`.
         index: gathers the row's tokens into the batches.
-        biases: added to the scores of each batch, (1, 1, length, length), for eager attention; None: sdpa.
+        eager: for short documents on a CPU; None: sdpa.
         lengths: for the varlen kernel; None: it does not apply.
     """
 
     batches: tuple[DocumentBatch, ...]
     index: DocumentIndex
-    biases: tuple[Tensor, ...] | None = None
+    eager: EagerDocuments | None = None
     lengths: SequenceLengths | None = None
 
 
@@ -154,7 +154,8 @@ def _batched(
     if window is not None and varlen.works_on(device, windowed=window != CAUSAL):
         return replace(found, lengths=SequenceLengths.of(documents, device, window))
     if device.type == "cpu" and batches[0].length <= MAX_EAGER_LENGTH:
-        return replace(found, biases=tuple(_bias(batch) for batch in batches))
+        sizes = [(batch.num_documents, batch.length) for batch in batches]
+        return replace(found, eager=EagerDocuments(sizes, [_bias(batch) for batch in batches], found.index))
     return found
 
 
@@ -219,11 +220,11 @@ def packed_attention(
         return compute(module, query, key, value, attention_mask, **options)
     documents = attention_mask
     if scaling is None or is_capped or options.get("position_bias") is not None or options.get("dropout"):
-        documents = replace(documents, lengths=None, biases=None)
+        documents = replace(documents, lengths=None, eager=None)
     if documents.lengths is not None and varlen.supports(query, value):
         return varlen_documents(query, key, value, documents.lengths, scaling), None
-    if documents.biases is not None:  # gather in the dtype of the products, so that autocast rounds before shared sums
-        query, key, value = in_one_dtype(query, key, value)
+    if documents.eager is not None:
+        return eager_documents(query, key, value, documents.eager, scaling), None
 
     sizes = [batch.num_documents * batch.length for batch in documents.batches]
 
@@ -235,12 +236,9 @@ def packed_attention(
         each = zip(documents.index.gather(rows, is_query=is_query).split(sizes), documents.batches, strict=True)
         return [part.unflatten(0, (batch.num_documents, batch.length)).transpose(1, 2) for part, batch in each]
 
-    states = zip(in_batches(query, is_query=True), in_batches(key), in_batches(value), strict=True)
-    if documents.biases is not None:
-        outputs = [grouped_attention(*qkv, bias, scaling) for qkv, bias in zip(states, documents.biases, strict=True)]
-    else:
-        each = zip(states, documents.batches, strict=True)
-        outputs = [compute(module, *qkv, batch.mask, **options)[0] for qkv, batch in each]
+    qkv = (in_batches(query, is_query=True), in_batches(key), in_batches(value))
+    each = zip(*qkv, documents.batches, strict=True)
+    outputs = [compute(module, q, k, v, batch.mask, **options)[0] for q, k, v, batch in each]
     flat = [output.flatten(0, 1) for output in outputs]
     return documents.index.scatter(flat[0] if len(flat) == 1 else torch.cat(flat))[None], None
 
