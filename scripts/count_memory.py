@@ -35,7 +35,7 @@ from triton.runtime.jit import JITFunction
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops import dequantize, dispatch
 from qlora_train.objectives.chunked_loss import CHUNK_BYTES, LABEL_MULTIPLE
-from qlora_train.objectives.sft_loss import choose_chunk_tokens, label_losses
+from qlora_train.objectives.label_losses import choose_chunk_tokens, label_losses
 from qlora_train.training.memory import memory_probe
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.parity import fused_kernels, preserve_state

@@ -18,7 +18,7 @@ from qlora_train.evaluation.batched_inference import (
     row_too_long,
 )
 from qlora_train.objectives.chunked_loss import EVAL_LOGITS_BYTES
-from qlora_train.objectives.sft_loss import label_logits, label_losses
+from qlora_train.objectives.label_losses import label_logits, label_losses
 from qlora_train.utils import signals
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import DataError

@@ -6,7 +6,7 @@ Transformers computes the loss from the router logits. Routers are frozen here: 
 import logging
 from typing import Any
 
-from qlora_train.objectives.sft_loss import has_aux_loss
+from qlora_train.objectives.label_losses import has_aux_loss
 from qlora_train.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -30,8 +30,8 @@ from qlora_train.data import PreparedData
 from qlora_train.data.collate import Batch, FlatteningCollator
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels import host_copies
+from qlora_train.objectives.label_losses import LabelLosses, choose_chunk_tokens, label_losses
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS, choose_router_aux_loss_coef
-from qlora_train.objectives.sft_loss import LabelLosses, choose_chunk_tokens, label_losses
 from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import BatchSource, RowBatches, make_batch_source
 from qlora_train.training.lr_schedule import make_lr_scheduler

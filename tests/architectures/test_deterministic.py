@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.kernels.install import install
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training.parity.gradients import gradients_of
 from qlora_train.utils.device import deterministic_algorithms
 from qlora_train.utils.errors import explain

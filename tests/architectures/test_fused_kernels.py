@@ -7,7 +7,7 @@ import pytest
 
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.kernels.install import install
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from tests.architectures.conftest import Table
 from tests.support.batches import BATCH

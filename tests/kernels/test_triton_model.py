@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_train.kernels import expert_weights, frozen_weight
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops import dequantize
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from tests.support.runs import adapted_model
 from tests.support.triton_interpreter import DEVICE, needs_its_device, use_kernels

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops.dequantize import dequantize
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from tests.support import nf4_reference
 from tests.support.runs import adapted_model, train_run

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_train.objectives.sft_loss import has_aux_loss, label_losses
+from qlora_train.objectives.label_losses import has_aux_loss, label_losses
 from qlora_train.runs import RunFolder
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import ConfigError

@@ -32,7 +32,7 @@ from model_flops import model_shape, step_flops
 
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.utils.constants import IGNORE_INDEX
 from tests.support.pico import build_config
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from qlora_train.architectures import ARCHITECTURES
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 
 PACKABLE = sorted(name for name, row in ARCHITECTURES.items() if not row.packing_error)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.kernels.install import install
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training.memory import activation_offloading
 from qlora_train.training.memory.activation_checkpointing import CheckpointingLevel, LayerCheckpointing
 from qlora_train.training.memory.activation_offloading import ActivationOffloading, Slabs

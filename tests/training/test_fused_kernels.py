@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from qlora_train.adapters import AdaptedModel
 from qlora_train.kernels import shared_input
 from qlora_train.kernels.install import FusedKernels, install
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training.memory.dequantized_cache import fill_cache
 from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from qlora_train.utils.errors import CheckpointError

@@ -16,7 +16,7 @@ from qlora_train.kernels import tiled
 from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.lora_linear import LoraLayers
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training.memory.activation_checkpointing import LEVELS, LayerCheckpointing, saved_bytes
 from qlora_train.training.parity import gradients
 from qlora_train.training.parity.gradients import compare_gradients, gradients_of

@@ -23,7 +23,7 @@ from qlora_train.data.collate import FlatteningCollator
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels.packed import attention as document_attention
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.pipeline import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer

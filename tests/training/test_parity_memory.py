@@ -15,7 +15,7 @@ from qlora_train.kernels import function_overrides, fused_mlp
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops import rms_norm
 from qlora_train.kernels.packed import varlen
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training import padding_free
 from qlora_train.training.parity import fused_kernels
 from qlora_train.training.parity.gradients import TOLERANCES, gradients_of

@@ -16,7 +16,7 @@ from qlora_train.config import RunConfig, load_config
 from qlora_train.config.schema import SCHEDULES
 from qlora_train.data import PreparedData
 from qlora_train.models import load_model
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.pipeline import prepare, run
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer, train

@@ -21,7 +21,7 @@ from qlora_train.architectures import check_packing
 from qlora_train.config import RunConfig
 from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import ConfigError, first_line
 from qlora_train.utils.eval_mode import eval_mode

@@ -11,7 +11,7 @@ from qlora_train.data import PreparedData
 from qlora_train.data.collate import PaddingCollator, padding_multiple
 from qlora_train.data.streaming import RowStream
 from qlora_train.kernels.install import FusedKernels, install
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.runs import RunFolder
 from qlora_train.training.parity.gradients import TOLERANCES, Gradients, gradients_of
 from qlora_train.training.parity.parity_check import check_parity, load_parity, save_parity, with_fitting_size

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.kernels.lora_dropout import lora_dropout_off
-from qlora_train.objectives.sft_loss import label_losses
+from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training.parity.preserve_state import preserve_model_state
 
 NEGLIGIBLE = 1e-3

@@ -1,4 +1,4 @@
-"""The loss of supervised fine-tuning: negative log-likelihood of the label tokens, with logits for label tokens only.
+"""Negative log-likelihood of the label tokens, which every objective is made of, with logits for label tokens only.
 
 With a vocabulary of 150,000 tokens the logits are the largest tensor of a step. A pre-hook on the model's own head selects
 the hidden states that predict a label: logits are (num_labels, vocabulary) instead of (batch, seq, vocabulary), and scaling
