@@ -85,12 +85,12 @@ class RowBatches:
         collate: PaddingCollator | FlatteningCollator,
         budget: TokenBudget | None = None,
     ) -> None:
-        self.rows, self._order, self._config = rows, order, config
+        self.rows, self.order, self._config = rows, order, config
         self.collate = StepCollator(collate, budget)
 
     def with_collator(self, collate: FlatteningCollator, budget: TokenBudget | None = None) -> "RowBatches":
         """Return the same steps with another collator; `budget`: see `StepCollator`."""
-        return RowBatches(self.rows, self._order, self._config, collate, budget)
+        return RowBatches(self.rows, self.order, self._config, collate, budget)
 
     def steps(self) -> Iterator[list[list[IndexedExample]]]:
         """Yield the rows of each step of the first epoch, in the micro-batches of the settings."""
@@ -100,14 +100,14 @@ class RowBatches:
 
     def epoch_steps(self, epoch: int) -> Iterator[list[list[int]]]:
         """Yield the row indices of each micro-batch of each step."""
-        micro_batches = self._order.epoch_batches(epoch)
+        micro_batches = self.order.epoch_batches(epoch)
         while step := list(islice(micro_batches, self._config.train.gradient_accumulation_steps)):
             yield step
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch; None for a stream."""
-        return math.ceil(len(self._order) / self._config.train.gradient_accumulation_steps)
+        return math.ceil(len(self.order) / self._config.train.gradient_accumulation_steps)
 
     def loader(self, trainer: HasTrainerState) -> DataLoader[Any]:
         """Return the steps of the trainer's current epoch."""
@@ -157,7 +157,7 @@ class StreamBatches(IterableDataset[list[Batch]]):
     steps_per_epoch: None = None
 
     def __init__(self, stream: RowStream, config: RunConfig, collate: PaddingCollator) -> None:
-        self._stream, self._collate = stream, collate
+        self.stream, self._collate = stream, collate
         self._batch_size = config.train.per_device_train_batch_size
         self._rows_per_step = self._batch_size * config.train.gradient_accumulation_steps
         self._locations: deque[tuple[int, str]] = deque(maxlen=2 * self._rows_per_step)
@@ -171,7 +171,7 @@ class StreamBatches(IterableDataset[list[Batch]]):
     def __iter__(self) -> Iterator[list[Batch]]:
         assert self._trainer is not None
         start = self._trainer.state.global_step * self._rows_per_step
-        indexed = zip(count(start), self._stream.rows(start), strict=False)
+        indexed = zip(count(start), self.stream.rows(start), strict=False)
         while True:
             rows = list(islice(indexed, self._rows_per_step))
             self._locations.extend((index, example.where) for index, example in rows)
@@ -191,11 +191,11 @@ class StreamBatches(IterableDataset[list[Batch]]):
 
     def state(self) -> list[list[int]]:
         """Return the row counts of the windows tokenised so far."""
-        return list(self._stream.counts)
+        return list(self.stream.counts)
 
     def restore(self, state: list[list[int]]) -> None:
         """Restore the row counts of windows that an earlier process tokenised."""
-        self._stream.counts = list(state)
+        self.stream.counts = list(state)
 
 
 BatchSource = RowBatches | StreamBatches

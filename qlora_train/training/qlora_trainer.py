@@ -37,7 +37,6 @@ from qlora_train.training.batch_source import BatchSource, RowBatches, make_batc
 from qlora_train.training.lr_schedule import make_lr_scheduler
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, choose_checkpointing
 from qlora_train.training.memory.activation_offloading import ActivationOffloading
-from qlora_train.training.memory.worst_case_batch import worst_case_batches
 from qlora_train.training.padding_free import choose_padding_free
 from qlora_train.training.parity.document_isolation import isolate_documents
 from qlora_train.training.resumable_trainer import ResumableTrainer
@@ -161,10 +160,6 @@ class QloraTrainer(ResumableTrainer):
                 return flattened
         counts_padding = config.data.packing and has_router_loss
         return source.with_collator(FlatteningCollator(loaded.tokenizer.pad_token_id)) if counts_padding else source
-
-    def worst_case_batches(self) -> list[Batch]:
-        """Return the largest micro-batches of this run."""
-        return worst_case_batches(self.examples, self.config, self.batch_source)
 
     def _track_num_input_tokens(self, inputs: list[Batch]) -> None:
         """Count the tokens of the rows, without padding; a shared prefix counts in every row."""

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_train.data.batch_order import RowOrder
-from qlora_train.data.collate import PaddingCollator
 from qlora_train.data.streaming import RowStream
 from qlora_train.models import resolve_base
 from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
 from qlora_train.runs import RunFolder, apply_fitted_settings, random_state, read_json, record_fitted_settings
 from qlora_train.training import train_loop
+from qlora_train.training.batch_source import make_batch_source
 from qlora_train.training.memory.memory_probe import probe_memory
-from qlora_train.training.memory.worst_case_batch import worst_case_rows
+from qlora_train.training.memory.worst_case_batch import worst_case_batches
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import CheckpointError, is_out_of_memory
 from tests.support.memory_limit import WITHOUT_LIMIT, run_limited
@@ -150,7 +150,7 @@ def test_no_batch_of_a_run_is_larger_than_the_worst_case(
     rows.write_text(rows.read_text() + json.dumps({"messages": long_question}) + "\n")  # most tokens, fewest labels
     config = make_config(tmp_path, pico_llama, "data.eval=null", "train.eval_steps=null", *settings)
     trainer, _ = trainer_of(config)
-    tried, *others = trainer.worst_case_batches()
+    tried, *others = worst_case_batches(trainer.batch_source, config)
     assert all(other["input_ids"].numel() == tried["input_ids"].numel() for other in others)
     num_documents = max(len(batch["row"]) for batch in (tried, *others))
     steps = trainer.batch_source.steps_per_epoch
@@ -176,7 +176,8 @@ def test_worst_case_of_a_stream_is_full_rows(pico_llama: Path, tmp_path: Path) -
     config = make_config(tmp_path, pico_llama, *streamed, "train.per_device_train_batch_size=3")
     data, _ = prepare_tokenizer_and_data(config, resolve_base(config.model), date=DATE)
     assert isinstance(data.train, RowStream)
-    tried = PaddingCollator(0)(list(enumerate(worst_case_rows(data, config))))
+    source = make_batch_source(data.train, config, 0, torch.device("cpu"), group_batch_size=3)
+    (tried,) = worst_case_batches(source, config)
     assert tried["input_ids"].shape == (3, config.data.max_length)
     share = max(np.count_nonzero(row.loss_mask) / len(row.input_ids) for row in data.train.head())
     num_labels = int((tried["labels"] != IGNORE_INDEX).sum())

@@ -16,7 +16,7 @@ from qlora_train.training import padding_free
 from qlora_train.training.memory import auto_batch_size
 from qlora_train.training.memory.auto_batch_size import fitting_trainer, record_fallback
 from qlora_train.training.memory.memory_probe import MemoryProbe, probe_memory
-from qlora_train.training.memory.worst_case_batch import token_budget
+from qlora_train.training.memory.worst_case_batch import token_budget, worst_case_batches
 from qlora_train.training.padding_free import min_tokens_on
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.constants import IGNORE_INDEX
@@ -93,7 +93,7 @@ def test_deterministic_runs_do_not_depend_on_free_memory(pico_llama: Path, tmp_p
 def test_raised_budget_makes_fewer_micro_batches_within_the_worst_case(pico_llama: Path, tmp_path: Path) -> None:
     trainer, _ = trainer_of(make_config(tmp_path, pico_llama, *A_ROW_AT_A_TIME))
     assert isinstance(probe_memory(trainer), MemoryProbe)
-    batches = trainer.worst_case_batches()
+    batches = worst_case_batches(trainer.batch_source, trainer.config)
     steps = list(trainer.get_train_dataloader())
     assert {len(step) for step in steps} == {1}
     for count in (lambda batch: batch["input_ids"].numel(), lambda batch: int((batch["labels"] != IGNORE_INDEX).sum())):

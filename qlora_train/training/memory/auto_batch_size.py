@@ -59,7 +59,8 @@ def fitting_trainer(make: Callable[[RunConfig], QloraTrainer], config: RunConfig
         checkpoints = set(trainer.layer_checkpointing.levels) != {"none"}
         if checkpoints and not run.has_begun() and lower_token_budget(run, "less recomputation comes first"):
             return fitting_trainer(make, config, run)
-    logger.info("memory: %s fits%s", probe.batch, probe.memory)
+    peak = "" if probe.peak_bytes is None else f" (peak {probe.peak_bytes / 1e9:.1f} GB)"
+    logger.info("memory: %s fits%s", probe.batch, peak)
     return trainer
 
 

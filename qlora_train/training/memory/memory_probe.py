@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora_train.config.optimizers import OPTIMIZERS, optimizer_state_bytes
 from qlora_train.data.collate import Batch
+from qlora_train.training.memory.worst_case_batch import worst_case_batches
 from qlora_train.training.optimizer import trained_tensors
 from qlora_train.training.parity.gradients import enable_full_checkpointing
 from qlora_train.training.parity.preserve_state import preserve_model_state
@@ -31,15 +32,10 @@ class MemoryProbe:
     problem: str | None = None
     peak_bytes: int | None = None
 
-    @property
-    def memory(self) -> str:
-        """Peak memory for the log; empty if unknown."""
-        return "" if self.peak_bytes is None else f" (peak {self.peak_bytes / 1e9:.1f} GB)"
-
 
 def probe_memory(trainer: QloraTrainer) -> MemoryProbe:
     """Run the worst-case micro-batches forward and backward. Evaluation has its own batch size search."""
-    device, batches = trainer.adapted.loaded.device, trainer.worst_case_batches()
+    device, batches = trainer.adapted.loaded.device, worst_case_batches(trainer.batch_source, trainer.config)
     if device.type == "cuda":
         free_memory()  # reserved by start-up and no longer used
         torch.cuda.reset_peak_memory_stats(device)
@@ -52,7 +48,7 @@ def probe_memory(trainer: QloraTrainer) -> MemoryProbe:
 
 def forward_worst_case(trainer: QloraTrainer) -> None:
     """Run the largest micro-batch forward in training mode; the model's state is preserved."""
-    batch, *_ = trainer.worst_case_batches()
+    batch, *_ = worst_case_batches(trainer.batch_source, trainer.config)
     with preserve_model_state(trainer.model):
         trainer.model.train()
         _mean_loss(trainer, trainer.model, batch)
