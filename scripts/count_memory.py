@@ -94,6 +94,7 @@ class Fake4bit(bnb.nn.Linear4bit):
     def describe_weight(self) -> None:
         """Give the weight what bitsandbytes' and PEFT's layers read there."""
         self.weight.compress_statistics, self.weight.quant_type, self.weight.quant_state = True, "nf4", self.state
+        self.quant_state = self.state
 
 
 def _always(result: Any) -> Callable[..., Any]:

@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
+from qlora_train.kernels.frozen_weight import packed_weight
+
 
 def train_in_float32(model: PeftModel, compute_dtype: torch.dtype) -> None:
     """Cast trainable parameters to float32, and wrap the forward of trained base modules accordingly.
@@ -45,7 +47,8 @@ def _forward_with_float32_bias(layer: nn.Linear, dtype: torch.dtype) -> Callable
         # bitsandbytes would replace the float32 bias by a rounded one in its first forward
         bias = layer.bias.to(dtype)
         if isinstance(layer, Linear4bit):
-            result = matmul_4bit(x.to(dtype), layer.weight, bias=bias, quant_state=layer.weight.quant_state)
+            weight, quant_state = packed_weight(layer)
+            result = matmul_4bit(x.to(dtype), weight, bias=bias, quant_state=quant_state)
         else:
             result = functional.linear(x.to(dtype), layer.weight, bias)
         return result.to(x.dtype)

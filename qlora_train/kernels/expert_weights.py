@@ -94,7 +94,7 @@ class ExpertWeights(nn.Module):
     @torch.no_grad()
     def matrix(self, codes: Tensor, index: int, *, out: Tensor | None = None) -> Tensor:
         """Return the dequantized weights of one expert, (a, b), without LoRA."""
-        return dequantize(codes[index].unsqueeze(1), self._state(index), self.dtype, out=out)
+        return dequantize(codes.view(self.shape[0], -1, 1)[index], self._state(index), self.dtype, out=out)
 
     def _state(self, index: int) -> QuantState:
         nested = {}

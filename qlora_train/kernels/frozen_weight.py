@@ -3,10 +3,19 @@
 from typing import Any
 
 import torch
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
 from qlora_train.kernels.ops.dequantize import dequantize
+
+
+def packed_weight(layer: Linear4bit) -> tuple[Tensor, QuantState]:
+    """Return the codes of a 4-bit layer, (bytes, 1) uint8, and their quantization state.
+
+    The state is the layer's own: a weight that FSDP has gathered is a plain parameter, which has none.
+    """
+    return layer.weight.data.view(-1, 1), layer.quant_state
 
 
 class FrozenWeight:
@@ -43,7 +52,7 @@ class FrozenWeight:
         """Return the weight in `dtype`, (out, in)."""
         if self.cached is not None:
             return self.cached
-        weight: Tensor = self._layer.weight
         if not self.is_quantized:
+            weight: Tensor = self._layer.weight
             return weight.detach()
-        return dequantize(weight.data, self._layer.weight.quant_state, self.dtype)
+        return dequantize(*packed_weight(self._layer), self.dtype)

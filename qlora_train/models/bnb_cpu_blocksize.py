@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qlora_train.kernels.frozen_weight import packed_weight
 from qlora_train.kernels.ops.dequantize import dequantize
 
 
@@ -28,10 +29,10 @@ def has_partial_blocks(model: nn.Module) -> bool:
 
 
 def _has_partial_blocks(module: Any) -> bool:
-    return isinstance(module, Linear4bit) and module.in_features % module.weight.quant_state.blocksize != 0
+    return isinstance(module, Linear4bit) and module.in_features % module.quant_state.blocksize != 0
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
-    weight = dequantize(module.weight.data, module.weight.quant_state, module.compute_dtype)
+    weight = dequantize(*packed_weight(module), module.compute_dtype)
     bias = None if module.bias is None else module.bias.to(weight.dtype)
     return functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)

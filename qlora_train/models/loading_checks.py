@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -81,8 +81,8 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) ->
 def _mismatched_4bit(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """Yield name, stored and expected shape of mismatched 4-bit weights, which Transformers does not compare."""
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit) and isinstance(module.weight, Params4bit) and module.weight.quant_state:
-            stored, expected = tuple(module.weight.quant_state.shape), (module.out_features, module.in_features)
+        if isinstance(module, Linear4bit) and module.quant_state:
+            stored, expected = tuple(module.quant_state.shape), (module.out_features, module.in_features)
             if stored != expected:
                 yield f"{name}.weight", stored, expected
 
