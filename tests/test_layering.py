@@ -9,21 +9,22 @@ from pathlib import Path
 from tests.support.source_tree import FILES, PACKAGE, imported, tree_of
 
 ORDER = (
-    "utils", "config", "architectures", "kernels", "objectives", "data", "models", "adapters", "runs", "evaluation",
-    "training", "export", "planning", "inference", "pipeline", "cli",
+    "utils", "config", "parallel", "architectures", "kernels", "objectives", "data", "models", "adapters", "runs",
+    "evaluation", "training", "export", "planning", "inference", "pipeline", "cli",
 )  # fmt: skip
 """Packages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
-    "utils": set(), "config": {"utils"}, "architectures": {"utils"}, "kernels": set(), "runs": {"config", "utils"},
+    "utils": set(), "config": {"utils"}, "parallel": {"utils"}, "architectures": {"utils"}, "kernels": set(),
+    "runs": {"config", "parallel", "utils"},
 }  # fmt: skip
 """Packages that may import only these packages."""
 FORBIDDEN = {"data": {"kernels", "models", "objectives"}, "training": {"export"}, "runs": {"training"}}
 """Packages that must not import these earlier ones."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}
 """Libraries that take seconds to load."""
-LIGHT = ["cli", "utils", "config", "architectures", "data"]
+LIGHT = ["cli", "utils", "config", "parallel", "architectures", "data"]
 """Packages that do not import torch, so that errors appear within milliseconds."""
-WITH_TENSORS = {"collate.py", "device.py", "nvidia_driver.py"}
+WITH_TENSORS = {"collate.py", "device.py", "nvidia_driver.py", "process_group.py"}
 """Files of light packages that use tensors."""
 RESTRICTED = PACKAGE / "models" / "legacy_bin.py"
 """The one file that reads pickles, with weights_only."""

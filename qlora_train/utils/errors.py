@@ -51,6 +51,10 @@ class ExportError(UserError):
     """An export that cannot be written, or that would differ from the trained model."""
 
 
+class ProcessGroupError(UserError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
 MAX_CONTAINING = 3
 """More names than this that contain the word are not suggested."""
 

@@ -1,0 +1,129 @@
+"""The context of several processes: collectives of torch.distributed, gloo for host tensors and NCCL for GPU tensors.
+
+accelerate and the Trainer are not told: each process is one of its own to them, and what is exchanged is written out where
+it is needed.
+
+While a process waits for others it handles signals: it waits for asynchronous collectives in Python. A process that ends
+closes its connections, so that the others' collectives raise `ProcessGroupError` at once.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qlora_train.parallel.context import Context, set_context
+from qlora_train.utils import signals
+from qlora_train.utils.errors import ProcessGroupError, first_line
+from qlora_train.utils.launcher import Worker
+
+Value = TypeVar("Value")
+
+STEP_TIMEOUT = timedelta(hours=1)
+"""For the processes to connect, and for sums: a rank that hangs ends the run."""
+PATIENT_TIMEOUT = timedelta(days=7)
+"""For barriers and objects: one rank may tokenise the data of all."""
+MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1e-4, 0.02
+
+
+class ProcessGroupContext(Context):
+    """A run of several processes, which `joined` connects."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.rank, self.world_size = worker.rank, worker.world_size
+        self.local_rank, self.local_world_size = worker.local_rank, worker.local_world_size
+        self._patient: Any = dist.new_group(backend="gloo", timeout=PATIENT_TIMEOUT)
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here, however long that takes."""
+        self._reduce(torch.zeros(1, dtype=torch.int64), self._patient)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all ranks, in place, and return it; the result is bitwise equal on all ranks."""
+        return self._reduce(tensor, None)
+
+    def all_true(self, flag: bool) -> bool:
+        """Return whether `flag` is true on every rank."""
+        return int(self._reduce(torch.tensor([int(not flag)]), self._patient)) == 0
+
+    def broadcast(self, value: Value) -> Value:
+        """Return rank 0's value, a picklable object; that of the other ranks is ignored."""
+        self.barrier()
+        values = [value]
+        with _peer_errors():
+            dist.broadcast_object_list(values, src=0, group=self._patient)
+        return values[0]
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return the values of all ranks, picklable objects, by rank."""
+        self.barrier()
+        values: list[Any] = [None] * self.world_size
+        with _peer_errors():
+            dist.all_gather_object(values, value, group=self._patient)
+        return values
+
+    def leave(self) -> None:
+        """Disconnect from the other ranks; from here on each process is a run of its own."""
+        self.barrier()
+        dist.destroy_process_group()
+        set_context(Context())
+
+    def _reduce(self, tensor: Tensor, group: Any) -> Tensor:
+        with _peer_errors():
+            work = dist.all_reduce(tensor, group=group, async_op=True)
+            assert work is not None
+            pause = MIN_PAUSE_SECONDS
+            while tensor.device.type == "cpu" and not work.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE_SECONDS)
+            work.wait()
+        return tensor
+
+
+@contextmanager
+def joined(worker: Worker) -> Iterator[ProcessGroupContext]:
+    """Connect this process with the others, and make their context that of this process inside.
+
+    Raises:
+        ProcessGroupError: the others do not start in time.
+    """
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(0)  # the only one that is visible
+    try:
+        dist.init_process_group(
+            backend, init_method=worker.rendezvous, rank=worker.rank, world_size=worker.world_size, timeout=STEP_TIMEOUT
+        )
+        joined_context = ProcessGroupContext(worker)
+    except (RuntimeError, ValueError) as error:
+        signals.raise_if_requested()
+        raise ProcessGroupError(
+            f"rank {worker.rank}: cannot connect to the other processes at {worker.rendezvous}: {first_line(error)}"
+        ) from error
+    set_context(joined_context)
+    try:
+        yield joined_context
+    finally:
+        set_context(Context())
+        # after a failure NCCL would wait for processes that have ended
+        if dist.is_initialized() and (sys.exception() is None or backend == "gloo"):
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _peer_errors() -> Iterator[None]:
+    """Raise a ProcessGroupError if another process has ended; a stop that this process was asked for comes first."""
+    try:
+        yield
+    except RuntimeError as error:
+        signals.raise_if_requested()
+        raise ProcessGroupError(
+            f"rank {dist.get_rank()}: another process of the run has ended ({first_line(error)}); its own message says "
+            "why; complete files are intact, and the same command resumes"
+        ) from error

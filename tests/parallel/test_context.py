@@ -1,0 +1,66 @@
+"""The context of one process is trivial; that of several exchanges values, and notices a process that has ended."""
+
+import ast
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_train.parallel import context
+from tests.support.collectives import end_first, exchange, sum_of_random
+from tests.support.source_tree import PACKAGE, imported, tree_of
+from tests.support.workers import run_workers
+
+
+def test_one_process_is_a_run_of_its_own() -> None:
+    this = context()
+    tensor = torch.tensor([1.0, 2.0])
+    assert (this.rank, this.world_size, this.is_main, this.is_local_main) == (0, 1, True, True)
+    assert this.sum_(tensor) is tensor
+    assert (this.all_true(True), this.all_true(False)) == (True, False)
+    assert (this.broadcast("value"), this.gather("value")) == ("value", ["value"])
+    with this.local_main_first():
+        this.barrier()
+
+
+def test_torch_distributed_is_imported_by_one_module() -> None:
+    importers = {
+        file.name
+        for file in PACKAGE.rglob("*.py")
+        if any(name.startswith("torch.distributed") for name in imported(ast.walk(tree_of(file))))
+    }
+    assert importers == {"process_group.py"}
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_every_rank_gets_the_same_values(num_processes: int, tmp_path: Path) -> None:
+    results = run_workers(exchange, num_processes, tmp_path)
+    ranks = list(range(num_processes))
+    assert [result["rank"] for result in results] == ranks
+    for result in results:
+        assert result["sum"] == [sum(ranks), num_processes]
+        assert result["all"] == (True, False)
+        assert result["broadcast"] == {"rank": 0}
+        assert [(rank, int(tensor)) for rank, tensor in result["gather"]] == [(rank, rank) for rank in ranks]
+    (first,), *others = (result["prepared"] for result in results)
+    assert all(first < later for (later,) in others)
+
+
+def test_sums_are_bitwise_equal_on_all_ranks(tmp_path: Path) -> None:
+    first, *others = run_workers(sum_of_random, 4, tmp_path, 100_003)
+    assert all(other == first for other in others)
+    expected = sum(torch.randn(100_003, generator=torch.Generator().manual_seed(rank)).double() for rank in range(4))
+    torch.testing.assert_close(
+        torch.frombuffer(bytearray(first), dtype=torch.float32), expected.float(), rtol=0, atol=2e-6
+    )
+
+
+def test_a_process_that_ends_is_noticed_at_once(tmp_path: Path) -> None:
+    started = time.monotonic()
+    first, second, third = run_workers(end_first, 3, tmp_path)
+    assert time.monotonic() - started < 30
+    assert second is None
+    for rank, message in ((0, first), (2, third)):
+        assert message.startswith(f"rank {rank}: another process of the run has ended")
+        assert "\n" not in message
