@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from triton.runtime.jit import JITFunction
 
+from qlora_train.evaluation.objective_table import SFT
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops import dequantize, dispatch
 from qlora_train.objectives.chunked_loss import CHUNK_BYTES, LABEL_MULTIPLE
@@ -211,7 +212,6 @@ def compare(adapted: Any, batch: dict[str, Tensor]) -> None:
 
 def trainer_of(adapted: Any, accumulation: int) -> Any:
     """Return what the memory probe reads of a trainer; the optimizer's state counts as resident, though it may be paged."""
-    chunk_tokens = choose_chunk_tokens(adapted.model)
     return SimpleNamespace(
         adapted=adapted,
         model=adapted.model,
@@ -219,7 +219,8 @@ def trainer_of(adapted: Any, accumulation: int) -> Any:
         config=SimpleNamespace(train=SimpleNamespace(gradient_accumulation_steps=accumulation)),
         accelerator=SimpleNamespace(backward=lambda loss: loss.backward()),
         compute_loss_context_manager=lambda: torch.autocast(DEVICE.type, torch.bfloat16),
-        label_losses=lambda model, inputs: label_losses(model, chunk_tokens, **inputs),
+        objective=SFT,
+        batch_loss=partial(SFT.loss, chunk_tokens=choose_chunk_tokens(adapted.model), with_aux_loss=False),
     )
 
 

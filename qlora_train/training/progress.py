@@ -24,14 +24,21 @@ LOG_FORMATS = {
     "grad_norm": "grad {:.3f}",
     ROUTER_AUX_LOSS: "router {:.3f}",
 }
-METRICS = (*LOG_FORMATS, "eval_runtime_seconds")
+"""Metrics of every objective, and how a log line prints them."""
 
 
 class ProgressCallback(TrainerCallback):
-    """Writes metrics to the log and to metrics.jsonl."""
+    """Writes metrics to the log and to metrics.jsonl.
 
-    def __init__(self, run: RunFolder) -> None:
+    Args:
+        run: the run folder.
+        objective_formats: how log lines print the objective's own metrics.
+    """
+
+    def __init__(self, run: RunFolder, objective_formats: Mapping[str, str]) -> None:
         self._run = run
+        self._formats = {**LOG_FORMATS, **objective_formats}
+        self._metrics = (*self._formats, "eval_runtime_seconds")
         self._bar: Progress | None = None
         self._has_begun = False
         self._start_seconds, self._start_step, self._start_tokens = time.perf_counter(), 0, 0
@@ -56,12 +63,12 @@ class ProgressCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_k: Any) -> None:
         """Write the metrics."""
-        metrics = {key: value for key, value in (logs or {}).items() if key in METRICS}
+        metrics = {key: value for key, value in (logs or {}).items() if key in self._metrics}
         if not metrics:
             return
-        line = _metrics_line({"step": state.global_step, "epoch": state.epoch, **metrics})
+        line = self._line({"step": state.global_step, "epoch": state.epoch, **metrics})
         atomic_io.append_line(self._run.metrics_file, line)
-        parts = [text.format(metrics[key]) for key, text in LOG_FORMATS.items() if key in metrics]
+        parts = [text.format(metrics[key]) for key, text in self._formats.items() if key in metrics]
         if self._bar is not None:
             speed = self._tokens_per_second(state)
             self._bar.update(self._bar.task_ids[0], description=f"{parts[0]}  {speed:.0f} tokens/s")
@@ -95,9 +102,8 @@ class ProgressCallback(TrainerCallback):
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl from a log history, without the lines of steps after its checkpoint."""
-        lines = [_metrics_line(entry) for entry in history if entry.keys() & set(METRICS)]
+        lines = [self._line(entry) for entry in history if entry.keys() & set(self._metrics)]
         atomic_io.write_text(self._run.metrics_file, "".join(line + "\n" for line in lines))
 
-
-def _metrics_line(entry: Mapping[str, Any]) -> str:
-    return json.dumps({key: entry[key] for key in ("step", "epoch", *METRICS) if key in entry})
+    def _line(self, entry: Mapping[str, Any]) -> str:
+        return json.dumps({key: entry[key] for key in ("step", "epoch", *self._metrics) if key in entry})

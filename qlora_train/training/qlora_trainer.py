@@ -3,10 +3,10 @@
 What differs from SFTTrainer, and why:
 
 - a loop iteration is an optimizer step, whose micro-batches the batch source makes, possibly padding-free;
-- the loss is the summed negative log-likelihood of all label tokens of the accumulated batch, divided by their number;
+- the loss is that of an `Objective`, summed over the accumulated batch and divided by its items: label tokens for SFT;
 - the order of rows is a function of seed and epoch;
 - non-finite losses and gradients never reach the weights (`step_guard`);
-- `eval_loss` is the total negative log-likelihood divided by the number of label tokens;
+- `eval_loss` is the objective's mean over all held-out rows, not a mean of batch means;
 - warm-up starts above 0 (`lr_schedule`);
 - adapters stay float32, which TRL casts to bfloat16 for quantized models.
 """
@@ -28,15 +28,17 @@ from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.collate import Batch, FlatteningCollator
-from qlora_train.evaluation.held_out_loss import held_out_loss
+from qlora_train.evaluation.objective_table import SFT, Objective
 from qlora_train.kernels import host_copies
-from qlora_train.objectives.label_losses import LabelLosses, choose_chunk_tokens, label_losses
+from qlora_train.objectives.batch_loss import BatchLoss
+from qlora_train.objectives.label_losses import choose_chunk_tokens
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS, choose_router_aux_loss_coef
 from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import BatchSource, RowBatches, make_batch_source
 from qlora_train.training.lr_schedule import make_lr_scheduler
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, choose_checkpointing
 from qlora_train.training.memory.activation_offloading import ActivationOffloading
+from qlora_train.training.metric_means import MetricMeans
 from qlora_train.training.padding_free import choose_padding_free
 from qlora_train.training.parity.document_isolation import isolate_documents
 from qlora_train.training.resumable_trainer import ResumableTrainer
@@ -64,6 +66,7 @@ class QloraTrainer(ResumableTrainer):
         group_batch_size: see `RowOrder`; None: that of the settings.
         layer_checkpointing: the model's layers; None: without fused MLPs.
         has_fused_kernels: padding-free training requires them.
+        objective: what is trained.
     """
 
     def __init__(
@@ -77,8 +80,10 @@ class QloraTrainer(ResumableTrainer):
         group_batch_size: int | None = None,
         layer_checkpointing: LayerCheckpointing | None = None,
         has_fused_kernels: bool = True,
+        objective: Objective = SFT,
     ) -> None:
         self.config, self.run, self.examples, self.adapted = config, run, data, adapted
+        self.objective = objective
         self.aux_loss_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
         self.loss_chunk_tokens = choose_chunk_tokens(adapted.model)
         if self.loss_chunk_tokens is None:
@@ -93,8 +98,7 @@ class QloraTrainer(ResumableTrainer):
         self.schedule = make_schedule(config, self.batch_source.steps_per_epoch, has_eval=bool(data.eval))
         self._micro_losses: list[torch.Tensor] = []
         self._micro_rows: list[torch.Tensor] = []
-        self._micro_aux_losses: list[torch.Tensor] = []
-        self._aux_losses: list[float] = []
+        self._metric_means = MetricMeans()
         self.guard = NonFiniteGuard(config.train)
         self.layer_checkpointing = layer_checkpointing or LayerCheckpointing(adapted.model, [])
         checkpoints_all = choose_checkpointing(
@@ -177,12 +181,11 @@ class QloraTrainer(ResumableTrainer):
         return torch.stack(losses).sum()
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Batch]], device: torch.device) -> Any:
-        """Return the number of labels of the optimizer step, over all its micro-batches."""
-        batches = [batch for step in batch_samples for batch in step]
-        return int(super()._get_num_items_in_batch(batches, torch.device("cpu")))  # on the GPU the host would wait
+        """Return the number of items of the optimizer step, over all its micro-batches."""
+        return sum(self.objective.loss.num_items(batch) for step in batch_samples for batch in step)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Move to the device what the model reads; `label_losses` needs the rest on the host."""
+        """Move to the device what the model reads; losses need the rest on the host."""
         on_device = ("input_ids", "attention_mask")
         return {
             name: host_copies.to_device(tensor, self.args.device) if name in on_device else tensor
@@ -199,11 +202,13 @@ class QloraTrainer(ResumableTrainer):
         """Return a micro-batch's share of the loss of the accumulated batch, a scalar."""
         assert not return_outputs, "`evaluate` is overridden"
         assert num_items_in_batch is not None
-        losses = self.label_losses(model, inputs)
-        total = losses.nll.sum()
-        if losses.aux_loss is not None:
-            total = total + self.aux_loss_weight * losses.aux_loss * losses.nll.numel()
-            self._micro_aux_losses.append(losses.aux_loss.detach())
+        batch_loss = self.batch_loss(model, inputs)
+        total, num_items = batch_loss.total, self.objective.loss.num_items(inputs)
+        if batch_loss.aux_loss is not None:
+            total = total + self.aux_loss_weight * batch_loss.aux_loss * num_items
+            self._metric_means.add(ROUTER_AUX_LOSS, batch_loss.aux_loss, 1)
+        for name, metric in batch_loss.metrics.items():
+            self._metric_means.add(name, metric, num_items)
         loss = total / num_items_in_batch
         if not self._micro_losses:
             self._loss_before_step = self._tr_loss.clone()
@@ -211,11 +216,12 @@ class QloraTrainer(ResumableTrainer):
         self._micro_rows.append(inputs["row"])
         return loss
 
-    def label_losses(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LabelLosses:
-        """Return the losses of a micro-batch."""
-        batch = {name: tensor for name, tensor in inputs.items() if name != "row"}
+    def batch_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> BatchLoss:
+        """Return the objective's loss of a micro-batch."""
         with self._offloading.forward_pass(model) if self._offloading else nullcontext():
-            return label_losses(model, self.loss_chunk_tokens, with_aux_loss=self.aux_loss_weight > 0, **batch)
+            return self.objective.loss(
+                model, inputs, chunk_tokens=self.loss_chunk_tokens, with_aux_loss=self.aux_loss_weight > 0
+            )
 
     # --- checks ------------------------------------------------------------------------------------------------------
 
@@ -224,9 +230,7 @@ class QloraTrainer(ResumableTrainer):
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
         loss = float(torch.stack(self._micro_losses).sum())
         rows, self._micro_losses, self._micro_rows = self._micro_rows, [], []
-        if self._micro_aux_losses:
-            self._aux_losses += torch.stack(self._micro_aux_losses).tolist()
-            self._micro_aux_losses = []
+        self._metric_means.end_step()
         scaled = self.accelerator.scaler is not None
         if self.guard.allow(Step(self.state.global_step + 1, loss, norm, scaled, lambda: self._locations(rows))):
             return norm
@@ -236,10 +240,9 @@ class QloraTrainer(ResumableTrainer):
         return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log metrics, with the mean router loss of the steps."""
-        if "loss" in logs and self._aux_losses:
-            logs[ROUTER_AUX_LOSS] = sum(self._aux_losses) / len(self._aux_losses)
-            self._aux_losses = []
+        """Log metrics, with the means of the objective's metrics and of the router loss."""
+        if "loss" in logs:
+            logs.update(self._metric_means.take())
         super().log(logs, start_time)
 
     def _locations(self, rows: list[torch.Tensor]) -> str:
@@ -250,20 +253,21 @@ class QloraTrainer(ResumableTrainer):
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, *_arguments: Any, **_keywords: Any) -> dict[str, float]:
-        """Return and log `eval_loss`, nats per label token over all held-out rows."""
+        """Return and log the objective's metrics of all held-out rows, `eval_loss` among them."""
         started = time.perf_counter()
-        result = held_out_loss(
+        result = self.objective.evaluate(
             self.model,
             self.examples.eval,
             batch_size=self.config.train.per_device_eval_batch_size,
             pad_token_id=self.adapted.loaded.tokenizer.pad_token_id,
         )
-        if not math.isfinite(result.loss):
+        if not math.isfinite(result["loss"]):
             raise TrainingError(
-                f"step {self.state.global_step}: eval_loss is {result.loss}; lower train.learning_rate, or use bfloat16 "
+                f"step {self.state.global_step}: eval_loss is {result['loss']}; lower train.learning_rate, or use bfloat16 "
                 "where the hardware has it (quantization.bnb_4bit_compute_dtype)"
             )
-        metrics = {"eval_loss": result.loss, "eval_runtime_seconds": time.perf_counter() - started}
+        metrics = {f"eval_{name}": value for name, value in result.items()}
+        metrics["eval_runtime_seconds"] = time.perf_counter() - started
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

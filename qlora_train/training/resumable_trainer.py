@@ -23,6 +23,7 @@ from qlora_train.runs import (
 )
 from qlora_train.training.batch_source import BatchSource
 from qlora_train.training.lr_schedule import fast_forward
+from qlora_train.training.metric_means import MetricMeans
 from qlora_train.training.optimizer import page_restored_state
 from qlora_train.training.step_end import Schedule, best_step, evaluations
 from qlora_train.training.step_guard import NonFiniteGuard, check_finite
@@ -46,7 +47,7 @@ class ResumableTrainer(SFTTrainer):
     _tr_loss: torch.Tensor  # sum of the losses since the last log line
     _globalstep_last_logged: int
     _micro_losses: list[torch.Tensor]  # of the current optimizer step
-    _aux_losses: list[float]  # router losses since the last log line
+    _metric_means: MetricMeans
 
     def is_finished(self) -> bool:
         """Return whether no step is left."""
@@ -95,7 +96,7 @@ class ResumableTrainer(SFTTrainer):
             "guard": self.guard.state(),
             "scaler": scaler.state_dict() if scaler is not None else {},
             "batch_source": self.batch_source.state(),
-            "aux_losses": self._aux_losses,
+            "metric_means": self._metric_means.state(),
         }
 
     def restore(self, checkpoint: Path) -> None:
@@ -145,4 +146,4 @@ class ResumableTrainer(SFTTrainer):
             loop = load_tree(Path(checkpoint), "loop")
             self._tr_loss = loop["tr_loss"].to(self.args.device)
             self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]
-            self._aux_losses = list(loop["aux_losses"])
+            self._metric_means.restore(loop["metric_means"])

@@ -7,6 +7,7 @@ from typing import Any
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
+from qlora_train.evaluation.objective_table import SFT, Objective
 from qlora_train.runs import RunFolder, checkpoint_errors
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.memory.auto_batch_size import fitting_trainer, record_fallback
@@ -22,7 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    adapted: AdaptedModel, data: PreparedData, config: RunConfig, run: RunFolder, resume_from: Path | None
+    adapted: AdaptedModel,
+    data: PreparedData,
+    config: RunConfig,
+    run: RunFolder,
+    resume_from: Path | None,
+    *,
+    objective: Objective = SFT,
 ) -> dict[str, Any]:
     """Train the adapter in place.
 
@@ -32,6 +39,7 @@ def train(
         config: the run's settings.
         run: the folder of checkpoints and metrics.
         resume_from: a complete checkpoint, or None.
+        objective: what is trained.
 
     Returns:
         `steps`, `taken_from_step` (the best step, if the config asks for it), `train_loss`, `eval_loss`,
@@ -42,9 +50,9 @@ def train(
         TrainingError: out of memory, a non-finite number or a loss spike that stops the run, or an untrained adapter.
         Stop: the process was asked to stop; a checkpoint of the last step was saved.
     """
-    progress = ProgressCallback(run)
+    progress = ProgressCallback(run, objective.loss.log_formats)
     with signals.stops_deferred():
-        trainer = _make_trainer(adapted, data, config, run, progress)
+        trainer = _make_trainer(adapted, data, config, run, progress, objective)
         try:
             with record_fallback(trainer, config, run):
                 _run_steps(trainer, progress, resume_from)
@@ -68,7 +76,12 @@ def train(
 
 
 def _make_trainer(
-    adapted: AdaptedModel, data: PreparedData, config: RunConfig, run: RunFolder, progress: ProgressCallback
+    adapted: AdaptedModel,
+    data: PreparedData,
+    config: RunConfig,
+    run: RunFolder,
+    progress: ProgressCallback,
+    objective: Objective,
 ) -> QloraTrainer:
     fused = choose_fused_kernels(adapted, data, config, run)
     if fused is not None:
@@ -78,7 +91,7 @@ def _make_trainer(
     def make(fitted: RunConfig) -> QloraTrainer:
         return QloraTrainer(
             adapted, data, fitted, run, [progress], group_batch_size=config.train.per_device_train_batch_size,
-            layer_checkpointing=layers, has_fused_kernels=fused is not None,
+            layer_checkpointing=layers, has_fused_kernels=fused is not None, objective=objective,
         )  # fmt: skip
 
     return fitting_trainer(make, config, run)

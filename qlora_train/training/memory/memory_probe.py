@@ -78,7 +78,7 @@ def _state_bytes(trainer: QloraTrainer) -> int:
 def _mean_loss(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> torch.Tensor:
     inputs = {name: tensor.to(trainer.adapted.loaded.device) for name, tensor in batch.items()}
     with trainer.compute_loss_context_manager():
-        return trainer.label_losses(model, inputs).nll.mean()
+        return trainer.batch_loss(model, inputs).total / trainer.objective.loss.num_items(batch)
 
 
 def _size(batch: Batch) -> str:
