@@ -5,7 +5,6 @@ stand in if no rows are held out.
 """
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from qlora_train.data.streaming import RowStream
-from qlora_train.data.token_store import Rows, Store, StoreWriter
-from qlora_train.data.tokenize_chunk import ChunkBuilder, location_suffix
-from qlora_train.data.types import Example, Record
+from qlora_train.data.token_store import Rows, Store, StoredRow, StoreWriter, TokenizedChunk, make_batch, schema
+from qlora_train.data.types import Example
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError, DataError
 
 NUM_ROWS, NUM_LABELS = 64, 4096
 """Training rows are stored until there are this many, with this many labels."""
-FILES = "files.json"
+ROWS_PER_BATCH = 1024
+ANY_VOCABULARY = 1 << 31
+WITHOUT_FILES = ("",)
+"""Names of files: a location has its file's name."""
 SPLITS = ("train", "eval")
 
 
@@ -60,16 +61,11 @@ def save_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:
 
 
 def _write(folder: Path, examples: Iterable[Example]) -> None:
-    dtype = np.dtype(np.int32)
-    writer = StoreWriter(folder, "stored rows", dtype)
-    files: dict[str, int] = {}
-    for example in examples:
-        name = example.where.removesuffix(location_suffix(example.where))
-        builder = ChunkBuilder(files.setdefault(name, len(files)), dtype)
-        builder.add(Record(example.where, {}), example, b"", 0, with_texts=True)
-        writer.append(builder.build(num_bytes=0, unseen=frozenset()))
+    writer = StoreWriter(folder, "stored rows", ANY_VOCABULARY)
+    rows = (StoredRow(example, 0, example.where) for example in examples)
+    while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
+        writer.append(TokenizedChunk(make_batch(batch, schema(ANY_VOCABULARY))))
     writer.close()
-    (folder / FILES).write_text(json.dumps(list(files)), encoding="utf-8")
 
 
 def load_rows(folder: Path) -> RunRows:
@@ -82,10 +78,7 @@ def load_rows(folder: Path) -> RunRows:
     if problem is not None:
         raise CheckpointError(f"{folder}: the rows that this run is measured on: {problem}; restore the folder")
     try:
-        train, held_out = (
-            Rows.all_of([Store(folder / split, json.loads((folder / split / FILES).read_text(encoding="utf-8")))])
-            for split in SPLITS
-        )
+        train, held_out = (Rows.all_of([Store(folder / split, WITHOUT_FILES)]) for split in SPLITS)
     except (DataError, OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: malformed ({error}); restore the folder") from None
     return RunRows(train, held_out, atomic_io.read_metadata(folder)["num_train_rows"])

@@ -93,7 +93,7 @@ def _streamed(
     """Open the stream of the training rows; the report is of its first window."""
     train = RowStream(
         [sources.streamed("data.train", source) for source in data.train], seed=seed,
-        num_proc=data.num_proc or num_cores(), vocabulary_size=sources.vocabulary_size, max_dropped=data.max_dropped,
+        num_proc=data.num_proc or num_cores(), max_dropped=data.max_dropped,
     )  # fmt: skip
     eval_rows = Rows.all_of([each.store for each in held_out])
     head = train.head()

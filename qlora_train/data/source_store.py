@@ -21,7 +21,7 @@ from qlora_train.data.readers import Chunk, read_chunks
 from qlora_train.data.sources import find_files
 from qlora_train.data.streaming import StreamedSource
 from qlora_train.data.token_cache import StoreCache, cache_key
-from qlora_train.data.token_store import Store, StoreWriter, token_dtype
+from qlora_train.data.token_store import Store, StoreWriter
 from qlora_train.data.tokenize_chunk import ChunkTokenizer, StoredTexts
 from qlora_train.data.types import Record
 from qlora_train.data.worker_pool import num_processes, ordered_map
@@ -161,7 +161,7 @@ class SourceTokenizer:
         num_proc = num_processes(self._data.num_proc, num_bytes, min_bytes=MIN_PARALLEL_BYTES)
         names = opened.files[0].name + (f" and {len(opened.files) - 1} more files" if len(opened.files) > 1 else "")
         log.info("%s: tokenising %s (%.1f MB, %d processes)", opened.key, names, num_bytes / 1e6, num_proc)
-        writer = StoreWriter(folder, opened.format, token_dtype(self.vocabulary_size))
+        writer = StoreWriter(folder, opened.format, self.vocabulary_size)
         num_records = [0] * len(opened.files)
         unseen: frozenset[str] | None = None
         with _progress_bar(opened.key, num_bytes) as advance:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from qlora_train.data.readers import Chunk
 from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.shuffle import permutation
-from qlora_train.data.token_store import SourceSummary, TokenizedChunk, token_dtype
+from qlora_train.data.token_store import SourceSummary, TokenizedChunk
 from qlora_train.data.tokenize_chunk import ChunkTokenizer
 from qlora_train.data.types import Example
 from qlora_train.data.worker_pool import ordered_map
@@ -51,7 +51,6 @@ class RowStream:
         sources: at least one, with at least one chunk.
         seed: decides the order.
         num_proc: worker processes.
-        vocabulary_size: of the model.
         max_dropped: `data.max_dropped`, checked after every window.
 
     Attributes:
@@ -61,14 +60,12 @@ class RowStream:
         fingerprint: a sha256 that changes with the tokens of any row and with the order of all.
     """
 
-    def __init__(
-        self, sources: Sequence[StreamedSource], *, seed: int, num_proc: int, vocabulary_size: int, max_dropped: float
-    ) -> None:
+    def __init__(self, sources: Sequence[StreamedSource], *, seed: int, num_proc: int, max_dropped: float) -> None:
         self.counts: list[list[int]] = []
         self.sources = sources
         self._summaries = [SourceSummary(format=source.format) for source in sources]
         self._seed, self._num_proc = seed, num_proc
-        self._max_dropped, self._dtype = max_dropped, token_dtype(vocabulary_size)
+        self._max_dropped = max_dropped
         self._chunks = [(number, chunk) for number, source in enumerate(sources) for chunk in source.chunks]
         self._windows_per_epoch = -(-len(self._chunks) // WINDOW_CHUNKS)
         self._head: list[Example] | None = None
@@ -113,7 +110,7 @@ class RowStream:
             num_records = num_dropped = 0
             for source, _ in chunks:
                 chunk = next(results)
-                rows += chunk.examples(self.sources[source].files, self._dtype)
+                rows += chunk.examples(self.sources[source].files)
                 self._summaries[source].count(chunk)
                 num_records, num_dropped = num_records + chunk.num_records, num_dropped + chunk.dropped.total
             self._record(number, [len(rows), num_records, num_dropped])

@@ -1,15 +1,7 @@
-"""Tokenised rows on disk, read through memory maps: a run holds 48 bytes per row in memory, however large its data.
+"""Tokenised rows on disk, read through a memory map: a run holds a few bytes per row in memory, however large its data.
 
-A store holds the tokenised rows of one source, in the order of its files:
-
-- ``tokens.bin``    the token ids of all rows, concatenated; 2 bytes each if the vocabulary allows it
-- ``mask.bin``      one byte per token: 1 for a label
-- ``rows.bin``      one `ROW` per row
-- ``metadata.bin``  one line of JSON per row: the index of its file, its location in it, its prompt and answer if they are
-  stored, its warnings
-- ``summary.json``  `SourceSummary`
-
-Its folder is written once, atomically, and never changed.
+A store is a folder that is written once, atomically, and never changed: `rows.arrow` has the tokenised rows of one source,
+in the order of its files (`schema`), and `summary.json` a `SourceSummary`.
 """
 
 import hashlib
@@ -20,57 +12,107 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self, overload
+from typing import Any, NamedTuple, Self, overload
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow
 
 from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.types import Example
 from qlora_train.utils.errors import DataError, first_line
 
-TOKENS, MASK, ROWS, METADATA, SUMMARY = "tokens.bin", "mask.bin", "rows.bin", "metadata.bin", "summary.json"
-ROW = np.dtype(
-    [
-        ("offset", "<i8"),  # of its first token
-        ("length", "<i4"),  # tokens
-        ("num_labels", "<i4"),
-        ("digest", "<u8", (2,)),  # hash of the row's content
-        ("part", "<i4"),  # index among the parts of a row that was split
-        ("metadata", "<i8"),  # offset of its line
-    ],
-    align=True,
-)
+ROWS, SUMMARY = "rows.arrow", "summary.json"
+EXAMPLE_COLUMNS = ("file", "location", "tokens", "mask", "prompt", "answer", "warnings")
 MAX_SYSTEM_PROMPTS = 16
 """System prompts that are counted: enough to find one that most rows share."""
 
 
-def token_dtype(vocabulary_size: int) -> np.dtype[Any]:
-    """Return the smallest type that holds every token id."""
-    return np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.int32)
+def schema(vocabulary_size: int) -> pyarrow.Schema:
+    """Return the columns of a store, with the smallest type that holds every token id."""
+    token = pyarrow.uint16() if vocabulary_size <= 1 << 16 else pyarrow.int32()
+    return pyarrow.schema(
+        {
+            "tokens": pyarrow.list_(token),
+            "mask": pyarrow.list_(pyarrow.bool_()),  # true for a label
+            "length": pyarrow.int32(),  # tokens
+            "num_labels": pyarrow.int32(),
+            "digest": pyarrow.list_(pyarrow.uint64(), 2),  # hash of the row's content
+            "part": pyarrow.int32(),  # index among the parts of a row that was split
+            "file": pyarrow.int32(),  # index in the source
+            "location": pyarrow.string(),  # in the file
+            "prompt": pyarrow.string(),  # JSON; null if it is not stored
+            "answer": pyarrow.string(),
+            "warnings": pyarrow.list_(pyarrow.string()),
+        }
+    )
+
+
+class StoredRow(NamedTuple):
+    """A row of a store; its example has a prompt and an answer only if they are stored."""
+
+    example: Example
+    file: int
+    location: str
+    digest: bytes = bytes(16)
+    part: int = 0
+
+
+def make_batch(rows: Sequence[StoredRow], columns: pyarrow.Schema) -> pyarrow.RecordBatch:
+    """Return rows as a record batch."""
+    examples = [row.example for row in rows]
+    lengths = np.array([len(each.input_ids) for each in examples], np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tokens = np.concatenate([np.empty(0, np.int32), *(each.input_ids for each in examples)])
+    mask = np.concatenate([np.empty(0, np.bool_), *(each.loss_mask for each in examples)])
+    digests = np.frombuffer(b"".join(row.digest for row in rows), np.uint64)
+    token_type = columns.field("tokens").type.value_type
+    values = {
+        "tokens": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(tokens).cast(token_type)),
+        "mask": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(mask)),
+        "length": lengths,
+        "num_labels": [int(np.count_nonzero(each.loss_mask)) for each in examples],
+        "digest": pyarrow.FixedSizeListArray.from_arrays(digests, 2),
+        "part": [row.part for row in rows],
+        "file": [row.file for row in rows],
+        "location": [row.location for row in rows],
+        "prompt": [None if each.prompt is None else json.dumps(each.prompt) for each in examples],
+        "answer": [each.answer for each in examples],
+        "warnings": [each.warnings for each in examples],
+    }
+    return pyarrow.record_batch(values, schema=columns)
+
+
+def read_example(rows: pyarrow.RecordBatch | pyarrow.Table, index: int, files: Sequence[str]) -> Example:
+    """Return one row; `files` are the names of the source's files. Tokens and mask are copies."""
+    row = {name: rows.column(name)[index] for name in EXAMPLE_COLUMNS}
+    prompt = json.loads(row["prompt"].as_py() or "null")
+    return Example(
+        where=f"{files[row['file'].as_py()]}{row['location']}",
+        input_ids=row["tokens"].values.to_numpy().astype(np.int32),
+        loss_mask=row["mask"].values.to_numpy(zero_copy_only=False),
+        prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
+        answer=row["answer"].as_py(),
+        warnings=tuple(row["warnings"].as_py()),
+    )
 
 
 @dataclass(slots=True)
 class TokenizedChunk:
-    """The rows of one chunk in the layout of a store; offsets count from the chunk's beginning."""
+    """The rows of one chunk of a source, with counts of its records."""
 
-    file_number: int
-    tokens: bytes
-    mask: bytes
-    rows: npt.NDArray[np.void]
-    metadata: bytes
-    num_records: int
-    num_bytes: int
-    dropped: ReasonCounts
-    warned: ReasonCounts
-    unseen: frozenset[str]  # renamed columns that no record of the chunk had
-    systems: Counter[str]  # conversations by system prompt, the empty one for none
+    batch: pyarrow.RecordBatch
+    file_number: int = 0
+    num_records: int = 0
+    num_bytes: int = 0
+    dropped: ReasonCounts = field(default_factory=ReasonCounts)
+    warned: ReasonCounts = field(default_factory=ReasonCounts)
+    unseen: frozenset[str] = frozenset()  # renamed columns that no record of the chunk had
+    systems: Counter[str] = field(default_factory=Counter)  # conversations by system prompt, the empty one for none
 
-    def examples(self, files: Sequence[str], dtype: np.dtype[Any]) -> list[Example]:
-        """Return the rows; `files` are the names of the source's files, `dtype` is that of the tokens."""
-        tokens, mask = np.frombuffer(self.tokens, dtype), np.frombuffer(self.mask, np.bool_)
-        metadata = np.frombuffer(self.metadata, np.uint8)
-        return [example_at(index, self.rows, tokens, mask, metadata, files) for index in range(len(self.rows))]
+    def examples(self, files: Sequence[str]) -> list[Example]:
+        """Return the rows; `files` are the names of the source's files."""
+        return [read_example(self.batch, index, files) for index in range(self.batch.num_rows)]
 
 
 @dataclass(slots=True)
@@ -86,15 +128,14 @@ class SourceSummary:
     warned: ReasonCounts = field(default_factory=ReasonCounts)
     num_conversations: int = 0
     systems: dict[str, int] = field(default_factory=dict)  # the most frequent system prompts
-    token_type: str = "int32"
     content_sha256: str = ""  # of all tokens and masks, in order
 
     def count(self, chunk: TokenizedChunk) -> None:
         """Add the next chunk."""
         self.num_records += chunk.num_records
-        self.num_rows += len(chunk.rows)
-        self.num_tokens += len(chunk.mask)
-        self.num_labels += int(chunk.rows["num_labels"].sum())
+        self.num_rows += chunk.batch.num_rows
+        self.num_tokens += len(chunk.batch.column("tokens").flatten())
+        self.num_labels += int(chunk.batch.column("num_labels").to_numpy().sum())
         self.dropped.merge(chunk.dropped)
         self.warned.merge(chunk.warned)
         self.num_conversations += chunk.systems.total()
@@ -116,28 +157,23 @@ class SourceSummary:
 class StoreWriter:
     """Appends chunks to a new store in an empty folder."""
 
-    def __init__(self, folder: Path, format_name: str, dtype: np.dtype[Any]) -> None:
-        self.summary = SourceSummary(format=format_name, token_type=dtype.name)
+    def __init__(self, folder: Path, format_name: str, vocabulary_size: int) -> None:
+        self.summary = SourceSummary(format=format_name)
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in (TOKENS, MASK, ROWS, METADATA)}
+        self._file = pyarrow.ipc.new_file(folder / ROWS, schema(vocabulary_size))
         self._digest = hashlib.sha256()
 
     def append(self, chunk: TokenizedChunk) -> None:
         """Add the rows of the next chunk."""
-        summary, rows = self.summary, chunk.rows
-        rows["offset"] += summary.num_tokens
-        rows["metadata"] += self._files[METADATA].tell()
-        contents = {TOKENS: chunk.tokens, MASK: chunk.mask, ROWS: rows.tobytes(), METADATA: chunk.metadata}
-        for name, content in contents.items():
-            self._files[name].write(content)
-        for content in (rows["length"].tobytes(), chunk.tokens, chunk.mask):
-            self._digest.update(content)
-        summary.count(chunk)
+        self._file.write_batch(chunk.batch)
+        tokens, mask = chunk.batch.column("tokens"), chunk.batch.column("mask")
+        for array in (chunk.batch.column("length"), tokens.flatten(), mask.flatten()):
+            self._digest.update(array.to_numpy(zero_copy_only=False).tobytes())
+        self.summary.count(chunk)
 
     def close(self) -> None:
-        """Write the summary and close the files."""
-        for file in self._files.values():
-            file.close()
+        """Write the summary and close the file."""
+        self._file.close()
         self.summary.content_sha256 = self._digest.hexdigest()
         (self._folder / SUMMARY).write_text(json.dumps(asdict(self.summary), indent=2) + "\n", encoding="utf-8")
 
@@ -156,59 +192,28 @@ class Store:
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
         self.files = files
         try:
-            self.summary = SourceSummary.from_json((folder / SUMMARY).read_text(encoding="utf-8")).with_file_names(
-                files
-            )
-            self.rows = _mapped(folder / ROWS, ROW)
-            self._tokens = _mapped(folder / TOKENS, np.dtype(self.summary.token_type))
-            self._mask = _mapped(folder / MASK, np.dtype(np.bool_))
-            self._metadata = _mapped(folder / METADATA, np.dtype(np.uint8))
+            summary = SourceSummary.from_json((folder / SUMMARY).read_text(encoding="utf-8"))
+            self.summary = summary.with_file_names(files)
+            self._rows = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / ROWS))).read_all()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _malformed(folder, first_line(error)) from None
-        sizes = len(self.rows), len(self._tokens), len(self._mask)
-        expected = self.summary.num_rows, self.summary.num_tokens, self.summary.num_tokens
-        if sizes != expected:
-            raise _malformed(folder, f"rows, tokens and mask have {sizes} entries instead of {expected}")
+            raise DataError(
+                f"{folder}: not a store of tokenised data ({first_line(error)}); delete that folder"
+            ) from None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self._rows.num_rows)
 
     def example(self, index: int) -> Example:
         """Return one row, its tokens copied from the map."""
-        return example_at(index, self.rows, self._tokens, self._mask, self._metadata, self.files)
+        return read_example(self._rows, index, self.files)
 
-
-def example_at(
-    index: int, rows: npt.NDArray[np.void], tokens: npt.NDArray[Any], mask: npt.NDArray[np.bool_],
-    metadata: npt.NDArray[np.uint8], files: Sequence[str],
-) -> Example:  # fmt: skip
-    """Return one row of a store or chunk from its arrays; tokens and mask are copies."""
-    (begin, length, *_, line), *following = rows[index : index + 2].tolist()
-    end, line_end = begin + length, following[0][-1] if following else len(metadata)
-    try:
-        file, location, prompt, answer, *warnings = json.loads(metadata[line:line_end].tobytes().decode())
-    except ValueError as error:
-        raise DataError(
-            f"tokenised data cannot be read: malformed {METADATA} ({first_line(error)}); delete the store in data.cache_dir"
-        ) from None
-    return Example(
-        where=f"{files[file]}{location}",
-        input_ids=tokens[begin:end].astype(np.int32),
-        loss_mask=np.array(mask[begin:end]),
-        prompt=tuple(prompt) if isinstance(prompt, list) else prompt,
-        answer=answer,
-        warnings=tuple(warnings),
-    )
-
-
-def _malformed(folder: Path, reason: str) -> DataError:
-    return DataError(f"{folder}: not a store of tokenised data ({reason}); delete that folder")
-
-
-def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # faster to index than np.memmap
+    def numbers(self, name: str) -> npt.NDArray[Any]:
+        """Return a column of one number per row, or of two for `digest`."""
+        column = self._rows.column(name)
+        if name == "digest":
+            column = column.combine_chunks().flatten()
+        numbers: npt.NDArray[Any] = column.to_numpy()
+        return numbers.reshape(-1, 2) if name == "digest" else numbers
 
 
 class Rows(Sequence[Example]):
@@ -270,6 +275,5 @@ class Rows(Sequence[Example]):
 
     def _gather(self, name: str) -> npt.NDArray[Any]:
         if not self.stores:
-            return np.empty((0, *ROW[name].shape), ROW[name].base)
-        whole = [np.asarray(store.rows[name]) for store in self.stores]
-        return np.ascontiguousarray((whole[0] if len(whole) == 1 else np.concatenate(whole))[self.indices])
+            return np.empty((0, 2), np.uint64) if name == "digest" else np.empty(0, np.int32)
+        return np.concatenate([store.numbers(name) for store in self.stores])[self.indices]

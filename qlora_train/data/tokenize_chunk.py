@@ -11,16 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from qlora_train.config.schema import DataSection
 from qlora_train.data.formats import RowReader
 from qlora_train.data.overflow import apply_overflow
 from qlora_train.data.readers import Chunk
 from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.render import Renderer
-from qlora_train.data.token_store import ROW, TokenizedChunk, token_dtype
-from qlora_train.data.types import Example, Message, Record, Row, UnusableRowError
+from qlora_train.data.token_store import StoredRow, TokenizedChunk, make_batch, schema
+from qlora_train.data.types import Example, Message, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
 
 
@@ -103,22 +101,31 @@ class ChunkTokenizer:
         """
         file_number, is_first, chunk = numbered
         reader = RowReader(self._format, self._columns)
-        builder = ChunkBuilder(file_number, token_dtype(self._vocabulary_size))
+        dropped, warned, systems = ReasonCounts(), ReasonCounts(), Counter[str]()
+        rows: list[StoredRow] = []
+        num_records = 0
         for number, record in enumerate(chunk.records()):
-            builder.num_records += 1
+            num_records += 1
+            location = location_suffix(record.where)
             try:
                 row = reader.read(record)
                 digest = content_digest(row)
                 examples = self._examples_of(row)
             except UnusableRowError as error:
-                builder.dropped.add(error.reason, f"{file_number}{location_suffix(record.where)}")
+                dropped.add(error.reason, f"{file_number}{location}")
                 continue
             if row.messages is not None:
-                builder.system_prompts[system_prompt_of(row.messages)] += 1
+                systems[system_prompt_of(row.messages)] += 1
             with_texts = self._stored_texts.include(number if is_first else self._stored_texts.num_examples, digest)
             for part, example in enumerate(examples):
-                builder.add(record, example, digest, part, with_texts=with_texts)
-        return builder.build(num_bytes=chunk.num_bytes, unseen=frozenset(reader.unseen))
+                for warning in example.warnings:
+                    warned.add(warning, f"{file_number}{location}")
+                stored = example if with_texts else replace(example, prompt=None, answer=None)
+                rows.append(StoredRow(stored, file_number, location, digest, part))
+        return TokenizedChunk(
+            make_batch(rows, schema(self._vocabulary_size)),
+            file_number, num_records, chunk.num_bytes, dropped, warned, frozenset(reader.unseen), systems,
+        )  # fmt: skip
 
     def _examples_of(self, row: Row) -> list[Example]:
         example = self._renderer.render(row)
@@ -138,61 +145,6 @@ class ChunkTokenizer:
             f"{row.where}: tokens of the tokenizer that the model's embedding has no rows for ({self._vocabulary_size} "
             f"rows): {', '.join(f'{token!r} ({i})' for token, i in zip(tokens, beyond, strict=True))}; learn them with "
             f"model.new_tokens: {tokens!r}, or give the base that this tokenizer belongs to"
-        )
-
-
-class ChunkBuilder:
-    """Collects the tokenised rows of a chunk.
-
-    Args:
-        file_number: of the chunk's file in the source.
-        dtype: of the tokens in the store.
-    """
-
-    def __init__(self, file_number: int, dtype: np.dtype[Any]) -> None:
-        self.num_records, self.dropped, self.warned = 0, ReasonCounts(), ReasonCounts()
-        self.system_prompts: Counter[str] = Counter()
-        self._file_number, self._dtype = file_number, dtype
-        self._examples: list[Example] = []
-        self._rows: list[tuple[int, int, int, tuple[int, int], int, int]] = []
-        self._metadata: list[bytes] = []
-        self._num_tokens = self._metadata_bytes = 0
-
-    def add(self, record: Record, example: Example, digest: bytes, part: int, *, with_texts: bool) -> None:
-        """Add a row, or part number `part` of a split one, perhaps with its prompt and answer."""
-        location = location_suffix(record.where)
-        for warning in example.warnings:
-            self.warned.add(warning, f"{self._file_number}{location}")
-        if with_texts or example.warnings:
-            texts = [example.prompt, example.answer] if with_texts else [None, None]
-            line = json.dumps([self._file_number, location, *texts, *example.warnings]).encode() + b"\n"
-        else:
-            line = b'[%d,"%s",null,null]\n' % (self._file_number, location.encode())  # faster, for most rows
-        halves = (int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little"))
-        num_labels = int(np.count_nonzero(example.loss_mask))
-        self._rows.append((self._num_tokens, len(example.input_ids), num_labels, halves, part, self._metadata_bytes))
-        self._examples.append(example)
-        self._metadata.append(line)
-        self._num_tokens += len(example.input_ids)
-        self._metadata_bytes += len(line)
-
-    def build(self, *, num_bytes: int, unseen: frozenset[str]) -> TokenizedChunk:
-        """Return the chunk as bytes."""
-        empty = np.empty(0, np.int32)
-        tokens = np.concatenate([empty, *(example.input_ids for example in self._examples)])
-        mask = np.concatenate([empty.astype(np.bool_), *(example.loss_mask for example in self._examples)])
-        return TokenizedChunk(
-            file_number=self._file_number,
-            tokens=tokens.astype(self._dtype).tobytes(),
-            mask=mask.tobytes(),
-            rows=np.array(self._rows, ROW),
-            metadata=b"".join(self._metadata),
-            num_records=self.num_records,
-            num_bytes=num_bytes,
-            dropped=self.dropped,
-            warned=self.warned,
-            unseen=unseen,
-            systems=self.system_prompts,
         )
 
 

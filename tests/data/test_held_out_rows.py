@@ -37,9 +37,9 @@ def test_kept_rows_are_the_held_out_ones_and_the_first_to_train_on(share, pico_l
     assert all(same(row, kept.eval[i]) for i, row in enumerate(data.eval))
     assert all(same(row, data.train[i]) for i, row in enumerate(kept.train))
     assert all(same(*pair) for pair in zip(kept.few_shot_examples(3), data.few_shot_examples(3), strict=True))
-    (tmp_path / "rows" / "eval" / "tokens.bin").write_bytes(b"x")
+    (tmp_path / "rows" / "eval" / "rows.arrow").write_bytes(b"x")
     with pytest.raises(
-        CheckpointError, match=r"rows: the rows that this run is measured on: eval/tokens.bin has 1 bytes"
+        CheckpointError, match=r"rows: the rows that this run is measured on: eval/rows.arrow has 1 bytes"
     ):
         load_rows(tmp_path / "rows")
 

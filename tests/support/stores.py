@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_train.data.token_store import Rows, Store, StoreWriter, token_dtype
-from qlora_train.data.tokenize_chunk import ChunkBuilder
-from qlora_train.data.types import Example, Record
+from qlora_train.data.token_store import Rows, Store, StoredRow, StoreWriter, TokenizedChunk, make_batch, schema
+from qlora_train.data.types import Example
 
 
 def example(ids: Sequence[int], mask: Sequence[int], **texts: object) -> Example:
@@ -20,16 +19,15 @@ def store_of(
 ) -> Store:
     """Write a store in two chunks and open it; row n is line n + 1 with the digest `digests[n]`, or one of its own."""
     folder.mkdir()
-    writer = StoreWriter(folder, "text", token_dtype(vocabulary_size))
+    writer = StoreWriter(folder, "text", vocabulary_size)
+    keys = range(len(examples)) if digests is None else digests
+    rows = [
+        StoredRow(each, 0, f":{number}", key.to_bytes(16, "little"))
+        for number, (each, key) in enumerate(zip(examples, keys, strict=True), 1)
+    ]
     half = (len(examples) + 1) // 2
-    for start in (0, half):
-        builder = ChunkBuilder(0, token_dtype(vocabulary_size))
-        for number, each in enumerate(examples[start : start + half], start):
-            builder.num_records += 1
-            content = number if digests is None else digests[number]
-            digest = content.to_bytes(16, "little")
-            builder.add(Record(f"file.jsonl:{number + 1}", {}), each, digest, 0, with_texts=True)
-        writer.append(builder.build(num_bytes=100, unseen=frozenset()))
+    for part in (rows[:half], rows[half:]):
+        writer.append(TokenizedChunk(make_batch(part, schema(vocabulary_size)), num_records=len(part)))
     writer.close()
     return Store(folder, ["file.jsonl"])
 
