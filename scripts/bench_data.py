@@ -255,7 +255,7 @@ def packing(_options: argparse.Namespace) -> dict[str, Any]:
     for count in (2_000, 200_000, 5_000_000):
         lengths = np.clip(chance.lognormal(5.5, 0.8, count).astype(np.int32) + 1, 1, MAX_LENGTH)
         start = time.perf_counter()
-        packs = PackOrder(lengths, max_length=MAX_LENGTH, seed=0, batch_size=1)
+        packs = PackOrder(lengths, max_length=MAX_LENGTH, seed=0)
         seconds = time.perf_counter() - start
         results[f"{count} rows"] = {"packs": packs.num_packs, "full": packs.efficiency, "seconds": seconds}
     return results

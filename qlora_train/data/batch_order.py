@@ -1,6 +1,8 @@
-"""The micro-batches of each epoch as a pure function of lengths, seed and epoch: a checkpoint holds no sampler state."""
+"""The order of an epoch as a pure function of lengths, seed and epoch: a checkpoint holds no sampler state.
 
-import math
+An order consists of units: rows, or packs of rows, which no micro-batch divides.
+"""
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,41 +14,40 @@ MEGABATCH_BATCHES = 50
 """Batches whose rows `group_by_length` sorts together: enough to match lengths, few enough to mix rows."""
 
 
-class BatchOrder(Protocol):
-    """The micro-batches of every epoch, as lists of row indices."""
+class UnitOrder(Protocol):
+    """The units of every epoch, each a list of row indices."""
 
     def __len__(self) -> int:
-        """Return the number of micro-batches of an epoch, the same for each."""
+        """Return the number of units of an epoch, the same for each."""
 
-    def epoch_batches(self, epoch: int) -> Iterator[list[int]]:
-        """Yield the micro-batches of an epoch, counted from 0."""
+    def epoch_units(self, epoch: int) -> Iterator[list[int]]:
+        """Yield the units of an epoch, counted from 0."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowOrder:
-    """Micro-batches of `batch_size` rows in the order of `epoch_order`; the last of an epoch may have fewer.
+    """Single rows in the order of `epoch_order`.
 
-    `group_batch_size`, a multiple of `batch_size`, is the batch size that `group_by_length` sorts for: a run whose
-    batch size was lowered to fit into memory keeps its order of rows.
+    `group_batch_size` is the batch size that `group_by_length` sorts for: a run whose batch size was lowered to fit into
+    memory keeps its order of rows.
     """
 
     lengths: npt.NDArray[np.int32]
     seed: int
-    batch_size: int
     group_by_length: bool
     group_batch_size: int
 
     def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
+        return len(self.lengths)
 
-    def epoch_batches(self, epoch: int) -> Iterator[list[int]]:
-        """Yield the micro-batches of an epoch."""
+    def epoch_units(self, epoch: int) -> Iterator[list[int]]:
+        """Yield the rows of an epoch."""
         order = epoch_order(
             self.lengths, seed=self.seed, epoch=epoch, batch_size=self.group_batch_size,
             group_by_length=self.group_by_length,
         )  # fmt: skip
-        for begin in range(0, len(order), self.batch_size):
-            yield order[begin : begin + self.batch_size].tolist()
+        for row in order.tolist():
+            yield [row]
 
 
 def epoch_order(

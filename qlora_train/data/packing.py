@@ -6,10 +6,10 @@ is a length in a pack. Every epoch assigns the rows of each length to that lengt
 every epoch has as many packs, and a row has other neighbours in each, unless hardly another row has its length.
 """
 
-import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -102,35 +102,33 @@ def _packs_of_slots(groups: Sequence[PackGroup], num_rows: int) -> npt.NDArray[n
 
 
 class PackOrder:
-    """Micro-batches of `batch_size` packs; the last of an epoch may have fewer.
+    """Packs in random order.
 
     Args:
         lengths: tokens of each row, (num_rows,).
         max_length: tokens of a pack.
         seed: `run.seed`.
-        batch_size: packs of a micro-batch.
 
     Attributes:
         num_packs: of an epoch.
         efficiency: share of the packs' tokens that rows fill.
     """
 
-    def __init__(self, lengths: npt.NDArray[np.int32], *, max_length: int, seed: int, batch_size: int) -> None:
-        self._lengths, self._seed, self._batch_size = lengths, seed, batch_size
+    def __init__(self, lengths: npt.NDArray[np.int32], *, max_length: int, seed: int) -> None:
+        self._lengths, self._seed = lengths, seed
         groups = best_fit_decreasing(lengths, max_length)
         self._packs = _packs_of_slots(groups, len(lengths))
         self.num_packs = sum(group.count for group in groups)
         self.efficiency = int(lengths.sum(dtype=np.int64)) / (self.num_packs * max_length)
 
     def __len__(self) -> int:
-        return math.ceil(self.num_packs / self._batch_size)
+        return self.num_packs
 
-    def epoch_batches(self, epoch: int) -> Iterator[list[int]]:
-        """Yield the row indices of each micro-batch of an epoch, pack by pack."""
+    def epoch_units(self, epoch: int) -> Iterator[list[int]]:
+        """Yield the row indices of each pack of an epoch."""
         rows, starts = self.packs(epoch)
-        for first in range(0, self.num_packs, self._batch_size):
-            last = min(first + self._batch_size, self.num_packs)
-            yield rows[starts[first] : starts[last]].tolist()
+        for begin, end in pairwise(starts.tolist()):
+            yield rows[begin:end].tolist()
 
     def packs(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the packs of an epoch, a pure function of lengths, seed and epoch.

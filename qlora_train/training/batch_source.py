@@ -8,8 +8,8 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import count, islice
-from typing import Any, Protocol
+from itertools import chain, count, islice
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerState
 
 from qlora_train.config import RunConfig
-from qlora_train.data.batch_order import BatchOrder, RowOrder
+from qlora_train.config.schema import TrainSection
+from qlora_train.data.batch_order import RowOrder, UnitOrder
 from qlora_train.data.collate import (
     Batch,
     FlatteningCollator,
@@ -31,10 +32,13 @@ from qlora_train.data.collate import (
     padding_multiple,
 )
 from qlora_train.data.packing import PackOrder
+from qlora_train.data.rank_shares import share_of
 from qlora_train.data.streaming import RowStream
 from qlora_train.data.token_store import Rows
 from qlora_train.data.types import Example
+from qlora_train.parallel import context
 
+Unit = TypeVar("Unit")
 logger = logging.getLogger(__name__)
 
 
@@ -55,18 +59,13 @@ def make_batch_source(
         flatten = FlatteningCollator(pad_token_id, flattened_multiple(device))
         return RowBatches(rows, pack_order(rows.lengths, config), config, flatten)
     train = config.train
-    order = RowOrder(
-        rows.lengths, config.run.seed, train.per_device_train_batch_size, train.group_by_length, group_batch_size
-    )
+    order = RowOrder(rows.lengths, config.run.seed, train.group_by_length, group_batch_size)
     return RowBatches(rows, order, config, pad)
 
 
 def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
     """Pack rows of these lengths, (num_rows,)."""
-    packs = PackOrder(
-        lengths, max_length=config.data.max_length, seed=config.run.seed,
-        batch_size=config.train.per_device_train_batch_size,
-    )  # fmt: skip
+    packs = PackOrder(lengths, max_length=config.data.max_length, seed=config.run.seed)
     logger.info(
         "packing: %d rows in %d packs of %d tokens, %.1f %% full",
         len(lengths), packs.num_packs, config.data.max_length, 100 * packs.efficiency,
@@ -75,12 +74,12 @@ def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
 
 
 class RowBatches:
-    """Steps of tokenised rows, epoch by epoch; the last step of an epoch may have fewer micro-batches."""
+    """This rank's share of the steps of tokenised rows, epoch by epoch; the last step of an epoch may have fewer rows."""
 
     def __init__(
         self,
         rows: Rows,
-        order: BatchOrder,
+        order: UnitOrder,
         config: RunConfig,
         collate: PaddingCollator | FlatteningCollator,
         budget: TokenBudget | None = None,
@@ -99,15 +98,16 @@ class RowBatches:
             yield [rows[indices] for indices in step]
 
     def epoch_steps(self, epoch: int) -> Iterator[list[list[int]]]:
-        """Yield the row indices of each micro-batch of each step."""
-        micro_batches = self.order.epoch_batches(epoch)
-        while step := list(islice(micro_batches, self._config.train.gradient_accumulation_steps)):
-            yield step
+        """Yield the row indices of each micro-batch of each step; a rank may have none in the last step."""
+        units = self.order.epoch_units(epoch)
+        while step := list(islice(units, units_per_step(self._config.train))):
+            sizes = [int(self.rows.lengths[unit].sum()) for unit in step]
+            yield [list(chain.from_iterable(rows)) for rows in _micro_batches(step, sizes, self._config.train)]
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch; None for a stream."""
-        return math.ceil(len(self.order) / self._config.train.gradient_accumulation_steps)
+        return math.ceil(len(self.order) / units_per_step(self._config.train))
 
     def loader(self, trainer: HasTrainerState) -> DataLoader[Any]:
         """Return the steps of the trainer's current epoch."""
@@ -152,14 +152,13 @@ class _EpochSampler:
 
 
 class StreamBatches(IterableDataset[list[Batch]]):
-    """Steps of an endless stream, all of the same number of rows."""
+    """This rank's share of the steps of an endless stream, all of the same number of rows."""
 
     steps_per_epoch: None = None
 
     def __init__(self, stream: RowStream, config: RunConfig, collate: PaddingCollator) -> None:
         self.stream, self._collate = stream, collate
-        self._batch_size = config.train.per_device_train_batch_size
-        self._rows_per_step = self._batch_size * config.train.gradient_accumulation_steps
+        self._train, self._rows_per_step = config.train, units_per_step(config.train)
         self._locations: deque[tuple[int, str]] = deque(maxlen=2 * self._rows_per_step)
         self._trainer: HasTrainerState | None = None
 
@@ -175,7 +174,8 @@ class StreamBatches(IterableDataset[list[Batch]]):
         while True:
             rows = list(islice(indexed, self._rows_per_step))
             self._locations.extend((index, example.where) for index, example in rows)
-            yield [self._collate(rows[i : i + self._batch_size]) for i in range(0, len(rows), self._batch_size)]
+            sizes = [len(example.input_ids) for _, example in rows]
+            yield [self._collate(batch) for batch in _micro_batches(rows, sizes, self._train)]
 
     def location(self, row: int) -> str:
         """Return the source location of a row of the last step."""
@@ -199,3 +199,15 @@ class StreamBatches(IterableDataset[list[Batch]]):
 
 
 BatchSource = RowBatches | StreamBatches
+
+
+def units_per_step(train: TrainSection) -> int:
+    """Return the rows, or packs, of an optimizer step, over all ranks."""
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+
+def _micro_batches(units: Sequence[Unit], sizes: Sequence[int], train: TrainSection) -> list[Sequence[Unit]]:
+    """Return the micro-batches of this rank's share of a step's units; `sizes` are their tokens."""
+    this, batch_size = context(), train.per_device_train_batch_size
+    share = share_of(units, sizes, this.rank, this.world_size)
+    return [share[i : i + batch_size] for i in range(0, len(share), batch_size)]

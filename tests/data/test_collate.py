@@ -1,7 +1,6 @@
 """Examples become padded batches, in an order that is a pure function of the seed."""
 
 import random
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -162,14 +161,11 @@ def test_the_order_depends_on_seed_and_epoch_and_leaves_the_global_generator_alo
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_micro_batches_are_cut_from_the_order_of_their_epoch() -> None:
+def test_the_units_of_an_epoch_are_its_rows_in_order() -> None:
     lengths = array([3, 1, 4, 1, 5, 9, 2])
-    order = RowOrder(lengths, seed=3, batch_size=3, group_by_length=False, group_batch_size=3)
-    batches = list(order.epoch_batches(2))
-    assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert len(order) == 3
+    units = list(RowOrder(lengths, seed=3, group_by_length=False, group_batch_size=3).epoch_units(2))
     flat = epoch_order(lengths, seed=3, epoch=2, batch_size=3, group_by_length=False)
-    assert [*chain(*batches)] == flat.tolist()
+    assert [[row] for row in flat.tolist()] == units
 
 
 def test_grouping_by_length_pads_little_and_keeps_batches_in_random_order() -> None:

@@ -48,19 +48,16 @@ def test_packs_are_those_of_best_fit_decreasing_row_by_row(lengths: list[int]) -
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths=ROWS, seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 5), batch_size=st.integers(1, 4))
-def test_an_epoch_holds_every_row_once_and_no_pack_is_too_long(
-    lengths: list[int], seed: int, epoch: int, batch_size: int
-) -> None:
-    order = PackOrder(array(lengths), max_length=CAPACITY, seed=seed, batch_size=batch_size)
+@given(lengths=ROWS, seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 5))
+def test_an_epoch_holds_every_row_once_and_no_pack_is_too_long(lengths: list[int], seed: int, epoch: int) -> None:
+    order = PackOrder(array(lengths), max_length=CAPACITY, seed=seed)
     rows, starts = order.packs(epoch)
     packs = [rows[begin:end].tolist() for begin, end in pairwise(starts)]
     assert sorted(chain(*packs)) == list(range(len(lengths)))
     assert all(0 < sum(lengths[row] for row in pack) <= CAPACITY for pack in packs)
     assert len(packs) == order.num_packs == len(rooms_row_by_row(lengths, CAPACITY))
-    batches = list(order.epoch_batches(epoch))
-    assert len(batches) == len(order)
-    assert batches == [[*chain(*packs[i : i + batch_size])] for i in range(0, len(packs), batch_size)]
+    assert list(order.epoch_units(epoch)) == packs
+    assert len(packs) == len(order)
     assert order.efficiency == pytest.approx(sum(lengths) / (len(packs) * CAPACITY))
 
 
@@ -68,20 +65,21 @@ def test_an_epoch_holds_every_row_once_and_no_pack_is_too_long(
 @pytest.mark.parametrize("count", [5_000, 200_000])
 def test_packs_of_log_normal_lengths_are_at_least_97_percent_full(capacity: int, count: int) -> None:
     lengths = log_normal(count, capacity=capacity)
-    assert PackOrder(lengths, max_length=capacity, seed=0, batch_size=1).efficiency >= 0.97
+    assert PackOrder(lengths, max_length=capacity, seed=0).efficiency >= 0.97
 
 
 def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
     lengths = log_normal(3000, capacity=2048)
 
     def order(seed: int, epoch: int) -> list[list[int]]:
-        return list(PackOrder(lengths, max_length=2048, seed=seed, batch_size=2).epoch_batches(epoch))
+        packs = list(PackOrder(lengths, max_length=2048, seed=seed).epoch_units(epoch))
+        return [[*chain(*packs[i : i + 2])] for i in range(0, len(packs), 2)]
 
     state = np.random.get_state()[1].tolist()
     assert order(1, 3) == order(1, 3)
     assert np.random.get_state()[1].tolist() == state
     orders = [order(1, 0), order(1, 1), order(2, 0)]
-    assert len({len(batches) for batches in orders}) == 1, "every epoch has as many micro-batches"
+    assert len({len(batches) for batches in orders}) == 1, "every epoch has as many packs"
     for i, one in enumerate(orders):
         for other in orders[i + 1 :]:
             assert one != other
@@ -89,10 +87,10 @@ def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
 
 
 def test_every_epoch_puts_other_rows_together() -> None:
-    order = PackOrder(log_normal(30_000, capacity=2048), max_length=2048, seed=1, batch_size=1)
+    order = PackOrder(log_normal(30_000, capacity=2048), max_length=2048, seed=1)
 
     def neighbours(epoch: int) -> set[tuple[int, int]]:
-        return {(a, b) for pack in order.epoch_batches(epoch) for a in pack for b in pack if a < b}
+        return {(a, b) for pack in order.epoch_units(epoch) for a in pack for b in pack if a < b}
 
     first, second = neighbours(0), neighbours(1)
     assert len(first & second) < 0.2 * len(first)
@@ -100,7 +98,7 @@ def test_every_epoch_puts_other_rows_together() -> None:
 
 def test_packs_come_in_no_order_of_their_content() -> None:
     lengths = log_normal(20_000, capacity=2048)
-    rows, starts = PackOrder(lengths, max_length=2048, seed=1, batch_size=1).packs(0)
+    rows, starts = PackOrder(lengths, max_length=2048, seed=1).packs(0)
     num_rows = np.diff(starts).astype(float)
     longest = np.maximum.reduceat(lengths[rows], starts[:-1]).astype(float)
     for content in (num_rows, longest):
@@ -110,7 +108,7 @@ def test_packs_come_in_no_order_of_their_content() -> None:
 def test_a_million_rows_are_packed_in_seconds() -> None:
     lengths = log_normal(1_000_000, capacity=2048)
     started = time.perf_counter()
-    order = PackOrder(lengths, max_length=2048, seed=1, batch_size=1)
+    order = PackOrder(lengths, max_length=2048, seed=1)
     order.packs(0)
     assert time.perf_counter() - started < 15
 
