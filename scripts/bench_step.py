@@ -31,7 +31,7 @@ from qlora_train.kernels.lora_dropout import lora_dropout_off, rate_of
 from qlora_train.kernels.packed import attention
 from qlora_train.models import load_model
 from qlora_train.objectives.label_losses import choose_chunk_tokens, label_losses
-from qlora_train.pipeline import prepare
+from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import BatchSource, RowBatches, make_batch_source
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, choose_checkpointing

@@ -1,7 +1,6 @@
 """Put a trainable adapter on a loaded model."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
@@ -9,13 +8,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
-from qlora_train.adapters.eva import Batch, eva_components
+from qlora_train.adapters.eva import eva_batches, eva_components
 from qlora_train.adapters.expert_lora import bind_experts, choose_expert_parameters
 from qlora_train.adapters.load import warm_start
 from qlora_train.adapters.precision import train_in_float32
 from qlora_train.adapters.targets import choose_modules_to_save, choose_targets, find_linears
 from qlora_train.config import LoraSection
 from qlora_train.config.schema import INITS
+from qlora_train.data.held_out_rows import RunRows
 from qlora_train.models import LoadedModel
 from qlora_train.models.loading import output_heads
 from qlora_train.models.quantization_summary import count_frozen_weights
@@ -35,12 +35,12 @@ class AdaptedModel:
     """Of weights, not of packed 4-bit elements."""
 
 
-def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, batches: Sequence[Batch] = ()) -> AdaptedModel:
+def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, data: RunRows | None = None) -> AdaptedModel:
     """Put a trainable adapter on a loaded model.
 
     Args:
         seed: of the initialization.
-        batches: for `init_lora_weights: eva`; may be empty if a checkpoint replaces the initial weights.
+        data: for `init_lora_weights: eva`; None if a checkpoint replaces the initial weights.
 
     Raises:
         ConfigError: unknown targets, a module to save in 4 bits, or a warm start from an adapter of another kind.
@@ -52,7 +52,9 @@ def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, batches
     if lora.adapter_path is not None:
         model = warm_start(loaded, lora, config)
     else:
-        components = eva_components(loaded, config, batches, linears) if lora.init_lora_weights == "eva" else {}
+        components = {}
+        if lora.init_lora_weights == "eva" and data is not None:
+            components = eva_components(loaded, config, eva_batches(loaded, data, lora.r, seed), linears)
         model = get_peft_model(loaded.model, config)
         bind_experts(model)
         train_in_float32(model, loaded.compute_dtype)

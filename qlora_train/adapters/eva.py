@@ -12,25 +12,37 @@ from peft import LoraConfig, get_eva_state_dict
 from torch import nn
 
 from qlora_train.adapters.targets import is_target
+from qlora_train.data.batch_order import epoch_order
+from qlora_train.data.collate import PaddingCollator, batches_with_labels, padding_multiple
+from qlora_train.data.held_out_rows import RunRows
+from qlora_train.data.token_store import Rows
 from qlora_train.models import LoadedModel
 from qlora_train.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+MAX_BATCHES = 64
+"""PEFT stops earlier when the components have converged."""
 Batch = Mapping[str, torch.Tensor]
 """A training batch: `input_ids`, `attention_mask` and `labels`, each (batch, seq)."""
+
+
+def eva_batches(loaded: LoadedModel, data: RunRows, rank: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Return the first training batches of a run, each with labels enough for the rank."""
+    assert isinstance(data.train, Rows), "the config refuses eva with a stream"
+    order = epoch_order(data.train.lengths, seed=seed, epoch=0, batch_size=1, group_by_length=False)
+    collate = PaddingCollator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))
+    return batches_with_labels(data.train, order, collate, min_labels=2 * rank, max_batches=MAX_BATCHES)
 
 
 def eva_components(
     loaded: LoadedModel, config: LoraConfig, batches: Sequence[Batch], linears: Mapping[str, nn.Module]
 ) -> dict[str, torch.Tensor]:
-    """Return the A matrices by layer: principal directions of the inputs on the base; empty without batches.
+    """Return the A matrices by layer: principal directions of the inputs on the base.
 
     Raises:
         ConfigError: the rank is too high for the width of a layer or for the labels of a batch.
     """
-    if not batches:
-        return {}
     needed = 2 * config.r  # the randomized SVD oversamples by a factor of 2
     width = min(_width(layer) for name, layer in linears.items() if is_target(name, config.target_modules))
     num_labels = min(int((batch["labels"] != config.eva_config.label_mask_value).sum()) for batch in batches)

@@ -32,9 +32,9 @@ def chat(
     if not math.isfinite(temperature):
         raise typer.BadParameter(f"--temperature: {temperature} is not a number from 0")
     prepare_libraries(offline=offline)
+    from qlora_train.export.finished_run import open_finished_run
     from qlora_train.inference.chat import ChatSettings
     from qlora_train.inference.chat import chat as converse
-    from qlora_train.inference.finished_run import open_finished_run
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")

@@ -23,7 +23,7 @@ def data(
 
     from qlora_train.config import load_run_config
     from qlora_train.data.terminal_view import shown_rows
-    from qlora_train.planning.inspect_data import inspect
+    from qlora_train.planning.base_and_data import inspect
 
     inspected = inspect(load_run_config(config, overrides or ()), num_shown=show)
     report = inspected.report

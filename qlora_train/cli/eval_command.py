@@ -44,17 +44,16 @@ def evaluate(
     if tasks is None:
         refuse_unused({"--task-path": task_path, "--limit": limit, "--chat-template": chat_template}, "needs --tasks")
         prepare_libraries(offline=offline)
-        from qlora_train.inference.eval_report import EvalSettings
-        from qlora_train.pipeline import evaluate as evaluate_rows
+        from qlora_train.inference import eval_report
 
-        settings = EvalSettings(
+        settings = eval_report.EvalSettings(
             models=names,
             num_shots=3 if shots is None else shots,
             max_new_tokens=max_new_tokens or 256,
             batch_size=batch_size,
             generate=not loss_only,
         )
-        evaluate_rows(run, settings)
+        eval_report.evaluate(run, settings)
         return
     refuse_unused(
         {"--shots": shots, "--max-new-tokens": max_new_tokens, "--loss-only": loss_only},
@@ -62,7 +61,7 @@ def evaluate(
     )
     task_names = comma_list(tasks)
     prepare_libraries(offline=offline)
-    from qlora_train.inference.finished_run import open_finished_run
+    from qlora_train.export.finished_run import open_finished_run
     from qlora_train.inference.lm_eval import TaskSettings, check_harness, measure_tasks
     from qlora_train.runs import run_lock
 

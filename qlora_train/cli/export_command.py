@@ -51,12 +51,13 @@ def export(
     else:
         refuse_unused({"--quant": quant, "--llama-cpp": llama_cpp}, "is for --format; drop it")
     prepare_libraries(offline=offline or dry_run)
-    from qlora_train import pipeline
-    from qlora_train.export import hub_upload
-
     if push is None:
-        written = pipeline.export(run, format_name=str(format_name), quant=quant, llama_cpp=llama_cpp)
+        from qlora_train.export import export_run
+
+        written = export_run.export(run, format_name=str(format_name), quant=quant, llama_cpp=llama_cpp)
         print(f"exported: {written}")
         return
-    upload = pipeline.planned_upload(run, push, what=what or "adapter", private=not public)
+    from qlora_train.export import hub_upload
+
+    upload = hub_upload.plan_run_upload(run, push, what=what or "adapter", private=not public)
     print_text("\n".join(upload.lines()) if dry_run else f"pushed: {hub_upload.push(upload)}")

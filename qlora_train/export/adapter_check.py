@@ -15,17 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlora_train.adapters import load_trained
 from qlora_train.config import RunConfig
 from qlora_train.data import Example
-from qlora_train.data.held_out_rows import RunRows
+from qlora_train.data.held_out_rows import RunRows, load_rows
 from qlora_train.evaluation.held_out_loss import held_out_loss
+from qlora_train.export.finished_run import FinishedRun
 from qlora_train.export.fresh_process import ReloadCheck, check_in_fresh_process
 from qlora_train.export.loading_code import adapter_code
 from qlora_train.export.predictions import TOP_K, Predictions, Reference, compared_rows
-from qlora_train.models import LoadedModel
+from qlora_train.models import LoadedModel, load_model
 from qlora_train.models.token_probes import NUM_ROWS, run_probes
 from qlora_train.runs import RunFolder
 from qlora_train.utils.atomic_io import STAGING
+from qlora_train.utils.device import free_memory
 from qlora_train.utils.errors import ExportError
 
 logger = logging.getLogger(__name__)
@@ -69,15 +72,24 @@ def measure_adapter(
     return AdapterReference(folder / "reference.safetensors", code, loaded.compute_dtype, len(probes))
 
 
-def check_adapter(run: RunFolder, config: RunConfig, reference: AdapterReference) -> None:
+def measure_again(run: FinishedRun) -> AdapterReference:
+    """Measure the adapter of a run that ended before its adapter was checked."""
+    loaded = load_model(run.config.model, run.config.quantization, source=run.source)
+    model = load_trained(loaded, run.folder.adapter)
+    return measure_adapter(run.folder, run.config, load_rows(run.folder.rows), model, loaded, run.date)
+
+
+def check_adapter(run: FinishedRun, reference: AdapterReference) -> None:
     """Load the adapter in a fresh process, compare it with the trained model, and record the result.
 
     Raises:
         ExportError: it cannot be loaded, its tokenizer differs, or its predictions differ by more than rounding.
     """
+    folder, config = run.folder, run.config
+    free_memory()
     try:
         check = check_in_fresh_process(
-            run.adapter,
+            folder.adapter,
             reference.code,
             reference.file,
             batch_size=config.train.per_device_eval_batch_size,
@@ -88,7 +100,7 @@ def check_adapter(run: RunFolder, config: RunConfig, reference: AdapterReference
     limit = FLOAT32_LIMIT if reference.compute_dtype == torch.float32 else config.export.max_divergence
     dtype = str(reference.compute_dtype).removeprefix("torch.")
     divergence, problem = check.divergence, _problem(check, limit, dtype)
-    run.add_results(
+    folder.add_results(
         adapter_check={
             "passed": problem is None,
             "kl_divergence": divergence.kl,
@@ -102,7 +114,7 @@ def check_adapter(run: RunFolder, config: RunConfig, reference: AdapterReference
     )
     if problem is not None:
         raise ExportError(
-            f"{run.adapter}: the code on its card does not load the trained model: {problem}; the adapter is kept, and "
+            f"{folder.adapter}: the code on its card does not load the trained model: {problem}; the adapter is kept, and "
             "chat, eval and merge load it as the run did"
         )
     logger.info(

@@ -1,4 +1,4 @@
-"""The formats that a finished run is exported to, one row each, for the CLI, the pipeline and docs/export.md.
+"""The formats that a finished run is exported to, one row each, for the CLI, `export_run` and docs/export.md.
 
 A new format is one row here and one module with the function that writes it. This module loads no heavy library.
 """

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.export.merging.auxiliary_files import NAMED_TEMPLATES
+from qlora_train.runs import finished_run
 from qlora_train.utils import network
 from qlora_train.utils.atomic_io import MANIFEST, verify_manifest
 from qlora_train.utils.errors import ExportError, first_line
@@ -67,6 +68,18 @@ class Upload:
         yield f"  {'total':<{width}}  {sum(size for _, size in self.files) / 1e6:12,.3f} MB"
         yield f"card ({CARD}):"
         yield from (f"  {line}" if line else "" for line in self.card.splitlines())
+
+
+def plan_run_upload(path: Path, repo: str, *, what: str, private: bool) -> Upload:
+    """Return what a finished run would upload to the Hub; `what` is `adapter` or `merged`.
+
+    Raises:
+        ExportError: no merged model, or something in the folder must not be uploaded.
+    """
+    folder = finished_run(path)
+    if what == "merged" and not folder.has_merged():
+        raise ExportError(f"{folder.merged}: missing or damaged; make it with: qlora-train merge {folder.path}")
+    return plan_upload(folder.merged if what == "merged" else folder.adapter, repo, private=private)
 
 
 def plan_upload(folder: Path, repo: str, *, private: bool) -> Upload:

@@ -22,7 +22,8 @@ from qlora_train.architectures import detect, max_positions
 from qlora_train.data.chat_template import encode_chat
 from qlora_train.data.types import Message
 from qlora_train.evaluation.generation import make_generation_config, stop_token_ids, tokens_beyond_embedding
-from qlora_train.inference.finished_run import FinishedRun
+from qlora_train.export.finished_run import FinishedRun
+from qlora_train.inference.run_models import run_models
 from qlora_train.utils import signals
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import first_line
@@ -56,7 +57,7 @@ def chat(run: FinishedRun, settings: ChatSettings) -> None:
         UserError: the model cannot be loaded.
         BrokenPipeError: standard output was closed.
     """
-    [(name, model, tokenizer)] = run.models(["merged" if settings.merged else "adapter"])
+    [(name, model, tokenizer)] = run_models(run, ["merged" if settings.merged else "adapter"])
     session = Chat(model, tokenizer, settings, run, _write, system=_system_prompt(run, settings))
     ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(stop_token_ids(model, tokenizer))))
     logger.info("chat: %s model of %s (temperature %g, at most %d tokens, end tokens %s; /help lists the commands)",

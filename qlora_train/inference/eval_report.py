@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,8 +15,9 @@ from qlora_train.data.types import Example, Prompt
 from qlora_train.evaluation.generation import generate_answers
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.evaluation.scoring import compare_answers, few_shot_prompt, score_answers
-from qlora_train.inference.finished_run import FinishedRun
-from qlora_train.runs import RunFolder
+from qlora_train.export.finished_run import FinishedRun, open_finished_run
+from qlora_train.inference.run_models import run_models
+from qlora_train.runs import RunFolder, run_lock
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import DataError
 
@@ -41,6 +43,13 @@ class EvalSettings:
     generate: bool = True
 
 
+def evaluate(path: Path, settings: EvalSettings) -> dict[str, Any]:
+    """Evaluate the finished run at `path` (`evaluate_run`)."""
+    run = open_finished_run(path)
+    with run_lock(run.folder):
+        return evaluate_run(run, settings)
+
+
 def evaluate_run(run: FinishedRun, settings: EvalSettings) -> dict[str, Any]:
     """Evaluate the models of a run; print a table, and write results.json and answers.jsonl.
 
@@ -61,7 +70,7 @@ def evaluate_run(run: FinishedRun, settings: EvalSettings) -> dict[str, Any]:
     batch_size = run.config.train.per_device_eval_batch_size
     results: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
-    for name, model, tokenizer in run.models(settings.models):
+    for name, model, tokenizer in run_models(run, settings.models):
         logger.info("evaluating: %s", name)
         loss = held_out_loss(model, data.eval, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id)
         results[name] = {"loss": loss.loss, "perplexity": loss.perplexity, "num_tokens": loss.num_tokens}

@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_train.inference.finished_run import FinishedRun, existing_models
+from qlora_train.export.finished_run import FinishedRun
+from qlora_train.inference.run_models import existing_models, run_models
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line, is_out_of_memory
 
@@ -71,7 +72,7 @@ def measure_tasks(run: FinishedRun, settings: TaskSettings) -> dict[str, dict[st
     rows = f"{settings.limit} rows each" if settings.limit else "all rows"
     logger.info("tasks: %s (%s, %s)", ", ".join(settings.names), rows, prompts)
     results: dict[str, dict[str, Scores]] = {}
-    for name, model, tokenizer in run.models(models):
+    for name, model, tokenizer in run_models(run, models):
         logger.info("evaluating: %s", name)
         for task, scores in _measure(model, tokenizer, manager, settings, system).items():
             results.setdefault(task, {})[name] = scores

@@ -1,5 +1,6 @@
 """The run folder: its files, checkpoints and results."""
 
+import datetime
 import json
 import logging
 import re
@@ -7,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_train.config import ModelSection
+from qlora_train.config.schema import COMMIT
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError
 
@@ -74,6 +77,16 @@ class RunFolder:
     def metadata(self) -> dict[str, Any]:
         """Read run.json; empty before the run starts."""
         return read_json(self.metadata_file)
+
+    def start_date(self) -> datetime.date:
+        """Return the day the run began, which chat templates that print the date keep printing."""
+        recorded: str | None = self.metadata().get("date")
+        return datetime.date.fromisoformat(recorded) if recorded else datetime.date.today()
+
+    def with_pinned_revision(self, model: ModelSection) -> ModelSection:
+        """Return the model section at the Hub commit that the run began with; branches move."""
+        identity = str(self.metadata().get("base_identity", ""))
+        return model.model_copy(update={"revision": identity}) if COMMIT.fullmatch(identity) else model
 
     def system_prompt(self) -> str:
         """Return the system prompt that the training rows share, or an empty string."""
@@ -148,6 +161,10 @@ class RunFolder:
     def read_results(self) -> dict[str, Any]:
         """Read results.json; empty before there are any."""
         return read_json(self.results_file)
+
+    def passed_adapter_check(self) -> bool:
+        """Return whether the code on the adapter's card was seen to load the trained model."""
+        return bool(self.read_results().get("adapter_check", {}).get("passed"))
 
     def add_results(self, **results: Any) -> None:
         """Add entries to results.json."""

@@ -13,7 +13,7 @@ from timing import Timing, settings_of
 from qlora_train.adapters import attach_adapter
 from qlora_train.config import load_config
 from qlora_train.models import load_model
-from qlora_train.pipeline import prepare
+from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training.memory.dequantized_cache import fill_cache
 from qlora_train.training.parity.fused_kernels import choose_fused_kernels

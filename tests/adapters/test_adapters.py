@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_train.adapters import AdaptedModel, attach_adapter, load_trained, trainable_state
+from qlora_train.adapters.eva import eva_batches
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.evaluation.held_out_loss import held_out_loss
-from qlora_train.inference.eval_report import EvalSettings
+from qlora_train.export.merging.merge_run import merge
+from qlora_train.inference.eval_report import EvalSettings, evaluate
 from qlora_train.models import LoadedModel, load_model
-from qlora_train.pipeline import evaluate, initial_batches, merge, prepare
+from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer
 from qlora_train.utils.errors import ConfigError
@@ -272,19 +274,20 @@ def test_gaussian_init_has_std_one_over_rank(pico_llama: Path, tmp_path: Path) -
 
 
 @pytest.fixture
-def eva(pico_llama: Path, tmp_path: Path) -> tuple[RunConfig, AdaptedModel, list[dict[str, torch.Tensor]]]:
+def eva(pico_llama: Path, tmp_path: Path) -> tuple[RunConfig, AdaptedModel, PreparedData]:
     config = make_config(
         tmp_path, pico_llama, "lora.init_lora_weights=eva", "quantization.bnb_4bit_compute_dtype=float32"
     )
     loaded = load(config)
-    batches = initial_batches(config, prepare_tokenizer_and_data(config), loaded)
-    return config, attach_adapter(loaded, config.lora, seed=1, batches=batches), batches
+    data = prepare_tokenizer_and_data(config)
+    return config, attach_adapter(loaded, config.lora, seed=1, data=data), data
 
 
 def test_eva_init_is_orthonormal_principal_directions(
-    eva: tuple[RunConfig, AdaptedModel, list[dict[str, torch.Tensor]]],
+    eva: tuple[RunConfig, AdaptedModel, PreparedData],
 ) -> None:
-    config, adapted, batches = eva
+    config, adapted, data = eva
+    batches = eva_batches(adapted.loaded, data, config.lora.r, seed=1)
     default = first_matrices(attach_adapter(load(config), config.lora, seed=1))
     layer = adapted.model.get_base_model().model.layers[1].mlp.down_proj
     inputs: list[torch.Tensor] = []
@@ -303,13 +306,13 @@ def test_eva_init_is_orthonormal_principal_directions(
 
 
 def test_eva_is_deterministic_and_leaves_the_base_unchanged(
-    eva: tuple[RunConfig, AdaptedModel, list[dict[str, torch.Tensor]]],
+    eva: tuple[RunConfig, AdaptedModel, PreparedData],
 ) -> None:
-    config, adapted, batches = eva
+    config, adapted, data = eva
     torch.manual_seed(77)
     plain = load(config)
     wanted = logits(plain.model)
-    again = attach_adapter(plain, config.lora, seed=1, batches=batches)
+    again = attach_adapter(plain, config.lora, seed=1, data=data)
     assert all(torch.equal(a, first_matrices(adapted)[name]) for name, a in first_matrices(again).items())
     assert torch.equal(logits(again.model), wanted)
     assert adapted.num_trainable == LORA_OF_LLAMA

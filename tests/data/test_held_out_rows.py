@@ -11,7 +11,7 @@ import pytest
 from qlora_train.cli.main import main
 from qlora_train.data.held_out_rows import NUM_ROWS, load_rows, save_rows
 from qlora_train.models import resolve_base
-from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
+from qlora_train.planning.base_and_data import prepare_tokenizer_and_data
 from qlora_train.utils.errors import CheckpointError
 from tests.support.pico import CHATML
 from tests.support.runs import make_config, write_rows

@@ -17,7 +17,7 @@ from qlora_train.adapters import attach_adapter
 from qlora_train.evaluation.generation import generate_answers
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.models import load_model
-from qlora_train.pipeline import prepare, start_date
+from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer
 from tests.support.runs import make_config
@@ -74,7 +74,7 @@ def evaluate(trainer: QloraTrainer) -> None:
     held_out_loss(trainer.model, held_out, batch_size=4, pad_token_id=0)
     prompts = [example.prompt for example in held_out if example.prompt is not None][:2]
     assert prompts
-    generate_answers(trainer.model, tokenizer, prompts, max_new_tokens=6, batch_size=2, date=start_date(trainer.run))
+    generate_answers(trainer.model, tokenizer, prompts, max_new_tokens=6, batch_size=2, date=trainer.run.start_date())
 
 
 def trained(folder: Path, base: Path, act: Act, *settings: str, repack: bool = False) -> dict[str, bytes | list[float]]:

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from qlora_train.export import adapter_check, fresh_process
+from qlora_train.export.finished_run import open_finished_run
 from qlora_train.export.merging import verify
 from qlora_train.inference.chat import Chat, ChatSettings
-from qlora_train.inference.eval_report import EvalSettings
-from qlora_train.inference.finished_run import open_finished_run
+from qlora_train.inference.eval_report import EvalSettings, evaluate
+from qlora_train.inference.run_models import run_models
 from qlora_train.kernels.packed import varlen
 from qlora_train.objectives import chunked_loss
-from qlora_train.pipeline import evaluate
 from qlora_train.runs import read_json
 from qlora_train.training import qlora_trainer
 from qlora_train.training.memory import activation_offloading
@@ -145,7 +145,7 @@ def test_a_stopped_run_resumes_merges_and_chats(
     assert losses(run) == pytest.approx(losses(straight), rel=1e-2)
     assert run.has_merged()
     finished = open_finished_run(run.path)
-    [(_, model, tokenizer)] = finished.models(["adapter"])
+    [(_, model, tokenizer)] = run_models(finished, ["adapter"])
     written: list[str] = []
     Chat(model, tokenizer, ChatSettings(max_new_tokens=4), finished, written.append).handle("1 + 1")
     assert written

@@ -15,8 +15,9 @@ import pytest
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
-from qlora_train import pipeline
-from qlora_train.pipeline import merge, run, with_pinned_revision
+from qlora_train.export.merging import merge_run
+from qlora_train.export.merging.merge_run import merge
+from qlora_train.pipeline import run
 from qlora_train.runs import RunFolder, run_lock
 from qlora_train.utils.errors import CheckpointError
 from tests.support.runs import adapter_bytes, losses, make_config, metrics, stopped_after, train_run
@@ -248,7 +249,7 @@ def test_trained_model_is_freed_before_the_merge(
     def count(*_arguments: Any) -> None:
         alive.append(sum(isinstance(item, Linear4bit) for item in gc.get_objects()))
 
-    monkeypatch.setattr(pipeline, "merge_run", count)
+    monkeypatch.setattr(merge_run, "merge_run", count)
     gc.collect()
     before = sum(isinstance(item, Linear4bit) for item in gc.get_objects())
     train_run(tmp_path, pico_llama, "train.max_steps=1", "export.merge=true")
@@ -259,6 +260,6 @@ def test_run_stays_at_the_commit_of_the_hub_that_it_began_with(pico_llama: Path,
     commit = "0123456789abcdef0123456789abcdef01234567"
     model = make_config(tmp_path, pico_llama).model
     folder = RunFolder(tmp_path)
-    assert with_pinned_revision(model, folder).revision is None
+    assert folder.with_pinned_revision(model).revision is None
     folder.metadata_file.write_text(f'{{"base_identity": "{commit}"}}')
-    assert with_pinned_revision(model, folder).revision == commit
+    assert folder.with_pinned_revision(model).revision == commit

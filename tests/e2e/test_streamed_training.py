@@ -10,8 +10,7 @@ import torch
 
 from qlora_train.data import source_store, streaming
 from qlora_train.data.worker_pool import ordered_map
-from qlora_train.inference.eval_report import EvalSettings
-from qlora_train.pipeline import evaluate
+from qlora_train.inference.eval_report import EvalSettings, evaluate
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.errors import DataError, TrainingError
 from tests.support.runs import adapter_bytes, losses, make_config, stopped_after, train_run, write_rows

@@ -11,8 +11,8 @@ from tokenizers import pre_tokenizers
 from qlora_train import pipeline
 from qlora_train.cli.main import main
 from qlora_train.config.writer import to_yaml
-from qlora_train.export import adapter_check, fresh_process
-from qlora_train.inference.finished_run import open_finished_run
+from qlora_train.export import adapter_check, adapter_writer, fresh_process
+from qlora_train.export.finished_run import open_finished_run
 from qlora_train.utils.atomic_io import verify_manifest
 from qlora_train.utils.errors import ExportError
 from tests.support.runs import adapter_bytes, make_config, train_run
@@ -79,8 +79,8 @@ def test_saved_tokenizer_that_makes_other_tokens_is_named(
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, content["pre_tokenizer"]]}
         file.write_text(json.dumps(content))
 
-    original = pipeline.save_tokenizer
-    monkeypatch.setattr(pipeline, "save_tokenizer", lossy)
+    original = adapter_writer.save_tokenizer
+    monkeypatch.setattr(adapter_writer, "save_tokenizer", lossy)
     with pytest.raises(
         ExportError, match=r"its tokenizer encodes text differently than the run's: '.*instead of"
     ) as caught:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_train.adapters import AdaptedModel
 from qlora_train.evaluation.generation import generate_answers
-from qlora_train.inference.finished_run import merged_model
+from qlora_train.inference.run_models import merged_model
 from tests.support.card_lines import IDS, MAX_NEW_TOKENS, QUESTION, executed, written_adapter
 from tests.support.gguf_files import write_gguf
 from tests.support.pico import build_pico, build_tokenizer

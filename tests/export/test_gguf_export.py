@@ -16,6 +16,7 @@ from qlora_train.cli.main import main
 from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.config.schema import DataSection
 from qlora_train.export.export_formats import ExportRequest
+from qlora_train.export.export_run import export
 from qlora_train.export.gguf.converter import INSTALL, LORA_SCRIPT, MODEL_SCRIPT, Converter, find_converter
 from qlora_train.export.gguf.plain_lora import write_plain_adapter
 from qlora_train.export.gguf.reference_tokens import tokenize
@@ -23,7 +24,6 @@ from qlora_train.export.merging.adapter_deltas import AdapterFile
 from qlora_train.export.merging.meta_model import build_meta_model
 from qlora_train.models import resolve_base
 from qlora_train.models.loading import model_config
-from qlora_train.pipeline import export
 from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ExportError
 from tests.support.go_templates import answer_prompt, read_modelfile

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from qlora_train import pipeline
 from qlora_train.export.merging import merge_run as run_module
 from qlora_train.export.merging import verify
 from qlora_train.export.merging.verify import MergeResult
@@ -18,7 +17,7 @@ from tests.support.runs import train_run
 
 
 def merge(run: RunFolder) -> MergeResult:
-    return pipeline.merge(run.path, device="cpu")
+    return run_module.merge(run.path, device="cpu")
 
 
 def test_merged_run_has_its_card_and_results(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ import torch
 from qlora_train.cli.main import main
 from qlora_train.data.types import Message
 from qlora_train.evaluation.generation import generate_answers
+from qlora_train.export.finished_run import FinishedRun, open_finished_run
 from qlora_train.inference.chat import Chat, ChatSettings
-from qlora_train.inference.finished_run import FinishedRun, open_finished_run
+from qlora_train.inference.run_models import run_models
 from qlora_train.runs import RunFolder
 from tests.support.pico import build_pico
 from tests.support.runs import train_run, write_rows
@@ -56,7 +57,7 @@ def run(run_folder: RunFolder) -> FinishedRun:
 
 @pytest.fixture(scope="module")
 def model(run: FinishedRun) -> Any:
-    return next(iter(run.models(["adapter"])))
+    return next(iter(run_models(run, ["adapter"])))
 
 
 def command(run_folder: RunFolder, *options: str) -> list[str]:
@@ -71,7 +72,7 @@ def piped(run_folder: RunFolder, lines: str, *options: str) -> subprocess.Comple
 
 def expected(run: FinishedRun, name: str, turns: list[Message], length: int = LENGTH) -> str:
     """Return the evaluation's answer to these turns, from a newly loaded model."""
-    [(_, model, tokenizer)] = run.models([name])
+    [(_, model, tokenizer)] = run_models(run, [name])
     return generate_answers(model, tokenizer, [turns], max_new_tokens=length, batch_size=1, date=run.date)[0]
 
 
@@ -323,7 +324,7 @@ def test_temperature_draws_and_near_0_is_greedy(run: FinishedRun, model: Any) ->
 
 def test_adapter_with_biases_is_not_switched_off(pico: Any, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     run = open_finished_run(train_run(tmp_path, pico("qwen2"), "train.max_steps=1", "lora.bias=lora_only").path)
-    talk = Talk(run, next(iter(run.models(["adapter"]))))
+    talk = Talk(run, next(iter(run_models(run, ["adapter"]))))
     talk("/adapter off")
     assert "trained the base's biases (lora.bias) and cannot be switched off" in said.text
     assert talk.chat.adapter_on

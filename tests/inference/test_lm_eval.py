@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from qlora_train.cli.main import main
-from qlora_train.inference.finished_run import FinishedRun, open_finished_run
+from qlora_train.export.finished_run import FinishedRun, open_finished_run
 from qlora_train.inference.lm_eval import TaskSettings, _measure, check_harness, measure_tasks
+from qlora_train.inference.run_models import run_models
 from qlora_train.utils.errors import ConfigError, DataError, ModelError
 from tests.support.runs import train_run, write_rows
 
@@ -76,7 +77,7 @@ def test_choices_and_generated_answers_are_scored_as_computed_by_hand(
     choices = [["Paris", "fox", str(number)] for number in range(NUM_ROWS)]
     chosen: dict[str, list[int]] = {}
     written: dict[str, list[str]] = {}
-    for name, model, tokenizer in run.models(MODELS):
+    for name, model, tokenizer in run_models(run, MODELS):
         chosen[name] = [
             max(range(3), key=lambda at: likelihood(model, tokenizer, question, of[at]))
             for question, of in zip(questions, choices, strict=True)
@@ -178,7 +179,7 @@ def test_turns_have_the_system_prompt_of_the_training_rows(
     (tmp_path / "run").mkdir()
     write_rows(tmp_path / "run" / "rows.jsonl", system=system["content"])
     run = open_finished_run(train_run(tmp_path / "run", pico("llama"), "train.max_steps=2").path)
-    [(_, model, tokenizer)] = run.models(["adapter"])
+    [(_, model, tokenizer)] = run_models(run, ["adapter"])
     rows = [{"q": f"{number} + 5", "a": "seven"} for number in range(3)]
 
     def perplexity(*before: dict[str, str]) -> float:
@@ -210,7 +211,7 @@ def test_head_that_training_has_untied_stays_untied(pico: Callable[..., Path], t
     overrides = ("train.max_steps=2", "lora.modules_to_save=[lm_head]")
     run = open_finished_run(train_run(tmp_path / "run", pico("gemma"), *overrides).path)
     question, answers = "1 + 2 =", ["Paris", "fox", "the quick brown fox", "3"]
-    [(_, model, tokenizer)] = run.models(["adapter"])
+    [(_, model, tokenizer)] = run_models(run, ["adapter"])
     assert not torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
     best = max(range(4), key=lambda at: likelihood(model, tokenizer, question, answers[at]))
     write_task(

@@ -14,15 +14,16 @@ from qlora_train.config import ModelSection, load_config
 from qlora_train.data.held_out_rows import load_rows
 from qlora_train.evaluation.generation import generate_answers
 from qlora_train.export.export_formats import ExportRequest
+from qlora_train.export.finished_run import open_finished_run
 from qlora_train.export.merging.auxiliary_files import write_auxiliary_files
 from qlora_train.export.vllm import export_vllm
 from qlora_train.inference.chat import Chat, ChatSettings
-from qlora_train.inference.eval_report import EvalSettings
-from qlora_train.inference.finished_run import merged_model, open_finished_run
+from qlora_train.inference.eval_report import EvalSettings, evaluate
+from qlora_train.inference.run_models import merged_model, run_models
 from qlora_train.models import load_tokenizer, resolve_base
 from qlora_train.models.token_probes import TokenProbe, differences, encode, hard_texts
 from qlora_train.models.tokenizer import check_can_be_saved, save_tokenizer
-from qlora_train.pipeline import evaluate, run
+from qlora_train.pipeline import run
 from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ConfigError, DataError, ModelError
 from tests.support.merging import merge
@@ -190,7 +191,7 @@ def test_new_token_beyond_the_embedding_trains_and_merges(longer: Path, tmp_path
         "quantization.bnb_4bit_compute_dtype=float32", "export.merge=false",
     )  # fmt: skip
     finished = open_finished_run(run.path)
-    [(_, adapter, tokenizer)] = finished.models(["adapter"])
+    [(_, adapter, tokenizer)] = run_models(finished, ["adapter"])
     ids = torch.tensor([tokenizer("a <|tool|>[PAD] b")["input_ids"]])
     assert {320, 321} <= set(ids[0].tolist())
     merge(

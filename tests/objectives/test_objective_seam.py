@@ -18,7 +18,7 @@ from qlora_train.evaluation.objective_table import Objective
 from qlora_train.models import load_model, resolve_base
 from qlora_train.objectives.batch_loss import Batch, BatchLoss, model_inputs
 from qlora_train.objectives.label_losses import label_losses
-from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
+from qlora_train.planning.base_and_data import prepare_tokenizer_and_data
 from qlora_train.runs import RunFolder
 from qlora_train.training import train
 from tests.support.runs import make_config, metrics

@@ -12,7 +12,8 @@ from qlora_train.utils import atomic_io
 from qlora_train.runs import RunFolder
 from qlora_train.cli.main import main
 from qlora_train.utils.errors import CheckpointError
-from qlora_train.pipeline import evaluate, merge
+from qlora_train.inference.eval_report import evaluate
+from qlora_train.export.merging.merge_run import merge
 from qlora_train.inference.eval_report import EvalSettings
 from tests.support.runs import make_config, train_run
 

@@ -15,7 +15,7 @@ import torch
 from qlora_train.adapters import AdaptedModel
 from qlora_train.config import RunConfig
 from qlora_train.export import fresh_process
-from qlora_train.pipeline import write_adapter
+from qlora_train.export.adapter_writer import write_adapter
 from qlora_train.runs import RunFolder
 
 QUESTION = "12 + 34"

@@ -7,7 +7,7 @@ from qlora_train.adapters import attach_adapter
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.models import load_model, resolve_base
-from qlora_train.planning.inspect_data import prepare_tokenizer_and_data
+from qlora_train.planning.base_and_data import prepare_tokenizer_and_data
 from qlora_train.runs import RunFolder
 from qlora_train.training.qlora_trainer import QloraTrainer
 

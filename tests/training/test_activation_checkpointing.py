@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from qlora_train.kernels import tiled
 from qlora_train.kernels.install import install
 from qlora_train.objectives.label_losses import label_losses
-from qlora_train.pipeline import prepare
+from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training.memory import memory_probe as trial
 from qlora_train.training.memory.activation_checkpointing import (

@@ -24,7 +24,7 @@ from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels.packed import attention as document_attention
 from qlora_train.models import load_model
 from qlora_train.objectives.label_losses import label_losses
-from qlora_train.pipeline import prepare
+from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer
 from qlora_train.training.batch_source import pack_order

@@ -22,7 +22,7 @@ from qlora_train.data.collate import MIN_SHARED_PREFIX, FlatteningCollator, flat
 from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention, document_index
 from qlora_train.models import load_model
-from qlora_train.pipeline import prepare
+from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer, padding_free
 from qlora_train.training.parity.document_isolation import isolate_documents

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from qlora_train.adapters import attach_adapter, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.models import load_model
-from qlora_train.pipeline import prepare
+from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder, load_tree
 from qlora_train.training import QloraTrainer
 from qlora_train.training.loss_spikes import MIN_STEPS, WINDOW_STEPS, LossSpikeDetector, Spike

@@ -17,7 +17,8 @@ from qlora_train.config.schema import SCHEDULES
 from qlora_train.data import PreparedData
 from qlora_train.models import load_model
 from qlora_train.objectives.label_losses import label_losses
-from qlora_train.pipeline import prepare, run
+from qlora_train.pipeline import run
+from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder
 from qlora_train.training import QloraTrainer, train
 from qlora_train.training.lr_schedule import make_lr_scheduler

@@ -1,17 +1,34 @@
-"""Prepare a config's data without the model: the first stage of a run, and all of `qlora-train data`."""
+"""Resolve the base and prepare the data, without the model: the first stage of a run, and all of `qlora-train data`."""
 
 import datetime
 from dataclasses import replace
 from typing import Any
 
-from qlora_train.architectures import check_max_length, check_packing, detect
+from qlora_train.architectures import check_max_length, check_packing, check_target_modules, detect
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData, prepare_data
 from qlora_train.data.rendered_rows import render_rows
 from qlora_train.data.streaming import RowStream
 from qlora_train.models import BaseSource, load_tokenizer, resolve_base
 from qlora_train.models.loading import model_config
-from qlora_train.models.tokenizer import num_embeddings
+from qlora_train.models.tokenizer import check_can_be_saved, num_embeddings
+from qlora_train.runs import RunFolder
+
+
+def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:
+    """Resolve the base and prepare the data; every error in either shows here, before the model is loaded."""
+    model = folder.with_pinned_revision(config.model)
+    source = resolve_base(model, weights=False)
+    check_target_modules(detect(source.config), config.lora.target_modules)
+    if config.export.merge:
+        from qlora_train.export.merging.merge import check_mergeable
+
+        check_mergeable(source.config, config)
+    data, tokenizer = prepare_tokenizer_and_data(config, source, date=folder.start_date())
+    check_can_be_saved(
+        tokenizer, source.folder, merged=config.export.merge, trust_remote_code=config.model.trust_remote_code
+    )
+    return (source if source.revision is None else resolve_base(model)), data
 
 
 def inspect(config: RunConfig, *, num_shown: int) -> PreparedData:
