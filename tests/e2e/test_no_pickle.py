@@ -84,13 +84,10 @@ def test_the_canary_fires_where_a_pickle_is_read(tmp_path: Path) -> None:
 
 def test_these_are_all_files_of_a_checkpoint_and_none_is_a_pickle(trained: RunFolder) -> None:
     assert {path.name for path in trained.checkpoint(2).iterdir()} == {*CHECKPOINT_FILES, "manifest.json"}
-    arrays = {
-        path for part in ("train", "eval") for path in (trained.rows / part).glob("*.bin")
-    }  # raw, as in the cache
-    files = [path for path in trained.path.rglob("*") if path.is_file() and path not in arrays]
-    assert {file.suffix for file in files} <= {".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".md", ""}
+    files = [path for path in trained.path.rglob("*") if path.is_file()]
+    assert {file.suffix for file in files} <= {".safetensors", ".arrow", ".json", ".jsonl", ".yaml", ".jinja", ".md", ""}
     for file in files:
-        if file.suffix != ".safetensors":
+        if file.suffix not in (".safetensors", ".arrow"):
             file.read_text(encoding="utf-8")
 
 
