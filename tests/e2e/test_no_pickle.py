@@ -104,15 +104,17 @@ def _of(run: RunFolder) -> Any:
     return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": str(run.path)})})
 
 
-@pytest.mark.parametrize("name", PICKLE_NAMES)
-def test_pickle_beside_our_files_is_not_read(name: str, own: RunFolder, canary: Canary) -> None:
+def test_pickles_beside_our_files_are_not_read(own: RunFolder, canary: Canary) -> None:
+    def add_pickles(folder: Path) -> None:
+        for name in PICKLE_NAMES:
+            (folder / name).write_bytes(pickle.dumps(canary))
+        atomic_io.write_manifest(folder, atomic_io.read_metadata(folder))
+
     shutil.rmtree(own.adapter)
     for folder in (own.checkpoint(1), own.checkpoint(2), own.merged):
-        (folder / name).write_bytes(pickle.dumps(canary))
-        atomic_io.write_manifest(folder, atomic_io.read_metadata(folder))
+        add_pickles(folder)
     run_config(_of(own))
-    (own.adapter / name).write_bytes(pickle.dumps(canary))
-    atomic_io.write_manifest(own.adapter, atomic_io.read_metadata(own.adapter))
+    add_pickles(own.adapter)
     merge(own.path)
     assert main(["eval", str(own.path), "--loss-only"]) == 0
 
