@@ -28,7 +28,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a config and apply overrides.
 
     Args:
-        path: the YAML file.
         overrides: `section.key=value`, the value as YAML; later ones win and replace the whole value.
 
     Raises:

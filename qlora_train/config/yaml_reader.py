@@ -191,7 +191,6 @@ def read_yaml(text: str, location_at: Callable[[int], SourceLocation]) -> tuple[
     """Return the tree of the document in `text` and its problems; after a syntax error the tree is empty.
 
     Args:
-        text: decoded YAML.
         location_at: maps a line number, counted from 1, to a source location.
     """
     builder = TreeBuilder(iter(()), location_at)

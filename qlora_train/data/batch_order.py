@@ -61,7 +61,6 @@ def epoch_order(
 
     Args:
         lengths: tokens of each row, (num_rows,).
-        seed: `run.seed`.
         epoch: from 0.
         batch_size: rows of a batch.
         group_by_length: batch rows of similar length.

@@ -27,7 +27,6 @@ def rename_hint(values: Mapping[str, Any], required: Sequence[Sequence[str]]) ->
     """Return advice for the columns `values` of a record, to append to a message.
 
     Args:
-        values: the record's columns.
         required: the required columns of each format.
     """
     chosen = next((chosen for chosen, rejected in PREFERENCE_PAIRS if chosen in values and rejected in values), None)

@@ -72,7 +72,6 @@ class SourceReport:
     cached: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
         summary = self.summary
         return {
             "key": self.key, "path": self.path, "format": summary.format, "cached": self.cached,
@@ -81,7 +80,6 @@ class SourceReport:
         }  # fmt: skip
 
     def line(self) -> str:
-        """Return it as a line."""
         summary = self.summary
         split = f", {summary.num_rows:,} after splitting" if summary.num_rows > summary.num_records else ""
         used = f", {self.num_used:,} used" if self.num_used != summary.num_rows else ""
@@ -115,7 +113,6 @@ class SystemPrompt:
         return cls(text, counts[text] / num_conversations) if is_shared else None
 
     def line(self) -> str:
-        """Return it for the log."""
         shown = textwrap.shorten(self.text, MAX_SYSTEM_CHARACTERS, placeholder="...")
         return f"data.train: system prompt of {100 * self.share:.0f} % of conversations, also for inference: {shown!r}"
 
@@ -164,11 +161,9 @@ class SplitReport:
 
     @property
     def label_share(self) -> float:
-        """Share of label tokens."""
         return self.num_labels / self.num_tokens
 
     def lines(self, key: str, max_length: int) -> list[str]:
-        """Return it as lines."""
         quantiles = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
         removed = f", {self.num_deduplicated} removed by data.deduplicate" if self.num_deduplicated else ""
         return [
@@ -266,7 +261,6 @@ class DataReport:
             log.warning("%s: %s", finding.key, finding.text)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
         return {
             "max_length": self.max_length,
             "overflow": self.overflow,

@@ -42,7 +42,6 @@ def check_extra_columns(values: Mapping[str, Any], names: Collection[str], *, ha
     """Return a warning for each of the columns `names` that a row fills.
 
     Args:
-        values: the row's columns.
         names: from `extra_columns`.
         has_answers: the format separates answers from prompts.
 

@@ -67,7 +67,6 @@ def from_question_answer(where: str, values: Mapping[str, Any]) -> Row:
 
 
 def from_text(where: str, values: Mapping[str, Any]) -> Row:
-    """Read plain text."""
     text = read_string(values["text"], "text")
     if not text.strip():
         raise UnusableRowError("text is empty")

@@ -55,7 +55,6 @@ class Format:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All of them."""
         return self.required + self.optional
 
     def file_columns(self, columns: Mapping[str, str]) -> dict[str, str]:

@@ -74,8 +74,6 @@ def answer_tokens(whole: TokenizedText, span: AnswerSpan, turn: Message) -> tupl
     Special tokens that follow each other without anything between them end the turn together.
 
     Args:
-        whole: the conversation.
-        span: of the answer.
         turn: the answer as the row has it.
 
     Raises:
@@ -138,9 +136,7 @@ def refuse_lost_tools(
     """Check that a text has the tools, calls and results of its conversation, which many templates leave out silently.
 
     Args:
-        text: of the conversation.
         without_tools: the same conversation rendered without `tools`.
-        turns: the conversation.
         tools: functions that may be called.
 
     Raises:

@@ -107,7 +107,6 @@ class PackOrder:
     Args:
         lengths: tokens of each row, (num_rows,).
         max_length: tokens of a pack.
-        seed: `run.seed`.
 
     Attributes:
         num_packs: of an epoch.

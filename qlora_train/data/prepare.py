@@ -51,7 +51,6 @@ def prepare_data(
     """Read, render, tokenise, check and choose the rows.
 
     Args:
-        data: the section of the config.
         tokenizer: a fast Transformers tokenizer, with a chat template unless the rows are plain text or tokens.
         seed: decides the rows of a sample, and the held-out rows when `data.eval` is a share.
         date: the day that dated chat templates print; None is today. A resumed run must pass the day of its start, or

@@ -26,7 +26,6 @@ class ReasonCounts:
         return total
 
     def add(self, reason: str, where: str) -> None:
-        """Count one row."""
         self._add(reason, 1, [where])
 
     def merge(self, other: Self) -> None:
@@ -41,7 +40,6 @@ class ReasonCounts:
 
     @property
     def total(self) -> int:
-        """Return the number of rows."""
         return sum(self.counts.values())
 
     def with_file_names(self, files: Sequence[str]) -> Self:
@@ -70,7 +68,6 @@ class ReasonCounts:
         return "; ".join(parts)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return a list of JSON objects, the most frequent reason first."""
         return [{"reason": reason, "count": count, "locations": where} for reason, count, where in self.by_frequency()]
 
 

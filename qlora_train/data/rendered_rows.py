@@ -28,7 +28,6 @@ class RenderedRow:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
         return {
             "where": self.where,
             "num_tokens": self.num_tokens,

@@ -87,8 +87,6 @@ def mix(sources: Sequence[Source], rows: Rows, max_rows: int | None, seed: int) 
 
     Args:
         sources: `data.train`, one for each store of `rows`.
-        rows: the candidates.
-        max_rows: `data.max_rows`.
         seed: decides the rows of a sample.
     """
     store_indices, digests = rows.store_indices, rows.digests

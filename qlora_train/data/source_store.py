@@ -73,8 +73,6 @@ class SourceTokenizer:
     """Tokenises the sources of a run.
 
     Args:
-        data: the section of the config.
-        tokenizer: a fast Transformers tokenizer.
         date: the day that dated chat templates print.
         vocabulary_size: token ids that the model has.
     """
@@ -89,7 +87,6 @@ class SourceTokenizer:
 
         Args:
             key: ``data.train`` or ``data.eval``, for messages.
-            source: one of its entries.
             kept: rows whose prompt and answer are stored as text.
 
         Raises:

@@ -50,7 +50,6 @@ class RowStream:
     Args:
         sources: at least one, with at least one chunk.
         seed: decides the order.
-        num_proc: worker processes.
         max_dropped: `data.max_dropped`, checked after every window.
 
     Attributes:

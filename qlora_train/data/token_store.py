@@ -131,7 +131,6 @@ class SourceSummary:
     content_sha256: str = ""  # of all tokens and masks, in order
 
     def count(self, chunk: TokenizedChunk) -> None:
-        """Add the next chunk."""
         self.num_records += chunk.num_records
         self.num_rows += chunk.batch.num_rows
         self.num_tokens += len(chunk.batch.column("tokens").flatten())
@@ -148,7 +147,6 @@ class SourceSummary:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read the JSON of its `asdict`."""
         values = json.loads(text)
         counts = {name: ReasonCounts(**values[name]) for name in ("dropped", "warned")}
         return cls(**{**values, **counts})

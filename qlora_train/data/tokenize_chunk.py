@@ -70,8 +70,6 @@ class ChunkTokenizer:
     """Tokenises the chunks of one source.
 
     Args:
-        tokenizer: a fast Transformers tokenizer.
-        data: the section of the config.
         format_name: of the source's rows.
         columns: the format's column names -> the file's.
         date: the day that dated chat templates print.

@@ -57,7 +57,6 @@ class HeldOutLoss:
 
     @classmethod
     def of(cls, per_example: Sequence[ExampleLoss]) -> Self:
-        """Add up examples."""
         return cls(math.fsum(e.nll for e in per_example), sum(e.num_tokens for e in per_example), tuple(per_example))
 
 

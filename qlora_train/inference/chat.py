@@ -218,7 +218,6 @@ class _AnswerStreamer(BaseStreamer):
             self.end()
 
     def end(self) -> None:
-        """Write the pending text."""
         text = self.text
         common = os.path.commonprefix([self._written, text])  # noqa: RUF071 - of characters
         self.write(text[len(common) :])

@@ -26,7 +26,6 @@ def grouped_attention(
         key: (batch, key heads, key seq, features).
         value: (batch, key heads, key seq, value features).
         attention_mask: added to the scores, (batch or 1, 1, seq, key seq).
-        scaling: factor of the scores.
     """
     output: Tensor = _GroupedAttention.apply(*in_one_dtype(query, key, value), attention_mask, scaling)
     return output
@@ -70,7 +69,6 @@ def attend(
         k: (n, key seq, features).
         v: (n, key seq, value features).
         mask: added to the scores, (batch or 1, 1, seq, key seq).
-        scaling: factor of the scores.
         shape: (batch, heads, seq).
     """
     scores = q.new_empty(len(q), q.shape[1], k.shape[1])

@@ -68,7 +68,6 @@ def install(model: nn.Module, run: Callable[[], Any]) -> FusedKernels:
     """Install every kernel that applies.
 
     Args:
-        model: a base with its adapter.
         run: computes a few tokens with it.
     """
     recorder = InputRecorder(model)

@@ -47,7 +47,6 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) ->
     """Refuse a model that its files do not define completely; warn of unused tensors.
 
     Args:
-        model: as loaded.
         info: Transformers' `output_loading_info`.
         where: prefix of error messages.
 

@@ -20,7 +20,6 @@ class MemoryTrimmer:
         self._bytes = 0
 
     def count(self, tensor: Tensor) -> Tensor:
-        """Count a tensor, and return it."""
         self._bytes += tensor.nbytes
         if self._bytes > TRIM_BYTES and self._malloc_trim is not None:
             self._malloc_trim(0)

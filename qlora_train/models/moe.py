@@ -35,7 +35,6 @@ def stacks(module: nn.Module) -> list[str]:
 
 
 def num_experts(module: nn.Module) -> int:
-    """Return the number of experts of an experts module."""
     name = stacks(module)[0]
     found = quantized_experts(module, name)
     return int(found[1].shape[0] if found else getattr(module, name).shape[0])

@@ -54,7 +54,6 @@ class TokenProbe:
 
     @classmethod
     def of(cls, tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> Self:
-        """Tokenize a text."""
         return cls(text, encode(tokenizer, text, add_special_tokens=add_special_tokens), add_special_tokens)
 
 

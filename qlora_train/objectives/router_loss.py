@@ -20,7 +20,6 @@ def choose_router_aux_loss_coef(setting: float | None, model: Any) -> float:
 
     Args:
         setting: `train.router_aux_loss_coef`; None: that of config.json.
-        model: the base with its adapter.
 
     Raises:
         ConfigError: it is set, and the architecture has no such loss.

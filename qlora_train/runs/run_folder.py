@@ -167,7 +167,6 @@ class RunFolder:
         return bool(self.read_results().get("adapter_check", {}).get("passed"))
 
     def add_results(self, **results: Any) -> None:
-        """Add entries to results.json."""
         write_json(self.results_file, {**self.read_results(), **results})
 
     def existing_results(self) -> list[Path]:

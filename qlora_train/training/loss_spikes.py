@@ -47,13 +47,10 @@ class LossSpikeDetector:
         return Spike(loss, median, limit) if not loss <= limit else None
 
     def add(self, loss: float) -> None:
-        """Add the loss of a step."""
         self._losses = [*self._losses, loss][-WINDOW_STEPS:]
 
     def state(self) -> list[float]:
-        """Return the state for a checkpoint."""
         return self._losses
 
     def restore(self, state: Sequence[float]) -> None:
-        """Restore the state of a checkpoint."""
         self._losses = [float(loss) for loss in state]

@@ -31,9 +31,7 @@ class MetricMeans:
         return means
 
     def state(self) -> dict[str, list[float]]:
-        """Return the state for a checkpoint."""
         return {name: [total, count] for name, (total, count) in self._sums.items()}
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        """Restore the state of a checkpoint."""
         self._sums = {name: (total, int(count)) for name, (total, count) in state.items()}

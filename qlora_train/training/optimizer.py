@@ -39,7 +39,6 @@ def choose_optimizer(setting: str, adapted: AdaptedModel, checkpoint: Path | Non
 
     Args:
         setting: `train.optim`.
-        adapted: the model.
         checkpoint: of a resumed run, which keeps its optimizer, also on another GPU.
     """
     device = adapted.loaded.device

@@ -91,10 +91,7 @@ def choose_padding_free(
     Sets the model's attention function to that of packed rows.
 
     Args:
-        adapted: the model.
         padded: the run's steps with the batches of the settings.
-        config: the run's settings.
-        run: stores the parity result.
         has_router_loss: the run has a load-balancing loss, which counts tokens.
         chunked_loss: the run's loss is chunked.
 

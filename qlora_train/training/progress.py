@@ -31,7 +31,6 @@ class ProgressCallback(TrainerCallback):
     """Writes metrics to the log and to metrics.jsonl.
 
     Args:
-        run: the run folder.
         objective_formats: how log lines print the objective's own metrics.
     """
 
@@ -57,12 +56,10 @@ class ProgressCallback(TrainerCallback):
             self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Advance the bar."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_k: Any) -> None:
-        """Write the metrics."""
         metrics = {key: value for key, value in (logs or {}).items() if key in self._metrics}
         if not metrics:
             return
@@ -75,7 +72,6 @@ class ProgressCallback(TrainerCallback):
         logger.info("step %d/%d  %s  %s", state.global_step, state.max_steps, "  ".join(parts), self._resources(state))
 
     def stop(self) -> None:
-        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

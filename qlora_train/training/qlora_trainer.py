@@ -59,9 +59,6 @@ class QloraTrainer(ResumableTrainer):
 
     Args:
         adapted: the model; its adapter is trained in place.
-        data: tokens and masks.
-        config: the run's settings.
-        run: the run folder.
         callbacks: called before our own.
         group_batch_size: see `RowOrder`; None: that of the settings.
         layer_checkpointing: the model's layers; None: without fused MLPs.

@@ -71,7 +71,6 @@ class Schedule:
 
 
 def make_schedule(config: RunConfig, steps_per_epoch: int | None, *, has_eval: bool) -> Schedule:
-    """Return the schedule of a config."""
     train = config.train
     total = train.max_steps
     if total is None:

@@ -82,7 +82,6 @@ class NonFiniteGuard:
         return self.total_loss / self.num_updates if self.num_updates else None
 
     def counts(self) -> dict[str, int]:
-        """Return the counts for results.json."""
         return {
             "num_skipped_steps": self.num_skipped,
             "num_scaler_skips": self.num_overflows,
@@ -109,11 +108,9 @@ class NonFiniteGuard:
         return False
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
         return {**{name: getattr(self, name) for name in STATE}, "losses": self._detector.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
         for name in STATE:
             setattr(self, name, state[name])
         self._detector.restore(state["losses"])
@@ -208,6 +205,5 @@ class AdvanceSkippedSchedule(TrainerCallback):
     """Advances the learning rate in steps that the loss scaler skipped, which the Trainer does not."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **parts: Any) -> None:
-        """Advance the schedule."""
         if parts["optimizer"].step_was_skipped:
             parts["lr_scheduler"].step()

@@ -34,10 +34,6 @@ def train(
     """Train the adapter in place.
 
     Args:
-        adapted: the model with its adapter.
-        data: tokens and masks.
-        config: the run's settings.
-        run: the folder of checkpoints and metrics.
         resume_from: a complete checkpoint, or None.
         objective: what is trained.
 

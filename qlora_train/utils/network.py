@@ -75,7 +75,6 @@ class RetryBudget:
         }
 
     def after_response(self, _response: Any) -> None:
-        """Reset the budget."""
         self._first = self._last = float("-inf")
 
 

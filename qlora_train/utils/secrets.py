@@ -79,7 +79,6 @@ class RedactingFormatter(logging.Formatter):
     """Redacts the formatted record, its traceback included."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the redacted text of a record."""
         return redact(super().format(record))
 
 

@@ -48,12 +48,10 @@ _process = _Process()
 
 
 def requested() -> Stop | None:
-    """Return the requested stop, or None."""
     return _process.requested
 
 
 def raise_if_requested() -> None:
-    """Raise the requested stop."""
     if _process.requested is not None:
         raise _process.requested
 

@@ -85,7 +85,16 @@ def test_the_canary_fires_where_a_pickle_is_read(tmp_path: Path) -> None:
 def test_these_are_all_files_of_a_checkpoint_and_none_is_a_pickle(trained: RunFolder) -> None:
     assert {path.name for path in trained.checkpoint(2).iterdir()} == {*CHECKPOINT_FILES, "manifest.json"}
     files = [path for path in trained.path.rglob("*") if path.is_file()]
-    assert {file.suffix for file in files} <= {".safetensors", ".arrow", ".json", ".jsonl", ".yaml", ".jinja", ".md", ""}
+    assert {file.suffix for file in files} <= {
+        ".safetensors",
+        ".arrow",
+        ".json",
+        ".jsonl",
+        ".yaml",
+        ".jinja",
+        ".md",
+        "",
+    }
     for file in files:
         if file.suffix not in (".safetensors", ".arrow"):
             file.read_text(encoding="utf-8")

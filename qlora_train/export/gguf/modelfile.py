@@ -22,7 +22,6 @@ def modelfile(tokenizer: Any, *, model: str, adapter: str | None, adds_bos: bool
     """Return the text of a Modelfile.
 
     Args:
-        tokenizer: of the trained model.
         model: path of the base or merged model, relative to the Modelfile.
         adapter: path of the adapter; None for none.
         adds_bos: whether the model's file makes every program add the bos token.

@@ -29,7 +29,6 @@ class OutputTensor:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

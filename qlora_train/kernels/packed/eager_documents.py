@@ -36,7 +36,6 @@ class EagerDocuments:
         """Return row indices that gather (documents, heads, length) of each batch, int64 (num_rows,).
 
         Args:
-            heads: number of heads.
             token_stride: distance of tokens in rows.
             head_stride: distance of heads in rows.
             padding: index for tokens that are padding or copies; None: as they are.
@@ -80,8 +79,6 @@ def eager_documents(query: Tensor, key: Tensor, value: Tensor, documents: EagerD
         query: (1, heads, seq, features).
         key: (1, key heads, seq, features).
         value: (1, key heads, seq, value features).
-        documents: of the row.
-        scaling: factor of the scores.
     """
     output: Tensor = _EagerDocuments.apply(*in_one_dtype(query, key, value), documents, scaling)
     return output

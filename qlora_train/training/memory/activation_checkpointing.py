@@ -98,7 +98,6 @@ def choose_checkpointing(train: TrainSection, layers: LayerCheckpointing, *, on_
     """Set the first level of all layers, and return whether Transformers has to checkpoint all layers instead.
 
     Args:
-        train: the settings.
         layers: the layers; their level is set.
         on_gpu: the model is on a GPU.
         supported: Transformers supports checkpointing for this architecture.
@@ -140,8 +139,6 @@ def saved_bytes(
     """Return the bytes that each layer saves for backward, by level, and restore the levels.
 
     Args:
-        model: the whole model.
-        layers: its layers.
         forward: computes a batch with gradients enabled, without a backward pass.
     """
     before, found = list(layers.levels), {}

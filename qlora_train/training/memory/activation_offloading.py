@@ -105,11 +105,7 @@ class _Offloaded:
 
 
 class ActivationOffloading:
-    """Offloads what autograd saves; a forward pass may begin after the backward pass of the one before it.
-
-    Args:
-        device: of the model.
-    """
+    """Offloads what autograd saves; a forward pass may begin after the backward pass of the one before it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

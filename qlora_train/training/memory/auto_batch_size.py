@@ -28,11 +28,6 @@ NOTHING_SMALLER = (
 def fitting_trainer(make: Callable[[RunConfig], QloraTrainer], config: RunConfig, run: RunFolder) -> QloraTrainer:
     """Return a trainer whose worst-case batch was probed and fits.
 
-    Args:
-        make: makes a trainer for a config.
-        config: the config of the user.
-        run: stores the fitted settings.
-
     Raises:
         TrainingError: the settings of the config do not fit; names those that do, if any.
     """

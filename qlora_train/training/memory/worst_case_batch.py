@@ -49,8 +49,6 @@ def token_budget(rows: Rows, config: RunConfig, *, chunked_loss: bool, min_token
     """Return the token budget of padding-free micro-batches: the tokens of the largest padded one.
 
     Args:
-        rows: the training rows.
-        config: the run's settings.
         chunked_loss: labels hardly cost memory, so that their number is bounded by that of a step; otherwise it is that of
             the largest padded micro-batch.
         min_tokens: lower bound, limited to the tokens of a step; needs `chunked_loss`.

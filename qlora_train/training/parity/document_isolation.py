@@ -41,7 +41,6 @@ def isolate_documents(adapted: AdaptedModel, config: RunConfig, rows: Sequence[E
 
     Args:
         adapted: the model; its attention function is changed.
-        config: the run's settings.
         rows: training rows; the check uses tokens of the first ones.
 
     Raises:

@@ -30,10 +30,7 @@ def choose_fused_kernels(
     """Install fused kernels if they match the reference; return None if the model keeps the reference.
 
     Args:
-        adapted: the model.
         data: the parity check uses the first training rows.
-        config: the run's settings.
-        run: stores the result.
 
     Raises:
         CheckpointError: the stored result cannot be read.

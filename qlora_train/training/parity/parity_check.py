@@ -60,8 +60,6 @@ def check_parity(
 
     Args:
         name: what is checked, for the log.
-        adapted: the model.
-        run_id: the run.
         sizes: batch sizes, tried until one fits into memory.
         compute: returns the expected and the actual gradients for a number of rows and of tokens per row.
         tolerances: the largest differences that pass.
@@ -100,7 +98,6 @@ def with_fitting_size(name: str, sizes: Sizes, compute: Callable[[int, int], Res
 
 
 def save_parity(file: Path, parity: ParityResult) -> None:
-    """Write a result."""
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_io.write_text(file, json.dumps(asdict(parity), indent=2) + "\n")
 
