@@ -71,7 +71,18 @@ SLOW_NAMES = {
     "build_pico",
 }
 SLOW_FIXTURES = {"pico", "pico_llama"}
-SLOW_FOLDERS = {"adapters", "architectures", "e2e", "faults", "fuzz", "kernels", "objectives", "scripts", "training"}
+SLOW_FOLDERS = {
+    "adapters",
+    "architectures",
+    "e2e",
+    "faults",
+    "fuzz",
+    "kernels",
+    "objectives",
+    "parallel",
+    "scripts",
+    "training",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

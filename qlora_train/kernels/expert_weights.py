@@ -15,6 +15,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qlora_train.kernels.fsdp_units import is_sharded_tensor
 from qlora_train.kernels.ops.dequantize import dequantize
 
 BLOCK_SIZE = 64
@@ -76,7 +77,7 @@ class ExpertWeights(nn.Module):
         self.dtype: torch.dtype = first.dtype
         self.quant_type: str = first.quant_type
         self.nested: bool = first.nested
-        self.absmax = nn.Buffer(torch.stack([state.absmax for state in states]), persistent=False)
+        self.absmax: Tensor = nn.Buffer(torch.stack([state.absmax for state in states]), persistent=False)
         self.code = nn.Buffer(first.code, persistent=False)
         if first.nested:
             self.offsets = nn.Buffer(torch.stack([state.offset for state in states]), persistent=False)
@@ -84,8 +85,20 @@ class ExpertWeights(nn.Module):
             self.absmax_scales = nn.Buffer(scales, persistent=False)
             self.absmax_code = nn.Buffer(first.state2.code, persistent=False)
 
+    @property
+    def has_block_rows(self) -> bool:
+        """Whether absmax is a parameter with one row per block, which FSDP can shard."""
+        return isinstance(self.absmax, nn.Parameter)
+
+    def set_absmax_blocks(self, absmax: nn.Parameter) -> None:
+        """Replace the absmax by the same bytes, uint8 (blocks of the stack, bytes of an absmax)."""
+        del self.absmax
+        self.absmax = absmax
+
     def forward(self, codes: Tensor) -> Tensor:
         """Return the dequantized stack, (experts, a, b), with LoRA if set."""
+        if is_sharded_tensor(codes):  # PEFT asks for the shape of a sharded stack; values would be NaN
+            return torch.full((), torch.nan, dtype=self.dtype, device=codes.device).expand(self.shape)
         stack = torch.empty(self.shape, dtype=self.dtype, device=codes.device)
         for index, out in enumerate(stack):
             self.matrix(codes, index, out=out)
@@ -106,8 +119,9 @@ class ExpertWeights(nn.Module):
                 dtype=torch.float32,
             )
             nested = {"offset": self.offsets[index], "state2": second}
+        absmax = self.absmax if self.nested or not self.has_block_rows else self.absmax.view(torch.float32)
         return QuantState(
-            absmax=self.absmax[index],
+            absmax=absmax.view(self.shape[0], -1)[index],
             shape=self.shape[1:],
             dtype=self.dtype,
             blocksize=BLOCK_SIZE,
@@ -127,10 +141,10 @@ class ExpertWeights(nn.Module):
         return (self.code, self.absmax_code) if self.nested else (self.code,)
 
 
-def parametrize_experts(module: nn.Module, name: str, states: tuple[QuantState, ...]) -> None:
+def parametrize_experts(module: nn.Module, name: str, weights: ExpertWeights) -> None:
     """Parametrize `module.<name>`, which holds packed codes, to read as the dequantized stack."""
     # unsafe: the parametrization changes shape and dtype on purpose, and has no right inverse
-    parametrize.register_parametrization(module, name, ExpertWeights(states), unsafe=True)
+    parametrize.register_parametrization(module, name, weights, unsafe=True)
 
 
 def quantized_experts(module: nn.Module, name: str) -> tuple[Tensor, ExpertWeights] | None:

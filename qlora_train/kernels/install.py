@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_train.kernels.frozen_weight import FrozenWeight
+from qlora_train.kernels.fsdp_units import gathering_modules
 from qlora_train.kernels.function_overrides import OVERRIDES, FunctionOverrides
 from qlora_train.kernels.fused_mlp import GatedMlp
 from qlora_train.kernels.lora_dropout import lora_dropout_off
@@ -80,7 +81,7 @@ def install(model: nn.Module, run: Callable[[], Any]) -> FusedKernels:
     kernels = FusedKernels(skipped=recorder.skipped)
     norms = [(module, variant) for module in model.modules() if (variant := find_variant(module)) is not None]
     with lora_dropout_off(recorder.layers):
-        mlps = [mlp for module in model.modules() if (mlp := GatedMlp.find(module)) is not None]
+        mlps = [mlp for module in gathering_modules(model) if (mlp := GatedMlp.find(module)) is not None]
     groups = recorder.groups()
     _bind_linears(kernels, model, groups)
     _bind_mlps(kernels, groups, mlps)

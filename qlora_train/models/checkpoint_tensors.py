@@ -89,13 +89,13 @@ def open_tensors(
         except ModelError as error:
             raise ModelError(f"{where}: {error}") from None
         yield {name: slices[name] for name in plain} | {
-            name: _Dequantized(f"{where}: {name}", slices[codes], slices[scales], stored_format, dtype)
+            name: Dequantized(f"{where}: {name}", slices[codes], slices[scales], stored_format, dtype)
             for name, (codes, scales) in weights.items()
         }
 
 
 @dataclass(frozen=True)
-class _Dequantized:
+class Dequantized:
     """A lazy tensor with the interface of a safetensors slice."""
 
     where: str

@@ -8,20 +8,23 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_train.kernels.expert_linear import experts_forward, follows_interface
-from qlora_train.kernels.expert_weights import parametrize_experts, quantize_stack
+from qlora_train.kernels.expert_weights import ExpertWeights, parametrize_experts, quantize_stack
+from qlora_train.kernels.sharded_weights import as_blocks, set_blocks
 from qlora_train.models.malloc_trim import MemoryTrimmer
 from qlora_train.models.moe import expert_modules, expert_parameters, routers
+from qlora_train.models.shard_quantize import quantize_part
+from qlora_train.models.shard_reads import CURRENT, is_cut
 
 METHOD = "qlora_train_4bit"
 EXPERTS_IMPLEMENTATION = "qlora_train_4bit"
@@ -45,17 +48,21 @@ class Quantizer(Bnb4BitHfQuantizer):
     def __init__(self, quantization_config: QuantizationConfig, **settings: Any) -> None:
         super().__init__(quantization_config, **settings)
         self.expert_names: tuple[str, ...] = ()
-        self.states: dict[str, tuple[QuantState, ...]] = {}
+        self.experts: dict[str, ExpertWeights] = {}
+        self.sharded = CURRENT.get()
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **arguments: Any) -> None:
         self.expert_names = tuple(expert_parameters(model))
         named = self.quantization_config.llm_int8_skip_modules or ()
         self.quantization_config.llm_int8_skip_modules = modules_to_not_convert(model, named)
         super()._process_model_before_weight_loading(model, device_map, **arguments)
+        if self.sharded is not None:
+            self.sharded.choose(model, self, self.expert_names)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **arguments: Any) -> bool:
-        """Whether to store a parameter in 4 bits."""
-        return param_name in self.expert_names or super().param_needs_quantization(model, param_name, **arguments)
+        """Whether to store a parameter in 4 bits, or in part."""
+        own = (*self.expert_names, *(self.sharded.sliced if self.sharded is not None else ()))
+        return param_name in own or super().param_needs_quantization(model, param_name, **arguments)
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that quantizes a parameter."""
@@ -64,7 +71,7 @@ class Quantizer(Bnb4BitHfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **arguments: Any) -> Any:
         for name in self.expert_names:
             module_name, _, parameter = name.rpartition(".")
-            parametrize_experts(model.get_submodule(module_name), parameter, self.states.pop(name))
+            parametrize_experts(model.get_submodule(module_name), parameter, self.experts.pop(name))
         modules = [module for _, module in expert_modules(model)]
         if modules and all(follows_interface(module) for module in modules):
             model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
@@ -90,11 +97,44 @@ class _Quantize(ConversionOps):
         for name, value in input_dict.items():
             for tensor in value if isinstance(value, list) else [value]:
                 self.memory.count(tensor)
-            if name in self.quantizer.expert_names:
-                result[name] = self._quantize_experts(name, value[0] if isinstance(value, list) else value)
+            tensor = value[0] if isinstance(value, list) else value
+            part = self._convert_part(name, tensor, arguments["model"])
+            if part is not None:
+                result[name] = part
+            elif name in self.quantizer.expert_names:
+                result[name] = self._quantize_experts(name, tensor)
             else:
                 result |= self.linears.convert({name: value}, **arguments)
         return result
+
+    def _convert_part(self, name: str, value: torch.Tensor, model: Any) -> nn.Parameter | None:
+        """Return this rank's part of a parameter; None if it is loaded whole."""
+        sharded, module = self.quantizer.sharded, model.get_submodule(name.rpartition(".")[0])
+        if sharded is None:
+            return None
+        if name in sharded.sliced:
+            return nn.Parameter(sharded.part(value, sharded.sliced[name]).clone(), requires_grad=False)
+        is_stack = name in self.quantizer.expert_names
+        if not is_stack and issubclass(module.source_cls, Conv1D):
+            value = value.T
+        shape = model.get_parameter(name).shape if is_stack else torch.Size((module.out_features, module.in_features))
+        if not is_cut(shape):
+            return None
+        config = self.quantizer.quantization_config
+        quantized = quantize_part(
+            sharded.weights(value, shape),
+            shape if is_stack else torch.Size((1, *shape)),
+            quant_type=config.bnb_4bit_quant_type,
+            double_quant=config.bnb_4bit_use_double_quant,
+            count=self.memory.count,
+        )
+        if not is_stack:
+            set_blocks(module, quantized.codes, quantized.absmax, quantized.states[0])
+            module._is_hf_initialized = module.absmax._is_hf_initialized = True
+            return module.weight
+        self.quantizer.experts[name] = weights = ExpertWeights(quantized.states)
+        weights.set_absmax_blocks(as_blocks(quantized.absmax, len(quantized.codes)))
+        return as_blocks(quantized.codes, len(quantized.codes))
 
     def _quantize_experts(self, name: str, value: torch.Tensor) -> torch.Tensor:
         config = self.quantizer.quantization_config
@@ -103,5 +143,5 @@ class _Quantize(ConversionOps):
             quant_type=config.bnb_4bit_quant_type,
             double_quant=config.bnb_4bit_use_double_quant,
         )
-        self.quantizer.states[name] = quantized.states
+        self.quantizer.experts[name] = ExpertWeights(quantized.states)
         return nn.Parameter(quantized.codes, requires_grad=False)

@@ -6,6 +6,7 @@ Norms, embeddings and the output head stay in the compute dtype. Every parameter
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from qlora_train.models.quantization_summary import (
     summarize_quantization,
 )
 from qlora_train.models.quantize_linears import quantize_linears
+from qlora_train.models.shard_base import check_torch, shard_base
+from qlora_train.models.shard_reads import ShardedLoad
 from qlora_train.models.text_only import OmittedModule, check_causal, text_model
 from qlora_train.models.tokenizer import load_tokenizer
 from qlora_train.utils.device import select_device
@@ -79,12 +82,14 @@ def load_model(
     *,
     source: BaseSource | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    shard: bool = False,
 ) -> LoadedModel:
     """Load a base model in 4-bit NF4 (or as `quantization` says), frozen, with its tokenizer.
 
     Args:
         source: result of `resolve_base`, if known.
         tokenizer: result of `load_tokenizer`, if known.
+        shard: load and hold a part of the base on each rank, with FSDP.
 
     Raises:
         ModelError: the model cannot be downloaded or read, or too few of its weights could be quantized.
@@ -95,8 +100,15 @@ def load_model(
     architecture = detect(source.config)
     device = select_device()
     dtype = choose_compute_dtype(quantization.bnb_4bit_compute_dtype, device)
+    sharded = _sharded_load(source, model, quantization) if shard else None
     base = _from_pretrained(
-        source, model, dtype, device, _quantization_config(source, quantization, dtype, architecture), architecture
+        source,
+        model,
+        dtype,
+        device,
+        _quantization_config(source, quantization, dtype, architecture),
+        architecture,
+        sharded,
     )
     if quantization.load_in_4bit:
         quantize_linears(base, architecture.linear_classes, quantization, dtype)
@@ -106,6 +118,8 @@ def load_model(
     reset_dynamic_rope(base)
     _prepare_4bit_layers(base, dtype)
     new_token_ids = _add_new_tokens(base, tokenizer, model.new_tokens) if model.new_tokens else ()
+    if sharded is not None:
+        shard_base(base, device, sharded.sliced)
     summary = summarize_quantization(base, output_heads(base))
     if not architecture.known:
         _report_unknown(base, architecture, summary)
@@ -115,6 +129,26 @@ def load_model(
     if omitted_modules:
         check_causal(base)
     return LoadedModel(base, tokenizer, architecture, source, summary, dtype, device, new_token_ids, omitted_modules)
+
+
+def _sharded_load(source: BaseSource, model: ModelSection, quantization: QuantizationSection) -> ShardedLoad:
+    """Return what to load in parts.
+
+    Raises:
+        ConfigError: a torch that is too old, or weights that are not quantized while loading.
+    """
+    check_torch()
+    if not quantization.load_in_4bit:
+        raise ConfigError(
+            "parallel.strategy: fsdp shards 4-bit weights, and quantization.load_in_4bit is false; set it to true, or set "
+            "parallel.strategy: ddp"
+        )
+    if (source.config.get("quantization_config") or {}).get("load_in_4bit"):
+        raise ConfigError(
+            f"parallel.strategy: fsdp quantizes while it loads, and {source.name} is stored in 4 bits; use the original "
+            "16-bit model, or set parallel.strategy: ddp"
+        )
+    return ShardedLoad(whole_vocabulary=bool(model.new_tokens))
 
 
 def _report_unknown(model: PreTrainedModel, architecture: Architecture, summary: QuantizationSummary) -> None:
@@ -184,6 +218,7 @@ def _from_pretrained(
     device: torch.device,
     quantization_config: QuantizationConfig | None,
     architecture: Architecture,
+    sharded: ShardedLoad | None,
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     where = f"model.model_name_or_path: {source.name}"
@@ -200,12 +235,13 @@ def _from_pretrained(
     try:
         with torch.device("meta"):  # for its class, and the config of that class
             meta_model = text.build(config, trust_remote_code=model.trust_remote_code)
-        with open_tensors(source.folder, stored_format, dtype, where) as tensors:
+        in_parts = nullcontext() if sharded is None else sharded.current()
+        with in_parts, open_tensors(source.folder, stored_format, dtype, where) as tensors:
             _check_experts(tensors, where)
             loaded, info = type(meta_model).from_pretrained(
                 None,
                 config=meta_model.config,
-                state_dict=tensors,
+                state_dict=tensors if sharded is None else sharded.lazy(tensors),
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=text.attention(meta_model.config, attention),

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-from qlora_train.kernels.expert_weights import ExpertWeights, quantized_experts
+from qlora_train.kernels.expert_weights import quantized_experts
+from qlora_train.kernels.fsdp_units import local_bytes
 from qlora_train.models.moe import expert_parameters
 from qlora_train.utils.errors import ModelError
 
@@ -24,16 +24,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QuantizationSummary:
-    """Numbers of weights and bytes of a loaded model.
+    """Numbers of weights, and bytes of a loaded model on this rank.
 
     Linear weights are all parameters of two or more dimensions except embeddings and the output head. `weight_bytes` are
-    packed 4-bit weights with their scales, `table_bytes` bitsandbytes' code tables, one per tensor. `bytes_by_dtype` covers
-    all parameters, buffers, scales and tables.
+    packed 4-bit weights with their scales, `whole_weight_bytes` those of all ranks, `table_bytes` code tables, one per
+    tensor. `bytes_by_dtype` covers all parameters, buffers, scales and tables.
     """
 
     num_linear_weights: int
     num_quantized_weights: int
     weight_bytes: int
+    whole_weight_bytes: int
     table_bytes: int
     bytes_by_dtype: dict[str, int]
     unquantized: tuple[str, ...]
@@ -46,7 +47,7 @@ class QuantizationSummary:
     @property
     def bits_per_weight(self) -> float:
         """Bits per quantized weight, with scales and without code tables."""
-        return 8 * self.weight_bytes / max(self.num_quantized_weights, 1)
+        return 8 * self.whole_weight_bytes / max(self.num_quantized_weights, 1)
 
     @property
     def total_bytes(self) -> int:
@@ -58,61 +59,80 @@ def summarize_quantization(model: nn.Module, heads: set[nn.Module]) -> Quantizat
     """Summarize how a model's weights are stored; `heads` are not counted as linear weights."""
     excluded = {id(module.weight) for module in heads if isinstance(module.weight, nn.Parameter)}
     excluded |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    quantized = weight_bytes = table_bytes = linear = 0
-    by_dtype: Counter[str] = Counter()
+    in_4bit = {id(each.codes): each for each in _quantized_weights(model)}
+    excluded |= {id(tensor) for each in in_4bit.values() for tensor in each.scales}
+    linear = sum(each.num_weights for each in in_4bit.values())
     unquantized = []
-    stacks = {id(codes): weights for codes, weights in _expert_stacks(model)}
     for name, parameter in model.named_parameters():
-        by_dtype[_dtype_name(parameter)] += parameter.nbytes
-        in_4bit = _in_4bit(parameter, stacks)
-        if in_4bit is not None:
-            num_weights, scales, tables = in_4bit
-            for tensor in () if id(parameter) in stacks else (*scales, *tables):  # experts' are buffers
-                by_dtype[_dtype_name(tensor)] += tensor.nbytes
-            linear, quantized = linear + num_weights, quantized + num_weights
-            weight_bytes += parameter.nbytes + sum(tensor.nbytes for tensor in scales)
-            table_bytes += sum(tensor.nbytes for tensor in tables)
-        elif parameter.ndim >= 2 and id(parameter) not in excluded:
+        if parameter.ndim >= 2 and id(parameter) not in excluded and id(parameter) not in in_4bit:
             linear += parameter.numel()
             unquantized.append(f"{name} ({_dtype_name(parameter)}, {parameter.numel():,} weights)")
-    for buffer in model.buffers():
-        by_dtype[_dtype_name(buffer)] += buffer.nbytes
-    return QuantizationSummary(linear, quantized, weight_bytes, table_bytes, dict(by_dtype), tuple(unquantized))
+    by_dtype: Counter[str] = Counter()
+    states = (tensor for each in in_4bit.values() for tensor in each.unregistered)
+    for tensor in (*model.parameters(), *model.buffers(), *states):
+        by_dtype[_dtype_name(tensor)] += local_bytes(tensor)
+    stored = [tensor for each in in_4bit.values() for tensor in (each.codes, *each.scales)]
+    return QuantizationSummary(
+        num_linear_weights=linear,
+        num_quantized_weights=sum(each.num_weights for each in in_4bit.values()),
+        weight_bytes=sum(map(local_bytes, stored)),
+        whole_weight_bytes=sum(tensor.nbytes for tensor in stored),  # a DTensor's are those of all ranks
+        table_bytes=sum(local_bytes(tensor) for each in in_4bit.values() for tensor in each.tables),
+        bytes_by_dtype=dict(by_dtype),
+        unquantized=tuple(unquantized),
+    )
 
 
-def _expert_stacks(model: nn.Module) -> Iterator[tuple[torch.Tensor, ExpertWeights]]:
+@dataclass(frozen=True)
+class _QuantizedWeight:
+    """A 4-bit weight, or this rank's part of one.
+
+    Attributes:
+        num_weights: of all ranks.
+        scales: absmax of both levels, and their offset.
+        tables: code tables.
+        unregistered: scales and tables that are neither parameters nor buffers.
+    """
+
+    num_weights: int
+    codes: torch.Tensor
+    scales: Tensors
+    tables: Tensors
+    unregistered: Tensors
+
+
+def _quantized_weights(model: nn.Module) -> Iterator[_QuantizedWeight]:
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and module.quant_state is not None:
+            yield _linear_weight(module)
     for name, module in expert_parameters(model).items():
         found = quantized_experts(module, name.rpartition(".")[2])
         if found is not None:
-            yield found
+            codes, stack = found
+            yield _QuantizedWeight(stack.shape.numel(), codes, stack.scale_tensors, stack.table_tensors, ())
 
 
-def _in_4bit(parameter: nn.Parameter, stacks: dict[int, ExpertWeights]) -> tuple[int, Tensors, Tensors] | None:
-    """Return the number of weights of a 4-bit parameter, its scales and its tables; None for any other."""
-    if id(parameter) in stacks:
-        stack = stacks[id(parameter)]
-        return stack.shape.numel(), stack.scale_tensors, stack.table_tensors
-    if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
-        return parameter.quant_state.shape.numel(), *_state_tensors(parameter.quant_state)
-    return None
+def _linear_weight(layer: Linear4bit) -> _QuantizedWeight:
+    state = layer.quant_state
+    absmax = layer._parameters.get("absmax")
+    scales: Tensors = () if absmax is not None else (state.absmax,)
+    tables: Tensors = (state.code,)
+    if state.nested:
+        scales, tables = (*scales, state.state2.absmax, state.offset), (*tables, state.state2.code)
+    registered = () if absmax is None else (absmax,)
+    return _QuantizedWeight(state.shape.numel(), layer.weight, (*registered, *scales), tables, (*scales, *tables))
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _state_tensors(state: QuantState) -> tuple[Tensors, Tensors]:
-    """Return the scales (both levels with the offset if double-quantized) and the code tables of a tensor."""
-    if not state.nested:
-        return (state.absmax,), (state.code,)
-    return (state.absmax, state.state2.absmax, state.offset), (state.code, state.state2.code)
-
-
 def count_frozen_weights(model: nn.Module) -> int:
     """Return the number of frozen weights, counting weights and not packed elements."""
-    stacks = {id(codes): weights for codes, weights in _expert_stacks(model)}
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    return sum(in_4bit[0] if (in_4bit := _in_4bit(p, stacks)) else p.numel() for p in frozen)
+    in_4bit = list(_quantized_weights(model))
+    parts = {id(tensor) for each in in_4bit for tensor in (each.codes, *each.scales)}
+    others = (each for each in model.parameters() if not each.requires_grad and id(each) not in parts)
+    return sum(each.num_weights for each in in_4bit) + sum(parameter.numel() for parameter in others)
 
 
 def check_quantization(summary: QuantizationSummary, min_quantized_share: float) -> None:
@@ -126,6 +146,12 @@ def check_quantization(summary: QuantizationSummary, min_quantized_share: float)
         "quantization: %.1f %% of %s linear weights in 4 bits at %.3f bits each; bytes by dtype: %s",
         100 * summary.quantized_share, f"{summary.num_linear_weights:,}", summary.bits_per_weight, by_dtype,
     )  # fmt: skip
+    if summary.weight_bytes < summary.whole_weight_bytes:
+        logger.info(
+            "quantization: %.1f of %.1f MB of 4-bit weights on this rank (%.1f %%, with absmax)",
+            summary.weight_bytes / 1e6, summary.whole_weight_bytes / 1e6,
+            100 * summary.weight_bytes / summary.whole_weight_bytes,
+        )  # fmt: skip
     for name in summary.unquantized[:5]:
         logger.info("quantization: %s stays unquantized", name)
     if summary.quantized_share < min_quantized_share:

@@ -4,7 +4,7 @@ The head, with scaling or soft-capping around it, is run by a shallow copy of th
 all weights, and its decoder returns given hidden states: the architecture's own code around its own head.
 """
 
-import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from qlora_train.kernels.fsdp_units import own_class
 from qlora_train.kernels.ops.cross_entropy import losses_and_gradient_
 
 EVAL_LOGITS_BYTES = 64 << 20
@@ -120,10 +121,20 @@ def _detached_head(model: Any) -> tuple[nn.Module, nn.Module]:
     """Return shallow copies of the outermost module of a causal language model and of its decoder."""
     causal_lm = _causal_lm(model)
     name = _decoder_name(causal_lm)
-    head, decoder = copy.copy(causal_lm), copy.copy(causal_lm.get_submodule(name))
+    head, decoder = _shallow_copy(causal_lm), _shallow_copy(causal_lm.get_submodule(name))
     vars(head)["_modules"] = {**causal_lm._modules, name: decoder}
-    vars(head).pop("forward", None)  # bound to the original
     return head, decoder
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """Return a module with the same weights, without what is bound to the original: a forward of its own, and hooks.
+
+    FSDP's hooks belong to forward passes of the whole model, and the constructor of its classes is not theirs.
+    """
+    copied: nn.Module = object.__new__(own_class(module))
+    state = {name: value for name, value in vars(module).items() if name != "forward"}
+    copied.__dict__.update(state, _forward_pre_hooks=OrderedDict(), _forward_hooks=OrderedDict())
+    return copied
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -24,13 +24,13 @@ def test_one_process_is_a_run_of_its_own() -> None:
         this.barrier()
 
 
-def test_torch_distributed_is_imported_by_one_module() -> None:
+def test_torch_distributed_is_imported_for_the_context_and_for_fsdp() -> None:
     importers = {
         file.name
         for file in PACKAGE.rglob("*.py")
         if any(name.startswith("torch.distributed") for name in imported(ast.walk(tree_of(file))))
     }
-    assert importers == {"process_group.py"}
+    assert importers == {"process_group.py", "fsdp_units.py", "shard_base.py"}
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])

@@ -1,0 +1,64 @@
+"""A base that FSDP shards holds the bytes of a whole one, a part of them per rank, and computes the same gradients."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.sharded_models import compare_families
+from tests.support.workers import run_workers
+
+Pico = Callable[..., Path]
+FAMILIES = ("llama", "gemma2", "phi3", "gpt2", "falcon_h1", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "jetmoe")
+"""Tied and transposed weights, a recurrent family; experts stored one by one, as a stack, and outside the interface."""
+WORLD_SIZES = (2, 3, 4)
+"""3 divides no weight."""
+Found = list[dict[str, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def found(request: pytest.FixtureRequest, pico: Pico, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Found]:
+    """Return the number of ranks, and what each of them found."""
+    families = FAMILIES if request.param != 3 else FAMILIES[::3]
+    folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
+    bases = {name: pico(name) for name in families}
+    return request.param, run_workers(compare_families, request.param, folder, bases, folder)
+
+
+def test_gathered_bytes_equal_those_of_one_process(found: tuple[int, Found]) -> None:
+    _, ranks = found
+    for families in ranks:
+        for family, result in families.items():
+            assert result["num_tensors"] > 10, family
+            assert result["different"] == [], family
+            assert result["summary"], family
+            assert result["parameters"], family
+
+
+def test_each_rank_holds_its_share_of_4_bit_weights(found: tuple[int, Found]) -> None:
+    world_size, ranks = found
+    for family in ranks[0]:
+        shares = [families[family]["share"] for families in ranks]
+        assert max(shares) <= 1 / world_size + 0.03, (family, shares)
+        assert sum(shares) >= 1, (family, shares)
+        assert max(families[family]["held"] for families in ranks) < 0.85, "embeddings are sharded too"
+
+
+def test_gradients_equal_those_of_one_process(found: tuple[int, Found]) -> None:
+    _, ranks = found
+    for families in ranks:
+        for family, result in families.items():
+            assert result["kernels"], family
+            assert result["chunked"], family
+            for way in ("reference", "fused", "none", "mlp", "full"):
+                assert result.get(way, (0, 0, 0)) == (0, 0, 0), f"{family}: {way}"
+
+
+def test_families_cover_every_checkpointing_level(found: tuple[int, Found]) -> None:
+    results = found[1][0]
+    assert {level for result in results.values() for level in ("none", "mlp", "full") if level in result} == {
+        "none",
+        "mlp",
+        "full",
+    }
