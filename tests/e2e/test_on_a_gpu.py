@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_train.export import adapter_check, fresh_process
 from qlora_train.export.finished_run import open_finished_run
-from qlora_train.export.merging import verify
 from qlora_train.inference.chat import Chat, ChatSettings
 from qlora_train.inference.eval_report import EvalSettings, evaluate
 from qlora_train.inference.run_models import run_models
@@ -27,7 +25,7 @@ from qlora_train.training import qlora_trainer
 from qlora_train.training.memory import activation_offloading
 from qlora_train.utils import signals
 from tests.support import fake_cuda
-from tests.support.runs import losses, make_config, train_run, write_rows
+from tests.support.runs import check_in_this_process, losses, make_config, train_run, write_rows
 from tests.support.varlen_reference import reference_varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -45,16 +43,7 @@ MERGED = (*SHORT, "export.merge=true")
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Check saved models in this process, and fail on device mismatches that the product catches."""
-
-    def check_here(
-        _where: Path, code: str, reference: Path, *, batch_size: int, error: Any
-    ) -> fresh_process.ReloadCheck:
-        answer = fresh_process._measure(code, reference, batch_size)
-        divergence = fresh_process.Divergence(**answer["divergence"])
-        return fresh_process.ReloadCheck(answer["loss"], divergence, tuple(answer["token_differences"]))
-
-    for module in (adapter_check, verify):
-        monkeypatch.setattr(module, "check_in_fresh_process", check_here)
+    check_in_this_process(monkeypatch)
     if fake_cuda.IS_FAKE:
         monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)  # torch's has no kernel for the CPU
         varlen.works_on.cache_clear()

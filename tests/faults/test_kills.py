@@ -32,7 +32,7 @@ def undisturbed(runs: Runs, *settings: str) -> tuple[bytes, float]:
 def test_runs_killed_at_random_moments_end_in_the_same_bits(optim: str, runs: Runs, table: Table) -> None:
     settings = (*SETTINGS, f"train.optim={optim}")
     wanted, seconds = undisturbed(runs, *settings)
-    moments = [random.Random(f"{optim} {trial}").uniform(0, seconds) for trial in range(number(20, 500))]
+    moments = [random.Random(f"{optim} {trial}").uniform(0, seconds) for trial in range(number(12, 500))]
 
     def try_moment(moment: float) -> bytes:
         run = runs.new()
@@ -47,6 +47,7 @@ def test_runs_killed_at_random_moments_end_in_the_same_bits(optim: str, runs: Ru
     assert good == len(moments)
 
 
+@pytest.mark.skipif(not LONG, reason="for the table of the long form")
 def test_what_the_same_kills_do_to_the_stock_trainer(runs: Runs, table: Table) -> None:
     """For comparison; asserts nothing."""
     straight = runs.new().path
@@ -56,7 +57,7 @@ def test_what_the_same_kills_do_to_the_stock_trainer(runs: Runs, table: Table) -
     seconds = time.monotonic() - begun
     weights = "adapter_model.safetensors"
     wanted = (straight / "adapter" / weights).read_bytes()
-    moments = [random.Random(trial).uniform(0, seconds) for trial in range(number(2, 100))]
+    moments = [random.Random(trial).uniform(0, seconds) for trial in range(100)]
 
     def try_moment(moment: float) -> str:
         folder = runs.new().path
@@ -79,7 +80,7 @@ def test_first_signal_saves_the_step_and_the_run_resumes_to_the_same_bits(runs: 
     statuses = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
     cases = [
         (list(statuses)[trial % 3], random.Random(f"signal {trial}").uniform(0, seconds))
-        for trial in range(number(21, 200))
+        for trial in range(number(12, 200))
     ]
 
     def try_case(case: tuple[signal.Signals, float]) -> tuple[bool, int]:
@@ -114,7 +115,7 @@ def hit(process: Child, asked: signal.Signals) -> Ended:
 def test_second_signal_ends_the_run_at_once_without_damage(runs: Runs, table: Table) -> None:
     settings = (*SETTINGS, "train.optim=adamw_8bit")
     wanted, seconds = undisturbed(runs, *settings)
-    moments = [random.Random(f"twice {trial}").uniform(0, seconds) for trial in range(number(6, 100))]
+    moments = [random.Random(f"twice {trial}").uniform(0, seconds) for trial in range(number(4, 100))]
 
     def try_moment(moment: float) -> tuple[bool, float]:
         run = runs.new()

@@ -6,10 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from qlora_train.adapters import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.config import RunConfig, load_config
+from qlora_train.export import adapter_check, fresh_process
+from qlora_train.export.merging import verify
 from qlora_train.models import load_model
 from qlora_train.pipeline import run
 from qlora_train.runs import RunFolder
@@ -106,3 +109,17 @@ def stopped_after(step: int, run: RunFolder, copy: Path) -> RunFolder:
     for later in [number for number in stopped.checkpoint_steps() if number > step]:
         shutil.rmtree(stopped.checkpoint(later))
     return stopped
+
+
+def check_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs check saved models without a fresh process, which imports everything for seconds beside a GPU."""
+
+    def check_here(
+        _where: Path, code: str, reference: Path, *, batch_size: int, error: Any
+    ) -> fresh_process.ReloadCheck:
+        answer = fresh_process._measure(code, reference, batch_size)
+        divergence = fresh_process.Divergence(**answer["divergence"])
+        return fresh_process.ReloadCheck(answer["loss"], divergence, tuple(answer["token_differences"]))
+
+    for module in (adapter_check, verify):
+        monkeypatch.setattr(module, "check_in_fresh_process", check_here)

@@ -12,7 +12,7 @@ from qlora_train.training import padding_free
 from qlora_train.training.parity import fused_kernels
 from qlora_train.utils.device import DETERMINISTIC_ENVIRONMENT, deterministic_algorithms
 from qlora_train.utils.errors import explain, nondeterministic_operation
-from tests.support.runs import adapter_bytes, stopped_copy, train_run, write_rows
+from tests.support.runs import adapter_bytes, check_in_this_process, stopped_copy, train_run, write_rows
 
 ON = "run.deterministic=true"
 REFUSED = (
@@ -96,7 +96,10 @@ def test_nondeterministic_operation_is_an_error_and_no_parity_result(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [(), ("data.packing=true",), ("lora.lora_dropout=0.1",)])
-def test_runs_on_a_gpu_repeat_and_resume_bitwise(options: tuple[str, ...], pico_llama: Path, tmp_path: Path) -> None:
+def test_runs_on_a_gpu_repeat_and_resume_bitwise(
+    options: tuple[str, ...], pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_in_this_process(monkeypatch)
     asked = (ON, "train.save_steps=2", "train.max_steps=6", *options)
     first = train_run(tmp_path, pico_llama, *asked, name="first")
     assert adapter_bytes(train_run(tmp_path, pico_llama, *asked, name="second")) == adapter_bytes(first)
