@@ -6,9 +6,7 @@ in this process. They use neither torch nor a GPU.
 
 import gc
 import multiprocessing
-import multiprocessing.connection
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -92,16 +90,8 @@ def _start(function: Callable[[Any], Any]) -> None:
     global _function  # noqa: PLW0603
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process; threads do not survive a fork
     gc.freeze()  # collecting inherited objects would copy their memory
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    signals.exit_with_parent()
     _function = function
-
-
-def _exit_with_parent() -> None:
-    """Exit when the parent process ends: nothing else tells a worker that its parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _call(item: Any) -> Any:

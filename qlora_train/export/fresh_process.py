@@ -11,10 +11,8 @@ import json
 import logging
 import multiprocessing
 import multiprocessing.connection
-import os
 import signal
 import sys
-import threading
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -105,7 +103,7 @@ def _answer(process: BaseProcess, connection: Connection) -> dict[str, Any]:
 
 def _run(sender: Connection, code: str, reference: Path, batch_size: int, num_threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C reaches both; the parent ends this one
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signals.exit_with_parent()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -134,10 +132,3 @@ def load_by(code: str) -> tuple[Any, Any]:
     names: dict[str, Any] = {}
     exec(compile(code, "<code on the card>", "exec"), names)
     return names["model"].eval(), names["tokenizer"]
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)

@@ -5,7 +5,7 @@ the values, of the 16-bit weights that they represent.
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qlora_train.models.prequantized import PrequantizedFormat
-from qlora_train.utils.errors import ModelError, first_line
+from qlora_train.utils.errors import ModelError, first_line, listed
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -25,7 +25,6 @@ DTYPES = {
 }  # fmt: skip
 """Dtypes of tensors that are not pre-quantized, by their names in safetensors."""
 LFS_POINTER = b"version https://git-lfs"
-NUM_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def list_tensors(folder: Path, where: str) -> dict[str, StoredTensor]:
         tensors = _read_header(path, where)
         if missing := sorted(indexed - tensors.keys()):
             raise ModelError(
-                f"{where}: {path.name} lacks {listed(missing)}, which {INDEX} names; download both files again"
+                f"{where}: {path.name} lacks {listed(missing, 3)}, which {INDEX} names; download both files again"
             )
         found |= tensors
     return found
@@ -174,9 +173,3 @@ def _read_header(path: Path, where: str) -> dict[str, StoredTensor]:
         raise ModelError(
             f"{where}: {path.name} ({size}) is truncated or damaged: {first_line(error)}; download it again"
         ) from None
-
-
-def listed(names: Collection[str]) -> str:
-    """Return the first names as text, and the number of the others."""
-    shown = ", ".join(list(names)[:NUM_LISTED])
-    return shown if len(names) <= NUM_LISTED else f"{shown} and {len(names) - NUM_LISTED} more tensors"

@@ -14,8 +14,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_train.models.checkpoint_tensors import StoredTensor, listed
-from qlora_train.utils.errors import ModelError
+from qlora_train.models.checkpoint_tensors import StoredTensor
+from qlora_train.utils.errors import ModelError, listed
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def check_dtypes(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any],
     if wrong:
         first = tensors[wrong[0]]
         raise ModelError(
-            f"{where}: {first.file.name} holds {listed(wrong)} as {first.dtype}, and config.json has no "
+            f"{where}: {first.file.name} holds {listed(wrong, 3)} as {first.dtype}, and config.json has no "
             "quantization_config for their scales; use the original 16-bit model"
         )
 
@@ -62,7 +62,7 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) ->
         )
     if info["missing_keys"]:
         raise ModelError(
-            f"{where}: the weights lack {listed(sorted(info['missing_keys'], key=_by_layer))}, which would be random; "
+            f"{where}: the weights lack {listed(sorted(info['missing_keys'], key=_by_layer), 3)}, which would be random; "
             "download them again, or use config.json and weights of one model"
         )
     extra = sorted(info["unexpected_keys"], key=_by_layer)
@@ -70,11 +70,11 @@ def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], where: str) ->
     beyond = [name for name in extra if _layer(name)[1] >= num_layers.get(_layer(name)[0], sys.maxsize)]
     if beyond:
         raise ModelError(
-            f"{where}: the weights hold {listed(beyond)}, but config.json has {num_layers[_layer(beyond[0])[0]]} layers "
+            f"{where}: the weights hold {listed(beyond, 3)}, but config.json has {num_layers[_layer(beyond[0])[0]]} layers "
             "(num_hidden_layers); use config.json and weights of one model"
         )
     if extra:
-        logger.warning("weights: unused tensors in the files: %s (not part of the model)", listed(extra))
+        logger.warning("weights: unused tensors in the files: %s (not part of the model)", listed(extra, 3))
 
 
 def _mismatched_4bit(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:

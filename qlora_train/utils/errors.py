@@ -92,6 +92,12 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """Join names for a message, at most `limit` of them."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's message, to quote it."""
     return str(error).strip().split("\n", 1)[0]

@@ -8,6 +8,7 @@ The state is per process. Without `handle_signals` (the package used as a librar
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -132,6 +133,18 @@ def _end_at_second_signal(receiver: socket.socket) -> None:
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(STATUS[signal.Signals(byte[0])])
+
+
+def exit_with_parent() -> None:
+    """Exit this process when its parent ends: nothing else tells it that the parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _reset_in_child() -> None:

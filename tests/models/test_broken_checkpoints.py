@@ -129,7 +129,7 @@ def without_vocabulary(base: Path) -> None:
     (base / "tokenizer.json").write_text(json.dumps(content))
 
 
-LAYER_1 = r"model\.layers\.1\.input_layernorm\.weight, .* and 6 more tensors"
+LAYER_1 = r"model\.layers\.1\.input_layernorm\.weight, .* and 6 more"
 ONE_MODEL = "use config.json and weights of one model$"
 DAMAGED = "is truncated or damaged: .*; download it again$"
 BROKEN: dict[str, tuple[Damage, str]] = {

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from qlora_train.adapters.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_train.export.merging.adapter_deltas import AdapterFile, LowRank, listed
-from qlora_train.utils.errors import ExportError
+from qlora_train.export.merging.adapter_deltas import AdapterFile, LowRank
+from qlora_train.utils.errors import ExportError, listed
 
 
 def write_plain_adapter(adapter: AdapterFile, folder: Path, name: str) -> dict[str, torch.Tensor]:

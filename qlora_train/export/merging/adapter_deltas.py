@@ -15,7 +15,7 @@ from safetensors import safe_open
 from qlora_train.adapters.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_settings
 from qlora_train.export.merging.meta_model import MetaModel
 from qlora_train.export.merging.peft_wrappers import WrappedParameter, in_wrapping_order, targeted_parameters
-from qlora_train.utils.errors import MergeError
+from qlora_train.utils.errors import MergeError, listed
 
 _PREFIX = "base_model.model."
 _LORA_A, _LORA_B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
@@ -199,9 +199,3 @@ class AdapterFile:
             f"{self.path}: trained rows for {module}, but trainable_token_indices in {ADAPTER_CONFIG} names "
             f"{listed(list(by_name))}"
         )
-
-
-def listed(names: list[str], limit: int = 8) -> str:
-    """Join names for a message, at most `limit` of them."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

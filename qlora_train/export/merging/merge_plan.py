@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_train.export.merging.adapter_deltas import AdapterFile, ExpertLowRank, Replace, TokenRows, Update, listed
+from qlora_train.export.merging.adapter_deltas import AdapterFile, ExpertLowRank, Replace, TokenRows, Update
 from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
 from qlora_train.export.merging.meta_model import MetaModel
 from qlora_train.export.merging.tensor_layout import NameMapping, TensorGroup, check_reversible
-from qlora_train.utils.errors import MergeError
+from qlora_train.utils.errors import MergeError, listed
 
 Shape = tuple[int, ...]
 
