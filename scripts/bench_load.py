@@ -2,7 +2,8 @@
 
 Example: ``python scripts/bench_load.py``. It writes random 16-bit checkpoints of about 2 GB in shards of 200 MB, a dense
 one and one with experts stored one by one, and loads each in fresh processes. This process reads the kernel's counts of
-the loading one: anonymous memory, and pages of mapped files, which the kernel can drop but counts as resident all the same.
+the loading ones: anonymous memory, and pages of mapped files, which the kernel can drop but counts as resident.
+With ``--ranks 2`` two processes load a part each, as under FSDP; a line then has the largest count of any rank.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.models.base_source import resolve_base
 from qlora_train.models.loading import load_model
 from qlora_train.models.shard_writer import write_shards
+from qlora_train.parallel.process_group import joined
+from qlora_train.utils.launcher import Worker
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # beside a script lie only scripts
 from tests.support.pico import build_tokenizer
@@ -51,33 +55,42 @@ def main() -> None:
     """Measure, or load when told to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="numbers of processes to load with")
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
-        load(arguments.load)
+        load(arguments.load, arguments.rank, arguments.ranks[0])
     else:
-        compare(arguments.runs)
+        compare(arguments.runs, arguments.ranks)
 
 
-def compare(num_runs: int) -> None:
-    """Print a line for each kind of checkpoint."""
+def compare(num_runs: int, ranks: list[int]) -> None:
+    """Print a line for each kind of checkpoint and number of ranks."""
     print(
-        "| checkpoint | files | NF4 model | imports | peak over imports | anonymous | mapped files | allowed | seconds |"
+        "| checkpoint | ranks | files | NF4 model | imports | peak over imports | anonymous | mapped files | allowed | "
+        "seconds |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as temporary:
             folder = write_checkpoint(Path(temporary), kind)
             size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-            runs = [measure(folder) for _ in range(num_runs)]
-        worst = {key: max(run[key] for run in runs) for key in runs[0]}
-        allowed = SHARD_BYTES + worst["model_bytes"] + MARGIN_BYTES
-        megabytes = [
-            size, worst["model_bytes"], worst["imports"], worst["peak"] - worst["imports"], worst["anonymous"],
-            worst["mapped"], allowed,
-        ]  # fmt: skip
-        seconds = statistics.median(run["seconds"] for run in runs)
-        print(f"| {kind} | {' | '.join(f'{count / MB:,.0f} MB' for count in megabytes)} | {seconds:.1f} |")
+            for num_ranks in ranks:
+                line = summarize([measure(folder, num_ranks) for _ in range(num_runs)], size)
+                print(f"| {kind} | {num_ranks} | {line} |", flush=True)
+
+
+def summarize(runs: list[dict[str, float]], size: int) -> str:
+    """Return the columns of a line from runs of a checkpoint of `size` bytes."""
+    worst = {key: max(run[key] for run in runs) for key in runs[0]}
+    allowed = SHARD_BYTES + worst["model_bytes"] + MARGIN_BYTES
+    megabytes = [
+        size, worst["model_bytes"], worst["imports"], worst["peak"] - worst["imports"], worst["anonymous"],
+        worst["mapped"], allowed,
+    ]  # fmt: skip
+    seconds = statistics.median(run["seconds"] for run in runs)
+    return f"{' | '.join(f'{count / MB:,.0f} MB' for count in megabytes)} | {seconds:.1f}"
 
 
 def write_checkpoint(folder: Path, kind: str) -> Path:
@@ -124,37 +137,63 @@ def feed_forward(config: Any, name: str) -> Iterator[tuple[str, torch.Size]]:
         yield f"{part}.down_proj.weight", torch.Size((hidden, inner))
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Load a checkpoint in a fresh process; return bytes and seconds."""
-    command = [sys.executable, __file__, "--load", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        before = json.loads(process.stdout.readline())
-        anonymous, mapped = [0], [0]
-        while process.poll() is None:
-            now = status(process.pid)
-            if "RssAnon" in now:  # not once it has ended
-                anonymous.append(now["RssAnon"] - before["RssAnon"])
-                mapped.append(now["RssFile"] - before["RssFile"])
-            time.sleep(0.002)
-        after = json.loads(process.stdout.readline())
-    assert process.returncode == 0
-    peaks = {"imports": before["VmRSS"], "anonymous": max(anonymous), "mapped": max(mapped)}
-    return {**peaks, "peak": after["VmHWM"], "model_bytes": after["model_bytes"], "seconds": after["seconds"]}
+def measure(folder: Path, num_ranks: int) -> dict[str, float]:
+    """Load a checkpoint in fresh processes; return the largest bytes and seconds of any."""
+    command = [sys.executable, __file__, "--load", str(folder), "--ranks", str(num_ranks)]
+    (folder / "rendezvous").unlink(missing_ok=True)
+    processes = [
+        subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(num_ranks)
+    ]
+    loads = [Load(process) for process in processes]
+    while sum(load.is_running() for load in loads):
+        time.sleep(0.002)
+    results = [load.result() for load in loads]
+    return {key: max(result[key] for result in results) for key in results[0]}
 
 
-def load(folder: Path) -> None:
-    """Load a checkpoint and print, in JSON, the memory before and after."""
+class Load:
+    """A process that loads, and the largest counts seen of its memory."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.before: dict[str, int] = json.loads(self._line())
+        self.anonymous = self.mapped = 0
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def is_running(self) -> bool:
+        """Count the memory once, and return whether the process has not ended."""
+        if self.process.poll() is not None:
+            return False
+        now = status(self.process.pid)
+        if "RssAnon" in now:  # not once it has ended
+            self.anonymous = max(self.anonymous, now["RssAnon"] - self.before["RssAnon"])
+            self.mapped = max(self.mapped, now["RssFile"] - self.before["RssFile"])
+        return True
+
+    def result(self) -> dict[str, float]:
+        """Return bytes and seconds."""
+        after = json.loads(self._line())
+        assert self.process.returncode == 0
+        peaks = {"imports": self.before["VmRSS"], "anonymous": self.anonymous, "mapped": self.mapped}
+        return {**peaks, "peak": after["VmHWM"], "model_bytes": after["model_bytes"], "seconds": after["seconds"]}
+
+
+def load(folder: Path, rank: int, num_ranks: int) -> None:
+    """Load a checkpoint, or a rank's part of it, and print, in JSON, the memory before and after."""
     model = ModelSection(model_name_or_path=str(folder))
     source = resolve_base(model)
     print(json.dumps(status("self")), flush=True)
     began = time.perf_counter()
-    loaded = load_model(model, QuantizationSection(), source=source)
-    seconds = time.perf_counter() - began
-    print(
-        json.dumps({**status("self"), "model_bytes": loaded.quantization_summary.total_bytes, "seconds": seconds}),
-        flush=True,
-    )
+    worker = Worker(rank, num_ranks, rank, num_ranks, f"file://{folder / 'rendezvous'}")
+    with joined(worker) if num_ranks > 1 else nullcontext():
+        loaded = load_model(model, QuantizationSection(), source=source, shard=num_ranks > 1)
+        seconds = time.perf_counter() - began
+        after = {**status("self"), "model_bytes": loaded.quantization_summary.total_bytes, "seconds": seconds}
+    print(json.dumps(after), flush=True)
 
 
 def status(process: int | str) -> dict[str, int]:

@@ -3,19 +3,19 @@
 import logging
 from dataclasses import dataclass
 
-from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
 from qlora_train.adapters.eva import eva_batches, eva_components
-from qlora_train.adapters.expert_lora import bind_experts, choose_expert_parameters
-from qlora_train.adapters.load import warm_start
-from qlora_train.adapters.precision import train_in_float32
+from qlora_train.adapters.expert_lora import choose_expert_parameters
+from qlora_train.adapters.load import trainable_model, warm_start
 from qlora_train.adapters.targets import choose_modules_to_save, choose_targets, find_linears
 from qlora_train.config import LoraSection
 from qlora_train.config.schema import INITS
 from qlora_train.data.held_out_rows import RunRows
+from qlora_train.kernels.fsdp_units import gathered, is_sharded, is_sharded_tensor
 from qlora_train.models import LoadedModel
 from qlora_train.models.loading import output_heads
 from qlora_train.models.quantization_summary import count_frozen_weights
@@ -55,9 +55,7 @@ def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, data: R
         components = {}
         if lora.init_lora_weights == "eva" and data is not None:
             components = eva_components(loaded, config, eva_batches(loaded, data, lora.r, seed), linears)
-        model = get_peft_model(loaded.model, config)
-        bind_experts(model)
-        train_in_float32(model, loaded.compute_dtype)
+        model = trainable_model(loaded, config)
         if components:
             initialize_lora_eva_weights(model, eva_state_dict=components)
     return _counted(model, loaded)
@@ -65,6 +63,7 @@ def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, data: R
 
 def _peft_config(loaded: LoadedModel, lora: LoraSection, targets: list[str]) -> LoraConfig:
     modules_to_save = choose_modules_to_save(loaded.model, lora.modules_to_save)
+    _check_sharded(loaded.model, lora, modules_to_save)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -83,6 +82,30 @@ def _peft_config(loaded: LoadedModel, lora: LoraSection, targets: list[str]) -> 
         modules_to_save=modules_to_save or None,
         trainable_token_indices=_trained_rows(loaded, modules_to_save),
     )
+
+
+def _check_sharded(model: nn.Module, lora: LoraSection, modules_to_save: list[str]) -> None:
+    """Refuse adapters that copy weights of a layer, of which each rank has a part.
+
+    Raises:
+        ConfigError: DoRA, or a matrix of a decoder layer that is trained in full.
+    """
+    if not is_sharded(model):
+        return
+    if lora.use_dora:
+        raise ConfigError(
+            "lora.use_dora: true reads whole weights to start from, and parallel.strategy: fsdp shards them; set it to "
+            "false, or set parallel.strategy: ddp"
+        )
+    with gathered(model):
+        inside = [
+            name for name in modules_to_save if any(map(is_sharded_tensor, model.get_submodule(name).parameters()))
+        ]
+    if inside:
+        raise ConfigError(
+            f"lora.modules_to_save: {inside[0]} is a matrix of a decoder layer, which parallel.strategy: fsdp shards; "
+            "allowed are embeddings, the output head and norms; or set parallel.strategy: ddp"
+        )
 
 
 def _trained_rows(loaded: LoadedModel, modules_to_save: list[str]) -> dict[str, list[int]] | None:

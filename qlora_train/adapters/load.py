@@ -17,6 +17,7 @@ from qlora_train.adapters.expert_lora import bind_experts
 from qlora_train.adapters.precision import train_in_float32
 from qlora_train.adapters.targets import choose_modules_to_save
 from qlora_train.config import LoraSection
+from qlora_train.kernels.fsdp_units import gathered
 from qlora_train.models import LoadedModel
 from qlora_train.models.moe import expert_parameters
 from qlora_train.utils.errors import ConfigError
@@ -60,12 +61,19 @@ def load_trained(loaded: LoadedModel, folder: Path) -> PeftModel:
     return model.requires_grad_(False).eval()
 
 
+def trainable_model(loaded: LoadedModel, config: LoraConfig) -> PeftModel:
+    """Put a new adapter on a loaded base."""
+    with gathered(loaded.model):  # rows of new tokens and modules trained in full are copies of weights
+        model = get_peft_model(loaded.model, config)
+    bind_experts(model)
+    train_in_float32(model, loaded.compute_dtype)
+    return model
+
+
 def _with_weights(loaded: LoadedModel, config: LoraConfig, weights: dict[str, torch.Tensor], where: str) -> PeftModel:
     # PEFT's from_pretrained would round modules that are trained in full to the dtype of the base
     config.inference_mode = False
-    model = get_peft_model(loaded.model, config)
-    bind_experts(model)
-    train_in_float32(model, loaded.compute_dtype)
+    model = trainable_model(loaded, config)
     expected = {name: t.shape for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     actual = {name: t.shape for name, t in weights.items()}
     different = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))

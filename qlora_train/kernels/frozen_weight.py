@@ -7,6 +7,7 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor
 
+from qlora_train.kernels.fsdp_units import is_sharded_tensor
 from qlora_train.kernels.ops.dequantize import dequantize
 
 
@@ -36,6 +37,11 @@ class FrozenWeight:
     def bias(self) -> Tensor | None:
         bias: Tensor | None = self._layer.bias
         return bias
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP holds a part of the weight on each rank."""
+        return is_sharded_tensor(self._layer.weight)
 
     @property
     def dequantized_bytes(self) -> int:

@@ -28,9 +28,9 @@ def own_class(module: nn.Module) -> Any:
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
-def local_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor on this rank."""
-    return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from qlora_train.kernels.expert_weights import quantized_experts
-from qlora_train.kernels.fsdp_units import local_bytes
+from qlora_train.kernels.fsdp_units import local_tensor
 from qlora_train.models.moe import expert_parameters
 from qlora_train.utils.errors import ModelError
 
@@ -70,14 +70,14 @@ def summarize_quantization(model: nn.Module, heads: set[nn.Module]) -> Quantizat
     by_dtype: Counter[str] = Counter()
     states = (tensor for each in in_4bit.values() for tensor in each.unregistered)
     for tensor in (*model.parameters(), *model.buffers(), *states):
-        by_dtype[_dtype_name(tensor)] += local_bytes(tensor)
+        by_dtype[_dtype_name(tensor)] += local_tensor(tensor).nbytes
     stored = [tensor for each in in_4bit.values() for tensor in (each.codes, *each.scales)]
     return QuantizationSummary(
         num_linear_weights=linear,
         num_quantized_weights=sum(each.num_weights for each in in_4bit.values()),
-        weight_bytes=sum(map(local_bytes, stored)),
+        weight_bytes=sum(local_tensor(tensor).nbytes for tensor in stored),
         whole_weight_bytes=sum(tensor.nbytes for tensor in stored),  # a DTensor's are those of all ranks
-        table_bytes=sum(local_bytes(tensor) for each in in_4bit.values() for tensor in each.tables),
+        table_bytes=sum(tensor.nbytes for each in in_4bit.values() for tensor in each.tables),
         bytes_by_dtype=dict(by_dtype),
         unquantized=tuple(unquantized),
     )

@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_train.kernels.expert_weights import BLOCK_SIZE, quantized_experts
 from qlora_train.kernels.sharded_weights import describe_weight, prepare_experts, prepare_linear
+from qlora_train.models.byte_check import check_gathered_bytes, hash_own_rows
 from qlora_train.models.moe import expert_parameters
 from qlora_train.models.shard_rows import place_rows
 from qlora_train.parallel import context
@@ -47,6 +48,9 @@ def shard_base(model: nn.Module, device: torch.device, sliced: Mapping[str, torc
         model: 4-bit weights and the tensors of `sliced` may be this rank's part alone.
         device: of the model.
         sliced: shapes of the 16-bit parameters that are loaded in part, by name.
+
+    Raises:
+        ModelError: ranks gather other bytes than they loaded.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -57,8 +61,11 @@ def shard_base(model: nn.Module, device: torch.device, sliced: Mapping[str, torc
     rows = _full_rows(model, sliced)
     ignored = {parameter for parameter in model.parameters() if parameter.ndim < 2}
     mesh = init_device_mesh(device.type, (context().world_size,))
-    for unit in [*decoder_layers(model), model]:
+    units = [*decoder_layers(model), model]
+    for unit in units:
         _expand(unit, rows)
+        if unit is units[0]:
+            hashes = hash_own_rows(unit)
         fully_shard(
             unit,
             mesh=mesh,
@@ -69,6 +76,8 @@ def shard_base(model: nn.Module, device: torch.device, sliced: Mapping[str, torc
     for module in model.modules():
         if isinstance(module, Linear4bit):
             describe_weight(module)
+    name = next(name for name, module in model.named_modules() if module is units[0])
+    check_gathered_bytes(units[0], name, hashes)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

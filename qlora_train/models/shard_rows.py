@@ -7,9 +7,13 @@ from qlora_train.parallel import context
 
 
 def own_rows(num_rows: int) -> range:
-    """Return this rank's rows of a tensor with `num_rows` of them, as `torch.chunk` divides them."""
+    """Return this rank's rows of a tensor with `num_rows` of them."""
+    return rows_of(context().rank, num_rows)
+
+
+def rows_of(rank: int, num_rows: int) -> range:
+    """Return a rank's rows of a tensor with `num_rows` of them, as `torch.chunk` divides them."""
     size = -(-num_rows // context().world_size)
-    rank = context().rank
     return range(min(rank * size, num_rows), min((rank + 1) * size, num_rows))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qlora_train.kernels import host_copies
+from qlora_train.kernels.fsdp_units import reset_after_failure
 from qlora_train.kernels.packed.attention import packed_row, uses_packed_attention
 from qlora_train.objectives.chunked_loss import (
     chunked_losses,
@@ -168,4 +169,5 @@ def _probe(
     except torch.OutOfMemoryError:  # no evidence against the model
         raise
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
+        reset_after_failure(model)
         return None

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.sharded_models import compare_families
+from qlora_train.models.shard_base import check_torch
+from qlora_train.utils.errors import ConfigError
+from tests.support.sharded_models import compare_adapters, compare_families, flip_a_byte
 from tests.support.workers import run_workers
 
 Pico = Callable[..., Path]
@@ -62,3 +64,42 @@ def test_families_cover_every_checkpointing_level(found: tuple[int, Found]) -> N
         "mlp",
         "full",
     }
+
+
+TRAINS = (
+    "model.new_tokens=[<new>]",
+    "lora.modules_to_save=[lm_head]",
+    "lora.modules_to_save=[input_layernorm] lora.bias=all",
+    "lora.lora_dropout=0.1 lora.use_rslora=true",
+    "quantization.bnb_4bit_use_double_quant=false",
+    "quantization.bnb_4bit_quant_type=fp4",
+)
+REFUSED = {
+    "lora.use_dora=true": "lora.use_dora: true reads whole weights",
+    "quantization.load_in_4bit=false": "parallel.strategy: fsdp shards 4-bit weights",
+}
+
+
+def test_adapters_of_all_kinds_train_alike_or_are_refused_in_one_line(pico: Pico, tmp_path: Path) -> None:
+    for results in run_workers(compare_adapters, 2, tmp_path, pico("llama"), tmp_path, (*TRAINS, *REFUSED)):
+        assert {setting: results[setting] for setting in TRAINS} == dict.fromkeys(TRAINS, (0, 0, 0))
+        for setting, message in REFUSED.items():
+            assert results[setting].startswith(message)
+            assert "\n" not in results[setting]
+
+
+def test_one_flipped_byte_stops_every_rank(pico: Pico, tmp_path: Path) -> None:
+    for intact, flipped in run_workers(flip_a_byte, 3, tmp_path, pico("llama"), tmp_path):
+        assert intact == "passed"
+        assert flipped.startswith(
+            "parallel.strategy: fsdp would train on corrupt weights: model.layers.1.mlp.down_proj"
+        )
+        assert ": rank 0 gathers other bytes than rank 2 loaded" in flipped
+        assert "\n" not in flipped
+
+
+def test_torch_that_cannot_shard_uint8_is_refused() -> None:
+    for version in ("2.12.0", "2.13.0+cu129", "3.0.1"):
+        check_torch(version)
+    with pytest.raises(ConfigError, match=r"shards uint8 weights, which torch 2\.11\.1 cannot; upgrade torch to 2\.12"):
+        check_torch("2.11.1")

@@ -1,6 +1,6 @@
 """What the tests of sharded bases run in each process: a base loaded whole beside the same one loaded in parts."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from qlora_train.adapters import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.kernels.expert_weights import ExpertWeights, quantized_experts
 from qlora_train.kernels.frozen_weight import packed_weight
-from qlora_train.kernels.fsdp_units import gathering_modules
+from qlora_train.kernels.fsdp_units import gathering_modules, local_tensor
 from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.models import LoadedModel, load_model
+from qlora_train.models.byte_check import check_gathered_bytes, hash_own_rows
 from qlora_train.models.moe import stacks
+from qlora_train.models.shard_base import decoder_layers
 from qlora_train.objectives.label_losses import label_losses, supports_chunking
 from qlora_train.parallel import context
 from qlora_train.training.memory.activation_checkpointing import LEVELS, LayerCheckpointing
 from qlora_train.training.parity.gradients import Gradients, compare_gradients, gradients_of
+from qlora_train.utils.errors import ConfigError, ModelError
 from tests.support.batches import BATCH
 from tests.support.runs import make_config
 
@@ -31,9 +34,9 @@ def load(folder: Path, base: Path, *overrides: str, shard: bool) -> LoadedModel:
     return load_model(config.model, config.quantization, shard=shard)
 
 
-def adapted(folder: Path, loaded: LoadedModel, base: Path) -> AdaptedModel:
+def adapted(folder: Path, loaded: LoadedModel, base: Path, *overrides: str) -> AdaptedModel:
     """Attach an adapter of random, nonzero matrices."""
-    model = attach_adapter(loaded, make_config(folder, base).lora, seed=1)
+    model = attach_adapter(loaded, make_config(folder, base, *overrides).lora, seed=1)
     generator = torch.Generator().manual_seed(2)
     for parameter in trainable_state(model.model).values():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -123,3 +126,39 @@ def _step(model: AdaptedModel, layers: LayerCheckpointing, level: Any, chunked: 
 def _difference(expected: Gradients, actual: Gradients) -> tuple[float, float, float]:
     difference = compare_gradients(expected, actual)
     return difference.loss, difference.gradient, difference.tensor
+
+
+def compare_adapters(base: Path, folder: Path, settings: Sequence[str]) -> dict[str, Any]:
+    """Compare the gradients of adapters with other settings on a whole and on a sharded base; return errors as text."""
+    return {setting: _compare_adapter(base, folder / f"{context().rank}", *setting.split()) for setting in settings}
+
+
+def _compare_adapter(base: Path, folder: Path, *overrides: str) -> Any:
+    gradients = []
+    for shard in (False, True):
+        try:
+            model = adapted(folder, load(folder, base, *overrides, shard=shard), base, *overrides)
+        except ConfigError as error:
+            return str(error)
+        _install(model)
+        layers = LayerCheckpointing(model.model, [])
+        gradients.append(_step(model, layers, "full", supports_chunking(model.model)))
+    assert gradients[0].by_name
+    return _difference(*gradients)
+
+
+def flip_a_byte(base: Path, folder: Path) -> list[str]:
+    """Check the gathered bytes of a layer, flip one byte on the last rank, and return both results."""
+    model = load(folder / f"{context().rank}", base, shard=True).model
+    layer = decoder_layers(model)[1]
+    own = hash_own_rows(layer)
+    results = []
+    for flipped in (False, True):
+        if flipped and context().rank == context().world_size - 1:
+            local_tensor(layer.get_parameter("mlp.down_proj.weight"))[3, 5] ^= 1
+        try:
+            check_gathered_bytes(layer, "model.layers.1", own)
+            results.append("passed")
+        except ModelError as error:
+            results.append(str(error))
+    return results

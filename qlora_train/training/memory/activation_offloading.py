@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from qlora_train.kernels.fsdp_units import local_tensor
 from qlora_train.utils.errors import TrainingError, first_line, is_out_of_memory
 from qlora_train.utils.host_memory import available_bytes
 
@@ -194,7 +195,7 @@ def _pieces(dense: Tensor, host: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def ignoring_weights(model: nn.Module, hooks: saved_tensors_hooks) -> saved_tensors_hooks:
     """Return hooks that skip a model's weights and views of them."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    weights = {local_tensor(parameter).untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor: Tensor) -> Any:
         return tensor if tensor.untyped_storage().data_ptr() in weights else hooks.pack_hook(tensor)

@@ -17,6 +17,9 @@ AUTO_SHARE = 0.25
 
 def fill_cache(weights: Sequence[FrozenWeight], budget_gb: Literal["auto"] | float, device: torch.device) -> None:
     """Cache weights, in the order of the model, as long as they fit into `train.dequantized_cache_gb`."""
+    if any(weight.is_sharded for weight in weights):
+        logger.info("dequantized cache: off (FSDP holds a part of each weight per rank)")
+        return
     free_bytes = budget_bytes(budget_gb, device)
     quantized = [weight for weight in weights if weight.is_quantized]
     num_cached, cached_bytes = 0, 0

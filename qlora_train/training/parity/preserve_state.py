@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from qlora_train.kernels.fsdp_units import reset_after_failure
 from qlora_train.runs import random_state, restore_random_state
 
 
@@ -19,6 +20,9 @@ def preserve_model_state(model: nn.Module) -> Iterator[None]:
     saved = [(module, dict(vars(module)), _copied_buffers(module)) for module in model.modules() if module._buffers]
     try:
         yield
+    except Exception:
+        reset_after_failure(model)
+        raise
     finally:
         model.zero_grad(set_to_none=True)
         for module, attributes, buffers in saved:
