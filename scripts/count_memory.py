@@ -29,6 +29,7 @@ from bitsandbytes import functional
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from triton.runtime.jit import JITFunction
 
@@ -77,7 +78,8 @@ class GpuBytes(LiveBytes):
 
     def counts(self, tensor: Tensor) -> bool:
         """Say whether a tensor takes the GPU's memory."""
-        return tensor.device.type != "meta"  # which stands for the host
+        # meta stands for the host; of a DTensor the local tensor is counted
+        return tensor.device.type != "meta" and not isinstance(tensor, DTensor)
 
 
 class Fake4bit(bnb.nn.Linear4bit):

@@ -6,9 +6,9 @@ With N ranks, S bytes of frozen weights in shards and A bytes of float32 adapter
 - ddp and fsdp: 2 A (N - 1) / N once (ring all-reduce), after the last micro-batch, so that nothing hides it.
 
 The time of a step is max(compute, gathers) + all-reduce: the next layer is gathered while this one computes. Memory is
-`memory_plan`'s, with the base divided by N under fsdp, and the units that are whole at the peak: the root (embedding, norm,
-head) and two layers, the one that computes and the one that is gathered ahead. Adapter, gradients and optimizer are
-replicated. A test holds the bytes against those of real runs.
+`memory_plan`'s, with the base divided by N under fsdp, and the units that are whole at the peak: the root (embedding and
+head) and two layers, the one that computes and the one that is gathered ahead. Norms, adapter, gradients and optimizer are
+replicated. Tests hold the bytes against those of real models and runs.
 
 Assumed, not measured: `CLUSTERS` and `UTILIZATION`. A GB is 10**9 bytes; GPU memory is in GiB, as sold.
 
@@ -17,6 +17,7 @@ Example::
     PYTHONPATH=. python scripts/scaling_plan.py > benchmarks/results/scaling-plan.txt
 """
 
+import bisect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ RANK = 16
 ROWS_PER_STEP = 64
 TOKENS_PER_ROW = 1024
 """A micro-batch is one row, recomputed in full in the backward pass."""
+ROW_STEP, MAX_ROW = 128, 16_384
 UTILIZATION = 0.4
 """Share of the GPU's dense bfloat16 peak that a step reaches, dequantization of NF4 and recomputation included."""
 RESERVED_BYTES = 1.5e9
@@ -77,9 +79,9 @@ class FrozenBytes:
     """The frozen base in the units that FSDP gathers.
 
     Attributes:
-        layer: one decoder layer in shards: packed weights, their 8-bit absmax, 16-bit norms.
-        root: everything outside the decoder layers, in 16 bits.
-        replicated: absmax of the absmax and code tables, whole on every rank.
+        layer: one decoder layer: packed weights and their 8-bit absmax.
+        root: embedding and head, in 16 bits.
+        replicated: norms, the absmax of the absmax, and code tables, which every rank holds.
     """
 
     layer: float
@@ -131,8 +133,8 @@ def frozen_bytes(plan: MemoryPlan, *, num_layers: int, root_numel: int) -> Froze
     """Divide the base of a memory plan into the units of FSDP; decoder layers are equal."""
     absmax = 2 * plan.quantized_weights_bytes / BLOCK_SIZE
     root = COMPUTE_BYTES * root_numel
-    in_layers = plan.quantized_weights_bytes + absmax + plan.other_weights_bytes - root
-    return FrozenBytes(in_layers / num_layers, root, plan.quantization_state_bytes - absmax, num_layers)
+    replicated = plan.quantization_state_bytes - absmax + plan.other_weights_bytes - root
+    return FrozenBytes((plan.quantized_weights_bytes + absmax) / num_layers, root, replicated, num_layers)
 
 
 def gather_bytes(frozen: FrozenBytes, *, num_ranks: int, num_micro_batches: int) -> float:
@@ -154,19 +156,21 @@ def executed_flops(flops: StepFlops) -> float:
     return flops.total + flops.base / 2 + flops.adapter / 3 + flops.attention / 3
 
 
-def rank_plan(config_json: Mapping[str, Any], cluster: Cluster, strategy: str) -> RankPlan:
-    """Plan one rank of a 70B run with LoRA on every linear layer and the loss computed in chunks."""
+def rank_plan(
+    config_json: Mapping[str, Any], cluster: Cluster, strategy: str, tokens: int = TOKENS_PER_ROW
+) -> RankPlan:
+    """Plan one rank of a 70B run on rows of `tokens`, with LoRA on every linear layer and the loss in chunks."""
     num_ranks = cluster.num_gpus
     num_micro_batches = math.ceil(ROWS_PER_STEP / num_ranks)
     chunk_tokens = max(MIN_CHUNK_TOKENS, CHUNK_BYTES["cuda"] // (4 * config_json["vocab_size"]))
     plan = memory_plan(
-        config_json, r=RANK, tokens=TOKENS_PER_ROW, num_labels=min(TOKENS_PER_ROW, chunk_tokens),
+        config_json, r=RANK, tokens=tokens, num_labels=min(tokens, chunk_tokens),
         accumulates=num_micro_batches > 1, gpu_bytes=cluster.gpu_gib * GIB,
     )  # fmt: skip
     shape = model_shape(config_json)
-    flops = step_flops(shape, r=RANK, row_lengths=[TOKENS_PER_ROW], num_labels=TOKENS_PER_ROW)
+    flops = step_flops(shape, r=RANK, row_lengths=[tokens], num_labels=tokens)
     num_layers = len(shape.windows)
-    root_numel = shape.hidden_size * (2 * shape.vocab_size + 1)  # embedding and head, untied, and the last norm
+    root_numel = 2 * shape.hidden_size * shape.vocab_size  # embedding and head are not tied
     frozen = frozen_bytes(plan, num_layers=num_layers, root_numel=root_numel)
     sharded = strategy == "fsdp"
     gathered = gather_bytes(frozen, num_ranks=num_ranks, num_micro_batches=num_micro_batches) if sharded else 0
@@ -184,15 +188,25 @@ def rank_plan(config_json: Mapping[str, Any], cluster: Cluster, strategy: str) -
     )
 
 
-def line(cluster: Cluster, strategy: str, plan: RankPlan) -> str:
+def longest_row(config_json: Mapping[str, Any], cluster: Cluster, strategy: str) -> int:
+    """Return the most tokens, in steps of `ROW_STEP`, that a row may have; 0 if no row fits, at most `MAX_ROW`."""
+    budget_bytes = cluster.gpu_gib * GIB - RESERVED_BYTES
+    sizes = range(ROW_STEP, MAX_ROW + 1, ROW_STEP)
+
+    def too_long(tokens: int) -> bool:
+        return rank_plan(config_json, cluster, strategy, tokens).total_bytes > budget_bytes
+
+    return ROW_STEP * bisect.bisect_left(sizes, True, key=too_long)
+
+
+def line(cluster: Cluster, strategy: str, plan: RankPlan, max_tokens: int) -> str:
     """Return a row of the table."""
     held = (plan.base_bytes, plan.gathered_bytes, plan.trained_bytes, plan.step_bytes, plan.total_bytes)
-    fits = "yes" if plan.total_bytes + RESERVED_BYTES <= cluster.gpu_gib * GIB else "no"
     bound = "gathers" if plan.gather_seconds > plan.compute_seconds else "compute"
     return (
         f"{cluster.name:39} {strategy:8}"
         + "".join(f" {number / 1e9:8.1f}" for number in held)
-        + f" {fits:>5} {(plan.gather_bytes + plan.reduce_bytes) / 1e9:8.1f}"
+        + f" {max_tokens or 'none':>7} {(plan.gather_bytes + plan.reduce_bytes) / 1e9:8.1f}"
         + f" {plan.compute_seconds:9.1f} {plan.gather_seconds + plan.reduce_seconds:7.1f}"
         + f" {plan.seconds:7.1f} {ROWS_PER_STEP * TOKENS_PER_ROW / plan.seconds:9.0f}  {bound}"
     )
@@ -207,13 +221,14 @@ def main() -> None:
         print(f"  {cluster.name}: {rates}")
     titles = ("base", "gathered", "trained", "step", "total")
     heading = f"{'':48}" + "".join(f" {title:>8}" for title in titles)
-    heading += f" {'fits':>5} {'sent':>8} {'compute s':>9} {'links s':>7} {'step s':>7} {'tokens/s':>9}  bound by"
+    heading += f" {'max row':>7} {'sent':>8} {'compute s':>9} {'links s':>7} {'step s':>7} {'tokens/s':>9}  bound by"
     for name, config_json in MODELS.items():
         flops = step_flops(model_shape(config_json), r=RANK, row_lengths=[TOKENS_PER_ROW], num_labels=TOKENS_PER_ROW)
         print(f"\n{name}, GB per rank, {ROWS_PER_STEP * executed_flops(flops):.2e} operations per step\n{heading}")
         for cluster in CLUSTERS:
             for strategy in ("ddp", "fsdp"):
-                print(line(cluster, strategy, rank_plan(config_json, cluster, strategy)))
+                plan, most = (function(config_json, cluster, strategy) for function in (rank_plan, longest_row))
+                print(line(cluster, strategy, plan, most))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,30 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # scripts import their neighbours
 
+import rehearse
 from memory_plan import memory_plan
-from scaling_plan import CLUSTERS, MODELS, FrozenBytes, frozen_bytes, gather_bytes, rank_plan, reduce_bytes
+from scaling_plan import (
+    CLUSTERS,
+    GIB,
+    MODELS,
+    RESERVED_BYTES,
+    ROW_STEP,
+    FrozenBytes,
+    frozen_bytes,
+    gather_bytes,
+    longest_row,
+    rank_plan,
+    reduce_bytes,
+)
 
 from qlora_train.config import ModelSection, QuantizationSection
+from qlora_train.kernels.fused_mlp import CheckpointingLevel
 from qlora_train.models import LoadedModel, load_model
+from tests.support.counted_collectives import gathered_bytes
+from tests.support.runs import make_config
+from tests.support.workers import run_workers
+
+Pico = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +48,57 @@ def planned(base: Path) -> FrozenBytes:
     """Return the frozen bytes of a base with an output head of its own."""
     config_json = json.loads((base / "config.json").read_text(encoding="utf-8"))
     plan = memory_plan(config_json, r=4, tokens=64)
-    root_numel = config_json["hidden_size"] * (2 * config_json["vocab_size"] + 1)
+    root_numel = 2 * config_json["hidden_size"] * config_json["vocab_size"]
     return frozen_bytes(plan, num_layers=config_json["num_hidden_layers"], root_numel=root_numel)
 
 
 def test_frozen_bytes_are_those_of_a_loaded_model(loaded: LoadedModel, pico_llama: Path) -> None:
     frozen = planned(pico_llama)
-    layers = loaded.model.model.layers
-    quantized = [module for module in layers.modules() if isinstance(getattr(module, "weight", None), torch.Tensor)]
-    states = [state for module in quantized if (state := getattr(module, "quant_state", None)) is not None]
-    counted = sum(parameter.nbytes for parameter in layers.parameters()) + sum(state.absmax.nbytes for state in states)
-    assert frozen.num_layers * frozen.layer == counted
-    assert frozen.root == sum(parameter.nbytes for parameter in loaded.model.parameters()) - sum(
-        parameter.nbytes for parameter in layers.parameters()
-    )
-    nested = [(state.code, state.offset, state.state2.absmax, state.state2.code) for state in states]
-    assert frozen.replicated == sum(tensor.nbytes for tensors in nested for tensor in tensors)
+    packed = [parameter for parameter in loaded.model.parameters() if parameter.dtype == torch.uint8]
+    states = [module.quant_state for module in loaded.model.modules() if hasattr(module, "quant_state")]
+    assert frozen.num_layers * frozen.layer == sum(tensor.nbytes for tensor in (*packed, *(s.absmax for s in states)))
+    matrices = [parameter for parameter in loaded.model.parameters() if parameter.dtype != torch.uint8]
+    assert frozen.root == sum(parameter.nbytes for parameter in matrices if parameter.ndim == 2)
+    tables = [tensor for s in states for tensor in (s.code, s.offset, s.state2.absmax, s.state2.code)]
+    norms = [parameter for parameter in matrices if parameter.ndim == 1]
+    assert frozen.replicated == sum(tensor.nbytes for tensor in (*tables, *norms))
+
+
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_planned_gathers_are_those_of_real_micro_batches(
+    level: CheckpointingLevel, pico_llama: Path, tmp_path: Path
+) -> None:
+    frozen = planned(pico_llama)
+    in_float32 = replace(frozen, root=2 * frozen.root)
+    (tmp_path / "meeting").mkdir()
+    counted = run_workers(gathered_bytes, 2, tmp_path / "meeting", tmp_path, pico_llama, level, 3)
+    planned_bytes = gather_bytes(in_float32, num_ranks=2, num_micro_batches=3)
+    assert [gathered / 2 for gathered in counted] == [planned_bytes, planned_bytes]
+
+
+def test_rehearsal_counts_the_planned_bytes(pico_llama: Path, tmp_path: Path) -> None:
+    rows = ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=8")
+    config = make_config(tmp_path, pico_llama, "data.max_length=64", *rows)
+    config_json = json.loads((pico_llama / "config.json").read_text(encoding="utf-8"))
+    frozen = planned(pico_llama)
+    with rehearse.fake_ranks(4):
+        ddp, fsdp = (
+            rehearse.count_at_full_depth(config, config_json, strategy, rows=1, num_micro_batches=2)
+            for strategy in rehearse.STRATEGIES
+        )
+    assert ddp.gathered == 0
+    assert fsdp.gathered * 3 / 4 == gather_bytes(frozen, num_ranks=4, num_micro_batches=1)
+    assert ddp.weights - fsdp.weights == frozen.sharded * 3 / 4
+    assert fsdp.peak > fsdp.weights + frozen.root + frozen.layer, "the root and a layer are whole at the peak"
+    assert fsdp.adapter_numel == ddp.adapter_numel > 0
+
+
+def test_rehearsal_refuses_experts_in_one_line(pico: Pico, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, file = pico("mixtral"), tmp_path / "run.yaml"
+    file.write_text(f"model: {{model_name_or_path: {base}}}\ndata: {{train: rows.jsonl}}\n", encoding="utf-8")
+    capsys.readouterr()
+    assert rehearse.main([str(file), "--gpus", "2"]) == 2
+    assert capsys.readouterr().err == "rehearse: experts are not counted; give the config of a dense model\n"
 
 
 def test_more_ranks_hold_less_and_send_more() -> None:
@@ -59,3 +115,11 @@ def test_two_strategies_compute_the_same_and_hold_other_bytes() -> None:
     assert ddp.gather_bytes == ddp.gathered_bytes == 0
     assert fsdp.base_bytes == pytest.approx(ddp.base_bytes / 2, rel=0.01)
     assert fsdp.seconds == max(fsdp.compute_seconds, fsdp.gather_seconds) + fsdp.reduce_seconds
+
+
+def test_longest_row_fits_and_the_next_one_does_not() -> None:
+    config_json, two_gpus = MODELS["Llama-2-70B"], CLUSTERS[0]
+    assert longest_row(config_json, two_gpus, "ddp") == 0
+    longest = longest_row(config_json, two_gpus, "fsdp")
+    peaks = [rank_plan(config_json, two_gpus, "fsdp", tokens).total_bytes for tokens in (longest, longest + ROW_STEP)]
+    assert peaks[0] <= two_gpus.gpu_gib * GIB - RESERVED_BYTES < peaks[1]

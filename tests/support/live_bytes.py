@@ -38,6 +38,13 @@ class LiveBytes(TorchDispatchMode):
         """Return whether a tensor's storage is counted."""
         return True
 
+    def resize(self, storage: torch.UntypedStorage) -> None:
+        """Count a known storage with the size that it has now."""
+        if (key := storage._cdata) in self._sizes:
+            self.live += storage.nbytes() - self._sizes[key]
+            self._sizes[key] = storage.nbytes()
+            self.peak = max(self.peak, self.live)
+
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:

@@ -1,0 +1,48 @@
+"""Counts the bytes of collectives, and what the tests of them run on each rank."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_train.kernels.fused_mlp import CheckpointingLevel
+from qlora_train.kernels.install import install
+from qlora_train.objectives.label_losses import label_losses
+from qlora_train.parallel import context
+from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
+from tests.support.batches import BATCH
+from tests.support.sharded_models import adapted, load
+
+
+class CollectiveBytes(TorchDispatchMode):
+    """Adds up the sizes of what all-gathers return and all-reduces sum.
+
+    Attributes:
+        gathered: bytes of all ranks together.
+        summed: bytes of float32 tensors; those of other types are flags and counts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered = self.summed = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.gathered += args[0].nbytes
+        elif func is torch.ops.c10d.allreduce_.default:
+            self.summed += sum(tensor.nbytes for tensor in args[0] if tensor.dtype == torch.float32)
+        return func(*args, **(kwargs or {}))
+
+
+def gathered_bytes(folder: Path, base: Path, level: CheckpointingLevel, num_micro_batches: int) -> int:
+    """Return the bytes that the micro-batches of a step gather on a sharded base."""
+    folder = folder / str(context().rank)
+    model = adapted(folder, load(folder, base, shard=True), base)
+    fused = install(model.model, lambda: label_losses(model.model, **BATCH))
+    LayerCheckpointing(model.model, fused.mlps).set(level)
+    model.model.train()
+    with CollectiveBytes() as counted:
+        for _ in range(num_micro_batches):
+            label_losses(model.model, **BATCH).nll.sum().backward()
+    return counted.gathered
