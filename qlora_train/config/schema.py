@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from qlora_train.config.objectives import OBJECTIVES, ONLINE_OBJECTIVES, SETTINGS
 from qlora_train.config.optimizers import OPTIMIZERS
 from qlora_train.config.path_checks import validate_path, validate_source
 from qlora_train.config.resume_policy import why_not_allowed
@@ -169,6 +170,7 @@ class LoraSection(Section):
 
 FORMATS = Literal[
     "auto", "messages", "conversations", "prompt_completion", "alpaca", "question_answer", "text", "tokens",
+    "preference",
 ]  # fmt: skip
 
 
@@ -275,9 +277,11 @@ class DataSection(Section):
 
 
 if TYPE_CHECKING:
+    ObjectiveName = str
     OptimizerName = str
     TrackerName = str
 else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
     OptimizerName = Literal[("auto", *OPTIMIZERS)]
     TrackerName = Literal[tuple(TRACKERS)]
 SCHEDULES = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
@@ -288,8 +292,15 @@ POLYNOMIAL_END = 1e-7
 
 
 class TrainSection(Section):
-    """Optimization, batching, memory and evaluation."""
+    """Objective, optimization, batching, memory and evaluation."""
 
+    objective: ObjectiveName = "sft"
+    """What is trained: `sft` on answers, or a preference objective on pairs of a chosen and a rejected answer."""
+    beta: float | None = Field(None, gt=0)
+    """Strength of the regularization towards the reference model, which is the base, or the adapter of
+    lora.adapter_path (0.1 if unset). Preference objectives only."""
+    label_smoothing: float | None = Field(None, ge=0, lt=0.5)
+    """Share of pairs expected to be flipped (0 if unset). Objective `robust` only."""
     optim: OptimizerName = "auto"
     """Optimizer. `auto`: adamw_torch_fused on a CPU, or if its state takes at most 2 % of the GPU's memory; else
     paged_adamw_8bit. A resumed run keeps its optimizer."""
@@ -363,6 +374,16 @@ class TrainSection(Section):
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations without a lower loss."""
 
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _check_objective(cls, value: Any) -> Any:
+        if value in ONLINE_OBJECTIVES:
+            raise ValueError(
+                f"{value!r} samples answers while it trains, which this package does not; TRL's trainers do, and load its "
+                "adapters and merged models"
+            )
+        return value
+
     @model_validator(mode="after")
     def _check_polynomial_schedule(self) -> Self:
         if self.lr_scheduler_type == "polynomial" and self.learning_rate <= POLYNOMIAL_END:
@@ -425,7 +446,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
-        if problem := next(chain(_conflicts(self), _streaming_conflicts(self), _refused_changes(self)), None):
+        if problem := next(
+            chain(_conflicts(self), _objective_conflicts(self), _streaming_conflicts(self), _refused_changes(self)),
+            None,
+        ):
             raise ValueError(problem)
         return self
 
@@ -450,6 +474,24 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
             "export.merge_base: dequantized, but with quantization.load_in_4bit: false nothing is in 4 bits; use "
             "original or auto"
         )
+
+
+def _objective_conflicts(config: RunConfig) -> Iterator[str]:
+    data, train = config.data, config.train
+    row = OBJECTIVES[train.objective]
+    for name in SETTINGS:
+        if getattr(train, name) is not None and name not in row.defaults:
+            readers = ", ".join(each.name for each in OBJECTIVES.values() if name in each.defaults)
+            yield f"train.{name} has no effect with train.objective: {row.name}; drop it (it is for {readers})"
+    if row.dataset_type != "preference":
+        return
+    unsupported = {
+        "data.packing": data.packing, "data.streaming": data.streaming, "data.train_on: all": data.train_on == "all",
+        f"data.overflow: {data.overflow}": data.overflow in ("split", "keep_end", "keep_answer"),
+        "lora.init_lora_weights: eva": config.lora.init_lora_weights == "eva",
+    }  # fmt: skip
+    if found := [name for name, value in unsupported.items() if value]:
+        yield f"train.objective: {row.name} does not support {', '.join(found)}; drop one or the other"
 
 
 def _streaming_conflicts(config: RunConfig) -> Iterator[str]:

@@ -117,6 +117,21 @@ def shared_prefix_length(row: Example, other: Example) -> int:
     return int(np.argmax(differs)) if differs.any() else limit
 
 
+def collate_rows(collate: "PaddingCollator | FlatteningCollator", rows: Sequence[IndexedExample]) -> Batch:
+    """Return rows as a batch; the sequences of preference pairs are rows of it.
+
+    Batches of pairs also have `sequence`, 0 for the chosen and 1 for the rejected sequence of each `row`, and `num_labels`,
+    the labels of each sequence in the order of the batch's labels; both (num_sequences,).
+    """
+    if rows[0][1].rejected is None:
+        return collate(rows)
+    sequences = [each for index, row in rows for each in enumerate(row.sequences, 2 * index)]
+    batch = collate(sequences)
+    numbers, num_labels = batch["row"], {number: np.count_nonzero(sequence.loss_mask) for number, sequence in sequences}
+    counts = torch.tensor([int(num_labels[number]) for number in numbers.tolist()])
+    return {**batch, "row": numbers // 2, "sequence": numbers % 2, "num_labels": counts}
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
     """The most tokens that a micro-batch holds, and the most labels among them."""
@@ -136,7 +151,7 @@ class StepCollator:
     budget: TokenBudget | None = None
 
     def __call__(self, micro_batches: Sequence[Sequence[IndexedExample]]) -> list[Batch]:
-        return [self.collate(rows) for rows in self.grouped(micro_batches)]
+        return [collate_rows(self.collate, rows) for rows in self.grouped(micro_batches)]
 
     def grouped(self, micro_batches: Sequence[Sequence[IndexedExample]]) -> Sequence[Sequence[IndexedExample]]:
         """Return the rows of each micro-batch that is computed."""
@@ -149,8 +164,8 @@ class StepCollator:
 def _first_fit_decreasing(rows: Sequence[IndexedExample], budget: TokenBudget) -> list[list[IndexedExample]]:
     groups: list[list[IndexedExample]] = []
     free: list[TokenBudget] = []
-    for row in sorted(rows, key=lambda row: -len(row[1].input_ids)):
-        num_tokens, num_labels = len(row[1].input_ids), int(np.count_nonzero(row[1].loss_mask))
+    for row in sorted(rows, key=lambda row: -row[1].num_tokens):
+        num_tokens, num_labels = row[1].num_tokens, row[1].num_labels
         fits = (each.max_tokens >= num_tokens and each.max_labels >= num_labels for each in free)
         index = next((index for index, fit in enumerate(fits) if fit), len(groups))
         if index == len(groups):

@@ -9,12 +9,9 @@ from qlora_train.data.readers.chunk import header_text
 QUESTIONS = ("instruction", "question", "query", "prompt", "problem", "input", "request", "user", "human")
 ANSWERS = ("output", "answer", "response", "completion", "solution", "reply", "assistant", "target")
 CONTEXTS = ("context", "input", "passage")
+PROMPTS = ("conversations", *(name for name in QUESTIONS if name != "prompt"))
 SYSTEMS = ("system_prompt", "system_message")
-PREFERENCE_PAIRS = (
-    ("chosen", "rejected"),
-    ("chosen_response", "rejected_response"),
-    ("chosen_messages", "rejected_messages"),
-)
+PAIR_SUFFIXES = ("", "_response", "_messages")
 TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("messages", "conversations", "input_ids"), (list,)),
     **dict.fromkeys(("prompt", "completion"), (str, list)),
@@ -29,19 +26,24 @@ def rename_hint(values: Mapping[str, Any], required: Sequence[Sequence[str]]) ->
     Args:
         required: the required columns of each format.
     """
-    chosen = next((chosen for chosen, rejected in PREFERENCE_PAIRS if chosen in values and rejected in values), None)
-    if chosen:
-        return (
-            "; these are preference pairs, and preference training is not supported; to train on the chosen answers only, "
-            f"set data.columns: {_as_yaml(_sft_columns(values, chosen))}"
-        )
     columns = _question_and_answer(values)
     if columns:
-        return f"; data.columns: {_as_yaml(columns)} reads them as a user and an assistant turn"
+        return f"; data.columns: {as_yaml(columns)} reads them as a user and an assistant turn"
     likely = next((columns for missing in required if (columns := misspelled(values, missing))), None)
     if likely:
-        return f"; rename with data.columns: {_as_yaml(likely)}"
+        return f"; rename with data.columns: {as_yaml(likely)}"
     return "; rename with data.columns, e.g. {prompt: request, completion: reply}"
+
+
+def preference_columns(values: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return the renames that read a record as a preference pair; None if it is none."""
+    for suffix in PAIR_SUFFIXES:
+        names = {column: column + suffix for column in ("chosen", "rejected")}
+        if all(name in values for name in names.values()):
+            prompts = [] if "prompt" in values else [name for name in PROMPTS if name in values]
+            columns = {"prompt": prompts[0], **names} if len(prompts) == 1 else names
+            return {column: name for column, name in columns.items() if column != name}
+    return None
 
 
 def misspelled(values: Mapping[str, Any], required: Collection[str]) -> dict[str, str]:
@@ -58,10 +60,10 @@ def misspelled(values: Mapping[str, Any], required: Collection[str]) -> dict[str
     return columns
 
 
-def _question_and_answer(values: Mapping[str, Any], answers: Sequence[str] = ANSWERS) -> dict[str, str]:
+def _question_and_answer(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the renames that read a record as a question and an answer; none where its names are ambiguous."""
     texts = [name for name, value in values.items() if isinstance(value, str)]
-    found = [name for name in answers if name in texts]
+    found = [name for name in ANSWERS if name in texts]
     questions = [name for name in QUESTIONS if name in texts]
     if len(questions) == 2 and "input" in questions:
         questions.remove("input")  # the context of the other
@@ -75,19 +77,6 @@ def _question_and_answer(values: Mapping[str, Any], answers: Sequence[str] = ANS
     return {column: name for column, name in columns.items() if column != name}
 
 
-def _sft_columns(values: Mapping[str, Any], chosen: str) -> dict[str, str]:
-    """Return the renames that read the chosen half of preference pairs."""
-    answer, prompt = values[chosen], values.get("prompt")
-    if isinstance(answer, list):
-        if isinstance(prompt, list) and prompt and answer[: len(prompt)] != prompt:
-            return {"completion": chosen}
-        is_sharegpt = bool(answer) and isinstance(answer[0], dict) and "from" in answer[0]
-        return {"conversations" if is_sharegpt else "messages": chosen}
-    question = next((name for name in QUESTIONS if name in values), None)
-    if question is None:
-        return {"text": chosen}
-    return _question_and_answer(values, [chosen]) or {"question": question, "answer": chosen}
-
-
-def _as_yaml(columns: Mapping[str, str]) -> str:
+def as_yaml(columns: Mapping[str, str]) -> str:
+    """Return renames as the setting `data.columns`."""
     return "{" + ", ".join(f"{column}: {header_text([name])}" for column, name in columns.items()) + "}"

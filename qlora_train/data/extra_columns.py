@@ -15,7 +15,7 @@ LABELS = ("label", "kto_tag")
 CONSEQUENCES = {
     **dict.fromkeys(
         ("chosen", "rejected", "chosen_response", "rejected_response", "chosen_messages", "rejected_messages"),
-        "preference training is not supported",
+        "train.objective: sft trains on one answer",
     ),
     **dict.fromkeys(
         ("system", "system_prompt", "system_message"), "data.columns: {{system: {0}}} makes it the system turn"
@@ -57,13 +57,13 @@ def check_extra_columns(values: Mapping[str, Any], names: Collection[str], *, ha
             )
         if name in LABELS and has_answers and (values[name] is False or values[name] in ("false", "False")):
             raise UnusableRowError(
-                f"{name} is false, which marks an undesirable answer; preference training is not supported: keep rows "
-                "whose label is true only"
+                f"{name} is false, which marks an undesirable answer; preferences without pairs are not supported: keep "
+                "rows whose label is true only"
             )
         if name == "chosen" and isinstance(values[name], dict):
             raise UnusableRowError(
-                "chosen is the answer of a preference pair; preference training is not supported: append it to the "
-                "conversation to train on it only"
+                "chosen is the answer of a preference pair; set train.objective: dpo with data.format: preference and "
+                "data.columns: {prompt: conversations}"
             )
     return tuple(_warning(name, values[name], has_answers=has_answers) for name in filled)
 
@@ -72,5 +72,5 @@ def _warning(name: str, value: Any, *, has_answers: bool) -> str:
     if not has_answers:
         return f"the column {name} is not used"
     if name in LABELS and value in (True, "true", "True"):
-        return f"{name} is true, and the row is trained as any other (preference training is not supported)"
+        return f"{name} is true, and the row is trained as any other (preferences without pairs are not supported)"
     return f"the column {name} is not used: {CONSEQUENCES[name].format(name)}"

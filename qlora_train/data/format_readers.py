@@ -18,12 +18,12 @@ CONVERSATION_COLUMNS = ("tools", "system", "chat_template_kwargs")
 
 def from_messages(where: str, values: Mapping[str, Any]) -> Row:
     """Read turns of OpenAI's shape."""
-    return _conversation(where, values, *read_turns(values["messages"], "messages"))
+    return conversation_row(where, values, *read_turns(values["messages"], "messages"))
 
 
 def from_conversations(where: str, values: Mapping[str, Any]) -> Row:
     """Read turns of ShareGPT's shape or of OpenAI's."""
-    return _conversation(where, values, *read_turns(values["conversations"], "conversations", sharegpt=True))
+    return conversation_row(where, values, *read_turns(values["conversations"], "conversations", sharegpt=True))
 
 
 def from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
@@ -33,7 +33,7 @@ def from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
         turns, untrained = read_turns(prompt, "prompt")
         answers, more_untrained = read_turns(completion, "completion")
         untrained += [len(turns) + index for index in more_untrained]
-        return _conversation(where, values, turns + answers, untrained, loss_from=len(turns))
+        return conversation_row(where, values, turns + answers, untrained, loss_from=len(turns))
     if isinstance(prompt, list) or isinstance(completion, list):
         raise UnusableRowError(
             f"prompt is {json_type(prompt)} and completion is {json_type(completion)}, expected two strings or two "
@@ -56,14 +56,14 @@ def from_alpaca(where: str, values: Mapping[str, Any]) -> Row:
     instruction = read_string(values["instruction"], "instruction")
     question = _joined(instruction, read_optional_string(values.get("input"), "input"))
     turns = _history(values.get("history")) + _pair(question, read_string(values["output"], "output"))
-    return _conversation(where, values, turns)
+    return conversation_row(where, values, turns)
 
 
 def from_question_answer(where: str, values: Mapping[str, Any]) -> Row:
     """Read a question and its answer, perhaps with the text that the question is about."""
     context = read_optional_string(values.get("context"), "context")
     question = _joined(context, read_string(values["question"], "question"))
-    return _conversation(where, values, _pair(question, read_string(values["answer"], "answer")))
+    return conversation_row(where, values, _pair(question, read_string(values["answer"], "answer")))
 
 
 def from_text(where: str, values: Mapping[str, Any]) -> Row:
@@ -73,9 +73,10 @@ def from_text(where: str, values: Mapping[str, Any]) -> Row:
     return Row(where, text=text)
 
 
-def _conversation(
+def conversation_row(
     where: str, values: Mapping[str, Any], turns: list[Message], untrained: Sequence[int] = (), *, loss_from: int = 0
 ) -> Row:
+    """Return checked turns as a row, with the columns of `CONVERSATION_COLUMNS`."""
     tools = read_tools(values["tools"]) if "tools" in values else ()
     system = read_optional_string(values["system"], "system") if "system" in values else None
     if system is not None and turns[0] != {"role": "system", "content": system}:

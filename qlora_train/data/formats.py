@@ -9,6 +9,7 @@ format                  columns (those in brackets may be missing)
 `alpaca`                instruction, output: one user and one assistant turn (input, history, *)
 `question_answer`       question, answer: one user and one assistant turn (context, *)
 `text`                  text
+`preference`            chosen, rejected: two answers, or two whole conversations (prompt, *)
 `tokens`                input_ids (labels, attention_mask, position_ids, loss_mask, completion_mask, assistant_masks)
 ======================  ==============================================================================================
 
@@ -26,7 +27,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_train.data.column_hints import misspelled, rename_hint
+from qlora_train.config.objectives import DatasetType, objectives_of
+from qlora_train.data.column_hints import as_yaml, misspelled, preference_columns, rename_hint
 from qlora_train.data.extra_columns import check_extra_columns, extra_columns
 from qlora_train.data.format_readers import (
     CONVERSATION_COLUMNS,
@@ -37,6 +39,7 @@ from qlora_train.data.format_readers import (
     from_question_answer,
     from_text,
 )
+from qlora_train.data.preference_rows import from_preference
 from qlora_train.data.pretokenized import MASKS, read_token_row
 from qlora_train.data.readers.chunk import header_text
 from qlora_train.data.types import Record, Row
@@ -47,11 +50,12 @@ log = logging.getLogger("qlora_train")
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The columns of a format, and the reader of one row by these names."""
+    """The columns of a format, the reader of one row by these names, and the objectives' type of data set that it has."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[[str, Mapping[str, Any]], Row]
+    dataset_type: DatasetType = "language_modeling"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -81,6 +85,7 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(("instruction", "output"), ("input", "history", *CONVERSATION_COLUMNS), from_alpaca),
     "question_answer": Format(("question", "answer"), ("context", *CONVERSATION_COLUMNS), from_question_answer),
     "text": Format(("text",), (), from_text),
+    "preference": Format(("chosen", "rejected"), ("prompt", *CONVERSATION_COLUMNS), from_preference, "preference"),
     "tokens": Format(("input_ids",), ("labels", "attention_mask", "position_ids", *MASKS), read_token_row),
 }
 
@@ -133,13 +138,20 @@ class RowReader:
         )
 
 
-def check_renames(format_name: str, columns: Mapping[str, str], key: str = "data.columns") -> None:
-    """Check the setting `key`, column names -> the file's, against a format, or against all of them for `auto`.
+def formats_of(dataset_type: DatasetType) -> dict[str, Format]:
+    """Return the formats of a type of data set."""
+    return {name: row for name, row in FORMATS.items() if row.dataset_type == dataset_type}
+
+
+def check_renames(
+    format_name: str, columns: Mapping[str, str], dataset_type: DatasetType, key: str = "data.columns"
+) -> None:
+    """Check the setting `key`, column names -> the file's, against a format, or against all of its type for `auto`.
 
     Raises:
         ConfigError: the format has no such column, or two of its columns have the same name in the file.
     """
-    names = list(FORMATS) if format_name == "auto" else [format_name]
+    names = list(formats_of(dataset_type)) if format_name == "auto" else [format_name]
     allowed = list(dict.fromkeys(column for name in names for column in FORMATS[name].columns))
     for column in columns:
         if column not in allowed:
@@ -157,15 +169,18 @@ def check_renames(format_name: str, columns: Mapping[str, str], key: str = "data
                 )
 
 
-def recognise(record: Record, format_name: str, columns: Mapping[str, str]) -> str:
+def recognise(record: Record, format_name: str, columns: Mapping[str, str], dataset_type: DatasetType) -> str:
     """Return the format of a source from its first record, and log it with the columns that are not used.
 
     Where the columns fit several formats, those with a renamed column (`columns`) are preferred.
 
     Raises:
-        DataError: the columns fit no format, or several.
+        DataError: the columns fit no format of the type that the objective trains on, or several.
     """
-    name = _recognised(record, columns) if format_name == "auto" else format_name
+    name = _recognised(record, columns, dataset_type) if format_name == "auto" else format_name
+    if FORMATS[name].dataset_type != dataset_type:
+        other = _other_type(FORMATS[name].dataset_type, dataset_type, {})
+        raise DataError(f"{record.where}: the format {name} is for {other}")
     used = FORMATS[name].file_columns(columns).values()
     unused = header_text([column for column in record.values if column not in used])
     log.info("%s: format %s%s", record.where, name, f"; columns not used: {unused}" * bool(unused))
@@ -178,8 +193,15 @@ def recognise(record: Record, format_name: str, columns: Mapping[str, str]) -> s
     return name
 
 
-def _recognised(record: Record, columns: Mapping[str, str]) -> str:
-    fitting = [name for name, it in FORMATS.items() if it.fits(record, columns)]
+def _other_type(dataset_type: DatasetType, wanted: DatasetType, columns: Mapping[str, str]) -> str:
+    """Return the advice for rows of another type than the objective's, to append to a message."""
+    renames = f" with data.columns: {as_yaml(columns)}" if columns else ""
+    return f"train.objective: {objectives_of(dataset_type)}{renames}; set one, or give rows for {objectives_of(wanted)}"
+
+
+def _recognised(record: Record, columns: Mapping[str, str], dataset_type: DatasetType) -> str:
+    allowed = formats_of(dataset_type)
+    fitting = [name for name, it in allowed.items() if it.fits(record, columns)]
     renamed = [
         name for name in fitting if any(columns.get(column) in record.values for column in FORMATS[name].columns)
     ]
@@ -191,8 +213,15 @@ def _recognised(record: Record, columns: Mapping[str, str]) -> str:
         raise DataError(
             f"{record.where}: the columns {found} fit {' and '.join(fitting)}; set data.format to the one that is meant"
         )
-    required = [it.required for it in FORMATS.values()]
+    pair = preference_columns(record.values)
+    if dataset_type != "preference" and pair is not None:
+        other = _other_type("preference", dataset_type, pair)
+        raise DataError(f"{record.where}: found the columns {found}: preference pairs, for {other}")
+    others = [name for name in FORMATS if name not in allowed and FORMATS[name].fits(record, columns)]
+    if others:
+        other = _other_type(FORMATS[others[0]].dataset_type, dataset_type, {})
+        raise DataError(f"{record.where}: found the columns {found}: the format {others[0]}, for {other}")
+    required = [it.required for it in allowed.values()]
     expected = ", or ".join(" + ".join(columns) for columns in required)
-    raise DataError(
-        f"{record.where}: found the columns {found}; expected {expected}{rename_hint(record.values, required)}"
-    )
+    hint = f"; rename with data.columns: {as_yaml(pair)}" if pair else rename_hint(record.values, required)
+    raise DataError(f"{record.where}: found the columns {found}; expected {expected}{hint}")

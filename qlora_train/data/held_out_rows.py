@@ -5,7 +5,7 @@ stand in if no rows are held out.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,16 +55,18 @@ def save_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:
     if atomic_io.read_metadata(folder) == metadata and atomic_io.verify_manifest(folder) is None:
         return
     with atomic_io.atomic_folder(folder, metadata) as staging:
-        for split, examples in zip(SPLITS, (_first(rows.first_rows()), rows.eval), strict=True):
+        for split, examples in zip(SPLITS, (list(_first(rows.first_rows())), rows.eval), strict=True):
             (staging / split).mkdir()
             _write(staging / split, examples)
 
 
-def _write(folder: Path, examples: Iterable[Example]) -> None:
-    writer = StoreWriter(folder, "stored rows", ANY_VOCABULARY)
+def _write(folder: Path, examples: Sequence[Example]) -> None:
+    has_pairs = bool(examples) and examples[0].rejected is not None
+    columns = schema(ANY_VOCABULARY, has_pairs=has_pairs)
+    writer = StoreWriter(folder, "stored rows", columns)
     rows = (StoredRow(example, 0, example.where) for example in examples)
     while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):
-        writer.append(TokenizedChunk(make_batch(batch, schema(ANY_VOCABULARY))))
+        writer.append(TokenizedChunk(make_batch(batch, columns)))
     writer.close()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_train.config.objectives import DatasetType
 from qlora_train.config.schema import DataSection, Source
 from qlora_train.data.chat_template import is_dated
 from qlora_train.data.data_report import NUM_FIRST_ROWS, DataReport, SourceReport, SplitReport, check_max_dropped
@@ -47,6 +48,7 @@ def prepare_data(
     *,
     date: datetime.date | None = None,
     vocabulary_size: int | None = None,
+    dataset_type: DatasetType = "language_modeling",
 ) -> PreparedData:
     """Read, render, tokenise, check and choose the rows.
 
@@ -56,6 +58,7 @@ def prepare_data(
         date: the day that dated chat templates print; None is today. A resumed run must pass the day of its start, or
             its tokens change overnight.
         vocabulary_size: token ids that the model has; None is the tokenizer's.
+        dataset_type: that the objective trains on.
 
     Raises:
         ConfigError: `data.columns` does not fit `data.format`.
@@ -64,7 +67,7 @@ def prepare_data(
     """
     day = date or datetime.date.today()
     share = data.eval if isinstance(data.eval, float) else 0.0
-    sources = SourceTokenizer(data, tokenizer, day, vocabulary_size or len(tokenizer))
+    sources = SourceTokenizer(data, tokenizer, day, vocabulary_size or len(tokenizer), dataset_type)
     eval_sources = data.eval if isinstance(data.eval, tuple) else ()
     held_out = _stores("data.eval", eval_sources, sources, StoredTexts(everything=True), data.max_dropped)
     train: list[SourceStore] = []
@@ -96,8 +99,8 @@ def _streamed(
     )  # fmt: skip
     eval_rows = Rows.all_of([each.store for each in held_out])
     head = train.head()
-    lengths = np.array([len(row.input_ids) for row in head], np.int32)
-    num_labels = np.array([np.count_nonzero(row.loss_mask) for row in head], np.int32)
+    lengths = np.array([row.num_tokens for row in head], np.int32)
+    num_labels = np.array([row.num_labels for row in head], np.int32)
     head_reports = (
         SourceReport("data.train", source.path, summary, num_used=summary.num_rows)
         for source, summary in zip(train.sources, train.summaries(), strict=True)

@@ -39,10 +39,18 @@ class RenderedRow:
 
 def render_rows(examples: Iterable[Example], tokenizer: Any) -> tuple[RenderedRow, ...]:
     """Decode rows with the tokenizer that made them."""
-    return tuple(_rendered(example, tokenizer) for example in examples)
+    return tuple(rendered for example in examples for rendered in _rendered_row(example, tokenizer))
 
 
-def _rendered(example: Example, tokenizer: Any) -> RenderedRow:
+def _rendered_row(example: Example, tokenizer: Any) -> list[RenderedRow]:
+    """Return a row, or the chosen and the rejected sequence of a pair."""
+    if example.rejected is None:
+        return [_rendered(example, example.where, tokenizer)]
+    names = (f"{example.where} (chosen)", f"{example.where} (rejected)")
+    return [_rendered(sequence, name, tokenizer) for sequence, name in zip(example.sequences, names, strict=True)]
+
+
+def _rendered(example: Example, where: str, tokenizer: Any) -> RenderedRow:
     mask, ids = example.loss_mask, example.input_ids.tolist()
     text = _decoded(tokenizer, ids)
     token_borders, char_borders = [0], [0]
@@ -52,7 +60,7 @@ def _rendered(example: Example, tokenizer: Any) -> RenderedRow:
     char_borders.append(len(text))
     parts = (text[begin:end] for begin, end in pairwise(char_borders))
     segments = tuple((part, bool(mask[border])) for part, border in zip(parts, token_borders, strict=True))
-    return RenderedRow(example.where, len(ids), int(np.count_nonzero(mask)), segments, example.warnings)
+    return RenderedRow(where, len(ids), int(np.count_nonzero(mask)), segments, example.warnings)
 
 
 def _char_border(tokenizer: Any, ids: list[int], border: int, text: str) -> int:

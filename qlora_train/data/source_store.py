@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qlora_train.config.objectives import DatasetType
 from qlora_train.config.schema import DataSection, Source
 from qlora_train.data.chat_template import is_dated
 from qlora_train.data.data_file import DataFile
@@ -75,10 +76,19 @@ class SourceTokenizer:
     Args:
         date: the day that dated chat templates print.
         vocabulary_size: token ids that the model has.
+        dataset_type: that the objective trains on.
     """
 
-    def __init__(self, data: DataSection, tokenizer: Any, date: datetime.date, vocabulary_size: int) -> None:
+    def __init__(
+        self,
+        data: DataSection,
+        tokenizer: Any,
+        date: datetime.date,
+        vocabulary_size: int,
+        dataset_type: DatasetType,
+    ) -> None:
         self._data, self._tokenizer, self._date, self.vocabulary_size = data, tokenizer, date, vocabulary_size
+        self._dataset_type = dataset_type
         self._cache = StoreCache(data.cache_dir, data.cache_limit)
         self._tokenizer_hash = tokenizer_hash(tokenizer)
 
@@ -131,8 +141,9 @@ class SourceTokenizer:
         columns = self._data.columns if source.columns is None else source.columns
         wanted = source.format or self._data.format
         # data.columns may name columns of another source's format
-        check_renames("auto" if source.columns is None and source.format else wanted, columns)
-        return _OpenSource(key, files, recognise(_first_record(files[0]), wanted, columns), columns)
+        check_renames("auto" if source.columns is None and source.format else wanted, columns, self._dataset_type)
+        format_name = recognise(_first_record(files[0]), wanted, columns, self._dataset_type)
+        return _OpenSource(key, files, format_name, columns)
 
     def _chunk_tokenizer(self, opened: _OpenSource, kept: StoredTexts) -> ChunkTokenizer:
         return ChunkTokenizer(
@@ -158,7 +169,7 @@ class SourceTokenizer:
         num_proc = num_processes(self._data.num_proc, num_bytes, min_bytes=MIN_PARALLEL_BYTES)
         names = opened.files[0].name + (f" and {len(opened.files) - 1} more files" if len(opened.files) > 1 else "")
         log.info("%s: tokenising %s (%.1f MB, %d processes)", opened.key, names, num_bytes / 1e6, num_proc)
-        writer = StoreWriter(folder, opened.format, self.vocabulary_size)
+        writer = StoreWriter(folder, opened.format, tokenize.columns)
         num_records = [0] * len(opened.files)
         unseen: frozenset[str] | None = None
         with _progress_bar(opened.key, num_bytes) as advance:

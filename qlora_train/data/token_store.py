@@ -24,13 +24,19 @@ from qlora_train.utils.errors import DataError, first_line
 
 ROWS, SUMMARY = "rows.arrow", "summary.json"
 EXAMPLE_COLUMNS = ("file", "location", "tokens", "mask", "prompt", "answer", "warnings")
+REJECTED_LENGTH = "rejected_length"
+"""Column of a store of preference pairs: tokens of each rejected sequence."""
 MAX_SYSTEM_PROMPTS = 16
 """System prompts that are counted: enough to find one that most rows share."""
 
 
-def schema(vocabulary_size: int) -> pyarrow.Schema:
-    """Return the columns of a store, with the smallest type that holds every token id."""
+def schema(vocabulary_size: int, *, has_pairs: bool = False) -> pyarrow.Schema:
+    """Return the columns of a store, with the smallest type that holds every token id.
+
+    The tokens and mask of a preference pair are those of the chosen sequence, then of the rejected one.
+    """
     token = pyarrow.uint16() if vocabulary_size <= 1 << 16 else pyarrow.int32()
+    pairs = {REJECTED_LENGTH: pyarrow.int32()} if has_pairs else {}
     return pyarrow.schema(
         {
             "tokens": pyarrow.list_(token),
@@ -44,6 +50,7 @@ def schema(vocabulary_size: int) -> pyarrow.Schema:
             "prompt": pyarrow.string(),  # JSON; null if it is not stored
             "answer": pyarrow.string(),
             "warnings": pyarrow.list_(pyarrow.string()),
+            **pairs,
         }
     )
 
@@ -61,17 +68,18 @@ class StoredRow(NamedTuple):
 def make_batch(rows: Sequence[StoredRow], columns: pyarrow.Schema) -> pyarrow.RecordBatch:
     """Return rows as a record batch."""
     examples = [row.example for row in rows]
-    lengths = np.array([len(each.input_ids) for each in examples], np.int32)
+    sequences = [sequence for each in examples for sequence in each.sequences]
+    lengths = np.array([each.num_tokens for each in examples], np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    tokens = np.concatenate([np.empty(0, np.int32), *(each.input_ids for each in examples)])
-    mask = np.concatenate([np.empty(0, np.bool_), *(each.loss_mask for each in examples)])
+    tokens = np.concatenate([np.empty(0, np.int32), *(each.input_ids for each in sequences)])
+    mask = np.concatenate([np.empty(0, np.bool_), *(each.loss_mask for each in sequences)])
     digests = np.frombuffer(b"".join(row.digest for row in rows), np.uint64)
     token_type = columns.field("tokens").type.value_type
     values = {
         "tokens": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(tokens).cast(token_type)),
         "mask": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(mask)),
         "length": lengths,
-        "num_labels": [int(np.count_nonzero(each.loss_mask)) for each in examples],
+        "num_labels": [each.num_labels for each in examples],
         "digest": pyarrow.FixedSizeListArray.from_arrays(digests, 2),
         "part": [row.part for row in rows],
         "file": [row.file for row in rows],
@@ -80,6 +88,8 @@ def make_batch(rows: Sequence[StoredRow], columns: pyarrow.Schema) -> pyarrow.Re
         "answer": [each.answer for each in examples],
         "warnings": [each.warnings for each in examples],
     }
+    if REJECTED_LENGTH in columns.names:
+        values[REJECTED_LENGTH] = [0 if each.rejected is None else each.rejected.num_tokens for each in examples]
     return pyarrow.record_batch(values, schema=columns)
 
 
@@ -87,7 +97,7 @@ def read_example(rows: pyarrow.RecordBatch | pyarrow.Table, index: int, files: S
     """Return one row; `files` are the names of the source's files. Tokens and mask are copies."""
     row = {name: rows.column(name)[index] for name in EXAMPLE_COLUMNS}
     prompt = json.loads(row["prompt"].as_py() or "null")
-    return Example(
+    example = Example(
         where=f"{files[row['file'].as_py()]}{row['location']}",
         input_ids=row["tokens"].values.to_numpy().astype(np.int32),
         loss_mask=row["mask"].values.to_numpy(zero_copy_only=False),
@@ -95,6 +105,17 @@ def read_example(rows: pyarrow.RecordBatch | pyarrow.Table, index: int, files: S
         answer=row["answer"].as_py(),
         warnings=tuple(row["warnings"].as_py()),
     )
+    if REJECTED_LENGTH not in rows.schema.names:
+        return example
+    return split_pair(example, rows.column(REJECTED_LENGTH)[index].as_py())
+
+
+def split_pair(example: Example, num_rejected: int) -> Example:
+    """Return tokens and mask of a pair, one after the other, as the chosen sequence with the rejected one."""
+    num_chosen = len(example.input_ids) - num_rejected
+    ids, mask = example.input_ids, example.loss_mask
+    rejected = Example(example.where, ids[num_chosen:], mask[num_chosen:])
+    return replace(example, input_ids=ids[:num_chosen], loss_mask=mask[:num_chosen], rejected=rejected)
 
 
 @dataclass(slots=True)
@@ -155,10 +176,10 @@ class SourceSummary:
 class StoreWriter:
     """Appends chunks to a new store in an empty folder."""
 
-    def __init__(self, folder: Path, format_name: str, vocabulary_size: int) -> None:
+    def __init__(self, folder: Path, format_name: str, columns: pyarrow.Schema) -> None:
         self.summary = SourceSummary(format=format_name)
         self._folder = folder
-        self._file = pyarrow.ipc.new_file(folder / ROWS, schema(vocabulary_size))
+        self._file = pyarrow.ipc.new_file(folder / ROWS, columns)
         self._digest = hashlib.sha256()
 
     def append(self, chunk: TokenizedChunk) -> None:
@@ -205,6 +226,11 @@ class Store:
         """Return one row, its tokens copied from the map."""
         return read_example(self._rows, index, self.files)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its rows are preference pairs."""
+        return REJECTED_LENGTH in self._rows.schema.names
+
     def numbers(self, name: str) -> npt.NDArray[Any]:
         """Return a column of one number per row, or of two for `digest`."""
         column = self._rows.column(name)
@@ -222,8 +248,9 @@ class Rows(Sequence[Example]):
         indices: positions in the concatenated stores; a row may occur several times.
 
     Attributes:
-        lengths: tokens of each row, int32 (num_rows,).
+        lengths: tokens of each row, int32 (num_rows,); of a pair, those of both sequences.
         num_labels: label tokens of each row, int32 (num_rows,).
+        has_pairs: the rows are preference pairs.
     """
 
     def __init__(self, stores: Sequence[Store], indices: npt.NDArray[np.int64]) -> None:
@@ -232,6 +259,7 @@ class Rows(Sequence[Example]):
         self._starts = list(itertools.accumulate((len(store) for store in stores), initial=0))
         self.lengths = self._gather("length")
         self.num_labels = self._gather("num_labels")
+        self.has_pairs = any(store.has_pairs for store in stores)
 
     @classmethod
     def all_of(cls, stores: Sequence[Store]) -> Self:
@@ -255,6 +283,14 @@ class Rows(Sequence[Example]):
     def select(self, mask: npt.NDArray[np.bool_]) -> Self:
         """Return the rows for which `mask`, (num_rows,), is true."""
         return type(self)(self.stores, self.indices[mask])
+
+    @property
+    def padded_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each row if the shorter sequence of a pair is padded to the longer, int32 (num_rows,)."""
+        if not self.has_pairs:
+            return self.lengths
+        rejected = self._gather(REJECTED_LENGTH)
+        return 2 * np.maximum(rejected, self.lengths - rejected)
 
     @property
     def digests(self) -> npt.NDArray[np.uint64]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora_train.config.schema import DataSection
-from qlora_train.data.formats import RowReader
+from qlora_train.data.formats import FORMATS, RowReader
 from qlora_train.data.overflow import apply_overflow
 from qlora_train.data.readers import Chunk
 from qlora_train.data.reason_counts import ReasonCounts
@@ -50,6 +50,8 @@ def content_digest(row: Row) -> bytes:
         content += [sorted(row.untrained), row.tools, row.input_ids, row.loss_mask]
     if row.chat_template_kwargs:
         content.append(row.chat_template_kwargs)
+    if row.rejected is not None:
+        content.append(content_digest(row.rejected).hex())
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:16]
 
 
@@ -75,6 +77,9 @@ class ChunkTokenizer:
         date: the day that dated chat templates print.
         stored_texts: rows that store their texts.
         vocabulary_size: token ids of the model; a row with another one cannot be used.
+
+    Attributes:
+        columns: of a store of the rows.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class ChunkTokenizer:
     ) -> None:
         self._renderer = Renderer(tokenizer, train_on=data.train_on, date=date)
         self._data, self._format, self._columns, self._stored_texts = data, format_name, columns, stored_texts
+        self.columns = schema(vocabulary_size, has_pairs=FORMATS[format_name].dataset_type == "preference")
         self._vocabulary_size, self._tokenizer, self._bos = vocabulary_size, tokenizer, tokenizer.bos_token_id
 
     def __call__(self, numbered: tuple[int, bool, Chunk]) -> TokenizedChunk:
@@ -121,11 +127,22 @@ class ChunkTokenizer:
                 stored = example if with_texts else replace(example, prompt=None, answer=None)
                 rows.append(StoredRow(stored, file_number, location, digest, part))
         return TokenizedChunk(
-            make_batch(rows, schema(self._vocabulary_size)),
+            make_batch(rows, self.columns),
             file_number, num_records, chunk.num_bytes, dropped, warned, frozenset(reader.unseen), systems,
         )  # fmt: skip
 
     def _examples_of(self, row: Row) -> list[Example]:
+        """Return a row in parts, or a preference pair as one example."""
+        chosen = self._sequences_of(row)
+        if row.rejected is None:
+            return chosen
+        [example], [rejected] = chosen, self._sequences_of(row.rejected)
+        if example.input_ids.tolist() == rejected.input_ids.tolist():
+            raise UnusableRowError("chosen and rejected are equal")
+        warnings = dict.fromkeys((*example.warnings, *rejected.warnings))
+        return [replace(example, rejected=rejected, warnings=tuple(warnings))]
+
+    def _sequences_of(self, row: Row) -> list[Example]:
         example = self._renderer.render(row)
         if row.warnings:
             example = replace(example, warnings=(*row.warnings, *example.warnings))

@@ -49,6 +49,7 @@ class Row:
         warnings: see `Example.warnings`.
         input_ids: a pre-tokenised row, (seq,).
         loss_mask: its labels, (seq,).
+        rejected: the worse answer to the same prompt, of a preference pair.
     """
 
     where: str
@@ -62,6 +63,7 @@ class Row:
     warnings: tuple[str, ...] = ()
     input_ids: tuple[int, ...] | None = None
     loss_mask: tuple[bool, ...] | None = None
+    rejected: "Row | None" = None
 
 
 class UnusableRowError(Exception):
@@ -80,7 +82,7 @@ Prompt = tuple[Message, ...] | str
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """A tokenised row.
+    """A tokenised row; of a preference pair, the chosen answer.
 
     Attributes:
         where: see `Row.where`.
@@ -90,6 +92,7 @@ class Example:
             prompt, tokens, conversations with tools or `chat_template_kwargs`, and rows that are not generated from.
         answer: the text of the last assistant turn, or the plain completion; None with `prompt`.
         warnings: about a row that is used all the same; rows with equal warnings are counted together.
+        rejected: the sequence with the other answer of a preference pair.
     """
 
     where: str
@@ -98,3 +101,19 @@ class Example:
     prompt: Prompt | None = None
     answer: str | None = None
     warnings: tuple[str, ...] = ()
+    rejected: "Example | None" = None
+
+    @property
+    def sequences(self) -> "tuple[Example, ...]":
+        """The sequences that a model reads: one, or the chosen and the rejected one of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(sequence.input_ids) for sequence in self.sequences)
+
+    @property
+    def num_labels(self) -> int:
+        """Label tokens of all sequences."""
+        return sum(int(np.count_nonzero(sequence.loss_mask)) for sequence in self.sequences)

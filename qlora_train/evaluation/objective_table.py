@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+from qlora_train.adapters.reference_model import InitialAdapter, base_model
+from qlora_train.config.objectives import OBJECTIVES
+from qlora_train.config.schema import LoraSection, TrainSection
 from qlora_train.data.types import Example
 from qlora_train.evaluation.held_out_loss import held_out_loss
+from qlora_train.evaluation.held_out_preferences import evaluate_preferences
 from qlora_train.objectives.batch_loss import LossFunction
+from qlora_train.objectives.preference_loss import PreferenceLoss
 from qlora_train.objectives.sft_loss import SftLoss
 
 
@@ -37,3 +43,16 @@ def _evaluate_sft(model: Any, examples: Sequence[Example], *, batch_size: int, p
 
 
 SFT = Objective(SftLoss(), _evaluate_sft)
+
+
+def make_objective(train: TrainSection, lora: LoraSection, model: Any) -> Objective:
+    """Return the objective of a run, before its adapter is trained."""
+    row = OBJECTIVES[train.objective]
+    if row.dataset_type == "language_modeling":
+        return SFT
+    chosen = {name: getattr(train, name) for name in row.defaults}
+    settings = {name: default if chosen[name] is None else chosen[name] for name, default in row.defaults.items()}
+    is_base = lora.adapter_path is None and lora.bias == "none"  # PEFT leaves trained biases on
+    reference = base_model if is_base else InitialAdapter(model)
+    loss = PreferenceLoss(row.name, reference=reference, **settings)
+    return Objective(loss, partial(evaluate_preferences, loss))

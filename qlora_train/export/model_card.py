@@ -166,7 +166,7 @@ def _front_matter(base: str, config: RunConfig, kind: Kind) -> str:
     data = ModelCardData(
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
-        tags=["qlora" if config.quantization.load_in_4bit else "lora", "trl", "sft", "qlora-train"],
+        tags=["qlora" if config.quantization.load_in_4bit else "lora", "trl", config.train.objective, "qlora-train"],
         datasets=[source.path for source in config.data.train if is_hub_id(source.path)] or None,
         base_model=base if is_hub_id(base) else None,
         base_model_relation=("adapter" if kind == "adapter" else "finetune") if is_hub_id(base) else None,

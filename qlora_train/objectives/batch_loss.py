@@ -36,7 +36,7 @@ class LossFunction(Protocol):
 
     @property
     def log_formats(self) -> Mapping[str, str]:
-        """How log lines print each metric."""
+        """How log lines print each metric; empty: not at all."""
 
     def num_items(self, batch: Batch) -> int:
         """Return the items of a micro-batch, counted on the host."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_train.architectures import check_max_length, check_packing, check_target_modules, detect
 from qlora_train.config import RunConfig
+from qlora_train.config.objectives import dataset_type_of
 from qlora_train.data import PreparedData, prepare_data
 from qlora_train.data.rendered_rows import render_rows
 from qlora_train.data.streaming import RowStream
@@ -58,5 +59,12 @@ def prepare_tokenizer_and_data(
         check_packing(architecture)
     tokenizer = load_tokenizer(source, config.model)
     vocabulary_size = num_embeddings(tokenizer, model_config(source, config.model), config.model)
-    data = prepare_data(config.data, tokenizer, config.run.seed, date=date, vocabulary_size=vocabulary_size)
+    data = prepare_data(
+        config.data,
+        tokenizer,
+        config.run.seed,
+        date=date,
+        vocabulary_size=vocabulary_size,
+        dataset_type=dataset_type_of(config.train.objective),
+    )
     return data, tokenizer

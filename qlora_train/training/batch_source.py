@@ -28,6 +28,7 @@ from qlora_train.data.collate import (
     RowDataset,
     StepCollator,
     TokenBudget,
+    collate_rows,
     flattened_multiple,
     padding_multiple,
 )
@@ -122,11 +123,11 @@ class RowBatches:
         collate = self.collate.collate
         if isinstance(collate, FlatteningCollator):
             collate = replace(collate, share_prefixes=False)
-        return collate(list(enumerate(rows)))
+        return collate_rows(collate, list(enumerate(rows)))
 
     def num_tokens(self, batch: Batch) -> int:
         """Return the tokens of a micro-batch's rows, without padding."""
-        return int(self.rows.lengths[batch["row"].cpu().numpy()].sum())
+        return int(self.rows.lengths[np.unique(batch["row"].cpu().numpy())].sum())  # a pair has two
 
     def state(self) -> list[list[int]]:
         """Return the state for a checkpoint: nothing, since the order is a function of the step."""
@@ -174,8 +175,8 @@ class StreamBatches(IterableDataset[list[Batch]]):
         while True:
             rows = list(islice(indexed, self._rows_per_step))
             self._locations.extend((index, example.where) for index, example in rows)
-            sizes = [len(example.input_ids) for _, example in rows]
-            yield [self._collate(batch) for batch in _micro_batches(rows, sizes, self._train)]
+            sizes = [example.num_tokens for _, example in rows]
+            yield [collate_rows(self._collate, batch) for batch in _micro_batches(rows, sizes, self._train)]
 
     def location(self, row: int) -> str:
         """Return the source location of a row of the last step."""
@@ -183,7 +184,7 @@ class StreamBatches(IterableDataset[list[Batch]]):
 
     def collate_unshared(self, rows: Sequence[Example]) -> Batch:
         """Return rows as one micro-batch."""
-        return self._collate(list(enumerate(rows)))
+        return collate_rows(self._collate, list(enumerate(rows)))
 
     def num_tokens(self, batch: Batch) -> int:
         """Return the tokens of a micro-batch's rows."""

@@ -98,7 +98,7 @@ def choose_padding_free(
     Raises:
         CheckpointError: the stored result is malformed, or the run began padding-free and cannot resume so.
     """
-    reason = _unsupported_reason(adapted, config, has_router_loss)
+    reason = _unsupported_reason(adapted, config, has_router_loss, has_pairs=padded.rows.has_pairs)
     if reason:
         logger.info("padding-free: off (%s)", reason)
         return None
@@ -164,7 +164,7 @@ def _flattened(
     return padded.with_collator(collate, budget)
 
 
-def _unsupported_reason(adapted: AdaptedModel, config: RunConfig, has_router_loss: bool) -> str:
+def _unsupported_reason(adapted: AdaptedModel, config: RunConfig, has_router_loss: bool, *, has_pairs: bool) -> str:
     """Return why a run cannot be padding-free; empty if it may be."""
     model, train = adapted.loaded.model, config.train
     attn_implementation = model.config._attn_implementation
@@ -176,7 +176,7 @@ def _unsupported_reason(adapted: AdaptedModel, config: RunConfig, has_router_los
         return "NEFTune or the model's own dropout"
     if config.data.packing:
         return "" if attn_implementation == attention.NAME else f"attention is {attn_implementation}"
-    if train.per_device_train_batch_size * train.gradient_accumulation_steps == 1:
+    if train.per_device_train_batch_size * train.gradient_accumulation_steps == 1 and not has_pairs:
         return "a step is one row"
     if adapted.loaded.architecture.packing_error:
         return f"flattened rows would attend to each other: {adapted.loaded.architecture.packing_error}"
@@ -228,10 +228,12 @@ def _shares_prefix(flatten: FlatteningCollator, rows: Sequence[IndexedExample]) 
 
 
 def _first_tokens(batch: Sequence[IndexedExample], num_tokens: int) -> list[IndexedExample]:
-    """Return the first tokens of the rows, the last half of them with labels."""
+    """Return the first tokens of the rows' sequences, the last half of them with labels."""
 
     def cut(row: Example) -> Example:
         tokens = row.input_ids[:num_tokens]
-        return replace(row, input_ids=tokens, loss_mask=np.arange(len(tokens)) >= max(1, len(tokens) // 2))
+        mask = np.arange(len(tokens)) >= max(1, len(tokens) // 2)
+        return replace(row, input_ids=tokens, loss_mask=mask, rejected=None)
 
-    return [(index, cut(row)) for index, row in batch if len(row.input_ids) > 1]
+    sequences = ((index, sequence) for index, row in batch for sequence in row.sequences)
+    return [(index, cut(sequence)) for index, sequence in sequences if len(sequence.input_ids) > 1]

@@ -31,7 +31,7 @@ class ProgressCallback(TrainerCallback):
     """Writes metrics to the log and to metrics.jsonl.
 
     Args:
-        objective_formats: how log lines print the objective's own metrics.
+        objective_formats: how log lines print the objective's own metrics; empty: not at all.
     """
 
     def __init__(self, run: RunFolder, objective_formats: Mapping[str, str]) -> None:
@@ -65,7 +65,7 @@ class ProgressCallback(TrainerCallback):
             return
         line = self._line({"step": state.global_step, "epoch": state.epoch, **metrics})
         atomic_io.append_line(self._run.metrics_file, line)
-        parts = [text.format(metrics[key]) for key, text in self._formats.items() if key in metrics]
+        parts = [text.format(metrics[key]) for key, text in self._formats.items() if text and key in metrics]
         if self._bar is not None:
             speed = self._tokens_per_second(state)
             self._bar.update(self._bar.task_ids[0], description=f"{parts[0]}  {speed:.0f} tokens/s")

@@ -243,7 +243,7 @@ class QloraTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _locations(self, rows: list[torch.Tensor]) -> str:
-        indices = [row for batch in rows for row in batch.tolist()]
+        indices = list(dict.fromkeys(row for batch in rows for row in batch.tolist()))  # a pair has two
         names = ", ".join(self.batch_source.location(index) for index in indices[:MAX_NAMED_ROWS])
         return names + " ..." * (len(indices) > MAX_NAMED_ROWS)
 

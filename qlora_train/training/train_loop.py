@@ -7,7 +7,7 @@ from typing import Any
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
-from qlora_train.evaluation.objective_table import SFT, Objective
+from qlora_train.evaluation.objective_table import Objective, make_objective
 from qlora_train.runs import RunFolder, checkpoint_errors
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.memory.auto_batch_size import fitting_trainer, record_fallback
@@ -29,13 +29,13 @@ def train(
     run: RunFolder,
     resume_from: Path | None,
     *,
-    objective: Objective = SFT,
+    objective: Objective | None = None,
 ) -> dict[str, Any]:
     """Train the adapter in place.
 
     Args:
         resume_from: a complete checkpoint, or None.
-        objective: what is trained.
+        objective: what is trained; None: that of the config.
 
     Returns:
         `steps`, `taken_from_step` (the best step, if the config asks for it), `train_loss`, `eval_loss`,
@@ -46,6 +46,7 @@ def train(
         TrainingError: out of memory, a non-finite number or a loss spike that stops the run, or an untrained adapter.
         Stop: the process was asked to stop; a checkpoint of the last step was saved.
     """
+    objective = objective or make_objective(config.train, config.lora, adapted.model)
     progress = ProgressCallback(run, objective.loss.log_formats)
     with signals.stops_deferred():
         trainer = _make_trainer(adapted, data, config, run, progress, objective)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_train.config.objectives import objectives_of
 from qlora_train.config.schema import FORMATS as FORMAT_NAMES
 from qlora_train.data.formats import FORMATS, RowReader, check_renames, recognise
 from qlora_train.data.types import Record, Row, UnusableRowError
@@ -108,7 +109,7 @@ def test_a_row_without_a_column_of_the_format_is_an_error_with_the_nearest_name(
 
 def test_an_unknown_renaming_is_refused_with_the_allowed_names() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_renames("question_answer", {"prompt": "q"})
+        check_renames("question_answer", {"prompt": "q"}, "language_modeling")
     assert str(caught.value) == (
         "data.columns: 'prompt' is not a column of the format question_answer; allowed: question, answer, context, tools, "
         "system, chat_template_kwargs (the format's name comes first, then the file's)"
@@ -116,15 +117,15 @@ def test_an_unknown_renaming_is_refused_with_the_allowed_names() -> None:
     with pytest.raises(
         ConfigError, match=r"^data.train.columns: 'x' is not .* auto; allowed: messages, tools, system, "
     ):
-        check_renames("auto", {"x": "q"}, "data.train.columns")
-    check_renames("auto", {"prompt": "q", "completion": "a", "question": "q"})
+        check_renames("auto", {"x": "q"}, "language_modeling", "data.train.columns")
+    check_renames("auto", {"prompt": "q", "completion": "a", "question": "q"}, "language_modeling")
 
 
 def test_two_columns_of_one_name_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"^data.columns: prompt and completion are both called x; expected a column of"
     ):
-        check_renames("auto", {"completion": "x", "prompt": "x"})
+        check_renames("auto", {"completion": "x", "prompt": "x"}, "language_modeling")
 
 
 def test_a_renamed_column_counts_as_unseen_until_a_row_has_it() -> None:
@@ -165,7 +166,7 @@ def test_a_reader_goes_to_another_process_as_it_is() -> None:
 def test_every_bundled_row_is_usable_and_unique(file: str, name: str) -> None:
     lines = (EXAMPLES / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [read(json.loads(line)) for line in lines]
-    assert recognise(Record("", json.loads(lines[0])), "auto", {}) == name
+    assert recognise(Record("", json.loads(lines[0])), "auto", {}, "language_modeling") == name
     assert len(rows) == len({repr(row) for row in rows}) >= 20
     assert not any(row.warnings for row in rows)
 
@@ -216,12 +217,12 @@ def test_an_undesirable_answer_is_refused_and_a_desirable_one_gets_a_warning(nam
     for column in ("label", "kto_tag"):
         for value in (False, "false", "False"):
             assert reason_of(ROWS[name] | {column: value}) == (
-                f"{column} is false, which marks an undesirable answer; preference training is not supported: keep rows "
-                "whose label is true only"
+                f"{column} is false, which marks an undesirable answer; preferences without pairs are not supported: keep "
+                "rows whose label is true only"
             )
         for value in (True, "True"):
             assert read(ROWS[name] | {column: value}).warnings == (
-                f"{column} is true, and the row is trained as any other (preference training is not supported)",
+                f"{column} is true, and the row is trained as any other (preferences without pairs are not supported)",
             )
 
 
@@ -240,7 +241,7 @@ def test_a_row_with_media_is_refused(name: str, column: str) -> None:
 OF_TURNS = {
     "system_prompt": "data.columns: {system: system_prompt} makes it the system turn",
     "functions": "data.columns: {tools: functions} gives it to the chat template",
-    "rejected": "preference training is not supported",
+    "rejected": "train.objective: sft trains on one answer",
     "documents": "answers may depend on it",
     "rationale": "reasoning is read in a turn, as reasoning_content",
     "weight": "rows of a source weigh the same",
@@ -256,9 +257,6 @@ def test_a_column_that_may_matter_gets_a_warning_where_a_row_fills_it(column: st
     assert read({"messages": [HI, HELLO], "answers": [1]} | {column: ""}, {"system": column}).warnings == ()
 
 
-PREFERENCE = (
-    "; these are preference pairs, and preference training is not supported; to train on the chosen answers only, "
-)
 TURNS = "reads them as a user and an assistant turn"
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "Dolly": (
@@ -279,27 +277,35 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "prompt and response": ({"prompt": "What?", "response": "So."}, {"question": "prompt", "answer": "response"}),
 }
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "strings": (
-        {"prompt": "What?", "chosen": "So.", "rejected": "No."},
-        {"question": "prompt", "answer": "chosen"},
+    "strings": ({"prompt": "What?", "chosen": "So.", "rejected": "No."}, {}),
+    "Orca": ({"question": "What?", "chosen": "So.", "rejected": "No."}, {"prompt": "question"}),
+    "answers by name": (
+        {"prompt": "What?", "chosen_response": "So.", "rejected_response": "No."},
+        {"chosen": "chosen_response", "rejected": "rejected_response"},
     ),
-    "Orca": (
-        {"system": "Be brief.", "question": "What?", "chosen": "So.", "rejected": "No."},
-        {"answer": "chosen"},
-    ),
-    "dialogues as text": ({"chosen": "Human: a\n\nAssistant: So.", "rejected": "No."}, {"text": "chosen"}),
-    "conversations": ({"chosen": chat("What?", "So."), "rejected": chat("What?", "No.")}, {"messages": "chosen"}),
+    "conversations": ({"chosen": chat("What?", "So."), "rejected": chat("What?", "No.")}, {}),
     "conversations and their prompt": (
         {"prompt": "What?", "chosen": chat("What?", "So."), "rejected": chat("What?", "No."), "score_chosen": 9.0},
-        {"messages": "chosen"},
+        {},
     ),
     "turns behind a prompt": (
         {"prompt": chat("What?"), "chosen": chat("What?", "So.")[1:], "rejected": chat("What?", "No.")[1:]},
-        {"completion": "chosen"},
+        {},
     ),
     "ShareGPT": (
-        {"chosen": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "So."}], "rejected": []},
-        {"conversations": "chosen"},
+        {
+            name: [{"from": "human", "value": "What?"}, {"from": "gpt", "value": answer}]
+            for name, answer in (("chosen", "So."), ("rejected", "No."))
+        },
+        {},
+    ),
+    "LLaMA-Factory": (
+        {
+            "conversations": [{"from": "human", "value": "What?"}],
+            "chosen": {"from": "gpt", "value": "So."},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        {"prompt": "conversations"},
     ),
 }
 
@@ -313,27 +319,90 @@ def shown(columns: dict[str, str]) -> str:
     return "{" + ", ".join(f"{column}: {name}" for column, name in columns.items()) + "}"
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *PAIRS])
+@pytest.mark.parametrize("name", SHAPES)
 def test_known_shapes_are_answered_with_renames_that_read_all_of_them(name: str) -> None:
-    values, columns = (SHAPES | PAIRS)[name]
+    values, columns = SHAPES[name]
     with pytest.raises(DataError) as caught:
         read(values)
-    advice = f"set data.columns: {shown(columns)}" if name in PAIRS else f"; data.columns: {shown(columns)} {TURNS}"
-    assert str(caught.value).endswith((PREFERENCE if name in PAIRS else "") + advice)
+    assert str(caught.value).endswith(f"; data.columns: {shown(columns)} {TURNS}")
     row = read(values, columns)
     texts = ["It is so.", "Be brief.", "This.", "What?", "So."]
     assert all(text in text_of(row) for text in texts if text in json.dumps(values))
-    assert "No." not in text_of(row)
-    warned = [note.split(" is not used")[0] for note in row.warnings]
-    assert warned == (["the column rejected"] if name in PAIRS and values["rejected"] else [])
+    assert row.warnings == ()
 
 
-def test_a_conversation_with_its_answer_in_a_preference_pair_is_refused() -> None:
-    answers = [{"from": "gpt", "value": value} for value in ("So.", "No.")]
-    values = {"conversations": [{"from": "human", "value": "What?"}], "chosen": answers[0], "rejected": answers[1]}
-    assert reason_of(values).startswith(
-        "chosen is the answer of a preference pair; preference training is not supported: append"
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_are_read_for_preferences_and_never_renamed_for_sft(name: str) -> None:
+    values, columns = PAIRS[name]
+    row = read(values, columns, dataset_type="preference")
+    assert row.rejected is not None
+    both = [text_of(each).split("What?", 1)[1].strip() for each in (row, row.rejected)]
+    assert both == ["So.", "No."]
+    renames = f"data.columns: {shown(columns)}" if columns else ""
+    if name == "LLaMA-Factory":
+        assert reason_of(values).endswith(f"set train.objective: dpo with data.format: preference and {renames}")
+        return
+    with pytest.raises(DataError) as caught:
+        read(values)
+    advice = f"train.objective: {objectives_of('preference')}{' with ' * bool(renames)}{renames}; set one"
+    assert f": preference pairs, for {advice}, or give rows for sft" in str(caught.value)
+
+
+PREFERENCE_REASONS: dict[str, tuple[dict[str, Any], str]] = {
+    "equal answers": (
+        {"chosen": chat("What?", "So."), "rejected": chat("What?", "So.")},
+        "chosen and rejected do not differ in an answer",
+    ),
+    "other prompts": (
+        {"chosen": chat("What?", "So."), "rejected": chat("Who?", "No.")},
+        "chosen and rejected differ before their answers; expected one prompt for both",
+    ),
+    "no answer": (
+        {"chosen": chat("What?", "So."), "rejected": chat("What?")},
+        "chosen and rejected do not differ in an answer",
+    ),
+    "texts without a prompt": (
+        {"chosen": "Human: a", "rejected": "Human: b"},
+        "chosen and rejected are strings without a prompt; expected a column prompt beside them",
+    ),
+    "empty": ({"prompt": "What?", "chosen": " ", "rejected": "No."}, "chosen is empty"),
+    "mixed": (
+        {"prompt": "What?", "chosen": "So.", "rejected": chat("What?", "No.")},
+        "chosen is a string and rejected is a list, expected two strings or two lists of {role, content}",
+    ),
+    "system beside strings": (
+        {"prompt": "What?", "chosen": "So.", "rejected": "No.", "system": "Be brief."},
+        "system beside a prompt that is a string, to which no chat template is applied; expected prompt, chosen and "
+        "rejected as lists of {role, content}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCE_REASONS)
+def test_a_pair_that_cannot_be_compared_is_refused_with_the_reason(name: str) -> None:
+    values, reason = PREFERENCE_REASONS[name]
+    with pytest.raises(UnusableRowError) as caught:
+        read(values, dataset_type="preference")
+    assert caught.value.reason == reason
+
+
+def test_only_answers_behind_the_common_turns_are_trained() -> None:
+    chosen, rejected = chat("a", "b", "c", "So."), chat("a", "b", "c", "No.")
+    row = read({"chosen": chosen, "rejected": rejected}, dataset_type="preference")
+    assert row.rejected is not None
+    assert (row.loss_from, row.rejected.loss_from) == (3, 3)
+    with_system = read({"chosen": chosen, "rejected": rejected, "system": "Be brief."}, dataset_type="preference")
+    assert (with_system.loss_from, len(with_system.messages or ())) == (4, 5)
+
+
+def test_rows_of_another_objective_are_refused_with_the_one_they_are_for() -> None:
+    with pytest.raises(DataError) as caught:
+        read({"messages": [HI, HELLO]}, dataset_type="preference")
+    assert str(caught.value).endswith(
+        f"the format messages, for train.objective: sft; set one, or give rows for {objectives_of('preference')}"
     )
+    with pytest.raises(DataError, match=r"the format messages is for train\.objective: sft; set one"):
+        read({"chosen": [], "rejected": []}, format_name="messages", dataset_type="preference")
 
 
 def test_the_shape_of_gsm8k_is_read_as_it_is() -> None:
@@ -447,7 +516,7 @@ def test_any_row_is_read_or_refused_with_a_short_reason(name: str, data: st.Data
     reason: str | None = None
     row = Row("")
     try:
-        row = read(values, format_name=name)
+        row = read(values, format_name=name, dataset_type=FORMATS[name].dataset_type)
     except UnusableRowError as error:
         reason = error.reason
     if reason is None:

@@ -75,7 +75,9 @@ def jsonl_rows(data: bytes) -> None:
         if first is None:
             return
         tokenize = tokenizer_of(
-            recognise(first, "auto", {}), choice % len(LOSS_ON), choice // len(LOSS_ON) % len(TOO_LONG)
+            recognise(first, "auto", {}, "language_modeling"),
+            choice % len(LOSS_ON),
+            choice // len(LOSS_ON) % len(TOO_LONG),
         )
         for number, piece in enumerate(pieces):
             result = tokenize((0, number == 0, piece))

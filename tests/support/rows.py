@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from qlora_train.config.objectives import DatasetType
 from qlora_train.data.formats import RowReader, recognise
 from qlora_train.data.types import Record, Row, UnusableRowError
 
@@ -23,9 +24,14 @@ def chat(*contents: str) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-def read(values: dict[str, Any], columns: dict[str, str] | None = None, format_name: str = "auto") -> Row:
+def read(
+    values: dict[str, Any],
+    columns: dict[str, str] | None = None,
+    format_name: str = "auto",
+    dataset_type: DatasetType = "language_modeling",
+) -> Row:
     record = Record("a.jsonl:1", values)
-    return RowReader(recognise(record, format_name, columns or {}), columns or {}).read(record)
+    return RowReader(recognise(record, format_name, columns or {}, dataset_type), columns or {}).read(record)
 
 
 def turns_of(values: dict[str, Any], **options: Any) -> list[Any]:

@@ -19,7 +19,8 @@ def store_of(
 ) -> Store:
     """Write a store in two chunks and open it; row n is line n + 1 with the digest `digests[n]`, or one of its own."""
     folder.mkdir()
-    writer = StoreWriter(folder, "text", vocabulary_size)
+    columns = schema(vocabulary_size, has_pairs=any(each.rejected is not None for each in examples))
+    writer = StoreWriter(folder, "text", columns)
     keys = range(len(examples)) if digests is None else digests
     rows = [
         StoredRow(each, 0, f":{number}", key.to_bytes(16, "little"))
@@ -27,7 +28,7 @@ def store_of(
     ]
     half = (len(examples) + 1) // 2
     for part in (rows[:half], rows[half:]):
-        writer.append(TokenizedChunk(make_batch(part, schema(vocabulary_size)), num_records=len(part)))
+        writer.append(TokenizedChunk(make_batch(part, columns), num_records=len(part)))
     writer.close()
     return Store(folder, ["file.jsonl"])
 

@@ -85,7 +85,7 @@ def _largest_size(source: RowBatches, config: RunConfig) -> MicroBatchSize:
 
 def _padded_size(rows: Rows, config: RunConfig) -> MicroBatchSize:
     num_rows = min(config.train.per_device_train_batch_size, len(rows))
-    lengths = [int(rows.lengths.max())] * num_rows
+    lengths = [int(rows.padded_lengths.max())] * num_rows
     return MicroBatchSize(lengths, _sum_of_largest(rows.num_labels, num_rows), num_rows)
 
 
@@ -118,11 +118,19 @@ def _sum_of_largest(sizes: npt.NDArray[np.int64], count: int) -> int:
 
 
 def _documents(row: Example, lengths: Sequence[int], num_labels: int) -> list[Example]:
-    """Return documents that repeat a row's tokens, with `num_labels` labels in total, or as many as fit."""
+    """Return documents that repeat a row's tokens, with `num_labels` labels in total, or as many as fit.
+
+    The tokens of a preference pair are divided evenly between its sequences.
+    """
     documents = []
     for length in lengths:
-        count = min(num_labels, length - 1)  # nothing predicts the first token
-        num_labels -= count
         tokens = np.resize(row.input_ids, length)
-        documents.append(replace(row, input_ids=tokens, loss_mask=np.arange(length) >= length - count))
+        parts = [tokens] if row.rejected is None else np.array_split(tokens, 2)
+        sequences = []
+        for part in parts:
+            count = max(0, min(num_labels, len(part) - 1))  # nothing predicts the first token
+            num_labels -= count
+            mask = np.arange(len(part)) >= len(part) - count
+            sequences.append(replace(row, input_ids=part, loss_mask=mask, rejected=None))
+        documents.append(replace(sequences[0], rejected=sequences[1] if sequences[1:] else None))
     return documents

@@ -84,7 +84,7 @@ def first_tokens(adapted: AdaptedModel, data: PreparedData, num_rows: int, num_t
     rows: Any = data.train.head() if isinstance(data.train, RowStream) else map(data.train.__getitem__, range(num_rows))
     loaded, cut = adapted.loaded, slice(None, num_tokens)
     examples = [
-        replace(row, input_ids=row.input_ids[cut], loss_mask=row.loss_mask[cut])
+        replace(row, input_ids=row.input_ids[cut], loss_mask=row.loss_mask[cut], rejected=None)
         for row in islice(rows, min(num_rows, data.num_train_rows or num_rows))
     ]
     batch = PaddingCollator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))(list(enumerate(examples)))

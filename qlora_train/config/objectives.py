@@ -1,0 +1,52 @@
+"""The table of objectives, which schema, data stage and trainer read; names and defaults are TRL's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+DatasetType = Literal["language_modeling", "preference"]
+"""TRL's types of data sets: rows to imitate, or pairs of a chosen and a rejected answer."""
+
+
+@dataclass(frozen=True)
+class ObjectiveRow:
+    """One row: the rows that an objective trains on, and the settings of `train` that only it reads, with defaults."""
+
+    name: str
+    description: str
+    dataset_type: DatasetType = "preference"
+    defaults: Mapping[str, float] = field(default_factory=lambda: {"beta": 0.1})
+
+
+OBJECTIVES = {
+    row.name: row
+    for row in (
+        ObjectiveRow("sft", "supervised fine-tuning", "language_modeling", {}),
+        ObjectiveRow("dpo", "direct preference optimization, https://arxiv.org/abs/2305.18290"),
+        ObjectiveRow("ipo", "identity preference optimization, https://arxiv.org/abs/2310.12036"),
+        ObjectiveRow("hinge", "hinge loss of SLiC, https://arxiv.org/abs/2305.10425"),
+        ObjectiveRow(
+            "robust",
+            "DPO for a share `label_smoothing` of flipped pairs, https://arxiv.org/abs/2403.00409",
+            defaults={"beta": 0.1, "label_smoothing": 0.0},
+        ),
+        ObjectiveRow("apo_zero", "anchored preference optimization, https://arxiv.org/abs/2408.06266"),
+        ObjectiveRow("apo_down", "the same for chosen answers worse than the model's own"),
+        ObjectiveRow("nca_pair", "noise contrastive alignment, https://arxiv.org/abs/2402.05369"),
+        ObjectiveRow("sppo_hard", "self-play preference optimization, https://arxiv.org/abs/2405.00675"),
+        ObjectiveRow("sigmoid_norm", "DPO on mean log-probabilities, https://arxiv.org/abs/2411.15124"),
+    )
+}
+ONLINE_OBJECTIVES = ("ppo", "grpo", "rloo", "online_dpo", "xpo", "nash_md")
+SETTINGS = tuple(dict.fromkeys(name for row in OBJECTIVES.values() for name in row.defaults))
+"""Settings of `train` that only some objectives read."""
+
+
+def dataset_type_of(objective: str) -> DatasetType:
+    """Return the type of data set that an objective trains on."""
+    return OBJECTIVES[objective].dataset_type
+
+
+def objectives_of(dataset_type: str) -> str:
+    """Return the names of the objectives of a type of data set, for messages."""
+    return ", ".join(row.name for row in OBJECTIVES.values() if row.dataset_type == dataset_type)

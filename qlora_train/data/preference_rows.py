@@ -1,0 +1,86 @@
+"""One row of the format `preference`: a prompt with a chosen and a rejected answer, or two whole conversations.
+
+Only the answers are trained: what both conversations begin with is their prompt.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qlora_train.data.conversation import read_turns
+from qlora_train.data.field_values import EMPTY
+from qlora_train.data.format_readers import CONVERSATION_COLUMNS, conversation_row, from_prompt_completion
+from qlora_train.data.readers import json_type
+from qlora_train.data.types import Message, Row, UnusableRowError
+
+ANSWERS = ("chosen", "rejected")
+
+
+def from_preference(where: str, values: Mapping[str, Any]) -> Row:
+    """Read a pair: the chosen row, with the other one as `rejected`."""
+    values = {**values, **{name: [values[name]] for name in ANSWERS if isinstance(values[name], dict)}}
+    types = [json_type(values[column]) for column in ANSWERS]
+    if all(isinstance(values[column], str) for column in ANSWERS):
+        chosen, rejected = (_text(where, values, column) for column in ANSWERS)
+    elif all(isinstance(values[column], list) for column in ANSWERS):
+        chosen, rejected = _conversations(where, values)
+    else:
+        raise UnusableRowError(
+            f"chosen is {types[0]} and rejected is {types[1]}, expected two strings or two lists of {{role, content}}"
+        )
+    return replace(chosen, rejected=rejected)
+
+
+def _text(where: str, values: Mapping[str, Any], column: str) -> Row:
+    if values.get("prompt") in EMPTY:
+        raise UnusableRowError("chosen and rejected are strings without a prompt; expected a column prompt beside them")
+    if not values[column].strip():
+        raise UnusableRowError(f"{column} is empty")
+    for name in CONVERSATION_COLUMNS:
+        if values.get(name) not in EMPTY:
+            raise UnusableRowError(
+                f"{name} beside a prompt that is a string, to which no chat template is applied; expected prompt, chosen "
+                "and rejected as lists of {role, content}"
+            )
+    return from_prompt_completion(where, {**values, "completion": values[column]})
+
+
+def _conversations(where: str, values: Mapping[str, Any]) -> tuple[Row, Row]:
+    prompt = _prompt_turns(values.get("prompt"))
+    (chosen, untrained), (rejected, other_untrained) = (
+        _behind(prompt, *read_turns(values[column], column, sharegpt=True)) for column in ANSWERS
+    )
+    num_shared = len(prompt) or _num_shared(chosen, rejected)
+    for turns in (chosen, rejected):
+        if turns[num_shared:] and turns[num_shared]["role"] != "assistant":
+            raise UnusableRowError("chosen and rejected differ before their answers; expected one prompt for both")
+    if chosen == rejected or not chosen[num_shared:] or not rejected[num_shared:]:
+        raise UnusableRowError("chosen and rejected do not differ in an answer")
+    return (
+        conversation_row(where, values, chosen, untrained, loss_from=num_shared),
+        conversation_row(where, values, rejected, other_untrained, loss_from=num_shared),
+    )
+
+
+def _prompt_turns(prompt: Any) -> list[Message]:
+    if prompt in EMPTY:
+        return []
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return read_turns(prompt, "prompt", sharegpt=True)[0]
+
+
+def _behind(prompt: list[Message], turns: list[Message], untrained: Sequence[int]) -> tuple[list[Message], list[int]]:
+    """Return a whole conversation: answers may repeat their prompt, perhaps behind a system turn that it leaves out."""
+    if not prompt or turns[: len(prompt)] == prompt:
+        return turns, list(untrained)
+    if turns[0]["role"] == "system" and turns[1 : len(prompt) + 1] == prompt:
+        raise UnusableRowError(
+            "chosen begins with a system turn that prompt does not have; leave the column prompt out"
+        )
+    return [*prompt, *turns], [len(prompt) + index for index in untrained]
+
+
+def _num_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    differs = (index for index, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    return next(differs, min(len(chosen), len(rejected)))

@@ -1,0 +1,50 @@
+"""Loss, rewards and accuracy of preference pairs on held-out rows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qlora_train.data.collate import PaddingCollator, collate_rows
+from qlora_train.data.types import Example
+from qlora_train.evaluation.batched_inference import batches_by_length, compute_in_batches, input_device
+from qlora_train.evaluation.held_out_loss import MAX_LOGITS, ONE_ROW_ADVICE
+from qlora_train.objectives.batch_loss import model_inputs
+from qlora_train.objectives.label_losses import label_losses
+from qlora_train.objectives.preference_loss import PreferenceLoss
+from qlora_train.utils import signals
+from qlora_train.utils.eval_mode import eval_mode
+
+
+@torch.no_grad()
+def evaluate_preferences(
+    loss: PreferenceLoss, model: Any, pairs: Sequence[Example], *, batch_size: int, pad_token_id: int
+) -> dict[str, float]:
+    """Return the means of `loss` and its metrics over pairs; the model's training mode is restored.
+
+    Raises:
+        ModelError: a single pair does not fit into memory.
+        Stop: a signal asked the process to stop.
+    """
+    lengths, num_labels = [pair.num_tokens for pair in pairs], [pair.num_labels for pair in pairs]
+    values: dict[int, dict[str, float]] = {}
+    collate, device = PaddingCollator(pad_token_id), input_device(model)
+
+    def compute(rows: Sequence[int]) -> None:
+        signals.raise_if_requested()
+        batch = collate_rows(collate, [(row, pairs[row]) for row in sorted(rows)])
+        inputs: dict[str, Any] = model_inputs(batch)
+        inputs |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        with loss.reference(model):
+            reference = label_losses(model, **inputs).nll
+        found = loss.pair_values(batch, label_losses(model, **inputs).nll, reference)
+        for index, row in enumerate(sorted(rows)):
+            values[row] = {name: float(value[index]) for name, value in found.items()}
+
+    with eval_mode(model):
+        compute_in_batches(
+            batches_by_length(lengths, batch_size, num_labels, MAX_LOGITS // model.config.get_text_config().vocab_size),
+            compute, lengths, setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
+        )  # fmt: skip
+    return {name: math.fsum(each[name] for each in values.values()) / len(pairs) for name in values[0]}

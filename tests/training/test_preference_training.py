@@ -1,0 +1,135 @@
+"""Runs on preference pairs: resumed bitwise, with metrics of an independent model, and with the pair as the unit."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from qlora_train.adapters import load_trained
+from qlora_train.data.collate import FlatteningCollator, StepCollator, TokenBudget
+from qlora_train.data.held_out_rows import load_rows
+from qlora_train.data.token_store import Rows
+from qlora_train.data.types import Example
+from qlora_train.export.finished_run import open_finished_run
+from qlora_train.models import load_model
+from qlora_train.runs import RunFolder
+from qlora_train.training.memory.worst_case_batch import worst_case_batches
+from tests.support.preference_pairs import write_pairs
+from tests.support.runs import adapter_bytes, make_config, metrics, stopped_copy, train_run
+from tests.support.trainers import trainer_of
+
+EXACT = "quantization.bnb_4bit_compute_dtype=float32"
+BETA = 0.2
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+def settings_for(folder: Path, *more: str) -> tuple[str, ...]:
+    rows = folder / "pairs.jsonl"
+    if not rows.exists():
+        write_pairs(rows)
+    return EXACT, f"data.train={rows}", "data.max_length=192", "train.objective=dpo", f"train.beta={BETA}", *more
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("preferences")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, pico_llama: Path) -> RunFolder:
+    return train_run(folder, pico_llama, *settings_for(folder), "train.save_steps=4", name="trained")
+
+
+def test_first_step_has_no_margin_and_training_gains_one(trained: RunFolder) -> None:
+    first, *_, last, evaluated = metrics(trained)
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert [first[name] for name in REWARDS[:3]] == pytest.approx([0, 0, 0], abs=1e-5)
+    assert last["rewards/margins"] > 0.5 > last["loss"]
+    assert evaluated["eval_rewards/accuracies"] > 0.9
+
+
+def test_resumed_run_is_bitwise_equal_with_equal_metrics(trained: RunFolder, folder: Path, pico_llama: Path) -> None:
+    stopped_copy(trained, folder / "stopped")
+    resumed = train_run(folder, pico_llama, *settings_for(folder), "train.save_steps=4", name="stopped")
+    assert adapter_bytes(resumed) == adapter_bytes(trained)
+    without_times = [
+        [{name: value for name, value in line.items() if "runtime" not in name} for line in metrics(run)]
+        for run in (resumed, trained)
+    ]
+    assert without_times[0] == without_times[1]
+
+
+def test_reference_kernels_with_padding_train_the_same(trained: RunFolder, folder: Path, pico_llama: Path) -> None:
+    plain = train_run(
+        folder, pico_llama, *settings_for(folder), "train.fused_kernels=false", "train.padding_free=false", name="plain"
+    )
+    for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected"):
+        found = [[line[name] for line in metrics(run) if name in line] for run in (plain, trained)]
+        assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4), name
+
+
+def log_probability(model: Any, sequence: Example) -> float:
+    ids = torch.from_numpy(sequence.input_ids).long()
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0, :-1].float()
+    nll = functional.cross_entropy(logits, ids[1:], reduction="none")
+    return -float(nll[torch.from_numpy(sequence.loss_mask)[1:]].sum())
+
+
+def test_evaluation_is_that_of_transformers_on_every_pair(trained: RunFolder) -> None:
+    run = open_finished_run(trained.path)
+    loaded = load_model(run.config.model, run.config.quantization, source=run.source)
+    pairs = load_rows(trained.rows).eval
+    base = np.array([[log_probability(loaded.model, each) for each in pair.sequences] for pair in pairs])
+    model = load_trained(loaded, trained.adapter).eval()
+    rewards = BETA * (np.array([[log_probability(model, each) for each in pair.sequences] for pair in pairs]) - base)
+    margins = rewards[:, 0] - rewards[:, 1]
+    evaluated = metrics(trained)[-1]
+    expected = (*rewards.mean(0), margins.mean(), (margins > 0).mean())
+    assert [evaluated[f"eval_{name}"] for name in REWARDS] == pytest.approx(expected, rel=1e-4)
+    assert evaluated["eval_loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-4)
+
+
+def test_preferences_after_sft_start_at_its_adapter(folder: Path, pico_llama: Path) -> None:
+    sft = train_run(folder, pico_llama, EXACT, "train.max_steps=3", name="sft")
+    run = train_run(
+        folder, pico_llama, *settings_for(folder), f"lora.adapter_path={sft.adapter}", "train.max_steps=2",
+        "train.save_steps=1", name="after",
+    )  # fmt: skip
+    first, *_ = metrics(run)
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    stopped_copy(run, folder / "after_stop")
+    resumed = train_run(
+        folder, pico_llama, *settings_for(folder), f"lora.adapter_path={sft.adapter}", "train.max_steps=2",
+        "train.save_steps=1", name="after_stop",
+    )  # fmt: skip
+    assert adapter_bytes(resumed) == adapter_bytes(run)
+
+
+def test_no_micro_batch_of_pairs_is_larger_than_the_worst_case(folder: Path, pico_llama: Path) -> None:
+    for name in ("padding_free=true", "padding_free=false"):
+        config = make_config(folder, pico_llama, *settings_for(folder), f"train.{name}", name="worst")
+        trainer, data = trainer_of(config)
+        assert isinstance(data.train, Rows)
+        worst = [batch["input_ids"].numel() for batch in worst_case_batches(trainer.batch_source, config)]
+        batches = [batch for step in trainer.get_train_dataloader() for batch in step]
+        assert max(batch["input_ids"].numel() for batch in batches) <= max(worst)
+        assert sorted({int(row) for batch in batches for row in batch["row"]}) == list(range(len(data.train)))
+        assert all(batch["sequence"].sum() * 2 == len(batch["sequence"]) for batch in batches), "a pair was divided"
+
+
+def test_a_budget_regroups_whole_pairs(folder: Path, pico_llama: Path) -> None:
+    _, data = trainer_of(make_config(folder, pico_llama, *settings_for(folder), name="budget"))
+    assert isinstance(data.train, Rows)
+    rows = list(enumerate(data.train[:12]))
+    budget = TokenBudget(int(data.train.lengths.max()) * 2, 10**6)
+    batches = StepCollator(FlatteningCollator(share_prefixes=True), budget)([[row] for row in rows])
+    assert 1 < len(batches) < len(rows)
+    for batch in batches:
+        index, count = np.unique(batch["row"].numpy(), return_counts=True)
+        assert (count == 2).all()
+        expected = sum(rows[int(each)][1].num_labels for each in index)
+        assert int(batch["num_labels"].sum()) == expected == int((batch["labels"] != -100).sum())
