@@ -1,7 +1,6 @@
 # make demo   environment, demo model and data, training, held-out answers before and after
 # make test   environment, lint, types and the whole test suite
 # make test-fast  the tests that use no model, run or process (2 minutes)
-# make test-fast  the tests that load no model and start no run
 # make check  lint and types alone
 # make test-faults  the fault tests alone, with their table; FAULTS=long for the full counts
 # make test-architectures  every family of the architecture table alone; ARCHITECTURES=long for all of it

@@ -5,11 +5,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from qlora_train.cli import config_commands
 from qlora_train.cli.main import COMMANDS, main
 from qlora_train.config.writer import to_yaml
 from qlora_train.utils.errors import CheckpointError
-from tests.support.runs import adapter_bytes, make_config, train_run, write_rows
+from tests.support.runs import make_config, train_run, write_rows
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parents[1] / "files"
@@ -449,45 +446,6 @@ def test_output_dir_defaults_to_the_name_of_the_config(
     monkeypatch.chdir(tmp_path)
     assert main(["mine.yaml"]) == 0
     assert capsys.readouterr().out == f"finished: {Path('runs/mine')}\n"
-
-
-INTERRUPTIBLE = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test that runs in the background would ignore it
-from qlora_train.cli.main import main
-sys.exit(main())
-"""
-
-
-def interrupt_when(ready: Callable[[], bool], command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Start a command, send it Ctrl-C once `ready`, and wait for its end."""
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not ready() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def test_interrupted_training_exits_130_and_resumes(pico_llama: Path, tmp_path: Path, capsys: Capture) -> None:
-    settings = ("train.max_steps=60", "train.save_steps=1", "train.logging_steps=20")
-    config = write_config(tmp_path, pico_llama, *settings)
-    checkpoints = tmp_path / "run" / "checkpoints"
-    done = interrupt_when(
-        lambda: checkpoints.is_dir() and any(checkpoints.glob("step-*")),
-        [sys.executable, "-c", INTERRUPTIBLE, str(config)],
-    )
-    assert done.returncode == 130, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == f"SIGINT: stopped; the same command resumes: qlora-train {config}"
-    assert not (tmp_path / "run" / "adapter").exists()
-    assert main([str(config)]) == 0
-    assert "resumes from" in capsys.readouterr().err
-    straight = train_run(tmp_path, pico_llama, *settings, name="straight")
-    assert adapter_bytes(straight) == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def test_resume_of_a_finished_run_by_name_is_refused_and_deletes_nothing(pico_llama: Path, tmp_path: Path) -> None:

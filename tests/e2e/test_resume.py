@@ -3,10 +3,6 @@
 import gc
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,31 +60,6 @@ def test_adapter_is_float32_in_training_and_on_disk(pico_llama: Path, tmp_path: 
     run = train_run(tmp_path, pico_llama, "train.max_steps=1", *EVERY_STEP)
     for file in (run.checkpoint(1) / "adapter.safetensors", run.adapter / "adapter_model.safetensors"):
         assert {str(tensor.dtype) for tensor in load_file(file).values()} == {"torch.float32"}
-
-
-def test_killed_process_resumes_with_the_same_command(pico_llama: Path, tmp_path: Path) -> None:
-    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=40", name="straight")
-    config = make_config(tmp_path, pico_llama, *EVERY_STEP, "train.max_steps=40", name="killed")
-    command = [
-        sys.executable,
-        "-m",
-        "qlora_train.cli.main",
-        str(straight.config_file),
-        f"run.output_dir={tmp_path / 'killed'}",
-    ]
-    killed = RunFolder(Path(str(config.run.output_dir)))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "2"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while not killed.checkpoint_steps() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert killed.checkpoint_steps(), "the process wrote no checkpoint before it ended"
-    assert killed.checkpoint_steps()[-1] < 40, "the process was too fast to be killed in training"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "resumes from" in done.stderr
-    assert adapter_bytes(killed) == adapter_bytes(straight)
 
 
 def test_damaged_checkpoint_is_skipped_for_the_one_before(

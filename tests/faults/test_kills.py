@@ -92,7 +92,8 @@ def test_first_signal_saves_the_step_and_the_run_resumes_to_the_same_bits(runs: 
         assert ended.status in (statuses[asked], 0), ended
         assert "Traceback" not in ended.log, ended.log
         if ended.status:
-            assert "the same command resumes" in ended.log.splitlines()[-1]
+            last = ended.log.splitlines()[-1]
+            assert last.startswith(f"{asked.name}: stopped; the same command resumes: qlora-train {runs.folder}"), last
             if "training: starts" in ended.log and "step 1/" in ended.log:
                 assert run.checkpoint_steps(), ended.log
         return runs.finished(run, *settings) == wanted, ended.status

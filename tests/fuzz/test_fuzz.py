@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests.fuzz.targets import TARGETS, overrides, words_of
 
 ROOT = Path(__file__).parents[2]
-RUNS = {"yaml": 4000, "overrides": 5000, "jsonl": 20_000}
-"""Coverage-guided inputs per target, about ten seconds; `scripts/fuzz.py TARGET --seconds N` runs longer."""
+RUNS = {"yaml": 2000, "overrides": 2500, "jsonl": 10_000}
+"""Coverage-guided inputs per target, about five seconds; `scripts/fuzz.py TARGET --seconds N` runs longer."""
 SEEDS = {name: list(seeds()) for name, (_, seeds) in TARGETS.items()}
 targets = pytest.mark.parametrize("name", TARGETS)
 

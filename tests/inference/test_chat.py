@@ -1,5 +1,6 @@
 """Chat: real processes on a real run; answers equal those of the evaluation."""
 
+import io
 import logging
 import os
 import pty
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,21 @@ class Talk:
 
 
 @pytest.fixture
+def typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], preserve_library_settings: None
+) -> Callable[..., tuple[int, str, str]]:
+    """Chat in this process on typed lines; return exit status, output and log."""
+
+    def chat(lines: str, run_folder: RunFolder, *options: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        status = main(["chat", str(run_folder.path), *options])
+        return status, *capsys.readouterr()
+
+    return chat
+
+
+@pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     logger = logging.getLogger("qlora_train")
     before = logger.propagate
@@ -124,13 +140,15 @@ def test_piped_conversation_is_answered_like_the_evaluation(run_folder: RunFolde
     assert first != expected(run, "adapter", [user("1 + 2")])
 
 
-def test_merged_model_answers_and_has_no_adapter_to_switch(run_folder: RunFolder, run: FinishedRun) -> None:
-    lines = "1 + 2\n/adapter off\n"
-    done = piped(run_folder, lines, "--merged", "--max-new-tokens", str(LENGTH), "--temperature", "0", "--system", "")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == expected(run, "merged", [user("1 + 2")]) + "\n"
-    assert "/adapter: this is the merged model" in done.stderr
-    assert "system prompt" not in done.stderr
+def test_merged_model_answers_and_has_no_adapter_to_switch(
+    run_folder: RunFolder, run: FinishedRun, typed: Callable[..., tuple[int, str, str]]
+) -> None:
+    options = ("--merged", "--max-new-tokens", str(LENGTH), "--temperature", "0", "--system", "")
+    status, out, err = typed("1 + 2\n/adapter off\n", run_folder, *options)
+    assert status == 0, err
+    assert out == expected(run, "merged", [user("1 + 2")]) + "\n"
+    assert "/adapter: this is the merged model" in err
+    assert "system prompt" not in err
 
 
 def test_ctrl_c_stops_answers_and_not_the_chat(run_folder: RunFolder) -> None:
@@ -225,12 +243,13 @@ def test_invalid_temperature_is_refused(temperature: str, capsys: pytest.Capture
     assert "Traceback" not in error
 
 
-def test_missing_merged_model_is_one_line(pico_llama: Path, tmp_path: Path) -> None:
+def test_missing_merged_model_is_one_line(
+    pico_llama: Path, tmp_path: Path, typed: Callable[..., tuple[int, str, str]]
+) -> None:
     run_folder = train_run(tmp_path, pico_llama, "train.max_steps=1")
-    done = piped(run_folder, "1 + 2\n", "--merged")
-    assert done.returncode == 2
-    assert re.search(r"there is no merged model; make one with: qlora-train merge \S+\n$", done.stderr)
-    assert done.stdout == ""
+    status, out, err = typed("1 + 2\n", run_folder, "--merged")
+    assert (status, out) == (2, "")
+    assert re.search(r"there is no merged model; make one with: qlora-train merge \S+\n$", err)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
