@@ -3,8 +3,6 @@
 A folder is filled under a temporary name, every file is flushed, a manifest with the sha256 of each file is written last,
 and one rename publishes it. Deletion starts with a rename, so that a half-deleted folder never looks damaged. A killed
 process leaves ``.NAME.staging``, ``.NAME.old`` or ``.NAME.deleted``; `remove_stale_files` removes these.
-
-Every change on disk is a numbered point of `fault_injection`, so that tests can make each of them fail.
 """
 
 import hashlib
@@ -12,14 +10,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from qlora_train.utils.fault_injection import changing, writing
-
 MANIFEST = "manifest.json"
 STAGING, OLD, DELETED, TEMPORARY = ".staging", ".old", ".deleted", ".tmp"
+
+writing: Callable[[Path], AbstractContextManager[Any]] = nullcontext
+"""Around each write of a file; tests replace it to make writes fail."""
+changing: Callable[[Path], AbstractContextManager[Any]] = nullcontext
+"""The same around each rename, new folder and deletion."""
 
 
 def sha256_of(path: Path) -> str:

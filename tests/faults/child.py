@@ -16,8 +16,8 @@ import torch
 import qlora_train.pipeline  # noqa: F401  imported for its children
 from qlora_train.cli import main
 from qlora_train.export import fresh_process
-from qlora_train.utils import fault_injection
 from tests.faults import stock
+from tests.support import fault_points
 
 gc.collect()
 gc.freeze()  # children do not scan the shared objects
@@ -33,10 +33,11 @@ def run(arguments: list[str], log: Path, environment: dict[str, str], reports: C
         reports: receives "begins", then the number of fault points if it ends by itself.
     """
     _begin(log, environment)
+    fault_points.install()
     reports.send("begins")
     status = main.main(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its own process would have ended
-    reports.send(fault_injection.num_points())
+    reports.send(fault_points.num_points())
     _end(status)
 
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from qlora_train.export import fresh_process
 from qlora_train.runs import RunFolder
-from qlora_train.utils.fault_injection import VARIABLE
 from tests.faults import child
+from tests.support.fault_points import VARIABLE
 from tests.support.runs import adapter_bytes, write_rows
 
 Item = TypeVar("Item")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.utils import atomic_io, fault_injection
+from qlora_train.utils import atomic_io
 from qlora_train.utils.atomic_io import MANIFEST, atomic_folder, sha256_of, verify_manifest, write_manifest, write_text
+from tests.support import fault_points
 
 FILES = {"adapter.safetensors": b"\x00\x01\x02weights", "state.json": b'{"step": 3}', "deep/er/empty.txt": b""}
 
@@ -210,24 +211,19 @@ def test_sha256_of_a_large_file(tmp_path: Path) -> None:
     assert sha256_of(tmp_path / "large") == hashlib.sha256(data + b"x").hexdigest()
 
 
-def test_invalid_fault_variable_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for text in ("kill", "kill@", "explode@3", "kill@x"):
-        monkeypatch.setenv(fault_injection.VARIABLE, text)
-        with pytest.raises(ValueError, match="not KIND@NUMBER"):
-            write_text(tmp_path / "file", "text")
-
-
 @pytest.mark.parametrize("kind", ["enospc", "perm"])
 def test_failed_write_keeps_the_old_text(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results.json"
+    for name in ("writing", "changing"):
+        monkeypatch.setattr(atomic_io, name, getattr(fault_points, name))
     for number in (1, 2):
         write_text(file, "old\n")
-        monkeypatch.setenv(fault_injection.VARIABLE, f"{kind}@{fault_injection.num_points() + number}")
+        monkeypatch.setenv(fault_points.VARIABLE, f"{kind}@{fault_points.num_points() + number}")
         with pytest.raises(OSError, match=r"No space left|Permission denied"):
             write_text(file, "new\n")
         assert file.read_text() == "old\n"
         assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-        monkeypatch.delenv(fault_injection.VARIABLE)
+        monkeypatch.delenv(fault_points.VARIABLE)
 
 
 def test_stale_files_are_removed_and_a_replaced_folder_restored(written: Path) -> None:

@@ -1,4 +1,4 @@
-"""Deliberate faults at numbered points, one at each durable change on disk.
+"""Deliberate faults at numbered points, one at each durable change on disk, in processes that `install` them.
 
 ``QLORA_FAULT=kill@7`` kills the process at the seventh point. At that point
 
@@ -15,10 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qlora_train.utils import atomic_io
+
 VARIABLE = "QLORA_FAULT"
-KINDS = ("kill", "short", "enospc", "perm")
 
 _num_points = 0
+
+
+def install() -> None:
+    """Number the changes on disk of this process."""
+    atomic_io.writing, atomic_io.changing = writing, changing
 
 
 def num_points() -> int:
@@ -54,8 +60,6 @@ def _next_point(path: Path) -> str | None:
     if not text:
         return None
     kind, _, number = text.partition("@")
-    if kind not in KINDS or not number.isdecimal():
-        raise ValueError(f"{VARIABLE}={text}: not KIND@NUMBER; the kinds are {', '.join(KINDS)}")
     if int(number) != _num_points:
         return None
     if kind in ("kill", "perm"):
