@@ -1,7 +1,7 @@
 """Chunked cross-entropy: the logits of some labels at a time.
 
 The head, with scaling or soft-capping around it, is run by a shallow copy of the model's outermost module. The copy shares
-all weights, and its decoder returns given hidden states: the architecture's own code around its own head.
+all weights, and has a `_GivenStates` module in place of its decoder: the architecture's own code around its own head.
 """
 
 from collections import OrderedDict
@@ -76,21 +76,18 @@ def selected_hidden_states(model: nn.Module, positions: Tensor, inputs: dict[str
 
 def chunked_losses(model: nn.Module, hidden_states: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
     """Return the loss of each target, float32 (num_labels,), from the decoder's output, (num_labels, hidden)."""
-    head, decoder = _detached_head(model)
+    head, states = _detached_head(model)
 
     def logits_of(chunk: Tensor) -> Tensor:
-        vars(decoder)["forward"] = lambda *_arguments, **_keywords: _DecoderOutput(last_hidden_state=chunk[None])
-        try:
-            logits: Tensor = head(use_cache=False).logits.flatten(0, 1)
-        finally:
-            del vars(decoder)["forward"]
+        states.hidden_states = chunk[None]
+        logits: Tensor = head(use_cache=False).logits.flatten(0, 1)
         return logits
 
     def losses_of(chunk: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(logits_of(chunk).float(), target, reduction="none")
 
     targets = targets.to(hidden_states.device)
-    parts = [part for part in head.children() if part is not decoder]
+    parts = [part for part in head.children() if part is not states]
     if not any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         losses: Tensor = _FrozenHead.apply(hidden_states, targets, chunk_tokens, logits_of)
         return losses
@@ -106,6 +103,22 @@ class _DecoderOutput(MoeModelOutputWithPast):
             raise AttributeError(name)
 
 
+class _GivenStates(nn.Module):
+    """Takes the place of a decoder: returns `hidden_states`, (1, n, hidden); other attributes are the decoder's."""
+
+    hidden_states: Tensor
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        vars(self)["_decoder"] = decoder  # no child: it has parameters and hooks
+
+    def forward(self, *_arguments: Any, **_keywords: Any) -> _DecoderOutput:
+        return _DecoderOutput(last_hidden_state=self.hidden_states)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_decoder"], name)
+
+
 def _causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
@@ -117,13 +130,13 @@ def _decoder_name(causal_lm: Any) -> str:
     return next(name for name, part in children if any(embeddings is inner for inner in part.modules()))
 
 
-def _detached_head(model: Any) -> tuple[nn.Module, nn.Module]:
-    """Return shallow copies of the outermost module of a causal language model and of its decoder."""
+def _detached_head(model: Any) -> tuple[nn.Module, _GivenStates]:
+    """Return a shallow copy of the outermost module of a causal language model, and the module in place of its decoder."""
     causal_lm = _causal_lm(model)
     name = _decoder_name(causal_lm)
-    head, decoder = _shallow_copy(causal_lm), _shallow_copy(causal_lm.get_submodule(name))
-    vars(head)["_modules"] = {**causal_lm._modules, name: decoder}
-    return head, decoder
+    head, states = _shallow_copy(causal_lm), _GivenStates(causal_lm.get_submodule(name))
+    vars(head)["_modules"] = {**causal_lm._modules, name: states}
+    return head, states
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
