@@ -5,6 +5,7 @@ base says that loading, the experts' own arithmetic, the adapter and the merge a
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from qlora_train.adapters import load_trained
 from qlora_train.architectures import ARCHITECTURES, check_packing
 from qlora_train.models import load_model, resolve_base
 from qlora_train.models.moe import expert_parameters
+from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ConfigError
 from tests.architectures.conftest import LONG, Table
 from tests.support.merging import merge
@@ -30,12 +32,22 @@ MIXTURES = 29
 """Number of families with experts."""
 
 
+@pytest.fixture(scope="module")
+def straight(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
+    """`straight(model_type)` trains a family, once."""
+
+    @cache
+    def train(model_type: str) -> RunFolder:
+        return train_run(tmp_path_factory.mktemp(model_type), pico(model_type), *SETTINGS, name="straight")
+
+    return train
+
+
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_family_trains_in_4_bits_and_merges_to_the_same_model(
-    model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table
+    model_type: str, pico: Callable[..., Path], straight: Callable[[str], RunFolder], tmp_path: Path, table: Table
 ) -> None:
-    base, row = pico(model_type), ARCHITECTURES[model_type]
-    run = train_run(tmp_path, base, *SETTINGS, name="straight")
+    base, row, run = pico(model_type), ARCHITECTURES[model_type], straight(model_type)
     assert losses(run)[-1] < losses(run)[0] - 0.05
     table[model_type]["loss"] = f"{losses(run)[0]:.2f} -> {losses(run)[-1]:.2f}"
 
@@ -75,11 +87,13 @@ def test_family_trains_in_4_bits_and_merges_to_the_same_model(
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES) if LONG else SHORT)
-def test_stopped_run_resumes_bitwise(model_type: str, pico: Callable[..., Path], tmp_path: Path, table: Table) -> None:
-    straight = train_run(tmp_path, pico(model_type), *SETTINGS, name="straight")
-    stopped_copy(straight, tmp_path / "stopped")
-    resumed = train_run(tmp_path, pico(model_type), *SETTINGS, name="stopped")
-    assert adapter_bytes(resumed) == adapter_bytes(straight)
+def test_stopped_run_resumes_bitwise(
+    model_type: str, pico: Callable[..., Path], straight: Callable[[str], RunFolder], table: Table
+) -> None:
+    run = straight(model_type)
+    stopped_copy(run, run.path.with_name("stopped"))
+    resumed = train_run(run.path.parent, pico(model_type), *SETTINGS, name="stopped")
+    assert adapter_bytes(resumed) == adapter_bytes(run)
     table[model_type]["resumed"] = "same bits"
 
 

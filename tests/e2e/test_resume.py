@@ -37,6 +37,12 @@ def training(run: RunFolder) -> dict[str, Any]:
     return result
 
 
+@pytest.fixture(scope="module")
+def straight(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that was never stopped, with a checkpoint of every step."""
+    return train_run(tmp_path_factory.mktemp("straight"), pico_llama, *EVERY_STEP, name="straight")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumed_run_ends_in_the_same_bits(variant: str, pico_llama: Path, tmp_path: Path) -> None:
     settings = (*EVERY_STEP, *VARIANTS[variant])
@@ -63,10 +69,9 @@ def test_adapter_is_float32_in_training_and_on_disk(pico_llama: Path, tmp_path: 
 
 
 def test_damaged_checkpoint_is_skipped_for_the_one_before(
-    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    straight: RunFolder, pico_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, name="straight")
-    stopped = stopped_after(4, straight, tmp_path / "damaged")
+    stopped = stopped_after(4, straight, straight.path.with_name("damaged"))
     file = stopped.checkpoint(4) / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -74,7 +79,7 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(
     with caplog.at_level("WARNING", logger="qlora_train"):
         assert stopped.latest_checkpoint() == stopped.checkpoint(3)
     assert "optimizer.safetensors has changed" in caplog.text
-    resumed = train_run(tmp_path, pico_llama, *EVERY_STEP, name="damaged")
+    resumed = train_run(straight.path.parent, pico_llama, *EVERY_STEP, name="damaged")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
 
 
@@ -160,11 +165,10 @@ def test_run_killed_after_early_stopping_does_not_train_on(pico_llama: Path, tmp
     assert adapter_bytes(resumed) == adapter_bytes(straight)
 
 
-def test_a_named_checkpoint_is_resumed_from_and_later_ones_are_deleted(pico_llama: Path, tmp_path: Path) -> None:
-    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, name="straight")
-    again = stopped_after(6, straight, tmp_path / "again")
+def test_a_named_checkpoint_is_resumed_from_and_later_ones_are_deleted(straight: RunFolder, pico_llama: Path) -> None:
+    again = stopped_after(6, straight, straight.path.with_name("again"))
     settings = (*EVERY_STEP, "train.save_total_limit=2")
-    resumed = train_run(tmp_path, pico_llama, *settings, name="again", resume=str(again.checkpoint(2)))
+    resumed = train_run(straight.path.parent, pico_llama, *settings, name="again", resume=str(again.checkpoint(2)))
     assert adapter_bytes(resumed) == adapter_bytes(straight)
     assert resumed.checkpoint_steps() == [5, 6]
     assert losses(resumed) == losses(straight)
@@ -176,12 +180,11 @@ def test_checkpoint_of_another_run_is_refused(pico_llama: Path, tmp_path: Path) 
         train_run(tmp_path, pico_llama, *EVERY_STEP, name="fresh", resume=str(other.checkpoint(1)))
 
 
-def test_torn_last_line_of_the_metrics_does_not_stop_a_resume(pico_llama: Path, tmp_path: Path) -> None:
-    straight = train_run(tmp_path, pico_llama, *EVERY_STEP, name="straight")
-    stopped = stopped_after(4, straight, tmp_path / "stopped")
+def test_torn_last_line_of_the_metrics_does_not_stop_a_resume(straight: RunFolder, pico_llama: Path) -> None:
+    stopped = stopped_after(4, straight, straight.path.with_name("torn"))
     with stopped.metrics_file.open("a") as file:
         file.write('{"step": 7, "lo')
-    resumed = train_run(tmp_path, pico_llama, *EVERY_STEP, name="stopped")
+    resumed = train_run(straight.path.parent, pico_llama, *EVERY_STEP, name="torn")
     assert metrics(resumed)[-1]["step"] == 6
     assert losses(resumed) == losses(straight)
 
