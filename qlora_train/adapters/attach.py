@@ -8,7 +8,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import set_seed
 
-from qlora_train.adapters.eva import eva_batches, eva_components
 from qlora_train.adapters.expert_lora import choose_expert_parameters
 from qlora_train.adapters.load import trainable_model, warm_start
 from qlora_train.adapters.targets import choose_modules_to_save, choose_targets, find_linears
@@ -54,6 +53,8 @@ def attach_adapter(loaded: LoadedModel, lora: LoraSection, *, seed: int, data: R
     else:
         components = {}
         if lora.init_lora_weights == "eva" and data is not None:
+            from qlora_train.adapters.eva import eva_batches, eva_components
+
             components = eva_components(loaded, config, eva_batches(loaded, data, lora.r, seed), linears)
         model = trainable_model(loaded, config)
         if components:

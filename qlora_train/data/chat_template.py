@@ -18,8 +18,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from qlora_train.data.tool_calls import with_text_arguments
-from qlora_train.data.types import Message
+from qlora_train.data.types import Message, UnusableRowError
 
 CLOCK = "strftime_now"
 DIRECTIVES = tuple("aAbBcCdDeFgGhHIjmMnpRStTuUVwWxXyYzZf") + tuple(f"-{letter}" for letter in "dHIjmMSy")
@@ -143,3 +142,32 @@ def _clock(date: datetime.date) -> str:
         "{{- text | replace('\\x00', '%') -}}"
         "{%- endmacro %}\n"
     )
+
+
+def with_text_arguments(turns: Sequence[Message]) -> list[Message]:
+    """Return turns whose calls have their arguments as JSON text, for chat templates that concatenate them."""
+    return [
+        {**turn, "tool_calls": [_with_text_arguments(call) for call in turn["tool_calls"]]}
+        if "tool_calls" in turn
+        else turn
+        for turn in turns
+    ]
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": as_json(function["arguments"])}}
+
+
+def refuse_misread_arguments(turns: Sequence[Message], text: str, *, text_arguments: bool) -> None:
+    """Raise UnusableRowError if a chat template wrote objects in Python's notation, or JSON text as a JSON string."""
+    for arguments in (call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", [])):
+        right = as_json(arguments)
+        wrong = {as_json(right), repr(right)} if text_arguments else {str(arguments)} - {right}
+        if any(form in text for form in wrong):
+            raise UnusableRowError("the chat template does not write the arguments of a call as JSON")
+
+
+def as_json(value: Any) -> str:
+    """Return JSON as the `tojson` of chat templates writes it."""
+    return json.dumps(value, ensure_ascii=False)

@@ -8,12 +8,10 @@ from typing import Any
 
 from qlora_train.data.conversation import check_turns, read_turns
 from qlora_train.data.field_values import EMPTY, read_optional_string, read_string
+from qlora_train.data.formats import CONVERSATION_COLUMNS
 from qlora_train.data.readers import json_type
 from qlora_train.data.tool_calls import read_chat_template_kwargs, read_tools
 from qlora_train.data.types import Message, Row, UnusableRowError
-
-CONVERSATION_COLUMNS = ("tools", "system", "chat_template_kwargs")
-"""Optional columns of every format of conversations."""
 
 
 def from_messages(where: str, values: Mapping[str, Any]) -> Row:

@@ -24,38 +24,39 @@ that does not quote the row, so that equal reasons can be counted.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_train.config.objectives import DatasetType, objectives_of
-from qlora_train.data.column_hints import as_yaml, misspelled, preference_columns, rename_hint
-from qlora_train.data.extra_columns import check_extra_columns, extra_columns
-from qlora_train.data.format_readers import (
-    CONVERSATION_COLUMNS,
-    from_alpaca,
-    from_conversations,
-    from_messages,
-    from_prompt_completion,
-    from_question_answer,
-    from_text,
-)
-from qlora_train.data.preference_rows import from_preference
-from qlora_train.data.pretokenized import MASKS, read_token_row
+from qlora_train.data.column_hints import as_yaml, preference_columns, rename_hint
 from qlora_train.data.readers.chunk import header_text
 from qlora_train.data.types import Record, Row
 from qlora_train.utils.errors import ConfigError, DataError
+from qlora_train.utils.lazy_import import import_function
 
 log = logging.getLogger("qlora_train")
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The columns of a format, the reader of one row by these names, and the objectives' type of data set that it has."""
+    """A format.
 
+    Attributes:
+        function: `module:name` in this package; reads a row by the names of these columns.
+        required: columns.
+        optional: columns.
+        dataset_type: the objectives' type of data set that it has.
+    """
+
+    function: str
     required: tuple[str, ...]
-    optional: tuple[str, ...]
-    read: Callable[[str, Mapping[str, Any]], Row]
+    optional: tuple[str, ...] = ()
     dataset_type: DatasetType = "language_modeling"
+
+    def reader(self) -> Callable[[str, Mapping[str, Any]], Row]:
+        """Import the function, which takes a row's location and its values by column."""
+        reader: Callable[[str, Mapping[str, Any]], Row] = import_function(f"qlora_train.data.{self.function}")
+        return reader
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -78,64 +79,29 @@ class Format:
         return all(in_file.get(column) in record.values for column in self.required)
 
 
+CONVERSATION_COLUMNS = ("tools", "system", "chat_template_kwargs")
+"""Optional columns of every format of conversations."""
+MASK_COLUMNS = ("loss_mask", "completion_mask", "assistant_masks")
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), CONVERSATION_COLUMNS, from_messages),
-    "conversations": Format(("conversations",), CONVERSATION_COLUMNS, from_conversations),
-    "prompt_completion": Format(("prompt", "completion"), CONVERSATION_COLUMNS, from_prompt_completion),
-    "alpaca": Format(("instruction", "output"), ("input", "history", *CONVERSATION_COLUMNS), from_alpaca),
-    "question_answer": Format(("question", "answer"), ("context", *CONVERSATION_COLUMNS), from_question_answer),
-    "text": Format(("text",), (), from_text),
-    "preference": Format(("chosen", "rejected"), ("prompt", *CONVERSATION_COLUMNS), from_preference, "preference"),
-    "tokens": Format(("input_ids",), ("labels", "attention_mask", "position_ids", *MASKS), read_token_row),
+    "messages": Format("format_readers:from_messages", ("messages",), CONVERSATION_COLUMNS),
+    "conversations": Format("format_readers:from_conversations", ("conversations",), CONVERSATION_COLUMNS),
+    "prompt_completion": Format(
+        "format_readers:from_prompt_completion", ("prompt", "completion"), CONVERSATION_COLUMNS
+    ),
+    "alpaca": Format(
+        "format_readers:from_alpaca", ("instruction", "output"), ("input", "history", *CONVERSATION_COLUMNS)
+    ),
+    "question_answer": Format(
+        "format_readers:from_question_answer", ("question", "answer"), ("context", *CONVERSATION_COLUMNS)
+    ),
+    "text": Format("format_readers:from_text", ("text",)),
+    "preference": Format(
+        "preference_rows:from_preference", ("chosen", "rejected"), ("prompt", *CONVERSATION_COLUMNS), "preference"
+    ),
+    "tokens": Format(
+        "pretokenized:read_token_row", ("input_ids",), ("labels", "attention_mask", "position_ids", *MASK_COLUMNS)
+    ),
 }
-
-
-class RowReader:
-    """Reads the records of one source as rows.
-
-    Args:
-        name: a format, as `recognise` returns it.
-        columns: the format's column names -> the file's; others are ignored.
-
-    Attributes:
-        unseen: renamed columns -> names in the file that no record so far had; at the end of a source, misspelled ones.
-    """
-
-    def __init__(self, name: str, columns: Mapping[str, str]) -> None:
-        self.name = name
-        self._format = FORMATS[name]
-        self._columns = self._format.file_columns(columns)
-        self._extra = extra_columns(self._columns.values())
-        self._has_answers = name not in ("text", "tokens")
-        self.unseen = {column: columns[column] for column in self._format.columns if column in columns}
-
-    def read(self, record: Record) -> Row:
-        """Return a record as a row.
-
-        Raises:
-            UnusableRowError: a value cannot be used.
-            DataError: a required column is missing.
-        """
-        found = record.values
-        if self.unseen:
-            self.unseen = {column: in_file for column, in_file in self.unseen.items() if in_file not in found}
-        values = {column: found[in_file] for column, in_file in self._columns.items() if in_file in found}
-        for column in self._format.required:
-            if column not in values:
-                raise self._missing(record, column)
-        warnings = check_extra_columns(found, self._extra, has_answers=self._has_answers)
-        row = self._format.read(record.where, values)
-        return replace(row, warnings=warnings) if warnings else row
-
-    def _missing(self, record: Record, column: str) -> DataError:
-        by_file_column = {in_file: column for column, in_file in self._columns.items()}
-        values = {by_file_column.get(name, name): value for name, value in record.values.items()}
-        nearest = misspelled(values, self._format.required).get(column)
-        hint = f"; did you mean data.columns: {{{column}: {header_text([nearest])}}}?" if nearest else ""
-        return DataError(
-            f"{record.where}: the column {self._columns.get(column, column)} of the format {self.name} is missing; found "
-            f"{header_text(list(record.values)) or 'none'}{hint}"
-        )
 
 
 def formats_of(dataset_type: DatasetType) -> dict[str, Format]:

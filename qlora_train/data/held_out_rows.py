@@ -8,14 +8,17 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.streaming import RowStream
 from qlora_train.data.token_store import Rows, Store, StoredRow, StoreWriter, TokenizedChunk, make_batch, schema
 from qlora_train.data.types import Example
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from qlora_train.data.streaming import RowStream
 
 NUM_ROWS, NUM_LABELS = 64, 4096
 """Training rows are stored until there are this many, with this many labels."""
@@ -33,7 +36,7 @@ class RunRows:
     `num_train_rows` is the number of training rows of an epoch; None for a stream, which has no epochs.
     """
 
-    train: Rows | RowStream
+    train: "Rows | RowStream"
     eval: Rows
     num_train_rows: int | None
 
@@ -43,7 +46,7 @@ class RunRows:
 
     def first_rows(self) -> Sequence[Example]:
         """Return the training rows, or the beginning of a stream."""
-        return self.train.head() if isinstance(self.train, RowStream) else self.train
+        return self.train if isinstance(self.train, Rows) else self.train.head()
 
 
 def save_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:

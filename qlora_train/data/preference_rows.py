@@ -9,7 +9,8 @@ from typing import Any
 
 from qlora_train.data.conversation import read_turns
 from qlora_train.data.field_values import EMPTY
-from qlora_train.data.format_readers import CONVERSATION_COLUMNS, conversation_row, from_prompt_completion
+from qlora_train.data.format_readers import conversation_row, from_prompt_completion
+from qlora_train.data.formats import CONVERSATION_COLUMNS
 from qlora_train.data.readers import json_type
 from qlora_train.data.types import Message, Row, UnusableRowError
 

@@ -19,11 +19,9 @@ from qlora_train.data.data_report import NUM_FIRST_ROWS, DataReport, SourceRepor
 from qlora_train.data.held_out_rows import RunRows
 from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.rendered_rows import render_rows
-from qlora_train.data.selection import first_occurrences, held_out_mask, is_among, mix, num_duplicates
+from qlora_train.data.selection import StoredTexts, first_occurrences, held_out_mask, is_among, mix, num_duplicates
 from qlora_train.data.source_store import SourceStore, SourceTokenizer
-from qlora_train.data.streaming import RowStream
 from qlora_train.data.token_store import Rows
-from qlora_train.data.tokenize_chunk import StoredTexts
 from qlora_train.data.worker_pool import num_cores
 from qlora_train.utils.errors import DataError
 
@@ -93,6 +91,8 @@ def _streamed(
     data: DataSection, sources: SourceTokenizer, held_out: Sequence[SourceStore], tokenizer: Any, seed: int
 ) -> PreparedData:
     """Open the stream of the training rows; the report is of its first window."""
+    from qlora_train.data.streaming import RowStream
+
     train = RowStream(
         [sources.streamed("data.train", source) for source in data.train], seed=seed,
         num_proc=data.num_proc or num_cores(), max_dropped=data.max_dropped,

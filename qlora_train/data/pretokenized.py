@@ -8,11 +8,11 @@ token is a label. Padding and packed documents are refused.
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_train.data.formats import MASK_COLUMNS
 from qlora_train.data.readers import json_type
 from qlora_train.data.types import Row, UnusableRowError
 from qlora_train.utils.constants import IGNORE_INDEX
 
-MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -37,7 +37,7 @@ def read_token_row(where: str, values: Mapping[str, Any]) -> Row:
     is_label = [True] * length
     if values.get("labels") is not None:
         is_label = _is_label(_integers(values["labels"], "labels", length), input_ids)
-    for name in MASKS:
+    for name in MASK_COLUMNS:
         if values.get(name) is not None:
             is_label = [
                 label and bool(one) for label, one in zip(is_label, _mask(values[name], name, length), strict=True)
@@ -58,7 +58,7 @@ def _integers(value: Any, name: str, length: int | None = None, *, or_bool: bool
 
 
 def _mask(value: Any, name: str, length: int) -> list[int]:
-    mask = _integers(value, name, length, or_bool=name in MASKS)
+    mask = _integers(value, name, length, or_bool=name in MASK_COLUMNS)
     if not set(mask) <= {0, 1}:
         raise UnusableRowError(f"{name} holds another number than 0 and 1")
     return mask

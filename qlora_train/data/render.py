@@ -30,13 +30,12 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 
 from qlora_train.data.answer_spans import AnswerSpan, find_answers, refuse_lost_turns
-from qlora_train.data.chat_template import ChatRenderer
+from qlora_train.data.chat_template import ChatRenderer, as_json, refuse_misread_arguments
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
 from qlora_train.data.masking import TokenizedText, answer_tokens, refuse_lost_tools, tokenize
 from qlora_train.data.reasoning import with_reasoning
 from qlora_train.data.special_tokens import SpecialTokens
 from qlora_train.data.template_layout import MOST_KEPT, LayoutCache, initials_of
-from qlora_train.data.tool_calls import as_json, refuse_misread_arguments
 from qlora_train.data.types import Example, MaskArray, Message, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
 

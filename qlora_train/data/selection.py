@@ -1,7 +1,9 @@
-"""Which rows of the stores are trained on and which are held out: pure functions of content and seed."""
+"""Which rows of the stores are trained on, held out, or stored as text too: pure functions of content and seed."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,41 @@ import numpy.typing as npt
 from qlora_train.config.schema import Source
 from qlora_train.data.shuffle import shuffle_hash
 from qlora_train.data.token_store import Rows
-from qlora_train.data.tokenize_chunk import is_held_out
 from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
 
 Indices = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+
+
+def is_held_out(digest: bytes, share: float, seed: int) -> bool:
+    """Decide by content and seed whether a row is held out: adding or removing other rows does not move it."""
+    if not share:
+        return False
+    number = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + digest).digest()[:8], "big")
+    return number < share * 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTexts:
+    """Which rows store their prompt and answer as text, for generation.
+
+    Attributes:
+        everything: all of them (`data.eval`).
+        share: of the rows that are held out by `seed`.
+        seed: see `is_held_out`.
+        num_examples: first rows of each file, which a base model gets as solved examples.
+    """
+
+    everything: bool = False
+    share: float = 0.0
+    seed: int = 0
+    num_examples: int = 64
+
+    def include(self, record_number: int, digest: bytes) -> bool:
+        """Return whether a row's texts are stored."""
+        return self.everything or record_number < self.num_examples or is_held_out(digest, self.share, self.seed)
 
 
 def content_order(digests: npt.NDArray[np.uint64], seed: int) -> Indices:

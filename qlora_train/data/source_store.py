@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,14 +19,17 @@ from qlora_train.data.chat_template import is_dated
 from qlora_train.data.data_file import DataFile
 from qlora_train.data.formats import check_renames, recognise
 from qlora_train.data.readers import Chunk, read_chunks
+from qlora_train.data.selection import StoredTexts
 from qlora_train.data.sources import find_files
-from qlora_train.data.streaming import StreamedSource
 from qlora_train.data.token_cache import StoreCache, cache_key
 from qlora_train.data.token_store import Store, StoreWriter
-from qlora_train.data.tokenize_chunk import ChunkTokenizer, StoredTexts
 from qlora_train.data.types import Record
 from qlora_train.data.worker_pool import num_processes, ordered_map
 from qlora_train.utils.errors import DataError
+
+if TYPE_CHECKING:  # a run with its rows in the cache needs neither
+    from qlora_train.data.streaming import StreamedSource
+    from qlora_train.data.tokenize_chunk import ChunkTokenizer
 
 log = logging.getLogger("qlora_train")
 
@@ -114,12 +117,14 @@ class SourceTokenizer:
             log.info("%s: %s: tokenised before, read from %s", key, source.path, self._cache.folder / name)
         return SourceStore(source, store, cached)
 
-    def streamed(self, key: str, source: Source) -> StreamedSource:
+    def streamed(self, key: str, source: Source) -> "StreamedSource":
         """Return a source that is tokenised during training.
 
         Raises:
             ConfigError, DataError: as `store` does; and a file whose rows can only be read from its beginning.
         """
+        from qlora_train.data.streaming import StreamedSource
+
         opened = self._open(key, source)
         for file in opened.files:
             _first_record(file)  # refuses a file without rows
@@ -145,7 +150,9 @@ class SourceTokenizer:
         format_name = recognise(_first_record(files[0]), wanted, columns, self._dataset_type)
         return _OpenSource(key, files, format_name, columns)
 
-    def _chunk_tokenizer(self, opened: _OpenSource, kept: StoredTexts) -> ChunkTokenizer:
+    def _chunk_tokenizer(self, opened: _OpenSource, kept: StoredTexts) -> "ChunkTokenizer":
+        from qlora_train.data.tokenize_chunk import ChunkTokenizer
+
         return ChunkTokenizer(
             self._tokenizer, self._data, opened.format, opened.columns, self._date, kept, self.vocabulary_size
         )
@@ -164,7 +171,7 @@ class SourceTokenizer:
             "versions": [version("tokenizers"), version("transformers"), version("jinja2")],
         }
 
-    def _write(self, folder: Path, opened: _OpenSource, tokenize: ChunkTokenizer) -> None:
+    def _write(self, folder: Path, opened: _OpenSource, tokenize: "ChunkTokenizer") -> None:
         num_bytes = sum(file.path.stat().st_size for file in opened.files)
         num_proc = num_processes(self._data.num_proc, num_bytes, min_bytes=MIN_PARALLEL_BYTES)
         names = opened.files[0].name + (f" and {len(opened.files) - 1} more files" if len(opened.files) > 1 else "")

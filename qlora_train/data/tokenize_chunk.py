@@ -8,39 +8,20 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from qlora_train.config.schema import DataSection
-from qlora_train.data.formats import FORMATS, RowReader
+from qlora_train.data.formats import FORMATS
 from qlora_train.data.overflow import apply_overflow
 from qlora_train.data.readers import Chunk
 from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.render import Renderer
+from qlora_train.data.row_reader import RowReader
+from qlora_train.data.selection import StoredTexts
 from qlora_train.data.token_store import StoredRow, TokenizedChunk, make_batch, schema
 from qlora_train.data.types import Example, Message, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTexts:
-    """Which rows store their prompt and answer as text, for generation.
-
-    Attributes:
-        everything: all of them (`data.eval`).
-        share: of the rows that are held out by `seed`.
-        seed: see `is_held_out`.
-        num_examples: first rows of each file, which a base model gets as solved examples.
-    """
-
-    everything: bool = False
-    share: float = 0.0
-    seed: int = 0
-    num_examples: int = 64
-
-    def include(self, record_number: int, digest: bytes) -> bool:
-        """Return whether a row's texts are stored."""
-        return self.everything or record_number < self.num_examples or is_held_out(digest, self.share, self.seed)
 
 
 def content_digest(row: Row) -> bytes:
@@ -58,14 +39,6 @@ def content_digest(row: Row) -> bytes:
 def system_prompt_of(turns: Sequence[Message]) -> str:
     """Return the system prompt of a conversation, empty if there is none."""
     return turns[0]["content"] if turns[0]["role"] == "system" else ""
-
-
-def is_held_out(digest: bytes, share: float, seed: int) -> bool:
-    """Decide by content and seed whether a row is held out: adding or removing other rows does not move it."""
-    if not share:
-        return False
-    number = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + digest).digest()[:8], "big")
-    return number < share * 2**64
 
 
 class ChunkTokenizer:

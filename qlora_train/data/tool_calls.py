@@ -1,19 +1,16 @@
 """Tools and tool calls of a row in the one shape that chat templates read.
 
 A tool is ``{type: function, function: {name, description, parameters}}``; a call is ``{id, type: function, function:
-{name, arguments}}`` with the arguments as an object. Rows may also hold JSON strings, or the inner object alone. Some
-templates want the arguments as JSON text (`with_text_arguments`).
+{name, arguments}}`` with the arguments as an object. Rows may also hold JSON strings, or the inner object alone.
 
 The readers raise `UnusableRowError` with a reason that does not quote the row.
 """
 
-import json
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_train.data.field_values import EMPTY, read_json, read_string
 from qlora_train.data.readers import json_type
-from qlora_train.data.types import Message, UnusableRowError
+from qlora_train.data.types import UnusableRowError
 
 CALL_FIELDS = ("id", "type", "function", "index")
 """Fields of a call; `index` is its position in the list."""
@@ -24,35 +21,6 @@ OWN_VARIABLES = frozenset((
     "tokenizer_kwargs",
 ))  # fmt: skip
 """Arguments of `apply_chat_template` that a row may not set."""
-
-
-def with_text_arguments(turns: Sequence[Message]) -> list[Message]:
-    """Return turns whose calls have their arguments as JSON text, for chat templates that concatenate them."""
-    return [
-        {**turn, "tool_calls": [_with_text_arguments(call) for call in turn["tool_calls"]]}
-        if "tool_calls" in turn
-        else turn
-        for turn in turns
-    ]
-
-
-def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    return {**call, "function": {**function, "arguments": as_json(function["arguments"])}}
-
-
-def refuse_misread_arguments(turns: Sequence[Message], text: str, *, text_arguments: bool) -> None:
-    """Raise UnusableRowError if a chat template wrote objects in Python's notation, or JSON text as a JSON string."""
-    for arguments in (call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", [])):
-        right = as_json(arguments)
-        wrong = {as_json(right), repr(right)} if text_arguments else {str(arguments)} - {right}
-        if any(form in text for form in wrong):
-            raise UnusableRowError("the chat template does not write the arguments of a call as JSON")
-
-
-def as_json(value: Any) -> str:
-    """Return JSON as the `tojson` of chat templates writes it."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...]:

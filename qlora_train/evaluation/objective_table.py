@@ -5,14 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from qlora_train.adapters.reference_model import InitialAdapter, base_model
 from qlora_train.config.objectives import OBJECTIVES
 from qlora_train.config.schema import LoraSection, TrainSection
 from qlora_train.data.types import Example
 from qlora_train.evaluation.held_out_loss import held_out_loss
-from qlora_train.evaluation.held_out_preferences import evaluate_preferences
 from qlora_train.objectives.batch_loss import LossFunction
-from qlora_train.objectives.preference_loss import PreferenceLoss
 from qlora_train.objectives.sft_loss import SftLoss
 
 
@@ -50,6 +47,10 @@ def make_objective(train: TrainSection, lora: LoraSection, model: Any) -> Object
     row = OBJECTIVES[train.objective]
     if row.dataset_type == "language_modeling":
         return SFT
+    from qlora_train.adapters.reference_model import InitialAdapter, base_model
+    from qlora_train.evaluation.held_out_preferences import evaluate_preferences
+    from qlora_train.objectives.preference_loss import PreferenceLoss
+
     chosen = {name: getattr(train, name) for name in row.defaults}
     settings = {name: default if chosen[name] is None else chosen[name] for name, default in row.defaults.items()}
     is_base = lora.adapter_path is None and lora.bias == "none"  # PEFT leaves trained biases on

@@ -5,11 +5,11 @@ A new format is one row here and one module with the function that writes it. Th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qlora_train.utils.errors import ExportError
+from qlora_train.utils.lazy_import import import_function
 
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
@@ -76,8 +76,7 @@ class ExportFormat:
 
     def write(self, request: ExportRequest) -> Path:
         """Write a request and return its folder."""
-        module, _, name = self.function.partition(":")
-        function: Callable[[ExportRequest], Path] = getattr(import_module(module), name)
+        function: Callable[[ExportRequest], Path] = import_function(self.function)
         return function(request)
 
 

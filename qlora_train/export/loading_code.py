@@ -17,9 +17,9 @@ from qlora_train.architectures import Architecture
 from qlora_train.config.schema import RunConfig
 from qlora_train.models import LoadedModel
 from qlora_train.models.bnb_cpu_blocksize import has_partial_blocks
+from qlora_train.models.checkpoint_tensors import find_stored_format
 from qlora_train.models.loading import auto_class_of
 from qlora_train.models.moe import expert_modules
-from qlora_train.models.prequantized import prequantized_format
 
 THIS_ADAPTER, THIS_MODEL = "PATH-OR-ID-OF-THIS-ADAPTER", "PATH-OR-ID-OF-THIS-MODEL"
 """Placeholders on a card for the folder's path or Hub id."""
@@ -83,7 +83,7 @@ def needs_package(loaded: LoadedModel, config: RunConfig) -> str:
     """Return why Transformers and PEFT alone would load another model; empty if they load the same."""
     if config.model.model_name_or_path.endswith(".gguf"):
         return "the base is a GGUF file, which Transformers does not quantize to 4 bits"
-    if stored_format := prequantized_format(loaded.source.config, loaded.source.name):
+    if stored_format := find_stored_format(loaded.source.config, loaded.source.name):
         num_bits = 4 if config.quantization.load_in_4bit else 16
         return f"the base is stored in {stored_format.description} and the run held it in {num_bits} bits"
     if loaded.source.config.keys() & {"attn_implementation", "_attn_implementation"}:

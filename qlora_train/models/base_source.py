@@ -13,9 +13,6 @@ from typing import Any
 from qlora_train.config import ModelSection
 from qlora_train.config.preflight import missing_model
 from qlora_train.models.conversion_cache import conversion_cache
-from qlora_train.models.gguf_base import convert_gguf
-from qlora_train.models.legacy_bin import convert_legacy_bin, has_legacy_bin
-from qlora_train.models.remote_code import check_trusted_code
 from qlora_train.utils import network
 from qlora_train.utils.errors import ModelError
 
@@ -76,6 +73,8 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
     """
     path = Path(model.model_name_or_path).expanduser()
     if path.suffix == ".gguf":
+        from qlora_train.models.gguf_base import convert_gguf
+
         folder = convert_gguf(path, conversion_cache("gguf"))
         return BaseSource(folder, path.stem, None, _read_config(folder, model.model_name_or_path))
     if path.is_dir():
@@ -84,12 +83,22 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
         if problem := missing_model(model.model_name_or_path):
             raise ModelError(f"model.model_name_or_path: {problem}")
         source = _download(model, weights=weights)
-    if (weights or source.revision is None) and has_legacy_bin(source.folder):
+    if (weights or source.revision is None) and _has_legacy_bin(source.folder):
+        from qlora_train.models.legacy_bin import convert_legacy_bin
+
         where = f"model.model_name_or_path: {model.model_name_or_path}"
         source = replace(source, folder=convert_legacy_bin(source.folder, conversion_cache("legacy_bin"), where))
     if model.trust_remote_code:
+        from qlora_train.models.remote_code import check_trusted_code
+
         check_trusted_code(source.folder, source.name, source.revision)
     return source
+
+
+def _has_legacy_bin(folder: Path) -> bool:
+    """Return whether a folder has .bin weights and no safetensors."""
+    has_bin = any((folder / name).is_file() for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+    return has_bin and not any(folder.glob("model*.safetensors"))
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -123,7 +132,7 @@ def _download(model: ModelSection, *, weights: bool) -> BaseSource:
         folder = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
         if weights and not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=_PICKLED_WEIGHTS))
-    if weights and not any(folder.glob("model*.safetensors")) and not has_legacy_bin(folder):
+    if weights and not any(folder.glob("model*.safetensors")) and not _has_legacy_bin(folder):
         raise ModelError(
             f"model.model_name_or_path: {name} has no model*.safetensors and no pytorch_model.bin, or, offline, not in the "
             "local cache; choose a revision with weights, or download the model first"

@@ -5,18 +5,20 @@ the values, of the 16-bit weights that they represent.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qlora_train.models.prequantized import PrequantizedFormat
 from qlora_train.utils.errors import ModelError, first_line, listed
+
+if TYPE_CHECKING:
+    from qlora_train.models.prequantized import PrequantizedFormat
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -34,6 +36,24 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+
+def find_stored_format(config: Mapping[str, Any], where: str) -> "PrequantizedFormat | None":
+    """Return the format of pre-quantized weights; None for 16-bit ones and for bitsandbytes' 4 bits.
+
+    Args:
+        config: content of config.json.
+        where: prefix of the error message.
+
+    Raises:
+        ModelError: an unsupported format.
+    """
+    stored = config.get("quantization_config")
+    if stored is None or stored.get("load_in_4bit"):
+        return None
+    from qlora_train.models.prequantized import prequantized_format
+
+    return prequantized_format(stored, where)
 
 
 def list_tensors(folder: Path, where: str) -> dict[str, StoredTensor]:
@@ -64,7 +84,7 @@ def open_file(path: Path) -> Any:
 
 @contextmanager
 def open_tensors(
-    folder: Path, stored_format: PrequantizedFormat | None, dtype: torch.dtype, where: str
+    folder: Path, stored_format: "PrequantizedFormat | None", dtype: torch.dtype, where: str
 ) -> Iterator[dict[str, Any]]:
     """Open a checkpoint and yield lazy tensors by name, each read when `from_pretrained` slices it.
 
@@ -100,7 +120,7 @@ class Dequantized:
     where: str
     codes: Any
     scales: Any
-    stored_format: PrequantizedFormat
+    stored_format: "PrequantizedFormat"
     dtype: torch.dtype
 
     def __getitem__(self, whole: EllipsisType) -> torch.Tensor:

@@ -9,7 +9,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from qlora_train.architectures import detect
 from qlora_train.models.base_source import BaseSource
-from qlora_train.models.remote_code import untrusted_code
 from qlora_train.utils.errors import ModelError
 
 
@@ -42,3 +41,11 @@ def read_config(source: BaseSource, *, trust_remote_code: bool) -> Any:
             f"{where}: config.json: pad_token_id: {pad} is beyond the {num_tokens} tokens of vocab_size; set it to null"
         )
     return config
+
+
+def untrusted_code(where: str) -> ModelError:
+    """Return the error for a base that needs untrusted code; `where` names the base."""
+    return ModelError(
+        f"{where} runs Python code of its own (auto_map); if you trust it, set model.trust_remote_code: true and, "
+        "for a model of the Hub, model.revision to the 40-digit commit that you have read"
+    )

@@ -27,12 +27,6 @@ AUXILIARY_FILES = (
 )  # fmt: skip
 
 
-def has_legacy_bin(folder: Path) -> bool:
-    """Whether a folder has .bin weights and no safetensors."""
-    has_bin = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
-    return has_bin and not any(folder.glob("model*.safetensors"))
-
-
 def convert_legacy_bin(folder: Path, cache_dir: Path, where: str) -> Path:
     """Return a cached folder with the same model in safetensors, converting it if necessary.
 

@@ -28,20 +28,18 @@ from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.kernels import grouped_sdpa
 from qlora_train.models.base_source import BaseSource, resolve_base
 from qlora_train.models.bnb_cpu_blocksize import fix_partial_blocks
-from qlora_train.models.checkpoint_tensors import list_tensors, open_tensors
+from qlora_train.models.checkpoint_tensors import find_stored_format, list_tensors, open_tensors
 from qlora_train.models.config_file import read_config
 from qlora_train.models.dynamic_rope import reset_dynamic_rope
 from qlora_train.models.hardware import choose_attention, choose_compute_dtype
 from qlora_train.models.hf_quantizer import QuantizationConfig
 from qlora_train.models.loading_checks import check_dtypes, check_loaded
-from qlora_train.models.prequantized import prequantized_format
 from qlora_train.models.quantization_summary import (
     QuantizationSummary,
     check_quantization,
     summarize_quantization,
 )
 from qlora_train.models.quantize_linears import quantize_linears
-from qlora_train.models.shard_base import check_torch, shard_base
 from qlora_train.models.shard_reads import ShardedLoad
 from qlora_train.models.text_only import OmittedModule, check_causal, text_model
 from qlora_train.models.tokenizer import load_tokenizer
@@ -119,6 +117,8 @@ def load_model(
     _prepare_4bit_layers(base, dtype)
     new_token_ids = _add_new_tokens(base, tokenizer, model.new_tokens) if model.new_tokens else ()
     if sharded is not None:
+        from qlora_train.models.shard_base import shard_base
+
         shard_base(base, device, sharded.sliced)
     summary = summarize_quantization(base, output_heads(base))
     if not architecture.known:
@@ -137,6 +137,8 @@ def _sharded_load(source: BaseSource, model: ModelSection, quantization: Quantiz
     Raises:
         ConfigError: a torch that is too old, or weights that are not quantized while loading.
     """
+    from qlora_train.models.shard_base import check_torch
+
     check_torch()
     if not quantization.load_in_4bit:
         raise ConfigError(
@@ -222,7 +224,7 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     where = f"model.model_name_or_path: {source.name}"
-    stored_format = prequantized_format(source.config, where)
+    stored_format = find_stored_format(source.config, where)
     check_dtypes(list_tensors(source.folder, where), source.config, where)
     config = model_config(source, model)
     attention = choose_attention(model.attn_implementation, architecture, device, dtype, has_sdpa=supports_sdpa(config))

@@ -122,19 +122,16 @@ class Mxfp4(PrequantizedFormat):
         return weight
 
 
-def prequantized_format(config: Mapping[str, Any], where: str) -> PrequantizedFormat | None:
-    """Return the format of a checkpoint's weights; None for 16-bit ones and for bitsandbytes' 4 bits.
+def prequantized_format(stored: Mapping[str, Any], where: str) -> PrequantizedFormat:
+    """Return the format of a checkpoint's weights.
 
     Args:
-        config: content of config.json.
+        stored: `quantization_config` of config.json.
         where: prefix of the error message.
 
     Raises:
         ModelError: an unsupported format.
     """
-    stored = config.get("quantization_config")
-    if stored is None or stored.get("load_in_4bit"):
-        return None
     method = stored.get("quant_method", "unknown")
     if method == "mxfp4":
         return Mxfp4(method, "_scales")

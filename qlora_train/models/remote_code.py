@@ -40,14 +40,6 @@ def check_trusted_code(folder: Path, name: str, revision: str | None) -> None:
     logger.warning("model.trust_remote_code: runs the Python code of %s %s: %s", name, version, files)
 
 
-def untrusted_code(where: str) -> ModelError:
-    """Return the error for a base that needs untrusted code; `where` names the base."""
-    return ModelError(
-        f"{where} runs Python code of its own (auto_map); if you trust it, set model.trust_remote_code: true and, "
-        "for a model of the Hub, model.revision to the 40-digit commit that you have read"
-    )
-
-
 def _auto_map(file: Path) -> Iterator[str]:
     """Yield the entries of `auto_map` in a JSON file; unreadable files are reported elsewhere."""
     try:

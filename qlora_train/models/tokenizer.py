@@ -14,8 +14,7 @@ from qlora_train.config import ModelSection
 from qlora_train.data.default_chat_templates import resolve_chat_template
 from qlora_train.models.base_source import BaseSource
 from qlora_train.models.chat_template_files import complete_chat_template
-from qlora_train.models.config_file import read_config
-from qlora_train.models.remote_code import untrusted_code
+from qlora_train.models.config_file import read_config, untrusted_code
 from qlora_train.models.tokenizer_files import check_reloads, follow_tokenizer_json, write_transformers_4_names
 from qlora_train.utils.errors import ConfigError, ModelError, first_line
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from qlora_train.kernels import host_copies
 from qlora_train.kernels.fsdp_units import reset_after_failure
-from qlora_train.kernels.packed.attention import packed_row, uses_packed_attention
+from qlora_train.kernels.packed.row_positions import packed_row, uses_packed_attention
 from qlora_train.objectives.chunked_loss import (
     chunked_losses,
     max_chunk_tokens,

@@ -9,7 +9,6 @@ from qlora_train.config import RunConfig
 from qlora_train.config.objectives import dataset_type_of
 from qlora_train.data import PreparedData, prepare_data
 from qlora_train.data.rendered_rows import render_rows
-from qlora_train.data.streaming import RowStream
 from qlora_train.models import BaseSource, load_tokenizer, resolve_base
 from qlora_train.models.loading import model_config
 from qlora_train.models.tokenizer import check_can_be_saved, num_embeddings
@@ -41,8 +40,7 @@ def inspect(config: RunConfig, *, num_shown: int) -> PreparedData:
     data, tokenizer = prepare_tokenizer_and_data(
         config, resolve_base(config.model, weights=False), date=datetime.date.today()
     )
-    rows = data.train.head() if isinstance(data.train, RowStream) else data.train
-    return replace(data, report=replace(data.report, first_rows=render_rows(rows[:num_shown], tokenizer)))
+    return replace(data, report=replace(data.report, first_rows=render_rows(data.first_rows()[:num_shown], tokenizer)))
 
 
 def prepare_tokenizer_and_data(

@@ -18,8 +18,6 @@ from qlora_train.config.optimizers import TrainedTensor, optimizer_state_bytes
 from qlora_train.config.schema import TrainSection
 from qlora_train.data import PreparedData
 from qlora_train.export.adapter_check import MAX_REFERENCE_BYTES
-from qlora_train.export.merging.merge import is_stored_in_4bit
-from qlora_train.export.merging.verify import candidate_bases
 from qlora_train.runs import RunFolder
 from qlora_train.training.optimizer import trained_tensors
 from qlora_train.utils.errors import TrainingError
@@ -97,21 +95,28 @@ def plan_disk(
     steps = num_steps(train, num_rows)
     tokenizer_bytes = TOKEN_BYTES * len(adapted.loaded.tokenizer) + SMALL_FILES_BYTES
     num_kept = train.save_total_limit + train.load_best_model_at_end
-    bases, _ = candidate_bases(
-        config.export.merge_base,
-        stored_in_4bit=is_stored_in_4bit(adapted.loaded.source.folder),
-        load_in_4bit=config.quantization.load_in_4bit,
-        measured=bool(data.eval),
-    )
     return DiskPlan(
         num_checkpoints=num_more_checkpoints(num_kept, num_saves(config, num_rows, steps, done), num_existing),
         checkpoint_bytes=_checkpoint_bytes(tensors, train.optim, _num_log_entries(train, steps)),
         adapter_bytes=sum(ADAPTER_DTYPE_BYTES * tensor.numel + TENSOR_NAMES_BYTES for tensor in tensors)
         + tokenizer_bytes,
         reference_bytes=MAX_REFERENCE_BYTES,
-        num_merges=len(bases) if config.export.merge else 0,
+        num_merges=_num_merges(adapted, config, data) if config.export.merge else 0,
         merged_bytes=_merged_numel(adapted) * MERGED_DTYPE_BYTES + tokenizer_bytes,
     )
+
+
+def _num_merges(adapted: AdaptedModel, config: RunConfig, data: PreparedData) -> int:
+    from qlora_train.export.merging.merge import is_stored_in_4bit
+    from qlora_train.export.merging.verify import candidate_bases
+
+    bases, _ = candidate_bases(
+        config.export.merge_base,
+        stored_in_4bit=is_stored_in_4bit(adapted.loaded.source.folder),
+        load_in_4bit=config.quantization.load_in_4bit,
+        measured=bool(data.eval),
+    )
+    return len(bases)
 
 
 def num_more_checkpoints(num_kept: int, num_saves: int, num_existing: int) -> int:

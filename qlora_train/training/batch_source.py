@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count, islice
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +34,12 @@ from qlora_train.data.collate import (
 )
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.rank_shares import share_of
-from qlora_train.data.streaming import RowStream
 from qlora_train.data.token_store import Rows
 from qlora_train.data.types import Example
 from qlora_train.parallel import context
+
+if TYPE_CHECKING:
+    from qlora_train.data.streaming import RowStream
 
 Unit = TypeVar("Unit")
 logger = logging.getLogger(__name__)
@@ -50,11 +52,11 @@ class HasTrainerState(Protocol):
 
 
 def make_batch_source(
-    rows: Rows | RowStream, config: RunConfig, pad_token_id: int, device: torch.device, *, group_batch_size: int
+    rows: "Rows | RowStream", config: RunConfig, pad_token_id: int, device: torch.device, *, group_batch_size: int
 ) -> "BatchSource":
     """Return the batch source of a config. `group_batch_size`: see `RowOrder`."""
     pad = PaddingCollator(pad_token_id, padding_multiple(device))
-    if isinstance(rows, RowStream):
+    if not isinstance(rows, Rows):
         return StreamBatches(rows, config, pad)
     if config.data.packing:
         flatten = FlatteningCollator(pad_token_id, flattened_multiple(device))
@@ -157,7 +159,7 @@ class StreamBatches(IterableDataset[list[Batch]]):
 
     steps_per_epoch: None = None
 
-    def __init__(self, stream: RowStream, config: RunConfig, collate: PaddingCollator) -> None:
+    def __init__(self, stream: "RowStream", config: RunConfig, collate: PaddingCollator) -> None:
         self.stream, self._collate = stream, collate
         self._train, self._rows_per_step = config.train, units_per_step(config.train)
         self._locations: deque[tuple[int, str]] = deque(maxlen=2 * self._rows_per_step)

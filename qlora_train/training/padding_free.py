@@ -25,11 +25,10 @@ from qlora_train.config import RunConfig
 from qlora_train.data.collate import FlatteningCollator, IndexedExample, PaddingCollator, flattened_multiple
 from qlora_train.data.types import Example
 from qlora_train.kernels.lora_dropout import lora_dropout_off
-from qlora_train.kernels.packed import attention
+from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
 from qlora_train.runs import RunFolder, read_json
 from qlora_train.training.batch_source import RowBatches
 from qlora_train.training.memory.worst_case_batch import token_budget
-from qlora_train.training.parity.document_isolation import isolate_documents
 from qlora_train.training.parity.gradients import TOLERANCES, Gradients, gradients_of
 from qlora_train.training.parity.parity_check import ParityResult, check_parity, load_parity, save_parity
 from qlora_train.utils.errors import CheckpointError, ConfigError
@@ -175,12 +174,12 @@ def _unsupported_reason(adapted: AdaptedModel, config: RunConfig, has_router_los
     if train.neftune_noise_alpha or _has_dropout(adapted.model):
         return "NEFTune or the model's own dropout"
     if config.data.packing:
-        return "" if attn_implementation == attention.NAME else f"attention is {attn_implementation}"
+        return "" if attn_implementation == PACKED_ATTENTION else f"attention is {attn_implementation}"
     if train.per_device_train_batch_size * train.gradient_accumulation_steps == 1 and not has_pairs:
         return "a step is one row"
     if adapted.loaded.architecture.packing_error:
         return f"flattened rows would attend to each other: {adapted.loaded.architecture.packing_error}"
-    if config.model.attn_implementation == "eager" or attn_implementation not in ("sdpa", attention.NAME):
+    if config.model.attn_implementation == "eager" or attn_implementation not in ("sdpa", PACKED_ATTENTION):
         return f"attention is {attn_implementation}"
     return ""
 
@@ -195,12 +194,14 @@ def _isolation_problem(adapted: AdaptedModel, config: RunConfig, source: RowBatc
     """Let flattened rows attend to themselves only; return why they cannot, or an empty string."""
     if config.data.packing:
         return ""  # done
+    from qlora_train.training.parity.document_isolation import isolate_documents
+
     try:
         isolate_documents(adapted, config, source.rows)
     except ConfigError:  # its message is about packing
         return "flattened rows attend to each other on this model"
     name = adapted.loaded.model.config._attn_implementation
-    return "" if name == attention.NAME else f"attention stays {name}"
+    return "" if name == PACKED_ATTENTION else f"attention stays {name}"
 
 
 def _check_parity(adapted: AdaptedModel, flattened: RowBatches, num_steps: int, run_id: str) -> ParityResult:

@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
@@ -26,6 +26,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
+from qlora_train.config.schema import TrainSection
 from qlora_train.data import PreparedData
 from qlora_train.data.collate import Batch, FlatteningCollator
 from qlora_train.evaluation.objective_table import SFT, Objective
@@ -37,15 +38,16 @@ from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import BatchSource, RowBatches, make_batch_source
 from qlora_train.training.lr_schedule import make_lr_scheduler
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, choose_checkpointing
-from qlora_train.training.memory.activation_offloading import ActivationOffloading
 from qlora_train.training.metric_means import MetricMeans
 from qlora_train.training.padding_free import choose_padding_free
-from qlora_train.training.parity.document_isolation import isolate_documents
 from qlora_train.training.resumable_trainer import ResumableTrainer
 from qlora_train.training.step_end import StepEndCallback, make_schedule
 from qlora_train.training.step_guard import AdvanceSkippedSchedule, NonFiniteGuard, Step
 from qlora_train.training.trl_arguments import sft_config
 from qlora_train.utils.errors import TrainingError
+
+if TYPE_CHECKING:
+    from qlora_train.training.memory.activation_offloading import ActivationOffloading
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +87,7 @@ class QloraTrainer(ResumableTrainer):
         self.loss_chunk_tokens = choose_chunk_tokens(adapted.model)
         if self.loss_chunk_tokens is None:
             logger.info("loss: not chunked (this model's head cannot run by itself)")
-        self._offloading: ActivationOffloading | None = None
-        if config.train.activation_offloading:
-            if adapted.loaded.device.type == "cuda":
-                self._offloading = ActivationOffloading(adapted.loaded.device)
-            else:
-                logger.warning("train.activation_offloading: has no effect on a CPU")
+        self._offloading = _make_offloading(config.train, adapted.loaded.device)
         self.batch_source = self._make_batch_source(group_batch_size, has_fused_kernels)
         self.schedule = make_schedule(config, self.batch_source.steps_per_epoch, has_eval=bool(data.eval))
         self._micro_losses: list[torch.Tensor] = []
@@ -149,6 +146,8 @@ class QloraTrainer(ResumableTrainer):
         if not isinstance(source, RowBatches):
             return source
         if config.data.packing:
+            from qlora_train.training.parity.document_isolation import isolate_documents
+
             how = isolate_documents(self.adapted, config, source.rows)
             logger.info("packing: documents are isolated (%s; checked on this model)", how)
         has_router_loss = self.aux_loss_weight > 0
@@ -268,3 +267,14 @@ class QloraTrainer(ResumableTrainer):
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _make_offloading(train: TrainSection, device: torch.device) -> "ActivationOffloading | None":
+    if not train.activation_offloading:
+        return None
+    if device.type != "cuda":
+        logger.warning("train.activation_offloading: has no effect on a CPU")
+        return None
+    from qlora_train.training.memory.activation_offloading import ActivationOffloading
+
+    return ActivationOffloading(device)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from qlora_train.config.objectives import objectives_of
 from qlora_train.config.schema import FORMATS as FORMAT_NAMES
-from qlora_train.data.formats import FORMATS, RowReader, check_renames, recognise
+from qlora_train.data.formats import FORMATS, check_renames, recognise
+from qlora_train.data.row_reader import RowReader
 from qlora_train.data.types import Record, Row, UnusableRowError
 from qlora_train.utils.errors import ConfigError, DataError
 from tests.support.rows import HELLO, HI, WEATHER, chat, read, reason_of, turns_of

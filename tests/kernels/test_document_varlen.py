@@ -13,8 +13,9 @@ from torch.nn import functional
 from transformers.masking_utils import and_masks, causal_mask_function, chunked_overlay, sliding_window_overlay
 
 from qlora_train.kernels.packed import varlen
-from qlora_train.kernels.packed.attention import Documents, packed_mask, packed_row
+from qlora_train.kernels.packed.attention import Documents, packed_mask
 from qlora_train.kernels.packed.document_index import Document
+from qlora_train.kernels.packed.row_positions import packed_row
 from qlora_train.kernels.packed.varlen import (
     CAUSAL,
     TRIAL,

@@ -17,7 +17,7 @@ from qlora_train.architectures import ARCHITECTURES
 from qlora_train.config import LoraSection
 from qlora_train.kernels.ops.cross_entropy import CHUNK_BYTES
 from qlora_train.objectives.label_losses import label_losses, supports_chunking
-from qlora_train.training.memory.activation_offloading import ignoring_weights
+from qlora_train.training.memory.activation_checkpointing import ignoring_weights
 from qlora_train.utils.constants import IGNORE_INDEX
 from tests.support.pico import FAMILIES, build_config
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from qlora_train.config.objectives import DatasetType
-from qlora_train.data.formats import RowReader, recognise
+from qlora_train.data.formats import recognise
+from qlora_train.data.row_reader import RowReader
 from qlora_train.data.types import Record, Row, UnusableRowError
 
 HI = {"role": "user", "content": "hi"}

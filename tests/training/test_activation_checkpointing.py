@@ -22,10 +22,10 @@ from qlora_train.training.memory.activation_checkpointing import (
     LEVELS,
     CheckpointingLevel,
     LayerCheckpointing,
+    ignoring_weights,
     plan_levels,
     saved_bytes,
 )
-from qlora_train.training.memory.activation_offloading import ignoring_weights
 from qlora_train.training.memory.auto_batch_size import relax_checkpointing
 from qlora_train.training.memory.memory_probe import forward_worst_case, probe_memory
 from qlora_train.training.parity.gradients import compare_gradients, gradients_of

@@ -22,6 +22,7 @@ from qlora_train.data import PreparedData
 from qlora_train.data.collate import FlatteningCollator
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels.packed import attention as document_attention
+from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
 from qlora_train.models import load_model
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.planning.base_and_data import prepare
@@ -102,7 +103,7 @@ def test_losses_and_lora_gradients_of_a_pack_are_those_of_its_documents(
     model = adapted.model.eval()
     wanted = plainly(model, documents())
     isolate_documents(adapted, config, ROWS)
-    assert (model.config._attn_implementation == document_attention.NAME) == (attention == "auto")
+    assert (model.config._attn_implementation == PACKED_ATTENTION) == (attention == "auto")
     found = losses_and_gradients(model, [packed_batch(documents())])
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
     assert wanted[1].abs().max() > 1e-3
@@ -322,7 +323,7 @@ def test_no_written_file_names_our_attention_function(pico_llama: Path, tmp_path
     assert any(file.name == "config.json" for file in files)
     assert any(file.name == "adapter_config.json" for file in files)
     for file in files:
-        assert document_attention.NAME not in file.read_text(encoding="utf-8"), file
+        assert PACKED_ATTENTION not in file.read_text(encoding="utf-8"), file
 
 
 @torch.no_grad()

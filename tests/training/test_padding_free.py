@@ -21,6 +21,7 @@ from qlora_train.data import collate as batches
 from qlora_train.data.collate import MIN_SHARED_PREFIX, FlatteningCollator, flattened_multiple, shared_prefix_length
 from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention, document_index
+from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
 from qlora_train.models import load_model
 from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder
@@ -371,7 +372,7 @@ def test_failed_parity_check_restores_the_attention_function(
 ) -> None:
     write_tasks(tmp_path)
     adapted, trainer = built(make_config(tmp_path, pico_llama, *EXACT, name="sharing"))
-    assert adapted.model.config._attn_implementation == attention.NAME
+    assert adapted.model.config._attn_implementation == PACKED_ATTENTION
     assert "position_ids" in next(iter(trainer.get_train_dataloader()))[0]
     monkeypatch.setattr(document_index, "shared_prefixes", lambda *_: None)
     adapted, trainer = built(make_config(tmp_path, pico_llama, *EXACT, name="wrong"))

@@ -8,26 +8,23 @@ expected``; whether a well-formed record can be used is decided later.
 from collections.abc import Callable, Iterator
 
 from qlora_train.data.data_file import DataFile
-from qlora_train.data.readers.arrow import arrow_chunks
 from qlora_train.data.readers.chunk import Chunk
-from qlora_train.data.readers.csv_table import table_chunks
-from qlora_train.data.readers.json_lines import line_chunks
-from qlora_train.data.readers.json_list import json_chunks
 from qlora_train.data.readers.json_values import json_type
-from qlora_train.data.readers.parquet import parquet_chunks
 from qlora_train.utils.errors import DataError, first_line
+from qlora_train.utils.lazy_import import import_function
 
 __all__ = ["Chunk", "json_type", "read_chunks"]
 
-READERS: dict[str, Callable[[DataFile, int], Iterator[Chunk]]] = {
-    "jsonl": line_chunks,
-    "txt": line_chunks,
-    "json": json_chunks,
-    "csv": table_chunks,
-    "tsv": table_chunks,
-    "parquet": parquet_chunks,
-    "arrow": arrow_chunks,
+READERS = {
+    "jsonl": "json_lines:line_chunks",
+    "txt": "json_lines:line_chunks",
+    "json": "json_list:json_chunks",
+    "csv": "csv_table:table_chunks",
+    "tsv": "csv_table:table_chunks",
+    "parquet": "parquet:parquet_chunks",
+    "arrow": "arrow:arrow_chunks",
 }
+"""Module in this package and function that reads a kind of file, imported with the first such file."""
 
 
 def read_chunks(file: DataFile, *, chunk_bytes: int) -> Iterator[Chunk]:
@@ -37,6 +34,7 @@ def read_chunks(file: DataFile, *, chunk_bytes: int) -> Iterator[Chunk]:
         DataError: the file cannot be read or is not what its name says; here, or when a chunk's records are read.
     """
     try:
-        yield from READERS[file.kind](file, chunk_bytes)
+        read: Callable[[DataFile, int], Iterator[Chunk]] = import_function(f"{__name__}.{READERS[file.kind]}")
+        yield from read(file, chunk_bytes)
     except OSError as error:
         raise DataError(f"{file.name}: cannot be read: {error.strerror or first_line(error)}") from None

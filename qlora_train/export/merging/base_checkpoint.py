@@ -12,8 +12,7 @@ import torch
 from bitsandbytes.functional import QuantState
 
 from qlora_train.kernels.ops.dequantize import by_bitsandbytes
-from qlora_train.models.checkpoint_tensors import DTYPES, open_tensors
-from qlora_train.models.prequantized import prequantized_format
+from qlora_train.models.checkpoint_tensors import DTYPES, find_stored_format, open_tensors
 from qlora_train.utils.errors import MergeError, ModelError
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -40,7 +39,7 @@ class BaseCheckpoint(ExitStack):
         self.folder = folder
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            stored_format = prequantized_format(config, str(folder))
+            stored_format = find_stored_format(config, str(folder))
             self._tensors = self.enter_context(open_tensors(folder, stored_format, dtype, str(folder)))
         except ModelError as error:
             raise MergeError(str(error)) from None

@@ -13,9 +13,7 @@ attention.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -28,10 +26,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from qlora_train.kernels.packed import varlen
 from qlora_train.kernels.packed.document_index import Document, DocumentIndex, find_documents
 from qlora_train.kernels.packed.eager_documents import EagerDocuments, eager_documents
+from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION, positions_of_row
 from qlora_train.kernels.packed.varlen import CAUSAL, SequenceLengths, Window, varlen_documents
 
-NAME = "packed_documents"
-"""`attn_implementation` of a model that trains on packed rows."""
 MIN_LENGTH_SHARE = 0.75
 """Min length in a batch, as a share of the max: bounds the padding."""
 MAX_EAGER_LENGTH = 256
@@ -41,9 +38,6 @@ LENGTH_MULTIPLE = 8
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query index, key index), broadcast, -> whether the query attends to the key."""
-
-# Transformers passes only device tensors to mask functions; reading document boundaries from them would sync the host
-_POSITION_IDS: ContextVar[Tensor | None] = ContextVar("position_ids", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,24 +72,9 @@ class Documents:
 
 
 def register() -> None:
-    """Register both functions with Transformers under NAME."""
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, packed_mask)
-
-
-def uses_packed_attention(model: Any) -> bool:
-    """Return whether a model's attention is `packed_attention`."""
-    return bool(model.config._attn_implementation == NAME)
-
-
-@contextmanager
-def packed_row(position_ids: Tensor | None) -> Iterator[None]:
-    """Give `packed_mask` the positions (1, seq), on the host, of the row in a forward pass; None: not packed."""
-    token = _POSITION_IDS.set(position_ids)
-    try:
-        yield
-    finally:
-        _POSITION_IDS.reset(token)
+    """Register both functions with Transformers under `PACKED_ATTENTION`."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionMaskInterface.register(PACKED_ATTENTION, packed_mask)
 
 
 def packed_mask(
@@ -114,7 +93,7 @@ def packed_mask(
 
     Transformers calls this once per forward pass for each kind of layer. `mask_function` is the mask within a document.
     """
-    position_ids = _POSITION_IDS.get()
+    position_ids = positions_of_row()
     documents = [] if position_ids is None else find_documents(position_ids[0])
     if position_ids is not None:
         if use_vmap:

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_train.config.schema import TrainSection
+from qlora_train.kernels.fsdp_units import local_tensor
 from qlora_train.kernels.fused_mlp import CheckpointingLevel, GatedMlp
-from qlora_train.training.memory.activation_offloading import ignoring_weights
 from qlora_train.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -185,6 +185,20 @@ def _counting(model: nn.Module, layers: Sequence[nn.Module]) -> Iterator[Sequenc
     finally:
         for handle in handles:
             handle.remove()
+
+
+def ignoring_weights(model: nn.Module, hooks: saved_tensors_hooks) -> saved_tensors_hooks:
+    """Return hooks that skip a model's weights and views of them."""
+    weights = {local_tensor(parameter).untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> Any:
+        return tensor if tensor.untyped_storage().data_ptr() in weights else hooks.pack_hook(tensor)
+
+    def unpack(packed: Any) -> torch.Tensor:
+        tensor: torch.Tensor = packed if isinstance(packed, torch.Tensor) else hooks.unpack_hook(packed)
+        return tensor
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def plan_levels(

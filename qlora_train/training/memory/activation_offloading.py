@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qlora_train.kernels.fsdp_units import local_tensor
+from qlora_train.training.memory.activation_checkpointing import ignoring_weights
 from qlora_train.utils.errors import TrainingError, first_line, is_out_of_memory
 from qlora_train.utils.host_memory import available_bytes
 
@@ -191,17 +191,3 @@ class ActivationOffloading:
 def _pieces(dense: Tensor, host: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the bytes of a tensor, split as in host memory."""
     return dense.view(-1).view(torch.uint8).split([len(piece) for piece in host])
-
-
-def ignoring_weights(model: nn.Module, hooks: saved_tensors_hooks) -> saved_tensors_hooks:
-    """Return hooks that skip a model's weights and views of them."""
-    weights = {local_tensor(parameter).untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def pack(tensor: Tensor) -> Any:
-        return tensor if tensor.untyped_storage().data_ptr() in weights else hooks.pack_hook(tensor)
-
-    def unpack(packed: Any) -> Tensor:
-        tensor: Tensor = packed if isinstance(packed, Tensor) else hooks.unpack_hook(packed)
-        return tensor
-
-    return saved_tensors_hooks(pack, unpack)

@@ -21,6 +21,7 @@ from qlora_train.architectures import check_packing
 from qlora_train.config import RunConfig
 from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention
+from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import ConfigError, first_line
@@ -59,14 +60,14 @@ def isolate_documents(adapted: AdaptedModel, config: RunConfig, rows: Sequence[E
 
 def _choose_attention(model: Any, config: RunConfig) -> str:
     name = model.config._attn_implementation
-    if name not in (attention.NAME, "sdpa", "eager"):
+    if name not in (PACKED_ATTENTION, "sdpa", "eager"):
         return f"{name}, by position_ids"
-    if name != attention.NAME:
+    if name != PACKED_ATTENTION:
         if config.model.attn_implementation == "eager":
             return "eager, with a tokens x tokens mask"
         attention.register()
-        model.set_attn_implementation(attention.NAME)
-        if model.config._attn_implementation != attention.NAME:
+        model.set_attn_implementation(PACKED_ATTENTION)
+        if model.config._attn_implementation != PACKED_ATTENTION:
             return f"{name}, with a tokens x tokens mask"
     return "one attention call per document"
 

@@ -9,7 +9,6 @@ from qlora_train.adapters import AdaptedModel
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.data.collate import PaddingCollator, padding_multiple
-from qlora_train.data.streaming import RowStream
 from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.runs import RunFolder
@@ -81,11 +80,10 @@ def both_gradients(adapted: AdaptedModel, batch: dict[str, Any]) -> tuple[Gradie
 
 def first_tokens(adapted: AdaptedModel, data: PreparedData, num_rows: int, num_tokens: int) -> dict[str, Any]:
     """Return the first tokens of the first training rows as a padded batch with a label at every token."""
-    rows: Any = data.train.head() if isinstance(data.train, RowStream) else map(data.train.__getitem__, range(num_rows))
     loaded, cut = adapted.loaded, slice(None, num_tokens)
     examples = [
         replace(row, input_ids=row.input_ids[cut], loss_mask=row.loss_mask[cut], rejected=None)
-        for row in islice(rows, min(num_rows, data.num_train_rows or num_rows))
+        for row in islice(data.first_rows(), min(num_rows, data.num_train_rows or num_rows))
     ]
     batch = PaddingCollator(loaded.tokenizer.pad_token_id, padding_multiple(loaded.device))(list(enumerate(examples)))
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
