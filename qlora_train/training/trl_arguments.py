@@ -1,15 +1,31 @@
 """TRL's arguments from the config's train section. What our trainer overrides (data, loss, saving) is off in them."""
 
+from typing import Any
+
 import torch
 from trl import SFTConfig
 
 from qlora_train.adapters import AdaptedModel
 from qlora_train.config import RunConfig
+from qlora_train.config.resume_policy import flat_settings
 from qlora_train.runs import RunFolder
 from qlora_train.training.optimizer import choose_optimizer
 
 
-def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, checkpoints_all: bool) -> SFTConfig:
+class RunArguments(SFTConfig):
+    """TRL's arguments, which experiment trackers log as the settings of the run, by `section.key`.
+
+    Transformers' callbacks log `to_dict`. TRL's own values would be wrong where our trainer does not use them.
+    """
+
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings of the run."""
+        return dict(self.settings)
+
+
+def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, checkpoints_all: bool) -> RunArguments:
     """Return TRL's arguments of a run.
 
     `StepEndCallback` decides when to log, evaluate and save: the Trainer would use the arguments stored in a checkpoint.
@@ -17,7 +33,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
     """
     train, on_gpu = config.train, adapted.loaded.device.type == "cuda"
     dtype = adapted.loaded.compute_dtype
-    arguments = SFTConfig(
+    arguments = RunArguments(
         output_dir=str(run.checkpoints),
         optim=choose_optimizer(train.optim, adapted),
         learning_rate=train.learning_rate,
@@ -54,5 +70,6 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
         eval_strategy="no",
         save_strategy="no",
     )
+    arguments.settings = flat_settings(config.model_dump(mode="json"))
     arguments._n_gpu = int(on_gpu)  # with several visible GPUs the Trainer would use DataParallel, which TRL refuses
     return arguments
