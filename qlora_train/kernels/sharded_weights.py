@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from qlora_train.kernels.expert_weights import BLOCK_SIZE, ExpertWeights, quantized_experts
 
 
-def as_blocks(tensor: Tensor, num_blocks: int) -> nn.Parameter:
-    """Return the bytes of a tensor as a frozen parameter with one row per block."""
-    return nn.Parameter(tensor.contiguous().view(torch.uint8).view(num_blocks, -1), requires_grad=False)
+def as_blocks(tensor: Tensor) -> nn.Parameter:
+    """Return the bytes of codes, (blocks, 32), or of absmax, (blocks,), as a frozen parameter with one row per block."""
+    rows = tensor.unsqueeze(1) if tensor.ndim == 1 else tensor
+    return nn.Parameter(rows.contiguous().view(torch.uint8), requires_grad=False)
 
 
 class ShardedQuantState(QuantState):
@@ -45,13 +46,17 @@ def has_whole_blocks(shape: torch.Size) -> bool:
     return shape.numel() % BLOCK_SIZE == 0
 
 
+def num_blocks(shape: torch.Size) -> int:
+    """Return the blocks of a weight that is a whole number of them."""
+    return shape.numel() // BLOCK_SIZE
+
+
 def prepare_linear(layer: Linear4bit) -> None:
     """Turn codes and absmax of a layer into parameters with one row per block, with the same bytes."""
     state = layer.quant_state
     layer.register_forward_pre_hook(lambda module, _inputs: describe_weight(module))
     if has_whole_blocks(state.shape) and not isinstance(state, ShardedQuantState):
-        num_blocks = state.shape.numel() // BLOCK_SIZE
-        set_blocks(layer, layer.weight.data.view(num_blocks, -1), state.absmax, state)
+        set_blocks(layer, layer.weight.data.view(num_blocks(state.shape), -1), state.absmax, state)
     elif not isinstance(state, ShardedQuantState):
         layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
 
@@ -71,8 +76,8 @@ def set_blocks(layer: Linear4bit, codes: Tensor, absmax: Tensor, state: QuantSta
         absmax: (blocks,), uint8 or float32.
         state: of the whole weight; its absmax is ignored.
     """
-    layer.weight = as_blocks(codes, len(codes))
-    layer.register_parameter("absmax", as_blocks(absmax, len(codes)))
+    layer.weight = as_blocks(codes)
+    layer.register_parameter("absmax", as_blocks(absmax))
     layer.quant_state = ShardedQuantState(layer, state)
 
 
@@ -82,11 +87,11 @@ def prepare_experts(module: nn.Module, name: str) -> None:
     assert found is not None, f"{name} is not in 4 bits"
     codes, weights = found
     if has_whole_blocks(weights.shape[1:]) and not weights.has_block_rows:
-        num_blocks = weights.shape.numel() // BLOCK_SIZE
-        set_expert_blocks(module, name, weights, codes.data.view(num_blocks, -1), weights.absmax.view(num_blocks, -1))
+        rows = num_blocks(weights.shape)
+        set_expert_blocks(module, name, weights, codes.data.view(rows, -1), weights.absmax.view(rows, -1))
 
 
 def set_expert_blocks(module: Any, name: str, weights: ExpertWeights, codes: Tensor, absmax: Tensor) -> None:
     """Set the codes and absmax of a stack, of all blocks or of those of this rank (see `set_blocks`)."""
-    module.parametrizations[name].original = as_blocks(codes, len(codes))
-    weights.set_absmax_blocks(as_blocks(absmax, len(codes)))
+    module.parametrizations[name].original = as_blocks(codes)
+    weights.set_absmax_blocks(as_blocks(absmax))

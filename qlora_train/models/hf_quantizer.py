@@ -113,6 +113,7 @@ class _Quantize(ConversionOps):
         if sharded is None:
             return None
         if name in sharded.sliced:
+            module._is_hf_initialized = True  # some models zero the padding row after loading, here of another token
             return nn.Parameter(sharded.part(value, sharded.sliced[name]).clone(), requires_grad=False)
         is_stack = name in self.quantizer.expert_names
         if not is_stack and issubclass(module.source_cls, Conv1D):
@@ -133,8 +134,8 @@ class _Quantize(ConversionOps):
             module._is_hf_initialized = module.absmax._is_hf_initialized = True
             return module.weight
         self.quantizer.experts[name] = weights = ExpertWeights(quantized.states)
-        weights.set_absmax_blocks(as_blocks(quantized.absmax, len(quantized.codes)))
-        return as_blocks(quantized.codes, len(quantized.codes))
+        weights.set_absmax_blocks(as_blocks(quantized.absmax))
+        return as_blocks(quantized.codes)
 
     def _quantize_experts(self, name: str, value: torch.Tensor) -> torch.Tensor:
         config = self.quantizer.quantization_config

@@ -6,16 +6,17 @@ which is attached later and which FSDP does not know. Frozen weights have no gra
 
 import logging
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_train.kernels.expert_weights import BLOCK_SIZE, quantized_experts
-from qlora_train.kernels.sharded_weights import describe_weight, prepare_experts, prepare_linear
+from qlora_train.kernels.expert_weights import quantized_experts
+from qlora_train.kernels.sharded_weights import describe_weight, num_blocks, prepare_experts, prepare_linear
 from qlora_train.models.byte_check import check_gathered_bytes, hash_own_rows
 from qlora_train.models.moe import expert_parameters
 from qlora_train.models.shard_rows import place_rows
@@ -41,13 +42,16 @@ def check_torch(version: str = torch.__version__) -> None:
         )
 
 
-def shard_base(model: nn.Module, device: torch.device, sliced: Mapping[str, torch.Size]) -> None:
+def shard_base(
+    model: nn.Module, device: torch.device, sliced: Mapping[str, torch.Size], *, check_bytes: bool = True
+) -> None:
     """Shard a frozen model in place.
 
     Args:
         model: 4-bit weights and the tensors of `sliced` may be this rank's part alone.
         device: of the model.
         sliced: shapes of the 16-bit parameters that are loaded in part, by name.
+        check_bytes: gather the first layer and compare its bytes (`byte_check`); fake tensors have none.
 
     Raises:
         ModelError: ranks gather other bytes than they loaded.
@@ -58,13 +62,13 @@ def shard_base(model: nn.Module, device: torch.device, sliced: Mapping[str, torc
     for name, module in expert_parameters(model).items():
         if quantized_experts(module, name.rpartition(".")[2]):
             prepare_experts(module, name.rpartition(".")[2])
-    rows = _full_rows(model, sliced)
+    counts = _row_counts(model, sliced)
     ignored = {parameter for parameter in model.parameters() if parameter.ndim < 2}
     mesh = init_device_mesh(device.type, (context().world_size,))
     units = [*decoder_layers(model), model]
     for unit in units:
-        _expand(unit, rows)
-        if unit is units[0]:
+        _expand(unit, counts)
+        if unit is units[0] and check_bytes:
             hashes = hash_own_rows(unit)
         fully_shard(
             unit,
@@ -76,8 +80,9 @@ def shard_base(model: nn.Module, device: torch.device, sliced: Mapping[str, torc
     for module in model.modules():
         if isinstance(module, Linear4bit):
             describe_weight(module)
-    name = next(name for name, module in model.named_modules() if module is units[0])
-    check_gathered_bytes(units[0], name, hashes)
+    if check_bytes:
+        name = next(name for name, module in model.named_modules() if module is units[0])
+        check_gathered_bytes(units[0], name, hashes)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -92,37 +97,48 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return found or list(max(lists, key=len, default=()))
 
 
-def _full_rows(model: nn.Module, sliced: Mapping[str, torch.Size]) -> dict[Tensor, int]:
-    """Return the number of rows, over all ranks, of each parameter of which this rank has a part."""
-    rows: dict[Tensor, int] = {model.get_parameter(name): shape[0] for name, shape in sliced.items()}
+RowCounts = dict[tuple[nn.Module, str], int]
+"""Rows over all ranks, by module and parameter name: the parameters themselves would stay alive beside FSDP's copies."""
+
+
+def _row_counts(model: nn.Module, sliced: Mapping[str, torch.Size]) -> RowCounts:
+    """Return the rows of each parameter that loading may have cut."""
+    counts: RowCounts = {}
+    for full_name, shape in sliced.items():
+        module_name, _, name = full_name.rpartition(".")
+        counts[model.get_submodule(module_name), name] = shape[0]
     for module in model.modules():
-        if isinstance(module, Linear4bit) and hasattr(module, "absmax"):
-            rows |= dict.fromkeys((module.weight, module.absmax), module.quant_state.shape.numel() // BLOCK_SIZE)
-    for name, module in expert_parameters(model).items():
-        found = quantized_experts(module, name.rpartition(".")[2])
+        if isinstance(module, Linear4bit) and "absmax" in module._parameters:
+            counts |= dict.fromkeys(((module, "weight"), (module, "absmax")), num_blocks(module.quant_state.shape))
+    for full_name, experts in expert_parameters(model).items():
+        name = full_name.rpartition(".")[2]
+        found = quantized_experts(experts, name)
         if found is not None and found[1].has_block_rows:
-            codes, weights = found
-            rows |= dict.fromkeys((codes, weights.absmax), weights.shape.numel() // BLOCK_SIZE)
-    return {parameter: count for parameter, count in rows.items() if len(parameter) < count}
+            codes_owner: Any = experts.parametrizations[name]  # type: ignore[index]
+            counts |= dict.fromkeys(((codes_owner, "original"), (found[1], "absmax")), num_blocks(found[1].shape))
+    return counts
 
 
-def _expand(unit: nn.Module, rows: Mapping[Tensor, int]) -> None:
+def _expand(unit: nn.Module, counts: RowCounts) -> None:
     """Give each partly loaded parameter of a unit its full shape: `fully_shard` keeps this rank's rows, and no others.
 
     The full tensors of one unit exist at a time, as in a forward pass.
     """
-    expanded: dict[nn.Parameter, nn.Parameter] = {}
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module, name, parameter in _parameters(unit):
-        if parameter in rows:
-            if parameter not in expanded:
-                expanded[parameter] = nn.Parameter(place_rows(parameter.data, rows[parameter]), requires_grad=False)
-            module._parameters[name] = expanded[parameter]
+        if len(parameter) < counts.get((module, name), 0):
+            places.setdefault(id(parameter), []).append((module, name))  # several if it is tied
+    for tied in places.values():
+        first, name = tied[0]
+        whole = nn.Parameter(place_rows(first.get_parameter(name), counts[first, name]), requires_grad=False)
+        for module, name in tied:
+            module._parameters[name] = whole  # frees the part
 
 
 def _parameters(unit: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Yield the parameters of a unit, tied ones repeatedly, without those of units inside."""
-    for name, parameter in list(unit._parameters.items()):
-        if parameter is not None:
+    """Yield the matrices of a unit, tied ones repeatedly, without those of units inside."""
+    for name, parameter in unit._parameters.items():
+        if parameter is not None and parameter.ndim >= 2:
             yield unit, name, parameter
     for child in unit.children():
         if not isinstance(child, FSDPModule):

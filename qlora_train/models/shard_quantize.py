@@ -15,6 +15,7 @@ from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, qu
 from torch import Tensor
 
 from qlora_train.kernels.expert_weights import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
+from qlora_train.kernels.sharded_weights import num_blocks
 from qlora_train.models.shard_rows import gather_rows, own_rows
 
 CHUNK_WEIGHTS = 1 << 22
@@ -44,14 +45,14 @@ def own_weights(rows: Tensor, first_row: int, shape: torch.Size) -> Tensor:
         first_row: their first.
         shape: of the whole tensor.
     """
-    blocks = own_rows(shape.numel() // BLOCK_SIZE)
+    blocks = own_rows(num_blocks(shape))
     skipped = first_row * shape[1:].numel()
     return rows.reshape(-1)[blocks.start * BLOCK_SIZE - skipped : blocks.stop * BLOCK_SIZE - skipped]
 
 
 def rows_of_blocks(shape: torch.Size) -> range:
     """Return the rows of a tensor that hold weights of this rank's blocks."""
-    blocks, row_size = own_rows(shape.numel() // BLOCK_SIZE), shape[1:].numel()
+    blocks, row_size = own_rows(num_blocks(shape)), shape[1:].numel()
     return range(blocks.start * BLOCK_SIZE // row_size, -(-blocks.stop * BLOCK_SIZE // row_size))
 
 
@@ -72,7 +73,7 @@ def quantize_part(
         double_quant: quantize absmax too.
         count: is called with each piece before it is quantized.
     """
-    num_blocks = shape.numel() // BLOCK_SIZE
+    blocks = own_rows(num_blocks(shape))
     codes = weights.new_empty((len(weights) // BLOCK_SIZE, BLOCK_SIZE // 2), dtype=torch.uint8)
     first_level = weights.new_empty(len(codes), dtype=torch.float32)
     chunk = CHUNK_WEIGHTS // BLOCK_SIZE
@@ -81,10 +82,9 @@ def quantize_part(
         packed, state = quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=quant_type, compress_statistics=False)
         codes[begin : begin + chunk] = packed.view(-1, BLOCK_SIZE // 2)
         first_level[begin : begin + chunk] = state.absmax
-    gathered = gather_rows(first_level, num_blocks).view(shape[0], -1)
+    gathered = gather_rows(first_level, num_blocks(shape)).view(shape[0], -1)
     code = get_4bit_type(quant_type, device=weights.device)
     states = tuple(_state(absmax, shape[1:], weights.dtype, code, quant_type, double_quant) for absmax in gathered)
-    blocks = own_rows(num_blocks)
     absmax = torch.cat([state.absmax for state in states])[blocks.start : blocks.stop].clone()
     return QuantizedPart(codes, absmax, states)
 

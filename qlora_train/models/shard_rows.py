@@ -30,5 +30,5 @@ def place_rows(part: Tensor, num_rows: int) -> Tensor:
     rows = own_rows(num_rows)
     assert len(part) == len(rows), "loading and FSDP cut alike"
     whole = torch.empty((num_rows, *part.shape[1:]), dtype=part.dtype, device=part.device)
-    whole[rows.start : rows.stop] = part
+    whole[rows.start : rows.stop] = part.detach()
     return whole

@@ -48,6 +48,9 @@ def frozen_bytes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     names = {module: name for name, module in model.named_modules()}
     for module in gathering_modules(model):
         tensors = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            # some models zero the padding row after loading, when they are loaded whole
+            tensors["weight"] = module.weight.detach().index_fill(0, torch.tensor([module.padding_idx]), 0)
         if isinstance(module, Linear4bit):
             codes, state = packed_weight(module)
             tensors |= {"weight": codes, "absmax": state.absmax, "code": state.code}
