@@ -1,23 +1,33 @@
-"""A run from config to adapter and merged model: the stages in their order."""
+"""A run from config to adapter and merged model: the stages in their order.
+
+Every rank of a run of several processes goes through them until training ends; rank 0 alone writes the run folder, and does
+what comes after training.
+"""
 
 import logging
 import shutil
 from pathlib import Path
 
-from qlora_train.adapters import attach_adapter
+import torch
+
+from qlora_train.adapters import attach_adapter, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.config.preflight import check_machine
+from qlora_train.data import PreparedData
 from qlora_train.data.held_out_rows import save_rows
 from qlora_train.export.adapter_check import AdapterReference, check_adapter, measure_adapter, measure_again
 from qlora_train.export.adapter_writer import write_adapter
 from qlora_train.export.finished_run import FinishedRun, reopen
-from qlora_train.models import load_model
+from qlora_train.models import BaseSource, load_model
+from qlora_train.parallel import context
 from qlora_train.planning.base_and_data import prepare
 from qlora_train.planning.disk import check_disk_space, plan_disk
-from qlora_train.planning.run_metadata import restore_num_threads, run_metadata
-from qlora_train.runs import RunFolder, critical_changes, open_run, record_metadata, write_json
+from qlora_train.planning.run_metadata import check_same_data, restore_num_threads, run_metadata
+from qlora_train.runs import RunFolder, critical_changes, record_metadata, write_json
+from qlora_train.runs.shared_run import open_shared_run
 from qlora_train.training import train
 from qlora_train.training.optimizer import choose_optimizer
+from qlora_train.training.replicas import copy_from_main_
 from qlora_train.utils import signals
 from qlora_train.utils.device import deterministic_algorithms, select_device
 
@@ -35,36 +45,80 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         UserError: an error the user can fix; complete files stay intact.
         Stop: a signal asked the process to stop; the same call resumes.
     """
+    is_main = context().is_main
     with (
         signals.time_limit(config.run.max_minutes),
         deterministic_algorithms(config.run.deterministic),
-        open_run(config, resume=resume) as (folder, checkpoint),
+        open_shared_run(config, resume=resume) as (folder, checkpoint),
     ):
-        finished, reference = None, None
-        if folder.is_finished() and not critical_changes(folder, config):
+        trained = None
+        if context().broadcast(is_main and folder.is_finished() and not critical_changes(folder, config)):
             logger.info("%s: training has finished already; delete the folder to train again", folder.path)
         else:
-            finished, reference = train_adapter(config, folder, checkpoint)
-        if not folder.passed_adapter_check():
-            finished = finished or reopen(folder, config)
-            check_adapter(finished, reference or measure_again(finished))
-        if config.export.merge and folder.has_merged():
-            logger.info("%s exists; delete it to merge again", folder.merged)
-        elif config.export.merge:
-            from qlora_train.export.merging.merge_run import merge_run
-
-            merge_run(finished or reopen(folder, config))
+            trained = train_adapter(config, folder, checkpoint)
+        context().leave()
+        if is_main:
+            _check_and_merge(config, folder, *(trained or (None, None)))
     return folder
+
+
+def _check_and_merge(
+    config: RunConfig, folder: RunFolder, finished: FinishedRun | None, reference: AdapterReference | None
+) -> None:
+    if not folder.passed_adapter_check():
+        finished = finished or reopen(folder, config)
+        check_adapter(finished, reference or measure_again(finished))
+    if config.export.merge and folder.has_merged():
+        logger.info("%s exists; delete it to merge again", folder.merged)
+    elif config.export.merge:
+        from qlora_train.export.merging.merge_run import merge_run
+
+        merge_run(finished or reopen(folder, config))
 
 
 def train_adapter(
     config: RunConfig, folder: RunFolder, checkpoint: Path | None
-) -> tuple[FinishedRun, AdapterReference]:
-    """Prepare the data, load the base, train an adapter, write and measure it; the model is freed on return."""
-    device = select_device()
+) -> tuple[FinishedRun, AdapterReference] | None:
+    """Prepare the data, load the base, train an adapter, write and measure it; the model is freed on return.
+
+    Returns:
+        The run and the measurements; None on ranks other than 0.
+    """
+    this, device = context(), select_device()
     restore_num_threads(folder, device, config.run.allow_changed)
-    check_machine(config)
-    source, data = prepare(config, folder)
+    with this.local_main_first():
+        check_machine(config)
+        source, data = prepare(config, folder)
+    check_same_data(source, data)
+    if this.is_main:
+        _record_start(config, folder, source, data, device)
+    this.barrier()
+
+    loaded = load_model(config.model, config.quantization, source=source)
+    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, data=None if checkpoint else data)
+    copy_from_main_(trainable_state(adapted.model))
+    optim = this.broadcast(choose_optimizer(config.train.optim, adapted, checkpoint))
+    resolved = config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})})
+    if this.is_main:
+        if checkpoint:
+            folder.delete_checkpoints_after(checkpoint)
+        plan = plan_disk(folder, adapted, resolved, data, checkpoint)
+        check_disk_space(folder, plan, shutil.disk_usage(folder.path).free)
+
+    logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
+    result = train(adapted, data, resolved, folder, checkpoint)
+    this.leave()
+    if not this.is_main:
+        return None
+    write_adapter(folder, adapted, config, data, result)
+    reference = measure_adapter(folder, config, data, adapted.model, loaded, folder.start_date())
+    return FinishedRun.of(folder, config, source), reference
+
+
+def _record_start(
+    config: RunConfig, folder: RunFolder, source: BaseSource, data: PreparedData, device: torch.device
+) -> None:
+    """Write what determines the run, its data report and the rows that evaluation and merge use."""
     record_metadata(folder, config, run_metadata(config, source, data, device, folder.start_date()))
     data.report.log()
     write_json(folder.data_report_file, data.report.to_json())
@@ -72,18 +126,3 @@ def train_adapter(
     if results := folder.existing_results():
         names = ", ".join(path.name for path in results)
         logger.warning("%s: training further will replace the adapter and delete %s", folder.path, names)
-
-    loaded = load_model(config.model, config.quantization, source=source)
-    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, data=None if checkpoint else data)
-    if checkpoint:
-        folder.delete_checkpoints_after(checkpoint)
-    optim = choose_optimizer(config.train.optim, adapted, checkpoint)
-    resolved = config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})})
-    plan = plan_disk(folder, adapted, resolved, data, checkpoint)
-    check_disk_space(folder, plan, shutil.disk_usage(folder.path).free)
-
-    logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
-    result = train(adapted, data, resolved, folder, checkpoint)
-    write_adapter(folder, adapted, config, data, result)
-    reference = measure_adapter(folder, config, data, adapted.model, loaded, folder.start_date())
-    return FinishedRun.of(folder, config, source), reference

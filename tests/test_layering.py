@@ -14,7 +14,7 @@ ORDER = (
 )  # fmt: skip
 """Packages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
-    "utils": set(), "config": {"utils"}, "parallel": {"utils"}, "architectures": {"utils"}, "kernels": set(),
+    "utils": set(), "config": {"utils"}, "parallel": {"config", "utils"}, "architectures": {"utils"}, "kernels": set(),
     "runs": {"config", "parallel", "utils"},
 }  # fmt: skip
 """Packages that may import only these packages."""

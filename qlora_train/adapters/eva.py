@@ -57,7 +57,12 @@ def eva_components(
 
     logger.info("adapter: eva initialization from %d batches", len(batches))
     components = get_eva_state_dict(
-        loaded.model, [dict(batch) for batch in batches], config, forward_fn=forward, show_progress_bar=False
+        loaded.model,
+        [dict(batch) for batch in batches],
+        config,
+        forward_fn=forward,
+        show_progress_bar=False,
+        gather_distributed_inputs=False,  # every rank has the same batches
     )
     return {f"base_model.model.{name}": component for name, component in components.items()}
 

@@ -10,8 +10,8 @@ from qlora_train.utils import network
 from qlora_train.utils.launcher import clear_launcher_environment
 
 
-def prepare_libraries(*, offline: bool = False) -> None:
-    """Configure network, threads, device and verbosity; then import Transformers."""
+def prepare_libraries(*, offline: bool = False, local_rank: int = 0) -> None:
+    """Configure network, threads, device and verbosity; then import Transformers. `local_rank` has a GPU of its own."""
     clear_launcher_environment()
     if offline or network.is_offline():
         network.go_offline()
@@ -22,7 +22,7 @@ def prepare_libraries(*, offline: bool = False) -> None:
     choose_wait_policy()
     from qlora_train.utils.device import prepare_cuda
 
-    prepare_cuda()
+    prepare_cuda(local_rank)
     import transformers
 
     with redirect_stdout(io.StringIO()):  # this import prints W&B's mode even if W&B is unused

@@ -15,8 +15,9 @@ import typer
 
 from qlora_train import __version__
 from qlora_train.cli.output import set_up_logging
+from qlora_train.parallel import parent_link
 from qlora_train.utils import signals
-from qlora_train.utils.errors import ConfigError, UserError, did_you_mean, explain
+from qlora_train.utils.errors import ConfigError, ProcessGroupError, UserError, did_you_mean, explain
 from qlora_train.utils.secrets import redact
 
 COMMANDS = {
@@ -45,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with signals.handle_signals():
+        with signals.handle_signals(), parent_link.linked():
             return _run(words)
     except signals.Stop as stop:
         command = redact(shlex.join(["qlora-train", *words]))
-        print(f"{stop.cause}: stopped; the same command resumes: {command}", file=sys.stderr)
+        _print_end([f"{stop.cause}: stopped; the same command resumes: {command}"])
         return stop.status
 
 
@@ -57,17 +58,26 @@ def _run(words: list[str]) -> int:
     set_up_logging()
     try:
         return parse_and_run(words)
-    except UserError as error:
+    except ProcessGroupError as error:
+        if parent_link.has_parent():
+            return parent_link.LOST_STATUS
         problems: Sequence[str] = error.problems
+    except UserError as error:
+        problems = error.problems
     except typer.TyperException as error:
         problems = [f"qlora-train: error: {error.format_message().rstrip('.')}; see qlora-train --help"]
     except Exception as error:
         if (line := explain(error)) is None:
             raise
         problems = [line]
-    for problem in problems:
-        print(redact(problem), file=sys.stderr)
+    _print_end([redact(problem) for problem in problems])
     return 2
+
+
+def _print_end(lines: Sequence[str]) -> None:
+    parent_link.report(lines)
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def parse_and_run(words: list[str]) -> int:
@@ -79,17 +89,19 @@ def parse_and_run(words: list[str]) -> int:
     """
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         _check_is_config(words[0])
-        words = ["train", *words]
+        command = ["train", *words]
+    else:
+        command = words
     app = typer.Typer(add_completion=False, rich_markup_mode=None, help=HELP, epilog=EPILOG)
     app.callback()(_program)
     for name, target in COMMANDS.items():
-        if words[:1] == [name] or not {*words[:1]} & COMMANDS.keys():  # all of them for --help only
+        if command[:1] == [name] or not {*command[:1]} & COMMANDS.keys():  # all of them for --help only
             module, function = target.split(".")
             app.command(name)(getattr(importlib.import_module(f"qlora_train.cli.{module}"), function))
     group = typer.main.get_group(app)
     try:
         # not group.main(), which ends in silence on a broken pipe or EOF inside a command
-        with group.make_context("qlora-train", words) as context:
+        with group.make_context("qlora-train", command, obj=words) as context:
             return int(group.invoke(context) or 0)
     except typer.Exit as done:
         return int(done.exit_code)

@@ -1,24 +1,51 @@
 """`qlora-train CONFIG` and `qlora-train train CONFIG`."""
 
-from typing import Annotated
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Annotated, Any
 
 import typer
 
 from qlora_train.cli.libraries import prepare_libraries
 from qlora_train.cli.options import ConfigFile, Offline, Overrides
+from qlora_train.utils import launcher
 
 
 def train(
+    context: typer.Context,
     config: ConfigFile,
     overrides: Overrides = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|CHECKPOINT", help="Where to resume")] = "auto",
     offline: Offline = False,
-) -> None:
+) -> int:
     """Train a config, or resume its run; merge if the config asks for it."""
     from qlora_train.config import load_run_config
+    from qlora_train.parallel.num_processes import check_launched_processes, choose_num_processes
 
     resolved = load_run_config(config, overrides or ())
-    prepare_libraries(offline=offline)
+    worker = launcher.take_worker()
+    if worker is not None:
+        check_launched_processes(resolved, worker)
+    elif (num_processes := choose_num_processes(resolved)) > 1:
+        from qlora_train.parallel.start_processes import start_processes
+
+        return start_processes(context.obj, num_processes)
+    rank = 0 if worker is None else worker.rank
+    if rank:
+        logging.getLogger("qlora_train").setLevel(logging.WARNING)  # until the run folder has a file for its log
+    prepare_libraries(offline=offline, local_rank=0 if worker is None else worker.local_rank)
     from qlora_train.pipeline import run
 
-    print(f"finished: {run(resolved, resume=resume).path}")
+    with _joined(worker):
+        folder = run(resolved, resume=resume)
+    if rank == 0:
+        print(f"finished: {folder.path}")
+    return 0
+
+
+def _joined(worker: launcher.Worker | None) -> AbstractContextManager[Any]:
+    if worker is None:
+        return nullcontext()
+    from qlora_train.parallel.process_group import joined
+
+    return joined(worker)

@@ -14,6 +14,8 @@ OTHER_NAMES = {
     **dict.fromkeys(("clip_grad_norm", "gradient_clipping"), "train.max_grad_norm"),
     **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "train.eval_steps"),
     **dict.fromkeys(("batch_size", "micro_batch_size"), "train.per_device_train_batch_size"),
+    **dict.fromkeys(("distributed_type", "fsdp", "fsdp_config", "ddp", "data_parallel"), "parallel.strategy"),
+    **dict.fromkeys(("num_processes", "nproc_per_node", "num_gpus", "n_gpu", "world_size"), "parallel.processes"),
     "sample_packing": "data.packing",
     "lr": "train.learning_rate",
     "warmup_steps": "train.warmup_ratio",
@@ -24,6 +26,19 @@ OTHER_NAMES = {
 """Name in another trainer -> `section.key`."""
 UNSUPPORTED = {
     "load_in_8bit": "the base is stored in 4 bits, or in 16 with quantization.load_in_4bit: false",
+    **dict.fromkeys(
+        ("deepspeed", "deepspeed_config", "zero_stage"),
+        "DeepSpeed is not used: under it every process loads the whole model (DeepSpeed#5637); remove it: "
+        "parallel.strategy divides the work",
+    ),
+    **dict.fromkeys(
+        ("context_parallel_size", "sequence_parallel_degree", "sequence_parallel_size", "cp_size", "sp_size"),
+        "no row is divided over GPUs; remove it: lower data.max_length, or use train.activation_offloading",
+    ),
+    **dict.fromkeys(
+        ("tensor_parallel_size", "tp_size", "pipeline_parallel_size", "pp_size"),
+        "no layer is computed by several GPUs; remove it: parallel.strategy divides the rows",
+    ),
     "fp8": "training in float8 is not supported; remove it: quantization.bnb_4bit_compute_dtype sets the compute dtype",
 }
 """Settings without an equivalent -> the alternative."""

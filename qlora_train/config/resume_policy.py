@@ -10,7 +10,7 @@ from typing import Any
 from qlora_train.utils.errors import did_you_mean
 
 MUTABLE = (
-    "run.output_dir", "run.report_to", "run.max_minutes", "run.allow_changed", "export.",
+    "parallel.", "run.output_dir", "run.report_to", "run.max_minutes", "run.allow_changed", "export.",
     "train.logging_steps", "train.save_steps", "train.save_total_limit",
     "train.on_nonfinite", "train.max_skipped_steps", "train.on_loss_spike",
     "train.per_device_eval_batch_size", "data.num_proc", "data.cache_dir", "data.cache_limit",
@@ -34,7 +34,6 @@ RUN_METADATA = {
     "adapter": "the run would have started with other weights",
     "device": "other hardware rounds differently: equal within rounding, not bitwise",
     "num_threads": "sums are split differently: equal within rounding, not bitwise",
-    "world_size": "rows would be divided differently",
     "versions": "other releases may compute differently: not necessarily bitwise equal",
 }
 """Metadata that is compared -> the effect of a change."""

@@ -331,11 +331,11 @@ class TrainSection(Section):
     max_steps: int | None = Field(None, ge=1)
     """Number of optimizer steps."""
     per_device_train_batch_size: int = Field(1, ge=1)
-    """Rows per micro-batch, or packs with data.packing. `padding_free` may compute more short rows at once."""
+    """Rows per micro-batch of a process, or packs with data.packing. `padding_free` may compute more short rows at once."""
     per_device_eval_batch_size: int = Field(8, ge=1)
     """Maximum rows per evaluation batch; smaller if memory runs out."""
     gradient_accumulation_steps: int = Field(16, ge=1)
-    """Micro-batches per optimizer step; the loss is normalised over all of their tokens."""
+    """Micro-batches per optimizer step, over all processes; the loss is normalised over all of their tokens."""
     gradient_checkpointing: Literal["auto", "none", "mlp", "full"] = "auto"
     """Activation checkpointing (non-reentrant): each layer recomputes nothing, its MLP, or everything in the backward pass.
     `auto`: as little as the GPU's memory allows, layer by layer; `full` with activation_offloading; `none` on a CPU."""
@@ -357,8 +357,8 @@ class TrainSection(Section):
     once, if that saves tokens and a parity check matches. A sequence has at most the tokens of the largest padded
     micro-batch (on a GPU up to 8,192 if they fit, unless run.deterministic). Needs fused_kernels."""
     dequantized_cache_gb: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
-    """Memory for a cache of weights dequantized to the compute dtype. `auto`: up to a quarter of a CPU's free memory, 0
-    on GPUs."""
+    """Memory per process for a cache of weights dequantized to the compute dtype. `auto`: up to a quarter of a CPU's free
+    memory, 0 on GPUs."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
     """NEFTune noise on the embeddings (https://arxiv.org/abs/2310.05914)."""
     logging_steps: int = Field(10, ge=1)
@@ -390,6 +390,25 @@ class TrainSection(Section):
             raise ValueError(
                 f"learning_rate: {self.learning_rate:g} is not above the final rate of lr_scheduler_type: polynomial; "
                 f"allowed: a number > {POLYNOMIAL_END:g}"
+            )
+        return self
+
+
+class ParallelSection(Section):
+    """The processes that train together."""
+
+    strategy: Literal["auto", "none", "ddp"] = "auto"
+    """How several processes divide the work. `ddp`: each has the whole model and computes a share of every optimizer
+    step's rows, balanced by tokens; the adapter's gradients are summed. `none`: one process. `auto`: ddp."""
+    processes: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = "auto"
+    """Processes on this machine, one per GPU. `auto`: one per visible GPU, one on a CPU. Rows per step, and the adapter
+    within rounding, do not depend on it. Under torchrun or srun: their number."""
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> Self:
+        if self.strategy == "none" and self.processes not in ("auto", 1):
+            raise ValueError(
+                f"processes: {self.processes}, but strategy: none is one process; use strategy auto or ddp"
             )
         return self
 
@@ -441,6 +460,7 @@ class RunConfig(Section):
     lora: LoraSection = LoraSection()
     data: DataSection
     train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
     run: RunSection = RunSection()
     export: ExportSection = ExportSection()
 
@@ -468,6 +488,13 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         yield (
             "train.group_by_length has no effect with data.packing: true, whose rows all have about max_length "
             "tokens; drop one of them"
+        )
+    rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if config.parallel.processes != "auto" and config.parallel.processes > rows_per_step:
+        yield (
+            f"parallel.processes: {config.parallel.processes}, but an optimizer step has {rows_per_step} "
+            f"row{'s' if rows_per_step > 1 else ''} (train.per_device_train_batch_size x "
+            "train.gradient_accumulation_steps); lower it, or raise train.gradient_accumulation_steps"
         )
     if config.export.merge_base == "dequantized" and not config.quantization.load_in_4bit:
         yield (

@@ -22,8 +22,9 @@ from qlora_train.data.rendered_rows import render_rows
 from qlora_train.data.selection import StoredTexts, first_occurrences, held_out_mask, is_among, mix, num_duplicates
 from qlora_train.data.source_store import SourceStore, SourceTokenizer
 from qlora_train.data.token_store import Rows
-from qlora_train.data.worker_pool import num_cores
+from qlora_train.parallel import context
 from qlora_train.utils.errors import DataError
+from qlora_train.utils.num_cores import num_cores
 
 log = logging.getLogger("qlora_train")
 
@@ -95,7 +96,7 @@ def _streamed(
 
     train = RowStream(
         [sources.streamed("data.train", source) for source in data.train], seed=seed,
-        num_proc=data.num_proc or num_cores(), max_dropped=data.max_dropped,
+        num_proc=data.num_proc or max(1, num_cores() // context().local_world_size), max_dropped=data.max_dropped,
     )  # fmt: skip
     eval_rows = Rows.all_of([each.store for each in held_out])
     head = train.head()

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from qlora_train.utils import signals
 from qlora_train.utils.errors import DataError
+from qlora_train.utils.num_cores import num_cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,11 +33,6 @@ def num_processes(wanted: int | None, num_bytes: int, *, min_bytes: int) -> int:
     if wanted is not None:
         return wanted
     return 1 if num_bytes < min_bytes else num_cores()
-
-
-def num_cores() -> int:
-    """Return the cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], num_proc: int) -> Iterator[Result]:

@@ -4,10 +4,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
+from qlora_train.parallel import context
+from qlora_train.parallel.shared_stop import shared_stop
+from qlora_train.utils import signals
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import ModelError
 
@@ -72,6 +76,32 @@ def compute_in_batches(
                 "memory: %d x %d tokens do not fit, retries with %d rows (%s; lower %s)",
                 len(rows), length, len(rows) // 2, reason, setting,
             )  # fmt: skip
+
+
+def compute_share_in_batches(
+    batches: Iterable[list[int]],
+    compute: Callable[[list[int]], None],
+    lengths: Sequence[int],
+    *,
+    setting: str,
+    advice: str,
+) -> None:
+    """Call `compute` with this rank's share of the batches, which all ranks together compute as one process would.
+
+    Raises:
+        ModelError: as `compute_in_batches`.
+        Stop: a signal asked the process of any rank to stop.
+    """
+    share = islice(batches, context().rank, None, context().world_size)
+    stopped = None
+    try:
+        compute_in_batches(share, compute, lengths, setting=setting, advice=advice)
+    except signals.Stop as stop:
+        stopped = stop  # every rank comes to the next line, whichever was asked to stop
+    if shared_stop():
+        signals.raise_if_requested()
+    if stopped is not None:
+        raise stopped
 
 
 def row_too_long(num_tokens: int, reason: str | None, advice: str) -> ModelError:

@@ -13,12 +13,13 @@ from qlora_train.data.collate import PaddingCollator
 from qlora_train.data.types import Example
 from qlora_train.evaluation.batched_inference import (
     batches_by_length,
-    compute_in_batches,
+    compute_share_in_batches,
     input_device,
     row_too_long,
 )
 from qlora_train.objectives.chunked_loss import EVAL_LOGITS_BYTES
 from qlora_train.objectives.label_losses import label_logits, label_losses
+from qlora_train.parallel import context
 from qlora_train.utils import signals
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import DataError
@@ -65,7 +66,8 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
     """Return the loss of a causal language model on examples; its training mode is restored.
 
     As in training, a label at position 0 does not count. A batch has fewer than `batch_size` rows if the logits of its
-    labels would exceed MAX_LOGITS, or if memory runs out.
+    labels would exceed MAX_LOGITS, or if memory runs out. The ranks of a run compute different batches, the same ones as
+    one process would.
 
     Raises:
         DataError: no example has a label.
@@ -89,10 +91,11 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
         nll.index_add_(0, tensors["row"][losses.row_index], losses.nll.double().cpu())
 
     with eval_mode(model):
-        compute_in_batches(
+        compute_share_in_batches(
             batches_by_length(lengths, batch_size, num_labels, max_labels), compute, lengths,
             setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
         )  # fmt: skip
+    context().sum_(nll)
     return HeldOutLoss.of([ExampleLoss(*row) for row in zip(nll.tolist(), num_labels, strict=True)])
 
 

@@ -8,11 +8,12 @@ import torch
 
 from qlora_train.data.collate import PaddingCollator, collate_rows
 from qlora_train.data.types import Example
-from qlora_train.evaluation.batched_inference import batches_by_length, compute_in_batches, input_device
+from qlora_train.evaluation.batched_inference import batches_by_length, compute_share_in_batches, input_device
 from qlora_train.evaluation.held_out_loss import MAX_LOGITS, ONE_ROW_ADVICE
 from qlora_train.objectives.batch_loss import model_inputs
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.objectives.preference_loss import PreferenceLoss
+from qlora_train.parallel import context
 from qlora_train.utils import signals
 from qlora_train.utils.eval_mode import eval_mode
 
@@ -43,8 +44,9 @@ def evaluate_preferences(
             values[row] = {name: float(value[index]) for name, value in found.items()}
 
     with eval_mode(model):
-        compute_in_batches(
+        compute_share_in_batches(
             batches_by_length(lengths, batch_size, num_labels, MAX_LOGITS // model.config.get_text_config().vocab_size),
             compute, lengths, setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
         )  # fmt: skip
-    return {name: math.fsum(each[name] for each in values.values()) / len(pairs) for name in values[0]}
+    of_pairs = [value for of_rank in context().gather(values) for value in of_rank.values()]
+    return {name: math.fsum(each[name] for each in of_pairs) / len(pairs) for name in of_pairs[0]}

@@ -70,7 +70,10 @@ def record_metadata(run: RunFolder, config: RunConfig, metadata: Mapping[str, An
 
 def _changed_metadata(run: RunFolder, metadata: Mapping[str, Any]) -> list[Change]:
     recorded = run.metadata()
-    return _differences({key: recorded.get(key) for key in metadata}, metadata)
+    changes = _differences({key: recorded.get(key) for key in metadata}, metadata)
+    if any(change.key == "world_size" for change in changes):
+        return [change for change in changes if change.key != "num_threads"]  # sums are split by processes too
+    return changes
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -93,7 +96,7 @@ def _refuse(run: RunFolder, changes: Sequence[Change], allowed: Sequence[str]) -
 
 
 def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
-    return key in allowed or key.partition(".")[0] in allowed or key.rpartition(".")[0] in allowed
+    return key == "world_size" or key in allowed or key.partition(".")[0] in allowed or key.rpartition(".")[0] in allowed
 
 
 def _describe(run: RunFolder, change: Change) -> str:

@@ -53,6 +53,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.results_file = path / "results.json"  # training, adapter check, merge, evaluations
         self.answers_file = path / "answers.jsonl"  # generated answers of the last evaluation
+        self.logs = path / "logs"  # of ranks other than 0
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # PEFT's format; written when training has finished
         self.merged = path / "merged"
@@ -87,6 +88,10 @@ class RunFolder:
         """Return the model section at the Hub commit that the run began with; branches move."""
         identity = str(self.metadata().get("base_identity", ""))
         return model.model_copy(update={"revision": identity}) if COMMIT.fullmatch(identity) else model
+
+    def rank_log(self, rank: int) -> Path:
+        """Return the log file of a rank other than 0."""
+        return self.logs / f"rank-{rank}.log"
 
     def system_prompt(self) -> str:
         """Return the system prompt that the training rows share, or an empty string."""

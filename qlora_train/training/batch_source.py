@@ -37,6 +37,7 @@ from qlora_train.data.rank_shares import share_of
 from qlora_train.data.token_store import Rows
 from qlora_train.data.types import Example
 from qlora_train.parallel import context
+from qlora_train.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from qlora_train.data.streaming import RowStream
@@ -69,6 +70,11 @@ def make_batch_source(
 def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
     """Pack rows of these lengths, (num_rows,)."""
     packs = PackOrder(lengths, max_length=config.data.max_length, seed=config.run.seed)
+    if packs.num_packs < context().world_size:
+        raise ConfigError(
+            f"data.packing: the rows are {packs.num_packs} packs for {context().world_size} processes; lower "
+            "parallel.processes, or set data.packing to false"
+        )
     logger.info(
         "packing: %d rows in %d packs of %d tokens, %.1f %% full",
         len(lengths), packs.num_packs, config.data.max_length, 100 * packs.efficiency,

@@ -2,9 +2,11 @@
 
 import torch
 
+from qlora_train.parallel import context
+
 
 class MetricMeans:
-    """Adds up metrics of micro-batches on their device, and reads them once per optimizer step."""
+    """Adds up metrics of this rank's micro-batches on their device, and reads them once per optimizer step."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[str, torch.Tensor, int]] = []
@@ -25,13 +27,24 @@ class MetricMeans:
         self._pending = []
 
     def take(self) -> dict[str, float]:
-        """Return the means, and begin anew."""
-        means = {name: total / count for name, (total, count) in self._sums.items()}
+        """Return the means over all ranks, and begin anew."""
+        means = {name: total / count for name, (total, count) in self._total().items()}
         self._sums = {}
         return means
 
     def state(self) -> dict[str, list[float]]:
-        return {name: [total, count] for name, (total, count) in self._sums.items()}
+        """Return the state of all ranks for a checkpoint."""
+        return {name: [total, count] for name, (total, count) in self._total().items()}
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        self._sums = {name: (total, int(count)) for name, (total, count) in state.items()}
+        """Restore the state of a checkpoint, on rank 0: it is that of all."""
+        sums = {name: (total, int(count)) for name, (total, count) in state.items()}
+        self._sums = sums if context().is_main else {}
+
+    def _total(self) -> dict[str, tuple[float, int]]:
+        sums: dict[str, tuple[float, int]] = {}
+        for of_rank in context().gather(self._sums):
+            for name, (total, count) in of_rank.items():
+                before, num_items = sums.get(name, (0.0, 0))
+                sums[name] = before + total, num_items + count
+        return sums

@@ -26,7 +26,8 @@ from qlora_train.data.collate import FlatteningCollator, IndexedExample, Padding
 from qlora_train.data.types import Example
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
-from qlora_train.runs import RunFolder, read_json
+from qlora_train.parallel import context
+from qlora_train.runs import RunFolder, read_json, write_json
 from qlora_train.training.batch_source import RowBatches
 from qlora_train.training.memory.worst_case_batch import token_budget
 from qlora_train.training.parity.gradients import TOLERANCES, Gradients, gradients_of
@@ -57,12 +58,12 @@ class Savings:
 
     @classmethod
     def of(cls, padded: RowBatches, flattened: RowBatches, num_steps: int) -> "Savings":
-        """Compare the first steps."""
-        sizes = []
+        """Compare the first steps, over all ranks."""
+        counts = []
         for source in (padded, flattened):
             batches = [batch for step in islice(source.steps(), num_steps) for batch in source.collate(step)]
-            sizes.append((len(batches), sum(batch["input_ids"].numel() for batch in batches)))
-        (before, tokens_before), (after, tokens_after) = sizes
+            counts.append([len(batches), sum(batch["input_ids"].numel() for batch in batches)])
+        (before, tokens_before), (after, tokens_after) = context().sum_(torch.tensor(counts)).tolist()
         return cls((before, after), (tokens_before, tokens_after), num_steps)
 
     def are_enough(self) -> bool:
@@ -141,12 +142,12 @@ def min_tokens_on(device: torch.device) -> int:
 
 
 def lower_token_budget(run: RunFolder, reason: str) -> bool:
-    """Reduce a run's token budget to that of its settings; return False if it is that already."""
+    """Reduce a run's token budget to that of its settings; return False if it is that already. No collective."""
     content = read_json(run.padding_free_file)
     if not content.get("min_tokens"):
         return False
     logger.info("padding-free: token budget lowered to that of the settings (%s)", reason)
-    save_parity(run.padding_free_file, ParityResult(**{**content, "min_tokens": 0}))
+    write_json(run.padding_free_file, {**content, "min_tokens": 0})
     return True
 
 
@@ -191,7 +192,12 @@ def _has_dropout(model: Any) -> bool:
 
 
 def _isolation_problem(adapted: AdaptedModel, config: RunConfig, source: RowBatches) -> str:
-    """Let flattened rows attend to themselves only; return why they cannot, or an empty string."""
+    """Let flattened rows attend to themselves only; return why they cannot on some rank, or an empty string."""
+    problems = context().gather(_isolation_problem_of_this_rank(adapted, config, source))
+    return next(filter(None, problems), "")
+
+
+def _isolation_problem_of_this_rank(adapted: AdaptedModel, config: RunConfig, source: RowBatches) -> str:
     if config.data.packing:
         return ""  # done
     from qlora_train.training.parity.document_isolation import isolate_documents

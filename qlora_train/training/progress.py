@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS
+from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
 from qlora_train.utils import atomic_io
 
@@ -28,7 +29,7 @@ LOG_FORMATS = {
 
 
 class ProgressCallback(TrainerCallback):
-    """Writes metrics to the log and to metrics.jsonl.
+    """Writes metrics to the log and, on rank 0, to metrics.jsonl.
 
     Args:
         objective_formats: how log lines print the objective's own metrics; empty: not at all.
@@ -38,6 +39,7 @@ class ProgressCallback(TrainerCallback):
         self._run = run
         self._formats = {**LOG_FORMATS, **objective_formats}
         self._metrics = (*self._formats, "eval_runtime_seconds")
+        self._writes = context().is_main
         self._bar: Progress | None = None
         self._has_begun = False
         self._start_seconds, self._start_step, self._start_tokens = time.perf_counter(), 0, 0
@@ -49,7 +51,7 @@ class ProgressCallback(TrainerCallback):
         self._start_seconds = time.perf_counter()
         self._start_step, self._start_tokens = state.global_step, int(state.num_input_tokens_seen)
         console = Console(stderr=True)
-        if console.is_terminal:
+        if console.is_terminal and self._writes:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
             self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
@@ -63,8 +65,9 @@ class ProgressCallback(TrainerCallback):
         metrics = {key: value for key, value in (logs or {}).items() if key in self._metrics}
         if not metrics:
             return
-        line = self._line({"step": state.global_step, "epoch": state.epoch, **metrics})
-        atomic_io.append_line(self._run.metrics_file, line)
+        if self._writes:
+            line = self._line({"step": state.global_step, "epoch": state.epoch, **metrics})
+            atomic_io.append_line(self._run.metrics_file, line)
         parts = [text.format(metrics[key]) for key, text in self._formats.items() if text and key in metrics]
         if self._bar is not None:
             speed = self._tokens_per_second(state)
@@ -98,6 +101,8 @@ class ProgressCallback(TrainerCallback):
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl from a log history, without the lines of steps after its checkpoint."""
+        if not self._writes:
+            return
         lines = [self._line(entry) for entry in history if entry.keys() & set(self._metrics)]
         atomic_io.write_text(self._run.metrics_file, "".join(line + "\n" for line in lines))
 

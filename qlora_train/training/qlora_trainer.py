@@ -3,6 +3,7 @@
 What differs from SFTTrainer, and why:
 
 - a loop iteration is an optimizer step, whose micro-batches the batch source makes, possibly padding-free;
+- each rank computes its share of a step; label counts, gradients and losses are summed over all ranks;
 - the loss is that of an `Objective`, summed over the accumulated batch and divided by its items: label tokens for SFT;
 - the order of rows is a function of seed and epoch;
 - non-finite losses and gradients never reach the weights (`step_guard`);
@@ -34,12 +35,15 @@ from qlora_train.kernels import host_copies
 from qlora_train.objectives.batch_loss import BatchLoss
 from qlora_train.objectives.label_losses import choose_chunk_tokens
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS, choose_router_aux_loss_coef
+from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import BatchSource, RowBatches, make_batch_source
+from qlora_train.training.gradient_sum import sum_gradients_
 from qlora_train.training.lr_schedule import make_lr_scheduler
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, choose_checkpointing
 from qlora_train.training.metric_means import MetricMeans
 from qlora_train.training.padding_free import choose_padding_free
+from qlora_train.training.replicas import SeedEachRank
 from qlora_train.training.resumable_trainer import ResumableTrainer
 from qlora_train.training.step_end import StepEndCallback, make_schedule
 from qlora_train.training.step_guard import AdvanceSkippedSchedule, NonFiniteGuard, Step
@@ -84,13 +88,15 @@ class QloraTrainer(ResumableTrainer):
         self.config, self.run, self.examples, self.adapted = config, run, data, adapted
         self.objective = objective
         self.aux_loss_weight = choose_router_aux_loss_coef(config.train.router_aux_loss_coef, adapted.model)
-        self.loss_chunk_tokens = choose_chunk_tokens(adapted.model)
+        chunk_tokens = choose_chunk_tokens(adapted.model)
+        self.loss_chunk_tokens = chunk_tokens if context().all_true(chunk_tokens is not None) else None
         if self.loss_chunk_tokens is None:
             logger.info("loss: not chunked (this model's head cannot run by itself)")
         self._offloading = _make_offloading(config.train, adapted.loaded.device)
         self.batch_source = self._make_batch_source(group_batch_size, has_fused_kernels)
         self.schedule = make_schedule(config, self.batch_source.steps_per_epoch, has_eval=bool(data.eval))
-        self._micro_losses: list[torch.Tensor] = []
+        self._step_loss: torch.Tensor | None = None
+        self._step_tokens = 0
         self._micro_rows: list[torch.Tensor] = []
         self._metric_means = MetricMeans()
         self.guard = NonFiniteGuard(config.train)
@@ -108,7 +114,12 @@ class QloraTrainer(ResumableTrainer):
             train_dataset=PLACEHOLDER,
             eval_dataset=PLACEHOLDER if data.eval else None,
             processing_class=adapted.loaded.tokenizer,
-            callbacks=[*callbacks, AdvanceSkippedSchedule(), StepEndCallback(self.schedule)],
+            callbacks=[
+                *callbacks,
+                AdvanceSkippedSchedule(),
+                SeedEachRank(config.run.seed),
+                StepEndCallback(self.schedule),
+            ],
         )
         self.remove_callback(PrinterCallback)
         for name, parameter in trainable_state(adapted.model).items():
@@ -163,7 +174,7 @@ class QloraTrainer(ResumableTrainer):
 
     def _track_num_input_tokens(self, inputs: list[Batch]) -> None:
         """Count the tokens of the rows, without padding; a shared prefix counts in every row."""
-        self.state.num_input_tokens_seen += sum(map(self.batch_source.num_tokens, inputs))
+        self.state.num_input_tokens_seen += self._step_tokens
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the optimizer steps, each a list of micro-batches."""
@@ -172,13 +183,20 @@ class QloraTrainer(ResumableTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: list[Batch], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Compute the gradients of an optimizer step, and return its loss, a scalar."""
+        """Compute the gradients of an optimizer step, and return its loss, a scalar; both are those of all ranks."""
+        self._loss_before_step = self._tr_loss.clone()
         losses = [super(QloraTrainer, self).training_step(model, batch, num_items_in_batch) for batch in inputs]
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
+        self._step_loss = sum_gradients_(list(trainable_state(self.model).values()), loss)
+        return self._step_loss
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Batch]], device: torch.device) -> Any:
-        """Return the number of items of the optimizer step, over all its micro-batches."""
-        return sum(self.objective.loss.num_items(batch) for step in batch_samples for batch in step)
+        """Return the number of items of the optimizer step, over all its micro-batches on all ranks."""
+        batches = [batch for step in batch_samples for batch in step]
+        num_items = sum(map(self.objective.loss.num_items, batches))
+        num_tokens = sum(map(self.batch_source.num_tokens, batches))
+        num_items, self._step_tokens = context().sum_(torch.tensor([num_items, num_tokens])).tolist()
+        return num_items
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """Move to the device what the model reads; losses need the rest on the host."""
@@ -206,9 +224,6 @@ class QloraTrainer(ResumableTrainer):
         for name, metric in batch_loss.metrics.items():
             self._metric_means.add(name, metric, num_items)
         loss = total / num_items_in_batch
-        if not self._micro_losses:
-            self._loss_before_step = self._tr_loss.clone()
-        self._micro_losses.append(loss.detach())
         self._micro_rows.append(inputs["row"])
         return loss
 
@@ -224,8 +239,9 @@ class QloraTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None = None) -> Any:
         """Return the gradient norm of an optimizer step, or None if the guard skips the step."""
         norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
-        loss = float(torch.stack(self._micro_losses).sum())
-        rows, self._micro_losses, self._micro_rows = self._micro_rows, [], []
+        assert self._step_loss is not None
+        loss, self._step_loss = float(self._step_loss), None
+        rows, self._micro_rows = self._micro_rows, []
         self._metric_means.end_step()
         scaled = self.accelerator.scaler is not None
         if self.guard.allow(Step(self.state.global_step + 1, loss, norm, scaled, lambda: self._locations(rows))):
@@ -242,7 +258,9 @@ class QloraTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _locations(self, rows: list[torch.Tensor]) -> str:
-        indices = list(dict.fromkeys(row for batch in rows for row in batch.tolist()))  # a pair has two
+        """Name the first rows of a step, given this rank's; every rank calls it."""
+        of_ranks = context().gather([row for batch in rows for row in batch.tolist()])
+        indices = list(dict.fromkeys(row for of_rank in of_ranks for row in of_rank))  # a pair has two
         names = ", ".join(self.batch_source.location(index) for index in indices[:MAX_NAMED_ROWS])
         return names + " ..." * (len(indices) > MAX_NAMED_ROWS)
 

@@ -1,4 +1,7 @@
-"""SFTTrainer with checkpoints that are complete or absent, contain no pickle, and resume a run bitwise on a CPU."""
+"""SFTTrainer with checkpoints that are complete or absent, contain no pickle, and resume a run bitwise on a CPU.
+
+Rank 0 writes them; they do not depend on the number of processes, except for random states.
+"""
 
 import shutil
 import time
@@ -12,19 +15,21 @@ from trl import SFTTrainer
 
 from qlora_train.adapters import trainable_state
 from qlora_train.config import RunConfig
+from qlora_train.parallel import context
 from qlora_train.runs import (
     RunFolder,
     checkpoint_errors,
     load_parameters,
     load_tree,
     random_state,
-    restore_random_state,
     save_tree,
 )
+from qlora_train.runs.random_states import restore_rank_random_state, save_random_states
 from qlora_train.training.batch_source import BatchSource
 from qlora_train.training.lr_schedule import fast_forward
 from qlora_train.training.metric_means import MetricMeans
 from qlora_train.training.optimizer import page_restored_state
+from qlora_train.training.replicas import check_replicas
 from qlora_train.training.step_end import Schedule, best_step, evaluations
 from qlora_train.training.step_guard import NonFiniteGuard, check_finite
 from qlora_train.utils import atomic_io, signals
@@ -46,7 +51,7 @@ class ResumableTrainer(SFTTrainer):
     lr_scheduler: LambdaLR | None
     _tr_loss: torch.Tensor  # sum of the losses since the last log line
     _globalstep_last_logged: int
-    _micro_losses: list[torch.Tensor]  # of the current optimizer step
+    _step_loss: torch.Tensor | None  # of the current optimizer step
     _metric_means: MetricMeans
 
     def is_finished(self) -> bool:
@@ -60,29 +65,35 @@ class ResumableTrainer(SFTTrainer):
 
     def save(self) -> None:
         """Write a checkpoint of the last step, then delete old ones."""
-        assert not self._micro_losses, "this release of transformers skips `_get_grad_norm`"
+        assert self._step_loss is None, "this release of transformers skips `_get_grad_norm`"
         started = time.perf_counter()
-        step = self.state.global_step
-        check_finite(step, trainable_state(self.model), self.optimizer.state)
-        with atomic_io.atomic_folder(self.run.checkpoint(step), self.run.checkpoint_metadata(step)) as folder:
-            save_tree(folder, "adapter", dict(trainable_state(self.model)))
-            save_tree(folder, "optimizer", self.optimizer.state_dict())
-            save_tree(folder, "random", random_state())
-            save_tree(folder, "loop", self._loop_state())
-            atomic_io.write_file(folder / STATE_FILE, lambda path: self.state.save_to_json(str(path)))
-        best = best_step(self.state.log_history) if self.config.train.load_best_model_at_end else None
-        self.run.rotate(keep=self.config.train.save_total_limit, best=best)
+        step, trained = self.state.global_step, dict(trainable_state(self.model))
+        check_finite(step, trained, self.optimizer.state)
+        check_replicas(step, trained)
+        random_states, loop = context().gather(random_state()), self._loop_state()
+        if context().is_main:
+            with atomic_io.atomic_folder(self.run.checkpoint(step), self.run.checkpoint_metadata(step)) as folder:
+                save_tree(folder, "adapter", trained)
+                save_tree(folder, "optimizer", self.optimizer.state_dict())
+                save_random_states(folder, random_states)
+                save_tree(folder, "loop", loop)
+                atomic_io.write_file(folder / STATE_FILE, lambda path: self.state.save_to_json(str(path)))
+            best = best_step(self.state.log_history) if self.config.train.load_best_model_at_end else None
+            self.run.rotate(keep=self.config.train.save_total_limit, best=best)
+        context().barrier()
         signals.reserve_time(RESERVED_SAVES * (time.perf_counter() - started))
 
     def run_pending_evaluation(self, checkpoint: Path) -> None:
         """Run the evaluation that a stop skipped, and add its result to the checkpoint."""
         with self.accelerator.autocast():  # as inside the training loop
             self.evaluate()
-        with atomic_io.atomic_folder(checkpoint, atomic_io.read_metadata(checkpoint)) as folder:
-            for file in checkpoint.iterdir():
-                if file.name not in (STATE_FILE, atomic_io.MANIFEST):
-                    shutil.copyfile(file, folder / file.name)
-            atomic_io.write_file(folder / STATE_FILE, lambda path: self.state.save_to_json(str(path)))
+        if context().is_main:
+            with atomic_io.atomic_folder(checkpoint, atomic_io.read_metadata(checkpoint)) as folder:
+                for file in checkpoint.iterdir():
+                    if file.name not in (STATE_FILE, atomic_io.MANIFEST):
+                        shutil.copyfile(file, folder / file.name)
+                atomic_io.write_file(folder / STATE_FILE, lambda path: self.state.save_to_json(str(path)))
+        context().barrier()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self.save()
@@ -142,7 +153,7 @@ class ResumableTrainer(SFTTrainer):
         if checkpoint is None:
             return
         with checkpoint_errors(Path(checkpoint)):
-            restore_random_state(load_tree(Path(checkpoint), "random"))
+            restore_rank_random_state(Path(checkpoint), seed=self.config.run.seed, step=self.state.global_step)
             loop = load_tree(Path(checkpoint), "loop")
             self._tr_loss = loop["tr_loss"].to(self.args.device)
             self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]

@@ -1,6 +1,7 @@
 """Step-end callback: logging, evaluation, checkpoints, early stopping, and stops by signal or time limit.
 
 What is due after a step is a function of the settings and the step, so that a resumed run does the same at the same steps.
+Stops are those of any rank.
 A pending evaluation is due after the checkpoint's step and missing in its log history.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qlora_train.config import RunConfig
+from qlora_train.parallel.shared_stop import shared_stop
 from qlora_train.utils import signals
 
 logger = logging.getLogger(__name__)
@@ -120,7 +122,7 @@ class StepEndCallback(TrainerCallback):
         """Set what is due; a stop defers the evaluation to the resumed run."""
         step = state.global_step
         self._check_time_limit()
-        stops = signals.requested() is not None
+        stops = shared_stop()
         control.should_log = self._schedule.logs_after(step)
         control.should_evaluate = self._schedule.evaluates_after(step) and not stops
         control.should_save = self._schedule.saves_after(step) or stops
@@ -134,7 +136,7 @@ class StepEndCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         """Stop if a signal came during the checkpoint."""
-        if signals.requested() is not None:
+        if shared_stop():
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:

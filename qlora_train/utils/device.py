@@ -22,11 +22,28 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-def prepare_cuda() -> None:
-    """Restrict CUDA to the first visible GPU, with expandable segments; call before CUDA is initialised."""
+def prepare_cuda(local_rank: int = 0) -> None:
+    """Restrict CUDA to one visible GPU, with expandable segments; call before CUDA is initialised.
+
+    Args:
+        local_rank: position of the GPU among the visible ones; a launcher may show each process its own GPU only.
+
+    Raises:
+        ModelError: fewer GPUs are visible.
+    """
     expand_segments()
     # counting the GPUs would initialise CUDA where NVML is missing
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(local_rank)] if setting is None else [name.strip() for name in setting.split(",")]
+    if len(visible) == 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
+    elif local_rank < len(visible):
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[local_rank]
+    else:
+        raise ModelError(
+            f"GPU: process {local_rank} of this machine has none (CUDA_VISIBLE_DEVICES={setting}); start as many processes "
+            "as there are GPUs"
+        )
 
 
 def select_device() -> torch.device:

@@ -80,6 +80,11 @@ def launched_worker() -> Worker | None:
     )  # fmt: skip
 
 
+def is_launched() -> bool:
+    """Return whether torchrun or a relative started this process, be it as the only one."""
+    return bool(os.environ.get(LAUNCHERS[0].world_size))
+
+
 def take_worker() -> Worker | None:
     """Return `launched_worker`, and remove the launcher's variables."""
     worker = launched_worker()

@@ -22,6 +22,8 @@ from typing import Any
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 75}
 """Exit statuses by signal: 128 + number, and EX_TEMPFAIL for a stop after which a job queue restarts."""
 TIMEOUT_STATUS = 75
+OWN_SIGNAL_SECONDS = 0.2
+"""A job queue that signals every process reaches this one within this time after its parent."""
 MIN_RESERVE_SECONDS = 30.0
 MAX_RESERVE_SHARE = 0.1
 """Reserved before the deadline until a checkpoint is timed: 30 s, at most a tenth of the time limit."""
@@ -42,6 +44,7 @@ class _Process:
     deadline: float | None = None
     reserve_seconds: float = 0.0
     handles_signals: bool = False
+    num_signals: int = 0
     forking: bool = False
 
 
@@ -78,7 +81,7 @@ def handle_signals() -> Iterator[None]:
     handled = [number for number in STATUS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _on_signal) for number in (*handled, signal.SIGALRM)}
     wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    _process.handles_signals, _process.requested = True, None
+    _process.handles_signals, _process.requested, _process.num_signals = True, None, 0
     _process.started, _process.deadline = time.monotonic(), None
     thread = threading.Thread(target=_end_at_second_signal, args=(receiver,), name="signals", daemon=True)
     thread.start()
@@ -95,6 +98,25 @@ def handle_signals() -> Iterator[None]:
         _process.handles_signals, _process.requested, _process.deadline = False, None, None
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def forwarded(send: Callable[[int], Any]) -> Iterator[None]:
+    """Call `send` with the number of every signal inside, in place of a stop; a second one still ends this process."""
+    handled = [number for number in STATUS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _frame: send(number)) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def receive_from_parent(number: int) -> None:
+    """Handle a signal that the parent process received, unless this process receives one of its own."""
+    time.sleep(OWN_SIGNAL_SECONDS)
+    if _process.num_signals == 0:
+        os.kill(os.getpid(), number)
 
 
 @contextmanager
@@ -126,10 +148,9 @@ def _on_signal(number: int, _frame: Any) -> None:
 
 
 def _end_at_second_signal(receiver: socket.socket) -> None:
-    num_signals = 0
     while byte := receiver.recv(1):
-        num_signals += byte[0] in STATUS
-        if num_signals == 2:
+        _process.num_signals += byte[0] in STATUS
+        if _process.num_signals == 2:
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(STATUS[signal.Signals(byte[0])])
@@ -210,5 +231,10 @@ def seconds_left() -> float:
 
 def request_timeout() -> None:
     """Request a stop now, because the next step would exceed the time limit."""
+    request("run.max_minutes", TIMEOUT_STATUS)
+
+
+def request(cause: str, status: int) -> None:
+    """Request a stop, unless one is requested already."""
     if _process.requested is None:
-        _process.requested = Stop("run.max_minutes", TIMEOUT_STATUS)
+        _process.requested = Stop(cause, status)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_train.data.worker_pool import num_cores, num_processes, ordered_map
+from qlora_train.data.worker_pool import num_processes, ordered_map
 from qlora_train.utils.errors import DataError
+from qlora_train.utils.num_cores import num_cores
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from qlora_train.config import RunConfig
 from qlora_train.config.memory_fallbacks import Capabilities, as_overrides, changed_settings, next_fallback
 from qlora_train.config.schema import TrainSection
+from qlora_train.parallel import context
 from qlora_train.runs import RunFolder, apply_fitted_settings, record_fitted_settings
 from qlora_train.training.memory.activation_checkpointing import plan_levels, saved_bytes
 from qlora_train.training.memory.memory_probe import MemoryProbe, forward_worst_case, probe_memory
@@ -31,13 +32,13 @@ def fitting_trainer(make: Callable[[RunConfig], QloraTrainer], config: RunConfig
     Raises:
         TrainingError: the settings of the config do not fit; names those that do, if any.
     """
-    train = recorded = apply_fitted_settings(run, config.train) if config.train.auto_find_batch_size else config.train
+    train = recorded = _recorded_settings(config, run)
     if recorded != config.train:
         logger.warning("memory: fitted settings %s (%s)", _changes(config.train, recorded), run.fitted_settings_file)
     trainer = make(_with(config, train))
     first = probe = probe_memory(trainer)
     problem = probe.problem or _fragmentation_problem(trainer, probe)
-    if problem is not None and lower_token_budget(run, problem):
+    if problem is not None and _on_main(lambda: lower_token_budget(run, problem)):
         return fitting_trainer(make, config, run)
     while probe.problem is not None:
         smaller = next_fallback(train, _capabilities(trainer))
@@ -50,9 +51,10 @@ def fitting_trainer(make: Callable[[RunConfig], QloraTrainer], config: RunConfig
     if train != recorded:
         _accept_or_refuse(config, run, train, first)
     if probe.peak_bytes is not None and train.gradient_checkpointing == "auto" and not train.activation_offloading:
-        probe = relax_checkpointing(trainer, probe, spare_bytes(trainer.adapted.loaded.device, probe.peak_bytes))
+        probe = relax_checkpointing(trainer, probe, _spare_bytes(trainer, probe))
         checkpoints = set(trainer.layer_checkpointing.levels) != {"none"}
-        if checkpoints and not run.has_begun() and lower_token_budget(run, "less recomputation comes first"):
+        less_first = "less recomputation comes first"
+        if checkpoints and _on_main(lambda: not run.has_begun() and lower_token_budget(run, less_first)):
             return fitting_trainer(make, config, run)
     peak = "" if probe.peak_bytes is None else f" (peak {probe.peak_bytes / 1e9:.1f} GB)"
     logger.info("memory: %s fits%s", probe.batch, peak)
@@ -73,7 +75,7 @@ def relax_checkpointing(trainer: QloraTrainer, probe: MemoryProbe, budget_bytes:
     saved, problem = catch_out_of_memory(
         lambda: saved_bytes(trainer.model, layers, lambda: forward_worst_case(trainer))
     )
-    for share in BUDGET_SHARES if saved is not None else ():
+    for share in BUDGET_SHARES if context().all_true(saved is not None) else ():
         assert saved is not None
         layers.set(plan_levels(saved, layers.recompute_cost, share * budget_bytes))
         relaxed = probe_memory(trainer)
@@ -88,13 +90,32 @@ def relax_checkpointing(trainer: QloraTrainer, probe: MemoryProbe, budget_bytes:
 
 def _fragmentation_problem(trainer: QloraTrainer, probe: MemoryProbe) -> str | None:
     """Return a message if a batch that fits once leaves too little memory for fragmentation."""
-    spare = 0 if probe.peak_bytes is None else spare_bytes(trainer.adapted.loaded.device, probe.peak_bytes)
+    spare = _spare_bytes(trainer, probe)
     return None if spare >= 0 else f"{-spare / 1e9:.1f} GB short for fragmentation"
+
+
+def _spare_bytes(trainer: QloraTrainer, probe: MemoryProbe) -> int:
+    """Return the bytes that a probe leaves on the rank with the least; 0 on a CPU."""
+    device, peak_bytes = trainer.adapted.loaded.device, probe.peak_bytes
+    return min(context().gather(0 if peak_bytes is None else spare_bytes(device, peak_bytes)))
+
+
+def _on_main(decide: Callable[[], bool]) -> bool:
+    """Return what rank 0 decides, which alone changes the run folder."""
+    return context().broadcast(context().is_main and decide())
+
+
+def _recorded_settings(config: RunConfig, run: RunFolder) -> TrainSection:
+    """Return the settings of the config, or those that an earlier start fitted, as rank 0 reads them."""
+    if not config.train.auto_find_batch_size:
+        return config.train
+    return context().broadcast(apply_fitted_settings(run, config.train) if context().is_main else config.train)
 
 
 def _accept_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, first: MemoryProbe) -> None:
     changes = _changes(config.train, fitted)
-    record_fitted_settings(run, config.train, fitted, f"{first.batch} did not fit: {first.problem}")
+    if context().is_main:
+        record_fitted_settings(run, config.train, fitted, f"{first.batch} did not fit: {first.problem}")
     if config.train.auto_find_batch_size:
         logger.warning("memory: %s did not fit; training with %s", first.batch, changes)
         return
@@ -109,7 +130,7 @@ def _accept_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, f
 
 @contextmanager
 def record_fallback(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iterator[None]:
-    """If training runs out of memory, record the next fallback, which the next start uses.
+    """If training runs out of memory, record the next fallback, which the next start uses; no collective.
 
     Raises:
         TrainingError: out of memory; checkpoints are complete.

@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora_train.config.optimizers import OPTIMIZERS, optimizer_state_bytes
 from qlora_train.data.collate import Batch
+from qlora_train.parallel import context
 from qlora_train.training.memory.worst_case_batch import worst_case_batches
 from qlora_train.training.optimizer import trained_tensors
 from qlora_train.training.parity.gradients import enable_full_checkpointing
@@ -24,7 +25,7 @@ class MemoryProbe:
 
     Attributes:
         batch: description of the largest batch.
-        problem: message of the out-of-memory error; None if the batch fits.
+        problem: message of the out-of-memory error on some rank; None if the batch fits on all.
         peak_bytes: peak of the GPU memory that torch reserved, fragmentation included; None on a CPU.
     """
 
@@ -43,6 +44,7 @@ def probe_memory(trainer: QloraTrainer) -> MemoryProbe:
     model = trainer.accelerator.prepare_model(trainer.model)
     with preserve_model_state(model):
         _, problem = catch_out_of_memory(lambda: _train(trainer, model, batches))
+    problem = next((text for text in context().gather(problem) if text is not None), None)
     return MemoryProbe(f"training on {_size(batches[0])}", problem, _peak_bytes(device))
 
 

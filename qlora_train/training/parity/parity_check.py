@@ -1,7 +1,7 @@
 """Parity check: loss and gradients computed in a new way match the reference, on the run's own rows, before step 1.
 
-Fused kernels and padding-free training are used only if their check passes. The result is stored in the run folder, so that
-a resumed run computes as it began.
+Fused kernels and padding-free training are used only if their check passes, on every rank. The result is stored in the run
+folder, so that a resumed run computes as it began.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qlora_train.adapters import AdaptedModel
+from qlora_train.parallel import context
 from qlora_train.runs import read_json
 from qlora_train.training.parity.gradients import Gradients, Tolerances, compare_gradients, full_checkpointing
 from qlora_train.utils import atomic_io
@@ -56,7 +57,7 @@ def check_parity(
     compute: Callable[[int, int], tuple[Gradients, Gradients]],
     tolerances: Tolerances,
 ) -> ParityResult:
-    """Compare two ways of computing gradients, with every layer checkpointed.
+    """Compare two ways of computing gradients, with every layer checkpointed; return the worst result of all ranks.
 
     Args:
         name: what is checked, for the log.
@@ -67,6 +68,18 @@ def check_parity(
     Raises:
         TrainingError: the smallest size does not fit into memory.
     """
+    results = context().gather(_check_on_this_rank(name, adapted, run_id, sizes, compute, tolerances))
+    return next((result for result in results if not result.passed), results[0])
+
+
+def _check_on_this_rank(
+    name: str,
+    adapted: AdaptedModel,
+    run_id: str,
+    sizes: Sizes,
+    compute: Callable[[int, int], tuple[Gradients, Gradients]],
+    tolerances: Tolerances,
+) -> ParityResult:
     try:
         with full_checkpointing(adapted.loaded.model):
             difference = compare_gradients(*with_fitting_size(name, sizes, compute))
@@ -81,13 +94,20 @@ def check_parity(
 
 
 def with_fitting_size(name: str, sizes: Sizes, compute: Callable[[int, int], Result]) -> Result:
-    """Return `compute(num_rows, num_tokens)` for the first size that fits into memory.
+    """Return `compute(num_rows, num_tokens)` for the first size that fits into the memory of every rank.
 
     Raises:
         TrainingError: the smallest size does not fit.
+        RuntimeError: `compute` failed on another rank.
     """
     for num_rows, num_tokens in sizes:
-        result, reason = catch_out_of_memory(partial(compute, num_rows, num_tokens))
+        result, reason, error = _outcome(partial(compute, num_rows, num_tokens))
+        outcomes = context().gather((reason, error and f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        if failed := next((text for _, text in outcomes if text is not None), None):
+            raise RuntimeError(failed)
+        reason = next((text for text, _ in outcomes if text is not None), None)
         if reason is None:
             return result  # type: ignore[return-value]
         logger.warning("%s: parity check on %d x %d tokens: out of memory", name, num_rows, num_tokens)
@@ -97,17 +117,31 @@ def with_fitting_size(name: str, sizes: Sizes, compute: Callable[[int, int], Res
     )
 
 
+def _outcome(compute: Callable[[], Result]) -> tuple[Result | None, str | None, Exception | None]:
+    """Return the result, the message of an out-of-memory error, and any other error, of which the ranks must know."""
+    try:
+        return (*catch_out_of_memory(compute), None)
+    except Exception as error:
+        return None, None, error
+
+
 def save_parity(file: Path, parity: ParityResult) -> None:
+    if not context().is_main:
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_io.write_text(file, json.dumps(asdict(parity), indent=2) + "\n")
 
 
 def load_parity(file: Path, run_id: str) -> ParityResult | None:
-    """Return a stored result; None if the file is missing or another run's.
+    """Return a stored result as rank 0 reads it; None if the file is missing or another run's.
 
     Raises:
         CheckpointError: the file is malformed.
     """
+    return context().broadcast(_read_parity(file, run_id) if context().is_main else None)
+
+
+def _read_parity(file: Path, run_id: str) -> ParityResult | None:
     try:
         content = read_json(file)
         parity = ParityResult(**content) if content else None

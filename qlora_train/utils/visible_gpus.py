@@ -1,0 +1,25 @@
+"""The NVIDIA GPUs that a process would see, counted without torch and without initialising CUDA."""
+
+import os
+import re
+from pathlib import Path
+
+DEVICES = Path("/dev")
+_GPU = re.compile(r"nvidia\d+")
+
+
+def visible_gpus() -> list[str]:
+    """Return the values of CUDA_VISIBLE_DEVICES that show one GPU each; empty without a GPU or if all are hidden.
+
+    A number that is negative ends the list, as for the driver.
+    """
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is None:
+        count = sum(bool(_GPU.fullmatch(path.name)) for path in DEVICES.iterdir()) if DEVICES.is_dir() else 0
+        return [str(number) for number in range(count)]
+    found: list[str] = []
+    for name in map(str.strip, setting.split(",")):
+        if not name or name.startswith("-") or name == "NoDevFiles":  # Slurm's for none
+            break
+        found.append(name)
+    return found
