@@ -3,6 +3,7 @@
 # make test-fast  the tests that use no model, run or process (2 minutes)
 # make check  lint and types alone
 # make test-faults  the fault tests alone, with their table; FAULTS=long for the full counts
+# make test-distributed  runs of several processes alone, on gloo; FAULTS=long for 60 faults of each kind
 # make test-architectures  every family of the architecture table alone; ARCHITECTURES=long for all of it
 # All compute on the CPU, as the numbers in the README do; CUDA_VISIBLE_DEVICES=0 at the end of a line takes a GPU.
 
@@ -14,7 +15,7 @@ export CUDA_VISIBLE_DEVICES :=
 export TOKENIZERS_PARALLELISM := false
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-fast check test-faults test-architectures test-oldest env clean
+.PHONY: demo test test-fast check test-faults test-distributed test-architectures test-oldest env clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/demo_model.py --output .demo/SmolLM2-135M-Instruct
@@ -33,6 +34,10 @@ test-fast: $(VENV)/.ready
 FAULTS ?= short
 test-faults: $(VENV)/.ready
 	QLORA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/faults
+
+# Several processes on one machine: gradients, resume in other numbers, faults of a rank.
+test-distributed: $(VENV)/.ready
+	QLORA_FAULTS=$(FAULTS) $(BIN)/python -m pytest tests/parallel tests/faults/test_rank_faults.py tests/data/test_rank_shares.py
 
 # Every family of the architecture table, with its table; ARCHITECTURES=long tries every family in every way.
 ARCHITECTURES ?= short
