@@ -96,7 +96,9 @@ def _refuse(run: RunFolder, changes: Sequence[Change], allowed: Sequence[str]) -
 
 
 def _is_allowed(key: str, allowed: Sequence[str]) -> bool:
-    return key == "world_size" or key in allowed or key.partition(".")[0] in allowed or key.rpartition(".")[0] in allowed
+    return (
+        key == "world_size" or key in allowed or key.partition(".")[0] in allowed or key.rpartition(".")[0] in allowed
+    )
 
 
 def _describe(run: RunFolder, change: Change) -> str:

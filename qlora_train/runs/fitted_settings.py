@@ -41,6 +41,4 @@ def apply_fitted_settings(run: RunFolder, requested: TrainSection) -> TrainSecti
         applied = {key: value for key, value in entry["applied"].items() if key not in changed}
         return TrainSection.model_validate({**requested.model_dump(), **applied})
     except (KeyError, TypeError, AttributeError, ValidationError):
-        raise CheckpointError(
-            f"{run.fitted_settings_file}: has unexpected content; restore it, or delete it"
-        ) from None
+        raise CheckpointError(f"{run.fitted_settings_file}: has unexpected content; restore it, or delete it") from None

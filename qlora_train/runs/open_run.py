@@ -88,7 +88,9 @@ def run_lock(run: RunFolder) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             owner = os.read(descriptor, 64).decode(errors="replace") or "unknown"
-            raise CheckpointError(f"{run.path}: is locked by another process ({owner}); wait for it, or stop it") from None
+            raise CheckpointError(
+                f"{run.path}: is locked by another process ({owner}); wait for it, or stop it"
+            ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         run.remove_stale_files()

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qlora_train.utils import atomic_io
 from qlora_train.runs import RunFolder
+from qlora_train.utils import atomic_io
 
 NAMES = st.text("abcXYZ0._- é", min_size=1, max_size=6).filter(
     lambda name: name.strip(". ") != "" and name != atomic_io.MANIFEST

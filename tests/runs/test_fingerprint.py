@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from qlora_train.runs import RunFolder, record_metadata, check_same_settings
 from qlora_train.config import RunConfig
-from qlora_train.config.resume_policy import RUN_METADATA, FIXED_SHAPE, effect_of, is_mutable
+from qlora_train.config.resume_policy import FIXED_SHAPE, RUN_METADATA, effect_of, is_mutable
+from qlora_train.runs import RunFolder, check_same_settings, record_metadata
 from qlora_train.utils.errors import CheckpointError
 from tests.support.runs import adapter_bytes, losses, make_config, metrics, train_run
 
@@ -97,7 +97,9 @@ def test_every_metadata_field_is_refused_by_name(key: str, begun: tuple[RunFolde
     record_metadata(run, config, facts)
     changed = {**facts[key], "torch": "0.1"} if isinstance(facts[key], dict) else "other"
     before = run.metadata_file.read_bytes()
-    with pytest.raises(CheckpointError, match=rf"{key}\S* was .* now: {RUN_METADATA[key]}; .*run\.allow_changed=\[{key}\]"):
+    with pytest.raises(
+        CheckpointError, match=rf"{key}\S* was .* now: {RUN_METADATA[key]}; .*run\.allow_changed=\[{key}\]"
+    ):
         record_metadata(run, config, {**facts, key: changed})
     assert run.metadata_file.read_bytes() == before, "what is refused leaves no trace"
 
@@ -157,9 +159,7 @@ def test_an_allowed_change_of_the_number_of_steps_takes_effect(
     assert losses(run) == losses(longer)
 
 
-def test_an_accepted_change_is_recorded_and_compared_with_from_then_on(
-    pico_llama: Path, tmp_path: Path
-) -> None:
+def test_an_accepted_change_is_recorded_and_compared_with_from_then_on(pico_llama: Path, tmp_path: Path) -> None:
     run = train_run(tmp_path, pico_llama, *EVERY_STEP)
     stop_after(3, run)
     allowed = "run.allow_changed=[train.learning_rate]"

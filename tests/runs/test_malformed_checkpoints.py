@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_train.utils import atomic_io
 from qlora_train.runs import RunFolder
+from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError
 from tests.support.runs import train_run
 

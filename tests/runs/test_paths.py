@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from qlora_train.utils import atomic_io
-from qlora_train.runs import RunFolder
 from qlora_train.cli.main import main
-from qlora_train.utils.errors import CheckpointError
-from qlora_train.inference.eval_report import evaluate
 from qlora_train.export.merging.merge_run import merge
-from qlora_train.inference.eval_report import EvalSettings
+from qlora_train.inference.eval_report import EvalSettings, evaluate
+from qlora_train.runs import RunFolder
+from qlora_train.utils import atomic_io
+from qlora_train.utils.errors import CheckpointError
 from tests.support.runs import make_config, train_run
 
 Capture = pytest.CaptureFixture[str]
@@ -150,9 +149,7 @@ def test_run_folder_below_a_linked_folder_is_used(pico_llama: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_deletions_never_follow_links(
-    name: str, link: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_deletions_never_follow_links(name: str, link: Callable[[str], Path], tmp_path: Path) -> None:
     """Deletions are safe by themselves, without the check before them."""
     outside = link(name)
     before = snapshot(outside)
