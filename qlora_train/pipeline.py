@@ -71,7 +71,7 @@ def _check_and_merge(
     if config.export.merge and folder.has_merged():
         logger.info("%s exists; delete it to merge again", folder.merged)
     elif config.export.merge:
-        from qlora_train.export.merging.merge_run import merge_run
+        from qlora_train.export.merging.merge_finished_run import merge_run
 
         merge_run(finished or reopen(folder, config))
 

@@ -108,7 +108,7 @@ def settings_of(model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
 def merge(base: Path) -> dict[str, str]:
     """Merge a random adapter with the tokenizer that a run saves; return where from and where to."""
     from qlora_train.config import ModelSection
-    from qlora_train.export.merging.merge import MergeSettings, merge_adapter
+    from qlora_train.export.merging.merge_files import MergeSettings, merge_adapter
     from qlora_train.models import load_tokenizer, resolve_base
     from qlora_train.models.tokenizer import save_tokenizer
     from tests.support.merging import NF4, plain, save_adapter

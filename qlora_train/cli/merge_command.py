@@ -16,6 +16,6 @@ Device = Annotated[
 def merge(run: RunPath, overrides: Overrides = None, device: Device = None, offline: Offline = False) -> None:
     """Merge a run's adapter into 16-bit weights; overrides apply to the export section."""
     prepare_libraries(offline=offline)
-    from qlora_train.export.merging import merge_run
+    from qlora_train.export.merging import merge_finished_run
 
-    merge_run.merge(run, overrides or (), device=device)
+    merge_finished_run.merge(run, overrides or (), device=device)

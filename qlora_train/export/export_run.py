@@ -7,7 +7,7 @@ from qlora_train.config import load_config
 from qlora_train.export.export_formats import EXPORT_FORMATS, ExportRequest
 from qlora_train.export.finished_run import reopen
 from qlora_train.export.gguf.converter import find_converter
-from qlora_train.export.merging.merge_run import merge_run
+from qlora_train.export.merging.merge_finished_run import merge_run
 from qlora_train.runs import finished_run, run_lock
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from qlora_train.adapters import load_trained
 from qlora_train.export.finished_run import FinishedRun
-from qlora_train.export.merging.merged_model import load_merged
+from qlora_train.export.merging.load_merged import load_merged
 from qlora_train.models import load_model
 from qlora_train.runs import RunFolder
 from qlora_train.utils.device import free_memory, select_device

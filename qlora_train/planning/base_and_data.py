@@ -21,7 +21,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedD
     source = resolve_base(model, weights=False)
     check_target_modules(detect(source.config), config.lora.target_modules)
     if config.export.merge:
-        from qlora_train.export.merging.merge import check_mergeable
+        from qlora_train.export.merging.merge_files import check_mergeable
 
         check_mergeable(source.config, config)
     data, tokenizer = prepare_tokenizer_and_data(config, source, date=folder.start_date())

@@ -107,7 +107,7 @@ def plan_disk(
 
 
 def _num_merges(adapted: AdaptedModel, config: RunConfig, data: PreparedData) -> int:
-    from qlora_train.export.merging.merge import is_stored_in_4bit
+    from qlora_train.export.merging.merge_files import is_stored_in_4bit
     from qlora_train.export.merging.verify import candidate_bases
 
     bases, _ = candidate_bases(

@@ -18,7 +18,7 @@ from qlora_train.adapters.eva import eva_batches
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.evaluation.held_out_loss import held_out_loss
-from qlora_train.export.merging.merge_run import merge
+from qlora_train.export.merging.merge_finished_run import merge
 from qlora_train.inference.eval_report import EvalSettings, evaluate
 from qlora_train.models import LoadedModel, load_model
 from qlora_train.planning.base_and_data import prepare

@@ -18,7 +18,7 @@ from qlora_train.adapters import attach_adapter, load_trained
 from qlora_train.adapters.adapter_folder import read_adapter_settings
 from qlora_train.cli.main import main
 from qlora_train.config import ModelSection, QuantizationSection
-from qlora_train.export.merging.merge_run import merge
+from qlora_train.export.merging.merge_finished_run import merge
 from qlora_train.models import BaseSource, LoadedModel, load_model
 from qlora_train.runs import RunFolder
 from qlora_train.utils import atomic_io

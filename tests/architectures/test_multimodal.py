@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM
 from qlora_train.adapters import find_linears, load_trained
 from qlora_train.architectures import TEXT_ARCHITECTURES, TEXT_TYPES, check_packing, detect, max_positions
 from qlora_train.config import ModelSection
-from qlora_train.export.merging import merge_run
+from qlora_train.export.merging import merge_finished_run
 from qlora_train.models import load_model, resolve_base
 from qlora_train.models.loading import model_config
 from qlora_train.models.moe import expert_parameters, routers
@@ -211,7 +211,7 @@ def test_text_models_of_the_table_are_causal(model_type: str, whole: Callable[[s
 
 def test_text_only_run_is_merged_and_evaluated(whole: Callable[[str], Path], tmp_path: Path) -> None:
     run = train_run(tmp_path, whole("llava"), *SETTINGS, "export.max_loss_increase=10")
-    choice = merge_run.merge(run.path, device="cpu")
+    choice = merge_finished_run.merge(run.path, device="cpu")
     assert set(choice.losses) == {"original", "dequantized"}
     assert AutoConfig.from_pretrained(run.merged).architectures == ["LlavaForConditionalGeneration"]
     for folder in (run.adapter, run.merged):

@@ -16,7 +16,7 @@ import pytest
 from qlora_train.cli.main import main
 from qlora_train.config import load_config
 from qlora_train.config.writer import to_yaml
-from qlora_train.export.merging.merge_run import merge
+from qlora_train.export.merging.merge_finished_run import merge
 from qlora_train.pipeline import run as run_config
 from qlora_train.runs import RunFolder
 from qlora_train.utils import atomic_io

@@ -11,8 +11,8 @@ import pytest
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
-from qlora_train.export.merging import merge_run
-from qlora_train.export.merging.merge_run import merge
+from qlora_train.export.merging import merge_finished_run
+from qlora_train.export.merging.merge_finished_run import merge
 from qlora_train.pipeline import run
 from qlora_train.runs import RunFolder, run_lock
 from qlora_train.utils.errors import CheckpointError
@@ -223,7 +223,7 @@ def test_trained_model_is_freed_before_the_merge(
     def count(*_arguments: Any) -> None:
         alive.append(sum(isinstance(item, Linear4bit) for item in gc.get_objects()))
 
-    monkeypatch.setattr(merge_run, "merge_run", count)
+    monkeypatch.setattr(merge_finished_run, "merge_run", count)
     gc.collect()
     before = sum(isinstance(item, Linear4bit) for item in gc.get_objects())
     train_run(tmp_path, pico_llama, "train.max_steps=1", "export.merge=true")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from qlora_train.config.schema import QuantizationSection, RunConfig
-from qlora_train.export.merging import merge as merge_module
-from qlora_train.export.merging.merge import MARKER, check_mergeable
+from qlora_train.export.merging import merge_files as merge_module
+from qlora_train.export.merging.merge_files import MARKER, check_mergeable
 from qlora_train.utils.errors import ConfigError, MergeError
 from tests.support.merging import Pico, logits, merged_logits, peft_merged_logits, plain, save_adapter
 

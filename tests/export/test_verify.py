@@ -22,11 +22,12 @@ from qlora_train.config.schema import ExportSection
 from qlora_train.data.types import Example
 from qlora_train.evaluation.held_out_loss import ExampleLoss, HeldOutLoss, held_out_loss, label_log_probabilities
 from qlora_train.export import fresh_process
-from qlora_train.export.merging import check_budget, merged_model, verify
+from qlora_train.export.merging import check_budget, verify
+from qlora_train.export.merging import load_merged as loading
 from qlora_train.export.merging.check_budget import bounded_reference
-from qlora_train.export.merging.merge import MARKER, merge_adapter
+from qlora_train.export.merging.load_merged import choose_device_map, load_merged, streamed_bytes
+from qlora_train.export.merging.merge_files import MARKER, merge_adapter
 from qlora_train.export.merging.merge_quality import merge_results
-from qlora_train.export.merging.merged_model import choose_device_map, load_merged, streamed_bytes
 from qlora_train.export.merging.verify import Finish, MergeResult, MergeRun, choose_merge_base
 from qlora_train.export.predictions import Predictions, Reference, compared_rows, load_reference, measure_divergence
 from qlora_train.utils import signals
@@ -123,7 +124,7 @@ def test_weights_that_do_not_fit_use_host_memory(
 ) -> None:
     """The activations need room too."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (24e9, 24e9))
-    monkeypatch.setattr(merged_model, "weights_bytes", lambda _folder: int(weights_gb * 1e9))
+    monkeypatch.setattr(loading, "weights_bytes", lambda _folder: int(weights_gb * 1e9))
     assert streamed_bytes(tmp_path, "cuda:0") == pytest.approx(streamed_gb * 1e9)
     assert choose_device_map(tmp_path, "cuda:0") == ("auto" if streamed_gb else {"": torch.device("cuda:0")})
     assert choose_device_map(tmp_path, "cpu") == {"": torch.device("cpu")}
@@ -154,7 +155,7 @@ def test_a_check_over_pcie_or_on_the_cpu_is_bounded_and_announced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (80e9, 80e9))
-    for module in (merged_model, check_budget):
+    for module in (loading, check_budget):
         monkeypatch.setattr(module, "weights_bytes", lambda _folder: int(weights_gb * 1e9))
     monkeypatch.setattr(logging.getLogger("qlora_train"), "propagate", True)
     caplog.set_level("INFO", logger="qlora_train")
@@ -207,9 +208,9 @@ def test_device_map_auto_leaves_room_for_activations(
     tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge_adapter(tuned.run, tmp_path / "merged", "original")
-    monkeypatch.setattr(merged_model, "choose_device_map", lambda *_: "auto")
-    monkeypatch.setattr(merged_model, "get_max_memory", lambda: {0: 12_000, "cpu": 64_000})
-    monkeypatch.setattr(merged_model, "available_bytes", lambda: 32_000)
+    monkeypatch.setattr(loading, "choose_device_map", lambda *_: "auto")
+    monkeypatch.setattr(loading, "get_max_memory", lambda: {0: 12_000, "cpu": 64_000})
+    monkeypatch.setattr(loading, "available_bytes", lambda: 32_000)
     seen: dict[str, Any] = {}
 
     def load(_folder: Path, **settings: Any) -> None:

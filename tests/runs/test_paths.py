@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_train.cli.main import main
-from qlora_train.export.merging.merge_run import merge
+from qlora_train.export.merging.merge_finished_run import merge
 from qlora_train.inference.eval_report import EvalSettings, evaluate
 from qlora_train.runs import RunFolder
 from qlora_train.utils import atomic_io

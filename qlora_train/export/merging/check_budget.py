@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_train.export.merging.merged_model import PCIE_BYTES_PER_SECOND, streamed_bytes, weights_bytes
+from qlora_train.export.merging.load_merged import PCIE_BYTES_PER_SECOND, streamed_bytes, weights_bytes
 from qlora_train.export.predictions import Reference
 
 logger = logging.getLogger(__name__)

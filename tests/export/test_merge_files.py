@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
-from qlora_train.export.merging.merged_model import load_merged
+from qlora_train.export.merging.load_merged import load_merged
 from qlora_train.models.shard_writer import bytes_of_size, pack, write_shards
 from qlora_train.utils.errors import MergeError
 from tests.support.merging import (

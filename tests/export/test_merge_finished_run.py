@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 
-from qlora_train.export.merging import merge_run as run_module
+from qlora_train.export.merging import merge_finished_run as run_module
 from qlora_train.export.merging import verify
 from qlora_train.export.merging.verify import MergeResult
 from qlora_train.runs import RunFolder

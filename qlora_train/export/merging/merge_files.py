@@ -26,10 +26,10 @@ from qlora_train.config.schema import QuantizationSection, RunConfig
 from qlora_train.export.merging.adapter_deltas import AdapterFile
 from qlora_train.export.merging.auxiliary_files import write_auxiliary_files
 from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
-from qlora_train.export.merging.merge_math import QuantizationRoundTrip, merge_parameter
-from qlora_train.export.merging.merge_plan import MergePlan, PlannedGroup, plan_merge
 from qlora_train.export.merging.meta_model import MetaModel, build_meta_model
+from qlora_train.export.merging.output_tensors import MergePlan, PlannedGroup, plan_merge
 from qlora_train.export.merging.tensor_layout import NameMapping, TensorGroup, group_tensors
+from qlora_train.export.merging.weight_update import QuantizationRoundTrip, merge_parameter
 from qlora_train.models.shard_writer import bytes_of_size, write_shards
 from qlora_train.utils.atomic_io import atomic_folder, sha256_of
 from qlora_train.utils.errors import ConfigError, MergeError, listed
