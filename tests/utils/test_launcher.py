@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from qlora_train.runs import RunFolder
 from qlora_train.utils.device import select_device
 from qlora_train.utils.errors import ModelError
 from qlora_train.utils.launcher import Worker, clear_launcher_environment, launched_worker, take_worker
-from tests.support.runs import adapter_bytes, make_config, train_run
+from tests.support.runs import adapter_bytes, losses, make_config, train_run
 
 STEPS = ("train.max_steps=2", "export.merge=false", "quantization.bnb_4bit_compute_dtype=float32")
 EACH_BREAKS_THE_TRAINER = {
@@ -67,6 +68,27 @@ def test_one_process_of_a_launcher_trains(
     assert done.returncode == 0, done.stderr
     assert "launcher: ignores" in done.stderr
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_train_together(pico_llama: Path, tmp_path: Path) -> None:
+    steps = (*STEPS, "train.adam_epsilon=1e-3")  # a smaller one amplifies rounding errors
+    alone = train_run(tmp_path, pico_llama, *steps, name="alone")
+    settings = make_config(tmp_path, pico_llama, *steps, name="together")
+    config = tmp_path / "torchrun.yaml"
+    config.write_text(settings.model_dump_json())
+    launcher = ("torch.distributed.run", "--nproc_per_node=2", "--standalone")
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "--module", "qlora_train.cli.main", str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished: ") == 1
+    assert done.stderr.count("training: starts") == 1
+    assert losses(RunFolder(tmp_path / "together")) == pytest.approx(losses(alone), rel=1e-5)
 
 
 SEVERAL = {
