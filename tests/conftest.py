@@ -61,6 +61,9 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 SLOW_NAMES = {
+    "RankedRuns",
+    "run_workers",
+    "start_processes",
     "train_run",
     "run_config",
     "adapted_model",

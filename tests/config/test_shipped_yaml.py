@@ -73,6 +73,10 @@ MODELS = {
     "Qwen/Qwen2.5-3B-Instruct": values("qwen2", 2048, 11008, 36, 16, 2, 151936, 32768, **TIED),
     "Qwen/Qwen2.5-7B-Instruct": values("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, **UNTIED),
     "Qwen/Qwen3-8B": values("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, head_dim=128, **UNTIED),
+    "Qwen/Qwen3-30B-A3B": values(
+        "qwen3_moe", 2048, 6144, 48, 32, 4, 151936, 40960, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, **UNTIED,
+    ),
     "google/gemma-2-9b-it": values("gemma2", 3584, 14336, 42, 16, 8, 256000, 8192, head_dim=256, **TIED),
     "microsoft/Phi-3.5-mini-instruct": values(
         "phi3", 3072, 8192, 32, 32, 32, 32064, 131072, original_max_position_embeddings=4096,
@@ -92,6 +96,7 @@ NUM_PARAMETERS = {
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "google/gemma-2-9b-it": 9_241_705_984,
     "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
 }
@@ -125,7 +130,7 @@ def meta_model():
 def test_promised_files_exist():
     assert {path.stem for path in CONFIGS} >= {
         "llama7b", "llama3.1-8b", "mistral7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "phi3.5-mini", "tinyllama",
-        "llama70b",
+        "llama70b", "qwen3-30b-a3b",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} >= {
         "chat", "instruction", "completion", "small_gpu", "long_context", "new_model",
