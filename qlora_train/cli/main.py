@@ -22,6 +22,7 @@ from qlora_train.utils.secrets import redact
 
 COMMANDS = {
     "train": "train_command.train",
+    "ray": "ray_command.ray_train",
     "check": "config_commands.check",
     "show": "config_commands.show",
     "data": "data_command.data",
