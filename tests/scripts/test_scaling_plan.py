@@ -30,7 +30,7 @@ from scaling_plan import (
 from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.kernels.fused_mlp import CheckpointingLevel
 from qlora_train.models import LoadedModel, load_model
-from tests.support.counted_collectives import gathered_bytes
+from tests.support.counted_collectives import gathered_bytes, summed_bytes
 from tests.support.runs import make_config
 from tests.support.workers import run_workers
 
@@ -74,6 +74,15 @@ def test_planned_gathers_are_those_of_real_micro_batches(
     counted = run_workers(gathered_bytes, 2, tmp_path / "meeting", tmp_path, pico_llama, level, 3)
     planned_bytes = gather_bytes(in_float32, num_ranks=2, num_micro_batches=3)
     assert [gathered / 2 for gathered in counted] == [planned_bytes, planned_bytes]
+
+
+def test_planned_sums_are_those_of_a_real_step(pico_llama: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, pico_llama, "train.max_steps=2")
+    (tmp_path / "meeting").mkdir()
+    for summed, adapter_numel in run_workers(summed_bytes, 2, tmp_path / "meeting", config, 2):
+        sent = 2 * summed / 2  # by a ring of two
+        # beside the gradients: the loss, and which parameters have a gradient
+        assert reduce_bytes(adapter_numel, num_ranks=2) <= sent <= 1.01 * reduce_bytes(adapter_numel, num_ranks=2)
 
 
 def test_rehearsal_counts_the_planned_bytes(pico_llama: Path, tmp_path: Path) -> None:

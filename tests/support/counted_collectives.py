@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_train.adapters import trainable_state
+from qlora_train.config import RunConfig
 from qlora_train.kernels.fused_mlp import CheckpointingLevel
 from qlora_train.kernels.install import install
 from qlora_train.objectives.label_losses import label_losses
@@ -13,6 +15,7 @@ from qlora_train.parallel import context
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from tests.support.batches import BATCH
 from tests.support.sharded_models import adapted, load
+from tests.support.trainers import trainer_of
 
 
 class CollectiveBytes(TorchDispatchMode):
@@ -46,3 +49,12 @@ def gathered_bytes(folder: Path, base: Path, level: CheckpointingLevel, num_micr
         for _ in range(num_micro_batches):
             label_losses(model.model, **BATCH).nll.sum().backward()
     return counted.gathered
+
+
+def summed_bytes(config: RunConfig, num_steps: int) -> tuple[float, int]:
+    """Return the bytes of float32 tensors that a step sums over the ranks, and the number of trained parameters."""
+    trainer, _ = trainer_of(config)
+    trainer.args.max_steps = num_steps
+    with CollectiveBytes() as counted:
+        trainer.train()
+    return counted.summed / num_steps, sum(weight.numel() for weight in trainable_state(trainer.model).values())
