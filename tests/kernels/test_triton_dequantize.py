@@ -1,5 +1,8 @@
 """Dequantization kernels, bitwise equal to bitsandbytes on the CPU and to the reference."""
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from bitsandbytes import functional as bnb
@@ -12,7 +15,7 @@ from tests.support.triton_interpreter import DEVICE, needs_its_device
 
 pytestmark = needs_its_device
 SINGLE_OR_DOUBLE = pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WHOLE_BLOCKS = [(64, 64, 64), (3, 4160, 64), (40, 256, 128), (9, 96, 32), (4, 2048, 1024), (300, 128, 64)]
 """(rows, columns, block size) with whole blocks per row: the only ones bitsandbytes dequantizes correctly on CPUs."""
 PARTIAL_BLOCKS = [
@@ -54,10 +57,15 @@ def by_reference(packed: Tensor, state: QuantState) -> Tensor:
     )
 
 
-@DTYPES
-@SINGLE_OR_DOUBLE
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize(("rows", "columns", "block_size"), WHOLE_BLOCKS)
+def forms(shapes: list[tuple[int, int, int]]) -> Any:
+    """Return every shape in the form of QLoRA, and one shape in every form."""
+    usual = ("nf4", True, torch.bfloat16)
+    others = [form for form in product(("nf4", "fp4"), (False, True), DTYPES) if form != usual]
+    cases = [(*shape, *usual) for shape in shapes] + [(*shapes[2], *form) for form in others]
+    return pytest.mark.parametrize(("rows", "columns", "block_size", "quant_type", "double_quant", "dtype"), cases)
+
+
+@forms(WHOLE_BLOCKS)
 def test_weights_match_bitsandbytes(
     rows: int, columns: int, block_size: int, quant_type: str, double_quant: bool, dtype: torch.dtype
 ) -> None:
@@ -65,10 +73,7 @@ def test_weights_match_bitsandbytes(
     assert torch.equal(actual(packed, state, dtype), bnb.dequantize_4bit(packed, state))
 
 
-@DTYPES
-@SINGLE_OR_DOUBLE
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-@pytest.mark.parametrize(("rows", "columns", "block_size"), PARTIAL_BLOCKS)
+@forms(PARTIAL_BLOCKS)
 def test_weights_match_the_reference_if_rows_are_partial_blocks(
     rows: int, columns: int, block_size: int, quant_type: str, double_quant: bool, dtype: torch.dtype
 ) -> None:
@@ -84,8 +89,8 @@ def test_codes_in_a_wider_storage_dtype(storage: torch.dtype, double_quant: bool
     assert torch.equal(actual(packed, state, torch.bfloat16), bnb.dequantize_4bit(packed, state))
 
 
-@pytest.mark.parametrize("stored_as", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("expected", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored_as", DTYPES, ids=str)
+@pytest.mark.parametrize("expected", DTYPES, ids=str)
 def test_weights_are_rounded_to_the_dtype_of_the_state_first(stored_as: torch.dtype, expected: torch.dtype) -> None:
     packed, state = stored(24, 128, 64, stored_as)
     assert torch.equal(actual(packed, state, expected), bnb.dequantize_4bit(packed, state).to(expected))
