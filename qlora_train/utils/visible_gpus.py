@@ -15,11 +15,21 @@ def visible_gpus() -> list[str]:
     """
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
     if setting is None:
-        count = sum(bool(_GPU.fullmatch(path.name)) for path in DEVICES.iterdir()) if DEVICES.is_dir() else 0
-        return [str(number) for number in range(count)]
-    found: list[str] = []
+        found = DEVICES.iterdir() if DEVICES.is_dir() else ()
+        return [str(number) for number in range(sum(_is_usable_gpu(path) for path in found))]
+    names: list[str] = []
     for name in map(str.strip, setting.split(",")):
         if not name or name.startswith("-") or name == "NoDevFiles":  # Slurm's for none
             break
-        found.append(name)
-    return found
+        names.append(name)
+    return names
+
+
+def _is_usable_gpu(path: Path) -> bool:
+    if not _GPU.fullmatch(path.name):
+        return False
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    except OSError:  # a job's control group shows all devices and opens its own
+        return False
+    return True
