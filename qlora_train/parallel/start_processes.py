@@ -73,7 +73,7 @@ def _started(words: Sequence[str], rank: int, num_processes: int, folder: Path) 
         own = None if rank == 0 else log
         # in a session of its own: Ctrl-C reaches this process, which forwards it once
         popen = subprocess.Popen(
-            [sys.executable, "-m", "qlora_train.cli.main", *words], env=environment, pass_fds=[reader],
+            [*_python(), "-m", "qlora_train.cli.main", *words], env=environment, pass_fds=[reader],
             stdout=own, stderr=own, start_new_session=True,
         )  # fmt: skip
     os.close(reader)
@@ -82,6 +82,12 @@ def _started(words: Sequence[str], rank: int, num_processes: int, folder: Path) 
     finally:
         os.close(writer)  # ends the process if it still runs
         popen.wait()
+
+
+def _python() -> list[str]:
+    """Return this Python; files of the working directory must not hide libraries, unless they do so here."""
+    searches_working_directory = not {"", str(Path.cwd())}.isdisjoint(sys.path)
+    return [sys.executable] if searches_working_directory else [sys.executable, "-P"]
 
 
 def _forward(number: int, processes: Sequence[Process]) -> None:
