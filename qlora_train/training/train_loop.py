@@ -8,6 +8,7 @@ from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.evaluation.objective_table import Objective, make_objective
+from qlora_train.parallel import context
 from qlora_train.runs import RunFolder, checkpoint_errors
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.memory.auto_batch_size import fitting_trainer, record_fallback
@@ -15,6 +16,7 @@ from qlora_train.training.memory.dequantized_cache import fill_cache
 from qlora_train.training.parity.fused_kernels import choose_fused_kernels
 from qlora_train.training.progress import ProgressCallback
 from qlora_train.training.qlora_trainer import QloraTrainer
+from qlora_train.training.replicas import copy_from_main_
 from qlora_train.training.step_end import best_step, evaluations
 from qlora_train.training.step_guard import check_finite, check_trained
 from qlora_train.utils import signals
@@ -118,6 +120,8 @@ def _load_result(trainer: QloraTrainer) -> int:
     best = best_step(history) if trainer.config.train.load_best_model_at_end else None
     if best is None:
         return int(trainer.state.global_step)
-    trainer.load_adapter(best)
+    if context().is_main:
+        trainer.load_adapter(best)
+    copy_from_main_(trainable_state(trainer.model))
     logger.info("best model: step %d (eval_loss %.4f)", best, evaluations(history)[best])
     return best

@@ -13,7 +13,8 @@ from tests.support.runs import losses, stopped_after
 
 SETTINGS = (
     "train.max_steps=6", "train.save_steps=2", "train.save_total_limit=9", "data.eval=0.25", "train.eval_steps=2",
-    "train.gradient_accumulation_steps=4", "quantization.bnb_4bit_compute_dtype=float32", "train.adam_epsilon=1e-3",
+    "train.load_best_model_at_end=true", "train.gradient_accumulation_steps=4", "train.adam_epsilon=1e-3",
+    "quantization.bnb_4bit_compute_dtype=float32",
 )  # fmt: skip
 """With a smaller epsilon, Adam amplifies rounding errors of tiny gradients to whole steps."""
 WORLD_SIZES = (1, 2, 4)
