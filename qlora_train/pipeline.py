@@ -18,7 +18,9 @@ from qlora_train.data.held_out_rows import save_rows
 from qlora_train.export.adapter_check import AdapterReference, check_adapter, measure_adapter, measure_again
 from qlora_train.export.adapter_writer import write_adapter
 from qlora_train.export.finished_run import FinishedRun, reopen
+from qlora_train.kernels.fsdp_units import reshard
 from qlora_train.models import BaseSource, load_model
+from qlora_train.models.strategy import device_bytes, device_needs, strategy_of_run
 from qlora_train.parallel import context
 from qlora_train.planning.base_and_data import prepare
 from qlora_train.planning.disk import check_disk_space, plan_disk
@@ -67,7 +69,11 @@ def _check_and_merge(
 ) -> None:
     if not folder.passed_adapter_check():
         finished = finished or reopen(folder, config)
-        check_adapter(finished, reference or measure_again(finished))
+        needs = device_needs(config, finished.source, device_bytes(select_device()))
+        if config.parallel.strategy in ("auto", "fsdp") and not needs.base_fits:
+            logger.warning("adapter check: skipped (%s, too large for one)", needs)
+        else:
+            check_adapter(finished, reference or measure_again(finished))
     if config.export.merge and folder.has_merged():
         logger.info("%s exists; delete it to merge again", folder.merged)
     elif config.export.merge:
@@ -94,7 +100,8 @@ def train_adapter(
         _record_start(config, folder, source, data, device)
     this.barrier()
 
-    loaded = load_model(config.model, config.quantization, source=source)
+    strategy = strategy_of_run(config, source, device)
+    loaded = load_model(config.model, config.quantization, source=source, shard=strategy == "fsdp")
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, data=None if checkpoint else data)
     copy_from_main_(trainable_state(adapted.model))
     optim = this.broadcast(choose_optimizer(config.train.optim, adapted, checkpoint))
@@ -107,12 +114,17 @@ def train_adapter(
 
     logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
     result = train(adapted, data, resolved, folder, checkpoint)
-    this.leave()
-    if not this.is_main:
+    if strategy == "fsdp":
+        reshard(adapted.model)  # on all ranks, as rank 0 does when it saves
+    else:
+        this.leave()
+    if this.is_main:
+        write_adapter(folder, adapted, config, data, result)
+    elif strategy != "fsdp":
         return None
-    write_adapter(folder, adapted, config, data, result)
     reference = measure_adapter(folder, config, data, adapted.model, loaded, folder.start_date())
-    return FinishedRun.of(folder, config, source), reference
+    context().leave()
+    return (FinishedRun.of(folder, config, source), reference) if this.is_main else None
 
 
 def _record_start(

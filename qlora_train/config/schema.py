@@ -397,9 +397,10 @@ class TrainSection(Section):
 class ParallelSection(Section):
     """The processes that train together."""
 
-    strategy: Literal["auto", "none", "ddp"] = "auto"
-    """How several processes divide the work. `ddp`: each has the whole model and computes a share of every optimizer
-    step's rows, balanced by tokens; the adapter's gradients are summed. `none`: one process. `auto`: ddp."""
+    strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How several processes divide the work. Each computes a share of every optimizer step's rows, balanced by tokens, and
+    the adapter's gradients are summed. `ddp`: each has the whole base. `fsdp`: each loads and keeps a part of the 4-bit
+    base, and gathers a layer at a time. `none`: one process. `auto`: ddp if the base fits on every device, else fsdp."""
     processes: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = "auto"
     """Processes on this machine, one per GPU. `auto`: one per visible GPU, one on a CPU. Rows per step, and the adapter
     within rounding, do not depend on it. Under torchrun or srun: their number."""
@@ -408,7 +409,7 @@ class ParallelSection(Section):
     def _check_strategy(self) -> Self:
         if self.strategy == "none" and self.processes not in ("auto", 1):
             raise ValueError(
-                f"processes: {self.processes}, but strategy: none is one process; use strategy auto or ddp"
+                f"processes: {self.processes}, but strategy: none is one process; use strategy auto, ddp or fsdp"
             )
         return self
 

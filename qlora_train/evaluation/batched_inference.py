@@ -4,11 +4,11 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
 
+from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.parallel import context
 from qlora_train.parallel.shared_stop import shared_stop
 from qlora_train.utils import signals
@@ -85,23 +85,42 @@ def compute_share_in_batches(
     *,
     setting: str,
     advice: str,
+    join: Callable[[list[int]], Any] | None = None,
 ) -> None:
     """Call `compute` with this rank's share of the batches, which all ranks together compute as one process would.
+
+    Args:
+        join: computes a batch without a result; a rank with one batch less than others calls it, because a sharded base is
+            gathered by all ranks together. None: ranks are independent.
 
     Raises:
         ModelError: as `compute_in_batches`.
         Stop: a signal asked the process of any rank to stop.
     """
-    share = islice(batches, context().rank, None, context().world_size)
+    every_batch = list(batches)
+    share = every_batch[context().rank :: context().world_size]
     stopped = None
     try:
         compute_in_batches(share, compute, lengths, setting=setting, advice=advice)
+        if join is not None and len(share) < len(every_batch[:: context().world_size]):
+            join(every_batch[-1])
     except signals.Stop as stop:
         stopped = stop  # every rank comes to the next line, whichever was asked to stop
     if shared_stop():
         signals.raise_if_requested()
     if stopped is not None:
         raise stopped
+
+
+def raise_if_stopped(model: Any) -> None:
+    """Raise the stop that was requested; with a sharded base on all ranks at once, which compute together.
+
+    Raises:
+        Stop: a signal asked the process to stop, or that of another rank.
+    """
+    if is_sharded(model):
+        shared_stop()
+    signals.raise_if_requested()
 
 
 def row_too_long(num_tokens: int, reason: str | None, advice: str) -> ModelError:

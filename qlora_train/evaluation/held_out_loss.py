@@ -15,12 +15,13 @@ from qlora_train.evaluation.batched_inference import (
     batches_by_length,
     compute_share_in_batches,
     input_device,
+    raise_if_stopped,
     row_too_long,
 )
+from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.objectives.chunked_loss import EVAL_LOGITS_BYTES
 from qlora_train.objectives.label_losses import label_logits, label_losses
 from qlora_train.parallel import context
-from qlora_train.utils import signals
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import DataError
 from qlora_train.utils.eval_mode import eval_mode
@@ -83,17 +84,22 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
     device = input_device(model)
     max_labels = MAX_LOGITS // model.config.get_text_config().vocab_size
 
-    def compute(batch: Sequence[int]) -> None:
-        signals.raise_if_requested()
+    def losses_of(batch: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        raise_if_stopped(model)
         tensors = collate([(index, examples[index]) for index in batch])
         inputs: dict[str, Any] = {name: tensors[name].to(device) for name in ("input_ids", "attention_mask")}
         losses = label_losses(model, **inputs, labels=tensors["labels"])
-        nll.index_add_(0, tensors["row"][losses.row_index], losses.nll.double().cpu())
+        return tensors["row"][losses.row_index], losses.nll.double().cpu()
+
+    def compute(batch: Sequence[int]) -> None:
+        rows, losses = losses_of(batch)
+        nll.index_add_(0, rows, losses)
 
     with eval_mode(model):
         compute_share_in_batches(
             batches_by_length(lengths, batch_size, num_labels, max_labels), compute, lengths,
             setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
+            join=losses_of if is_sharded(model) else None,
         )  # fmt: skip
     context().sum_(nll)
     return HeldOutLoss.of([ExampleLoss(*row) for row in zip(nll.tolist(), num_labels, strict=True)])
@@ -113,7 +119,7 @@ def label_log_probabilities(model: Any, examples: Sequence[Example]) -> Iterator
     collate, device = PaddingCollator(0), input_device(model)
     with eval_mode(model):
         for example in examples:
-            signals.raise_if_requested()
+            raise_if_stopped(model)
             tensors = collate([(0, example)])
             input_ids = tensors["input_ids"].to(device)
             logits, reason = catch_out_of_memory(

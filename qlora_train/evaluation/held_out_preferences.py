@@ -8,13 +8,18 @@ import torch
 
 from qlora_train.data.collate import PaddingCollator, collate_rows
 from qlora_train.data.types import Example
-from qlora_train.evaluation.batched_inference import batches_by_length, compute_share_in_batches, input_device
+from qlora_train.evaluation.batched_inference import (
+    batches_by_length,
+    compute_share_in_batches,
+    input_device,
+    raise_if_stopped,
+)
 from qlora_train.evaluation.held_out_loss import MAX_LOGITS, ONE_ROW_ADVICE
+from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.objectives.batch_loss import model_inputs
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.objectives.preference_loss import PreferenceLoss
 from qlora_train.parallel import context
-from qlora_train.utils import signals
 from qlora_train.utils.eval_mode import eval_mode
 
 
@@ -32,21 +37,24 @@ def evaluate_preferences(
     values: dict[int, dict[str, float]] = {}
     collate, device = PaddingCollator(pad_token_id), input_device(model)
 
-    def compute(rows: Sequence[int]) -> None:
-        signals.raise_if_requested()
+    def values_of(rows: Sequence[int]) -> dict[int, dict[str, float]]:
+        raise_if_stopped(model)
         batch = collate_rows(collate, [(row, pairs[row]) for row in sorted(rows)])
         inputs: dict[str, Any] = model_inputs(batch)
         inputs |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         with loss.reference(model):
             reference = label_losses(model, **inputs).nll
         found = loss.pair_values(batch, label_losses(model, **inputs).nll, reference)
-        for index, row in enumerate(sorted(rows)):
-            values[row] = {name: float(value[index]) for name, value in found.items()}
+        return {
+            row: {name: float(value[index]) for name, value in found.items()} for index, row in enumerate(sorted(rows))
+        }
 
     with eval_mode(model):
         compute_share_in_batches(
             batches_by_length(lengths, batch_size, num_labels, MAX_LOGITS // model.config.get_text_config().vocab_size),
-            compute, lengths, setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
+            lambda rows: values.update(values_of(rows)), lengths,
+            setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
+            join=values_of if is_sharded(model) else None,
         )  # fmt: skip
     of_pairs = [value for of_rank in context().gather(values) for value in of_rank.values()]
     return {name: math.fsum(each[name] for each in of_pairs) / len(pairs) for name in of_pairs[0]}

@@ -26,6 +26,7 @@ from qlora_train.export.loading_code import adapter_code
 from qlora_train.export.predictions import TOP_K, Predictions, Reference, compared_rows
 from qlora_train.models import LoadedModel, load_model
 from qlora_train.models.token_probes import NUM_ROWS, run_probes
+from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
 from qlora_train.utils.atomic_io import STAGING
 from qlora_train.utils.device import free_memory
@@ -54,7 +55,11 @@ class AdapterReference:
 def measure_adapter(
     run: RunFolder, config: RunConfig, data: RunRows, model: Any, loaded: LoadedModel, date: datetime.date
 ) -> AdapterReference:
-    """Measure the trained model on a few short rows, after its adapter is written; `date` is for dated chat templates."""
+    """Measure the trained model on a few short rows, after its adapter is written; every rank of a sharded base calls it.
+
+    Args:
+        date: for dated chat templates.
+    """
     rows = list(islice(data.eval or data.first_rows(), NUM_ROWS))
     probes = run_probes(loaded.tokenizer, rows, date=date)
     short = sorted((_shortened(row) for row in rows[:NUM_COMPARED_ROWS]), key=lambda row: len(row.input_ids))
@@ -63,9 +68,10 @@ def measure_adapter(
     )
     reference = Reference(short, bool(data.eval), losses, Predictions.of(model, compared_rows(short)), probes)
     folder = run.path / f".adapter-check{STAGING}"
-    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
-    folder.mkdir()
-    reference.save(folder / "reference.safetensors")
+    if context().is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
+        folder.mkdir()
+        reference.save(folder / "reference.safetensors")
     local = Path(config.model.model_name_or_path).expanduser()
     base = str(local.resolve() if local.exists() else loaded.source.folder)
     code = adapter_code(loaded, config, base, str(run.adapter.resolve()))

@@ -57,6 +57,13 @@ def gathering_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from gathering_modules(child)
 
 
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights, such as those of the root after an evaluation."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def reset_after_failure(model: nn.Module) -> None:
     """Make a sharded model usable after an exception in its forward or backward pass."""
     root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)

@@ -113,7 +113,6 @@ class _Quantize(ConversionOps):
         if sharded is None:
             return None
         if name in sharded.sliced:
-            module._is_hf_initialized = True  # some models zero the padding row after loading, here of another token
             return nn.Parameter(sharded.part(value, sharded.sliced[name]).clone(), requires_grad=False)
         is_stack = name in self.quantizer.expert_names
         if not is_stack and issubclass(module.source_cls, Conv1D):

@@ -21,7 +21,12 @@ class MemoryTrimmer:
 
     def count(self, tensor: Tensor) -> Tensor:
         self._bytes += tensor.nbytes
-        if self._bytes > TRIM_BYTES and self._malloc_trim is not None:
-            self._malloc_trim(0)
-            self._bytes = 0
+        if self._bytes > TRIM_BYTES:
+            self.trim()
         return tensor
+
+    def trim(self) -> None:
+        """Return freed memory now."""
+        self._bytes = 0
+        if self._malloc_trim is not None:
+            self._malloc_trim(0)

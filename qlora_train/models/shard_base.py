@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_train.kernels.expert_weights import quantized_experts
 from qlora_train.kernels.sharded_weights import describe_weight, num_blocks, prepare_experts, prepare_linear
 from qlora_train.models.byte_check import check_gathered_bytes, hash_own_rows
+from qlora_train.models.malloc_trim import MemoryTrimmer
 from qlora_train.models.moe import expert_parameters
 from qlora_train.models.shard_rows import place_rows
 from qlora_train.parallel import context
@@ -65,8 +66,9 @@ def shard_base(
     counts = _row_counts(model, sliced)
     ignored = {parameter for parameter in model.parameters() if parameter.ndim < 2}
     mesh = init_device_mesh(device.type, (context().world_size,))
-    units = [*decoder_layers(model), model]
+    units, memory = [*decoder_layers(model), model], MemoryTrimmer()
     for unit in units:
+        memory.trim()  # before FSDP copies this rank's rows
         _expand(unit, counts)
         if unit is units[0] and check_bytes:
             hashes = hash_own_rows(unit)
@@ -126,13 +128,14 @@ def _expand(unit: nn.Module, counts: RowCounts) -> None:
     """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module, name, parameter in _parameters(unit):
-        if len(parameter) < counts.get((module, name), 0):
-            places.setdefault(id(parameter), []).append((module, name))  # several if it is tied
+        places.setdefault(id(parameter), []).append((module, name))  # several if it is tied
     for tied in places.values():
-        first, name = tied[0]
-        whole = nn.Parameter(place_rows(first.get_parameter(name), counts[first, name]), requires_grad=False)
-        for module, name in tied:
-            module._parameters[name] = whole  # frees the part
+        module, name = tied[0]
+        num_rows = max(counts.get(place, 0) for place in tied)
+        if len(module.get_parameter(name)) < num_rows:
+            whole = nn.Parameter(place_rows(module.get_parameter(name), num_rows), requires_grad=False)
+            for module, name in tied:
+                module._parameters[name] = whole  # frees the part
 
 
 def _parameters(unit: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -51,6 +51,7 @@ class ShardedLoad:
     stored: tuple[str, ...] = ()
     sliced: dict[str, torch.Size] = field(default_factory=dict)
     rows: dict[str, range] = field(default_factory=dict)
+    _padding: dict[Any, int | None] = field(default_factory=dict)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -60,6 +61,8 @@ class ShardedLoad:
             yield
         finally:
             CURRENT.reset(token)
+            for module, padding_idx in self._padding.items():
+                module.padding_idx = padding_idx
 
     def lazy(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Return lazy tensors that read the rows known by the time they are read."""
@@ -84,6 +87,9 @@ class ShardedLoad:
             in_4bit = target in expert_names or _is_quantized(module, target)
             if converter is None and module in vocabulary and len(shape) == 2:
                 self.sliced[target], self.rows[name] = shape, own_rows(shape[0])
+                if isinstance(module, nn.Embedding):
+                    # some models zero the padding row after loading, which here is another token's
+                    self._padding[module], module.padding_idx = module.padding_idx, None
             elif converter is None and in_4bit and is_cut(shape):
                 self.rows[name] = rows_of_blocks(shape)
             elif converter is not None and in_4bit and is_cut(shape) and _merges_rows(converter):

@@ -106,6 +106,10 @@ class RowBatches:
         for step in self.epoch_steps(0):
             yield [rows[indices] for indices in step]
 
+    def any_batch(self) -> Batch:
+        """Return a micro-batch of this rank; the first step has rows on every rank."""
+        return self.collate(next(self.steps()))[0]
+
     def epoch_steps(self, epoch: int) -> Iterator[list[list[int]]]:
         """Yield the row indices of each micro-batch of each step; a rank may have none in the last step."""
         units = self.order.epoch_units(epoch)
@@ -185,6 +189,10 @@ class StreamBatches(IterableDataset[list[Batch]]):
             self._locations.extend((index, example.where) for index, example in rows)
             sizes = [example.num_tokens for _, example in rows]
             yield [collate_rows(self._collate, batch) for batch in _micro_batches(rows, sizes, self._train)]
+
+    def any_batch(self) -> Batch:
+        """Never called: all steps are full, so that every rank has rows."""
+        raise AssertionError("a rank without rows in a step of a stream")
 
     def location(self, row: int) -> str:
         """Return the source location of a row of the last step."""

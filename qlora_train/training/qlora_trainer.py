@@ -32,6 +32,7 @@ from qlora_train.data import PreparedData
 from qlora_train.data.collate import Batch, FlatteningCollator
 from qlora_train.evaluation.objective_table import SFT, Objective
 from qlora_train.kernels import host_copies
+from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.objectives.batch_loss import BatchLoss
 from qlora_train.objectives.label_losses import choose_chunk_tokens
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS, choose_router_aux_loss_coef
@@ -96,7 +97,7 @@ class QloraTrainer(ResumableTrainer):
         self.batch_source = self._make_batch_source(group_batch_size, has_fused_kernels)
         self.schedule = make_schedule(config, self.batch_source.steps_per_epoch, has_eval=bool(data.eval))
         self._step_loss: torch.Tensor | None = None
-        self._step_tokens = 0
+        self._step_tokens = self._max_micro_batches = 0
         self._micro_rows: list[torch.Tensor] = []
         self._metric_means = MetricMeans()
         self.guard = NonFiniteGuard(config.train)
@@ -186,16 +187,29 @@ class QloraTrainer(ResumableTrainer):
         """Compute the gradients of an optimizer step, and return its loss, a scalar; both are those of all ranks."""
         self._loss_before_step = self._tr_loss.clone()
         losses = [super(QloraTrainer, self).training_step(model, batch, num_items_in_batch) for batch in inputs]
+        if is_sharded(model):
+            self._join_other_ranks(model, inputs)
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
         self._step_loss = sum_gradients_(list(trainable_state(self.model).values()), loss)
         return self._step_loss
+
+    def _join_other_ranks(self, model: torch.nn.Module, inputs: list[Batch]) -> None:
+        """Repeat a micro-batch with weight 0 until all ranks have run as many: they gather the weights together."""
+        for _ in range(self._max_micro_batches - len(inputs)):
+            batch = inputs[-1] if inputs else self.batch_source.any_batch()
+            with self.compute_loss_context_manager():
+                loss = 0 * self.batch_loss(model, self._prepare_inputs(batch)).total
+            self.accelerator.backward(loss)
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Batch]], device: torch.device) -> Any:
         """Return the number of items of the optimizer step, over all its micro-batches on all ranks."""
         batches = [batch for step in batch_samples for batch in step]
         num_items = sum(map(self.objective.loss.num_items, batches))
         num_tokens = sum(map(self.batch_source.num_tokens, batches))
-        num_items, self._step_tokens = context().sum_(torch.tensor([num_items, num_tokens])).tolist()
+        this = context()
+        num_batches = [len(batches) if rank == this.rank else 0 for rank in range(this.world_size)]
+        sums = this.sum_(torch.tensor([num_items, num_tokens, *num_batches])).tolist()
+        num_items, self._step_tokens, self._max_micro_batches = sums[0], sums[1], max(sums[2:])
         return num_items
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:

@@ -17,7 +17,7 @@ from tests.support.sharded_models import compare_adapters, compare_families, fli
 from tests.support.workers import run_workers
 
 Pico = Callable[..., Path]
-FAMILIES = ("llama", "gemma2", "phi3", "gpt2", "falcon_h1", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "jetmoe")
+FAMILIES = ("llama", "gemma3_text", "phi3", "gpt2", "falcon_h1", "qwen3", "mixtral", "qwen3_moe", "gpt_oss", "jetmoe")
 """Tied and transposed weights, a recurrent family; experts stored one by one, as a stack, and outside the interface."""
 GROUPS = [(2, FAMILIES), (3, FAMILIES[::3]), (4, FAMILIES)]
 """Numbers of processes, and the families that they load; 3 divides no weight."""

@@ -16,7 +16,8 @@ DATE = datetime.date(2026, 1, 1)
 
 def trainer_of(config: RunConfig) -> tuple[QloraTrainer, PreparedData]:
     source = resolve_base(config.model)
-    loaded = load_model(config.model, config.quantization, source=source)
+    shard = config.parallel.strategy == "fsdp"
+    loaded = load_model(config.model, config.quantization, source=source, shard=shard)
     data, _ = prepare_tokenizer_and_data(config, source, date=DATE)
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
     assert config.run.output_dir is not None
