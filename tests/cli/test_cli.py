@@ -286,7 +286,7 @@ def test_unknown_first_word_is_one_line(word: str, capsys: Capture) -> None:
     [
         (["tain", str(CONFIG)], "did you mean train?"),
         (["chekc", str(CONFIG)], "did you mean check?"),
-        (["frobnicate", str(CONFIG)], "the commands are train, check, "),
+        (["frobnicate", str(CONFIG)], "the commands are train, ray, check, "),
     ],
 )
 def test_misspelt_command_suggests_the_nearest_one(words: list[str], hint: str, capsys: Capture) -> None:
