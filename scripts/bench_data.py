@@ -219,7 +219,7 @@ def turns(options: argparse.Namespace) -> dict[str, Any]:
 
     from transformers import AutoTokenizer
 
-    from qlora_train.data.render import Renderer
+    from qlora_train.data.row_encoder import RowEncoder
     from qlora_train.data.types import Message, Row
 
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
@@ -232,11 +232,11 @@ def turns(options: argparse.Namespace) -> dict[str, Any]:
             while len(pairs) < count:
                 pairs += [turn for turn in next(source)["messages"] if turn["role"] != "system"]
             rows.append(Row("row", messages=tuple(pairs[:count])))
-        renderer = Renderer(tokenizer, train_on="assistant", date=datetime.date.today())
+        encoder = RowEncoder(tokenizer, train_on="assistant", date=datetime.date.today())
         seconds = []
         for row in rows:
             start = time.perf_counter()
-            renderer.render(row)
+            encoder.encode(row)
             seconds.append(time.perf_counter() - start)
         results[f"{count} turns"] = {"first": seconds[0], "median": statistics.median(seconds[1:])}
     results["ratio of medians"] = results["200 turns"]["median"] / results["10 turns"]["median"]

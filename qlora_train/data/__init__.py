@@ -1,6 +1,6 @@
 """The data stage: files -> records -> rows -> examples -> stored tokens -> batches.
 
-`sources` finds files and `readers` cut them into chunks of records; `formats` reads records into rows; `render` makes
+`sources` finds files and `readers` cut them into chunks of records; `formats` reads records into rows; `row_encoder` makes
 examples (tokens and loss mask) of them; `tokenize_chunk` does that for a chunk in a worker process; `token_store` holds
 the result, cached by `token_cache`. `prepare` runs all of it and chooses the rows, `data_report` describes them. `collate`,
 `batch_order` and `packing` make batches; only `collate` imports torch.

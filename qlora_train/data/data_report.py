@@ -14,8 +14,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from qlora_train.data.decoded_rows import DecodedRow
 from qlora_train.data.reason_counts import ReasonCounts, locations_text
-from qlora_train.data.rendered_rows import RenderedRow
 from qlora_train.data.token_store import SourceSummary
 from qlora_train.utils.errors import DataError
 
@@ -200,7 +200,7 @@ class DataReport:
     overflow: str
     sources: tuple[SourceReport, ...]
     splits: dict[str, SplitReport]
-    first_rows: tuple[RenderedRow, ...]
+    first_rows: tuple[DecodedRow, ...]
     overlap: ReasonCounts = field(default_factory=ReasonCounts)
     is_streamed: bool = False
 

@@ -16,9 +16,9 @@ from qlora_train.config.objectives import DatasetType
 from qlora_train.config.schema import DataSection, Source
 from qlora_train.data.chat_template import is_dated
 from qlora_train.data.data_report import NUM_FIRST_ROWS, DataReport, SourceReport, SplitReport, check_max_dropped
+from qlora_train.data.decoded_rows import decode_rows
 from qlora_train.data.held_out_rows import RunRows
 from qlora_train.data.reason_counts import ReasonCounts
-from qlora_train.data.rendered_rows import render_rows
 from qlora_train.data.selection import StoredTexts, first_occurrences, held_out_mask, is_among, mix, num_duplicates
 from qlora_train.data.source_store import SourceStore, SourceTokenizer
 from qlora_train.data.token_store import Rows
@@ -114,7 +114,7 @@ def _streamed(
             "data.train": SplitReport.of(lengths, num_labels, data.max_length),
             **_split_report("data.eval", eval_rows, data.max_length),
         },
-        first_rows=render_rows(head[:NUM_FIRST_ROWS], tokenizer),
+        first_rows=decode_rows(head[:NUM_FIRST_ROWS], tokenizer),
         is_streamed=True,
     )
     return PreparedData(train, eval_rows, None, report, f"{train.fingerprint} {fingerprint(eval_rows)}")
@@ -149,7 +149,7 @@ def _selected(
             **_split_report("data.train", rows, data.max_length, num_deduplicated=num_removed),
             **_split_report("data.eval", eval_rows, data.max_length),
         },
-        first_rows=render_rows(rows[:NUM_FIRST_ROWS], tokenizer),
+        first_rows=decode_rows(rows[:NUM_FIRST_ROWS], tokenizer),
         overlap=overlap,
     )
     return PreparedData(rows, eval_rows, len(rows), report, fingerprint(rows, eval_rows))

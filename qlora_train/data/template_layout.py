@@ -7,8 +7,8 @@ row's contents filled in, to the character, needs no rendering of its prompts: t
 number of turns, not with its square.
 
 The definition is `answer_spans.find_answers`. Rows that the layout does not explain use it: contents that the template
-rewrites, reasoning, tool calls, and contents with a word that the template tests for (``</think>``). `render.Renderer`
-compares the two on the first row of each sequence of roles.
+rewrites, reasoning, tool calls, and contents with a word that the template tests for (``</think>``).
+`row_encoder.RowEncoder` compares the two on the first row of each sequence of roles.
 """
 
 import re

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from qlora_train.data.rendered_rows import RenderedRow
+from qlora_train.data.decoded_rows import DecodedRow
 
 TRAINED, CONTEXT = "bold green", "dim"
 OPEN, CLOSE, LINE_END = "⟦", "⟧", "↵"
@@ -18,7 +18,7 @@ JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 """Invisible characters that emoji and several scripts need."""
 
 
-def shown_rows(rows: Sequence[RenderedRow], console: Console) -> str:
+def shown_rows(rows: Sequence[DecodedRow], console: Console) -> str:
     """Return rows as text for a console, in colour if it has any.
 
     Invisible and control characters are escaped; a line break is marked.

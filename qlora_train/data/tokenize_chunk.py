@@ -16,7 +16,7 @@ from qlora_train.data.formats import FORMATS
 from qlora_train.data.overflow import apply_overflow
 from qlora_train.data.readers import Chunk
 from qlora_train.data.reason_counts import ReasonCounts
-from qlora_train.data.render import Renderer
+from qlora_train.data.row_encoder import RowEncoder
 from qlora_train.data.row_reader import RowReader
 from qlora_train.data.selection import StoredTexts
 from qlora_train.data.token_store import StoredRow, TokenizedChunk, make_batch, schema
@@ -65,7 +65,7 @@ class ChunkTokenizer:
         stored_texts: StoredTexts,
         vocabulary_size: int,
     ) -> None:
-        self._renderer = Renderer(tokenizer, train_on=data.train_on, date=date)
+        self._encoder = RowEncoder(tokenizer, train_on=data.train_on, date=date)
         self._data, self._format, self._columns, self._stored_texts = data, format_name, columns, stored_texts
         self.columns = schema(vocabulary_size, has_pairs=FORMATS[format_name].dataset_type == "preference")
         self._vocabulary_size, self._tokenizer, self._bos = vocabulary_size, tokenizer, tokenizer.bos_token_id
@@ -116,7 +116,7 @@ class ChunkTokenizer:
         return [replace(example, rejected=rejected, warnings=tuple(warnings))]
 
     def _sequences_of(self, row: Row) -> list[Example]:
-        example = self._renderer.render(row)
+        example = self._encoder.encode(row)
         if row.warnings:
             example = replace(example, warnings=(*row.warnings, *example.warnings))
         self._check_ids(row, example)

@@ -8,7 +8,7 @@ from qlora_train.architectures import check_max_length, check_packing, check_tar
 from qlora_train.config import RunConfig
 from qlora_train.config.objectives import dataset_type_of
 from qlora_train.data import PreparedData, prepare_data
-from qlora_train.data.rendered_rows import render_rows
+from qlora_train.data.decoded_rows import decode_rows
 from qlora_train.models import BaseSource, load_tokenizer, resolve_base
 from qlora_train.models.loading import model_config
 from qlora_train.models.tokenizer import check_can_be_saved, num_embeddings
@@ -40,7 +40,7 @@ def inspect(config: RunConfig, *, num_shown: int) -> PreparedData:
     data, tokenizer = prepare_tokenizer_and_data(
         config, resolve_base(config.model, weights=False), date=datetime.date.today()
     )
-    return replace(data, report=replace(data.report, first_rows=render_rows(data.first_rows()[:num_shown], tokenizer)))
+    return replace(data, report=replace(data.report, first_rows=decode_rows(data.first_rows()[:num_shown], tokenizer)))
 
 
 def prepare_tokenizer_and_data(

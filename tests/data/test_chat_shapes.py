@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from jinja2.exceptions import TemplateError
 
-from qlora_train.data.render import INLINE_REASONING, Renderer
+from qlora_train.data.row_encoder import INLINE_REASONING, RowEncoder
 from qlora_train.data.types import UnusableRowError
 from qlora_train.utils.errors import DataError
 from tests.support.chat_oracle import BLOCK, DATE, OWN_TEMPLATES, TRL_TEMPLATES, compiled, label_texts
@@ -276,7 +276,7 @@ def outcome(name: str, case: str) -> str:
     tokenizer = tokenizer_for(name)
     row = read({"messages": json.loads(json.dumps(turns)), "tools": tools})
     try:
-        example = renderer_for(name).render(row)
+        example = encoder_for(name).encode(row)
     except (UnusableRowError, DataError) as error:
         reason = str(error)
         if WHOLE in reason:  # with and without reasoning
@@ -301,8 +301,8 @@ def outcome(name: str, case: str) -> str:
 
 
 @cache
-def renderer_for(name: str) -> Renderer:
-    return Renderer(tokenizer_for(name), train_on="assistant", date=DATE)
+def encoder_for(name: str) -> RowEncoder:
+    return RowEncoder(tokenizer_for(name), train_on="assistant", date=DATE)
 
 
 def test_the_oracle_covers_what_trl_carries_and_twenty_shapes() -> None:
@@ -327,8 +327,8 @@ def test_a_template_with_a_place_for_everything_refuses_nothing(name: str) -> No
 def labels_of(template: str, turns: list[dict[str, Any]]) -> list[str]:
     tokenizer = copy.deepcopy(tokenizer_for("chatml"))
     tokenizer.chat_template = (OWN_TEMPLATES / f"{template}.jinja").read_text()
-    renderer = Renderer(tokenizer, train_on="assistant", date=DATE)
-    return label_texts(tokenizer, renderer.render(read({"messages": turns})))
+    encoder = RowEncoder(tokenizer, train_on="assistant", date=DATE)
+    return label_texts(tokenizer, encoder.encode(read({"messages": turns})))
 
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -355,14 +355,14 @@ def test_only_rows_without_reasoning_are_refused_where_empty_thoughts_differ_fro
 
 def test_an_answer_ends_at_its_end_of_turn_where_the_next_header_always_follows() -> None:
     name = "llama3 with the next header always"
-    example = renderer_for(name).render(read({"messages": [user(), answer()]}))
+    example = encoder_for(name).encode(read({"messages": [user(), answer()]}))
     assert label_texts(tokenizer_for(name), example) == ["It is cold.<|eot_id|>"]
 
 
 def trained(jinja: str, turns: list[dict[str, Any]], train_on: Any = "assistant") -> list[str]:
     tokenizer = copy.deepcopy(tokenizer_for("chatml"))
     tokenizer.chat_template = jinja
-    return label_texts(tokenizer, Renderer(tokenizer, train_on=train_on, date=DATE).render(read({"messages": turns})))
+    return label_texts(tokenizer, RowEncoder(tokenizer, train_on=train_on, date=DATE).encode(read({"messages": turns})))
 
 
 def one_call(name: str = "weather", **arguments: Any) -> str:
@@ -402,8 +402,8 @@ def test_thoughts_that_the_prompt_opens_are_trained_once(name: str) -> None:
 
 def test_reasoning_in_the_content_is_noted_and_stays_there_for_templates_without_a_place_for_it() -> None:
     row = read({"messages": CASES["inline thoughts"]})
-    assert renderer_for("nemotron").render(row).warnings == (INLINE_REASONING,)
-    assert renderer_for("chatml").render(row).warnings == ()
+    assert encoder_for("nemotron").encode(row).warnings == (INLINE_REASONING,)
+    assert encoder_for("chatml").encode(row).warnings == ()
     assert trained(SHAPES["chatml"].jinja, CASES["inline thoughts"]) == [f"{THINK}It is cold.{IM}"]
 
 
@@ -439,6 +439,6 @@ def test_no_loss_falls_on_a_header_behind_the_end_of_the_turn(name: str, case: s
     )  # fmt: skip
     tokenizer = copy.deepcopy(tokenizer_for(name))
     tokenizer.chat_template = jinja
-    example = Renderer(tokenizer, train_on="assistant", date=DATE).render(read({"messages": CASES[case]}))
+    example = RowEncoder(tokenizer, train_on="assistant", date=DATE).encode(read({"messages": CASES[case]}))
     texts = [turn["content"] or json.dumps(OSLO["function"]) for turn in CASES[case] if turn["role"] == "assistant"]
     assert label_texts(tokenizer, example) == [text + str(SHAPES[name].stop) for text in texts]

@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from qlora_train.config import DataSection
 from qlora_train.data import encode_chat, prepare_data, render_chat
 from qlora_train.data.chat_template import DIRECTIVES, ChatRenderer
-from qlora_train.data.render import Renderer
+from qlora_train.data.row_encoder import RowEncoder
 from qlora_train.data.types import Message, Row
 from qlora_train.utils.errors import DataError
 from tests.support.pico import CHATML, build_tokenizer
@@ -46,7 +46,7 @@ def write_rows(folder: Path) -> str:
 def test_rows_depend_on_the_date_that_is_given_and_not_on_today(template: str) -> None:
     tokenizer = tokenizer_with(template)
     for date in (DATE, NEXT_DATE):
-        example = Renderer(tokenizer, train_on="assistant", date=date).render(Row("row", tuple(TURNS)))
+        example = RowEncoder(tokenizer, train_on="assistant", date=date).encode(Row("row", tuple(TURNS)))
         written = date.strftime("%d %b %Y") if template == DATED else date.isoformat()
         assert written in tokenizer.decode(example.input_ids)
         assert tokenizer.decode(example.input_ids[example.loss_mask]) == "hello<|im_end|>"
@@ -124,9 +124,9 @@ def test_dates_are_written_as_by_strftime(date: datetime.date, parts: list[str])
 
 
 def test_a_format_that_is_not_known_is_refused_before_any_row() -> None:
-    it = Renderer(tokenizer_with("{{ strftime_now('%Q') }}" + CHATML), train_on="assistant", date=DATE)
+    it = RowEncoder(tokenizer_with("{{ strftime_now('%Q') }}" + CHATML), train_on="assistant", date=DATE)
     with pytest.raises(DataError, match=r"cannot be trained with: .* the format %Q holds an unknown directive"):
-        it.render(Row("row", tuple(TURNS)))
+        it.encode(Row("row", tuple(TURNS)))
 
 
 def test_a_template_that_fails_in_python_fails_as_a_template() -> None:
@@ -134,4 +134,4 @@ def test_a_template_that_fails_in_python_fails_as_a_template() -> None:
     with pytest.raises(TemplateError, match="TypeError"):
         render_chat(tokenizer, TURNS, date=DATE)
     with pytest.raises(DataError, match="the tokenizer's chat template cannot be trained with"):
-        Renderer(tokenizer, train_on="assistant", date=DATE).render(Row("row", tuple(TURNS)))
+        RowEncoder(tokenizer, train_on="assistant", date=DATE).encode(Row("row", tuple(TURNS)))

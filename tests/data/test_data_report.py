@@ -25,8 +25,8 @@ from qlora_train.data.data_report import (
     check_max_dropped,
     length_quantiles,
 )
+from qlora_train.data.decoded_rows import DecodedRow, decode_rows
 from qlora_train.data.reason_counts import ReasonCounts
-from qlora_train.data.rendered_rows import RenderedRow, render_rows
 from qlora_train.data.terminal_view import MAX_SEGMENT_LENGTH, shown_rows
 from qlora_train.data.token_store import SourceSummary
 from qlora_train.data.types import Example
@@ -123,7 +123,7 @@ def test_system_prompts_are_weighted_by_used_rows() -> None:
 
 def test_the_json_of_a_report_has_all_counts() -> None:
     dropped, warned = reasons(rare=["a:1"], frequent=[f"a:{i}" for i in range(2, 9)]), reasons(cut=["a:9"])
-    rows = render_rows([example([5, 6, 7], [False, True, True])], build_tokenizer())
+    rows = decode_rows([example([5, 6, 7], [False, True, True])], build_tokenizer())
     made = report(
         source(dropped=dropped, warned=warned), overflow="split", train=split([10, 30], [5, 5]), first_rows=rows
     )
@@ -268,7 +268,7 @@ def test_segments_join_to_the_whole_row_whatever_the_mask_cuts(name: str, data: 
     if data.draw(st.booleans(), label="cut to a length, perhaps inside a character"):
         ids = ids[: data.draw(st.integers(1, len(ids)))]
     mask = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-    [row] = render_rows([example(ids, mask)], tokenizer)
+    [row] = decode_rows([example(ids, mask)], tokenizer)
     assert "".join(part for part, _ in row.segments) == tokenizer.decode(ids)
     assert [trained for _, trained in row.segments] == [trained for trained, _ in groupby(mask)]
     assert (row.num_tokens, row.num_labels) == (len(ids), sum(mask))
@@ -282,7 +282,7 @@ def test_trained_segments_are_the_characters_of_the_trained_tokens(name: str, da
     text = data.draw(st.text(st.sampled_from("abc "), min_size=1, max_size=30).map(lambda text: "a" + text))
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = data.draw(st.lists(st.booleans(), min_size=len(encoding.input_ids), max_size=len(encoding.input_ids)))
-    [row] = render_rows([example(encoding.input_ids, mask)], tokenizer)
+    [row] = decode_rows([example(encoding.input_ids, mask)], tokenizer)
     is_trained = [trained for segment, trained in row.segments for _ in segment]
     expected = [False] * len(text)
     for (begin, end), trained in zip(encoding.offset_mapping, mask, strict=True):
@@ -301,14 +301,14 @@ def test_a_character_on_both_sides_of_a_border_stands_behind_it_and_nothing_else
     last = len(ids) - 1  # the token of b
     for border in range(last - num_bytes + 1, last):
         mask = [token >= border for token in range(len(ids))]
-        [row] = render_rows([example(ids, mask)], tokenizer)
+        [row] = decode_rows([example(ids, mask)], tokenizer)
         assert row.segments == (("a ", False), (f"{character}b", True))
 
 
 def test_no_text_is_shown_twice_where_a_cut_row_ends_in_bytes_that_are_no_characters() -> None:
     tokenizer = TOKENIZERS["byte fallback"]
     ids = tokenizer.encode("a" + 6 * "\n" + "\u00e9", add_special_tokens=False)[:-1]
-    [row] = render_rows([example(ids, [False, *[True] * 5, *[False] * (len(ids) - 6)])], tokenizer)
+    [row] = decode_rows([example(ids, [False, *[True] * 5, *[False] * (len(ids) - 6)])], tokenizer)
     assert "".join(part for part, _ in row.segments) == tokenizer.decode(ids)
     assert len(row.segments) == 3
 
@@ -318,7 +318,7 @@ def test_special_tokens_are_part_of_the_text() -> None:
     ids = tokenizer.encode("<|im_start|>assistant\nyes<|im_end|>\n", add_special_tokens=False)
     start = len(tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False))
     mask = [start <= i < len(ids) - 1 for i in range(len(ids))]
-    [row] = render_rows([example(ids, mask, warnings=("a note",))], tokenizer)
+    [row] = decode_rows([example(ids, mask, warnings=("a note",))], tokenizer)
     assert row.segments == (("<|im_start|>assistant\n", False), ("yes<|im_end|>", True), ("\n", False))
     assert (row.where, row.warnings) == ("a.jsonl:1", ("a note",))
 
@@ -331,8 +331,8 @@ HOSTILE = (
 )
 
 
-def rendered(*segments: tuple[str, bool], where: str = "a.jsonl:7", warnings: tuple[str, ...] = ()) -> RenderedRow:
-    return RenderedRow(where, 9, 4, segments, warnings)
+def rendered(*segments: tuple[str, bool], where: str = "a.jsonl:7", warnings: tuple[str, ...] = ()) -> DecodedRow:
+    return DecodedRow(where, 9, 4, segments, warnings)
 
 
 def coloured() -> Console:

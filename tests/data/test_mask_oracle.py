@@ -21,7 +21,7 @@ from jinja2.exceptions import TemplateError
 
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
-from qlora_train.data.render import CROSSES_PROMPT_END, Renderer
+from qlora_train.data.row_encoder import CROSSES_PROMPT_END, RowEncoder
 from qlora_train.data.types import Message, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
 from tests.support.chat_oracle import DATE, OWN_TEMPLATES, TRL_TEMPLATES, compiled, metaspace_tokenizer
@@ -195,9 +195,9 @@ def holds_special(name: str, kind: str, turns: Sequence[Message]) -> bool:
 
 
 @cache
-def renderer_for(name: str, kind: str) -> Renderer:
-    """One renderer for all examples, as in a run: its caches serve the next row."""
-    return Renderer(tokenizer_for(name, kind), train_on="assistant", date=DATE)
+def encoder_for(name: str, kind: str) -> RowEncoder:
+    """One encoder for all examples, as in a run: its caches serve the next row."""
+    return RowEncoder(tokenizer_for(name, kind), train_on="assistant", date=DATE)
 
 
 def check(name: str, kind: str, turns: tuple[Message, ...]) -> None:
@@ -208,13 +208,13 @@ def check(name: str, kind: str, turns: tuple[Message, ...]) -> None:
         truth = oracle(name, kind, turns, answers)
     except (RefusedError, TemplateError):
         with pytest.raises(UnusableRowError, match=r"chat template|special token"):
-            renderer_for(name, kind).render(row)
+            encoder_for(name, kind).encode(row)
         return
     if holds_special(name, kind, turns):
         with pytest.raises(UnusableRowError, match="holds the special token"):
-            renderer_for(name, kind).render(row)
+            encoder_for(name, kind).encode(row)
         return
-    example = renderer_for(name, kind).render(row)
+    example = encoder_for(name, kind).encode(row)
     assert example.input_ids.tolist() == truth.ids
     assert example.loss_mask.tolist() == truth.mask
     assert len(truth.ends) >= len(answers)
@@ -281,14 +281,14 @@ def test_equal_contents_and_contents_that_equal_a_role_are_distinguished(name: s
 def test_contents_may_begin_or_end_like_special_tokens(name: str, kind: str) -> None:
     begins = (["", "<", "", "ok"], ["<", "<", "<|", "<|", "<|e", "<"], ["a", "<s", "[", "</s", "<|im", "<|end|"])
     for words in (*begins, ["", ">", "", "ok"], ["|", "|>", "a", "s>", "b", ">"]):
-        renderer_for.cache_clear()  # the layouts are confirmed on the first row of each sequence of roles
+        encoder_for.cache_clear()  # the layouts are confirmed on the first row of each sequence of roles
         check(name, kind, conversation(words))
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *(f"{name}_training" for name in REFUSED if name != "glm4moe")])
 def test_templates_that_cannot_be_trained_with_are_refused_with_the_reason(name: str) -> None:
     with pytest.raises(DataError, match=REFUSED[name.removesuffix("_training")]):
-        Renderer(tokenizer_for(name, "bytes"), train_on="assistant", date=DATE).render(Row("row", conversation("ab")))
+        RowEncoder(tokenizer_for(name, "bytes"), train_on="assistant", date=DATE).encode(Row("row", conversation("ab")))
 
 
 @pytest.mark.parametrize("name", LAST_ONLY)
@@ -296,8 +296,8 @@ def test_templates_that_rewrite_earlier_answers_train_the_last_one(name: str) ->
     stop, reason = LAST_ONLY[name]
     tokenizer, turns = tokenizer_for(name, "bytes"), conversation(["one", "two", "three", "four"])
     with pytest.raises(UnusableRowError, match=reason):
-        Renderer(tokenizer, train_on="assistant", date=DATE).render(Row("row", turns))
-    example = Renderer(tokenizer, train_on="last", date=DATE).render(Row("row", turns))
+        RowEncoder(tokenizer, train_on="assistant", date=DATE).encode(Row("row", turns))
+    example = RowEncoder(tokenizer, train_on="last", date=DATE).encode(Row("row", turns))
     text = rendered(name, turns)
     prompt = rendered(name, turns[:-1], add_generation_prompt=True)
     assert tokenizer.decode(example.input_ids) == text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_train.data.render import Renderer
+from qlora_train.data.row_encoder import RowEncoder
 from qlora_train.data.types import UnusableRowError
 from tests.support.pico import build_tokenizer
 from tests.support.rows import HELLO, HI, WEATHER, call, calling, read, reason_of, result, turns_of
@@ -176,7 +176,7 @@ def trained(template: str, values: dict[str, Any]) -> list[str]:
     """Return the trained texts of a row."""
     tokenizer = build_tokenizer()
     tokenizer.chat_template = template
-    example = Renderer(tokenizer, train_on="assistant", date=datetime.date(2024, 2, 29)).render(read(values))
+    example = RowEncoder(tokenizer, train_on="assistant", date=datetime.date(2024, 2, 29)).encode(read(values))
     return tokenizer.decode(example.input_ids[example.loss_mask]).split("<|im_end|>")[:-1]  # type: ignore[no-any-return]
 
 

@@ -22,7 +22,7 @@ UNUSED = (
     "data.readers.json_list", "data.readers.parquet", "training.memory.activation_offloading",
 )  # fmt: skip
 """Parts that neither the settings nor the data of this run ask for."""
-TOKENIZATION = ("data.tokenize_chunk", "data.render", "data.masking", "data.row_reader", "data.format_readers")
+TOKENIZATION = ("data.tokenize_chunk", "data.row_encoder", "data.masking", "data.row_reader", "data.format_readers")
 CODE = """
 import sys
 from qlora_train.cli.main import main

@@ -50,7 +50,7 @@ CROSSES_PROMPT_END = "one token spans the end of the prompt and the start of the
 TWO_BOS = "the row begins with the tokenizer's beginning token twice"
 
 
-class Renderer:
+class RowEncoder:
     """Turns rows into examples with one tokenizer.
 
     Args:
@@ -81,7 +81,7 @@ class Renderer:
         self._tokens_of_prompt_end = functools.lru_cache(1024)(lambda text: tokenize(tokenizer, text).ids)
         self._writes_reasoning: dict[str, bool] = {}
 
-    def render(self, row: Row) -> Example:
+    def encode(self, row: Row) -> Example:
         """Return the row as tokens and mask, each of shape (seq,).
 
         Raises:
@@ -131,12 +131,12 @@ class Renderer:
         turns = tuple(map(with_reasoning, messages)) if self._reads_reasoning(chat) else messages
         self._special.refuse_in_turns(turns, row.tools)
         try:
-            return self._rendered(row, turns, chat, layouts)
+            return self._encoded(row, turns, chat, layouts)
         except UnusableRowError as error:
             if not any("tool_calls" in turn for turn in turns):
                 raise
             try:
-                example = self._rendered(row, turns, replace(chat, text_arguments=True), layouts)
+                example = self._encoded(row, turns, replace(chat, text_arguments=True), layouts)
             except UnusableRowError:
                 raise error from None
             if not self._has_logged_text_arguments:
@@ -144,7 +144,7 @@ class Renderer:
                 log.info("chat template: gets the arguments of calls as JSON text (with objects: %s)", error.reason)
             return example
 
-    def _rendered(self, row: Row, turns: tuple[Message, ...], chat: ChatRenderer, layouts: LayoutCache) -> Example:
+    def _encoded(self, row: Row, turns: tuple[Message, ...], chat: ChatRenderer, layouts: LayoutCache) -> Example:
         trained, located = self._answers(row, turns)
         try:
             whole, spans = self._spans(turns, located, chat, layouts)

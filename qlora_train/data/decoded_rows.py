@@ -14,7 +14,7 @@ MAX_TOKENS_PER_CHARACTER = 4
 
 
 @dataclass(frozen=True, slots=True)
-class RenderedRow:
+class DecodedRow:
     """A row for people to read.
 
     `segments` are parts of the text, each with whether it is trained; joined they are the whole row. A character whose
@@ -37,20 +37,22 @@ class RenderedRow:
         }
 
 
-def render_rows(examples: Iterable[Example], tokenizer: Any) -> tuple[RenderedRow, ...]:
+def decode_rows(examples: Iterable[Example], tokenizer: Any) -> tuple[DecodedRow, ...]:
     """Decode rows with the tokenizer that made them."""
-    return tuple(rendered for example in examples for rendered in _rendered_row(example, tokenizer))
+    return tuple(row for example in examples for row in _decoded_row(example, tokenizer))
 
 
-def _rendered_row(example: Example, tokenizer: Any) -> list[RenderedRow]:
+def _decoded_row(example: Example, tokenizer: Any) -> list[DecodedRow]:
     """Return a row, or the chosen and the rejected sequence of a pair."""
     if example.rejected is None:
-        return [_rendered(example, example.where, tokenizer)]
+        return [_decoded_example(example, example.where, tokenizer)]
     names = (f"{example.where} (chosen)", f"{example.where} (rejected)")
-    return [_rendered(sequence, name, tokenizer) for sequence, name in zip(example.sequences, names, strict=True)]
+    return [
+        _decoded_example(sequence, name, tokenizer) for sequence, name in zip(example.sequences, names, strict=True)
+    ]
 
 
-def _rendered(example: Example, where: str, tokenizer: Any) -> RenderedRow:
+def _decoded_example(example: Example, where: str, tokenizer: Any) -> DecodedRow:
     mask, ids = example.loss_mask, example.input_ids.tolist()
     text = _decoded(tokenizer, ids)
     token_borders, char_borders = [0], [0]
@@ -60,7 +62,7 @@ def _rendered(example: Example, where: str, tokenizer: Any) -> RenderedRow:
     char_borders.append(len(text))
     parts = (text[begin:end] for begin, end in pairwise(char_borders))
     segments = tuple((part, bool(mask[border])) for part, border in zip(parts, token_borders, strict=True))
-    return RenderedRow(where, len(ids), int(np.count_nonzero(mask)), segments, example.warnings)
+    return DecodedRow(where, len(ids), int(np.count_nonzero(mask)), segments, example.warnings)
 
 
 def _char_border(tokenizer: Any, ids: list[int], border: int, text: str) -> int:

@@ -16,7 +16,7 @@ from qlora_train.config.schema import CHAT_TEMPLATE_NAMES
 from qlora_train.data import template_layout
 from qlora_train.data.chat_template import ChatRenderer
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES, resolve_chat_template
-from qlora_train.data.render import CROSSES_PROMPT_END, TWO_BOS, Renderer
+from qlora_train.data.row_encoder import CROSSES_PROMPT_END, TWO_BOS, RowEncoder
 from qlora_train.data.types import Example, Message, Row, UnusableRowError
 from qlora_train.utils.errors import ConfigError, DataError
 from tests.support.chat_oracle import DATE, label_texts, metaspace_tokenizer
@@ -63,8 +63,8 @@ TOKENIZERS["trimmed offsets"] = tokenizer_for("chatml")
 TOKENIZERS["trimmed offsets"].backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
 
 
-def renderer(tokenizer: Any, train_on: Any = "assistant") -> Renderer:
-    return Renderer(tokenizer, train_on=train_on, date=DATE)
+def encoder(tokenizer: Any, train_on: Any = "assistant") -> RowEncoder:
+    return RowEncoder(tokenizer, train_on=train_on, date=DATE)
 
 
 def conversation(*contents: str, system: str | None = None) -> tuple[Message, ...]:
@@ -117,7 +117,7 @@ def interleave(pieces: Sequence[str], contents: Sequence[str]) -> str:
 
 def check_against_oracle(name: str, turns: tuple[Message, ...]) -> Example:
     tokenizer = TOKENIZERS[name]
-    example = renderer(tokenizer).render(Row("row", turns))
+    example = encoder(tokenizer).encode(Row("row", turns))
     ids, mask, ends = oracle(tokenizer, turns)
     assert list(example.input_ids) == ids
     assert list(example.loss_mask) == mask
@@ -153,7 +153,7 @@ def test_masks_equal_the_oracle_for_any_contents(name: str, texts: list[str]) ->
     special = TOKENIZERS[name].all_special_tokens
     if any(token in text for token in special for text in texts):  # hypothesis also tries strings of the source files
         with pytest.raises(UnusableRowError, match="holds the special token"):
-            renderer(TOKENIZERS[name]).render(Row("row", conversation(*texts)))
+            encoder(TOKENIZERS[name]).encode(Row("row", conversation(*texts)))
     else:
         check_against_oracle(name, conversation(*texts))
 
@@ -161,8 +161,8 @@ def test_masks_equal_the_oracle_for_any_contents(name: str, texts: list[str]) ->
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_prompts_tokens_are_those_of_inference(name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    it = renderer(tokenizer, train_on="last")
-    example = it.render(Row("row", conversation("one", "two", "three", "four", system="kind")))
+    it = encoder(tokenizer, train_on="last")
+    example = it.encode(Row("row", conversation("one", "two", "three", "four", system="kind")))
     inference = tokenizer.apply_chat_template(list(example.prompt or ()), add_generation_prompt=True)["input_ids"]
     assert inference == list(example.input_ids[: list(example.loss_mask).index(True)])
     assert (example.answer, example.warnings) == ("four", ())
@@ -173,7 +173,7 @@ def test_loss_on_chooses_last_every_or_all_tokens() -> None:
     row = Row("row", conversation("a", "b", "c", "d"))
     trained = {}
     for train_on in ("last", "assistant", "all"):
-        example = renderer(tokenizer, train_on=train_on).render(row)
+        example = encoder(tokenizer, train_on=train_on).encode(row)
         trained[train_on] = tokenizer.decode(example.input_ids[example.loss_mask])
     assert trained["last"] == "d<|im_end|>"
     assert trained["assistant"] == "b<|im_end|>d<|im_end|>"
@@ -182,7 +182,7 @@ def test_loss_on_chooses_last_every_or_all_tokens() -> None:
 
 def test_turns_of_a_prompt_list_carry_no_loss() -> None:
     tokenizer = TOKENIZERS["chatml"]
-    example = renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d"), loss_from=3))
+    example = encoder(tokenizer).encode(Row("row", conversation("a", "b", "c", "d"), loss_from=3))
     assert tokenizer.decode(example.input_ids[example.loss_mask]) == "d<|im_end|>"
 
 
@@ -190,8 +190,8 @@ def test_a_template_that_drops_reasoning_is_refused_unless_only_the_last_turn_is
     tokenizer = tokenizer_for("thoughts", STRIPS_THOUGHTS)
     row = Row("row", conversation("a", "<think>x</think>b", "c", "<think>y</think>d"))
     with pytest.raises(UnusableRowError, match="leaves out or rewrites part of an assistant turn"):
-        renderer(tokenizer).render(row)
-    example = renderer(tokenizer, train_on="last").render(row)
+        encoder(tokenizer).encode(row)
+    example = encoder(tokenizer, train_on="last").encode(row)
     trained = tokenizer.decode(example.input_ids[example.loss_mask])
     assert trained == "<think>y</think>d<|im_end|>"
 
@@ -203,7 +203,7 @@ def test_the_names_that_a_config_may_give_are_those_of_the_library() -> None:
 def test_a_generation_prompt_that_training_text_lacks_is_refused() -> None:
     jinja = TEMPLATES["chatml"].replace("assistant\\n' -}}{%- endif", "assistant\\n<think>' -}}{%- endif")
     with pytest.raises(DataError, match="renders the prompt of an answer differently"):
-        renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b")))
+        encoder(tokenizer_for("own", jinja)).encode(Row("row", conversation("a", "b")))
 
 
 def test_a_template_without_an_end_of_turn_token_is_refused() -> None:
@@ -211,7 +211,7 @@ def test_a_template_without_an_end_of_turn_token_is_refused() -> None:
     with pytest.raises(
         DataError, match=r"without a special token .* so the model cannot learn to stop; set model.chat_template to"
     ):
-        renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b")))
+        encoder(tokenizer_for("own", jinja)).encode(Row("row", conversation("a", "b")))
 
 
 def test_a_tokenizer_without_template_names_the_setting() -> None:
@@ -220,14 +220,14 @@ def test_a_tokenizer_without_template_names_the_setting() -> None:
     with pytest.raises(
         DataError, match=r"set model.chat_template to chatml, llama2, llama3, mistral, gemma, alpaca or a"
     ):
-        renderer(tokenizer).render(Row("row", conversation("a", "b")))
+        encoder(tokenizer).encode(Row("row", conversation("a", "b")))
 
 
 def test_a_tokenizer_with_templates_for_other_uses_only_is_refused() -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = {"rag": TEMPLATES["chatml"], "tool_use": TEMPLATES["chatml"]}
     with pytest.raises(DataError, match=r"cannot be trained with: .*ValueError"):
-        renderer(tokenizer).render(Row("row", conversation("a", "b")))
+        encoder(tokenizer).encode(Row("row", conversation("a", "b")))
 
 
 def test_a_row_that_the_template_refuses_is_unusable_with_the_templates_words() -> None:
@@ -237,7 +237,7 @@ def test_a_row_that_the_template_refuses_is_unusable_with_the_templates_words() 
         {"role": "assistant", "content": "d"},
     )
     with pytest.raises(UnusableRowError, match=r"the chat template refuses the row: .* no turns with role tool"):
-        renderer(TOKENIZERS["gemma"]).render(Row("row", turns))
+        encoder(TOKENIZERS["gemma"]).encode(Row("row", turns))
 
 
 USER_AND_ASSISTANT = (
@@ -257,26 +257,26 @@ DROPS_SYSTEM = {
 @pytest.mark.parametrize("name", DROPS_SYSTEM)
 @pytest.mark.parametrize("train_on", ["assistant", "last", "completion", "all"])
 def test_a_row_whose_system_turn_the_template_drops_is_refused_with_the_reason(name: str, train_on: str) -> None:
-    it = renderer(tokenizer_for("own", DROPS_SYSTEM[name]), train_on)
+    it = encoder(tokenizer_for("own", DROPS_SYSTEM[name]), train_on)
     tools = TOOLS if name == "beside tools" else ()
     for user in ("Hello", "Answer in French."):  # the second one says what the system turn does
         row = Row("row", conversation(user, "Bonjour.", system="Answer in French."), tools=tools)
         with pytest.raises(UnusableRowError) as caught:
-            it.render(row)
+            it.encode(row)
         assert caught.value.reason == (
             "the chat template leaves out the system turn; set model.chat_template to one that writes it, or move its "
             "text into the first user turn"
         )
     for system in (None, " \n"):
-        assert it.render(Row("row", conversation("Hello", "Bonjour.", system=system), tools=tools)).answer != ""
+        assert it.encode(Row("row", conversation("Hello", "Bonjour.", system=system), tools=tools)).answer != ""
 
 
 def test_a_system_turn_is_lost_only_where_its_text_is() -> None:
     jinja = DROPS_SYSTEM["beside tools"]
-    example = renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b", system="In French.")))
+    example = encoder(tokenizer_for("own", jinja)).encode(Row("row", conversation("a", "b", system="In French.")))
     assert example.answer == "b"
     switch = "{{ messages[0]['content'].replace('/think', '') }}" + USER_AND_ASSISTANT
-    renderer(tokenizer_for("own", switch)).render(Row("row", conversation("a", "b", system="In French. /think")))
+    encoder(tokenizer_for("own", switch)).encode(Row("row", conversation("a", "b", system="In French. /think")))
 
 
 def test_a_row_whose_user_turn_the_template_drops_is_refused() -> None:
@@ -284,7 +284,7 @@ def test_a_row_whose_user_turn_the_template_drops_is_refused() -> None:
     with pytest.raises(
         UnusableRowError, match=r"^the chat template leaves out a user turn; set model.chat_template to"
     ):
-        renderer(tokenizer_for("own", jinja)).render(Row("row", conversation("a", "b", "c", "d")))
+        encoder(tokenizer_for("own", jinja)).encode(Row("row", conversation("a", "b", "c", "d")))
 
 
 def test_template_variables_of_a_row_are_rendered_and_warned_of_where_they_matter() -> None:
@@ -300,7 +300,7 @@ def test_template_variables_of_a_row_are_rendered_and_warned_of_where_they_matte
     ):  # fmt: skip
         tokenizer = tokenizer_for(name, jinja if name == "own" else None)
         row = Row("row", conversation("a", "b"), chat_template_kwargs={"enable_thinking": False})
-        example = renderer(tokenizer).render(row)
+        example = encoder(tokenizer).encode(row)
         expected = tokenizer.apply_chat_template(list(row.messages or ()), tokenize=False, enable_thinking=False)
         assert (tokenizer.decode(example.input_ids), example.warnings) == (expected, warnings)
         assert text in expected
@@ -322,7 +322,7 @@ def plain_tokenizer(*, adds_bos: bool) -> Any:
 @pytest.mark.parametrize("text", ["hello world", "<s>hello world", "hello world<|im_end|>"])
 def test_plain_text_begins_and_ends_once_and_trains_its_end(adds_bos: bool, text: str) -> None:
     tokenizer = plain_tokenizer(adds_bos=adds_bos)
-    example = renderer(tokenizer).render(Row("row", text=text))
+    example = encoder(tokenizer).encode(Row("row", text=text))
     begins = adds_bos or text.startswith("<s>")
     assert tokenizer.decode(example.input_ids) == "<s>" * begins + "hello world<|im_end|>"
     assert list(example.loss_mask) == [False, *[True] * (len(example.input_ids) - 1)]
@@ -332,8 +332,8 @@ def test_plain_text_begins_and_ends_once_and_trains_its_end(adds_bos: bool, text
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_prompt_and_completion_are_joined_as_they_are(adds_bos: bool) -> None:
     tokenizer = plain_tokenizer(adds_bos=adds_bos)
-    it = renderer(tokenizer)
-    example = it.render(Row("row", prompt="Q: why 😀?\nA:", text=" because"))
+    it = encoder(tokenizer)
+    example = it.encode(Row("row", prompt="Q: why 😀?\nA:", text=" because"))
     first = list(example.loss_mask).index(True)
     assert list(example.input_ids[:first]) == tokenizer("Q: why 😀?\nA:")["input_ids"]
     assert tokenizer.decode(example.input_ids[first:]) == " because<|im_end|>"
@@ -343,7 +343,7 @@ def test_prompt_and_completion_are_joined_as_they_are(adds_bos: bool) -> None:
 
 def test_loss_on_all_trains_the_prompt_of_plain_text_too() -> None:
     tokenizer = plain_tokenizer(adds_bos=True)
-    example = renderer(tokenizer, train_on="all").render(Row("row", prompt="Q: why?", text=" because"))
+    example = encoder(tokenizer, train_on="all").encode(Row("row", prompt="Q: why?", text=" because"))
     assert tokenizer.decode(example.input_ids) == "<s>Q: why? because<|im_end|>"
     assert list(example.loss_mask) == [False, *[True] * (len(example.input_ids) - 1)]
 
@@ -352,8 +352,8 @@ def test_loss_on_all_trains_the_prompt_of_plain_text_too() -> None:
 def test_a_token_over_the_border_counts_as_the_answers_and_is_reported(trim_offsets: bool) -> None:
     tokenizer = build_tokenizer()
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trim_offsets)
-    it = renderer(tokenizer)
-    example = it.render(Row("file:7", prompt="which? ", text="the fox"))
+    it = encoder(tokenizer)
+    example = it.encode(Row("file:7", prompt="which? ", text="the fox"))
     trained = example.input_ids[example.loss_mask].tolist()
     assert tokenizer.convert_ids_to_tokens(trained[0]) == "Ġthe"
     assert tokenizer.decode(trained) == " the fox<|im_end|>"
@@ -364,8 +364,8 @@ def test_a_token_over_the_border_counts_as_the_answers_and_is_reported(trim_offs
 def test_masks_are_right_with_a_sentencepiece_like_tokenizer(name: str) -> None:
     tokenizer = metaspace_tokenizer()
     tokenizer.chat_template = TEMPLATES[name]
-    it = renderer(tokenizer)
-    example = it.render(Row("row", conversation("what is the capital?", "Paris is", "over the 😀", "lazy 😀 dog")))
+    it = encoder(tokenizer)
+    example = it.encode(Row("row", conversation("what is the capital?", "Paris is", "over the 😀", "lazy 😀 dog")))
     trained = example.input_ids[example.loss_mask].tolist()
     end = CHAT_TEMPLATES[name].end_of_turn or ""
     assert "".join(tokenizer.decode(trained).split()) == f"Parisis{end}lazy😀dog{end}"
@@ -384,7 +384,7 @@ def test_labels_begin_with_the_generation_block_but_not_before_the_prompt_ends(s
         "{% endgeneration %}{% else %}" + EVERY_TURN + "{{ '<|im_end|>' }}{% endif %}{% endfor %}" + GENERATION_PROMPT
     )
     tokenizer = tokenizer_for("own", jinja)
-    example = renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d"), tools=tools))
+    example = encoder(tokenizer).encode(Row("row", conversation("a", "b", "c", "d"), tools=tools))
     assert label_texts(tokenizer, example) == ["b<|im_end|>", "d<|im_end|>"]
 
 
@@ -393,19 +393,19 @@ def test_answers_without_a_generation_block_are_refused_where_others_have_one() 
         "m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.index < 3"
     )
     tokenizer = tokenizer_for("own", jinja)
-    assert label_texts(tokenizer, renderer(tokenizer).render(Row("row", conversation("a", "b"))))
+    assert label_texts(tokenizer, encoder(tokenizer).encode(Row("row", conversation("a", "b"))))
     with pytest.raises(UnusableRowError, match="marks some answers with generation blocks, but not all of them"):
-        renderer(tokenizer).render(Row("row", conversation("a", "b", "c", "d")))
+        encoder(tokenizer).encode(Row("row", conversation("a", "b", "c", "d")))
 
 
 def test_completion_trains_all_that_follows_the_prompt() -> None:
     tokenizer = TOKENIZERS["chatml"]
-    it = renderer(tokenizer, "completion")
+    it = encoder(tokenizer, "completion")
     follows = "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"
-    assert label_texts(tokenizer, it.render(Row("row", conversation("a", "b", "c", "d")))) == [follows]
-    behind = it.render(Row("row", conversation("a", "b", "c", "d"), loss_from=2))
+    assert label_texts(tokenizer, it.encode(Row("row", conversation("a", "b", "c", "d")))) == [follows]
+    behind = it.encode(Row("row", conversation("a", "b", "c", "d"), loss_from=2))
     assert label_texts(tokenizer, behind) == ["d<|im_end|>\n"]
-    plain = it.render(Row("row", prompt="Q: why?", text=" because"))
+    plain = it.encode(Row("row", prompt="Q: why?", text=" because"))
     assert label_texts(tokenizer, plain) == [" because<|im_end|>"]
 
 
@@ -422,35 +422,35 @@ def test_completion_trains_all_that_follows_the_prompt() -> None:
 def test_turns_that_the_row_excludes_carry_no_loss(train_on: str, trained: list[str]) -> None:
     tokenizer = TOKENIZERS["chatml"]
     row = Row("row", conversation("a", "b", "c", "d"), untrained=frozenset({1}))
-    assert label_texts(tokenizer, renderer(tokenizer, train_on).render(row)) == trained
+    assert label_texts(tokenizer, encoder(tokenizer, train_on).encode(row)) == trained
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last"])
 def test_a_row_that_excludes_all_of_its_answers_is_unusable(train_on: str) -> None:
     with pytest.raises(UnusableRowError, match=r"^no trained token$"):
-        renderer(TOKENIZERS["chatml"], train_on).render(Row("row", conversation("a", "b"), untrained=frozenset({1})))
+        encoder(TOKENIZERS["chatml"], train_on).encode(Row("row", conversation("a", "b"), untrained=frozenset({1})))
 
 
 @pytest.mark.parametrize("train_on", ["assistant", "last", "completion", "all"])
 def test_a_row_of_tokens_keeps_its_own_labels(train_on: str) -> None:
-    it = renderer(TOKENIZERS["chatml"], train_on)
-    example = it.render(Row("row", input_ids=(5, 6, 7, 8), loss_mask=(True, False, True, False)))
+    it = encoder(TOKENIZERS["chatml"], train_on)
+    example = it.encode(Row("row", input_ids=(5, 6, 7, 8), loss_mask=(True, False, True, False)))
     assert (example.input_ids.tolist(), example.loss_mask.tolist()) == ([5, 6, 7, 8], [False, False, True, False])
     assert (example.prompt, example.answer, example.warnings) == (None, None, ())
-    assert it.render(Row("row", input_ids=(5, 6, 7))).loss_mask.tolist() == [False, True, True]
+    assert it.encode(Row("row", input_ids=(5, 6, 7))).loss_mask.tolist() == [False, True, True]
     with pytest.raises(UnusableRowError, match=r"^no trained token$"):
-        it.render(Row("row", input_ids=(5, 6), loss_mask=(True, False)))
+        it.encode(Row("row", input_ids=(5, 6), loss_mask=(True, False)))
 
 
 def test_the_beginning_token_comes_once_and_a_row_of_tokens_with_two_gets_a_warning() -> None:
     tokenizer = plain_tokenizer(adds_bos=True)
     bos = tokenizer.bos_token_id
-    example = renderer(tokenizer).render(Row("row", text="<s><s><s>hello"))
+    example = encoder(tokenizer).encode(Row("row", text="<s><s><s>hello"))
     assert tokenizer.decode(example.input_ids) == "<s>hello<|im_end|>"
-    assert renderer(tokenizer).render(Row("row", input_ids=(bos, bos, 5))).warnings == (TWO_BOS,)
+    assert encoder(tokenizer).encode(Row("row", input_ids=(bos, bos, 5))).warnings == (TWO_BOS,)
     tokenizer.chat_template = "{{ bos_token + bos_token }}" + TEMPLATES["chatml"].replace("bos_token", "no_token")
     with pytest.raises(DataError, match="chat template writes the beginning token twice"):
-        renderer(tokenizer).render(Row("row", conversation("a", "b")))
+        encoder(tokenizer).encode(Row("row", conversation("a", "b")))
 
 
 CALLS = (
@@ -492,7 +492,7 @@ def unknown_words_tokenizer() -> Any:
 def test_tool_calls_and_reasoning_are_trained_to_their_end(tools: Any, special: list[str]) -> None:
     tokenizer = tokenizer_for("own", CALLS)
     tokenizer.add_special_tokens({"additional_special_tokens": special}, False)
-    example = renderer(tokenizer).render(Row("row", turns_with_calls(), tools=tools))
+    example = encoder(tokenizer).encode(Row("row", turns_with_calls(), tools=tools))
     one = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich", "days": 2}}\n</tool_call>'
     assert label_texts(tokenizer, example) == [
         one + one + "<|im_end|>",
@@ -501,7 +501,7 @@ def test_tool_calls_and_reasoning_are_trained_to_their_end(tools: Any, special: 
     assert ("weather" in tokenizer.decode(example.input_ids[: list(example.loss_mask).index(True)])) == bool(tools)
     assert (example.prompt is None, example.answer is None) == (bool(tools), bool(tools))
     ends_with_a_call = Row("row", turns_with_calls()[:2])
-    assert renderer(tokenizer).render(ends_with_a_call).answer is None
+    assert encoder(tokenizer).encode(ends_with_a_call).answer is None
 
 
 LOST = {
@@ -519,14 +519,14 @@ def test_lost_tools_calls_and_results_before_the_trained_answer_are_refused(reas
     tokenizer = tokenizer_for("own", jinja)
     turns = (*turns_with_calls()[:2], Message(role="tool", content="27 F"), Message(role="assistant", content="yes"))
     with pytest.raises(UnusableRowError, match=reason):
-        renderer(tokenizer, train_on="last").render(Row("row", turns, tools=tools))
+        encoder(tokenizer, train_on="last").encode(Row("row", turns, tools=tools))
 
 
 def test_unknown_words_do_not_end_a_turn() -> None:
     tokenizer = unknown_words_tokenizer()
     tokenizer.chat_template = CALLS
     for turns in (turns_with_calls(), conversation("what", "good weather today")):
-        example = renderer(tokenizer, "last").render(Row("row", turns))
+        example = encoder(tokenizer, "last").encode(Row("row", turns))
         assert example.loss_mask[-1]
         assert example.input_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert len(label_texts(tokenizer, example)) == 1
@@ -541,7 +541,7 @@ def test_unknown_words_do_not_end_a_turn() -> None:
 )  # fmt: skip
 def test_a_template_that_drops_calls_arguments_or_reasoning_is_refused(jinja: str) -> None:
     with pytest.raises(UnusableRowError, match=r"leaves out or rewrites (a call|part of an assistant turn)"):
-        renderer(tokenizer_for("chatml", jinja)).render(Row("row", turns_with_calls()))
+        encoder(tokenizer_for("chatml", jinja)).encode(Row("row", turns_with_calls()))
 
 
 @pytest.mark.parametrize(
@@ -554,14 +554,14 @@ def test_a_template_that_drops_calls_arguments_or_reasoning_is_refused(jinja: st
 )  # fmt: skip
 def test_special_tokens_are_refused_in_every_field(turns: Any, tools: Any, where: str) -> None:
     with pytest.raises(UnusableRowError, match=f"^{where}.* holds the special token <"):
-        renderer(tokenizer_for("own", CALLS)).render(Row("row", turns, tools=tools))
+        encoder(tokenizer_for("own", CALLS)).encode(Row("row", turns, tools=tools))
 
 
 def test_tools_take_the_template_for_tools_where_a_tokenizer_has_two() -> None:
     tokenizer = tokenizer_for("own", TEMPLATES["chatml"])
     tokenizer.chat_template = {"default": TEMPLATES["chatml"], "tool_use": CALLS}
     for tools in ((), TOOLS):
-        example = renderer(tokenizer).render(Row("row", conversation("a", "b"), tools=tools))
+        example = encoder(tokenizer).encode(Row("row", conversation("a", "b"), tools=tools))
         expected = tokenizer.apply_chat_template(list(conversation("a", "b")), tools=list(tools) or None)["input_ids"]
         assert example.input_ids.tolist() == expected
         assert label_texts(tokenizer, example) == ["b<|im_end|>"]
@@ -583,25 +583,25 @@ SWITCHED = (
     ],
 )
 def test_a_prompt_that_depends_on_a_word_in_a_turn_is_rendered_for_rows_with_that_word(test: str, text: str) -> None:
-    it = renderer(tokenizer_for("own", SWITCHED.replace("'/fast' in messages[0]['content']", test)))
-    it.render(Row("row", conversation("a", "b")))
+    it = encoder(tokenizer_for("own", SWITCHED.replace("'/fast' in messages[0]['content']", test)))
+    it.encode(Row("row", conversation("a", "b")))
     with pytest.raises(UnusableRowError, match="renders the prompt of an answer differently"):
-        it.render(Row("row", conversation(text, "b")))
-    assert it.render(Row("row", conversation("a", "b"))).loss_mask.any()
+        it.encode(Row("row", conversation(text, "b")))
+    assert it.encode(Row("row", conversation("a", "b"))).loss_mask.any()
 
 
 BY_LENGTH = SWITCHED.replace("'/fast' in messages[0]['content']", "messages[0]['content'] | length < 3")
 
 
 def test_roles_whose_first_row_contradicts_the_layout_use_prompts() -> None:
-    it = renderer(tokenizer_for("own", BY_LENGTH))
+    it = encoder(tokenizer_for("own", BY_LENGTH))
     for text, refused in (("a", True), ("aaaa", False), ("a", True)):
         row = Row("row", conversation(text, "b"))
         if refused:
             with pytest.raises((UnusableRowError, DataError), match="renders the prompt of an answer differently"):
-                it.render(row)
+                it.encode(row)
         else:
-            assert it.render(row).loss_mask.any()
+            assert it.encode(row).loss_mask.any()
 
 
 class CountedTemplate:
@@ -623,14 +623,14 @@ def test_a_row_is_rendered_once_and_a_new_number_of_turns_a_few_times(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tokenizer_for("own", TEMPLATES[name])
-    counted, it = CountedTemplate(tokenizer, monkeypatch), renderer(tokenizer)
+    counted, it = CountedTemplate(tokenizer, monkeypatch), encoder(tokenizer)
     lengths = range(2, 202, 2)
     for length in lengths:
-        it.render(Row("row", conversation(*["a"] * length)))
+        it.encode(Row("row", conversation(*["a"] * length)))
     assert counted.num_turns < 6 * sum(lengths)
     counted.num_turns = 0
     for length in lengths:
-        it.render(Row("row", conversation(*["b"] * length)))
+        it.encode(Row("row", conversation(*["b"] * length)))
     assert counted.num_turns == sum(lengths)
 
 
@@ -649,11 +649,11 @@ def test_layouts_are_kept_for_a_limited_number_of_role_sequences(monkeypatch: py
 
 def test_settings_that_another_call_left_in_the_tokenizer_do_not_cut_or_pad_rows() -> None:
     tokenizer = tokenizer_for("chatml")
-    it = renderer(tokenizer)
+    it = encoder(tokenizer)
     row = Row("row", conversation("one two three", "four five six"))
-    expected = it.render(row).input_ids.tolist()
+    expected = it.encode(row).input_ids.tolist()
     tokenizer(["a"], truncation=True, max_length=4, padding="max_length")
-    assert it.render(row).input_ids.tolist() == expected
+    assert it.encode(row).input_ids.tolist() == expected
 
 
 class RewritingTokenizer(PreTrainedTokenizerFast):
@@ -666,7 +666,7 @@ class RewritingTokenizer(PreTrainedTokenizerFast):
 def test_rows_are_tokenised_by_the_call_that_inference_makes() -> None:
     tokenizer = RewritingTokenizer(tokenizer_object=build_tokenizer().backend_tokenizer, eos_token="<|im_end|>")
     tokenizer.chat_template = TEMPLATES["chatml"]
-    example = renderer(tokenizer).render(Row("row", conversation("a fox", "the fox")))
+    example = encoder(tokenizer).encode(Row("row", conversation("a fox", "the fox")))
     assert label_texts(tokenizer, example) == ["the dog<|im_end|>"]
 
 
