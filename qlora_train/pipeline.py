@@ -52,6 +52,7 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         signals.time_limit(config.run.max_minutes),
         deterministic_algorithms(config.run.deterministic),
         open_shared_run(config, resume=resume) as (folder, checkpoint),
+        context().peer_errors(),
     ):
         trained = None
         if context().broadcast(is_main and folder.is_finished() and not critical_changes(folder, config)):

@@ -58,6 +58,11 @@ class Context:
         """Return the values of all ranks, picklable objects, by rank."""
         return [value]
 
+    @contextmanager
+    def peer_errors(self) -> Iterator[None]:
+        """Raise a ProcessGroupError if a collective of torch itself, such as FSDP's, fails inside; no collective."""
+        yield
+
     def leave(self) -> None:
         """Disconnect from the other ranks; from here on each process is a run of its own."""
 

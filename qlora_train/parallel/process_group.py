@@ -68,6 +68,17 @@ class ProcessGroupContext(Context):
             dist.all_gather_object(values, value, group=self._patient)
         return values
 
+    @contextmanager
+    def peer_errors(self) -> Iterator[None]:
+        """Raise a ProcessGroupError if a collective of torch itself, such as FSDP's, fails inside; no collective."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            with _peer_errors():
+                raise
+
     def leave(self) -> None:
         """Disconnect from the other ranks; from here on each process is a run of its own."""
         self.barrier()

@@ -53,6 +53,30 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(
     )
 
 
+def test_a_killed_rank_of_a_sharded_base_ends_the_others(runs: RankedRuns, table: Table) -> None:
+    settings = (*SETTINGS, "parallel.strategy=fsdp")
+    expected = runs.finished_by_ranks(runs.new(), 2, *settings)
+    count = number(2, 20)
+    for trial in range(count):
+        draw = random.Random(200 + trial)
+        run, victim = runs.new(), draw.randrange(2)
+        ranks = runs.start_ranks(run, 2, *settings)
+        wait_for_checkpoint(run.checkpoint(draw.randint(1, 8)))
+        ranks[victim].process.kill()
+        killed, other = ranks[victim].end(), ranks[1 - victim].end(END_SECONDS)
+        assert killed.status == -signal.SIGKILL
+        assert_one_line(other, 1 - victim)
+        assert runs.finished_by_ranks(run, 2, *settings) == expected
+    table.add("kill -9 of a rank under fsdp", count, count, "the other ended with one line; resumed to the same bits")
+
+
+def wait_for_checkpoint(folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not folder.is_dir():
+        assert time.monotonic() < deadline, f"{folder.name} is not written"
+        time.sleep(0.02)
+
+
 def test_a_signal_to_one_rank_stops_all_at_one_step(
     runs: RankedRuns, undisturbed: tuple[bytes, float], table: Table
 ) -> None:
