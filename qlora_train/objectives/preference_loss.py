@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from qlora_train.objectives.batch_loss import Batch, BatchLoss, model_inputs
 from qlora_train.objectives.label_losses import label_losses
+from qlora_train.utils.eval_mode import eval_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,8 @@ class PreferenceLoss:
     def __call__(self, model: nn.Module, batch: Batch, *, chunk_tokens: int | None, with_aux_loss: bool) -> BatchLoss:
         """Return the summed loss of a micro-batch's pairs."""
         inputs: dict[str, Any] = model_inputs(batch)
-        with torch.no_grad(), self.reference(model):  # first: fused kernels keep activations of the latest forward
+        # first, since fused kernels share activations until the next forward; without dropout and NEFTune's noise
+        with torch.no_grad(), eval_mode(model), self.reference(model):
             reference = label_losses(model, chunk_tokens, **inputs).nll
         policy = label_losses(model, chunk_tokens, with_aux_loss=with_aux_loss, **inputs)
         values = self.pair_values(batch, policy.nll, reference)

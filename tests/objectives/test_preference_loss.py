@@ -15,6 +15,7 @@ from qlora_train.data.collate import FlatteningCollator, PaddingCollator, collat
 from qlora_train.data.token_store import Rows
 from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention
+from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
 from qlora_train.models import resolve_base
 from qlora_train.objectives.preference_loss import METRICS, PAIR_LOSSES, PreferenceLoss
 from qlora_train.planning.base_and_data import prepare_tokenizer_and_data
@@ -135,7 +136,7 @@ def test_prompts_computed_once_give_the_same_loss_and_gradients(pico_llama: Path
     adapted, loss = adapted_model(tmp_path, pico_llama), loss_of("dpo")
     apart = compute(loss, adapted, collate_rows(PaddingCollator(0), indexed(pairs)))
     attention.register()
-    adapted.loaded.model.set_attn_implementation(attention.NAME)
+    adapted.loaded.model.set_attn_implementation(PACKED_ATTENTION)
     batch = collate_rows(FlatteningCollator(share_prefixes=True), indexed(pairs))
     assert (
         batch["input_ids"].numel()

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from transformers.integrations.neftune import activate_neftune
 
 from qlora_train.adapters import load_trained
 from qlora_train.data.collate import FlatteningCollator, StepCollator, TokenBudget
 from qlora_train.data.held_out_rows import load_rows
 from qlora_train.data.token_store import Rows
 from qlora_train.data.types import Example
+from qlora_train.evaluation.objective_table import make_objective
 from qlora_train.export.finished_run import open_finished_run
 from qlora_train.models import load_model
 from qlora_train.runs import RunFolder
 from qlora_train.training.memory.worst_case_batch import worst_case_batches
+from qlora_train.utils.eval_mode import eval_mode
 from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes, make_config, metrics, stopped_copy, train_run
 from tests.support.trainers import trainer_of
@@ -110,8 +113,9 @@ def test_preferences_after_sft_start_at_its_adapter(folder: Path, pico_llama: Pa
 
 
 def test_no_micro_batch_of_pairs_is_larger_than_the_worst_case(folder: Path, pico_llama: Path) -> None:
-    for name in ("padding_free=true", "padding_free=false"):
-        config = make_config(folder, pico_llama, *settings_for(folder), f"train.{name}", name="worst")
+    one_pair = ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1")
+    for more in (("train.padding_free=true",), ("train.padding_free=false",), one_pair):
+        config = make_config(folder, pico_llama, *settings_for(folder), *more, name="worst")
         trainer, data = trainer_of(config)
         assert isinstance(data.train, Rows)
         worst = [batch["input_ids"].numel() for batch in worst_case_batches(trainer.batch_source, config)]
@@ -133,3 +137,19 @@ def test_a_budget_regroups_whole_pairs(folder: Path, pico_llama: Path) -> None:
         assert (count == 2).all()
         expected = sum(rows[int(each)][1].num_labels for each in index)
         assert int(batch["num_labels"].sum()) == expected == int((batch["labels"] != -100).sum())
+
+
+def test_noise_and_dropout_are_those_of_the_policy_alone(folder: Path, pico_llama: Path) -> None:
+    config = make_config(folder, pico_llama, *settings_for(folder), "train.neftune_noise_alpha=50", name="noise")
+    trainer, _ = trainer_of(config)
+    loss = make_objective(config.train, config.lora, trainer.adapted.model).loss
+    trainer.model.train()
+    activate_neftune(trainer.model, 50, trainer.accelerator)
+    batch = next(iter(trainer.get_train_dataloader()))[0]
+    found = [loss(trainer.model, batch, chunk_tokens=None, with_aux_loss=False).metrics for _ in range(2)]
+    with trainer.adapted.model.disable_adapter(), eval_mode(trainer.model):
+        quiet = loss(trainer.model, batch, chunk_tokens=None, with_aux_loss=False).metrics
+    for one in found:
+        noise = float(one["logps/chosen"] - quiet["logps/chosen"])
+        assert abs(noise) > 0.01
+        assert float(one["rewards/chosen"]) == pytest.approx(BETA * noise, rel=1e-3)

@@ -124,8 +124,8 @@ def _documents(row: Example, lengths: Sequence[int], num_labels: int) -> list[Ex
     """
     documents = []
     for length in lengths:
-        tokens = np.resize(row.input_ids, length)
-        parts = [tokens] if row.rejected is None else np.array_split(tokens, 2)
+        tokens = np.resize(row.input_ids, max(length, len(row.sequences)))  # what is left of a budget may be 1 token
+        parts = np.array_split(tokens, len(row.sequences))
         sequences = []
         for part in parts:
             count = max(0, min(num_labels, len(part) - 1))  # nothing predicts the first token
