@@ -25,7 +25,7 @@ from qlora_train.utils.launcher import Worker
 
 Value = TypeVar("Value")
 
-STEP_TIMEOUT = timedelta(hours=1)
+STEP_TIMEOUT = timedelta(minutes=30)
 """For the processes to connect, and for sums: a rank that hangs ends the run."""
 PATIENT_TIMEOUT = timedelta(days=7)
 """For barriers and objects: one rank may tokenise the data of all."""

@@ -40,7 +40,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(
     for trial in range(count):
         draw = random.Random(trial)
         run, victim = runs.new(), draw.randrange(2)
-        ranks = runs.start_ranks(run, 2, *SETTINGS)
+        ranks = runs.start_connected(run, 2, *SETTINGS)
         time.sleep(draw.uniform(0, seconds))
         ranks[victim].process.kill()
         killed, other = ranks[victim].end(), ranks[1 - victim].end(END_SECONDS)
@@ -86,7 +86,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
     for trial in range(count):
         draw = random.Random(100 + trial)
         run, target, sent = runs.new(), draw.randrange(2), draw.choice(list(statuses))
-        ranks = runs.start_ranks(run, 2, *SETTINGS)
+        ranks = runs.start_connected(run, 2, *SETTINGS)
         time.sleep(draw.uniform(0, seconds))
         process = ranks[target].process
         if process.is_alive():

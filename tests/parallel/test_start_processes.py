@@ -74,6 +74,19 @@ def test_a_run_of_two_processes_stops_and_resumes_as_one_would(pico_llama: Path,
 def test_a_killed_process_is_named_in_one_line(pico_llama: Path, tmp_path: Path) -> None:
     process = start(tmp_path, pico_llama, "train.max_steps=2000", "train.save_steps=1", name="killed")
     wait_for_step(RunFolder(tmp_path / "killed"), 1)
+    assert_killed_rank_ends_the_run(process)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_killed_before_it_connects_is_named_too(pico_llama: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, pico_llama, name="early")
+    while len(children_of(process.pid)) < 2:
+        time.sleep(0.01)
+    assert_killed_rank_ends_the_run(process)
+
+
+def assert_killed_rank_ends_the_run(process: "subprocess.Popen[str]") -> None:
+    """Kill rank 1; the program ends in time, with one line."""
     victim = children_of(process.pid)[1]
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()

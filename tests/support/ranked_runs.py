@@ -2,11 +2,12 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from qlora_train.runs import RunFolder
 from qlora_train.utils.launcher import RENDEZVOUS
-from tests.faults.runs import Child, Ended, Runs
+from tests.faults.runs import TIMEOUT_SECONDS, Child, Ended, Runs
 from tests.support.runs import adapter_bytes
 
 
@@ -32,6 +33,18 @@ class RankedRuns(Runs):
             )
             for rank in range(num_processes)
         ]
+
+    def start_connected(self, run: RunFolder, num_processes: int, *overrides: str) -> list[Child]:
+        """Start all ranks, and return when rank 0 has opened the run folder.
+
+        Until then only a launcher can notice that a process was killed.
+        """
+        ranks = self.start_ranks(run, num_processes, *overrides)
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while not run.config_file.is_file():
+            assert time.monotonic() < deadline, "the processes do not connect"
+            time.sleep(0.01)
+        return ranks
 
     def end_of_ranks(self, run: RunFolder, num_processes: int, *overrides: str) -> list[Ended]:
         """Run all ranks until they end."""
