@@ -26,6 +26,8 @@ def main() -> None:
         config = load_config(path)
         if config.model.model_name_or_path not in MODELS:
             continue  # the demo trains on the CPU
+        if config.parallel.strategy == "fsdp":
+            continue  # rehearse.py counts a rank
         rows, length = config.train.per_device_train_batch_size, config.data.max_length
         json_values = MODELS[config.model.model_name_or_path]
         chunk_tokens = max(MIN_CHUNK_TOKENS, CHUNK_BYTES["cuda"] // (4 * json_values["vocab_size"]))

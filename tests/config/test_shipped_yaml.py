@@ -130,7 +130,7 @@ def meta_model():
 def test_promised_files_exist():
     assert {path.stem for path in CONFIGS} >= {
         "llama7b", "llama3.1-8b", "mistral7b", "qwen2.5-7b", "qwen3-8b", "gemma2-9b", "phi3.5-mini", "tinyllama",
-        "llama70b", "qwen3-30b-a3b",
+        "llama70b", "llama70b-2x24gb", "qwen3-30b-a3b",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} >= {
         "chat", "instruction", "completion", "small_gpu", "long_context", "new_model",
