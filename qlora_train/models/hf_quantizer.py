@@ -5,6 +5,7 @@ weights, would stay in 16 bits. This quantizer quantizes each expert's matrix, a
 """
 
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -20,16 +20,17 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from qlora_train.kernels.expert_linear import experts_forward, follows_interface
 from qlora_train.kernels.expert_weights import ExpertWeights, parametrize_experts, quantize_stack
-from qlora_train.kernels.sharded_weights import as_blocks, set_blocks
 from qlora_train.models.malloc_trim import MemoryTrimmer
 from qlora_train.models.moe import expert_modules, expert_parameters, routers
-from qlora_train.models.shard_quantize import quantize_part
-from qlora_train.models.shard_reads import CURRENT, is_cut
 
 METHOD = "qlora_train_4bit"
 EXPERTS_IMPLEMENTATION = "qlora_train_4bit"
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, experts_forward)
+
+
+SHARDED_LOAD: ContextVar[Any] = ContextVar("sharded load", default=None)
+"""The `ShardedLoad` in progress, if a rank loads in part: Transformers makes the quantizer, from settings in JSON."""
 
 
 @register_quantization_config(METHOD)
@@ -49,7 +50,7 @@ class Quantizer(Bnb4BitHfQuantizer):
         super().__init__(quantization_config, **settings)
         self.expert_names: tuple[str, ...] = ()
         self.experts: dict[str, ExpertWeights] = {}
-        self.sharded = CURRENT.get()
+        self.sharded = SHARDED_LOAD.get()
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **arguments: Any) -> None:
         self.expert_names = tuple(expert_parameters(model))
@@ -94,11 +95,14 @@ class _Quantize(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], **arguments: Any) -> dict[str, torch.Tensor]:
         result: dict[str, torch.Tensor] = {}
+        sharded = self.quantizer.sharded
         for name, value in input_dict.items():
             for tensor in value if isinstance(value, list) else [value]:
                 self.memory.count(tensor)
             tensor = value[0] if isinstance(value, list) else value
-            part = self._convert_part(name, tensor, arguments["model"])
+            part = None
+            if sharded is not None:
+                part = sharded.convert(name, tensor, arguments["model"], self.quantizer, self.memory)
             if part is not None:
                 result[name] = part
             elif name in self.quantizer.expert_names:
@@ -106,35 +110,6 @@ class _Quantize(ConversionOps):
             else:
                 result |= self.linears.convert({name: value}, **arguments)
         return result
-
-    def _convert_part(self, name: str, value: torch.Tensor, model: Any) -> nn.Parameter | None:
-        """Return this rank's part of a parameter; None if it is loaded whole."""
-        sharded, module = self.quantizer.sharded, model.get_submodule(name.rpartition(".")[0])
-        if sharded is None:
-            return None
-        if name in sharded.sliced:
-            return nn.Parameter(sharded.part(value, sharded.sliced[name]).clone(), requires_grad=False)
-        is_stack = name in self.quantizer.expert_names
-        if not is_stack and issubclass(module.source_cls, Conv1D):
-            value = value.T
-        shape = model.get_parameter(name).shape if is_stack else torch.Size((module.out_features, module.in_features))
-        if not is_cut(shape):
-            return None
-        config = self.quantizer.quantization_config
-        quantized = quantize_part(
-            sharded.weights(value, shape),
-            shape if is_stack else torch.Size((1, *shape)),
-            quant_type=config.bnb_4bit_quant_type,
-            double_quant=config.bnb_4bit_use_double_quant,
-            count=self.memory.count,
-        )
-        if not is_stack:
-            set_blocks(module, quantized.codes, quantized.absmax, quantized.states[0])
-            module._is_hf_initialized = module.absmax._is_hf_initialized = True
-            return module.weight
-        self.quantizer.experts[name] = weights = ExpertWeights(quantized.states)
-        weights.set_absmax_blocks(as_blocks(quantized.absmax))
-        return as_blocks(quantized.codes)
 
     def _quantize_experts(self, name: str, value: torch.Tensor) -> torch.Tensor:
         config = self.quantizer.quantization_config

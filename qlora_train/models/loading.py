@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -40,11 +40,13 @@ from qlora_train.models.quantization_summary import (
     summarize_quantization,
 )
 from qlora_train.models.quantize_linears import quantize_linears
-from qlora_train.models.shard_reads import ShardedLoad
 from qlora_train.models.text_only import OmittedModule, check_causal, text_model
 from qlora_train.models.tokenizer import load_tokenizer
 from qlora_train.utils.device import select_device
 from qlora_train.utils.errors import ConfigError, ModelError, first_line
+
+if TYPE_CHECKING:
+    from qlora_train.models.shard_reads import ShardedLoad
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +133,14 @@ def load_model(
     return LoadedModel(base, tokenizer, architecture, source, summary, dtype, device, new_token_ids, omitted_modules)
 
 
-def _sharded_load(source: BaseSource, model: ModelSection, quantization: QuantizationSection) -> ShardedLoad:
+def _sharded_load(source: BaseSource, model: ModelSection, quantization: QuantizationSection) -> "ShardedLoad":
     """Return what to load in parts.
 
     Raises:
         ConfigError: a torch that is too old, or weights that are not quantized while loading.
     """
     from qlora_train.models.shard_base import check_torch
+    from qlora_train.models.shard_reads import ShardedLoad
 
     check_torch()
     if not quantization.load_in_4bit:
@@ -220,7 +223,7 @@ def _from_pretrained(
     device: torch.device,
     quantization_config: QuantizationConfig | None,
     architecture: Architecture,
-    sharded: ShardedLoad | None,
+    sharded: "ShardedLoad | None",
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {} if quantization_config is None else {"quantization_config": quantization_config}
     where = f"model.model_name_or_path: {source.name}"

@@ -1,4 +1,4 @@
-"""What a rank reads of a checkpoint that it loads in part.
+"""What a rank reads of a checkpoint that it loads in part, and quantizes.
 
 A weight that is stored as one tensor is read in rows. Of experts that are stored one by one, those are read of which this
 rank has a part; the others are NaN. Weights that Transformers splits or transposes while loading, and pre-quantized ones,
@@ -8,7 +8,6 @@ are read whole, one at a time.
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any
@@ -28,9 +27,12 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from qlora_train.kernels.sharded_weights import has_whole_blocks
+from qlora_train.kernels.expert_weights import ExpertWeights
+from qlora_train.kernels.sharded_weights import as_blocks, has_whole_blocks, set_blocks
 from qlora_train.models.checkpoint_tensors import DTYPES, Dequantized
-from qlora_train.models.shard_quantize import own_weights, rows_of_blocks
+from qlora_train.models.hf_quantizer import SHARDED_LOAD
+from qlora_train.models.malloc_trim import MemoryTrimmer
+from qlora_train.models.shard_quantize import own_weights, quantize_part, rows_of_blocks
 from qlora_train.models.shard_rows import own_rows
 
 NOTHING = range(0)
@@ -55,12 +57,12 @@ class ShardedLoad:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make this the load in progress: Transformers makes the quantizer, from settings that must be JSON."""
-        token = CURRENT.set(self)
+        """Make this the load in progress."""
+        token = SHARDED_LOAD.set(self)
         try:
             yield
         finally:
-            CURRENT.reset(token)
+            SHARDED_LOAD.reset(token)
             for module, padding_idx in self._padding.items():
                 module.padding_idx = padding_idx
 
@@ -96,6 +98,43 @@ class ShardedLoad:
                 if num_merged[target, pattern] not in rows_of_blocks(shape):
                     self.rows[name] = NOTHING
                 num_merged[target, pattern] += 1
+
+    def convert(
+        self, name: str, value: Tensor, model: Any, quantizer: Any, memory: MemoryTrimmer
+    ) -> nn.Parameter | None:
+        """Return this rank's part of a parameter, quantized if it is to be; None if it is loaded whole.
+
+        Args:
+            name: of the parameter.
+            value: the rows that were read.
+            model: with the parameter's module.
+            quantizer: with the settings; receives the scales of experts.
+            memory: counts temporaries.
+        """
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name in self.sliced:
+            return nn.Parameter(self.part(value, self.sliced[name]).clone(), requires_grad=False)
+        is_stack = name in quantizer.expert_names
+        if not is_stack and issubclass(module.source_cls, Conv1D):
+            value = value.T
+        shape = model.get_parameter(name).shape if is_stack else torch.Size((module.out_features, module.in_features))
+        if not is_cut(shape):
+            return None
+        config = quantizer.quantization_config
+        quantized = quantize_part(
+            self.weights(value, shape),
+            shape if is_stack else torch.Size((1, *shape)),
+            quant_type=config.bnb_4bit_quant_type,
+            double_quant=config.bnb_4bit_use_double_quant,
+            count=memory.count,
+        )
+        if not is_stack:
+            set_blocks(module, quantized.codes, quantized.absmax, quantized.states[0])
+            module._is_hf_initialized = module.absmax._is_hf_initialized = True
+            return module.weight
+        quantizer.experts[name] = weights = ExpertWeights(quantized.states)
+        weights.set_absmax_blocks(as_blocks(quantized.absmax))
+        return as_blocks(quantized.codes)
 
     def part(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """Return this rank's rows of a tensor, from all rows or from those."""
@@ -174,7 +213,3 @@ def _targets(
         if target not in known and name in known:
             target, pattern = name, None
         yield name, target, pattern, by_pattern[pattern] if pattern is not None else None
-
-
-CURRENT: ContextVar[ShardedLoad | None] = ContextVar("sharded load", default=None)
-"""The load in progress; None: every weight is loaded whole."""

@@ -16,7 +16,8 @@ MAX_SHARE = 0.68
 """Of the package, for a run whose rows are tokenised already."""
 UNUSED = (
     "export.merging", "export.gguf", "export.vllm", "export.hub_upload", "export.export_run", "inference",
-    "adapters.eva", "evaluation.held_out_preferences", "objectives.preference_loss", "models.shard_base",
+    "adapters.eva", "evaluation.held_out_preferences", "objectives.preference_loss",
+    "models.shard_base", "models.shard_reads", "kernels.sharded_weights",
     "models.gguf_base", "models.legacy_bin", "models.prequantized", "models.remote_code", "data.streaming",
     "data.preference_rows", "data.pretokenized", "data.readers.arrow", "data.readers.csv_table",
     "data.readers.json_list", "data.readers.parquet", "training.memory.activation_offloading",
