@@ -4,6 +4,7 @@ Every rank of a run of several processes goes through them until training ends; 
 what comes after training.
 """
 
+import datetime
 import logging
 import shutil
 from pathlib import Path
@@ -93,12 +94,13 @@ def train_adapter(
     """
     this, device = context(), select_device()
     restore_num_threads(folder, device, config.run.allow_changed)
+    date = this.broadcast(folder.start_date())  # preparing the data may last until the next day
     with this.local_main_first():
         check_machine(config)
-        source, data = prepare(config, folder)
+        source, data = prepare(config, folder, date=date)
     check_same_data(source, data)
     if this.is_main:
-        _record_start(config, folder, source, data, device)
+        _record_start(config, folder, source, data, device, date)
     this.barrier()
 
     strategy = strategy_of_run(config, source, device)
@@ -129,10 +131,15 @@ def train_adapter(
 
 
 def _record_start(
-    config: RunConfig, folder: RunFolder, source: BaseSource, data: PreparedData, device: torch.device
+    config: RunConfig,
+    folder: RunFolder,
+    source: BaseSource,
+    data: PreparedData,
+    device: torch.device,
+    date: datetime.date,
 ) -> None:
     """Write what determines the run, its data report and the rows that evaluation and merge use."""
-    record_metadata(folder, config, run_metadata(config, source, data, device, folder.start_date()))
+    record_metadata(folder, config, run_metadata(config, source, data, device, date))
     data.report.log()
     write_json(folder.data_report_file, data.report.to_json())
     save_rows(folder.rows, data, data.fingerprint)

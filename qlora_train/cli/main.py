@@ -61,6 +61,7 @@ def _run(words: list[str]) -> int:
         return parse_and_run(words)
     except ProcessGroupError as error:
         if parent_link.has_parent():
+            parent_link.report([redact(problem) for problem in error.problems])
             return parent_link.LOST_STATUS
         problems: Sequence[str] = error.problems
     except UserError as error:

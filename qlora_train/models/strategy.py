@@ -81,6 +81,8 @@ def strategy_of_run(config: RunConfig, source: BaseSource, device: torch.device)
     if num_processes > 1:
         reason = f"{needs}" if setting == "auto" else "parallel.strategy"
         logger.info("parallel: %s over %d processes (%s)", strategy, num_processes, reason)
+    elif setting in ("ddp", "fsdp"):
+        logger.warning("parallel.strategy: %s has no effect (one process, which holds the whole base)", setting)
     return strategy
 
 

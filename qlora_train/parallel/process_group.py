@@ -29,6 +29,8 @@ STEP_TIMEOUT = timedelta(minutes=30)
 """For the processes to connect, and for sums: a rank that hangs ends the run."""
 PATIENT_TIMEOUT = timedelta(days=7)
 """For barriers and objects: one rank may tokenise the data of all."""
+REMOTE_ERROR = "ncclRemoteError"
+"""In NCCL's message if another process has ended, or the network to it."""
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1e-4, 0.02
 
 
@@ -119,6 +121,9 @@ def joined(worker: Worker) -> Iterator[ProcessGroupContext]:
         ) from error
     set_context(joined_context)
     try:
+        if torch.cuda.is_available():
+            # NCCL connects at its first sum: errors come before the model is loaded, buffers before memory is probed
+            joined_context.sum_(torch.zeros(1, device="cuda"))
         yield joined_context
     finally:
         set_context(Context())
@@ -134,7 +139,11 @@ def _peer_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         signals.raise_if_requested()
+        text = str(error)
+        if "NCCL" in text and REMOTE_ERROR not in text:
+            problem = f"NCCL fails ({text.strip().splitlines()[-1]}); NCCL_DEBUG=INFO in the environment shows more"
+        else:
+            problem = f"another process of the run has ended ({first_line(error)}); its own message says why"
         raise ProcessGroupError(
-            f"rank {dist.get_rank()}: another process of the run has ended ({first_line(error)}); its own message says "
-            "why; complete files are intact, and the same command resumes"
+            f"rank {dist.get_rank()}: {problem}; complete files are intact, and the same command resumes"
         ) from error

@@ -26,6 +26,7 @@ GRACE_SECONDS, STOP_GRACE_SECONDS = 10.0, 60.0
 """Time for the others to end by themselves after one has failed, or has stopped as all do."""
 POLL_SECONDS = 0.05
 SHOWN_LINES = 40
+CRASH_SIGNALS = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
 STOP_STATUSES = {*signals.STATUS.values(), signals.TIMEOUT_STATUS}
 
 
@@ -119,21 +120,36 @@ def _report(failures: Sequence[Process]) -> int:
     """Print why the run ended, unless rank 0 did, and return its exit status."""
     causes = [process for process in failures if process.status != LOST_STATUS and not process.was_killed]
     if not causes:
-        return 1 if failures else 0
+        return _report_lost(failures) if failures else 0
     # every rank may have found the same error
     cause = min(causes, key=lambda process: process.rank) if _all_reported(causes) else causes[0]
     status = cause.status
     assert status is not None
     if status < 0:
-        print(
-            f"rank {cause.rank} (process {cause.popen.pid}) was killed by {signal.Signals(-status).name}, as by a system "
-            "that runs out of memory; complete files are intact, and the same command resumes",
-            file=sys.stderr,
-        )
+        _report_signal(cause, -status)
         return 128 - status
     if cause.rank != 0:
         print("\n".join(_lines_of(cause)), file=sys.stderr)
     return status
+
+
+def _report_signal(cause: Process, number: int) -> None:
+    """Print which signal ended a process; NCCL and CUDA end it themselves, after messages of their own."""
+    crashed = number in CRASH_SIGNALS
+    if crashed and cause.rank != 0:
+        print("\n".join(_lines_of(cause)), file=sys.stderr)
+    reason = "; its own messages say why" if crashed else ", as by a system that runs out of memory"
+    print(
+        f"rank {cause.rank} (process {cause.popen.pid}) was killed by {signal.Signals(number).name}{reason}; complete "
+        "files are intact, and the same command resumes",
+        file=sys.stderr,
+    )
+
+
+def _report_lost(failures: Sequence[Process]) -> int:
+    """Print what the first process saw, where no process failed by itself but their connections did."""
+    print("\n".join(_lines_of(failures[0])), file=sys.stderr)
+    return 2
 
 
 def _all_reported(causes: Sequence[Process]) -> bool:

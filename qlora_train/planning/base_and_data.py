@@ -15,8 +15,14 @@ from qlora_train.models.tokenizer import check_can_be_saved, num_embeddings
 from qlora_train.runs import RunFolder
 
 
-def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedData]:
-    """Resolve the base and prepare the data; every error in either shows here, before the model is loaded."""
+def prepare(
+    config: RunConfig, folder: RunFolder, *, date: datetime.date | None = None
+) -> tuple[BaseSource, PreparedData]:
+    """Resolve the base and prepare the data; every error in either shows here, before the model is loaded.
+
+    Args:
+        date: the day that the run began; None: that of its folder.
+    """
     model = folder.with_pinned_revision(config.model)
     source = resolve_base(model, weights=False)
     check_target_modules(detect(source.config), config.lora.target_modules)
@@ -24,7 +30,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> tuple[BaseSource, PreparedD
         from qlora_train.export.merging.merge_files import check_mergeable
 
         check_mergeable(source.config, config)
-    data, tokenizer = prepare_tokenizer_and_data(config, source, date=folder.start_date())
+    data, tokenizer = prepare_tokenizer_and_data(config, source, date=date or folder.start_date())
     check_can_be_saved(
         tokenizer, source.folder, merged=config.export.merge, trust_remote_code=config.model.trust_remote_code
     )

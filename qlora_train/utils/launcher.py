@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass
+from itertools import chain
 
 from qlora_train.utils.errors import ModelError
 
@@ -86,11 +87,10 @@ def is_launched() -> bool:
 
 
 def take_worker() -> Worker | None:
-    """Return `launched_worker`, and remove the launcher's variables."""
+    """Return `launched_worker`, and remove the launchers' variables: srun may have started torchrun."""
     worker = launched_worker()
     if worker is not None:
-        names = _variables()
-        for name in (*vars(names).values(), RENDEZVOUS):
+        for name in (*chain.from_iterable(vars(names).values() for names in LAUNCHERS), RENDEZVOUS):
             os.environ.pop(name, None)
     return worker
 

@@ -1,20 +1,25 @@
 """A stopped run resumes to the same weights as one that was never stopped."""
 
+import datetime
 import gc
+import itertools
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
+from qlora_train.data import prepare_data
 from qlora_train.export.merging import merge_finished_run
 from qlora_train.export.merging.merge_finished_run import merge
 from qlora_train.pipeline import run
-from qlora_train.runs import RunFolder, run_lock
+from qlora_train.planning import base_and_data
+from qlora_train.runs import RunFolder, run_folder, run_lock
 from qlora_train.utils.errors import CheckpointError
 from tests.support.runs import adapter_bytes, losses, make_config, metrics, stopped_after, train_run
 
@@ -237,3 +242,25 @@ def test_run_stays_at_the_commit_of_the_hub_that_it_began_with(pico_llama: Path,
     assert folder.with_pinned_revision(model).revision is None
     folder.metadata_file.write_text(f'{{"base_identity": "{commit}"}}')
     assert folder.with_pinned_revision(model).revision == commit
+
+
+def test_a_run_whose_data_takes_past_midnight_keeps_the_day_of_its_rows(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every look at the calendar is a day later; rows are rendered for the day that the run records."""
+    days = map(datetime.date.fromordinal, itertools.count(datetime.date(2026, 1, 1).toordinal()))
+    rendered = []
+
+    class Calendar(datetime.date):
+        @classmethod
+        def today(cls) -> Any:
+            return next(days)
+
+    def recorded(*arguments: Any, date: datetime.date, **keywords: Any) -> Any:
+        rendered.append(date)
+        return prepare_data(*arguments, date=date, **keywords)
+
+    monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(date=Calendar))
+    monkeypatch.setattr(base_and_data, "prepare_data", recorded)
+    trained = train_run(tmp_path, pico_llama, "train.max_steps=1")
+    assert [trained.metadata()["date"]] == [day.isoformat() for day in rendered]

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from qlora_train.models import load_model, resolve_base
-from qlora_train.models.strategy import DeviceNeeds, Strategy, choose_strategy, device_needs
+from qlora_train.models.strategy import DeviceNeeds, Strategy, choose_strategy, device_needs, strategy_of_run
 from tests.support.runs import make_config
 
 GB = 10**9
@@ -26,6 +27,16 @@ def test_one_process_and_set_strategies_are_kept() -> None:
     assert choose_strategy("auto", 1, small) == choose_strategy("fsdp", 1, small) == "none"
     assert choose_strategy("ddp", 2, small) == "ddp"
     assert choose_strategy("fsdp", 2, large) == "fsdp"
+
+
+@pytest.mark.parametrize("setting", ["ddp", "fsdp"])
+def test_a_strategy_that_one_process_cannot_follow_is_a_warning(
+    setting: str, pico_llama: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(tmp_path, pico_llama, f"parallel.strategy={setting}")
+    assert strategy_of_run(config, resolve_base(config.model), torch.device("cpu")) == "none"
+    (record,) = [record for record in messages.records if record.levelname == "WARNING"]
+    assert record.getMessage().startswith(f"parallel.strategy: {setting} has no effect (one process")
 
 
 def test_a_base_that_trains_in_parts_may_fit_whole_without_training() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_train.parallel import context
-from tests.support.collectives import end_first, exchange, sum_of_random
+from tests.support.collectives import end_first, exchange, fail_in_nccl, sum_of_random
 from tests.support.source_tree import PACKAGE, imported, tree_of
 from tests.support.workers import run_workers
 
@@ -54,6 +54,29 @@ def test_sums_are_bitwise_equal_on_all_ranks(tmp_path: Path) -> None:
     torch.testing.assert_close(
         torch.frombuffer(bytearray(first), dtype=torch.float32), expected.float(), rtol=0, atol=2e-6
     )
+
+
+DUPLICATE = """NCCL error in: NCCLUtils.cpp:93, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27
+ncclInvalidUsage: This usually reflects invalid usage of NCCL library.
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000"""
+REMOTE = """NCCL error in: NCCLUtils.cpp:93, remote process exited or there was a network error, NCCL version 2.27
+ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.
+Last error:
+socketPollConnect: connect returned Connection refused"""
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        (DUPLICATE, "NCCL fails (Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000)"),
+        (REMOTE, "another process of the run has ended (NCCL error in"),
+    ],
+)
+def test_an_error_of_nccl_itself_does_not_blame_another_process(message: str, cause: str, tmp_path: Path) -> None:
+    for rank, found in enumerate(run_workers(fail_in_nccl, 2, tmp_path, message)):
+        assert found.startswith(f"rank {rank}: {cause}")
+        assert "\n" not in found
 
 
 def test_a_process_that_ends_is_noticed_at_once(tmp_path: Path) -> None:

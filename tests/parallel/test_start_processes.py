@@ -78,21 +78,38 @@ def test_a_killed_process_is_named_in_one_line(pico_llama: Path, tmp_path: Path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_process_killed_before_it_connects_is_named_too(pico_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT])
+def test_a_process_killed_before_it_connects_is_named_too(
+    number: signal.Signals, pico_llama: Path, tmp_path: Path
+) -> None:
     process = start(tmp_path, pico_llama, name="early")
     while len(children_of(process.pid)) < 2:
         time.sleep(0.01)
-    assert_killed_rank_ends_the_run(process)
+    assert_killed_rank_ends_the_run(process, number)
 
 
-def assert_killed_rank_ends_the_run(process: "subprocess.Popen[str]") -> None:
-    """Kill rank 1; the program ends in time, with one line."""
+@pytest.mark.skipif(sys.platform != "linux", reason="names of network interfaces")
+def test_processes_that_cannot_reach_each_other_say_so_once(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "absent0")
+    process = start(tmp_path, pico_llama, name="apart")
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("rank ")]
+    assert "cannot connect to the other processes" in line
+    assert "absent0" in line
+
+
+def assert_killed_rank_ends_the_run(process: "subprocess.Popen[str]", number: signal.Signals = signal.SIGKILL) -> None:
+    """Kill rank 1; the program ends in time, with one line that names the signal, and a cause that it can have."""
     victim = children_of(process.pid)[1]
-    os.kill(victim, signal.SIGKILL)
+    os.kill(victim, number)
     killed = time.monotonic()
     _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
     assert time.monotonic() - killed < 30
-    assert process.returncode == 137
-    (line,) = [line for line in errors.splitlines() if line.startswith("rank ")]
-    assert line.startswith(f"rank 1 (process {victim}) was killed by SIGKILL")
+    assert process.returncode == 128 + number
+    (line,) = [line for line in errors.splitlines() if line.startswith("rank 1 ")]
+    assert line.startswith(f"rank 1 (process {victim}) was killed by {number.name}")
+    assert ("out of memory" in line) == (number == signal.SIGKILL)
     assert "Traceback" not in errors

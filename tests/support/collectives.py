@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from qlora_train.parallel import context
 from qlora_train.utils.errors import ProcessGroupError
@@ -32,6 +33,15 @@ def sum_of_random(count: int) -> bytes:
     """Return the bytes of a sum of different random numbers on each rank."""
     numbers = torch.randn(count, generator=torch.Generator().manual_seed(context().rank))
     return context().sum_(numbers).numpy().tobytes()
+
+
+def fail_in_nccl(message: str) -> str:
+    """Return what a rank says if torch raises an error of NCCL."""
+    try:
+        with context().peer_errors():
+            raise dist.DistBackendError(message)
+    except ProcessGroupError as error:
+        return str(error)
 
 
 def end_first() -> str:

@@ -117,6 +117,14 @@ SEVERAL = {
         },
         Worker(1, 2, 1, 2, "tcp://localhost:1"),
     ),
+    "torchrun, one agent per machine started by srun": (
+        {
+            "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu07",
+            "MASTER_PORT": "29500", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0",
+            "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "1234567",
+        },
+        Worker(5, 8, 1, 4, "tcp://gpu07:29500"),
+    ),
 }  # fmt: skip
 
 
