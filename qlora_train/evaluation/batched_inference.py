@@ -130,5 +130,6 @@ def row_too_long(num_tokens: int, reason: str | None, advice: str) -> ModelError
 
 def input_device(model: Any) -> torch.device:
     """Return the device of the embedding; an offloaded embedding is on meta and takes token ids from the CPU."""
-    device: torch.device = model.get_input_embeddings().weight.device
+    # not `weight`, which PEFT computes from the base's, maybe sharded, and new tokens
+    device: torch.device = next(model.get_input_embeddings().parameters()).device
     return torch.device("cpu") if device.type == "meta" else device

@@ -21,9 +21,16 @@ class StepRecord:
     rows: list[int]
 
 
-def record_steps(config: RunConfig, num_steps: int) -> tuple[list[StepRecord], dict[str, Any]]:
-    """Train some steps, and return them with the trainer's log history and token count."""
+def record_steps(config: RunConfig, num_steps: int, noise: float = 0.0) -> tuple[list[StepRecord], dict[str, Any]]:
+    """Train some steps, and return them with the trainer's log history and token count.
+
+    Args:
+        noise: added to the adapter before the first step, as a standard deviation.
+    """
     trainer, _ = trainer_of(config)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in trainable_state(trainer.model).values():
+        parameter.data += noise * torch.randn(parameter.shape, generator=generator)
     steps: list[StepRecord] = []
     training_step = trainer.training_step
 
@@ -44,10 +51,10 @@ def record_steps(config: RunConfig, num_steps: int) -> tuple[list[StepRecord], d
     return steps, history
 
 
-def record_families(configs: dict[str, RunConfig], num_steps: int) -> dict[str, Any]:
+def record_families(configs: dict[str, RunConfig], num_steps: int, noise: float = 0.0) -> dict[str, Any]:
     """Return `record_steps` of several configs, in one set of processes."""
     torch.set_num_threads(1)
-    records = {name: record_steps(config, num_steps) for name, config in configs.items()}
+    records = {name: record_steps(config, num_steps, noise) for name, config in configs.items()}
     if context().is_main:
         return records
     return {

@@ -6,6 +6,7 @@ from pathlib import Path
 from qlora_train.adapters import attach_adapter
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
+from qlora_train.evaluation.objective_table import make_objective
 from qlora_train.models import load_model, resolve_base
 from qlora_train.planning.base_and_data import prepare_tokenizer_and_data
 from qlora_train.runs import RunFolder
@@ -21,4 +22,5 @@ def trainer_of(config: RunConfig) -> tuple[QloraTrainer, PreparedData]:
     data, _ = prepare_tokenizer_and_data(config, source, date=DATE)
     adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
     assert config.run.output_dir is not None
-    return QloraTrainer(adapted, data, config, RunFolder(Path(config.run.output_dir)), []), data
+    objective = make_objective(config.train, config.lora, adapted.model)
+    return QloraTrainer(adapted, data, config, RunFolder(Path(config.run.output_dir)), [], objective=objective), data
