@@ -86,7 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def rehearse(config: RunConfig, config_json: Mapping[str, Any], num_ranks: int) -> Iterator[str]:
-    """Yield the lines of the table."""
+    """Yield the lines of the table.
+
+    Raises:
+        ConfigError: a mixture of experts, or pairs, whose reference pass is not counted.
+    """
+    if config.train.objective != "sft":
+        raise ConfigError(
+            f"rehearse: counts steps of sft, and train.objective is {config.train.objective}; add train.objective=sft"
+        )
     num_rows = math.ceil(
         config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps / num_ranks
     )

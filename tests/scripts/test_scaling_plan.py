@@ -76,6 +76,15 @@ def test_planned_gathers_are_those_of_real_micro_batches(
     assert [gathered / 2 for gathered in counted] == [planned_bytes, planned_bytes]
 
 
+def test_the_reference_pass_of_preference_training_gathers_every_layer_once_more(
+    pico_llama: Path, tmp_path: Path
+) -> None:
+    frozen = planned(pico_llama)
+    (tmp_path / "meeting").mkdir()
+    counted = run_workers(gathered_bytes, 2, tmp_path / "meeting", tmp_path, pico_llama, "none", 3, "dpo")
+    assert counted == [3 * (3 * frozen.num_layers * frozen.layer + 2 * frozen.root)] * 2  # the root is in float32
+
+
 def test_planned_sums_are_those_of_a_real_step(pico_llama: Path, tmp_path: Path) -> None:
     config = make_config(tmp_path, pico_llama, "train.max_steps=2")
     (tmp_path / "meeting").mkdir()
@@ -102,12 +111,21 @@ def test_rehearsal_counts_the_planned_bytes(pico_llama: Path, tmp_path: Path) ->
     assert fsdp.adapter_numel == ddp.adapter_numel > 0
 
 
-def test_rehearsal_refuses_experts_in_one_line(pico: Pico, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, file = pico("mixtral"), tmp_path / "run.yaml"
+@pytest.mark.parametrize(
+    ("family", "setting", "message"),
+    [
+        ("mixtral", "train.objective=sft", "experts are not counted; give the config of a dense model"),
+        ("llama", "train.objective=ipo", "counts steps of sft, and train.objective is ipo; add train.objective=sft"),
+    ],
+)
+def test_rehearsal_refuses_what_it_does_not_count_in_one_line(
+    family: str, setting: str, message: str, pico: Pico, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, file = pico(family), tmp_path / "run.yaml"
     file.write_text(f"model: {{model_name_or_path: {base}}}\ndata: {{train: rows.jsonl}}\n", encoding="utf-8")
     capsys.readouterr()
-    assert rehearse.main([str(file), "--gpus", "2"]) == 2
-    assert capsys.readouterr().err == "rehearse: experts are not counted; give the config of a dense model\n"
+    assert rehearse.main([str(file), setting, "--gpus", "2"]) == 2
+    assert capsys.readouterr().err == f"rehearse: {message}\n"
 
 
 def test_more_ranks_hold_less_and_send_more() -> None:

@@ -8,12 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_train.adapters import trainable_state
 from qlora_train.config import RunConfig
+from qlora_train.evaluation.objective_table import make_objective
 from qlora_train.kernels.fused_mlp import CheckpointingLevel
 from qlora_train.kernels.install import install
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.parallel import context
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from tests.support.batches import BATCH
+from tests.support.runs import make_config
 from tests.support.sharded_models import adapted, load
 from tests.support.trainers import trainer_of
 
@@ -38,16 +40,27 @@ class CollectiveBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def gathered_bytes(folder: Path, base: Path, level: CheckpointingLevel, num_micro_batches: int) -> int:
+PAIR = {name: tensor[:2] for name, tensor in BATCH.items()} | {
+    "row": torch.tensor([0, 0]), "sequence": torch.tensor([0, 1]), "num_labels": torch.tensor([19, 19]),
+}  # fmt: skip
+"""The first two rows of the batch as a preference pair; nothing predicts the first token of a row."""
+
+
+def gathered_bytes(
+    folder: Path, base: Path, level: CheckpointingLevel, num_micro_batches: int, objective: str = "sft"
+) -> int:
     """Return the bytes that the micro-batches of a step gather on a sharded base."""
     folder = folder / str(context().rank)
     model = adapted(folder, load(folder, base, shard=True), base)
     fused = install(model.model, lambda: label_losses(model.model, **BATCH))
     LayerCheckpointing(model.model, fused.mlps).set(level)
+    config = make_config(folder, base, f"train.objective={objective}")
+    loss = make_objective(config.train, config.lora, model.model).loss
     model.model.train()
     with CollectiveBytes() as counted:
         for _ in range(num_micro_batches):
-            label_losses(model.model, **BATCH).nll.sum().backward()
+            batch = BATCH if objective == "sft" else PAIR
+            loss(model.model, batch, chunk_tokens=None, with_aux_loss=False).total.backward()
     return counted.gathered
 
 
