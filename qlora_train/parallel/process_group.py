@@ -7,23 +7,27 @@ While a process waits for others it handles signals: it waits for asynchronous c
 closes its connections, so that the others' collectives raise `ProcessGroupError` at once.
 """
 
+import logging
+import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qlora_train.parallel.context import Context, set_context
+from qlora_train.parallel.context import Context, context, set_context
 from qlora_train.utils import signals
-from qlora_train.utils.errors import ProcessGroupError, first_line
+from qlora_train.utils.errors import ModelError, ProcessGroupError, first_line
 from qlora_train.utils.launcher import Worker
+from qlora_train.utils.nvidia_driver import gpu_problem
 
 Value = TypeVar("Value")
+logger = logging.getLogger(__name__)
 
 STEP_TIMEOUT = timedelta(minutes=30)
 """For the processes to connect, and for sums: a rank that hangs ends the run."""
@@ -105,6 +109,7 @@ def joined(worker: Worker) -> Iterator[ProcessGroupContext]:
 
     Raises:
         ProcessGroupError: the others do not start in time.
+        ModelError: some of the processes have a GPU, and others have none.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -117,10 +122,12 @@ def joined(worker: Worker) -> Iterator[ProcessGroupContext]:
     except (RuntimeError, ValueError) as error:
         signals.raise_if_requested()
         raise ProcessGroupError(
-            f"rank {worker.rank}: cannot connect to the other processes at {worker.rendezvous}: {first_line(error)}"
+            f"rank {worker.rank}: cannot connect to the other processes at {worker.rendezvous}: {first_line(error)}; if "
+            "the host is right, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that reaches it"
         ) from error
     set_context(joined_context)
     try:
+        check_gpus(joined_context.gather(_gpu()))
         if torch.cuda.is_available():
             # NCCL connects at its first sum: errors come before the model is loaded, buffers before memory is probed
             joined_context.sum_(torch.zeros(1, device="cuda"))
@@ -130,6 +137,48 @@ def joined(worker: Worker) -> Iterator[ProcessGroupContext]:
         # after a failure NCCL would wait for processes that have ended
         if dist.is_initialized() and (sys.exception() is None or backend == "gloo"):
             dist.destroy_process_group()
+
+
+class Gpu(NamedTuple):
+    """The GPU of a rank.
+
+    Attributes:
+        host: name of its machine.
+        name: None without a GPU that works.
+        problem: why there is none.
+    """
+
+    host: str
+    name: str | None
+    problem: str | None = None
+
+
+def _gpu() -> Gpu:
+    if torch.cuda.is_available():
+        return Gpu(platform.node(), torch.cuda.get_device_name(0))
+    return Gpu(platform.node(), None, gpu_problem())
+
+
+def check_gpus(gpus: Sequence[Gpu]) -> None:
+    """Check that every rank has a GPU, or none has: NCCL would wait for those without.
+
+    Raises:
+        ModelError: names the first rank without one.
+    """
+    names = {gpu.name for gpu in gpus}
+    if len(names) == 1:
+        return
+    if None in names:
+        rank, gpu = next((rank, gpu) for rank, gpu in enumerate(gpus) if gpu.name is None)
+        raise ModelError(
+            f"rank {rank} on {gpu.host}: {gpu.problem or 'GPU: torch finds none there'}; other processes have a GPU: start "
+            "as many as there are GPUs that work"
+        )
+    if context().is_main:
+        kinds = ", ".join(sorted(filter(None, names)))
+        logger.warning(
+            "processes: GPUs of several kinds (%s); a checkpoint stops the run if they round differently", kinds
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +94,8 @@ def _python() -> list[str]:
 def _forward(number: int, processes: Sequence[Process]) -> None:
     for process in processes:
         if process.status is None:
-            os.write(process.pipe, bytes([number]))
+            with suppress(BrokenPipeError):  # it is just ending
+                os.write(process.pipe, bytes([number]))
 
 
 def _wait(processes: Sequence[Process]) -> list[Process]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from qlora_train.parallel import context
+from qlora_train.parallel.process_group import Gpu, check_gpus
+from qlora_train.utils.errors import ModelError
 from tests.support.collectives import end_first, exchange, fail_in_nccl, sum_of_random
 from tests.support.source_tree import PACKAGE, imported, tree_of
 from tests.support.workers import run_workers
@@ -77,6 +79,20 @@ def test_an_error_of_nccl_itself_does_not_blame_another_process(message: str, ca
     for rank, found in enumerate(run_workers(fail_in_nccl, 2, tmp_path, message)):
         assert found.startswith(f"rank {rank}: {cause}")
         assert "\n" not in found
+
+
+def test_ranks_with_and_without_a_gpu_do_not_train_together(messages: pytest.LogCaptureFixture) -> None:
+    check_gpus([Gpu("a", None), Gpu("b", None)])
+    check_gpus([Gpu("a", "H200"), Gpu("b", "H200")])
+    assert not messages.records
+    check_gpus([Gpu("a", "RTX 3090"), Gpu("a", "RTX 4090")])
+    assert "RTX 3090, RTX 4090" in messages.text
+    for problem, shown in (
+        (None, "torch finds none there"),
+        ("GPU: the NVIDIA driver fails", "the NVIDIA driver fails"),
+    ):
+        with pytest.raises(ModelError, match=f"^rank 1 on b: GPU: {shown.removeprefix('GPU: ')};"):
+            check_gpus([Gpu("a", "H200"), Gpu("b", None, problem)])
 
 
 def test_a_process_that_ends_is_noticed_at_once(tmp_path: Path) -> None:
