@@ -1,8 +1,11 @@
 """The reference model of preference training: the base alone, or with the adapter that training began with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from qlora_train.adapters.attach import trainable_state
 
@@ -25,10 +28,14 @@ class InitialAdapter:
         """Give every trained tensor its initial values; gradients must be off."""
         parameters = trainable_state(model)
         trained = {name: parameter.data for name, parameter in parameters.items()}
-        for name, parameter in parameters.items():
-            parameter.data = self._initial[name]
+        _set_values(parameters, self._initial)
         try:
             yield
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = trained[name]
+            _set_values(parameters, trained)
+
+
+def _set_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.data = values[name]
+    torch.clear_autocast_cache()  # an outer autocast keeps each parameter's rounded copy, of the values before

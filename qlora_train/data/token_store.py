@@ -26,6 +26,8 @@ ROWS, SUMMARY = "rows.arrow", "summary.json"
 EXAMPLE_COLUMNS = ("file", "location", "tokens", "mask", "prompt", "answer", "warnings")
 REJECTED_LENGTH = "rejected_length"
 """Column of a store of preference pairs: tokens of each rejected sequence."""
+MIN_BATCH_BYTES = 32 << 20
+"""Size of a record batch: an open store holds 36 KB of memory per batch, and finding a row takes time for each."""
 MAX_SYSTEM_PROMPTS = 16
 """System prompts that are counted: enough to find one that most rows share."""
 
@@ -179,12 +181,17 @@ class StoreWriter:
     def __init__(self, folder: Path, format_name: str, columns: pyarrow.Schema) -> None:
         self.summary = SourceSummary(format=format_name)
         self._folder = folder
+        self._batches: list[pyarrow.RecordBatch] = []  # not yet written
+        self._num_bytes = 0
         self._file = pyarrow.ipc.new_file(folder / ROWS, columns)
         self._digest = hashlib.sha256()
 
     def append(self, chunk: TokenizedChunk) -> None:
         """Add the rows of the next chunk."""
-        self._file.write_batch(chunk.batch)
+        self._batches.append(chunk.batch)
+        self._num_bytes += chunk.batch.nbytes
+        if self._num_bytes >= MIN_BATCH_BYTES:
+            self._write()
         tokens, mask = chunk.batch.column("tokens"), chunk.batch.column("mask")
         for array in (chunk.batch.column("length"), tokens.flatten(), mask.flatten()):
             self._digest.update(array.to_numpy(zero_copy_only=False).tobytes())
@@ -192,9 +199,15 @@ class StoreWriter:
 
     def close(self) -> None:
         """Write the summary and close the file."""
+        self._write()
         self._file.close()
         self.summary.content_sha256 = self._digest.hexdigest()
         (self._folder / SUMMARY).write_text(json.dumps(asdict(self.summary), indent=2) + "\n", encoding="utf-8")
+
+    def _write(self) -> None:
+        if self._batches:
+            self._file.write_batch(pyarrow.concat_batches(self._batches))
+            self._batches, self._num_bytes = [], 0
 
 
 class Store:

@@ -5,8 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 
+from qlora_train.data import token_store
 from qlora_train.data.token_store import Rows, SourceSummary, Store
 from tests.support.stores import example, rows_of, store_of
 
@@ -42,6 +44,19 @@ def test_the_largest_token_ids_are_stored(tmp_path: Path) -> None:
             [store_of(tmp_path / name, [example([vocabulary_size - 1], [0])], vocabulary_size=vocabulary_size)]
         )
         assert rows[0].input_ids.tolist() == [vocabulary_size - 1]
+
+
+def test_chunks_are_joined_to_large_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_batches = []
+    for min_bytes in (1, token_store.MIN_BATCH_BYTES):
+        monkeypatch.setattr(token_store, "MIN_BATCH_BYTES", min_bytes)
+        store = store_of(tmp_path / str(min_bytes), EXAMPLES)
+        with pyarrow.ipc.open_file(tmp_path / str(min_bytes) / token_store.ROWS) as file:
+            num_batches.append(file.num_record_batches)
+        assert [row.input_ids.tolist() for row in Rows.all_of([store])] == [
+            each.input_ids.tolist() for each in EXAMPLES
+        ]
+    assert num_batches == [2, 1]
 
 
 def test_an_empty_store_has_no_rows(tmp_path: Path) -> None:

@@ -162,3 +162,27 @@ def test_an_adapter_to_start_from_is_the_reference(pico_llama: Path, tmp_path: P
         assert all(torch.equal(each, initial[name]) for name, each in trainable_state(adapted.model).items())
     assert abs(moved[1]["rewards/chosen"]) > 0.01
     assert all(torch.equal(each, 1.5 * initial[name]) for name, each in trainable_state(adapted.model).items())
+
+
+def test_the_reference_is_another_model_inside_an_outer_autocast(pico_llama: Path, tmp_path: Path) -> None:
+    adapted = adapted_model(tmp_path, pico_llama, dtype="bfloat16")
+    reference = InitialAdapter(adapted.model)
+    initial = {name: each.detach().clone() for name, each in trainable_state(adapted.model).items()}
+    for parameter in trainable_state(adapted.model).values():
+        parameter.data *= -4
+    trained = {name: each.detach().clone() for name, each in trainable_state(adapted.model).items()}
+    ids = torch.arange(1, 9)[None]
+
+    def outputs(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        for name, parameter in trainable_state(adapted.model).items():
+            parameter.data = values[name].clone()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return adapted.model(input_ids=ids).logits
+
+    expected = outputs(initial), outputs(trained)
+    assert not torch.equal(*expected)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with reference(adapted.model):
+            found = adapted.model(input_ids=ids).logits
+        assert torch.equal(found, expected[0])
+        assert torch.equal(adapted.model(input_ids=ids).logits, expected[1])

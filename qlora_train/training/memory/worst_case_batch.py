@@ -58,7 +58,6 @@ def token_budget(rows: Rows, config: RunConfig, *, chunked_loss: bool, min_token
     if not chunked_loss:
         return TokenBudget(num_tokens, largest.num_labels)
     rows_per_step = _rows_per_step(config)
-    rows_per_step = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
     num_tokens = max(num_tokens, min(min_tokens, _sum_of_largest(rows.lengths, rows_per_step)))
     return TokenBudget(num_tokens, min(_sum_of_largest(rows.num_labels, rows_per_step), _max_labels(rows, num_tokens)))
 
