@@ -72,7 +72,8 @@ def _check_and_merge(
     if not folder.passed_adapter_check():
         finished = finished or reopen(folder, config)
         needs = device_needs(config, finished.source, device_bytes(select_device()))
-        if config.parallel.strategy in ("auto", "fsdp") and not needs.base_fits:
+        may_be_sharded = folder.metadata()["world_size"] > 1 and config.parallel.strategy in ("auto", "fsdp")
+        if may_be_sharded and not needs.base_fits:
             logger.warning("adapter check: skipped (%s, too large for one)", needs)
         else:
             check_adapter(finished, reference or measure_again(finished))

@@ -52,6 +52,13 @@ def test_run_records_that_its_adapter_is_what_was_trained(
     assert messages.text.count("adapter check:") == 1, "once is enough"
 
 
+def test_one_process_checks_its_adapter_however_little_memory_is_free(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "device_bytes", lambda _device: 1.0)
+    assert train_run(tmp_path, pico_llama, *STEPS, FLOAT32).read_results()["adapter_check"]["passed"]
+
+
 def test_card_that_loads_another_model_ends_in_one_line_and_keeps_the_adapter(
     pico_llama: Path, tmp_path: Path, card_in_16_bits: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
