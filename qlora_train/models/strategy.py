@@ -63,27 +63,41 @@ class DeviceNeeds:
 
 
 def choose_strategy(
-    setting: Literal["auto", "none", "ddp", "fsdp"], num_processes: int, needs: DeviceNeeds
+    setting: Literal["auto", "none", "ddp", "fsdp"], num_processes: int, needs: DeviceNeeds, *, can_shard: bool = True
 ) -> Strategy:
-    """Return what a setting means for a number of processes."""
+    """Return what a setting means for a number of processes; `can_shard`: fsdp supports the run."""
     if num_processes == 1 or setting == "none":
         return "none"
     if setting != "auto":
         return setting
-    return "ddp" if needs.fits else "fsdp"
+    return "ddp" if needs.fits or (needs.base_fits and not can_shard) else "fsdp"
 
 
 def strategy_of_run(config: RunConfig, source: BaseSource, device: torch.device) -> Strategy:
     """Return the strategy of this run, the same on all ranks, and log it; a collective."""
     setting, num_processes = config.parallel.strategy, context().world_size
     needs = device_needs(config, source, min(context().gather(device_bytes(device))))
-    strategy = choose_strategy(setting, num_processes, needs)
+    unsupported = unsupported_by_fsdp(config, source)
+    strategy = choose_strategy(setting, num_processes, needs, can_shard=not unsupported)
     if num_processes > 1:
         reason = f"{needs}" if setting == "auto" else "parallel.strategy"
+        if setting == "auto" and strategy == "ddp" and not needs.fits:
+            reason += f"; not fsdp, for {unsupported}"
         logger.info("parallel: %s over %d processes (%s)", strategy, num_processes, reason)
     elif setting in ("ddp", "fsdp"):
         logger.warning("parallel.strategy: %s has no effect (one process, which holds the whole base)", setting)
     return strategy
+
+
+def unsupported_by_fsdp(config: RunConfig, source: BaseSource) -> str:
+    """Return what of a run fsdp refuses, or an empty string."""
+    stored = source.config.get("quantization_config") or {}
+    reasons = {
+        "quantization.load_in_4bit: false": not config.quantization.load_in_4bit,
+        "a base that is stored in 4 bits": bool(stored.get("load_in_4bit")),
+        "lora.use_dora: true": config.lora.use_dora,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def device_needs(config: RunConfig, source: BaseSource, device_bytes: float) -> DeviceNeeds:

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from qlora_train.models import load_model, resolve_base
-from qlora_train.models.strategy import DeviceNeeds, Strategy, choose_strategy, device_needs, strategy_of_run
+from qlora_train.models.strategy import (
+    DeviceNeeds,
+    Strategy,
+    choose_strategy,
+    device_needs,
+    strategy_of_run,
+    unsupported_by_fsdp,
+)
 from tests.support.runs import make_config
 
 GB = 10**9
@@ -27,6 +34,20 @@ def test_one_process_and_set_strategies_are_kept() -> None:
     assert choose_strategy("auto", 1, small) == choose_strategy("fsdp", 1, small) == "none"
     assert choose_strategy("ddp", 2, small) == "ddp"
     assert choose_strategy("fsdp", 2, large) == "fsdp"
+
+
+@pytest.mark.parametrize(("size", "expected"), [(24, "fsdp"), (48, "ddp"), (80, "ddp")])
+def test_auto_does_not_choose_what_fsdp_refuses_while_the_base_fits(size: int, expected: Strategy) -> None:
+    needs = DeviceNeeds(**LLAMA_70B, device_bytes=size * GB)
+    assert choose_strategy("auto", 2, needs, can_shard=False) == expected
+
+
+@pytest.mark.parametrize("refused", ["quantization.load_in_4bit=false", "lora.use_dora=true"])
+def test_fsdp_supports_the_defaults_only(refused: str, pico_llama: Path, tmp_path: Path) -> None:
+    configs = [make_config(tmp_path, pico_llama, *overrides) for overrides in ((), (refused,))]
+    default, other = (unsupported_by_fsdp(config, resolve_base(config.model)) for config in configs)
+    assert not default
+    assert other == refused.replace("=", ": ")
 
 
 @pytest.mark.parametrize("setting", ["ddp", "fsdp"])
