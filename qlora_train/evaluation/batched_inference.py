@@ -46,6 +46,7 @@ def compute_in_batches(
     *,
     setting: str,
     advice: str,
+    retries: bool = True,
 ) -> None:
     """Call `compute` with every batch; out of memory, halve the rows and keep to that number of tokens.
 
@@ -55,9 +56,10 @@ def compute_in_batches(
         lengths: final tokens per row, generated ones included.
         setting: name of the batch size setting, for messages.
         advice: what to do about a single row that does not fit.
+        retries: False: do not halve, raise.
 
     Raises:
-        ModelError: a single row does not fit into memory.
+        ModelError: a single row does not fit into memory, or a batch without `retries`.
     """
     max_tokens = math.inf
     for batch in batches:
@@ -71,6 +73,11 @@ def compute_in_batches(
                 continue
             if len(rows) == 1:
                 raise row_too_long(length, reason, f"{setting} is down to 1; {advice}")
+            if not retries:
+                raise ModelError(
+                    f"out of memory: {len(rows)} x {length} tokens do not fit ({reason}); lower {setting} "
+                    "(parallel.strategy: fsdp cannot retry)"
+                )
             max_tokens = len(rows) // 2 * length
             logger.warning(
                 "memory: %d x %d tokens do not fit, retries with %d rows (%s; lower %s)",
@@ -94,14 +101,15 @@ def compute_share_in_batches(
             gathered by all ranks together. None: ranks are independent.
 
     Raises:
-        ModelError: as `compute_in_batches`.
+        ModelError: as `compute_in_batches`; with `join`, for any batch that does not fit.
         Stop: a signal asked the process of any rank to stop.
     """
     every_batch = list(batches)
     share = every_batch[context().rank :: context().world_size]
     stopped = None
     try:
-        compute_in_batches(share, compute, lengths, setting=setting, advice=advice)
+        # a rank that repeats a batch would gather other weights than the rest
+        compute_in_batches(share, compute, lengths, setting=setting, advice=advice, retries=join is None)
         if join is not None and len(share) < len(every_batch[:: context().world_size]):
             join(every_batch[-1])
     except signals.Stop as stop:

@@ -13,7 +13,12 @@ import pytest
 from qlora_train.architectures import ARCHITECTURES
 from qlora_train.models.shard_base import check_torch
 from qlora_train.utils.errors import ConfigError
-from tests.support.sharded_models import compare_adapters, compare_families, flip_a_byte
+from tests.support.sharded_models import (
+    compare_adapters,
+    compare_families,
+    evaluate_with_too_little_memory,
+    flip_a_byte,
+)
 from tests.support.workers import run_workers
 
 Pico = Callable[..., Path]
@@ -96,6 +101,15 @@ def test_one_flipped_byte_stops_every_rank(pico: Pico, tmp_path: Path) -> None:
         )
         assert ": rank 0 gathers other bytes than rank 2 loaded" in flipped
         assert "\n" not in flipped
+
+
+def test_evaluation_without_memory_on_one_rank_ends_instead_of_a_hang(pico: Pico, tmp_path: Path) -> None:
+    first, second = run_workers(evaluate_with_too_little_memory, 2, tmp_path, pico("llama"), tmp_path)
+    assert "Connection closed by peer" in first
+    assert second == (
+        "out of memory: 2 x 20 tokens do not fit (CUDA out of memory); lower train.per_device_eval_batch_size "
+        "(parallel.strategy: fsdp cannot retry)"
+    )
 
 
 def test_torch_that_cannot_shard_uint8_is_refused() -> None:

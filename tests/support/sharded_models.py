@@ -4,11 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from qlora_train.adapters import AdaptedModel, attach_adapter, trainable_state
+from qlora_train.data.types import Example
+from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.kernels.expert_weights import ExpertWeights, quantized_experts
 from qlora_train.kernels.frozen_weight import packed_weight
 from qlora_train.kernels.fsdp_units import gathering_modules, local_tensor
@@ -148,6 +151,23 @@ def _compare_adapter(base: Path, folder: Path, *overrides: str) -> Any:
         gradients.append(_step(model, layers, "full", supports_chunking(model.model)))
     assert gradients[0].by_name
     return _difference(*gradients)
+
+
+def evaluate_with_too_little_memory(base: Path, folder: Path) -> str:
+    """Evaluate batches of two rows where the second rank has memory for one, and return how this rank ends."""
+    model = load(folder / f"{context().rank}", base, shard=True).model
+
+    def allocate(_module: nn.Module, _arguments: Any, keywords: dict[str, Any]) -> None:
+        if len(keywords["input_ids"]) > context().world_size - context().rank:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(allocate, with_kwargs=True)
+    row = Example("rows.jsonl:1", BATCH["input_ids"][0].int().numpy(), np.arange(20) > 0)
+    try:
+        held_out_loss(model, [row] * 4, batch_size=2, pad_token_id=0)
+    except (ModelError, RuntimeError) as error:
+        return str(error)
+    return "passed"
 
 
 def flip_a_byte(base: Path, folder: Path) -> list[str]:
