@@ -132,7 +132,7 @@ class SplitReport:
         num_tokens: their tokens.
         num_labels: their label tokens.
         lengths: tokens per row, from `length_quantiles`.
-        num_at_max_length: rows of exactly `data.max_length` tokens.
+        num_at_max_length: rows of exactly `data.max_length` tokens; pairs with such a sequence.
         num_duplicates: rows that equal an earlier one.
         num_deduplicated: rows that `data.deduplicate` removed.
     """
@@ -146,16 +146,13 @@ class SplitReport:
     num_deduplicated: int = 0
 
     @classmethod
-    def of(
-        cls, lengths: npt.NDArray[np.int32], num_labels: npt.NDArray[np.int32], max_length: int, **counts: int
-    ) -> Self:
+    def of(cls, lengths: npt.NDArray[np.int32], num_labels: npt.NDArray[np.int32], **counts: int) -> Self:
         """Count rows by their tokens and label tokens, each (num_rows,)."""
         return cls(
             num_rows=len(lengths),
             num_tokens=int(lengths.sum(dtype=np.int64)),
             num_labels=int(num_labels.sum(dtype=np.int64)),
             lengths=length_quantiles(lengths),
-            num_at_max_length=int(np.count_nonzero(lengths == max_length)),
             **counts,
         )
 

@@ -111,7 +111,9 @@ def _streamed(
         overflow=data.overflow,
         sources=(*head_reports, *_source_reports("data.eval", held_out, eval_rows)),
         splits={
-            "data.train": SplitReport.of(lengths, num_labels, data.max_length),
+            "data.train": SplitReport.of(
+                lengths, num_labels, num_at_max_length=int(np.count_nonzero(lengths == data.max_length))
+            ),
             **_split_report("data.eval", eval_rows, data.max_length),
         },
         first_rows=decode_rows(head[:NUM_FIRST_ROWS], tokenizer),
@@ -159,7 +161,8 @@ def _split_report(key: str, rows: Rows, max_length: int, **counts: int) -> dict[
     if not len(rows):
         return {}
     counts["num_duplicates"] = num_duplicates(rows)
-    return {key: SplitReport.of(rows.lengths, rows.num_labels, max_length, **counts)}
+    counts["num_at_max_length"] = int(np.count_nonzero(rows.max_lengths == max_length))
+    return {key: SplitReport.of(rows.lengths, rows.num_labels, **counts)}
 
 
 def _source_reports(key: str, sources: Sequence[SourceStore], rows: Rows) -> list[SourceReport]:

@@ -298,12 +298,17 @@ class Rows(Sequence[Example]):
         return type(self)(self.stores, self.indices[mask])
 
     @property
-    def padded_lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each row if the shorter sequence of a pair is padded to the longer, int32 (num_rows,)."""
+    def max_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each row, of a pair those of its longer sequence, int32 (num_rows,)."""
         if not self.has_pairs:
             return self.lengths
         rejected = self._gather(REJECTED_LENGTH)
-        return 2 * np.maximum(rejected, self.lengths - rejected)
+        return np.maximum(rejected, self.lengths - rejected)
+
+    @property
+    def padded_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each row if the shorter sequence of a pair is padded to the longer, int32 (num_rows,)."""
+        return 2 * self.max_lengths if self.has_pairs else self.lengths
 
     @property
     def digests(self) -> npt.NDArray[np.uint64]:

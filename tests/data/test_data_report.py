@@ -44,7 +44,8 @@ def reasons(**locations: list[str]) -> ReasonCounts:
 
 
 def split(lengths: list[int], num_labels: list[int], *, max_length: int = 100, **counts: int) -> SplitReport:
-    return SplitReport.of(np.array(lengths, np.int32), np.array(num_labels, np.int32), max_length, **counts)
+    counts["num_at_max_length"] = lengths.count(max_length)
+    return SplitReport.of(np.array(lengths, np.int32), np.array(num_labels, np.int32), **counts)
 
 
 def source(key: str = "data.train", *, num_used: int = 10, cached: bool = False, **counted: Any) -> SourceReport:

@@ -104,6 +104,13 @@ def test_answers_that_a_cut_makes_equal_are_dropped(tmp_path: Path, prepare: Pre
         prepare(file, max_length=32, overflow="truncate", max_dropped=1.0)
 
 
+def test_the_report_counts_pairs_with_a_sequence_of_max_length(tmp_path: Path, prepare: Prepare) -> None:
+    file = write_pairs(tmp_path / "pairs.jsonl", count=6)
+    longest = [max(len(each.input_ids) for each in pair.sequences) for pair in rows_of(prepare(file))]
+    cut = prepare(file, max_length=max(longest), overflow="truncate")
+    assert cut.report.splits["data.train"].num_at_max_length == longest.count(max(longest))
+
+
 def test_the_report_shows_both_answers_of_a_pair(tmp_path: Path, prepare: Prepare) -> None:
     shown = prepare(write_pairs(tmp_path / "pairs.jsonl", count=2)).report.first_rows
     assert [row.where.rpartition(" ")[2] for row in shown] == ["(chosen)", "(rejected)"] * 2
