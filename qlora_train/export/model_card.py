@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 from transformers import AutoTokenizer, GenerationConfig
 
 from qlora_train.adapters.adapter_folder import ADAPTER_CONFIG
+from qlora_train.config.objectives import OBJECTIVES
 from qlora_train.config.schema import RunConfig
 from qlora_train.evaluation.generation import stop_token_ids
 from qlora_train.export.loading_code import adapter_code, needs_package, usage_code
@@ -75,14 +76,17 @@ def write_card(
         merge: section about a merge; empty for none.
     """
     names = ", ".join(f"`{public_name(source.path)}`" for source in config.data.train)
-    rows = "Training rows streamed" if num_train_rows is None else f"{num_train_rows} training rows"
+    objective = OBJECTIVES[config.train.objective]
+    has_pairs = objective.dataset_type == "preference"
+    unit, learned = ("pairs", f"objective `{objective.name}` on") if has_pairs else ("rows", "loss on")
+    rows = f"Training {unit} streamed" if num_train_rows is None else f"{num_train_rows} training {unit}"
     settings = yaml.safe_dump(_without_paths(config.model_dump(mode="json")), sort_keys=False)
     results = _table("Metric", "Value", {name: f"{value:.4g}" for name, value in metrics.items()})
     sections = [
         _front_matter(base, config, kind),
         _summary(folder, base, revision, config, kind),
         loading,
-        f"## Data\n\n{rows} from {names}; loss on {_TRAIN_ON[config.data.train_on]}.",
+        f"## Data\n\n{rows} from {names}; {learned} {_TRAIN_ON[config.data.train_on]}.",
         f"## Results\n\n{results if metrics else 'Nothing was measured.'}",
         *([merge] if merge else []),
         f"## Settings\n\nEvery setting of the run:\n\n```yaml\n{settings}```",

@@ -38,6 +38,12 @@ def card(folder: Path, settings: RunConfig, **changes: Any) -> tuple[dict[str, A
     return yaml.safe_load(front), text
 
 
+def test_a_card_says_that_pairs_were_trained_and_with_which_objective(tmp_path: Path) -> None:
+    _, text = card(tmp_path, config(train={"objective": "ipo"}))
+    assert "1272 training pairs from `org/addresses`; objective `ipo` on every assistant turn." in text
+    assert "loss on" not in text
+
+
 def test_an_adapters_card_names_base_data_results_and_settings(tmp_path: Path) -> None:
     front, text = card(tmp_path, config(lora={"r": 8, "lora_alpha": 32}), revision="abc123")
     assert front["base_model"] == HUB
