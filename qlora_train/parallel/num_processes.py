@@ -1,12 +1,13 @@
 """How many processes train a config: what it says, or one per visible GPU."""
 
 import logging
+import os
 
 from qlora_train.config import RunConfig
 from qlora_train.utils import launcher
 from qlora_train.utils.errors import ConfigError
 from qlora_train.utils.launcher import Worker
-from qlora_train.utils.visible_gpus import visible_gpus
+from qlora_train.utils.visible_gpus import gpu_models, visible_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ def choose_num_processes(config: RunConfig) -> int:
                 "auto, or hide all GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
             )
         return wanted
+    models = gpu_models() if "CUDA_VISIBLE_DEVICES" not in os.environ else []
+    if len(models) > 1:  # the smallest, perhaps one for the display, would bound what fits and how fast a step is
+        logger.info("processes: 1 (GPUs are %s; choose some with CUDA_VISIBLE_DEVICES)", " and ".join(models))
+        return 1
     chosen = max(1, min(num_gpus, rows_per_step(config)))
     if num_gpus > 1:
         reason = f"{num_gpus} visible GPUs" if chosen == num_gpus else f"a step has {chosen} rows"

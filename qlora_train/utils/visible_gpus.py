@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 DEVICES = Path("/dev")
+DRIVER_FILES = Path("/proc/driver/nvidia/gpus")
 _GPU = re.compile(r"nvidia\d+")
 
 
@@ -23,6 +24,13 @@ def visible_gpus() -> list[str]:
             break
         names.append(name)
     return names
+
+
+def gpu_models() -> list[str]:
+    """Return the names of the machine's kinds of GPU, from the driver's files; empty if it has none."""
+    files = DRIVER_FILES.glob("*/information")
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return sorted({line.partition(":")[2].strip() for line in lines if line.startswith("Model:")})
 
 
 def _is_usable_gpu(path: Path) -> bool:

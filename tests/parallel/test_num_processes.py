@@ -52,6 +52,21 @@ def test_gpus_are_counted_by_their_device_files(tmp_path: Path, monkeypatch: pyt
     assert visible_gpus() == ["0", "1"]
 
 
+@pytest.mark.parametrize(("second", "expected"), [("NVIDIA GeForce RTX 4090", 2), ("NVIDIA T400 4GB", 1)])
+def test_gpus_of_several_kinds_are_left_to_the_user(
+    second: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(gpus, "DEVICES", tmp_path)
+    monkeypatch.setattr(gpus, "DRIVER_FILES", tmp_path / "gpus")
+    for number, model in enumerate(("NVIDIA GeForce RTX 4090", second)):
+        (tmp_path / f"nvidia{number}").touch()
+        information = tmp_path / "gpus" / f"0000:0{number}:00.0" / "information"
+        information.parent.mkdir(parents=True)
+        information.write_text(f"Model: \t\t {model}\nIRQ:   \t\t 200\n", encoding="utf-8")
+    assert choose_num_processes(config_of()) == expected
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(ConfigError, match=r"parallel.processes: 4, but 2 GPUs are visible"):
