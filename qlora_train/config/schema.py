@@ -325,7 +325,8 @@ class TrainSection(Section):
     max_skipped_steps: int = Field(5, ge=1)
     """Stop when `on_nonfinite: skip` has skipped more than this many steps in the run."""
     on_loss_spike: Literal["warn", "stop", "ignore"] = "warn"
-    """On a loss spike: warn, stop before the optimizer step, or ignore it."""
+    """On a loss spike: warn, stop before the optimizer step, or ignore it. Losses of preference pairs are not compared:
+    with few pairs per step they vary by more than a spike."""
     num_train_epochs: float = Field(1.0, gt=0)
     """Number of epochs; max_steps overrides it."""
     max_steps: int | None = Field(None, ge=1)
@@ -517,6 +518,7 @@ def _objective_conflicts(config: RunConfig) -> Iterator[str]:
         "data.packing": data.packing, "data.streaming": data.streaming, "data.train_on: all": data.train_on == "all",
         f"data.overflow: {data.overflow}": data.overflow in ("split", "keep_end", "keep_answer"),
         "lora.init_lora_weights: eva": config.lora.init_lora_weights == "eva",
+        "train.on_loss_spike: stop": train.on_loss_spike == "stop",
     }  # fmt: skip
     if found := [name for name, value in unsupported.items() if value]:
         yield f"train.objective: {row.name} does not support {', '.join(found)}; drop one or the other"
@@ -537,6 +539,7 @@ def _streaming_conflicts(config: RunConfig) -> Iterator[str]:
         "data.eval as a share": isinstance(data.eval, float), "train.group_by_length": train.group_by_length,
         "weight or num_rows of a source": any(source.weight or source.num_rows for source in data.train),
         "lora.init_lora_weights: eva": config.lora.init_lora_weights == "eva",
+        "train.on_loss_spike: stop": train.on_loss_spike == "stop",
     }  # fmt: skip
     if found := [name for name, value in unsupported.items() if value]:
         yield f"data.streaming: true does not support {', '.join(found)}; drop one or the other"

@@ -47,10 +47,11 @@ def _text(where: str, values: Mapping[str, Any], column: str) -> Row:
 
 
 def _conversations(where: str, values: Mapping[str, Any]) -> tuple[Row, Row]:
-    prompt = _prompt_turns(values.get("prompt"))
-    (chosen, untrained), (rejected, other_untrained) = (
-        _behind(prompt, *read_turns(values[column], column, sharegpt=True)) for column in ANSWERS
-    )
+    prompt, answers = _prompt_turns(values.get("prompt")), [_answer_turns(values, column) for column in ANSWERS]
+    system = [turn for turn in answers[0][0][:1] if turn["role"] == "system"]
+    if prompt and all(_begins_with(turns, [*system, *prompt]) for turns, _ in answers):
+        prompt = [*system, *prompt]  # both answers repeat it behind the same system turn
+    (chosen, untrained), (rejected, other_untrained) = (_behind(prompt, *answer) for answer in answers)
     num_shared = len(prompt) or _num_shared(chosen, rejected)
     for turns in (chosen, rejected):
         if turns[num_shared:] and turns[num_shared]["role"] != "assistant":
@@ -72,14 +73,22 @@ def _prompt_turns(prompt: Any) -> list[Message]:
 
 
 def _behind(prompt: list[Message], turns: list[Message], untrained: Sequence[int]) -> tuple[list[Message], list[int]]:
-    """Return a whole conversation: answers may repeat their prompt, perhaps behind a system turn that it leaves out."""
-    if not prompt or turns[: len(prompt)] == prompt:
+    """Return a whole conversation: answers may repeat their prompt."""
+    if not prompt or _begins_with(turns, prompt):
         return turns, list(untrained)
-    if turns[0]["role"] == "system" and turns[1 : len(prompt) + 1] == prompt:
+    if turns[0]["role"] == "system":
         raise UnusableRowError(
-            "chosen begins with a system turn that prompt does not have; leave the column prompt out"
+            "chosen and rejected begin with different system turns, or ones that prompt lacks; expected the same in both"
         )
     return [*prompt, *turns], [len(prompt) + index for index in untrained]
+
+
+def _answer_turns(values: Mapping[str, Any], column: str) -> tuple[list[Message], list[int]]:
+    return read_turns(values[column], column, sharegpt=True)
+
+
+def _begins_with(turns: list[Message], first: list[Message]) -> bool:
+    return turns[: len(first)] == first
 
 
 def _num_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:

@@ -21,13 +21,11 @@ from qlora_train.models.byte_check import check_gathered_bytes, hash_own_rows
 from qlora_train.models.malloc_trim import MemoryTrimmer
 from qlora_train.models.moe import expert_parameters
 from qlora_train.models.shard_rows import place_rows
+from qlora_train.models.strategy import shards_bytes
 from qlora_train.parallel import context
 from qlora_train.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-MIN_TORCH = (2, 12)
-"""Older releases cannot shard a uint8 parameter."""
 
 
 def check_torch(version: str = torch.__version__) -> None:
@@ -36,7 +34,7 @@ def check_torch(version: str = torch.__version__) -> None:
     Raises:
         ConfigError: torch is older than 2.12.
     """
-    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
+    if not shards_bytes(version):
         raise ConfigError(
             f"parallel.strategy: fsdp shards uint8 weights, which torch {version} cannot; upgrade torch to 2.12 or newer, "
             "or set parallel.strategy: ddp"

@@ -31,6 +31,8 @@ RESERVED_SHARE = 0.1
 BITS = {True: 4.127, False: 4.5}
 """Per 4-bit weight with absmax, by double quantization."""
 COMPUTE_BYTES = 2
+MIN_TORCH = (2, 12)
+"""Older releases cannot shard a uint8 parameter."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,20 @@ def strategy_of_run(config: RunConfig, source: BaseSource, device: torch.device)
 
 
 def unsupported_by_fsdp(config: RunConfig, source: BaseSource) -> str:
-    """Return what of a run fsdp refuses, or an empty string."""
+    """Return what of a run fsdp refuses before the model loads, or an empty string."""
     stored = source.config.get("quantization_config") or {}
     reasons = {
         "quantization.load_in_4bit: false": not config.quantization.load_in_4bit,
         "a base that is stored in 4 bits": bool(stored.get("load_in_4bit")),
         "lora.use_dora: true": config.lora.use_dora,
+        f"torch {torch.__version__}": not shards_bytes(torch.__version__),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def shards_bytes(version: str) -> bool:
+    """Return whether a release of torch can shard uint8 parameters."""
+    return tuple(int(part) for part in version.split(".")[:2]) >= MIN_TORCH
 
 
 def device_needs(config: RunConfig, source: BaseSource, device_bytes: float) -> DeviceNeeds:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qlora_train.adapters.precision import find_non_finite
+from qlora_train.config.objectives import dataset_type_of
 from qlora_train.config.schema import TrainSection
 from qlora_train.training.loss_spikes import WINDOW_STEPS, LossSpikeDetector
 from qlora_train.utils.errors import TrainingError
@@ -40,7 +41,7 @@ class Step:
 
     Attributes:
         number: from 1.
-        loss: of the accumulated batch, in nats per label token.
+        loss: of the accumulated batch; for SFT in nats per label token.
         norm: gradient norm before clipping.
         scaled: a float16 loss scaler skips the update if the gradient overflows.
         rows: returns the source locations of its rows.
@@ -78,7 +79,7 @@ class NonFiniteGuard:
 
     @property
     def mean_loss(self) -> float | None:
-        """Mean loss of the steps with an update, in nats per label token; None without any."""
+        """Mean loss of the steps with an update; None without any."""
         return self.total_loss / self.num_updates if self.num_updates else None
 
     def counts(self) -> dict[str, int]:
@@ -116,8 +117,10 @@ class NonFiniteGuard:
         self._detector.restore(state["losses"])
 
     def _check_spike(self, step: Step) -> None:
+        if self._train.on_loss_spike == "ignore" or dataset_type_of(self._train.objective) == "preference":
+            return
         spike = self._detector.detect(step.loss)
-        if spike is None or self._train.on_loss_spike == "ignore":
+        if spike is None:
             return
         message = (
             f"step {step.number}: the loss is {spike.loss:.4f}, after a median of {spike.median:.4f} (limit "

@@ -289,6 +289,14 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {"prompt": "What?", "chosen": chat("What?", "So."), "rejected": chat("What?", "No."), "score_chosen": 9.0},
         {},
     ),
+    "conversations with a system turn beside their prompt": (
+        {
+            "prompt": "What?",
+            "chosen": [{"role": "system", "content": "Be brief."}, *chat("What?", "So.")],
+            "rejected": [{"role": "system", "content": "Be brief."}, *chat("What?", "No.")],
+        },
+        {},
+    ),
     "turns behind a prompt": (
         {"prompt": chat("What?"), "chosen": chat("What?", "So.")[1:], "rejected": chat("What?", "No.")[1:]},
         {},
@@ -365,6 +373,14 @@ PREFERENCE_REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "texts without a prompt": (
         {"chosen": "Human: a", "rejected": "Human: b"},
         "chosen and rejected are strings without a prompt; expected a column prompt beside them",
+    ),
+    "two system turns": (
+        {
+            "prompt": "What?",
+            "chosen": [{"role": "system", "content": "Be brief."}, *chat("What?", "So.")],
+            "rejected": [{"role": "system", "content": "Be long."}, *chat("What?", "No.")],
+        },
+        "chosen and rejected begin with different system turns, or ones that prompt lacks; expected the same in both",
     ),
     "empty": ({"prompt": "What?", "chosen": " ", "rejected": "No."}, "chosen is empty"),
     "mixed": (

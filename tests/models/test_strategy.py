@@ -50,6 +50,12 @@ def test_fsdp_supports_the_defaults_only(refused: str, pico_llama: Path, tmp_pat
     assert other == refused.replace("=", ": ")
 
 
+def test_auto_knows_which_torch_fsdp_needs(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tmp_path, pico_llama)
+    monkeypatch.setattr(torch, "__version__", "2.11.1")
+    assert unsupported_by_fsdp(config, resolve_base(config.model)) == "torch 2.11.1"
+
+
 @pytest.mark.parametrize("setting", ["ddp", "fsdp"])
 def test_a_strategy_that_one_process_cannot_follow_is_a_warning(
     setting: str, pico_llama: Path, tmp_path: Path, messages: pytest.LogCaptureFixture

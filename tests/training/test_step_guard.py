@@ -19,12 +19,13 @@ from transformers import TrainerCallback
 
 from qlora_train.adapters import attach_adapter, trainable_state
 from qlora_train.config import RunConfig
+from qlora_train.config.schema import TrainSection
 from qlora_train.models import load_model
 from qlora_train.planning.base_and_data import prepare
 from qlora_train.runs import RunFolder, load_tree
 from qlora_train.training import QloraTrainer
 from qlora_train.training.loss_spikes import MIN_STEPS, WINDOW_STEPS, LossSpikeDetector, Spike
-from qlora_train.training.step_guard import MAX_SCALER_SKIPS
+from qlora_train.training.step_guard import MAX_SCALER_SKIPS, NonFiniteGuard, Step
 from qlora_train.utils.errors import ConfigError, TrainingError
 from tests.support.runs import make_config, train_run
 
@@ -444,6 +445,16 @@ def test_ignored_spike_changes_nothing(pico_llama: Path, tmp_path: Path, caplog:
         ends.append(weights(trainer))
         assert len(warnings_of(caplog)) == (setting == "warn")
     assert equal(*ends)
+
+
+def test_losses_of_pairs_are_no_spikes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="qlora_train")
+    for objective, num_warnings in (("sft", 1), ("dpo", 0)):
+        guard = NonFiniteGuard(TrainSection(objective=objective))
+        for number, loss in enumerate([*[0.01] * 20, 2.0], start=1):
+            assert guard.allow(Step(number, loss, 1.0, False, lambda: "pairs.jsonl:1"))
+        assert len(warnings_of(caplog)) == guard.num_spikes == num_warnings
+        caplog.clear()
 
 
 def detector_of(values: list[float]) -> LossSpikeDetector:
