@@ -1,4 +1,5 @@
-"""One row of each format except `tokens`, from its values by the format's column names (`pretokenized` reads tokens).
+"""One row of each format, from its values by the format's column names (`pretokenized` and `preference_rows` read the
+others).
 
 Each reader takes the row's location and values, and raises `UnusableRowError` for a value that cannot be used.
 """

@@ -1,1 +1,1 @@
-"""What becomes of a finished run: merged 16-bit weights, their proof, and model cards."""
+"""What becomes of a finished run: adapter check, model cards, merged weights, GGUF, vLLM, the Hub."""

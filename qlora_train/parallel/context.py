@@ -1,9 +1,9 @@
 """This process among the processes of a run: its rank, and what it exchanges with the others.
 
 `context()` returns it. In a run of one process every exchange is trivial, and torch.distributed is not imported; the
-context of several processes is `process_group.ProcessGroupContext`. Nothing else asks for the rank.
+context of several processes is `process_group.ProcessGroupContext`. Nothing else determines the rank.
 
-Every method but the properties is a collective: all ranks call it, in the same order.
+Every method but the properties and `peer_errors` is a collective: all ranks call it, in the same order.
 """
 
 from collections.abc import Iterator

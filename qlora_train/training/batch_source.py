@@ -119,7 +119,7 @@ class RowBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; None for a stream."""
+        """Optimizer steps per epoch."""
         return math.ceil(len(self.order) / units_per_step(self._config.train))
 
     def loader(self, trainer: HasTrainerState) -> DataLoader[Any]:

@@ -190,7 +190,7 @@ def test_out_of_memory_restores_full_checkpointing(
     folder = RunFolder(Path(config.run.output_dir))
     trainer = QloraTrainer(adapted, prepare(config, folder)[1], config, folder, [], layer_checkpointing=layers)
     trial = probe_memory(trainer)
-    where, name = (trainer, "label_losses") if moment == "counting" else (trainer.accelerator, "backward")
+    where, name = (trainer, "batch_loss") if moment == "counting" else (trainer.accelerator, "backward")
     own = getattr(where, name)
 
     def limited(*arguments: Any) -> Any:
