@@ -339,7 +339,8 @@ class TrainSection(Section):
     """Micro-batches per optimizer step, over all processes; the loss is normalised over all of their tokens."""
     gradient_checkpointing: Literal["auto", "none", "mlp", "full"] = "auto"
     """Activation checkpointing (non-reentrant): each layer recomputes nothing, its MLP, or everything in the backward pass.
-    `auto`: as little as the GPU's memory allows, layer by layer; `full` with activation_offloading; `none` on a CPU."""
+    `auto`: as little as the GPU's memory allows, layer by layer; `full` with activation_offloading and under fsdp; `none`
+    on a CPU."""
     activation_offloading: bool = False
     """Keep tensors saved for backward in host memory, copied while the GPU computes."""
     auto_find_batch_size: bool = False

@@ -141,13 +141,17 @@ def min_tokens_on(device: torch.device) -> int:
     return GPU_TOKENS if device.type == "cuda" else 0
 
 
+def has_raised_budget(run: RunFolder) -> bool:
+    """Return whether a run's token budget is larger than that of its settings."""
+    return bool(read_json(run.padding_free_file).get("min_tokens"))
+
+
 def lower_token_budget(run: RunFolder, reason: str) -> bool:
     """Reduce a run's token budget to that of its settings; return False if it is that already. No collective."""
-    content = read_json(run.padding_free_file)
-    if not content.get("min_tokens"):
+    if not has_raised_budget(run):
         return False
     logger.info("padding-free: token budget lowered to that of the settings (%s)", reason)
-    write_json(run.padding_free_file, {**content, "min_tokens": 0})
+    write_json(run.padding_free_file, {**read_json(run.padding_free_file), "min_tokens": 0})
     return True
 
 

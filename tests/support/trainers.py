@@ -3,7 +3,7 @@
 import datetime
 from pathlib import Path
 
-from qlora_train.adapters import attach_adapter
+from qlora_train.adapters import AdaptedModel, attach_adapter
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.evaluation.objective_table import make_objective
@@ -16,11 +16,20 @@ DATE = datetime.date(2026, 1, 1)
 
 
 def trainer_of(config: RunConfig) -> tuple[QloraTrainer, PreparedData]:
+    adapted, data = adapted_and_data(config)
+    objective = make_objective(config.train, config.lora, adapted.model)
+    return QloraTrainer(adapted, data, config, folder_of(config), [], objective=objective), data
+
+
+def adapted_and_data(config: RunConfig) -> tuple[AdaptedModel, PreparedData]:
+    """Return a model with a new adapter, and its rows."""
     source = resolve_base(config.model)
     shard = config.parallel.strategy == "fsdp"
     loaded = load_model(config.model, config.quantization, source=source, shard=shard)
     data, _ = prepare_tokenizer_and_data(config, source, date=DATE)
-    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed)
+    return attach_adapter(loaded, config.lora, seed=config.run.seed), data
+
+
+def folder_of(config: RunConfig) -> RunFolder:
     assert config.run.output_dir is not None
-    objective = make_objective(config.train, config.lora, adapted.model)
-    return QloraTrainer(adapted, data, config, RunFolder(Path(config.run.output_dir)), [], objective=objective), data
+    return RunFolder(Path(config.run.output_dir))

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from qlora_train.config import RunConfig
 from qlora_train.config.memory_fallbacks import Capabilities, as_overrides, changed_settings, next_fallback
 from qlora_train.config.schema import TrainSection
+from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.parallel import context
 from qlora_train.runs import RunFolder, apply_fitted_settings, record_fitted_settings
 from qlora_train.training.memory.activation_checkpointing import plan_levels, saved_bytes
 from qlora_train.training.memory.memory_probe import MemoryProbe, forward_worst_case, probe_memory
-from qlora_train.training.padding_free import lower_token_budget
+from qlora_train.training.padding_free import has_raised_budget, lower_token_budget
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.device import catch_out_of_memory, spare_bytes
 from qlora_train.utils.errors import TrainingError, first_line, is_out_of_memory
@@ -24,19 +25,22 @@ AUTO_FIND = "train.auto_find_batch_size=true"
 NOTHING_SMALLER = (
     "no smaller setting is left; lower data.max_length or lora.r, use a smaller model, or free memory that others use"
 )
+MORE_PROCESSES = "or start more processes: each then holds less of the base"
 
 
 def fitting_trainer(make: Callable[[RunConfig], QloraTrainer], config: RunConfig, run: RunFolder) -> QloraTrainer:
     """Return a trainer whose worst-case batch was probed and fits.
 
     Raises:
-        TrainingError: the settings of the config do not fit; names those that do, if any.
+        TrainingError: the settings of the config do not fit; names those that do, if any. With a sharded base, names
+            those to try next.
     """
     train = recorded = _recorded_settings(config, run)
     if recorded != config.train:
         logger.warning("memory: fitted settings %s (%s)", _changes(config.train, recorded), run.fitted_settings_file)
     trainer = make(_with(config, train))
-    first = probe = probe_memory(trainer)
+    with record_fallback(trainer, config, run, "memory probe"):
+        first = probe = probe_memory(trainer)
     problem = probe.problem or _fragmentation_problem(trainer, probe)
     if problem is not None and _on_main(lambda: lower_token_budget(run, problem)):
         return fitting_trainer(make, config, run)
@@ -50,7 +54,10 @@ def fitting_trainer(make: Callable[[RunConfig], QloraTrainer], config: RunConfig
         probe = probe_memory(trainer)
     if train != recorded:
         _accept_or_refuse(config, run, train, first)
-    if probe.peak_bytes is not None and train.gradient_checkpointing == "auto" and not train.activation_offloading:
+    relaxes = train.gradient_checkpointing == "auto" and not train.activation_offloading
+    if probe.peak_bytes is not None and relaxes and is_sharded(trainer.model):
+        logger.info("gradient_checkpointing: full (under fsdp a try of less could end the run)")
+    elif probe.peak_bytes is not None and relaxes:
         probe = relax_checkpointing(trainer, probe, _spare_bytes(trainer, probe))
         checkpoints = set(trainer.layer_checkpointing.levels) != {"none"}
         less_first = "less recomputation comes first"
@@ -129,12 +136,20 @@ def _accept_or_refuse(config: RunConfig, run: RunFolder, fitted: TrainSection, f
 
 
 @contextmanager
-def record_fallback(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> Iterator[None]:
-    """If training runs out of memory, record the next fallback, which the next start uses; no collective.
+def record_fallback(
+    trainer: QloraTrainer, config: RunConfig, run: RunFolder, stage: str | None = None
+) -> Iterator[None]:
+    """If the block runs out of memory, record the next fallback, which the next start uses.
+
+    All ranks enter together. Each that runs out of memory records, as it may be the only one; ranks record the same.
+
+    Args:
+        stage: what runs, for the message; None: the step.
 
     Raises:
         TrainingError: out of memory; checkpoints are complete.
     """
+    has_raised = _on_main(lambda: has_raised_budget(run))  # here, as another rank may lower it before this one does
     try:
         yield
     except Exception as error:
@@ -143,16 +158,19 @@ def record_fallback(trainer: QloraTrainer, config: RunConfig, run: RunFolder) ->
         reason = first_line(error)
     else:
         return
-    step = trainer.state.global_step + 1
-    what = f"step {step}: out of memory ({reason}); the last checkpoint is complete"
-    if lower_token_budget(run, reason):
-        raise TrainingError(f"{what}; repeat the command: the run resumes with smaller micro-batches")
+    stage = stage or f"step {trainer.state.global_step + 1}"
+    what = f"{stage}: out of memory ({reason}); complete checkpoints are intact"
+    more = f"; {MORE_PROCESSES}" if is_sharded(trainer.model) else ""
+    if has_raised:
+        lower_token_budget(run, reason)
+        raise TrainingError(f"{what}; repeat the command: the run resumes with smaller micro-batches{more}")
     smaller = next_fallback(trainer.config.train, _capabilities(trainer))
     if smaller is None:
-        raise TrainingError(f"{what}; {NOTHING_SMALLER}")
-    record_fitted_settings(run, config.train, smaller, f"step {step}: {reason}")
+        raise TrainingError(f"{what}; {NOTHING_SMALLER}{more}")
+    record_fitted_settings(run, config.train, smaller, f"{stage}: {reason}")
     how = "" if config.train.auto_find_batch_size else f" with {AUTO_FIND}"
-    raise TrainingError(f"{what}; repeat the command{how}: the run resumes with {_changes(config.train, smaller)}")
+    changes = _changes(config.train, smaller)
+    raise TrainingError(f"{what}; repeat the command{how}: the run resumes with {changes}{more}")
 
 
 def _capabilities(trainer: QloraTrainer) -> Capabilities:

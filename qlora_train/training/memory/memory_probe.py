@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora_train.config.optimizers import OPTIMIZERS, optimizer_state_bytes
 from qlora_train.data.collate import Batch
+from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.parallel import context
 from qlora_train.training.memory.worst_case_batch import worst_case_batches
 from qlora_train.training.optimizer import trained_tensors
@@ -35,7 +36,11 @@ class MemoryProbe:
 
 
 def probe_memory(trainer: QloraTrainer) -> MemoryProbe:
-    """Run the worst-case micro-batches forward and backward. Evaluation has its own batch size search."""
+    """Run the worst-case micro-batches forward and backward. Evaluation has its own batch size search.
+
+    Raises:
+        torch.OutOfMemoryError: the batch does not fit, with a sharded base.
+    """
     device, batches = trainer.adapted.loaded.device, worst_case_batches(trainer.batch_source, trainer.config)
     if device.type == "cuda":
         free_memory()  # reserved by start-up and no longer used
@@ -43,7 +48,11 @@ def probe_memory(trainer: QloraTrainer) -> MemoryProbe:
     # as the training loop does; a prepared model stays as it is
     model = trainer.accelerator.prepare_model(trainer.model)
     with preserve_model_state(model):
-        _, problem = catch_out_of_memory(lambda: _train(trainer, model, batches))
+        if is_sharded(model):  # other ranks may wait for this one's part of a layer: they cannot agree to retry
+            _train(trainer, model, batches)
+            problem = None
+        else:
+            _, problem = catch_out_of_memory(lambda: _train(trainer, model, batches))
     problem = next((text for text in context().gather(problem) if text is not None), None)
     return MemoryProbe(f"training on {_size(batches[0])}", problem, _peak_bytes(device))
 

@@ -54,7 +54,7 @@ def choose_fused_kernels(
     if not parity.passed:
         logger.warning("fused kernels: off (%s); training is slower; please report this model", parity.problem)
         return None
-    fused = with_fitting_size(NAME, SIZES, lambda *size: _install(adapted, batch(*size)))
+    fused = with_fitting_size(NAME, adapted, SIZES, lambda *size: _install(adapted, batch(*size)))
     logger.info("fused kernels: on (max difference: loss %.1g, gradients %.1g)", parity.loss, parity.gradient)
     logger.info("fused kernels: %s", fused.summary())
     return fused

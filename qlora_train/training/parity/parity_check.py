@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qlora_train.adapters import AdaptedModel
+from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.parallel import context
 from qlora_train.runs import read_json
 from qlora_train.training.parity.gradients import Gradients, Tolerances, compare_gradients, full_checkpointing
@@ -82,7 +83,7 @@ def _check_on_this_rank(
 ) -> ParityResult:
     try:
         with full_checkpointing(adapted.loaded.model):
-            difference = compare_gradients(*with_fitting_size(name, sizes, compute))
+            difference = compare_gradients(*with_fitting_size(name, adapted, sizes, compute))
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         if nondeterministic_operation(error):  # says nothing about the model
             raise
@@ -93,15 +94,20 @@ def _check_on_this_rank(
     )
 
 
-def with_fitting_size(name: str, sizes: Sizes, compute: Callable[[int, int], Result]) -> Result:
+def with_fitting_size(name: str, adapted: AdaptedModel, sizes: Sizes, compute: Callable[[int, int], Result]) -> Result:
     """Return `compute(num_rows, num_tokens)` for the first size that fits into the memory of every rank.
 
     Raises:
-        TrainingError: the smallest size does not fit.
+        TrainingError: the smallest size does not fit; the first one, with a sharded base.
         RuntimeError: `compute` failed on another rank.
     """
     for num_rows, num_tokens in sizes:
         result, reason, error = _outcome(partial(compute, num_rows, num_tokens))
+        if reason is not None and is_sharded(adapted.model):  # others may wait for this rank's part of a layer
+            raise TrainingError(
+                f"{name}: out of memory in the parity check on {num_rows} x {num_tokens} tokens ({reason}); lower "
+                "train.per_device_train_batch_size, start more processes, or free memory (fsdp cannot retry)"
+            )
         outcomes = context().gather((reason, error and f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
