@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import CheckpointError, is_out_of_memory
 from tests.support.memory_limit import WITHOUT_LIMIT, run_limited
 from tests.support.runs import adapter_bytes, losses, make_config, train_run, write_rows
+from tests.support.stores import example, rows_of
 from tests.support.trainers import DATE, trainer_of
 
 MB = 1 << 20
@@ -188,7 +188,8 @@ def test_worst_case_of_a_stream_is_full_rows(pico_llama: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("num_rows", [37, 48])
 def test_fitted_batches_group_rows_like_the_original_ones(num_rows: int, pico_llama: Path, tmp_path: Path) -> None:
-    rows: Any = SimpleNamespace(lengths=np.random.default_rng(3).integers(5, 99, num_rows).astype(np.int32))
+    lengths = np.random.default_rng(3).integers(5, 99, num_rows)
+    rows = rows_of(tmp_path / "rows", [example([1] * length, [1] * length) for length in lengths])
 
     def steps(batch_size: int, accumulation: int, epoch: int) -> list[list[int]]:
         config = make_config(
