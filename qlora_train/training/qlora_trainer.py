@@ -190,6 +190,10 @@ class QloraTrainer(ResumableTrainer):
         if is_sharded(model):
             self._join_other_ranks(model, inputs)
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
+        if self.accelerator.scaler is not None and not losses:
+            self.accelerator.scaler.scale(
+                loss
+            )  # its first call makes the scale, by which gradients of others are divided
         self._step_loss = sum_gradients_(list(trainable_state(self.model).values()), loss)
         return self._step_loss
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from qlora_train.config import RunConfig
-from tests.support.ranks_training import StepRecord, record_families, relative_difference
-from tests.support.runs import make_config
+from tests.support.ranks_training import StepRecord, record_families, relative_difference, train_in_float16
+from tests.support.runs import make_config, write_rows
 from tests.support.workers import run_workers
 
 DENSE = ("llama", "qwen3", "gemma3_text", "phi3", "gpt2", "falcon", "cohere2")
@@ -73,3 +73,14 @@ def test_evaluation_is_that_of_one_process(name: str, alone: Records, ranks: lis
     losses = {entry["eval_loss"] for rank in ranks for entry in rank[name][1]["log"] if "eval_loss" in entry}
     assert len(losses) == 1, "all ranks have the same"
     assert losses.pop() == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_scaler_of_a_rank_without_rows_is_that_of_the_others(pico: Callable[..., Path], tmp_path: Path) -> None:
+    """As where a run resumes at the last, smaller step of an epoch."""
+    rows = write_rows(tmp_path / "rows.jsonl", count=1)
+    no_evaluation = ("data.eval=null", "train.eval_steps=null", "train.max_steps=1", "lora.lora_dropout=0")
+    config = make_config(tmp_path, pico("llama"), *SETTINGS, *no_evaluation, f"data.train={rows}")
+    expected, scaler = train_in_float16(config)
+    for weights, scaler_of_rank in run_workers(train_in_float16, 2, tmp_path, config):
+        assert relative_difference(weights, expected) <= MAX_DIFFERENCE
+        assert scaler_of_rank == scaler

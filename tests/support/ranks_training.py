@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 
 from qlora_train.adapters import trainable_state
 from qlora_train.config import RunConfig
@@ -72,3 +73,18 @@ def relative_difference(actual: dict[str, Any], expected: dict[str, Any]) -> flo
         difference = float(np.linalg.norm(actual[name] - tensor))
         differences.append(difference / norm if norm else difference)
     return max(differences)
+
+
+def train_in_float16(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train with a loss scaler, as on a GPU without bfloat16; return the weights and the scaler's state."""
+    torch.set_num_threads(1)
+    trainer, _ = trainer_of(config)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.accelerator.native_amp = True
+    trainer.accelerator.state._mixed_precision = "fp16"
+    try:
+        trainer.train()
+    finally:
+        AcceleratorState._reset_state()
+    weights = {name: parameter.detach().numpy() for name, parameter in trainable_state(trainer.model).items()}
+    return weights, trainer.accelerator.scaler.state_dict()
