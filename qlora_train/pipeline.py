@@ -115,6 +115,7 @@ def train_adapter(
             folder.delete_checkpoints_after(checkpoint)
         plan = plan_disk(folder, adapted, resolved, data, checkpoint)
         check_disk_space(folder, plan, shutil.disk_usage(folder.path).free)
+    this.barrier()  # an error of rank 0 ends the others here: in a gather of FSDP over NCCL they would wait
 
     logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
     result = train(adapted, data, resolved, folder, checkpoint)
