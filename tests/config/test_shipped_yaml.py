@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_train.adapters import choose_targets, find_linears
 from qlora_train.architectures import check_max_length, detect
 from qlora_train.config import load_config
+from qlora_train.config.objectives import DatasetType, dataset_type_of
 from qlora_train.config.schema import DataSection
 from qlora_train.data import prepare_data
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
@@ -201,9 +202,9 @@ def test_config_has_a_dry_run_on_bundled_rows(path, monkeypatch):
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_recipe_on_bundled_rows_runs_as_it_is(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    data = load_config(path).data
-    if data.train[0].path.startswith("data/"):
-        assert_rows_are_usable(data)
+    config = load_config(path)
+    if config.data.train[0].path.startswith("data/"):
+        assert_rows_are_usable(config.data, dataset_type_of(config.train.objective))
 
 
 @pytest.mark.parametrize("name", ["chat", "conversations", "instruction", "questions", "completion", "text"])
@@ -213,9 +214,9 @@ def test_bundled_rows_are_recognised_and_unique(name, monkeypatch):
     assert_rows_are_usable(data)
 
 
-def assert_rows_are_usable(data: DataSection) -> None:
+def assert_rows_are_usable(data: DataSection, dataset_type: DatasetType = "language_modeling") -> None:
     """Every row is usable and unique, and a held-out share leaves rows on both sides."""
-    prepared = prepare_data(data, build_tokenizer(), seed=42)
+    prepared = prepare_data(data, build_tokenizer(), seed=42, dataset_type=dataset_type)
     source = prepared.report.sources[0].summary
     assert source.num_records >= 20
     assert source.dropped.counts == {}
