@@ -402,10 +402,11 @@ class ParallelSection(Section):
     strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How several processes divide the work. Each computes a share of every optimizer step's rows, balanced by tokens, and
     the adapter's gradients are summed. `ddp`: each has the whole base. `fsdp`: each loads and keeps a part of the 4-bit
-    base, and gathers a layer at a time. `none`: one process. `auto`: ddp if the base fits on every device, else fsdp."""
+    base, and gathers a layer at a time. `none`: one process. `auto`: ddp if base and training state fit on every device, or
+    if the base fits and fsdp does not support the run; else fsdp."""
     processes: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = "auto"
-    """Processes on this machine, one per GPU. `auto`: one per visible GPU, one on a CPU. Rows per step, and the adapter
-    within rounding, do not depend on it. Under torchrun or srun: their number."""
+    """Processes on this machine, one per GPU. `auto`: one per visible GPU, one if their models differ, one on a CPU. Rows
+    per step, and the adapter within rounding, do not depend on it. Under torchrun or srun: their number."""
 
     @model_validator(mode="after")
     def _check_strategy(self) -> Self:

@@ -1,6 +1,6 @@
 """One row of the format `preference`: a prompt with a chosen and a rejected answer, or two whole conversations.
 
-Only the answers are trained: what both conversations begin with is their prompt.
+Only the answers are trained: the turns that both conversations share at the start are their prompt.
 """
 
 from collections.abc import Mapping, Sequence

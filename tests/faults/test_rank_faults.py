@@ -45,7 +45,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(
         ranks[victim].process.kill()
         killed, other = ranks[victim].end(), ranks[1 - victim].end(END_SECONDS)
         assert killed.status in (-signal.SIGKILL, 0)
-        if killed.status and other.status:  # rank 0 goes on alone after training
+        if killed.status and other.status:  # rank 0 continues alone after training
             assert_one_line(other, 1 - victim)
         assert runs.finished_by_ranks(run, 2, *SETTINGS) == expected
     table.add(

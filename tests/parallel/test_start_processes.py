@@ -40,9 +40,9 @@ def wait_for_step(run: RunFolder, step: int) -> None:
 def test_the_exit_status_and_output_are_those_of_one_process(capfd: pytest.CaptureFixture[str]) -> None:
     assert start_processes(["--version"], 2) == 0
     assert capfd.readouterr().out.startswith("qlora-train ")
-    assert start_processes(["nonsense"], 3) == 2
+    assert start_processes(["no-such-command"], 3) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("nonsense: neither a command nor a config")
+    assert line.startswith("no-such-command: neither a command nor a config")
 
 
 @pytest.mark.slow

@@ -69,29 +69,21 @@ def check_parity(
     Raises:
         TrainingError: the smallest size does not fit into memory.
     """
-    results = context().gather(_check_on_this_rank(name, adapted, run_id, sizes, compute, tolerances))
+
+    def check_on_this_rank() -> ParityResult:
+        try:
+            with full_checkpointing(adapted.loaded.model):
+                difference = compare_gradients(*with_fitting_size(name, adapted, sizes, compute))
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            if nondeterministic_operation(error):  # says nothing about the model
+                raise
+            return ParityResult(run_id, False, f"it fails on this model ({first_line(error)})")
+        passed = tolerances.allow(difference)
+        problem = "" if passed else f"it differs on this model ({difference})"
+        return ParityResult(run_id, passed, problem, **asdict(difference))
+
+    results = context().gather(check_on_this_rank())
     return next((result for result in results if not result.passed), results[0])
-
-
-def _check_on_this_rank(
-    name: str,
-    adapted: AdaptedModel,
-    run_id: str,
-    sizes: Sizes,
-    compute: Callable[[int, int], tuple[Gradients, Gradients]],
-    tolerances: Tolerances,
-) -> ParityResult:
-    try:
-        with full_checkpointing(adapted.loaded.model):
-            difference = compare_gradients(*with_fitting_size(name, adapted, sizes, compute))
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        if nondeterministic_operation(error):  # says nothing about the model
-            raise
-        return ParityResult(run_id, False, f"it fails on this model ({first_line(error)})")
-    passed = tolerances.allow(difference)
-    return ParityResult(
-        run_id, passed, "" if passed else f"it differs on this model ({difference})", **asdict(difference)
-    )
 
 
 def with_fitting_size(name: str, adapted: AdaptedModel, sizes: Sizes, compute: Callable[[int, int], Result]) -> Result:
