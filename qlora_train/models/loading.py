@@ -5,7 +5,7 @@ Norms, embeddings and the output head stay in the compute dtype. Every parameter
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +54,6 @@ _TRAINED_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "mrope_section", "m
 """RoPE parameters that the weights were trained with and that scaling does not change."""
 _BNB_DEFAULTS = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
 """Transformers' defaults for settings that are missing in a stored quantization_config."""
-MEAN_CHUNK_BYTES = 16 << 20
-"""Float32 rows that are summed at once."""
 _EXPERT_IN_4BIT = re.compile(r"\.experts\.\d+\..*\.quant_state\.bitsandbytes__")
 
 
@@ -117,7 +115,11 @@ def load_model(
     fix_partial_blocks(base)
     reset_dynamic_rope(base)
     _prepare_4bit_layers(base, dtype)
-    new_token_ids = _add_new_tokens(base, tokenizer, model.new_tokens) if model.new_tokens else ()
+    new_token_ids: tuple[int, ...] = ()
+    if model.new_tokens:
+        from qlora_train.models.new_tokens import add_new_tokens
+
+        new_token_ids = add_new_tokens(base, tokenizer, model.new_tokens)
     if sharded is not None:
         from qlora_train.models.shard_base import shard_base
 
@@ -324,32 +326,3 @@ def _prepare_4bit_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
             # In its first evaluation forward on CPUs with AVX512-BF16, bitsandbytes repacks weights for an operator without
             # a gradient formula: training after an evaluation would silently lose the gradient of the base path.
             module.support_avx512bf16_for_cpu = False
-
-
-def _add_new_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str]
-) -> tuple[int, ...]:
-    """Grow embedding and head to the tokenizer's length, and return the rows to train.
-
-    These are the rows of the new tokens and all added rows: a tokenizer may be longer than the embedding, and the adapter
-    file contains trained rows alone.
-    """
-    num_rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_rows:
-        with torch.random.fork_rng():
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for tensor in (module.weight.data, *(() if getattr(module, "bias", None) is None else (module.bias.data,))):
-                tensor[num_rows:] = _mean_row(tensor[:num_rows])
-        model.requires_grad_(False)
-        logger.info("vocabulary: %d rows added (mean of the others)", len(tokenizer) - num_rows)
-    return tuple(dict.fromkeys([*tokenizer.convert_tokens_to_ids(list(new_tokens)), *range(num_rows, len(tokenizer))]))
-
-
-def _mean_row(rows: torch.Tensor) -> torch.Tensor:
-    """Return the mean over the first dimension, summed in float32 in chunks.
-
-    Transformers' `mean_resizing` would make 3 float32 copies of the embedding.
-    """
-    chunks = rows.split(max(1, MEAN_CHUNK_BYTES // (4 * rows[0].numel())))
-    return torch.stack([chunk.sum(0, dtype=torch.float32) for chunk in chunks]).sum(0) / len(rows)

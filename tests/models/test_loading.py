@@ -21,8 +21,8 @@ from qlora_train.config import ModelSection, QuantizationSection
 from qlora_train.kernels import grouped_sdpa
 from qlora_train.models import LoadedModel, load_model, load_tokenizer, resolve_base
 from qlora_train.models.hardware import choose_compute_dtype
-from qlora_train.models.loading import _add_new_tokens
 from qlora_train.models.malloc_trim import MemoryTrimmer
+from qlora_train.models.new_tokens import add_new_tokens
 from qlora_train.models.token_probes import encode, hard_texts
 from qlora_train.utils.errors import ConfigError, ModelError
 from tests.support.gguf_files import write_gguf
@@ -483,7 +483,7 @@ def test_growing_the_embedding_makes_no_float32_copy(pico: Pico) -> None:
     tokenizer.add_tokens([f"<{number}>" for number in range(40_001 - len(tokenizer))])
     old_bytes = model.get_input_embeddings().weight.nbytes
     with LiveBytes() as live:
-        assert _add_new_tokens(model, tokenizer, ["<0>"])[-1] == 40_000
+        assert add_new_tokens(model, tokenizer, ["<0>"])[-1] == 40_000
     assert live.peak < 3 * old_bytes + (1 << 20)  # one old and two new ones
 
 
