@@ -50,6 +50,7 @@ _EFFECTS = {
     "train.lr_scheduler_type": "later steps would follow another schedule",
     "train.warmup_ratio": "later steps would follow another schedule",
     "train.num_train_epochs": "the run and its schedule would have another length",
+    "train.minutes": "the run and its schedule would have another length",
     "train.max_steps": "the run and its schedule would have another length",
     "train.per_device_train_batch_size": "the run would resume at another position in its data",
     "train.gradient_accumulation_steps": "the run would resume at another position in its data",

@@ -259,7 +259,7 @@ class DataSection(Section):
     deduplicate: bool = False
     """Drop exact duplicates among training rows, and training rows that are also held out."""
     streaming: bool = False
-    """Tokenise during training, for data too large for a disk cache; needs train.max_steps."""
+    """Tokenise during training, for data too large for a disk cache; needs train.max_steps or train.minutes."""
     num_proc: int | None = Field(None, ge=1, le=1024)
     """Tokenisation processes (one per CPU core if unset, none for small data)."""
     cache_dir: str | None = Field(None, min_length=1)
@@ -328,9 +328,12 @@ class TrainSection(Section):
     """On a loss spike: warn, stop before the optimizer step, or ignore it. Losses of preference pairs are not compared:
     with few pairs per step they vary by more than a spike."""
     num_train_epochs: float = Field(1.0, gt=0)
-    """Number of epochs; max_steps overrides it."""
+    """Number of epochs; max_steps or minutes override it."""
     max_steps: int | None = Field(None, ge=1)
     """Number of optimizer steps."""
+    minutes: float | None = Field(None, gt=0, le=1e6)
+    """Minutes of training, evaluations and checkpoints included: a trial of the first steps sets the number of steps, so
+    that the learning-rate schedule ends in time. A resumed run keeps that number."""
     per_device_train_batch_size: int = Field(1, ge=1)
     """Rows per micro-batch of a process, or packs with data.packing. `padding_free` may compute more short rows at once."""
     per_device_eval_batch_size: int = Field(8, ge=1)
@@ -493,6 +496,11 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
             "train.group_by_length has no effect with data.packing: true, whose rows all have about max_length "
             "tokens; drop one of them"
         )
+    if train.max_steps is not None and train.minutes is not None:
+        yield (
+            f"train.max_steps: {train.max_steps} and train.minutes: {train.minutes:g} both set the number of steps; "
+            "drop one of them"
+        )
     rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     if config.parallel.processes != "auto" and config.parallel.processes > rows_per_step:
         yield (
@@ -531,7 +539,7 @@ def _streaming_conflicts(config: RunConfig) -> Iterator[str]:
     if not data.streaming:
         return
     needed = {
-        "train.max_steps": train.max_steps, "train.save_steps": train.save_steps,
+        "train.max_steps or train.minutes": train.max_steps or train.minutes, "train.save_steps": train.save_steps,
         "train.eval_steps": train.eval_steps or data.eval is None,
     }  # fmt: skip
     if missing := [key for key, value in needed.items() if not value]:

@@ -29,6 +29,8 @@ LOG_ENTRY_BYTES = 320
 """Per entry of the log history in a checkpoint; most have 200 to 250."""
 SMALL_FILES_BYTES = 64 * 1024
 """RNG state, counters, manifest, and the unused part of each file's last block."""
+MAX_STEPS_PER_SECOND = 10
+"""Assumed with `train.minutes`: the trial that sets the number of steps comes later."""
 TOKEN_BYTES = 160
 """Per token in the tokenizer files, merges included; large vocabularies have 75 to 135."""
 
@@ -128,6 +130,8 @@ def num_steps(train: TrainSection, num_rows: int | None) -> int:
     """Return the maximum steps of a run; packed rows take fewer."""
     if train.max_steps is not None:
         return train.max_steps
+    if train.minutes is not None:
+        return math.ceil(60 * MAX_STEPS_PER_SECOND * train.minutes)
     assert num_rows is not None, "the config asks for max_steps with a stream"
     return math.ceil(train.num_train_epochs * _steps_per_epoch(train, num_rows))
 

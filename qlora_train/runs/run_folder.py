@@ -46,6 +46,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"  # the resolved config: a run is itself a recipe
         self.metadata_file = path / "run.json"  # base revision, data fingerprint, device, versions
         self.fitted_settings_file = path / "fit.json"  # settings of train.auto_find_batch_size
+        self.num_steps_file = path / "num_steps.json"  # of train.minutes
         self.fused_kernels_file = path / "fused_kernels.json"  # parity check
         self.padding_free_file = path / "padding_free.json"  # parity check and decision
         self.data_report_file = path / "data.json"

@@ -15,7 +15,9 @@ What differs from SFTTrainer, and why:
 import logging
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -30,6 +32,7 @@ from qlora_train.config import RunConfig
 from qlora_train.config.schema import TrainSection
 from qlora_train.data import PreparedData
 from qlora_train.data.collate import Batch, FlatteningCollator
+from qlora_train.data.types import Example
 from qlora_train.evaluation.objective_table import SFT, Objective
 from qlora_train.kernels import host_copies
 from qlora_train.kernels.fsdp_units import is_sharded
@@ -108,6 +111,7 @@ class QloraTrainer(ResumableTrainer):
             on_gpu=adapted.loaded.device.type == "cuda",
             supported=adapted.loaded.model.supports_gradient_checkpointing,
         )
+        self._step_end = StepEndCallback(self.schedule)
         exact = {name: parameter.detach().clone() for name, parameter in trainable_state(adapted.model).items()}
         super().__init__(
             model=adapted.model,
@@ -119,13 +123,22 @@ class QloraTrainer(ResumableTrainer):
                 *callbacks,
                 AdvanceSkippedSchedule(),
                 SeedEachRank(config.run.seed),
-                StepEndCallback(self.schedule),
+                self._step_end,
             ],
         )
         self.remove_callback(PrinterCallback)
         for name, parameter in trainable_state(adapted.model).items():
             parameter.data = exact[name]  # undo TRL's cast to bfloat16, bit for bit
         self.model_accepts_loss_kwargs = True  # so that the labels of the whole accumulated batch are counted
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Set the optimizer steps of the run, before its first one."""
+        self.args.max_steps = num_steps
+        self.schedule = self._step_end.schedule = replace(self.schedule, total_steps=num_steps)
+
+    def forget_steps(self) -> None:
+        """Forget the optimizer, and what `compute_gradients` and `evaluate` collected outside of training."""
+        self.optimizer, self._micro_rows, self._metric_means = None, [], MetricMeans()
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer.
@@ -186,6 +199,17 @@ class QloraTrainer(ResumableTrainer):
     ) -> torch.Tensor:
         """Compute the gradients of an optimizer step, and return its loss, a scalar; both are those of all ranks."""
         self._loss_before_step = self._tr_loss.clone()
+        self._step_loss = self._sum_gradients(model, inputs, num_items_in_batch)
+        return self._step_loss
+
+    def compute_gradients(self, model: torch.nn.Module, inputs: list[Batch]) -> tuple[torch.Tensor, int]:
+        """Compute the gradients of an optimizer step outside of training; return its loss, a scalar, and its tokens."""
+        num_items = self._get_num_items_in_batch([inputs], self.args.device)
+        return self._sum_gradients(model, inputs, num_items), self._step_tokens
+
+    def _sum_gradients(
+        self, model: torch.nn.Module, inputs: list[Batch], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
         losses = [super(QloraTrainer, self).training_step(model, batch, num_items_in_batch) for batch in inputs]
         if is_sharded(model):
             self._join_other_ranks(model, inputs)
@@ -194,8 +218,7 @@ class QloraTrainer(ResumableTrainer):
             self.accelerator.scaler.scale(
                 loss
             )  # its first call makes the scale, by which gradients of others are divided
-        self._step_loss = sum_gradients_(list(trainable_state(self.model).values()), loss)
-        return self._step_loss
+        return sum_gradients_(list(trainable_state(self.model).values()), loss)
 
     def _join_other_ranks(self, model: torch.nn.Module, inputs: list[Batch]) -> None:
         """Repeat a micro-batch with weight 0 until all ranks have run as many: they gather the weights together."""
@@ -287,12 +310,7 @@ class QloraTrainer(ResumableTrainer):
     def evaluate(self, *_arguments: Any, **_keywords: Any) -> dict[str, float]:
         """Return and log the objective's metrics of all held-out rows, `eval_loss` among them."""
         started = time.perf_counter()
-        result = self.objective.evaluate(
-            self.model,
-            self.examples.eval,
-            batch_size=self.config.train.per_device_eval_batch_size,
-            pad_token_id=self.adapted.loaded.tokenizer.pad_token_id,
-        )
+        result = self.measure(self.examples.eval)
         if not math.isfinite(result["loss"]):
             raise TrainingError(
                 f"step {self.state.global_step}: eval_loss is {result['loss']}; lower train.learning_rate, or use bfloat16 "
@@ -303,6 +321,15 @@ class QloraTrainer(ResumableTrainer):
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(self, rows: Sequence[Example]) -> dict[str, float]:
+        """Return the objective's metrics of rows."""
+        return self.objective.evaluate(
+            self.model,
+            rows,
+            batch_size=self.config.train.per_device_eval_batch_size,
+            pad_token_id=self.adapted.loaded.tokenizer.pad_token_id,
+        )
 
 
 def _make_offloading(train: TrainSection, device: torch.device) -> "ActivationOffloading | None":

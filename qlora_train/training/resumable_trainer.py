@@ -48,6 +48,7 @@ class ResumableTrainer(SFTTrainer):
     batch_source: BatchSource
     guard: NonFiniteGuard
     schedule: Schedule
+    optimizer: Any  # None before training
     lr_scheduler: LambdaLR | None
     _tr_loss: torch.Tensor  # sum of the losses since the last log line
     _globalstep_last_logged: int

@@ -105,14 +105,12 @@ class StepEndCallback(TrainerCallback):
     """Sets the Trainer's control flags after each step."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self._schedule = schedule
+        self.schedule = schedule
         self._step_started, self._longest_step_seconds = 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         """Check that the Trainer has the same number of steps."""
-        assert state.max_steps == self._schedule.total_steps, (
-            "the Trainer's number of steps differs from the schedule's"
-        )
+        assert state.max_steps == self.schedule.total_steps, "the Trainer's number of steps differs from the schedule's"
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         """Start the clock."""
@@ -123,15 +121,15 @@ class StepEndCallback(TrainerCallback):
         step = state.global_step
         self._check_time_limit()
         stops = shared_stop()
-        control.should_log = self._schedule.logs_after(step)
-        control.should_evaluate = self._schedule.evaluates_after(step) and not stops
-        control.should_save = self._schedule.saves_after(step) or stops
-        control.should_training_stop = stops or step >= self._schedule.total_steps
+        control.should_log = self.schedule.logs_after(step)
+        control.should_evaluate = self.schedule.evaluates_after(step) and not stops
+        control.should_save = self.schedule.saves_after(step) or stops
+        control.should_training_stop = stops or step >= self.schedule.total_steps
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         """Stop early; depends on the logged history only."""
-        if self._schedule.stops_early(state.log_history):
-            logger.info("early stopping: eval_loss has not fallen for %d evaluations", self._schedule.patience)
+        if self.schedule.stops_early(state.log_history):
+            logger.info("early stopping: eval_loss has not fallen for %d evaluations", self.schedule.patience)
             control.should_training_stop = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:

@@ -19,6 +19,7 @@ from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.training.replicas import copy_from_main_
 from qlora_train.training.step_end import best_step, evaluations
 from qlora_train.training.step_guard import check_finite, check_trained
+from qlora_train.training.timed_run import fix_num_steps, with_recorded_steps
 from qlora_train.utils import signals
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,14 @@ def train(
         TrainingError: out of memory, a non-finite number or a loss spike that stops the run, or an untrained adapter.
         Stop: the process was asked to stop; a checkpoint of the last step was saved.
     """
+    config = with_recorded_steps(config, run, resume_from)
     objective = objective or make_objective(config.train, config.lora, adapted.model)
     progress = ProgressCallback(run, objective.loss.log_formats)
     with signals.stops_deferred():
         trainer = _make_trainer(adapted, data, config, run, progress, objective)
         try:
             with record_fallback(trainer, config, run):
+                fix_num_steps(trainer, config, run)
                 _run_steps(trainer, progress, resume_from)
         finally:
             progress.stop()
