@@ -10,19 +10,20 @@ from tests.support.source_tree import FILES, PACKAGE, imported, tree_of
 
 ORDER = (
     "utils", "config", "parallel", "architectures", "kernels", "objectives", "data", "models", "adapters", "runs",
-    "evaluation", "training", "export", "planning", "inference", "pipeline", "cli",
+    "evaluation", "training", "export", "planning", "inference", "report",
+    "pipeline", "cli",
 )  # fmt: skip
 """Packages from first to last: each imports only earlier ones."""
 FOUNDATIONS = {
     "utils": set(), "config": {"utils"}, "parallel": {"config", "utils"}, "architectures": {"utils"}, "kernels": set(),
-    "runs": {"config", "parallel", "utils"},
+    "runs": {"config", "parallel", "utils"}, "report": {"config", "data", "evaluation", "runs", "utils"},
 }  # fmt: skip
 """Packages that may import only these packages."""
 FORBIDDEN = {"data": {"kernels", "models", "objectives"}, "training": {"export"}, "runs": {"training"}}
 """Packages that must not import these earlier ones."""
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "safetensors"}
 """Libraries that take seconds to load."""
-LIGHT = ["cli", "utils", "config", "parallel", "architectures", "data"]
+LIGHT = ["cli", "utils", "config", "parallel", "architectures", "data", "report"]
 """Packages that do not import torch, so that errors appear within milliseconds."""
 WITH_TENSORS = {"collate.py", "device.py", "nvidia_driver.py", "process_group.py"}
 """Files of light packages that use tensors."""

@@ -30,6 +30,7 @@ COMMANDS = {
     "merge": "merge_command.merge",
     "export": "export_command.export",
     "eval": "eval_command.evaluate",
+    "report": "report_command.report",
     "chat": "chat_command.chat",
 }
 """Each command's module in this package and its function."""

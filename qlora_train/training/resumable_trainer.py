@@ -16,15 +16,9 @@ from trl import SFTTrainer
 from qlora_train.adapters import trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.parallel import context
-from qlora_train.runs import (
-    RunFolder,
-    checkpoint_errors,
-    load_parameters,
-    load_tree,
-    random_state,
-    save_tree,
-)
+from qlora_train.runs import RunFolder
 from qlora_train.runs.random_states import restore_rank_random_state, save_random_states
+from qlora_train.runs.training_state import checkpoint_errors, load_parameters, load_tree, random_state, save_tree
 from qlora_train.training.batch_source import BatchSource
 from qlora_train.training.lr_schedule import fast_forward
 from qlora_train.training.metric_means import MetricMeans

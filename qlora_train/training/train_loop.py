@@ -9,7 +9,8 @@ from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
 from qlora_train.evaluation.objective_table import Objective, make_objective
 from qlora_train.parallel import context
-from qlora_train.runs import RunFolder, checkpoint_errors
+from qlora_train.runs import RunFolder
+from qlora_train.runs.training_state import checkpoint_errors
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.memory.auto_batch_size import fitting_trainer, record_fallback
 from qlora_train.training.memory.dequantized_cache import fill_cache

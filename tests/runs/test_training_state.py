@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_train.runs import load_parameters, load_tree, random_state, restore_random_state, save_tree
+from qlora_train.runs.training_state import load_parameters, load_tree, random_state, restore_random_state, save_tree
 from qlora_train.utils.errors import CheckpointError
 
 DTYPES = (

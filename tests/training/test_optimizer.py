@@ -13,7 +13,7 @@ from memory_plan import memory_plan
 
 from qlora_train.adapters import AdaptedModel, attach_adapter
 from qlora_train.models import load_model
-from qlora_train.runs import save_tree
+from qlora_train.runs.training_state import save_tree
 from qlora_train.training.optimizer import choose_optimizer, page_restored_state, trained_tensors
 from tests.support.fake_cuda import IS_FAKE
 from tests.support.llama_2 import LLAMA_2_7B

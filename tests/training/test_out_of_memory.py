@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from qlora_train.data.streaming import RowStream
 from qlora_train.models import resolve_base
 from qlora_train.planning.base_and_data import prepare_tokenizer_and_data
-from qlora_train.runs import RunFolder, apply_fitted_settings, random_state, read_json, record_fitted_settings
+from qlora_train.runs import RunFolder, apply_fitted_settings, read_json, record_fitted_settings
+from qlora_train.runs.training_state import random_state
 from qlora_train.training import train_loop
 from qlora_train.training.batch_source import RowBatches, make_batch_source
 from qlora_train.training.memory.memory_probe import probe_memory

@@ -22,7 +22,8 @@ from qlora_train.config import RunConfig
 from qlora_train.config.schema import TrainSection
 from qlora_train.models import load_model
 from qlora_train.planning.base_and_data import prepare
-from qlora_train.runs import RunFolder, load_tree
+from qlora_train.runs import RunFolder
+from qlora_train.runs.training_state import load_tree
 from qlora_train.training import QloraTrainer
 from qlora_train.training.loss_spikes import MIN_STEPS, WINDOW_STEPS, LossSpikeDetector, Spike
 from qlora_train.training.step_guard import MAX_SCALER_SKIPS, NonFiniteGuard, Step

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qlora_train.kernels.fsdp_units import reset_after_failure
-from qlora_train.runs import random_state, restore_random_state
+from qlora_train.runs.training_state import random_state, restore_random_state
 
 
 @contextmanager

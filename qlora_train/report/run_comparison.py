@@ -1,0 +1,197 @@
+"""Several runs side by side: results, settings that differ, versions, and answers to the same held-out rows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_train.report.graded_answers import GradedAnswer, grade, models_of, prompt_text
+from qlora_train.report.metric_charts import values_of
+from qlora_train.report.number_text import MISSING, number_text, setting_text
+from qlora_train.report.recorded_run import RecordedRun
+from qlora_train.report.run_facts import status_of
+
+MAX_ROWS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRow:
+    """A line of a table: a text for each run, and the runs with the best number."""
+
+    name: str
+    cells: tuple[str, ...]
+    best: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedAnswers:
+    """A held-out row with the answer of each run's adapter; None where a run has none."""
+
+    where: str
+    prompt: str
+    expected: str
+    answers: tuple[GradedAnswer | None, ...]
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether some runs are right and others wrong."""
+        return len({answer.is_right for answer in self.answers if answer is not None}) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The tables of a comparison; `labels` are the names of the runs."""
+
+    labels: tuple[str, ...]
+    results: tuple[ComparedRow, ...]
+    settings: tuple[ComparedRow, ...]
+    environment: tuple[ComparedRow, ...]
+    answers: tuple[ComparedAnswers, ...]
+    num_answers: int
+    same_held_out_rows: bool
+
+
+def compare_runs(runs: Sequence[RecordedRun]) -> Comparison:
+    """Compare runs in their order."""
+    answers = _answers(runs)
+    return Comparison(
+        labels=_labels(runs),
+        results=tuple(_results(runs)),
+        settings=tuple(_settings(runs)),
+        environment=tuple(_environment(runs)),
+        answers=tuple(sorted(answers, key=lambda row: not row.disagrees)[:MAX_ROWS]),
+        num_answers=len(answers),
+        same_held_out_rows=len({run.metadata.get("data_fingerprint") for run in runs}) == 1,
+    )
+
+
+def _labels(runs: Sequence[RecordedRun]) -> tuple[str, ...]:
+    """Return the names of the runs, or their paths if names are equal."""
+    names = [run.name for run in runs]
+    return tuple(run.name if names.count(run.name) == 1 else str(run.folder.path) for run in runs)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+Value = Callable[[RecordedRun], float | None]
+
+
+def _evaluated(model: str, key: str) -> Value:
+    return lambda run: run.results.get("evaluation", {}).get(model, {}).get(key)
+
+
+def _last_eval_loss(run: RecordedRun) -> float | None:
+    losses = values_of(run, "eval_loss")
+    return losses.get(run.training.get("taken_from_step", -1), losses[max(losses)]) if losses else None
+
+
+def _measured(key: str) -> Value:
+    return lambda run: run.results.get("plan", {}).get(key)
+
+
+def _speed(run: RecordedRun) -> float | None:
+    since = run.training.get("since_last_start", {})
+    return since["num_tokens"] / since["train_seconds"] if since.get("train_seconds") else None
+
+
+def _seconds(run: RecordedRun) -> float | None:
+    return _measured("measured_seconds")(run) or run.training.get("since_last_start", {}).get("train_seconds")
+
+
+def _merged_loss(run: RecordedRun) -> float | None:
+    merge = run.results.get("merge")
+    return merge["candidates"][merge["merge_base"]]["loss"] if merge else None
+
+
+def _trained(key: str) -> Value:
+    return lambda run: run.training.get(key)
+
+
+RESULTS: tuple[tuple[str, str, Value, Callable[..., float] | None], ...] = (
+    ("Held-out loss", "", _last_eval_loss, min),
+    ("Mean training loss", "", _trained("train_loss"), None),
+    ("Exact match, adapter", "share", _evaluated("adapter", "exact_match"), max),
+    ("Exact match, merged", "share", _evaluated("merged", "exact_match"), max),
+    ("Exact match, base", "share", _evaluated("base", "exact_match"), None),
+    ("Field F1, adapter", "", _evaluated("adapter", "field_f1"), max),
+    ("Loss after the merge", "", _merged_loss, min),
+    ("Steps", "", _trained("steps"), None),
+    ("Tokens", "", _trained("num_tokens"), None),
+    ("Trained parameters", "", _trained("num_trainable"), None),
+    ("Training time", "seconds", _seconds, min),
+    ("Tokens per second", "", _speed, max),
+    ("Peak memory", "bytes", _measured("measured_peak_bytes"), min),
+)
+"""Lines of the results: name, unit, value, and which value is best, if that can be said."""
+
+
+def _results(runs: Sequence[RecordedRun]) -> Iterator[ComparedRow]:
+    yield ComparedRow("Status", tuple(status_of(run) for run in runs))
+    for name, unit, value_of, best in RESULTS:
+        values = [value_of(run) for run in runs]
+        known = [value for value in values if value is not None]
+        if not known:
+            continue
+        top = best(known) if best and len(set(known)) > 1 else None
+        winners = frozenset(i for i, value in enumerate(values) if top is not None and value == top)
+        yield ComparedRow(name, tuple(number_text(value, unit) for value in values), winners)
+
+
+def _settings(runs: Sequence[RecordedRun]) -> Iterator[ComparedRow]:
+    """Yield the settings that are not equal in all runs."""
+    by_run = [{each.key: each.value for each in run.settings} for run in runs]
+    for key in dict.fromkeys(key for settings in by_run for key in settings):
+        values = [setting_text(settings[key]) if key in settings else MISSING for settings in by_run]
+        if len(set(values)) > 1 and key != "run.output_dir":
+            yield ComparedRow(key, tuple(values))
+
+
+ENVIRONMENT = {
+    "base": "base", "base identity": "base_identity", "data fingerprint": "data_fingerprint",
+    "training rows": "num_train_rows", "held-out rows": "num_eval_rows", "device": "device", "processes": "world_size",
+    "began": "date",
+}  # fmt: skip
+"""Lines about base, data and machine, with their keys in run.json."""
+MAX_IDENTITY = 16
+"""Characters shown of a hash."""
+
+
+def _environment(runs: Sequence[RecordedRun]) -> Iterator[ComparedRow]:
+    """Yield base, data, hardware and versions."""
+    for name, key in ENVIRONMENT.items():
+        yield ComparedRow(name, tuple(_identity(run.metadata.get(key)) for run in runs))
+    versions = [run.metadata.get("versions", {}) for run in runs]
+    for name in dict.fromkeys(name for each in versions for name in each):
+        yield ComparedRow(name, tuple(str(each.get(name, MISSING)) for each in versions))
+
+
+def _identity(value: Any) -> str:
+    if value is None:
+        return MISSING
+    return value[:MAX_IDENTITY] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def _answers(runs: Sequence[RecordedRun]) -> list[ComparedAnswers]:
+    """Return the rows that at least two runs have answered, by location and expected answer."""
+    graded = [_graded(run) for run in runs]
+    prompts = {where: prompt for run in runs for where, prompt in run.prompts.items()}
+    rows = dict.fromkeys(row for answers in graded for row in answers)
+    shared = [row for row in rows if sum(row in answers for answers in graded) > 1]
+    return [
+        ComparedAnswers(
+            where, prompt_text(prompts.get(where)), expected, tuple(each.get((where, expected)) for each in graded)
+        )
+        for where, expected in shared
+    ]
+
+
+def _graded(run: RecordedRun) -> dict[tuple[str, str], GradedAnswer]:
+    """Return the answers of the trained model by location and expected answer."""
+    trained = [name for name in models_of(run.answers) if name != "base"] if run.answers else []
+    if not trained:
+        return {}
+    expected = [str(line["expected"]) for line in run.answers]
+    answers = grade(trained[0], expected, [str(line[trained[0]]) for line in run.answers])
+    return {(str(line["where"]), line["expected"]): each for line, each in zip(run.answers, answers, strict=True)}

@@ -1,0 +1,291 @@
+"""The page about a run: what it shows is what the run recorded, and nothing that it shows can act on the reader."""
+
+import base64
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pandas
+import pytest
+
+from qlora_train.cli.main import main
+from qlora_train.config import RunConfig
+from qlora_train.report.graded_answers import marked_differences
+from qlora_train.report.html_text import MAX_CHARACTERS
+from qlora_train.report.metric_charts import charts_of
+from qlora_train.report.number_text import number_text
+from qlora_train.report.recorded_run import read_run
+from qlora_train.report.report_page import render_comparison, render_run
+from qlora_train.report.write_report import try_write_report
+from qlora_train.runs import RunFolder, write_json
+from tests.support.report_runs import (
+    Element,
+    Page,
+    begun_run,
+    segment,
+    write_answers,
+    write_data_report,
+    write_lines,
+    write_metrics,
+)
+from tests.support.source_tree import PACKAGE
+
+ANSWERS = [
+    ('{"a": 1}', "no idea", '{"a":1}'),  # fixed: spacing does not count
+    ("blue", "blue", "blue"),
+    ("blue", "blue", "red"),
+    ("one two three", "four", "one 2 three"),
+]
+HOSTILE = (
+    '<script>window.hacked=1</script>"\'><img src=x onerror="window.hacked=1"></script><!--{{7*7}}{% raw %}\0\x1b[31m'
+    "\u202emoc.live\u2066\ud800&lt;b&gt;"
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run with metrics, answers and a data report."""
+    folder = begun_run(tmp_path)
+    write_metrics(folder)
+    write_answers(folder, ANSWERS)
+    write_data_report(folder, [segment("What?\n", trained=False), segment("This.", trained=True)])
+    return folder
+
+
+def page_of(run: RunFolder) -> Element:
+    return Page.of(render_run(read_run(run.path))).root
+
+
+def one(elements: list[Element]) -> Element:
+    [element] = elements
+    return element
+
+
+# --- what it shows ----------------------------------------------------------------------------------------------------
+
+
+def test_charts_hold_the_recorded_metrics(run: RunFolder) -> None:
+    lines = [json.loads(line) for line in run.metrics_file.read_text(encoding="utf-8").splitlines()]
+    charts = {chart["key"]: chart for chart in json.loads(one(page_of(run).find(id="chart-data")).text)}
+    names = {"loss": "training", "grad_norm": "gradient norm", "throughput": "tokens/s", "memory": "measured"}
+    keys = {"throughput": "tokens_per_second", "memory": "peak_memory_bytes"}
+    assert charts.keys() == {*names, "learning_rate"}
+    for chart, name in names.items():
+        [series] = [each for each in charts[chart]["series"] if each["name"] == name]
+        recorded = {line["step"]: line[keys.get(chart, chart)] for line in lines if keys.get(chart, chart) in line}
+        drawn = dict(zip(charts[chart]["steps"], series["values"], strict=True))
+        assert drawn == pytest.approx(recorded, rel=1e-5)
+    [held_out] = [each for each in charts["loss"]["series"] if each["name"] == "held out"]
+    assert [value for value in held_out["values"] if value is not None] == pytest.approx(
+        [line["eval_loss"] for line in lines if "eval_loss" in line], rel=1e-5
+    )
+
+
+def test_running_mean_is_the_exponential_one_of_pandas(run: RunFolder) -> None:
+    [chart] = [chart for chart in charts_of(read_run(run.path)) if chart.kind.key == "loss"]
+    raw, mean, _ = chart.series
+    assert mean.name == "training, running mean"
+    expected = pandas.Series(raw.values, dtype=float).ewm(span=3, adjust=True).mean()
+    assert mean.values == pytest.approx(expected.tolist())
+
+
+def test_answers_are_marked_and_wrong_ones_come_first(run: RunFolder) -> None:
+    answered = [each for each in page_of(run).find("article") if "data-kind" in each.attributes]
+    assert [each.attributes["data-kind"] for each in answered] == ["wrong", "broken", "fixed", "right"]
+    verdicts = [[mark.text.strip() for mark in each.find("span", class_="verdict")] for each in answered]
+    assert verdicts == [["wrong", "wrong"], ["right", "wrong"], ["wrong", "right"], ["right", "right"]]
+    assert [mark.text for mark in answered[0].find("mark", class_="differs")] == ["four", "2"]
+
+
+@pytest.mark.parametrize(("expected", "text"), [("a b c", "a x c"), ("", "new"), ("gone", ""), ("same", "same")])
+def test_marked_parts_join_to_the_answer(expected: str, text: str) -> None:
+    parts = marked_differences(expected, text)
+    assert "".join(part for part, _ in parts) == text
+    equal = "".join(part for part, differs in parts if not differs)
+    rest = iter(expected)
+    assert all(character in rest for character in equal), "what is not marked is in the expected answer, in order"
+
+
+def test_rows_show_the_loss_mask(run: RunFolder) -> None:
+    data = one(page_of(run).find("section", id="data"))
+    row = one(data.find("article"))
+    assert [mark.text for mark in row.find("mark", class_="trained")] == ["[trained: This.]"]
+    assert [part.text for part in row.find("span", class_="context")] == ["What?\n"]
+
+
+def test_settings_that_differ_from_the_schema_are_marked(run: RunFolder) -> None:
+    rows = [row for row in page_of(run).find("tr") if row.attributes.get("data-kind")]
+    shown = {row.find("th")[0].text: row.attributes["data-kind"] for row in rows}
+    num_settings = sum(len(field.annotation.model_fields) for field in RunConfig.model_fields.values())  # type: ignore[union-attr]
+    assert len(shown) == num_settings
+    assert {key for key, kind in shown.items() if kind == "set"} == {
+        "model.model_name_or_path", "data.train", "data.eval", "data.max_length", "lora.r", "train.learning_rate",
+        "train.gradient_accumulation_steps", "train.per_device_train_batch_size", "train.max_steps", "run.seed",
+        "train.logging_steps", "train.eval_steps", "train.save_steps", "train.save_total_limit", "run.output_dir",
+    }  # fmt: skip
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    run = begun_run(tmp_path)
+    write_json(run.metadata_file, {"num_eval_rows": 0})
+    text = " ".join(page_of(run).text.split())
+    for sentence in ("not begun", "No metrics yet", "No evaluation: data.eval is 0", "No data report yet", "not made"):
+        assert sentence in text
+
+
+def test_unreadable_files_are_named_and_the_rest_is_shown(run: RunFolder) -> None:
+    with run.metrics_file.open("a", encoding="utf-8") as file:
+        file.write('{"step": 42, "lo')  # a killed process
+    run.results_file.write_text("[1", encoding="utf-8")
+    run.config_file.write_text("model: [", encoding="utf-8")
+    warnings = [note.text for note in page_of(run).find("p", class_="warning")]
+    for file in (run.metrics_file, run.results_file, run.config_file):
+        assert sum(str(file) in each for each in warnings) == 1
+    assert len(page_of(run).find("article")) == 5
+
+
+# --- safe and readable for all ----------------------------------------------------------------------------------------
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    run = begun_run(tmp_path, name="run <i>")
+    config = run.config_file.read_text(encoding="utf-8")
+    run.config_file.write_text(config.replace(str(tmp_path / "base"), "<script>base</script>"), encoding="utf-8")
+    write_lines(run.metrics_file, [{"step": 1, "loss": 1.0, "</script><script>window.hacked=1//": 2.0}])
+    write_answers(run, [(HOSTILE, HOSTILE, HOSTILE + "x")])
+    write_data_report(run, [segment(HOSTILE, trained=True)], where=f"{HOSTILE}:1")
+    write_lines(
+        run.path / "samples.jsonl", [{"step": 1, "row": 0, "prompt": HOSTILE, "expected": "a", "generated": HOSTILE}]
+    )
+    write_json(run.metadata_file, {"base": HOSTILE, "commands": [HOSTILE], "versions": {HOSTILE: HOSTILE}})
+    html = render_run(read_run(run.path))
+    page = Page.of(html).root
+    assert [len(page.find(tag)) for tag in ("script", "img", "i", "b")] == [2, 0, 0, 0]
+    assert not [name for each in page.find() for name in each.attributes if name.startswith("on")]
+    assert not re.findall("[\0-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", html)
+    assert "7*7" in html
+    assert "\\x1b[31m" in html
+    html.encode()
+
+
+def test_long_texts_are_cut_and_say_so(run: RunFolder) -> None:
+    write_answers(run, [("x" * 100_000, "y", "z" * MAX_CHARACTERS)])
+    html = render_run(read_run(run.path))
+    assert f"[... {100_000 - MAX_CHARACTERS:,} characters ...]" in html
+    assert "z" * MAX_CHARACTERS in html
+
+
+def test_browser_may_run_nothing_but_the_pages_own_code(run: RunFolder) -> None:
+    page = page_of(run)
+    policy = one(page.find("meta", http_equiv="Content-Security-Policy")).attributes["content"]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    code = [script for script in page.find("script") if script.attributes.get("type") != "application/json"]
+    for rule, elements in (("script-src", code), ("style-src", page.find("style"))):
+        digests = [base64.b64encode(hashlib.sha256(each.text.encode()).digest()).decode() for each in elements]
+        assert rules[rule].split() == [f"'sha256-{digest}'" for digest in digests]
+    assert not [each for each in page.find() if "style" in each.attributes], "the policy forbids style attributes"
+    addresses = [each.attributes[name] for each in page.find() for name in ("src", "href") if name in each.attributes]
+    assert all(address.startswith("#") or address == "data:," for address in addresses)
+
+
+def test_every_part_has_a_name_for_screen_readers(run: RunFolder) -> None:
+    page = page_of(run)
+    ids = [each.attributes["id"] for each in page.find() if "id" in each.attributes]
+    assert len(ids) == len(set(ids))
+    for name in ("aria-labelledby", "aria-describedby", "data-filters", "data-more"):
+        assert {each.attributes[name] for each in page.find() if name in each.attributes} <= set(ids)
+    assert all(link.attributes["href"].removeprefix("#") in ids for link in page.find("a"))
+    plots = page.find("div", class_="plot")
+    assert len(plots) == 5
+    assert all(plot.attributes.keys() >= {"tabindex", "role", "aria-label", "aria-describedby"} for plot in plots)
+    assert all(table.find("caption") for table in page.find("table"))
+    assert all("scope" in cell.attributes for cell in page.find("th"))
+    levels = [int(each.tag[1]) for each in page.find() if re.fullmatch("h[1-6]", each.tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(icon.attributes.get("aria-hidden") or icon.attributes.get("aria-label") for icon in page.find("svg"))
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+def test_comparison_has_a_line_per_run_and_the_settings_that_differ(run: RunFolder, tmp_path: Path) -> None:
+    other = begun_run(tmp_path, "lora.r=32", name="other")
+    write_metrics(other, offset=0.5)
+    write_answers(other, [*ANSWERS[:2], ("blue", "blue", "blue"), ANSWERS[3]])
+    page = Page.of(render_comparison([read_run(run.path), read_run(other.path)])).root
+    charts = {chart["key"]: chart for chart in json.loads(one(page.find(id="chart-data")).text)}
+    assert [each["name"] for each in charts["eval_loss"]["series"]] == ["run", "other"]
+    settings = one(page.find("section", id="settings-section"))
+    assert [[cell.text for cell in row.find()] for row in settings.find("tbody")[0].find("tr")] == [
+        ["lora.r", "8", "32"]
+    ]
+    assert [row.attributes["data-kind"] for row in page.find("article")] == ["disagree", "agree", "agree", "agree"]
+    results = {row.find("th")[0].text: row for row in one(page.find("section", id="results")).find("tr")[1:]}
+    assert [cell.text for cell in results["Held-out loss"].find("td")] == ["0.2best", "0.7"]
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    runs = [begun_run(tmp_path / name) for name in ("first", "second")]
+    html = render_comparison([read_run(run.path) for run in runs])
+    assert html.count(f"<strong>{runs[0].path}</strong>") == 1
+    assert html.count(f"<strong>{runs[1].path}</strong>") == 1
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_command_writes_one_page_or_a_comparison(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(run.path)]) == 0
+    assert capsys.readouterr().out == f"report: {run.path / 'report.html'}\n"
+    other = begun_run(tmp_path, name="other")
+    page = tmp_path / "both.html"
+    assert main(["report", str(run.path), str(other.path), "--output", str(page)]) == 0
+    assert "2 runs" in page.read_text(encoding="utf-8")
+
+
+def test_command_says_what_is_wrong(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {
+        "is not a run folder": [str(tmp_path / "none")],
+        "named twice": [str(run.path), f"{run.path}/"],
+        "does not exist": [str(run.path), "-o", str(tmp_path / "none" / "page.html")],
+    }
+    for problem, arguments in wrong.items():
+        assert main(["report", *arguments]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert problem in line
+
+
+def test_a_report_that_fails_is_one_warning(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    run.path.joinpath("report.html").mkdir()
+    try_write_report(run.path)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("report: not written (")
+
+
+def test_wheel_holds_every_file_of_the_page() -> None:
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["qlora_train.report"]
+    folder = PACKAGE / "report"
+    packed = {file for pattern in patterns for file in folder.glob(pattern)}
+    assert packed == {file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert {file.name for file in packed} >= {"LICENSE", "uPlot.iife.min.js", "report.css", "run.html"}
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (None, "", "-"), (0.0, "", "0"), (1234567, "", "1,234,567"), (0.00012, "", "1.20e-04"), (1.23456, "", "1.235"),
+        (999, "bytes", "999 B"), (2_345_000_000, "bytes", "2.35 GB"), (0.5, "share", "50.0 %"),
+        (59.94, "seconds", "59.9 s"), (3599.6, "seconds", "1 h 00 min"), (61, "seconds", "1 min 01 s"),
+        (float("nan"), "", "nan"),
+    ],
+)  # fmt: skip
+def test_numbers_have_units(value: float | None, unit: str, text: str) -> None:
+    assert number_text(value, unit) == text
