@@ -27,6 +27,7 @@ COMMANDS = {
     "show": "config_commands.show",
     "data": "data_command.data",
     "schema": "config_commands.schema",
+    "doctor": "doctor_command.doctor",
     "merge": "merge_command.merge",
     "export": "export_command.export",
     "eval": "eval_command.evaluate",

@@ -22,18 +22,23 @@ def choose_compute_dtype(setting: str, device: torch.device) -> torch.dtype:
                 "compute dtype: %s emulates bfloat16, slowly and without fused attention; use auto or float16",
                 torch.cuda.get_device_name(device),
             )
-    elif device.type == "cuda":
-        fast = _supports_bfloat16()
-        dtype = torch.bfloat16 if fast else torch.float16
-        name = torch.cuda.get_device_name(device)
-        reason = f"{name} supports bfloat16" if fast else f"{name} does not support bfloat16"
-    elif torch.backends.cpu.get_cpu_capability().startswith("AVX512") or torch.cpu._is_avx512_bf16_supported():
-        dtype, reason = torch.bfloat16, "this CPU has AVX512"
     else:
-        dtype, reason = torch.float32, "bfloat16 is slower than float32 on this CPU"
+        dtype, reason = automatic_compute_dtype(device)
     assert isinstance(dtype, torch.dtype)
     logger.info("compute dtype: %s (%s)", str(dtype).removeprefix("torch."), reason)
     return dtype
+
+
+def automatic_compute_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """Return the fastest compute dtype of a device that needs no loss scaler, and the reason."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if _supports_bfloat16():
+            return torch.bfloat16, f"{name} supports bfloat16"
+        return torch.float16, f"{name} does not support bfloat16"
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512") or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16, "this CPU has AVX512"
+    return torch.float32, "bfloat16 is slower than float32 on this CPU"
 
 
 def _supports_bfloat16() -> bool:

@@ -56,14 +56,11 @@ def select_device() -> torch.device:
     expand_segments()
     if torch.cuda.is_available():
         device = torch.device("cuda", 0)
-        _log_once(_describe_gpu(device))
+        _log_once(describe_gpu(device))
         return device
     if problem := gpu_problem():
         raise ModelError(problem)
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
-    reason = "CUDA_VISIBLE_DEVICES hides all GPUs" if hidden else "no CUDA GPU found"
-    num_threads = torch.get_num_threads()
-    _log_once(f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''} ({reason})")
+    _log_once(describe_cpu())
     return torch.device("cpu")
 
 
@@ -72,7 +69,15 @@ def _log_once(device: str) -> None:
     logger.info("device: %s", device)
 
 
-def _describe_gpu(device: torch.device) -> str:
+def describe_cpu() -> str:
+    """Return the threads of this process, and why it does not use a GPU."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
+    reason = "CUDA_VISIBLE_DEVICES hides all GPUs" if hidden else "no CUDA GPU found"
+    num_threads = torch.get_num_threads()
+    return f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''} ({reason})"
+
+
+def describe_gpu(device: torch.device) -> str:
     """Return name, memory, architecture and driver; raise a ModelError if torch cannot use the GPU."""
     try:
         gpu = torch.cuda.get_device_properties(device)

@@ -16,10 +16,16 @@ _FILES = {
 
 def available_bytes() -> int:
     """Return the bytes that can be allocated without swapping."""
-    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+    return min([psutil.virtual_memory().available, *(left for _, left in _cgroup_memory())])
 
 
-def _left_in_cgroups() -> Iterator[int]:
+def limit_bytes() -> int:
+    """Return the bytes of memory that this process may use in all: the machine's, or the limit of a cgroup."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroup_memory())])
+
+
+def _cgroup_memory() -> Iterator[tuple[int, int]]:
+    """Yield limit and left bytes of each cgroup of this process."""
     for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines() if MEMBERSHIP.is_file() else ():
         _, controllers, path = line.split(":", 2)
         version = "memory" if "memory" in controllers.split(",") else controllers
@@ -29,16 +35,17 @@ def _left_in_cgroups() -> Iterator[int]:
         group = CGROUPS / version / path.lstrip("/")
         for folder in (group, *group.parents):
             if (folder / _FILES[version][0]).is_file():
-                yield _left_in(folder, *_FILES[version])
+                yield _limit_and_left(folder, *_FILES[version])
             if folder == CGROUPS / version:
                 break
 
 
-def _left_in(folder: Path, limit: str, use: str, cache: str) -> int:
+def _limit_and_left(folder: Path, limit: str, use: str, cache: str) -> tuple[int, int]:
     allowed = (folder / limit).read_text(encoding="ascii").strip()
     if allowed == "max":
-        return psutil.virtual_memory().total
+        return psutil.virtual_memory().total, psutil.virtual_memory().total
     stat = folder / "memory.stat"  # gVisor has none
     lines = stat.read_text(encoding="ascii").splitlines() if stat.is_file() else []
     cached = int(dict(line.split() for line in lines).get(cache, 0))
-    return max(0, int(allowed) - int((folder / use).read_text(encoding="ascii")) + cached)
+    left = int(allowed) - int((folder / use).read_text(encoding="ascii")) + cached
+    return int(allowed), max(0, left)

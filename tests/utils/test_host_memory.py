@@ -8,7 +8,7 @@ import torch
 
 from qlora_train.training.memory import activation_offloading, dequantized_cache
 from qlora_train.utils import host_memory
-from qlora_train.utils.host_memory import available_bytes
+from qlora_train.utils.host_memory import available_bytes, limit_bytes
 
 GIB = 1 << 30
 CPU = torch.device("cpu")
@@ -60,8 +60,10 @@ def test_tightest_limit_of_the_chain_counts_without_the_page_cache(
     assert available_bytes() == 26 * GIB
     machine.group(controller, "pod", 16 * GIB, 15 * GIB, cached=5 * GIB)
     assert available_bytes() == 6 * GIB
+    assert limit_bytes() == 16 * GIB
     machine.group(controller, "pod/job", 4 * GIB, 5 * GIB)
     assert available_bytes() == 0
+    assert limit_bytes() == 4 * GIB
 
 
 @pytest.mark.parametrize(("controller", "line"), [("", "0::/"), ("memory", "4:memory:/docker/0123456789")])
@@ -83,6 +85,7 @@ def test_unlimited_group_of_version_1_is_no_limit(machine: Machine) -> None:
     machine.member("4:memory:/")
     machine.group("memory", "", 0x7FFFFFFFFFFFF000, 9 * GIB)
     assert available_bytes() == 50 * GIB
+    assert limit_bytes() == 64 * GIB
 
 
 def test_caches_and_offloading_respect_the_limit(machine: Machine) -> None:

@@ -46,18 +46,23 @@ def has_kernels(x: Tensor) -> bool:
 @cache
 def works_on(device: torch.device) -> bool:
     """Run one kernel on a device and warn if it fails: Triton needs a C compiler, and a GPU that it compiles for."""
+    problem = triton_problem(device)
+    if problem is not None:
+        logger.warning("Triton kernels: off on %s, bitsandbytes and torch compute instead (%s)", device, problem)
+    return problem is None
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Run one kernel on a GPU and return why it fails, or None."""
     try:
         from qlora_train.kernels.ops import cross_entropy_triton
 
         losses = cross_entropy_triton.losses_and_gradient_(
             torch.zeros(2, 64, device=device), torch.zeros(2, dtype=torch.long, device=device)
         )
-        if torch.allclose(losses, torch.full_like(losses, math.log(64))):
-            return True
-        problem = "a kernel computes wrong numbers"
     except torch.OutOfMemoryError:  # no evidence against the kernels
         raise
     except Exception as error:  # of Triton, of the compilers it calls, or of the driver
-        problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    logger.warning("Triton kernels: off on %s, bitsandbytes and torch compute instead (%s)", device, problem)
-    return False
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    is_right = torch.allclose(losses, torch.full_like(losses, math.log(64)))
+    return None if is_right else "a kernel computes wrong numbers"

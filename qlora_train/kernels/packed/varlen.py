@@ -99,21 +99,25 @@ def works_on(device: torch.device, *, windowed: bool = False) -> bool:
     """Compare the kernel with sdpa once per device, forward and backward, and log a warning if it fails."""
     if device.type != "cuda":
         return False
-    window = TRIAL_WINDOW if windowed else CAUSAL
+    problem = varlen_problem(device, TRIAL_WINDOW if windowed else CAUSAL)
+    if problem is not None:
+        logger.warning(
+            "packed attention%s: sdpa in batches, torch's varlen kernel fails (%s)",
+            " with a sliding window" if windowed else "", problem,
+        )  # fmt: skip
+    return problem is None
+
+
+def varlen_problem(device: torch.device, window: Window = CAUSAL) -> str | None:
+    """Compare the kernel with sdpa on a GPU, forward and backward, and return why it cannot be used, or None."""
     try:
         actual, expected = _trial(device, window, reference=False), _trial(device, window, reference=True)
-        problem = "wrong results"
-        if all(_is_close(one, other) for one, other in zip(actual, expected, strict=True)):
-            return True
     except torch.OutOfMemoryError:  # no evidence against the kernel
         raise
     except Exception as error:  # of torch, or of the driver
-        problem = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    logger.warning(
-        "packed attention%s: sdpa in batches, torch's varlen kernel fails (%s)",
-        " with a sliding window" if windowed else "", problem,
-    )  # fmt: skip
-    return False
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    is_right = all(_is_close(one, other) for one, other in zip(actual, expected, strict=True))
+    return None if is_right else "wrong results"
 
 
 TRIAL = (
