@@ -19,8 +19,13 @@ def is_section(path: Path) -> bool:
 
 def valid_keys(path: Path) -> list[str]:
     """Return the keys of the mappings with fixed keys that `path` allows."""
+    return list(_valid_keys(tuple(path)))
+
+
+@cache
+def _valid_keys(path: tuple[str | int, ...]) -> tuple[str, ...]:
     specs = [part for spec in _branches(path) for part in (spec, *_items(spec))]
-    return list(dict.fromkeys(key for spec in specs for key in spec.get("properties", ())))
+    return tuple(dict.fromkeys(key for spec in specs for key in spec.get("properties", ())))
 
 
 def required_keys(section: str) -> list[str]:

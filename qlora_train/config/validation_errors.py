@@ -1,8 +1,9 @@
 """Pydantic's errors as messages: one per YAML node, with its location, the value found and the values allowed."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,16 +17,17 @@ from qlora_train.config.allowed_values import (
     takes_any_text,
     valid_keys,
 )
-from qlora_train.config.other_trainers import OTHER_NAMES, UNSUPPORTED
+from qlora_train.config.other_trainers.key_hints import key_hint, pattern_hint
 from qlora_train.config.schema import RunConfig
 from qlora_train.config.source_location import Problem, SourceLocation, found_value
 from qlora_train.config.yaml_reader import Node, core_scalar
-from qlora_train.utils.errors import nearest_names
+from qlora_train.utils.errors import nearest_names, num_edits
 
 RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 LENGTH_ERRORS = {"too_short", "string_too_short"}
 OWN_ERRORS = {"value_error", "assertion_error"}
 MAX_ERRORS = 100
+MAX_INNER_HINTS = 4
 
 Path = tuple[str | int, ...]
 
@@ -51,8 +53,9 @@ def problems_of(error: ValidationError, root: Node) -> list[Problem]:
         path, location = _locate(details, root)
         by_path.setdefault(path, NodeErrors(location, [])).details.append(details)
     by_path = _deepest_only(by_path)
-    unknown = [path for path, found in by_path.items() if "extra_forbidden" in found.types]
-    misspelt = {(*path[:-1], key) for path in unknown for key in nearest_keys(path)}
+    holders = {path[:-1] for path, found in by_path.items() if "missing" in found.types}
+    unknown = [path for path, found in by_path.items() if "extra_forbidden" in found.types and path[:-1] in holders]
+    misspelt = {(*path[:-1], key) for path in unknown for key in meant_keys(path)}
     problems = [
         Problem(found.location, path_name(path) or "config", _text(path, found, root))
         for path, found in by_path.items()
@@ -68,10 +71,13 @@ def path_name(path: Path) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
 
 
-def nearest_keys(path: Path) -> list[str]:
-    """Return the valid keys that the last key of `path` may be a misspelling of."""
-    section, _, key = OTHER_NAMES.get(str(path[-1]).lower(), "").partition(".")
-    return [key] if path[:-1] == (section,) else nearest_names(str(path[-1]), valid_keys(path[:-1]))
+def meant_keys(path: Path) -> list[str]:
+    """Return the valid keys beside the last key of `path` that it stands for: another trainer's, or a misspelling."""
+    beside = valid_keys(path[:-1])
+    hint = key_hint(str(path[-1])) or ""
+    if named := [key for key in beside if f"here it is {path_name((*path[:-1], key))}" in hint]:
+        return named
+    return nearest_names(str(path[-1]), beside)
 
 
 def _locate(details: ErrorDetails, root: Node) -> tuple[Path, SourceLocation]:
@@ -112,7 +118,7 @@ def _message(details: ErrorDetails) -> str:
 
 def _text(path: Path, found: NodeErrors, root: Node) -> str:
     if "extra_forbidden" in found.types:
-        return _unknown_text(path)
+        return _unknown_text(path, root.descendant(path))
     if "missing" in found.types:
         if len(path) > 1:
             return f"missing; allowed: {allowed_values(path)}"
@@ -146,17 +152,45 @@ def _allowed(path: Path, value: Any) -> str:
     return f"{text}, without quotes" if isinstance(core_scalar(value), int | float) else text
 
 
-def _unknown_text(path: Path) -> str:
+def _unknown_text(path: Path, node: Node | None) -> str:
     name = str(path[-1])
-    what = "unknown section" if len(path) == 1 else "unknown key"
-    if homes := [section for section in RunConfig.model_fields if name in valid_keys((section,))]:
-        return f"{what}; {name} belongs in {' or '.join(homes)}"
-    if reason := UNSUPPORTED.get(name.lower()):
-        return f"{what}; {reason}"
-    meant = OTHER_NAMES.get(name.lower())
-    if close := [meant] if meant else nearest_keys(path):
+    inner = list(islice(_inner_keys(name, node), MAX_INNER_HINTS)) if node else []
+    what = "unknown section" if len(path) == 1 and (node is None or isinstance(node.value, dict)) else "unknown key"
+    if homes := [f"{section}.{name}" for section in RunConfig.model_fields if name in valid_keys((section,))]:
+        return f"{what}; here it is {' or '.join(homes)}"
+    if hints := [f"{key}: {hint}" for key in inner if (hint := key_hint(key, whole=True))]:
+        return f"{what}; {'; '.join(hints)}"
+    in_a_source = any(isinstance(key, int) for key in path)
+    if hint := (key_hint(f"datasets[].{name}") if in_a_source else None) or key_hint(name):
+        return f"{what}; {hint}"
+    if close := nearest_names(name, valid_keys(path[:-1])) or _nearest_elsewhere(name):
         return f"{what}; {_did_you_mean(close)}"
+    if hint := pattern_hint(name):
+        return f"{what}; {hint}"
     return f"{what}; allowed: {', '.join(valid_keys(path[:-1]))}"
+
+
+def _inner_keys(name: str, node: Node) -> Iterator[str]:
+    """Yield the dotted keys below an unknown one."""
+    if isinstance(node.value, dict):
+        for key, child in node.value.items():
+            yield f"{name}.{key}"
+            yield from _inner_keys(f"{name}.{key}", child)
+    elif isinstance(node.value, list):
+        for child in node.value[:1]:
+            yield from _inner_keys(f"{name}[]", child)
+
+
+def _nearest_elsewhere(name: str) -> list[str]:
+    """Return the settings of any section whose key is nearest, as `section.key`."""
+    keys = {key for section in RunConfig.model_fields for key in valid_keys((section,))}
+    close = nearest_names(name, keys)
+    return [
+        f"{section}.{key}"
+        for section in RunConfig.model_fields
+        for key in valid_keys((section,))
+        if key in close and num_edits(name.lower(), key) < 3
+    ]
 
 
 def _did_you_mean(names: Sequence[str]) -> str:

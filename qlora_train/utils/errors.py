@@ -4,7 +4,6 @@ A message says what is wrong, where (``file:line: key``), what was found, what i
 other exceptions and show their traceback.
 """
 
-import difflib
 import errno
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,18 +65,32 @@ def nearest_names(word: str, names: Iterable[str]) -> list[str]:
     are none, names that contain the word.
     """
     known, lowered = list(names), word.lower()
-    wrong = {name: _num_wrong(lowered, name.lower()) for name in known}
+    most = max(1, min(3, len(word) // 5))
+    wrong = {name: num_edits(lowered, name.lower()) for name in known if abs(len(name) - len(word)) <= most}
     least = min(wrong.values(), default=len(word))
     close = [name for name, count in wrong.items() if count == least and (count < 2 or name[0].lower() == lowered[0])]
-    if close and least < len(word) and least <= max(1, min(3, len(word) // 5)):
+    if close and least < len(word) and least <= most:
         return close
     containing = [name for name in known if len(word) > 3 and lowered in name.lower()]
     return containing if len(containing) <= MAX_CONTAINING else []
 
 
-def _num_wrong(word: str, name: str) -> int:
-    blocks = difflib.SequenceMatcher(None, name, word, autojunk=False).get_matching_blocks()
-    return max(len(word), len(name)) - sum(block.size for block in blocks)
+def num_edits(word: str, name: str) -> int:
+    """Return the edits that make `name` of `word`: characters inserted, deleted, replaced, or neighbours swapped.
+
+    This is the optimal string alignment distance (Damerau 1964, Levenshtein 1966).
+    """
+    before: list[int] = []
+    last = list(range(len(name) + 1))
+    for row, char in enumerate(word, start=1):
+        this = [row]
+        for column, other in enumerate(name, start=1):
+            edits = min(last[column] + 1, this[-1] + 1, last[column - 1] + (char != other))
+            if row > 1 and column > 1 and char == name[column - 2] and word[row - 2] == other:
+                edits = min(edits, before[column - 2] + 1)
+            this.append(edits)
+        before, last = last, this
+    return last[-1]
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
