@@ -170,7 +170,7 @@ class LoraSection(Section):
 
 FORMATS = Literal[
     "auto", "messages", "conversations", "prompt_completion", "alpaca", "question_answer", "text", "tokens",
-    "preference",
+    "preference", "openai_preference",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ format                  columns (those in brackets may be missing)
 `question_answer`       question, answer: one user and one assistant turn (context, *)
 `text`                  text
 `preference`            chosen, rejected: two answers, or two whole conversations (prompt, *)
+`openai_preference`     input: {messages, tools}; preferred_output, non_preferred_output: lists of {role, content, ...}
 `tokens`                input_ids (labels, attention_mask, position_ids, loss_mask, completion_mask, assistant_masks)
 ======================  ==============================================================================================
 
@@ -97,6 +98,11 @@ FORMATS: dict[str, Format] = {
     "text": Format("format_readers:from_text", ("text",)),
     "preference": Format(
         "preference_rows:from_preference", ("chosen", "rejected"), ("prompt", *CONVERSATION_COLUMNS), "preference"
+    ),
+    "openai_preference": Format(
+        "preference_rows:from_openai_preference",
+        ("input", "preferred_output", "non_preferred_output"),
+        dataset_type="preference",
     ),
     "tokens": Format(
         "pretokenized:read_token_row", ("input_ids",), ("labels", "attention_mask", "position_ids", *MASK_COLUMNS)

@@ -1,8 +1,9 @@
-"""One row of the format `preference`: a prompt with a chosen and a rejected answer, or two whole conversations.
+"""One row of a preference format: a prompt with a chosen and a rejected answer, or two whole conversations.
 
 Only the answers are trained: the turns that both conversations share at the start are their prompt.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,10 @@ from qlora_train.data.readers import json_type
 from qlora_train.data.types import Message, Row, UnusableRowError
 
 ANSWERS = ("chosen", "rejected")
+OPENAI_NAMES = {"chosen": "preferred_output", "rejected": "non_preferred_output", "prompt": "input.messages"}
+"""Our columns and those of OpenAI's preference fine-tuning."""
+OPENAI_REQUEST = ("messages", "tools", "parallel_tool_calls")
+"""Fields of `input`; the last one is a setting of requests."""
 
 
 def from_preference(where: str, values: Mapping[str, Any]) -> Row:
@@ -30,6 +35,25 @@ def from_preference(where: str, values: Mapping[str, Any]) -> Row:
             f"chosen is {types[0]} and rejected is {types[1]}, expected two strings or two lists of {{role, content}}"
         )
     return replace(chosen, rejected=rejected)
+
+
+def from_openai_preference(where: str, values: Mapping[str, Any]) -> Row:
+    """Read a pair in the shape of OpenAI's preference fine-tuning."""
+    request = values["input"]
+    if not isinstance(request, dict) or not isinstance(request.get("messages"), list):
+        raise UnusableRowError(f"input is {json_type(request)}, expected an object with messages, a list of turns")
+    lost = next((name for name in request if name not in OPENAI_REQUEST and request[name] not in EMPTY), None)
+    if lost is not None:
+        raise UnusableRowError(f"input has the field {lost}, which training would lose; remove it")
+    for column in ("preferred_output", "non_preferred_output"):
+        if not isinstance(values[column], list):
+            raise UnusableRowError(f"{column} is {json_type(values[column])}, expected a list of {{role, content}}")
+    columns = {"prompt": request["messages"], "tools": request.get("tools")}
+    try:
+        return from_preference(where, columns | {name: values[OPENAI_NAMES[name]] for name in ANSWERS})
+    except UnusableRowError as error:  # its reason has our names of columns, and quotes no row
+        named = re.sub(r"\b(chosen|rejected|prompt)\b", lambda found: OPENAI_NAMES[found[0]], str(error))
+        raise UnusableRowError(named) from None
 
 
 def _text(where: str, values: Mapping[str, Any], column: str) -> Row:

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_plan import memory_plan
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_train.adapters import choose_targets, find_linears
 from qlora_train.architectures import check_max_length, detect
 from qlora_train.config import load_config
-from qlora_train.config.objectives import DatasetType, dataset_type_of
 from qlora_train.config.schema import DataSection
 from qlora_train.data import prepare_data
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
+from qlora_train.objectives.chunked_loss import CHUNK_BYTES, MIN_CHUNK_TOKENS
+from qlora_train.utils.device import UNTOUCHED_SHARE
 from tests.support.pico import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +75,8 @@ MODELS = {
     "Qwen/Qwen2.5-1.5B-Instruct": values("qwen2", 1536, 8960, 28, 12, 2, 151936, 32768, **TIED),
     "Qwen/Qwen2.5-3B-Instruct": values("qwen2", 2048, 11008, 36, 16, 2, 151936, 32768, **TIED),
     "Qwen/Qwen2.5-7B-Instruct": values("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, **UNTIED),
+    "Qwen/Qwen2.5-14B-Instruct": values("qwen2", 5120, 13824, 48, 40, 8, 152064, 32768, **UNTIED),
+    "Qwen/Qwen2.5-32B-Instruct": values("qwen2", 5120, 27648, 64, 40, 8, 152064, 32768, **UNTIED),
     "Qwen/Qwen3-8B": values("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, head_dim=128, **UNTIED),
     "Qwen/Qwen3-30B-A3B": values(
         "qwen3_moe", 2048, 6144, 48, 32, 4, 151936, 40960, head_dim=128, num_experts=128, num_experts_per_tok=8,
@@ -96,6 +100,8 @@ NUM_PARAMETERS = {
     "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen2.5-14B-Instruct": 14_770_033_664,
+    "Qwen/Qwen2.5-32B-Instruct": 32_763_876_352,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "google/gemma-2-9b-it": 9_241_705_984,
@@ -134,7 +140,8 @@ def test_promised_files_exist():
         "llama70b", "llama70b-2x24gb", "qwen3-30b-a3b",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} >= {
-        "chat", "instruction", "completion", "small_gpu", "long_context", "new_model",
+        "chat", "instruction", "completion", "dpo", "tool_calling", "reasoning", "extraction", "continued_pretraining",
+        "new_tokens", "mixture_of_experts", "small_gpu", "long_context", "new_model", "from_openai",
     }  # fmt: skip
     readme = (ROOT / "recipes" / "README.md").read_text()
     assert set(re.findall(r"\]\((\w+\.yaml)\)", readme)) == {path.name for path in RECIPES}
@@ -199,24 +206,47 @@ def test_config_has_a_dry_run_on_bundled_rows(path, monkeypatch):
     assert_rows_are_usable(load_config(file, overrides).data)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_recipe_on_bundled_rows_runs_as_it_is(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    config = load_config(path)
-    if config.data.train[0].path.startswith("data/"):
-        assert_rows_are_usable(config.data, dataset_type_of(config.train.objective))
+SMALL_GPU = ROOT / "recipes" / "small_gpu.yaml"
+GPU_ROW = re.compile(
+    r"^# \| (?P<gpu>\d+) GB \| (?P<model>\S+) \| (?P<r>\d+) \| (?P<rows>\d+) \| (?P<length>\d+) \| (?P<peak>[\d.]+) GB \|$",
+    re.MULTILINE,
+)
+GPU_ROWS = list(GPU_ROW.finditer(SMALL_GPU.read_text(encoding="utf-8")))
+CUDA_CONTEXT_BYTES = 500_000_000
 
 
-@pytest.mark.parametrize("name", ["chat", "conversations", "instruction", "questions", "completion", "text"])
+@pytest.mark.parametrize("row", GPU_ROWS, ids=lambda row: f"{row['gpu']}GB-{row['model']}")
+def test_planned_peak_of_a_small_gpu_is_the_planners_and_fits(row):
+    rows, length, json_values = int(row["rows"]), int(row["length"]), MODELS[row["model"]]
+    plan = memory_plan(
+        json_values, r=int(row["r"]), tokens=rows * length, double_quant=True, accumulates=True, dropout=False,
+        num_labels=min(rows * length, max(MIN_CHUNK_TOKENS, CHUNK_BYTES["cuda"] // (4 * json_values["vocab_size"]))),
+    )  # fmt: skip
+    assert float(row["peak"]) == pytest.approx(plan.total_bytes / 1e9, abs=0.06)
+    assert plan.total_bytes + CUDA_CONTEXT_BYTES < int(row["gpu"]) * 2**30 * (1 - UNTOUCHED_SHARE)
+
+
+def test_first_row_of_the_small_gpus_is_the_recipe_itself():
+    assert {int(row["gpu"]) for row in GPU_ROWS} == {6, 8, 12, 16, 24}
+    config, first = load_config(SMALL_GPU), GPU_ROWS[0]
+    found = (config.model.model_name_or_path, config.lora.r, config.train.per_device_train_batch_size)
+    assert found == (first["model"], int(first["r"]), int(first["rows"]))
+    assert config.data.max_length == int(first["length"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["chat", "conversations", "instruction", "questions", "completion", "text", "extraction", "tags", "openai_chat"],
+)
 def test_bundled_rows_are_recognised_and_unique(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    data = DataSection.model_validate({"train": f"data/examples/{name}.jsonl", "eval": 0.05})
+    data = DataSection.model_validate({"train": f"data/examples/{name}.jsonl", "eval": 0.1})
     assert_rows_are_usable(data)
 
 
-def assert_rows_are_usable(data: DataSection, dataset_type: DatasetType = "language_modeling") -> None:
+def assert_rows_are_usable(data: DataSection) -> None:
     """Every row is usable and unique, and a held-out share leaves rows on both sides."""
-    prepared = prepare_data(data, build_tokenizer(), seed=42, dataset_type=dataset_type)
+    prepared = prepare_data(data, build_tokenizer(), seed=42)
     source = prepared.report.sources[0].summary
     assert source.num_records >= 20
     assert source.dropped.counts == {}

@@ -403,6 +403,93 @@ def test_a_pair_that_cannot_be_compared_is_refused_with_the_reason(name: str) ->
     assert caught.value.reason == reason
 
 
+def openai_pair(**changed: Any) -> dict[str, Any]:
+    """Return a row of OpenAI's preference fine-tuning."""
+    request = {"messages": chat("What?"), "tools": [], "parallel_tool_calls": True}
+    answers = {"preferred_output": chat("What?", "So.")[1:], "non_preferred_output": chat("What?", "No.")[1:]}
+    return {"input": request, **answers, **changed}
+
+
+def test_a_pair_of_openai_is_the_pair_of_its_request_and_its_two_answers() -> None:
+    expected = {"prompt": chat("What?"), "chosen": chat("What?", "So.")[1:], "rejected": chat("What?", "No.")[1:]}
+    assert read(openai_pair(), dataset_type="preference") == read(expected, dataset_type="preference")
+    with_tools = openai_pair(
+        input={"messages": chat("What?"), "tools": [{"type": "function", "function": {"name": "f"}}]}
+    )
+    assert [tool["function"]["name"] for tool in read(with_tools, dataset_type="preference").tools] == ["f"]
+    with pytest.raises(DataError, match=r"the format openai_preference, for train\.objective: dpo"):
+        read(openai_pair())
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"input": "What?"}, "input is a string, expected an object with messages, a list of turns"),
+        ({"input": {"messages": chat("What?"), "response_format": {"type": "json_object"}}},
+         "input has the field response_format, which training would lose; remove it"),
+        ({"preferred_output": "So."}, "preferred_output is a string, expected a list of {role, content}"),
+        ({"non_preferred_output": chat("What?", "So.")[1:]},
+         "preferred_output and non_preferred_output do not differ in an answer"),
+    ],
+)  # fmt: skip
+def test_a_pair_of_openai_that_cannot_be_read_is_refused_in_its_own_words(changed: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnusableRowError) as caught:
+        read(openai_pair(**changed), dataset_type="preference")
+    assert caught.value.reason == reason
+
+
+def openai_turns(*turns: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "What?"}, *turns], **columns}
+
+
+OPENAI_CHATS: dict[str, tuple[dict[str, Any], str]] = {
+    "image": (
+        {"messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}]},
+            {"role": "assistant", "content": "A cat."},
+        ]},
+        "the content of a turn with role user has a part of type image_url, expected {type: text, text: ...}",
+    ),
+    "weight beyond 0 and 1": (
+        openai_turns({"role": "assistant", "content": "So.", "weight": 2}),
+        "weight of a turn is another number, expected 0 or 1",
+    ),
+    "no trained answer at the end": (
+        {"messages": [{"role": "user", "content": "What?"}], "reference_answer": "So."}, "no assistant turn to learn from"
+    ),
+    "name of a user": (
+        {"messages": [{"role": "user", "content": "What?", "name": "ida"}, {"role": "assistant", "content": "So."}]},
+        "a turn with role user has the field name, which training would lose; remove it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPENAI_CHATS)
+def test_a_chat_of_openai_that_a_text_model_cannot_learn_is_refused_with_the_reason(name: str) -> None:
+    values, reason = OPENAI_CHATS[name]
+    with pytest.raises(UnusableRowError) as caught:
+        read(values)
+    assert caught.value.reason == reason
+
+
+def test_fields_of_openais_chats_are_read() -> None:
+    bad = {"role": "assistant", "content": "No.", "weight": 0, "refusal": None, "annotations": []}
+    row = read(
+        openai_turns(bad, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "So.", "weight": 1})
+    )
+    assert row.untrained == {1}
+    called = {"role": "assistant", "content": None, "function_call": {"name": "now", "arguments": "{}"}}
+    legacy = openai_turns(
+        called, {"role": "function", "name": "now", "content": "12:00"}, {"role": "assistant", "content": "Noon."},
+        functions=[{"name": "now", "parameters": {"type": "object", "properties": {}}}],
+    )  # fmt: skip
+    row = read(legacy, {"tools": "functions"})
+    assert [tool["function"]["name"] for tool in row.tools] == ["now"]
+    assert [turn["role"] for turn in row.messages or ()] == ["user", "assistant", "tool", "assistant"]
+    (warning,) = read(legacy).warnings
+    assert warning.endswith("data.columns: {tools: functions} gives it to the chat template")
+
+
 def test_only_answers_behind_the_common_turns_are_trained() -> None:
     chosen, rejected = chat("a", "b", "c", "So."), chat("a", "b", "c", "No.")
     row = read({"chosen": chosen, "rejected": rejected}, dataset_type="preference")
