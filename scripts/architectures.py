@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, logging
 
 from qlora_train.adapters import choose_targets, find_linears
 from qlora_train.architectures import ARCHITECTURES, NEEDS_ENCODERS, Architecture, detect
+from qlora_train.architectures.gguf_configs import GGUF_ARCHITECTURES, GGUF_VARIANTS
 from qlora_train.config import LoraSection
 from qlora_train.kernels.expert_linear import follows_interface
 from qlora_train.models.moe import expert_modules, expert_parameters
@@ -73,6 +74,24 @@ token changes an earlier prediction.
 """
 
 
+GGUF_HEAD = """
+## GGUF files as a base
+
+`model.model_name_or_path` may be a `.gguf` file of one of these architectures, of any number format: it is dequantized
+once into a cached folder, and trained in NF4. Every setting of the file must be known and every tensor have its place, or
+the file is refused in one line. `tests/models/test_gguf_families.py` writes a file of each with llama.cpp's converter and
+compares weights and logits with the model that it was made of.
+
+Transformers' own reader (5.23) gives other logits for some of these files without an error, because it ignores settings:
+biases of Llama; attention scale, soft-capping and layer pattern of Gemma 2; RoPE bases of Gemma 3 and StarCoder 2; partial
+rotation and long RoPE of Phi-3 and Nemotron; experts of Mixtral. It fails on Qwen2-MoE, Qwen3 and Qwen3-MoE unless their
+sizes are the defaults, on Falcon 40B, GPT-OSS and Gemma.
+
+| GGUF architecture | model_type |
+|---|---|
+"""
+
+
 def line_of(row: Architecture) -> str:
     """Return the row of the page for a row of the table."""
     with torch.device("meta"):
@@ -112,11 +131,21 @@ def wholes() -> str:
     return WHOLE_HEAD + "\n".join(map(line_of_whole, sorted(WHOLE))) + f"\n\nRefused: {refused}.\n"
 
 
+def ggufs() -> str:
+    """Return the section on GGUF files."""
+    variants = {architecture: row.model_type for (architecture, _), row in GGUF_VARIANTS.items()}
+    lines = [
+        f"| {name} | {row.model_type}{f', {variants[name]}' if name in variants else ''} |"
+        for name, row in sorted(GGUF_ARCHITECTURES.items())
+    ]
+    return GGUF_HEAD + "\n".join(lines) + "\n"
+
+
 def page() -> str:
     """Return the whole page."""
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
-    return HEAD + "\n".join(line_of(row) for _, row in sorted(ARCHITECTURES.items())) + "\n" + wholes()
+    return HEAD + "\n".join(line_of(row) for _, row in sorted(ARCHITECTURES.items())) + "\n" + wholes() + ggufs()
 
 
 if __name__ == "__main__":

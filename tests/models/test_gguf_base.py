@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qlora_train.models.gguf_base import convert_gguf
+from qlora_train.models.gguf_tensors import LAYOUTS, parameter_sources
 from qlora_train.utils.errors import ModelError
 from tests.support.gguf_files import write_gguf
 from tests.support.pico import build_config, build_pico
@@ -43,8 +44,7 @@ def llama_gguf(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi3"])
 def test_converted_gguf_equals_the_original_model(model_type: str, pico: Callable[..., Path], tmp_path: Path) -> None:
-    # the file does not name Qwen3's head size: all of its models have 128
-    folder = pico(model_type, head_dim=128) if model_type == "qwen3" else pico(model_type)
+    folder = pico(model_type)
     converted = convert_gguf(write_gguf(folder, tmp_path / "pico.gguf"), tmp_path / "cache")
     assert_equal_weights(weights(converted), weights(folder))
 
@@ -119,9 +119,11 @@ def test_unknown_rope_factors_are_refused(pico_llama: Path, tmp_path: Path) -> N
     ("arguments", "expected"),
     [
         ({"leave_out": "blk.1.ffn_up.weight"}, r"1 tensors are missing \['blk.1.ffn_up.weight'\]"),
-        ({"extra": {"blk.0.attn_q.bias": torch.zeros(64)}}, r"1 are unmapped \['blk.0.attn_q.bias'\]"),
-        ({"extra": {"output_norm.weight": torch.ones(32)}}, r"output_norm.weight has shape \(32,\)"),
-        ({"settings": {"rope.scaling.type": "yarn"}}, "llama.rope.scaling.type: yarn"),
+        ({"extra": {"blk.0.attn_q_norm.weight": torch.ones(16)}}, r"1 are unmapped \['blk.0.attn_q_norm.weight'\]"),
+        ({"extra": {"output_norm.weight": torch.ones(32)}}, r"tensor output_norm.weight of shape \(32,\)"),
+        ({"settings": {"rope.scaling.type": "dynamic"}}, "llama.rope.scaling.type: dynamic, which would be lost"),
+        ({"settings": {"attention.new_thing": "on"}}, "llama.attention.new_thing: on, which would be lost"),
+        ({"settings": {"rope.scaling.type": "linear"}}, "has no llama.rope.scaling.factor"),
     ],
 )
 def test_gguf_that_cannot_be_converted_exactly_is_refused(
@@ -143,14 +145,27 @@ def test_missing_file_and_other_formats_are_one_line(llama_gguf: Path, tmp_path:
         assert "\n" not in str(caught.value)
 
 
-def test_unsupported_architecture_names_the_supported_ones(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [("rwkv6", "'rwkv6'; converted are llama, qwen2"), ("t5", "'t5': it has an encoder"), ("gemma4", "'gemma4': ")],
+)
+def test_unsupported_architecture_is_one_line(architecture: str, expected: str, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", architecture)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="'mamba'; converted are llama, qwen2"):
+    with pytest.raises(ModelError, match=expected) as caught:
         convert_gguf(tmp_path / "other.gguf", tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+
+
+def test_norms_of_heads_are_parts_of_one_tensor() -> None:
+    name = "model.layers.1.self_attn.k_layernorm.norms.2.weight"  # of StableLM 2 12B
+    source = parameter_sources([name], "stablelm", 2, LAYOUTS["stablelm"].rules)[name]
+    stored = torch.randn(4, 16)
+    assert source.names == ("blk.1.attn_k_norm.weight",)
+    assert torch.equal(source.make(lambda _name: stored, LAYOUTS["stablelm"].undo, None, torch.Size([16])), stored[2])
 
 
 def test_missing_package_names_the_extra(llama_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

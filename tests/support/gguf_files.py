@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +39,9 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    if head_dim := getattr(config, "head_dim", None):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     for key, value in (settings or {}).items():
         writer.add_string(f"{config.model_type}.{key}", value)
     add_tokenizer(writer, tokenizer)
@@ -88,3 +92,57 @@ def gguf_tensors(model: Any) -> dict[str, Tensor]:
             if num_heads := heads.get(name.split(".")[-2]):
                 tensors[name] = interleave_heads(tensor, num_heads)
     return tensors
+
+
+def write_vocabulary(
+    path: Path, tokenizer: Tokenizer, *, pre: str = "", space: bool = True, bos: bool | None = None
+) -> Path:
+    """Write a llama of one small layer with a vocabulary of the tokenizer grid.
+
+    Args:
+        pre: llama.cpp's name of the split rule; empty for SentencePiece.
+        space: `add_space_prefix`, of SentencePiece.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_block_count, 1), (writer.add_context_length, 64), (writer.add_embedding_length, 32),
+        (writer.add_feed_forward_length, 32), (writer.add_head_count, 1), (writer.add_vocab_size, len(tokens)),
+    ):  # fmt: skip
+        add(value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2" if pre else "llama")
+    writer.add_tokenizer_pre(pre or "default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([_token_type(token, special) for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]] if pre else [])
+    if not pre:
+        writer.add_token_scores([float(-index) for index in range(len(tokens))])
+        writer.add_add_space_prefix(space)
+    if bos is not None:
+        writer.add_add_bos_token(bos)
+    writer.add_bos_token_id(tokens.index("<s>"))
+    writer.add_eos_token_id(tokens.index("</s>"))
+    writer.add_unk_token_id(tokens.index("<unk>"))
+    square = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    shapes = {
+        "token_embd": (len(tokens), 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,),
+        **{f"blk.0.{name}": (32, 32) for name in square},
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.ones(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _token_type(token: str, special: set[str]) -> gguf.TokenType:
+    if token.startswith("<0x"):
+        return gguf.TokenType.BYTE
+    if token == "<unk>":
+        return gguf.TokenType.UNKNOWN
+    return gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL
