@@ -51,6 +51,7 @@ from qlora_train.training.replicas import SeedEachRank
 from qlora_train.training.resumable_trainer import ResumableTrainer
 from qlora_train.training.step_end import StepEndCallback, make_schedule
 from qlora_train.training.step_guard import AdvanceSkippedSchedule, NonFiniteGuard, Step
+from qlora_train.training.tracking import tracker_callbacks
 from qlora_train.training.trl_arguments import sft_config
 from qlora_train.utils.errors import TrainingError
 
@@ -124,6 +125,7 @@ class QloraTrainer(ResumableTrainer):
                 AdvanceSkippedSchedule(),
                 SeedEachRank(config.run.seed),
                 self._step_end,
+                *tracker_callbacks(config, run),
             ],
         )
         self.remove_callback(PrinterCallback)

@@ -8,9 +8,9 @@ from trl import SFTConfig
 from qlora_train.adapters import AdaptedModel
 from qlora_train.config import RunConfig
 from qlora_train.config.resume_policy import flat_settings
-from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
 from qlora_train.training.optimizer import choose_optimizer
+from qlora_train.training.tracking import PROJECT
 
 
 class RunArguments(SFTConfig):
@@ -60,7 +60,9 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
         fp16=dtype == torch.float16 and on_gpu,
         use_cpu=not on_gpu,
         seed=config.run.seed,
-        report_to=(list(config.run.report_to) if context().is_main else []) or "none",
+        run_name=run.path.name,
+        project=PROJECT,
+        report_to="none",  # the trainer has callbacks of its own for them
         disable_tqdm=True,
         remove_unused_columns=False,
         ignore_data_skip=config.data.streaming,  # a stream starts at the run's step

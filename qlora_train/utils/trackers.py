@@ -11,6 +11,7 @@ class Tracker:
 
     Attributes:
         offline: environment variables that keep it from using the network.
+        project_variable: variable with the name of the project, or experiment, that runs belong to.
         server_variable: variable with the address of its server.
         server_prefixes: values of that variable that are on the network; empty for all.
         secrets: variables with credentials.
@@ -19,6 +20,7 @@ class Tracker:
     """
 
     offline: Mapping[str, str] = field(default_factory=dict)
+    project_variable: str = ""
     server_variable: str = ""
     server_prefixes: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
@@ -38,9 +40,13 @@ class Tracker:
 TRACKERS = {
     "tensorboard": Tracker(),
     "wandb": Tracker(
-        offline={"WANDB_MODE": "offline"}, secrets=("WANDB_API_KEY",), uploads={"WANDB_LOG_MODEL": ("checkpoint",)}
+        offline={"WANDB_MODE": "offline"},
+        project_variable="WANDB_PROJECT",
+        secrets=("WANDB_API_KEY",),
+        uploads={"WANDB_LOG_MODEL": ("checkpoint",)},
     ),
     "mlflow": Tracker(
+        project_variable="MLFLOW_EXPERIMENT_NAME",
         server_variable="MLFLOW_TRACKING_URI",
         server_prefixes=("http://", "https://", "databricks"),
         secrets=("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN"),

@@ -119,7 +119,7 @@ def test_check_names_everything_that_is_missing(tmp_path: Path, capsys: Capture)
     file.write_text(
         f"model: {{model_name_or_path: {tmp_path}/none, chat_template: llama_3, attn_implementation: flash_attention_2}}\n"
         f"data: {{train: ['{tmp_path}/trian.jsonl', owner/name], eval: '{tmp_path}/*.csv'}}\n"
-        f"lora: {{adapter_path: {tmp_path}/adapter}}\nrun: {{report_to: mlflow}}\n"
+        f"lora: {{adapter_path: {tmp_path}/adapter}}\nrun: {{report_to: wandb}}\n"
     )
     assert main(["check", str(file)]) == 2
     assert [line.partition("; ")[0] for line in capsys.readouterr().err.splitlines()] == [
@@ -129,10 +129,10 @@ def test_check_names_everything_that_is_missing(tmp_path: Path, capsys: Capture)
         f"lora.adapter_path: {tmp_path}/adapter does not exist",
         f"data.train: {tmp_path}/trian.jsonl does not exist",
         f"data.eval: the pattern {tmp_path}/*.csv matches no file",
-        "run.report_to: mlflow is not installed",
+        "run.report_to: wandb is not installed",
     ]
     assert main([str(file)]) == 2
-    assert "run.report_to: mlflow is not installed" in capsys.readouterr().err, (
+    assert "run.report_to: wandb is not installed" in capsys.readouterr().err, (
         "training says all of it before it begins"
     )
 
@@ -361,7 +361,7 @@ def test_malformed_data_has_the_same_error_in_train_and_data(
             "model.attn_implementation=flash_attention_2",
             "model.attn_implementation: flash_attention_2 needs the package",
         ),
-        ("run.report_to=mlflow", "run.report_to: mlflow is not installed"),
+        ("run.report_to=wandb", "run.report_to: wandb is not installed"),
         ("lora.rank=8", "lora.rank"),
         ("lora.r", "lora.r"),
     ],

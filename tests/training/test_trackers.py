@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import TrainerCallback
 
+from qlora_train.runs import RunFolder
+from qlora_train.training import tracking
+from qlora_train.utils.errors import TrainingError
 from tests.support.runs import metrics, train_run
 
 SETTINGS = (
@@ -79,7 +83,7 @@ def test_tracker_receives_the_settings_and_metrics_of_the_run(received: Path, pi
     assert {key for key, value in of_run.items() if settings[key] != value} == {"train.optim"}
     assert of_run["train.optim"] == "auto" != settings["train.optim"], "the optimizer that was chosen"
     logged = [values["train/loss"] for kind, values in entries if kind == "metrics" and "train/loss" in values]
-    assert logged == [line["loss"] for line in metrics(run) if "loss" in line]
+    assert logged == logged_losses(run)
 
 
 def test_tensorboard_holds_the_settings_and_losses_of_the_run(pico_llama: Path, tmp_path: Path) -> None:
@@ -87,11 +91,97 @@ def test_tensorboard_holds_the_settings_and_losses_of_the_run(pico_llama: Path, 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = train_run(tmp_path, pico_llama, *SETTINGS, "run.report_to=[tensorboard]")
-    [file] = run.path.rglob("events.out.tfevents.*")
+    [file] = (run.path / "tensorboard").rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file.parent)).Reload()
     [text] = events.Tensors("args/text_summary")
-    settings = json.loads(text.tensor_proto.string_val[0])
-    assert (settings["train.gradient_accumulation_steps"], settings["data.packing"]) == (3, True)
-    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(
-        [line["loss"] for line in metrics(run) if "loss" in line]
+    check_settings(json.loads(text.tensor_proto.string_val[0]))
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged_losses(run))
+
+
+def test_mlflow_holds_the_settings_and_losses_of_the_run(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    run = train_run(tmp_path, pico_llama, *SETTINGS, "run.report_to=[mlflow]", name="adder")
+    mlflow.flush_async_logging()
+    client = mlflow.MlflowClient()
+    [found] = client.search_runs([client.get_experiment_by_name("qlora-train").experiment_id])
+    assert (found.info.run_name, found.info.status) == ("adder", "FINISHED")
+    check_settings({name: yaml.safe_load(value) for name, value in found.data.params.items() if "." in name})
+    history = client.get_metric_history(found.info.run_id, "loss")
+    assert [metric.value for metric in sorted(history, key=lambda metric: metric.step)] == logged_losses(run)
+
+
+def test_trackio_holds_the_settings_and_losses_of_the_run(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    run = train_run(tmp_path, pico_llama, *SETTINGS, "run.report_to=[trackio]", name="adder")
+    import trackio
+    from trackio.sqlite_storage import SQLiteStorage
+
+    [found] = trackio.Api().runs("qlora-train")
+    assert found.name == "adder"
+    check_settings(found.config)
+    logs = SQLiteStorage.get_logs("qlora-train", "adder")
+    assert [entry["train/loss"] for entry in logs if "train/loss" in entry] == logged_losses(run)
+    assert "\x1b" not in "".join(capfd.readouterr()), "no banner"
+
+
+class Failing(TrainerCallback):
+    """A tracker whose server goes away after the first metrics."""
+
+    fails_at_start = False
+    num_logs = 0
+
+    def on_train_begin(self, *_arguments: Any, **_keywords: Any) -> None:
+        if self.fails_at_start:
+            raise ConnectionError("connection refused\nby host")
+
+    def on_log(self, *_arguments: Any, **_keywords: Any) -> None:
+        type(self).num_logs += 1
+        raise ConnectionError("server is gone")
+
+
+@pytest.fixture
+def failing(received: Path, monkeypatch: pytest.MonkeyPatch) -> type[Failing]:
+    monkeypatch.setitem(tracking.INTEGRATION_TO_CALLBACK, "wandb", Failing)
+    monkeypatch.setattr(Failing, "num_logs", 0)
+    return Failing
+
+
+def test_tracker_that_fails_is_off_and_the_run_goes_on(
+    failing: type[Failing], pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = train_run(tmp_path, pico_llama, *SETTINGS, "run.report_to=[wandb]")
+    assert run.is_finished()
+    assert len(logged_losses(run)) == 2
+    assert failing.num_logs == 1
+    [warning] = [record.getMessage() for record in caplog.records if "report_to" in record.getMessage()]
+    assert warning.startswith(
+        "run.report_to: wandb failed and is off until the run resumes (ConnectionError: server is gone)"
     )
+
+
+def test_tracker_that_cannot_start_is_one_line(
+    failing: type[Failing], pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failing, "fails_at_start", True)
+    with pytest.raises(
+        TrainingError, match="wandb cannot start: ConnectionError: connection refused; mend that"
+    ) as caught:
+        train_run(tmp_path, pico_llama, *SETTINGS, "run.report_to=[wandb]")
+    assert "\n" not in str(caught.value)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    assert (settings["train.gradient_accumulation_steps"], settings["data.packing"]) == (3, True)
+
+
+def logged_losses(run: RunFolder) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
