@@ -22,7 +22,8 @@ from model_flops import model_shape, step_flops
 from peers.timing import row_lengths
 
 from qlora_train.config import RunConfig, load_config
-from qlora_train.training.memory.activation_checkpointing import LEVELS, LayerCheckpointing
+from qlora_train.kernels.checkpointing_levels import LEVELS
+from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import first_line
 

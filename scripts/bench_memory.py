@@ -30,7 +30,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from memory_plan import memory_plan
+
+from qlora_train.config import LoraSection
+from qlora_train.planning.memory import plan_memory, step_settings
+from qlora_train.planning.run_plan import model_shapes
 
 GIB = 1 << 30
 RANK = 32
@@ -133,9 +136,13 @@ def next_length(good: int, bad: int, start: int, longest: int) -> int:
 def first_guess(model: Path, cap_gib: float, longest: int) -> int:
     """Return the longest row that `plan` expects under a cap, from which the search begins."""
     config = json.loads((model / "config.json").read_text())
-    config.pop("quantization_config", None)
+    model = model_shapes(config, LoraSection(r=RANK))
+
+    def needed_bytes(num_tokens: int) -> int:
+        return plan_memory(model, step_settings(model, r=RANK, num_tokens=num_tokens, num_labels=1)).needed_bytes
+
     best = SHORTEST
-    while best < longest and memory_plan(config, r=RANK, tokens=2 * best, num_labels=1).total_bytes < cap_gib * GIB:
+    while best < longest and needed_bytes(2 * best) < cap_gib * GIB:
         best *= 2
     return best
 

@@ -24,8 +24,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from memory_plan import memory_plan
 
+from qlora_train.config import LoraSection
+from qlora_train.planning.memory import plan_memory, step_settings
+from qlora_train.planning.run_plan import model_shapes
 from qlora_train.runs import RunFolder, read_json
 
 SAVE_STEPS = 4
@@ -137,7 +139,6 @@ def checks(losses: Mapping[int, float], log: str, num_steps: int, killed: int, r
 
 def memory(config_json: dict[str, Any], resumed: Mapping[str, Any]) -> dict[str, int | None]:
     """Return the bytes that the plan counts for the largest batch, those of torch's allocator, and the device's."""
-    config_json.pop("quantization_config", None)
     batch = re.search(
         r"memory: training on (\d+) x (\d+) tokens with (\d+) labels fits(?: \(peak ([\d.]+) GB\))?", resumed["log"]
     )
@@ -145,9 +146,13 @@ def memory(config_json: dict[str, Any], resumed: Mapping[str, Any]) -> dict[str,
         return {"plan_bytes": None, "torch_bytes": None, "device_bytes": None}
     rows, length, num_labels = (int(batch[place]) for place in (1, 2, 3))
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    plan = memory_plan(config_json, r=RANK, tokens=rows * length, num_labels=num_labels, gpu_bytes=gpu_bytes)
+    model = model_shapes(config_json, LoraSection(r=RANK))
+    plan = plan_memory(
+        model,
+        step_settings(model, r=RANK, num_tokens=rows * length, num_labels=num_labels, gpu_bytes=gpu_bytes),
+    )
     torch_bytes = int(float(batch[4]) * 1e9) if batch[4] else None
-    return {"plan_bytes": plan.total_bytes, "torch_bytes": torch_bytes, "device_bytes": resumed["device_bytes"]}
+    return {"plan_bytes": plan.needed_bytes, "torch_bytes": torch_bytes, "device_bytes": resumed["device_bytes"]}
 
 
 def table(result: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ from triton.runtime.jit import JITFunction
 from qlora_train.evaluation.objective_table import SFT
 from qlora_train.kernels.install import install
 from qlora_train.kernels.ops import dequantize, dispatch
-from qlora_train.objectives.chunked_loss import CHUNK_BYTES, LABEL_MULTIPLE
+from qlora_train.objectives.chunk_sizes import CHUNK_BYTES, LABEL_MULTIPLE
 from qlora_train.objectives.label_losses import choose_chunk_tokens, label_losses
 from qlora_train.training.memory import memory_probe
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing

@@ -6,9 +6,9 @@ With N ranks, S bytes of frozen weights in shards and A bytes of float32 adapter
 - ddp and fsdp: 2 A (N - 1) / N once (ring all-reduce), after the last micro-batch, so that nothing hides it.
 
 The time of a step is max(compute, gathers) + all-reduce: the next layer is gathered while this one computes. Memory is
-`memory_plan`'s, with the base divided by N under fsdp, and the units that are whole at the peak: the root (embedding and
-head) and two layers, the one that computes and the one that is gathered ahead. Norms, adapter, gradients and optimizer are
-replicated. Tests hold the bytes against those of real models and runs.
+that of `planning/memory.py`, with the base divided by N under fsdp, and the units that are whole at the peak: the root
+(embedding and head) and two layers, the one that computes and the one that is gathered ahead. Norms, adapter, gradients
+and optimizer are replicated. Tests hold the bytes against those of real models and runs.
 
 Assumed, not measured: `CLUSTERS` and `UTILIZATION`. A GB is 10**9 bytes; GPU memory is in GiB, as sold.
 
@@ -20,14 +20,22 @@ Example::
 import bisect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from memory_plan import COMPUTE_BYTES, MemoryPlan, memory_plan
 from model_flops import StepFlops, model_shape, step_flops
 
-from qlora_train.kernels.expert_weights import BLOCK_SIZE
-from qlora_train.objectives.chunked_loss import CHUNK_BYTES, MIN_CHUNK_TOKENS
+from qlora_train.config import LoraSection
+from qlora_train.planning.memory import (
+    adapter_numel,
+    base_parts,
+    optimizer_bytes,
+    step_parts,
+    step_settings,
+    trained_tensors,
+)
+from qlora_train.planning.run_plan import model_shapes
+from qlora_train.planning.shard_bytes import FrozenBytes, frozen_bytes
 
 GIB = 2**30
 RANK = 16
@@ -75,27 +83,6 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class FrozenBytes:
-    """The frozen base in the units that FSDP gathers.
-
-    Attributes:
-        layer: one decoder layer: packed weights and their 8-bit absmax.
-        root: embedding and head, in 16 bits.
-        replicated: norms, the absmax of the absmax, and code tables, which every rank holds.
-    """
-
-    layer: float
-    root: int
-    replicated: float
-    num_layers: int
-
-    @property
-    def sharded(self) -> float:
-        """All shards together."""
-        return self.num_layers * self.layer + self.root
-
-
-@dataclass(frozen=True, slots=True)
 class RankPlan:
     """What one rank holds, sends and computes.
 
@@ -129,14 +116,6 @@ class RankPlan:
         return max(self.compute_seconds, self.gather_seconds) + self.reduce_seconds
 
 
-def frozen_bytes(plan: MemoryPlan, *, num_layers: int, root_numel: int) -> FrozenBytes:
-    """Divide the base of a memory plan into the units of FSDP; decoder layers are equal."""
-    absmax = 2 * plan.quantized_weights_bytes / BLOCK_SIZE
-    root = COMPUTE_BYTES * root_numel
-    replicated = plan.quantization_state_bytes - absmax + plan.other_weights_bytes - root
-    return FrozenBytes((plan.quantized_weights_bytes + absmax) / num_layers, root, replicated, num_layers)
-
-
 def gather_bytes(frozen: FrozenBytes, *, num_ranks: int, num_micro_batches: int) -> float:
     """Return the bytes that a rank sends per step to gather frozen weights.
 
@@ -162,24 +141,27 @@ def rank_plan(
     """Plan one rank of a 70B run on rows of `tokens`, with LoRA on every linear layer and the loss in chunks."""
     num_ranks = cluster.num_gpus
     num_micro_batches = math.ceil(ROWS_PER_STEP / num_ranks)
-    chunk_tokens = max(MIN_CHUNK_TOKENS, CHUNK_BYTES["cuda"] // (4 * config_json["vocab_size"]))
-    plan = memory_plan(
-        config_json, r=RANK, tokens=tokens, num_labels=min(tokens, chunk_tokens),
-        accumulates=num_micro_batches > 1, gpu_bytes=cluster.gpu_gib * GIB,
-    )  # fmt: skip
+    model = model_shapes(config_json, LoraSection(r=RANK))
+    settings = replace(
+        step_settings(
+            model, r=RANK, num_tokens=tokens, gpu_bytes=cluster.gpu_gib * GIB, accumulates=num_micro_batches > 1
+        ),
+        num_ranks=num_ranks if strategy == "fsdp" else 1,
+    )
     shape = model_shape(config_json)
     flops = step_flops(shape, r=RANK, row_lengths=[tokens], num_labels=tokens)
-    num_layers = len(shape.windows)
-    root_numel = 2 * shape.hidden_size * shape.vocab_size  # embedding and head are not tied
-    frozen = frozen_bytes(plan, num_layers=num_layers, root_numel=root_numel)
+    frozen = frozen_bytes(model)
     sharded = strategy == "fsdp"
     gathered = gather_bytes(frozen, num_ranks=num_ranks, num_micro_batches=num_micro_batches) if sharded else 0
-    reduced = reduce_bytes(plan.adapter_bytes // 4, num_ranks=num_ranks)
+    reduced = reduce_bytes(adapter_numel(model, settings), num_ranks=num_ranks)
+    peak = max(step_parts(model, settings), key=lambda parts: sum(parts.values()))
+    whole = peak.pop("gathered weights", 0)
     return RankPlan(
-        base_bytes=frozen.sharded / (num_ranks if sharded else 1) + frozen.replicated,
-        trained_bytes=plan.adapter_bytes + plan.optimizer_bytes,
-        gathered_bytes=frozen.root + 2 * frozen.layer if sharded else 0,
-        step_bytes=plan.step_bytes,
+        base_bytes=sum(base_parts(model, settings).values()),
+        trained_bytes=4 * adapter_numel(model, settings)
+        + optimizer_bytes(settings.optimizer, trained_tensors(model, settings)),
+        gathered_bytes=whole,
+        step_bytes=sum(peak.values()),
         gather_bytes=gathered,
         reduce_bytes=reduced,
         compute_seconds=num_micro_batches * executed_flops(flops) / (cluster.flops * UTILIZATION),

@@ -26,6 +26,7 @@ COMMANDS = {
     "check": "config_commands.check",
     "show": "config_commands.show",
     "data": "data_command.data",
+    "plan": "plan_command.plan",
     "schema": "config_commands.schema",
     "doctor": "doctor_command.doctor",
     "merge": "merge_command.merge",

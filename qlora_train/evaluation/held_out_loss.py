@@ -19,7 +19,7 @@ from qlora_train.evaluation.batched_inference import (
     row_too_long,
 )
 from qlora_train.kernels.fsdp_units import is_sharded
-from qlora_train.objectives.chunked_loss import EVAL_LOGITS_BYTES
+from qlora_train.objectives.chunk_sizes import EVAL_LOGITS_BYTES
 from qlora_train.objectives.label_losses import label_logits, label_losses
 from qlora_train.parallel import context
 from qlora_train.utils.device import catch_out_of_memory

@@ -20,10 +20,11 @@ from qlora_train.config import RunConfig
 from qlora_train.data import Example
 from qlora_train.data.held_out_rows import RunRows, load_rows
 from qlora_train.evaluation.held_out_loss import held_out_loss
+from qlora_train.export.check_sizes import MAX_TOKENS, NUM_COMPARED_ROWS
 from qlora_train.export.finished_run import FinishedRun
 from qlora_train.export.fresh_process import ReloadCheck, check_in_fresh_process
 from qlora_train.export.loading_code import adapter_code
-from qlora_train.export.predictions import TOP_K, Predictions, Reference, compared_rows
+from qlora_train.export.predictions import Predictions, Reference, compared_rows
 from qlora_train.models import LoadedModel, load_model
 from qlora_train.models.token_probes import NUM_ROWS, run_probes
 from qlora_train.parallel import context
@@ -34,10 +35,6 @@ from qlora_train.utils.errors import ExportError
 
 logger = logging.getLogger(__name__)
 
-NUM_COMPARED_ROWS, MAX_TOKENS = 4, 128
-"""Rows on which predictions are compared, and tokens of each: the check takes seconds."""
-MAX_REFERENCE_BYTES = NUM_COMPARED_ROWS * MAX_TOKENS * TOP_K * 8 + 1024 * 1024
-"""Disk space of the predictions (an id and a float32 each) and texts."""
 FLOAT32_LIMIT = 1e-5
 """KL divergence in nats per token; logits that differ by 2e-3 give 2e-6."""
 

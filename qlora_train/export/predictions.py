@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from qlora_train.data.types import Example
 from qlora_train.evaluation.held_out_loss import HeldOutLoss, label_log_probabilities
+from qlora_train.export.check_sizes import TOP_K
 from qlora_train.models.token_probes import TokenProbe, load_probes, save_probes
 
 NUM_COMPARED = 2048
 """Label tokens at which predictions are compared."""
-TOP_K = 256
 _MIN_PROBABILITY = 1e-12
 """Below it the probability of the rest of the vocabulary is rounding."""
 

@@ -15,11 +15,9 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qlora_train.kernels.block_sizes import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
 from qlora_train.kernels.fsdp_units import is_sharded_tensor
 from qlora_train.kernels.ops.dequantize import dequantize
-
-BLOCK_SIZE = 64
-ABSMAX_BLOCK_SIZE = 256
 
 
 @dataclass(frozen=True)

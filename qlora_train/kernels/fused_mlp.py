@@ -2,17 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_train.kernels.checkpointing_levels import CheckpointingLevel
 from qlora_train.kernels.ops.gated import ACTIVATIONS, Activation, gated_linear
 from qlora_train.kernels.shared_input import InputGroup
 from qlora_train.kernels.tiled import checkpoint_tiled, compute_tiled, exceeds_tile
-
-CheckpointingLevel = Literal["none", "mlp", "full"]
-"""Activation checkpointing of a layer: none, the inside of its MLP, or the whole layer."""
 
 GATE_AND_UP = (("gate_proj", "up_proj"), ("gate_up_proj",))
 """Names of the projections in Transformers."""

@@ -13,7 +13,8 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
-from qlora_train.kernels.expert_weights import BLOCK_SIZE, ExpertWeights, quantized_experts
+from qlora_train.kernels.block_sizes import BLOCK_SIZE
+from qlora_train.kernels.expert_weights import ExpertWeights, quantized_experts
 
 
 def as_blocks(tensor: Tensor) -> nn.Parameter:

@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from qlora_train.kernels.block_sizes import TILE_ROWS
 from qlora_train.kernels.saved_tensors import save_for_backward
-
-TILE_ROWS = 4096
-"""As many as a GPU needs for its full matmul throughput."""
 
 Function = Callable[[Tensor], Tensor]
 """(rows, in) -> (rows, out)."""

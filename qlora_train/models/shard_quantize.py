@@ -14,7 +14,7 @@ import torch
 from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 from torch import Tensor
 
-from qlora_train.kernels.expert_weights import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
+from qlora_train.kernels.block_sizes import ABSMAX_BLOCK_SIZE, BLOCK_SIZE
 from qlora_train.kernels.sharded_weights import num_blocks
 from qlora_train.models.shard_rows import gather_rows, own_rows
 

@@ -16,16 +16,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from qlora_train.kernels.fsdp_units import own_class
 from qlora_train.kernels.ops.cross_entropy import losses_and_gradient_
-
-EVAL_LOGITS_BYTES = 64 << 20
-"""Max float32 logits at once in evaluation."""
-CHUNK_BYTES = {"cpu": 60 << 20, "cuda": 512 << 20}
-"""Max logits at once in training, counted as float32: efficient matmuls, and in 16 bits at most the 32 MB that a CPU's
-allocator returns without a system call."""
-LABEL_MULTIPLE = {"cpu": 32, "cuda": 1}
-"""Chunks are zero-padded to a multiple: oneDNN compiles a kernel for every new number of rows, 14 ms for 49,152 columns."""
-MIN_CHUNK_TOKENS = 64
-"""Each chunk reads the whole head."""
+from qlora_train.objectives.chunk_sizes import EVAL_LOGITS_BYTES, LABEL_MULTIPLE
 
 LogitsOf = Callable[[Tensor], Tensor]
 """Hidden states (n, hidden) -> logits (n, vocabulary)."""
@@ -43,12 +34,6 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     num_rows = max(1, EVAL_LOGITS_BYTES // (4 * logits.shape[-1]))
     chunks = zip(logits.split(num_rows), targets.split(num_rows), strict=True)
     return torch.cat([functional.cross_entropy(chunk.float(), target, reduction="none") for chunk, target in chunks])
-
-
-def max_chunk_tokens(model: Any) -> int:
-    """Return the number of labels per chunk in training."""
-    max_tokens = CHUNK_BYTES[model.device.type] // (4 * model.config.get_text_config().vocab_size)
-    return max(MIN_CHUNK_TOKENS, max_tokens)
 
 
 def selected_hidden_states(model: nn.Module, positions: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -17,9 +17,9 @@ from torch.nn import functional
 from qlora_train.kernels import host_copies
 from qlora_train.kernels.fsdp_units import reset_after_failure
 from qlora_train.kernels.packed.row_positions import packed_row, uses_packed_attention
+from qlora_train.objectives.chunk_sizes import max_chunk_tokens
 from qlora_train.objectives.chunked_loss import (
     chunked_losses,
-    max_chunk_tokens,
     negative_log_likelihood,
     select,
     selected_hidden_states,
@@ -135,7 +135,9 @@ def _head_sees_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
 
 def choose_chunk_tokens(model: Any) -> int | None:
     """Return the number of labels per chunk in training; None if the model needs all logits at once."""
-    return max_chunk_tokens(model) if supports_chunking(model) else None
+    if not supports_chunking(model):
+        return None
+    return max_chunk_tokens(model.device.type, model.config.get_text_config().vocab_size)
 
 
 def supports_chunking(model: Any) -> bool:

@@ -32,13 +32,11 @@ from qlora_train.training.batch_source import RowBatches
 from qlora_train.training.memory.worst_case_batch import token_budget
 from qlora_train.training.parity.gradients import TOLERANCES, Gradients, gradients_of
 from qlora_train.training.parity.parity_check import ParityResult, check_parity, load_parity, save_parity
+from qlora_train.utils.constants import GPU_TOKENS
 from qlora_train.utils.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-GPU_TOKENS = 8192
-"""Token budget on a GPU. With 2,048 tokens of a 7B model, Python takes about as long to launch an H100's kernels as it to
-run them (counted, not measured)."""
 NUM_BATCHES = 32
 """Micro-batches of the first epoch, in whole steps, from which the savings are estimated."""
 MIN_SAVINGS = 0.05

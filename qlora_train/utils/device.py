@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from qlora_train.utils.constants import FRAGMENTED_SHARE, UNTOUCHED_SHARE
 from qlora_train.utils.errors import ModelError, first_line, is_out_of_memory
 from qlora_train.utils.launcher import clear_launcher_environment
 from qlora_train.utils.nvidia_driver import GET_TORCH, HIDDEN, ON_CPU, driver_version, gpu_problem
@@ -160,10 +161,6 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
         for name in DETERMINISTIC_ENVIRONMENT:
             os.environ.pop(name, None)
         os.environ.update({name: environment[name] for name in DETERMINISTIC_ENVIRONMENT if name in environment})
-
-
-UNTOUCHED_SHARE, FRAGMENTED_SHARE = 0.05, 0.15
-"""Share of a GPU's memory reserved for libraries and fragmentation, with and without expandable segments."""
 
 
 def spare_bytes(device: torch.device, peak_bytes: int) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_plan import memory_plan
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +17,8 @@ from qlora_train.adapters import load_trained
 from qlora_train.architectures import ARCHITECTURES, check_packing
 from qlora_train.models import load_model, resolve_base
 from qlora_train.models.moe import expert_parameters
+from qlora_train.planning.meta_shapes import meta_shapes
+from qlora_train.planning.model_shape import packed_bytes, quantization_constants_bytes
 from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ConfigError
 from tests.architectures.conftest import LONG, Table
@@ -57,14 +58,14 @@ def test_family_trains_in_4_bits_and_merges_to_the_same_model(
     assert loaded.quantization_summary.quantized_share > 0.95
     experts = expert_parameters(loaded.model)
     assert not [name for name in loaded.quantization_summary.unquantized if name.split(" ")[0] in experts]
-    planned = memory_plan(loaded.model.config.to_dict(), r=config.lora.r, tokens=64)
+    planned = meta_shapes(loaded.model.config.to_dict(), config.lora)
     found = loaded.quantization_summary.weight_bytes + loaded.quantization_summary.table_bytes
-    assert planned.quantized_weights_bytes + planned.quantization_state_bytes == found
+    assert packed_bytes(planned) + quantization_constants_bytes(planned, double_quant=True) == found
     table[model_type]["4 bits"] = f"{100 * loaded.quantization_summary.quantized_share:.1f} %"
     table[model_type]["experts in 4 bits"] = "100 %" if experts else "no experts"
 
     adapted = load_trained(loaded, run.adapter)
-    assert planned.adapter_bytes == sum(
+    assert 4 * sum(rows * columns for rows, columns in planned.adapter_shapes(config.lora.r)) == sum(
         tensor.nbytes for tensor in load_file(run.adapter / "adapter_model.safetensors").values()
     )
     merge(

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from memory_plan import memory_plan
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
@@ -23,6 +22,8 @@ from qlora_train.models import load_model, resolve_base
 from qlora_train.models.loading import model_config
 from qlora_train.models.moe import expert_parameters, routers
 from qlora_train.models.text_only import check_causal, text_model
+from qlora_train.planning.meta_shapes import meta_shapes
+from qlora_train.planning.model_shape import packed_bytes, quantization_constants_bytes
 from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ConfigError, ModelError
 from tests.architectures.conftest import LONG, Table
@@ -122,9 +123,9 @@ def test_adapter_and_merge_fit_the_whole_model(
     assert all(module.name in messages[0] for module in loaded.omitted_modules)
     assert loaded.omitted_modules
     assert loaded.quantization_summary.quantized_share > 0.95
-    planned = memory_plan(loaded.model.config.to_dict(), r=config.lora.r, tokens=64)
+    planned = meta_shapes(loaded.model.config.to_dict(), config.lora)
     found = loaded.quantization_summary.weight_bytes + loaded.quantization_summary.table_bytes
-    assert planned.quantized_weights_bytes + planned.quantization_state_bytes == found
+    assert packed_bytes(planned) + quantization_constants_bytes(planned, double_quant=True) == found
     experts = expert_parameters(loaded.model)
     assert not [name for name in loaded.quantization_summary.unquantized if name.split(" ")[0] in experts]
 

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_plan import memory_plan
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_train.adapters import choose_targets, find_linears
 from qlora_train.architectures import check_max_length, detect
-from qlora_train.config import load_config
+from qlora_train.config import LoraSection, load_config
 from qlora_train.config.schema import DataSection
 from qlora_train.data import prepare_data
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
-from qlora_train.objectives.chunked_loss import CHUNK_BYTES, MIN_CHUNK_TOKENS
-from qlora_train.utils.device import UNTOUCHED_SHARE
+from qlora_train.planning.memory import CUDA_CONTEXT_BYTES, plan_memory, step_settings
+from qlora_train.planning.run_plan import model_shapes
+from qlora_train.utils.constants import UNTOUCHED_SHARE
 from tests.support.pico import build_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,18 +212,16 @@ GPU_ROW = re.compile(
     re.MULTILINE,
 )
 GPU_ROWS = list(GPU_ROW.finditer(SMALL_GPU.read_text(encoding="utf-8")))
-CUDA_CONTEXT_BYTES = 500_000_000
 
 
 @pytest.mark.parametrize("row", GPU_ROWS, ids=lambda row: f"{row['gpu']}GB-{row['model']}")
 def test_planned_peak_of_a_small_gpu_is_the_planners_and_fits(row):
     rows, length, json_values = int(row["rows"]), int(row["length"]), MODELS[row["model"]]
-    plan = memory_plan(
-        json_values, r=int(row["r"]), tokens=rows * length, double_quant=True, accumulates=True, dropout=False,
-        num_labels=min(rows * length, max(MIN_CHUNK_TOKENS, CHUNK_BYTES["cuda"] // (4 * json_values["vocab_size"]))),
-    )  # fmt: skip
-    assert float(row["peak"]) == pytest.approx(plan.total_bytes / 1e9, abs=0.06)
-    assert plan.total_bytes + CUDA_CONTEXT_BYTES < int(row["gpu"]) * 2**30 * (1 - UNTOUCHED_SHARE)
+    model = model_shapes(json_values, LoraSection())
+    settings = step_settings(model, r=int(row["r"]), num_tokens=rows * length, accumulates=True)
+    needed_bytes = plan_memory(model, settings).needed_bytes
+    assert float(row["peak"]) == pytest.approx((needed_bytes - CUDA_CONTEXT_BYTES) / 1e9, abs=0.06)
+    assert needed_bytes < int(row["gpu"]) * 2**30 * (1 - UNTOUCHED_SHARE)
 
 
 def test_first_row_of_the_small_gpus_is_the_recipe_itself():

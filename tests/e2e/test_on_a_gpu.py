@@ -19,7 +19,7 @@ from qlora_train.inference.chat import Chat, ChatSettings
 from qlora_train.inference.eval_report import EvalSettings, evaluate
 from qlora_train.inference.run_models import run_models
 from qlora_train.kernels.packed import varlen
-from qlora_train.objectives import chunked_loss
+from qlora_train.objectives import chunk_sizes
 from qlora_train.runs import read_json
 from qlora_train.training import qlora_trainer
 from qlora_train.training.memory import activation_offloading
@@ -93,8 +93,8 @@ VARIANTS = {
 def test_a_run_trains_in_every_variant(
     variant: str, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(chunked_loss.CHUNK_BYTES, "cuda", 1 << 16)
-    monkeypatch.setattr(chunked_loss, "MIN_CHUNK_TOKENS", 16)  # several chunks per micro-batch
+    monkeypatch.setitem(chunk_sizes.CHUNK_BYTES, "cuda", 1 << 16)
+    monkeypatch.setattr(chunk_sizes, "MIN_CHUNK_TOKENS", 16)  # several chunks per micro-batch
     monkeypatch.setattr(activation_offloading, "MIN_BYTES", 1)
     make_config(tmp_path, pico_llama)
     write_rows(tmp_path / "rows.jsonl", system="Add the numbers of the question and answer in JSON.")

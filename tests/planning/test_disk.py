@@ -14,7 +14,8 @@ from qlora_train.config.optimizers import OPTIMIZERS
 from qlora_train.models import load_model
 from qlora_train.pipeline import run
 from qlora_train.planning.base_and_data import prepare
-from qlora_train.planning.disk import DiskPlan, check_disk_space, num_more_checkpoints, num_saves, num_steps, plan_disk
+from qlora_train.planning.disk import check_disk_space, plan_disk
+from qlora_train.planning.disk_plan import DiskPlan, num_more_checkpoints, num_saves, num_steps
 from qlora_train.runs import RunFolder
 from qlora_train.training.optimizer import choose_optimizer
 from qlora_train.training.step_end import make_schedule

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from memory_plan import memory_plan
+
+from qlora_train.config import LoraSection
+from qlora_train.planning.memory import adapter_numel, base_parts, step_settings
+from qlora_train.planning.run_plan import model_shapes
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton")
@@ -23,9 +26,11 @@ def counted() -> dict[int, dict[str, int]]:
 
 
 def test_weights_are_those_of_the_plan_to_the_byte(counted: dict[int, dict[str, int]]) -> None:
-    planned = memory_plan({**PICO, "num_hidden_layers": 2}, r=count_memory.RANK, tokens=NUM_TOKENS)
+    model = model_shapes({**PICO, "num_hidden_layers": 2, "tie_word_embeddings": False}, LoraSection())
+    settings = step_settings(model, r=count_memory.RANK, num_tokens=NUM_TOKENS)
+    weights_bytes = sum(base_parts(model, settings).values()) + 4 * adapter_numel(model, settings)
     rotary_buffers = 2 * 8 * 4
-    assert counted[2]["weights"] == planned.weights_bytes + rotary_buffers
+    assert counted[2]["weights"] == weights_bytes + rotary_buffers
 
 
 def test_every_phase_grows_in_a_straight_line_with_depth(counted: dict[int, dict[str, int]]) -> None:

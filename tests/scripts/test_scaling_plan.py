@@ -12,24 +12,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # scripts import their neighbours
 
 import rehearse
-from memory_plan import memory_plan
 from scaling_plan import (
     CLUSTERS,
     GIB,
     MODELS,
     RESERVED_BYTES,
     ROW_STEP,
-    FrozenBytes,
-    frozen_bytes,
     gather_bytes,
     longest_row,
     rank_plan,
     reduce_bytes,
 )
 
-from qlora_train.config import ModelSection, QuantizationSection
-from qlora_train.kernels.fused_mlp import CheckpointingLevel
+from qlora_train.config import LoraSection, ModelSection, QuantizationSection
+from qlora_train.kernels.checkpointing_levels import CheckpointingLevel
 from qlora_train.models import LoadedModel, load_model
+from qlora_train.planning.run_plan import model_shapes
+from qlora_train.planning.shard_bytes import FrozenBytes, frozen_bytes
 from tests.support.counted_collectives import gathered_bytes, summed_bytes
 from tests.support.runs import make_config
 from tests.support.workers import run_workers
@@ -47,9 +46,7 @@ def loaded(pico_llama: Path) -> LoadedModel:
 def planned(base: Path) -> FrozenBytes:
     """Return the frozen bytes of a base with an output head of its own."""
     config_json = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    plan = memory_plan(config_json, r=4, tokens=64)
-    root_numel = 2 * config_json["hidden_size"] * config_json["vocab_size"]
-    return frozen_bytes(plan, num_layers=config_json["num_hidden_layers"], root_numel=root_numel)
+    return frozen_bytes(model_shapes(config_json, LoraSection()))
 
 
 def test_frozen_bytes_are_those_of_a_loaded_model(loaded: LoadedModel, pico_llama: Path) -> None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora_train.adapters import trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.evaluation.objective_table import make_objective
-from qlora_train.kernels.fused_mlp import CheckpointingLevel
+from qlora_train.kernels.checkpointing_levels import CheckpointingLevel
 from qlora_train.kernels.install import install
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.parallel import context

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qlora_train.adapters import AdaptedModel, attach_adapter, trainable_state
 from qlora_train.data.types import Example
 from qlora_train.evaluation.held_out_loss import held_out_loss
+from qlora_train.kernels.checkpointing_levels import LEVELS
 from qlora_train.kernels.expert_weights import ExpertWeights, quantized_experts
 from qlora_train.kernels.frozen_weight import packed_weight
 from qlora_train.kernels.fsdp_units import gathering_modules, local_tensor
@@ -22,7 +23,7 @@ from qlora_train.models.moe import stacks
 from qlora_train.models.shard_base import decoder_layers
 from qlora_train.objectives.label_losses import label_losses, supports_chunking
 from qlora_train.parallel import context
-from qlora_train.training.memory.activation_checkpointing import LEVELS, LayerCheckpointing
+from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.parity.gradients import Gradients, compare_gradients, gradients_of
 from qlora_train.utils.errors import ConfigError, ModelError
 from tests.support.batches import BATCH

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_train.kernels import tiled
+from qlora_train.kernels.checkpointing_levels import plan_levels
 from qlora_train.kernels.install import install
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.planning.base_and_data import prepare
@@ -23,7 +24,6 @@ from qlora_train.training.memory.activation_checkpointing import (
     CheckpointingLevel,
     LayerCheckpointing,
     ignoring_weights,
-    plan_levels,
     saved_bytes,
 )
 from qlora_train.training.memory.auto_batch_size import relax_checkpointing

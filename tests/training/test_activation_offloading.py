@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qlora_train.kernels.checkpointing_levels import CheckpointingLevel
 from qlora_train.kernels.install import install
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.training.memory import activation_offloading
-from qlora_train.training.memory.activation_checkpointing import CheckpointingLevel, LayerCheckpointing
+from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.memory.activation_offloading import ActivationOffloading, Slabs
 from qlora_train.utils.errors import TrainingError, is_out_of_memory
 from tests.support.fake_cuda import IS_FAKE

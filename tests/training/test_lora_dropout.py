@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from memory_plan import memory_plan
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qlora_train.adapters import AdaptedModel
+from qlora_train.config import LoraSection
 from qlora_train.kernels import tiled
+from qlora_train.kernels.checkpointing_levels import LEVELS
 from qlora_train.kernels.install import FusedKernels, install
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.lora_linear import LoraLayers
 from qlora_train.objectives.label_losses import label_losses
-from qlora_train.training.memory.activation_checkpointing import LEVELS, LayerCheckpointing, saved_bytes
+from qlora_train.planning.activations import Computation, MicroBatch
+from qlora_train.planning.activations import saved_bytes as planned_bytes
+from qlora_train.planning.run_plan import model_shapes
+from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, saved_bytes
 from qlora_train.training.parity import gradients
 from qlora_train.training.parity.gradients import compare_gradients, gradients_of
 from tests.support.runs import adapted_model, adapter_bytes, losses, stopped_copy, train_run
@@ -141,10 +145,13 @@ def test_memory_plan_counts_the_masks(pico_llama: Path, tmp_path: Path) -> None:
     mask_bytes = kept[0] - without[0]
     hidden, inner = 64, 128
     assert mask_bytes == IDS.numel() * (3 * hidden + inner)  # read by q, k and v; o; gate and up; down
-    config_json = model.loaded.model.config.to_dict()
-    on, off = (memory_plan(config_json, r=8, tokens=IDS.numel(), dropout=dropout) for dropout in (True, False))
-    assert mask_bytes <= on.layer_bytes - off.layer_bytes <= 3 * mask_bytes
-    assert on.forward_layer_bytes - off.forward_layer_bytes == 3 * IDS.numel() * inner
+    shape = model_shapes(model.loaded.model.config.to_dict(), LoraSection(r=8))
+    batch = MicroBatch(IDS.numel(), IDS.shape[1], IDS.numel())
+    on, off = (
+        planned_bytes(shape, shape.layers[0], batch, Computation(8, has_dropout=dropout), "none")
+        for dropout in (True, False)
+    )
+    assert on - off == mask_bytes
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp"])

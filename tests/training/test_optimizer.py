@@ -9,10 +9,13 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from memory_plan import memory_plan
 
 from qlora_train.adapters import AdaptedModel, attach_adapter
+from qlora_train.config import LoraSection
 from qlora_train.models import load_model
+from qlora_train.planning.memory import optimizer_bytes, step_settings
+from qlora_train.planning.memory import trained_tensors as planned_tensors
+from qlora_train.planning.run_plan import model_shapes
 from qlora_train.runs.training_state import save_tree
 from qlora_train.training.optimizer import choose_optimizer, page_restored_state, trained_tensors
 from tests.support.fake_cuda import IS_FAKE
@@ -102,8 +105,10 @@ def test_restored_state_of_a_paged_optimizer_is_paged(monkeypatch: pytest.Monkey
     [(24 * 10**9, "adamw_torch_fused", 319_815_680), (6 * 10**9, "paged_adamw_8bit", 81_205_248)],
 )
 def test_memory_plan_counts_the_optimizer_of_the_gpu(gpu_bytes: int, name: str, state_bytes: int) -> None:
-    plan = memory_plan(LLAMA_2_7B, r=16, tokens=512, gpu_bytes=gpu_bytes)
-    assert (plan.optimizer, plan.optimizer_bytes) == (name, state_bytes)
+    model = model_shapes(LLAMA_2_7B, LoraSection())
+    settings = step_settings(model, r=16, num_tokens=512, gpu_bytes=gpu_bytes)
+    assert settings.optimizer == name
+    assert optimizer_bytes(name, planned_tensors(model, settings)) == state_bytes
 
 
 @pytest.mark.gpu

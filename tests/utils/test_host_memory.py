@@ -91,6 +91,6 @@ def test_unlimited_group_of_version_1_is_no_limit(machine: Machine) -> None:
 def test_caches_and_offloading_respect_the_limit(machine: Machine) -> None:
     machine.member("0::/")
     machine.group("", "", 8 * GIB, 7 * GIB)
-    assert dequantized_cache.budget_bytes("auto", CPU) == dequantized_cache.AUTO_SHARE * GIB
+    assert dequantized_cache.budget_bytes("auto", CPU) == dequantized_cache.CACHE_SHARE * GIB
     with pytest.raises(MemoryError, match=r"the host has 1\.1 GB left"):
         activation_offloading.Slabs(pinned=False).allocate(1)

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -26,6 +26,7 @@ from qlora_train.config.schema import QuantizationSection, RunConfig
 from qlora_train.export.merging.adapter_deltas import AdapterFile
 from qlora_train.export.merging.auxiliary_files import write_auxiliary_files
 from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
+from qlora_train.export.merging.candidate_bases import MergeBase
 from qlora_train.export.merging.meta_model import MetaModel, build_meta_model
 from qlora_train.export.merging.output_tensors import MergePlan, PlannedGroup, plan_merge
 from qlora_train.export.merging.tensor_layout import NameMapping, TensorGroup, group_tensors
@@ -36,7 +37,6 @@ from qlora_train.utils.errors import ConfigError, MergeError, listed
 
 logger = logging.getLogger(__name__)
 
-MergeBase = Literal["original", "dequantized"]
 MARKER = "merge.json"
 """In a merged folder: the merged adapters, and the kind of base of each."""
 

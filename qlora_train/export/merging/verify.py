@@ -16,9 +16,9 @@ from pathlib import Path
 from qlora_train.config.schema import ExportSection
 from qlora_train.export.fresh_process import ReloadCheck, check_in_fresh_process
 from qlora_train.export.loading_code import THIS_MODEL, merged_code
+from qlora_train.export.merging.candidate_bases import MergeBase, candidate_bases
 from qlora_train.export.merging.check_budget import bounded_reference
 from qlora_train.export.merging.merge_files import (
-    MergeBase,
     MergeReport,
     MergeSettings,
     check_output_folder,
@@ -121,21 +121,6 @@ def choose_merge_base(
         for folder in (*folders.values(), reference_folder):
             remove_folder(folder)
     return result
-
-
-def candidate_bases(
-    merge_base: str, *, stored_in_4bit: bool, load_in_4bit: bool, measured: bool
-) -> tuple[tuple[MergeBase, ...], str]:
-    """Return the kinds of base to try, the trained one first, and why `auto` tries only one."""
-    if merge_base != "auto":
-        return ("original" if merge_base == "original" else "dequantized",), ""
-    if stored_in_4bit:
-        return ("dequantized",), "the base is stored in 4 bits and has no original weights"
-    if not load_in_4bit:
-        return ("original",), "the run did not quantize"
-    if not measured:
-        return ("dequantized",), "no held-out rows to compare bases on; it is what was trained"
-    return ("dequantized", "original"), ""
 
 
 def _check_tokens(output: Path, check: ReloadCheck) -> None:

@@ -9,7 +9,7 @@ from bitsandbytes.functional import quantize_4bit
 
 from qlora_train.config.schema import QuantizationSection
 from qlora_train.export.merging.adapter_deltas import AdapterFile, ExpertLowRank, LowRank, Replace, TokenRows, Update
-from qlora_train.kernels.expert_weights import BLOCK_SIZE
+from qlora_train.kernels.block_sizes import BLOCK_SIZE
 from qlora_train.kernels.ops.dequantize import by_bitsandbytes
 
 

@@ -8,7 +8,7 @@ the layers, so that as little as possible is recomputed.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,14 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_train.config.schema import TrainSection
+from qlora_train.kernels.checkpointing_levels import LEVELS, CheckpointingLevel
 from qlora_train.kernels.fsdp_units import local_tensor
-from qlora_train.kernels.fused_mlp import CheckpointingLevel, GatedMlp
+from qlora_train.kernels.fused_mlp import GatedMlp
 from qlora_train.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-LEVELS: tuple[CheckpointingLevel, ...] = ("none", "mlp", "full")
-"""From most memory to least."""
 
 
 class LayerCheckpointing:
@@ -130,7 +128,7 @@ def choose_checkpointing(train: TrainSection, layers: LayerCheckpointing, *, on_
     return False
 
 
-# --- plan -------------------------------------------------------------------------------------------------------------
+# --- measurement ------------------------------------------------------------------------------------------------------
 
 
 def saved_bytes(
@@ -199,35 +197,3 @@ def ignoring_weights(model: nn.Module, hooks: saved_tensors_hooks) -> saved_tens
         return tensor
 
     return saved_tensors_hooks(pack, unpack)
-
-
-def plan_levels(
-    saved: Mapping[CheckpointingLevel, Sequence[int]],
-    cost: Callable[[int, CheckpointingLevel], float],
-    budget_bytes: float,
-) -> list[CheckpointingLevel]:
-    """Return the level of each layer that recomputes least within a memory budget.
-
-    Greedy in two orders: `none` for as many layers as fit, then `mlp`; or the reverse. Last layers come first: the backward
-    pass frees their memory first.
-
-    Args:
-        saved: bytes of each layer, by level.
-        cost: recomputed work of (layer index, level).
-        budget_bytes: for all layers, beyond what they save at `full`.
-    """
-    plans = [_fill_budget(saved, order, budget_bytes) for order in (("none", "mlp"), ("mlp", "none"))]
-    return min(plans, key=lambda levels: sum(cost(index, level) for index, level in enumerate(levels)))
-
-
-def _fill_budget(
-    saved: Mapping[CheckpointingLevel, Sequence[int]], order: Sequence[CheckpointingLevel], budget_bytes: float
-) -> list[CheckpointingLevel]:
-    levels: list[CheckpointingLevel] = ["full"] * len(saved["full"])
-    for level in filter(saved.__contains__, order):
-        for index in reversed(range(len(levels))):
-            more = saved[level][index] - saved[levels[index]][index]
-            if LEVELS.index(level) < LEVELS.index(levels[index]) and more <= budget_bytes:
-                levels[index] = level
-                budget_bytes -= more
-    return levels

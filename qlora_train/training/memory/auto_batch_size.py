@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from qlora_train.config import RunConfig
 from qlora_train.config.memory_fallbacks import Capabilities, as_overrides, changed_settings, next_fallback
 from qlora_train.config.schema import TrainSection
+from qlora_train.kernels.checkpointing_levels import plan_levels
 from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.parallel import context
 from qlora_train.runs import RunFolder, apply_fitted_settings, record_fitted_settings
-from qlora_train.training.memory.activation_checkpointing import plan_levels, saved_bytes
+from qlora_train.training.memory.activation_checkpointing import saved_bytes
 from qlora_train.training.memory.memory_probe import MemoryProbe, forward_worst_case, probe_memory
 from qlora_train.training.padding_free import has_raised_budget, lower_token_budget
 from qlora_train.training.qlora_trainer import QloraTrainer

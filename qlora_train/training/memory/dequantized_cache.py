@@ -8,12 +8,10 @@ import torch
 
 from qlora_train.kernels.frozen_weight import FrozenWeight
 from qlora_train.parallel import context
+from qlora_train.utils.constants import CACHE_SHARE
 from qlora_train.utils.host_memory import available_bytes
 
 logger = logging.getLogger(__name__)
-
-AUTO_SHARE = 0.25
-"""Share of a machine's free memory that `auto` uses on a CPU, for all processes of the run together."""
 
 
 def fill_cache(weights: Sequence[FrozenWeight], budget_gb: Literal["auto"] | float, device: torch.device) -> None:
@@ -39,4 +37,4 @@ def budget_bytes(budget_gb: Literal["auto"] | float, device: torch.device) -> fl
     """Return the bytes that `train.dequantized_cache_gb` allows on a device."""
     if budget_gb != "auto":
         return budget_gb * 1e9
-    return AUTO_SHARE * available_bytes() / context().local_world_size if device.type == "cpu" else 0.0
+    return CACHE_SHARE * available_bytes() / context().local_world_size if device.type == "cpu" else 0.0

@@ -1,0 +1,71 @@
+"""`qlora-train plan CONFIG`."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_train.cli.options import ConfigFile, Offline, Overrides
+from qlora_train.cli.output import print_text
+
+if TYPE_CHECKING:
+    from qlora_train.config import RunConfig
+
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Plan for a GPU of this size, such as 24GiB (default: this machine)")
+]
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    memory: Memory = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the data: rows of data.max_length")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
+    offline: Offline = False,
+) -> None:
+    """Print what a run needs: memory, disk, steps and time; loads no weights."""
+    from qlora_train.config import load_run_config
+    from qlora_train.planning.base_config import find_base_config
+    from qlora_train.planning.plan_device import plan_device
+    from qlora_train.planning.plan_text import plan_lines
+    from qlora_train.planning.run_plan import plan_run
+    from qlora_train.planning.workload import RowSizes
+    from qlora_train.utils import network
+
+    if offline:
+        network.go_offline()
+    resolved = load_run_config(config, overrides or ())
+    device = plan_device(memory)
+    base = find_base_config(resolved.model)
+    data, note = (None, "not read (--no-data)") if no_data else _data(resolved, offline=offline)
+    sizes = RowSizes.most(resolved) if data is None else RowSizes.of(resolved, data)
+    planned = plan_run(resolved, base.content, device, sizes, is_local=base.is_local)
+    if as_json:
+        print_text(json.dumps({**planned.to_json(), "config_json": base.origin, "data": note}, indent=2))
+        return
+    lines = plan_lines(planned, resolved.model.model_name_or_path, base.origin, [f"data      {note}"])
+    print_text("\n".join(lines))
+
+
+def _data(config: "RunConfig", *, offline: bool) -> tuple[Any, str]:
+    """Return the prepared data and a note; None if it, or the tokenizer, is not on this machine."""
+    from qlora_train.config.path_checks import is_local_data, is_local_model
+    from qlora_train.utils.errors import UserError
+
+    sources = (*config.data.train, *(config.data.eval if isinstance(config.data.eval, tuple) else ()))
+    if not all(is_local_data(source.path) for source in sources):
+        return None, "not read (on the Hub): rows of data.max_length tokens are assumed"
+    if not is_local_model(config.model.model_name_or_path):
+        return None, "not read (the tokenizer is on the Hub): rows of data.max_length tokens"
+    from qlora_train.cli.libraries import prepare_libraries
+
+    prepare_libraries(offline=offline)
+    from qlora_train.planning.base_and_data import inspect
+
+    try:
+        data = inspect(config, num_shown=0)
+    except UserError as error:
+        return None, f"cannot be used ({error.problems[0]})"
+    rows = "a stream" if data.num_train_rows is None else f"{data.num_train_rows:,} training rows"
+    return data, f"{rows}, {len(data.eval):,} held out"

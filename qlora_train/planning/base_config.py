@@ -1,0 +1,120 @@
+"""Find a base's config.json without weights and without torch: a local folder, a GGUF header, the Hub, or a shipped table.
+
+The table has the shape keys of well-known models, for plans without a network.
+"""
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from qlora_train.config import ModelSection
+from qlora_train.config.preflight import missing_model
+from qlora_train.utils import network
+from qlora_train.utils.errors import ModelError
+
+TABLE = "well_known_models.json"
+GGUF_KEYS = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+"""Keys of config.json and of a GGUF header."""
+GGUF_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "smollm3": "smollm3"}
+"""GGUF architectures that Transformers calls otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseConfig:
+    """The content of a config.json and where it is from."""
+
+    content: Mapping[str, Any]
+    origin: str
+    is_local: bool
+
+
+def find_base_config(model: ModelSection) -> BaseConfig:
+    """Return the config of a base; nothing but config.json is fetched.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    name = model.model_name_or_path
+    path = Path(name).expanduser()
+    where = f"model.model_name_or_path: {name}"
+    if problem := missing_model(name):
+        raise ModelError(f"model.model_name_or_path: {problem}")
+    if path.suffix == ".gguf":
+        return BaseConfig(_gguf_config(path, where), "GGUF header", True)
+    if path.is_dir():
+        return BaseConfig(_read(path / "config.json", where), "config.json", True)
+    return _hub_config(model, where)
+
+
+def _read(file: Path, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{where}: config.json cannot be read ({error}); use a folder written by save_pretrained"
+        ) from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{where}: config.json holds no mapping; use a folder written by save_pretrained")
+    return content
+
+
+def _hub_config(model: ModelSection, where: str) -> BaseConfig:
+    """Return config.json from the local cache, the shipped table while offline, or the Hub."""
+    name = model.model_name_or_path
+    if name in well_known_models() and (network.is_offline() or model.revision is None):
+        return BaseConfig(well_known_models()[name], "shipped table", False)
+    from huggingface_hub import hf_hub_download
+
+    known = ", ".join(list(well_known_models())[:4])
+    hints: dict[str | int, str] = {
+        "GatedRepoError": "the model is gated; accept its terms on its Hub page, then set HF_TOKEN",
+        "RepositoryNotFoundError": "no such repository, or a private one; check the name, or set HF_TOKEN",
+        "HFValidationError": "set a local path or a Hub id",
+        "unreachable": f"{network.unreachable_reason()}; models that are planned without it: {known}, ...",
+    }
+    with network.hub_errors(where, ModelError, hints):
+        file = hf_hub_download(name, "config.json", revision=model.revision)
+    return BaseConfig(_read(Path(file), where), "config.json", False)
+
+
+@cache
+def well_known_models() -> dict[str, dict[str, Any]]:
+    """Return the shipped table: Hub id -> the keys of config.json that determine shapes."""
+    content: dict[str, dict[str, Any]] = json.loads((files(__package__) / TABLE).read_text(encoding="utf-8"))
+    return content
+
+
+def _gguf_config(path: Path, where: str) -> dict[str, Any]:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{where} needs the package gguf; run: pip install 'qlora-train[gguf]'")
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        single = {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
+        vocab_size = len(reader.fields["tokenizer.ggml.tokens"].data)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise ModelError(f"{where} is a damaged GGUF file ({error}); download it again") from error
+    architecture = str(single.get("general.architecture"))
+    found = {key: single.get(f"{architecture}.{name}") for key, name in GGUF_KEYS.items()}
+    return {
+        "model_type": GGUF_TYPES.get(architecture, architecture),
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
+        **{key: value for key, value in found.items() if value is not None},
+    }

@@ -1,0 +1,96 @@
+"""A plan as text of at most 24 lines of 80 characters."""
+
+from collections.abc import Iterator, Sequence
+
+from qlora_train.planning.run_plan import RunPlan
+
+WIDTH = 80
+PART_LABELS = {
+    "4-bit weights": "4-bit weights",
+    "4-bit constants": "absmax and code tables",
+    "16-bit weights": "16-bit weights",
+    "adapter": "adapter, float32",
+    "gradients": "gradients, float32",
+    "gradients to compare": "gradients to compare",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "logits": "logits",
+    "workspace": "layer workspace",
+    "rounded adapter": "rounded adapter",
+    "largest tensor": "largest tensor while loading",
+    "gathered weights": "gathered weights",
+    "dequantized cache": "dequantized weight cache",
+    "runtime": "CUDA context",
+}
+"""Parts of the memory in the order of the text."""
+
+
+def plan_lines(plan: RunPlan, name: str, origin: str, notes: Sequence[str] = ()) -> list[str]:
+    """Return the lines of a plan.
+
+    Args:
+        name: of the base.
+        origin: where its config.json is from.
+        notes: further lines.
+    """
+    return [line[:WIDTH] for line in (*_facts(plan, name, origin), *_memory(plan), *_rest(plan), *notes)]
+
+
+def _facts(plan: RunPlan, name: str, origin: str) -> Iterator[str]:
+    yield f"base      {name}: {plan.model_type}, {_short(plan.model.numel)} weights ({origin})"
+    memory, work = plan.fitted.plan, plan.work
+    yield f"adapter   {_short(plan.num_trained)} trained weights, {memory.optimizer}"
+    tokens = f"{plan.fitted.batch.num_tokens:,} tokens"
+    how = "padding-free, " if plan.fitted.has_raised_budget else ""
+    yield f"batch     {tokens} at most ({how}{work.num_rows} x {work.batch.num_tokens // work.num_rows:,} by the config)"
+    if plan.num_ranks > 1:
+        yield f"processes {plan.num_ranks}, {'fsdp: each holds a part of the base' if plan.is_sharded else 'ddp'}"
+
+
+def _memory(plan: RunPlan) -> Iterator[str]:
+    peak = plan.fitted.plan.peak
+    each = " of each process" if plan.num_ranks > 1 else ""
+    yield f"memory{each}, GB, at the peak ({peak.name})"
+    for part, label in PART_LABELS.items():
+        size = peak.parts.get(part, 0)
+        if size:
+            yield f"  {_labelled(plan, part, label):<42} {size / 1e9:8.2f}"
+    device, needed = plan.device, plan.fitted.plan.needed_bytes
+    yield f"  {'peak':<42} {peak.total_bytes / 1e9:8.2f}"
+    kind = "" if device.on_gpu else "free memory of "
+    room = f"{kind}{device.name}: {device.memory_bytes / 1e9:.1f} GB"
+    if plan.fitted.fits:
+        yield f"fits      {room}"
+    else:
+        yield f"TOO LARGE {room}, needs {needed / 1e9:.1f} GB"
+
+
+def _labelled(plan: RunPlan, part: str, label: str) -> str:
+    if part == "runtime" and not plan.device.on_gpu:
+        return "kernels and allocator"
+    if part == "activations" and plan.fitted.plan.peak.name == "training step":
+        levels = plan.fitted.plan.levels
+        summary = ", ".join(f"{level} x {levels.count(level)}" for level in dict.fromkeys(levels))
+        return f"{label} (checkpointing {summary})"
+    return label
+
+
+def _rest(plan: RunPlan) -> Iterator[str]:
+    parts = [] if plan.disk is None else plan.disk.parts()
+    disk = [f"{name} {size / 1e9:.2f}" for name, size in parts if size >= 5e6]
+    if plan.download_bytes:
+        disk.append(f"download of the base {plan.download_bytes / 1e9:.1f}")
+    yield f"disk, GB  {', '.join(disk) or 'unknown until the number of steps is known'}"
+    work = plan.work
+    if work.num_steps is None:
+        yield "steps     unknown (no data read; see --help)"
+        return
+    tokens = "" if work.num_tokens is None else f", {_short(work.num_tokens)} tokens"
+    yield f"steps     {work.num_steps:,}{tokens}"
+
+
+def _short(number: int) -> str:
+    for least, unit in ((10**9, "B"), (10**6, "M")):
+        if number >= least:
+            return f"{number / least:.2f} {unit}"
+    return f"{number:,}"

@@ -1,0 +1,174 @@
+"""`qlora-train plan`: what it prints, and its memory beside bytes counted on fake tensors."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_train.cli.main import main
+from qlora_train.config import LoraSection, load_config
+from qlora_train.planning.activations import MicroBatch
+from qlora_train.planning.base_config import well_known_models
+from qlora_train.planning.family_shapes import family_shapes
+from qlora_train.planning.memory import CUDA_CONTEXT_BYTES, plan_memory, step_settings
+from qlora_train.planning.plan_device import parse_size, plan_device
+from qlora_train.planning.plan_text import plan_lines
+from qlora_train.planning.run_plan import RunPlan, plan_run
+from qlora_train.planning.workload import RowSizes
+from qlora_train.utils.errors import ConfigError
+from tests.config.test_shipped_yaml import MODELS
+
+ROOT = Path(__file__).parents[2]
+COUNTED = json.loads((ROOT / "benchmarks" / "results" / "memory-counted.json").read_text(encoding="utf-8"))
+BASES = {
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf", "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+}  # fmt: skip
+SHIPPED = [
+    path
+    for path in sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("recipes/*.yaml")])
+    if load_config(path).model.model_name_or_path in well_known_models()
+]
+
+
+def planned(path: Path, memory: str, *overrides: str) -> RunPlan:
+    config = load_config(path, overrides)
+    base = well_known_models()[config.model.model_name_or_path]
+    return plan_run(config, base, plan_device(memory), RowSizes.most(config), is_local=False)
+
+
+# --- memory beside fake tensors ---------------------------------------------------------------------------------------
+
+
+def counted_phases() -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the phases that a run has: it compares 4 rows with the reference."""
+    for line in COUNTED:
+        for phase in line["peak_gb"]:
+            if phase.startswith(("parity check, 4 ", "evaluation", "memory probe")):
+                yield line, phase
+
+
+def planned_phase(line: dict[str, Any], phase: str) -> float:
+    """Return the planned bytes of a counted phase, without the CUDA context."""
+    model = family_shapes(MODELS[BASES[line["model"]]], LoraSection(r=line["rank"]))
+    assert model is not None
+    tokens = line["tokens"]
+    settings = step_settings(
+        model, r=line["rank"], num_tokens=tokens, fused_kernels="reference" not in phase,
+        accumulates=phase.endswith("accumulation 2"),
+    )  # fmt: skip
+    if phase.startswith("parity"):
+        num_rows = int(phase.split(", ")[1].split(" x", maxsplit=1)[0])
+        settings = replace(settings, batch=MicroBatch(128, 128, 128), rows=num_rows)
+    plan = plan_memory(model, replace(settings, eval_batch=MicroBatch(tokens, tokens, tokens)))
+    names = {"parity": "parity check", "evaluation": "evaluation", "memory": "training step"}
+    name = next(moment for start, moment in names.items() if phase.startswith(start))
+    peak = max((moment for moment in plan.moments if moment.name == name), key=lambda moment: moment.total_bytes)
+    uncounted = CUDA_CONTEXT_BYTES + (peak.parts["optimizer"] if name == "evaluation" else 0)
+    return peak.total_bytes - uncounted
+
+
+@pytest.mark.parametrize(("line", "phase"), counted_phases(), ids=lambda value: str(value)[:60])
+def test_plan_is_within_five_percent_of_fake_tensors_and_not_below(line: dict[str, Any], phase: str) -> None:
+    ratio = planned_phase(line, phase) / 1e9 / line["peak_gb"][phase]
+    assert 0.99 <= ratio <= 1.05
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("memory", ["8GiB", "24GiB"])
+def test_every_shipped_config_is_planned_on_one_screen(path: Path, memory: str) -> None:
+    plan = planned(path, memory)
+    lines = plan_lines(plan, load_config(path).model.model_name_or_path, "shipped table", ["data      not read"])
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert plan.fitted.fits == (plan.fitted.least_bytes <= plan.device.usable_bytes)
+    assert sum(plan.to_json()["parts"].values()) == plan.to_json()["peak_bytes"]
+
+
+def test_less_recomputation_takes_the_memory_that_is_spare() -> None:
+    path = ROOT / "configs" / "llama7b.yaml"
+    peaks = [planned(path, memory).fitted for memory in ("12GiB", "24GiB", "80GiB")]
+    assert all(
+        fitted.plan.needed_bytes <= size * 2**30 * 0.95 for fitted, size in zip(peaks, (12, 24, 80), strict=True)
+    )
+    assert [set(fitted.plan.levels) for fitted in peaks][-1] == {"none"}
+    full = planned(path, "80GiB", "train.gradient_checkpointing=full").fitted
+    assert full.plan.needed_bytes < peaks[1].plan.needed_bytes < peaks[2].plan.needed_bytes
+
+
+def test_two_gpus_of_24_gb_hold_a_70b_model_in_parts_only() -> None:
+    path = ROOT / "configs" / "llama70b-2x24gb.yaml"
+    sharded = planned(path, "24GiB")
+    whole = planned(path, "24GiB", "parallel.strategy=ddp")
+    assert (sharded.num_ranks, sharded.is_sharded) == (2, True)
+    assert not whole.fitted.fits
+    assert sharded.fitted.least_bytes < 0.65 * whole.fitted.least_bytes
+
+
+def test_plan_of_a_known_family_imports_no_torch() -> None:
+    code = (
+        "import sys; from qlora_train.cli.main import main; "
+        "assert main(['plan', 'configs/llama7b.yaml', '--memory', '24GiB']) == 0; "
+        "print([name for name in ('torch', 'transformers', 'numpy', 'huggingface_hub') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_json_has_the_same_numbers_as_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", str(ROOT / "configs" / "qwen3-8b.yaml"), "--memory", "24GiB", "--no-data"]
+    assert main([*command, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert f"{plan['peak_bytes'] / 1e9:8.2f}" in text
+    assert f"{plan['num_weights'] / 1e9:.2f} B weights" in text
+    assert plan["fits"] is True
+
+
+def test_local_data_decides_steps_and_micro_batches(
+    pico_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora_train.config.writer import to_yaml
+    from tests.support.runs import make_config
+
+    file = tmp_path / "run.yaml"
+    overrides = ("train.max_steps=null", "train.num_train_epochs=2", "train.save_steps=null", "train.eval_steps=null")
+    file.write_text(to_yaml(make_config(tmp_path, pico_llama, *overrides, name="made")), encoding="utf-8")
+    assert main(["plan", str(file), "--json"]) == 0
+    with_data = json.loads(capsys.readouterr().out)
+    assert main(["plan", str(file), "--json", "--no-data"]) == 0
+    without = json.loads(capsys.readouterr().out)
+    rows = int(with_data["data"].split()[0])
+    assert with_data["num_steps"] == 2 * -(-rows // 4)
+    assert with_data["num_tokens"] > 0
+    assert with_data["micro_batch_tokens"] < without["micro_batch_tokens"] == 2 * 128
+    assert without["num_steps"] is None
+
+
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("6 GB", 6 * 10**9), ("1.5tb", 15 * 10**11)])
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert parse_size(text, "--memory") == size
+
+
+@pytest.mark.parametrize("text", ["24", "0GiB", "many", "-1GB", "24GiBs", ""])
+def test_what_is_not_a_size_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--memory: '.*' is not a size of memory; allowed: .*24GiB") as caught:
+        parse_size(text, "--memory")
+    assert "\n" not in str(caught.value)
+
+
+def test_shipped_table_has_the_published_values_and_every_shipped_base() -> None:
+    table = well_known_models()
+    assert MODELS.keys() <= table.keys(), "add a new base to planning/well_known_models.json"
+    for name, published in MODELS.items():
+        assert table[name].items() <= published.items()
+        assert family_shapes(table[name], LoraSection()) == family_shapes(published, LoraSection())
