@@ -29,7 +29,7 @@ def plan_of(path: Path, memory: str) -> RunPlan:
 
 def main() -> None:
     """Print a line per config."""
-    print(f"{'config':28} {'rows x tokens':>14} {'least':>7}" + "".join(f" {size:>7}" for size in SIZES) + "  (GB)")
+    print(f"{'config':34} {'rows x tokens':>14} {'least':>7}" + "".join(f" {size:>7}" for size in SIZES) + "  (GB)")
     for path in sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("recipes/*.yaml")]):
         config = load_config(path)
         if config.model.model_name_or_path not in well_known_models():
@@ -38,7 +38,7 @@ def main() -> None:
         rows, length = config.train.per_device_train_batch_size, config.data.max_length
         peaks = [f"{plan.fitted.plan.needed_bytes / 1e9:7.1f}" if plan.fitted.fits else f"{'-':>7}" for plan in plans]
         least = min(plan.fitted.least_bytes for plan in plans)
-        print(f"{path.relative_to(ROOT)!s:28} {f'{rows} x {length}':>14} {least / 1e9:7.1f} {' '.join(peaks)}")
+        print(f"{path.relative_to(ROOT)!s:34} {f'{rows} x {length}':>14} {least / 1e9:7.1f} {' '.join(peaks)}")
 
 
 if __name__ == "__main__":

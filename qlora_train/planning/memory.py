@@ -232,12 +232,13 @@ def _held(model: ModelShape, settings: MemorySettings, *, steps: bool) -> dict[s
 
 
 def _loading(model: ModelShape, settings: MemorySettings) -> Moment:
-    """The base is loaded a tensor at a time: the largest is in 16 bits twice while it is quantized."""
-    linears = [linear.numel for linear in model.linears()]
+    """The base is loaded a tensor at a time: the largest one in 4 bits is whole while its matrices are quantized."""
     stacks = [experts.count * experts.matrix_numel for experts in model.experts()]
-    largest = max([*linears, *stacks, model.embedding_numel])
-    held = _held(model, settings, steps=False)
-    return Moment("loading", {**held, "largest tensor": 2 * settings.how.compute_bytes * largest})
+    matrices = [*(linear.numel for linear in model.linears()), *(experts.matrix_numel for experts in model.experts())]
+    largest = settings.how.compute_bytes * max([*matrices, *stacks], default=0)
+    if not settings.on_gpu:  # bitsandbytes quantizes in float32 there
+        largest += FLOAT32_BYTES * max(matrices, default=0)
+    return Moment("loading", {**_held(model, settings, steps=False), "largest tensor": largest})
 
 
 def _parity_checks(model: ModelShape, settings: MemorySettings) -> list[Moment]:
