@@ -80,7 +80,7 @@ def _lines(problems: Sequence[Problem]) -> list[str]:
 
 def _read_file(path: Path) -> tuple[Node, list[Problem]]:
     """Return the tree of the file and the problems inside; raise if the file is unreadable as a whole."""
-    text = _decode(path, _read_bytes(path))
+    text = read_text(path)
     root, problems = read_yaml(text, lambda line: SourceLocation(str(path), line))
     if secrets := list(_secrets_in(root)):
         raise ConfigError(_lines(secrets))
@@ -94,6 +94,15 @@ def _read_file(path: Path) -> tuple[Node, list[Problem]]:
             f"{root.location}: not a mapping (found {found_value(root.plain())}); sections are {sections}"
         )
     return root, problems
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a config.
+
+    Raises:
+        ConfigError: no such file, not readable, too large, or not UTF-8.
+    """
+    return _decode(path, _read_bytes(path))
 
 
 def _read_bytes(path: Path) -> bytes:

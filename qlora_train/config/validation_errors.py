@@ -18,10 +18,11 @@ from qlora_train.config.allowed_values import (
     valid_keys,
 )
 from qlora_train.config.other_trainers.key_hints import key_hint, pattern_hint
+from qlora_train.config.other_trainers.recognition import is_clearly_of, recognise
 from qlora_train.config.schema import RunConfig
 from qlora_train.config.source_location import Problem, SourceLocation, found_value
 from qlora_train.config.yaml_reader import Node, core_scalar
-from qlora_train.utils.errors import nearest_names, num_edits
+from qlora_train.utils.errors import listed, nearest_names, num_edits
 
 RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 LENGTH_ERRORS = {"too_short", "string_too_short"}
@@ -46,7 +47,9 @@ class NodeErrors:
 
 
 def problems_of(error: ValidationError, root: Node) -> list[Problem]:
-    """Return one problem per YAML node of the tree `root` that has errors."""
+    """Return one problem per YAML node of the tree `root` that has errors, or one if it is another trainer's config."""
+    if theirs := _other_trainers_config(root):
+        return [theirs]
     by_path: dict[Path, NodeErrors] = {}
     errors = error.errors(include_url=False)
     for details in errors[:MAX_ERRORS]:
@@ -64,6 +67,16 @@ def problems_of(error: ValidationError, root: Node) -> list[Problem]:
     if len(errors) > MAX_ERRORS:
         problems.append(Problem(root.location, "", f"and {len(errors) - MAX_ERRORS} more problems, not listed"))
     return problems
+
+
+def _other_trainers_config(root: Node) -> Problem | None:
+    config = root.plain()
+    found = recognise(config)
+    if len(found) != 1 or not is_clearly_of(found[0], config):
+        return None
+    keys = listed([key for key in config if found[0].mapping_of(key)], 3)
+    command = f"qlora-train convert {root.location.source} -o FILE.yaml"
+    return Problem(root.location, "", f"a config of {found[0].title} (keys {keys}); convert it: {command}")
 
 
 def path_name(path: Path) -> str:

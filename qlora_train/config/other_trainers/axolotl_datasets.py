@@ -1,9 +1,10 @@
 """Keys of Axolotl's `datasets`, `test_datasets` and `pretraining_dataset`, and the prompt strategies they name."""
 
-from pathlib import Path
 from typing import Any
 
+from qlora_train.config.other_trainers.data_set_values import data_files, path_or_loader, split
 from qlora_train.config.other_trainers.key_mapping import (
+    Convert,
     Found,
     KeyMapping,
     Lost,
@@ -15,8 +16,6 @@ from qlora_train.config.other_trainers.key_mapping import (
 )
 from qlora_train.config.other_trainers.value_conversions import is_on, names, number, only
 
-LOADERS = ("json", "csv", "parquet", "arrow", "text")
-"""Words of `path` or `ds_type` that name a kind of file."""
 SFT_TYPES = {
     "sharegpt": "conversations", "completion": "text", "pretrain": "text", "context_qa": "question_answer",
     "alpaca_chat.load_qa": "question_answer", "alpaca": "alpaca", "alpaca_chat": "alpaca", "alpaca_w_system": "alpaca",
@@ -48,8 +47,8 @@ def source_keys() -> dict[str, KeyMapping]:
 
 def _rows(ours: str) -> dict[str, KeyMapping]:
     return {
-        "path": to(f"{ours}.path", _path),
-        "data_files": to(f"{ours}.path", _data_files),
+        "path": to(f"{ours}.path", path_or_loader()),
+        "data_files": to(f"{ours}.path", data_files("path")),
         "ds_type": unneeded("a file's suffix names its kind"),
         "name": to(f"{ours}.subset"),
         "split": to(f"{ours}.split", split),
@@ -70,12 +69,12 @@ def _rows(ours: str) -> dict[str, KeyMapping]:
         "field_chosen": to(f"{ours}.columns.chosen"),
         "field_rejected": to(f"{ours}.columns.rejected"),
         "type.field_system": to(f"{ours}.columns.system"),
-        "type.field_instruction": to(f"{ours}.columns.instruction"),
-        "type.field_input": to(f"{ours}.columns.input"),
-        "type.field_output": to(f"{ours}.columns.output"),
-        "type.field_prompt": to(f"{ours}.columns.prompt"),
-        "type.field_chosen": to(f"{ours}.columns.chosen"),
-        "type.field_rejected": to(f"{ours}.columns.rejected"),
+        "type.field_instruction": to(f"{ours}.columns.instruction", _column("alpaca", "instruction")),
+        "type.field_input": to(f"{ours}.columns.input", _column("alpaca", "input")),
+        "type.field_output": to(f"{ours}.columns.output", _column("alpaca", "output")),
+        "type.field_prompt": to(f"{ours}.columns.prompt", _column("preference", "prompt")),
+        "type.field_chosen": to(f"{ours}.columns.chosen", _column("preference", "chosen")),
+        "type.field_rejected": to(f"{ours}.columns.rejected", _column("preference", "rejected")),
         "type.system_prompt": lost("rows have it in a column system"),
         "type.*": lost("rows are rendered by the chat template; for other text write prompt and completion columns"),
         "roles_to_train": to(
@@ -99,27 +98,9 @@ def _rows(ours: str) -> dict[str, KeyMapping]:
     }  # fmt: skip
 
 
-def split(found: Found) -> Any:
-    """Return a split without a slice, which is not read."""
-    name, bracket, part = str(found.value).partition("[")
-    if not bracket:
-        return name
-    return Settings({"[].split": name}, f"all of {name}, without the slice [{part}: num_rows takes an exact number")
-
-
-def _path(found: Found) -> Any:
-    if str(found.value) in LOADERS and "data_files" in found.beside:
-        return Unneeded("data_files names the files")
-    return found.value
-
-
-def _data_files(found: Found) -> Any:
-    files, path = names(found.value), str(found.beside.get("path", ""))
-    if path in (*LOADERS, ""):
-        return files
-    if Path(path).is_dir():
-        return Settings({"[].path": [str(Path(path) / name) for name in files]})
-    return Lost("one file of a data set on the Hub cannot be named; fetch it and give its path", todo=True)
+def _column(form: str, name: str) -> Convert:
+    """A `type` with columns of its own is a format of ours with renamed columns."""
+    return lambda found: Settings({"[].format": form, f"[].columns.{name}": found.value})
 
 
 def _shards(found: Found) -> Any:

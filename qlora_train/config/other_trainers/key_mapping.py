@@ -14,11 +14,13 @@ class Found:
         value: its value.
         beside: the mapping that holds it, for example one data set of a list.
         config: the whole config, as the trainer reads it.
+        around: the mapping that holds `beside`.
     """
 
     value: Any
     beside: Mapping[str, Any]
     config: Mapping[str, Any]
+    around: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,29 @@ class KeyMapping:
         setting: ours, or empty if there is none. `data.train[].format` is a key of one source.
         convert: changes the value; it is the same if unset.
         note: how the setting's meaning differs; without a setting, why there is none.
+        remark: what a user should know who writes the setting by hand.
         needed: False if nothing is lost without a setting.
     """
 
     setting: str = ""
     convert: Convert | None = None
     note: str = ""
+    remark: str = ""
     needed: bool = True
 
     def hint(self) -> str:
         """Return the answer for an error about the key."""
         if not self.setting:
             return f"{'not supported' if self.needed else 'not needed'}: {self.note}"
-        setting = self.setting.partition("[0]")[0]
-        return f"here it is {setting}{f' ({self.note})' if self.note else ''}"
+        setting, note = self.setting.partition("[0]")[0], self.note or self.remark
+        return f"here it is {setting}{f' ({note})' if note else ''}"
 
 
-def to(setting: str, convert: Convert | Lost | Unneeded | None = None, note: str = "") -> KeyMapping:
+def to(
+    setting: str, convert: Convert | Lost | Unneeded | None = None, note: str = "", *, remark: str = ""
+) -> KeyMapping:
     """Return the row of a key that a setting of ours replaces, perhaps with another value, or without the value."""
-    return KeyMapping(setting, convert if convert is None or callable(convert) else lambda _: convert, note)
+    return KeyMapping(setting, convert if convert is None or callable(convert) else lambda _: convert, note, remark)
 
 
 def lost(reason: str) -> KeyMapping:
@@ -100,6 +106,7 @@ class OtherTrainer:
         title: as people write it.
         keys: their dotted keys, `[]` for an item of a list, or patterns with `*`, and what each is here.
         defaults: settings of ours with the value that the trainer has where its config is silent, or a function of it.
+        absent: keys without which the trainer does something else than LoRA, and what to do then.
         programs: words of its command lines.
     """
 
@@ -107,6 +114,7 @@ class OtherTrainer:
     title: str
     keys: Mapping[str, KeyMapping]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
 
     def mapping_of(self, key: str) -> KeyMapping | None:

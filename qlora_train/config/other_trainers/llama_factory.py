@@ -91,7 +91,7 @@ LLAMA_FACTORY = OtherTrainer(
     defaults=shared.TRAINING_DEFAULTS | {
         "lora.r": 8, "lora.lora_alpha": _default_alpha, "quantization.load_in_4bit": False, "data.overflow": "truncate",
     },
-    keys=dict(shared.TRAINING_ARGUMENTS) | {
+    keys=dict(shared.TRAINING_ARGUMENTS) | dict(shared.LAUNCHER) | {
         "model_name_or_path": to("model.model_name_or_path"),
         "model_revision": to("model.revision"),
         "adapter_name_or_path": to("lora.adapter_path"),
@@ -121,7 +121,7 @@ LLAMA_FACTORY = OtherTrainer(
         "train_from_scratch": lost("a pre-trained base is fine-tuned"),
         "compute_dtype": to("quantization.bnb_4bit_compute_dtype"),
         "model_max_length": to("data.max_length"),
-        "quantization_bit": to("quantization.load_in_4bit", _bits, "4 bits is true"),
+        "quantization_bit": to("quantization.load_in_4bit", _bits, remark="4 bits is true"),
         "quantization_type": to("quantization.bnb_4bit_quant_type"),
         "double_quantization": to("quantization.bnb_4bit_use_double_quant", flag),
         "quantization_method": to("quantization.load_in_4bit", only(
@@ -135,7 +135,7 @@ LLAMA_FACTORY = OtherTrainer(
         "lora_rank": to("lora.r"),
         "lora_alpha": to("lora.lora_alpha"),
         "lora_dropout": to("lora.lora_dropout"),
-        "lora_target": to("lora.target_modules", _targets, "`all` is all-linear"),
+        "lora_target": to("lora.target_modules", _targets, remark="`all` is all-linear"),
         "additional_target": to("lora.modules_to_save", lambda found: names(found.value)),
         "use_rslora": to("lora.use_rslora", flag),
         "use_dora": to("lora.use_dora", flag),
@@ -164,10 +164,10 @@ LLAMA_FACTORY = OtherTrainer(
         "asft_alpha": lost("the loss is the mean negative log-likelihood of the label tokens"),
         "eaft_alpha": lost("the loss is the mean negative log-likelihood of the label tokens"),
         "pref_beta": to("train.beta", _for_pairs),
-        "pref_loss": to("train.objective", _pref_loss, "sigmoid is dpo"),
+        "pref_loss": to("train.objective", _pref_loss, remark="sigmoid is dpo"),
         "pref_ftx": lost("no supervised loss is added to a preference objective"),
         "pref_bco_weight": lost("no other loss is added to a preference objective"),
-        "dpo_label_smoothing": to("train.label_smoothing", if_positive, "for train.objective: robust"),
+        "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
         "ld_alpha": lost("train.objective has no other options"),
         "kto_*": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
         "simpo_gamma": lost("SimPO is not available; train.beta is the setting of dpo"),
@@ -208,7 +208,7 @@ LLAMA_FACTORY = OtherTrainer(
         "preserve_thinking": unneeded("the chat template decides which reasoning it writes"),
         "data_shared_file_system": unneeded("one process tokenises, the others read its cache"),
         "disable_shuffling": lost("rows are shuffled by run.seed"),
-        "early_stopping_steps": to("train.early_stopping_patience", if_positive, "in evaluations"),
+        "early_stopping_steps": to("train.early_stopping_patience", if_positive, remark="in evaluations"),
         "plot_loss": unneeded("metrics.jsonl has every step; qlora-train report draws it"),
         "compute_accuracy": lost("answers are compared by: qlora-train eval RUN"),
         "include_effective_tokens_per_second": unneeded("tokens per second are in the log"),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qlora_train.config.other_trainers import transformers_arguments as shared
-from qlora_train.config.other_trainers.axolotl_datasets import split
+from qlora_train.config.other_trainers.data_set_values import data_files, path_or_loader, split
 from qlora_train.config.other_trainers.key_mapping import (
     Found,
     KeyMapping,
@@ -49,7 +49,6 @@ DATA_SETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Builders of data sets -> the source that they read unless told otherwise."""
 TRAINS_ON_INPUT = ("alpaca_dataset", "alpaca_cleaned_dataset")
-LOADERS = ("json", "csv", "parquet", "arrow", "text")
 COLUMNS = {"input": "question", "output": "answer", "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 ALPACA_COLUMNS = {"instruction": "instruction", "input": "input", "output": "output"}
 PROFILER = "no profile is recorded"
@@ -93,12 +92,6 @@ def _data_set(found: Found) -> Any:
     return Settings(values)
 
 
-def _source(found: Found) -> Any:
-    if found.value in LOADERS and "data_files" in found.beside:
-        return Unneeded("data_files names the files")
-    return found.value
-
-
 def _style(found: Found) -> Any:
     return only({"sharegpt": "conversations", "openai": "messages"}, "turns are messages, or conversations")(found)
 
@@ -110,7 +103,7 @@ def _conversation_column(found: Found) -> Any:
 
 def _column(name: str) -> KeyMapping:
     def convert(found: Found) -> Any:
-        whole = str(found.config.get("dataset", {}).get("_component_", ""))
+        whole = str(found.around.get("_component_", ""))
         ours = (ALPACA_COLUMNS if "alpaca" in whole else COLUMNS).get(name, name)
         return (
             Settings({f"[].columns.{ours}": found.value}) if found.value != ours else Unneeded("it is the format's own")
@@ -125,8 +118,8 @@ def _rows(data: str, ours: str) -> dict[str, KeyMapping]:
     }
     return columns | {
         f"{data}._component_": to(f"{ours}[].path", _data_set),
-        f"{data}.source": to(f"{ours}[].path", _source),
-        f"{data}.data_files": to(f"{ours}[].path", lambda found: names(found.value)),
+        f"{data}.source": to(f"{ours}[].path", path_or_loader()),
+        f"{data}.data_files": to(f"{ours}[].path", data_files("source")),
         f"{data}.subset": to(f"{ours}[].subset"),
         f"{data}.name": to(f"{ours}[].subset"),
         f"{data}.split": to(f"{ours}[].split", split),
@@ -202,35 +195,35 @@ TORCHTUNE = OtherTrainer(
         "train.weight_decay": 0.01, "train.optim": "adamw_torch",
         "train.lr_scheduler_type": lambda config: None if "lr_scheduler" in config else "constant",
     },
-    keys=_rows("dataset[]", "data.train") | _rows("dataset", "data.train") | {
+    keys=dict(shared.LAUNCHER) | _rows("dataset[]", "data.train") | _rows("dataset", "data.train") | {
         "dataset": to("data.train"),
-        "model": to("model.model_name_or_path", note="a folder or Hub id; LoRA's settings are in the section lora"),
+        "model": to("model.model_name_or_path", remark="a folder or Hub id; LoRA's settings are in the section lora"),
         "tokenizer": unneeded("the base model's tokenizer files decide; max_seq_len is data.max_length"),
-        "checkpointer": to("model.model_name_or_path", note="a folder or Hub id"),
-        "lr_scheduler": to("train.lr_scheduler_type", note="num_warmup_steps is train.warmup_ratio"),
+        "checkpointer": to("model.model_name_or_path", remark="a folder or Hub id"),
+        "lr_scheduler": to("train.lr_scheduler_type", remark="num_warmup_steps is train.warmup_ratio"),
         "loss": to("train.objective"),
         "metric_logger": to("run.report_to"),
         "profiler": unneeded(PROFILER),
         "dataset_val": to("data.eval"),
-        "optimizer": to("train.optim", note="lr is train.learning_rate"),
+        "optimizer": to("train.optim", remark="lr is train.learning_rate"),
         "model._component_": to("quantization.load_in_4bit", _model),
         "model.lora_rank": to("lora.r"),
         "model.lora_alpha": to("lora.lora_alpha"),
         "model.lora_dropout": to("lora.lora_dropout"),
-        "model.lora_attn_modules": to("lora.target_modules", _targets, "output_proj is o_proj"),
-        "model.apply_lora_to_mlp": to("lora.target_modules", _targets, "gate_proj, up_proj and down_proj"),
-        "model.apply_lora_to_output": to("lora.target_modules", _targets, "lm_head"),
+        "model.lora_attn_modules": to("lora.target_modules", _targets, remark="output_proj is o_proj"),
+        "model.apply_lora_to_mlp": to("lora.target_modules", _targets, remark="gate_proj, up_proj and down_proj"),
+        "model.apply_lora_to_output": to("lora.target_modules", _targets, remark="lm_head"),
         "model.use_dora": to("lora.use_dora", flag),
         "model.quantize_base": to("quantization.load_in_4bit", flag),
         "model.*": unneeded("config.json of the base model has its sizes"),
         "tokenizer._component_": unneeded("the base model's tokenizer files decide"),
-        "tokenizer.max_seq_len": to("data.max_length", if_positive, "unset there: no limit"),
+        "tokenizer.max_seq_len": to("data.max_length", if_positive, remark="unset there: no limit"),
         "tokenizer.prompt_template": to("model.chat_template", Lost("give a name, or a Jinja file")),
         "tokenizer.path": unneeded("the base model's tokenizer files decide"),
         "tokenizer.merges_file": unneeded("the base model's tokenizer files decide"),
         "tokenizer.*": unneeded("the base model's tokenizer files decide"),
         "checkpointer._component_": to("model.model_name_or_path", _checkpoint_format),
-        "checkpointer.checkpoint_dir": to("model.model_name_or_path", note="a folder with config.json, or a Hub id"),
+        "checkpointer.checkpoint_dir": to("model.model_name_or_path", remark="a folder with config.json, or a Hub id"),
         "checkpointer.output_dir": unneeded("run.output_dir has everything of a run"),
         "checkpointer.adapter_checkpoint": to("lora.adapter_path", Lost("lora.adapter_path is a folder of PEFT")),
         "checkpointer.*": unneeded(CLASS_OF_WEIGHTS),
@@ -262,7 +255,7 @@ TORCHTUNE = OtherTrainer(
         "lr_scheduler.*": lost("the schedules have no options here"),
         "loss._component_": to("train.objective", _loss),
         "loss.beta": to("train.beta"),
-        "loss.label_smoothing": to("train.label_smoothing", if_positive, "for train.objective: robust"),
+        "loss.label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
         "loss.loss_type": to("train.objective", trl_loss),
         "loss.*": unneeded("the loss is always computed in chunks"),
         "epochs": to("train.num_train_epochs"),

@@ -31,6 +31,7 @@ NO_CONTEXT_PARALLEL = (
 NO_TENSOR_PARALLEL = "no layer is computed by several GPUs; remove it: parallel.strategy divides the rows"
 NO_FP8 = "no training in float8; remove it: quantization.bnb_4bit_compute_dtype sets the compute dtype"
 NO_8_BIT = "the base is stored in 4 bits, or in 16 with quantization.load_in_4bit: false"
+CLUSTER = "several machines are started by torchrun, srun or Ray: see docs/scaling.md"
 HUB_UPLOAD = "a finished run is uploaded by: qlora-train export RUN --push OWNER/NAME"
 FUSED = "train.fused_kernels has its own, checked against the reference"
 NO_ONLINE = "answers are not sampled while training; TRL's trainers do that"
@@ -139,6 +140,18 @@ TRAINING_ARGUMENTS: Mapping[str, KeyMapping] = {
     "hub_token": lost("secrets come from the environment only: set HF_TOKEN"),
     "hf_token": lost("secrets come from the environment only: set HF_TOKEN"),
 }
+LAUNCHER: Mapping[str, KeyMapping] = {
+    "CUDA_VISIBLE_DEVICES": unneeded("set it in the environment, as there"),
+    "PYTORCH_*": unneeded("set it in the environment, as there"),
+    "NPROC_PER_NODE": to("parallel.processes"),
+    "nproc_per_node": to("parallel.processes"),
+    "num_processes": to("parallel.processes"),
+    "NNODES": lost(CLUSTER),
+    "nnodes": lost(CLUSTER),
+    "num_machines": lost(CLUSTER),
+    "config": lost("a command's own config file is not read: convert that file, and add these options to the result"),
+}
+"""Options of torchrun and accelerate, and variables, that stand before a trainer's command."""
 TRAINING_DEFAULTS = {
     "train.per_device_train_batch_size": 8, "train.gradient_accumulation_steps": 1, "train.learning_rate": 5e-5,
     "train.num_train_epochs": 3.0, "train.lr_scheduler_type": "linear", "train.warmup_ratio": 0.0,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from qlora_train.config.other_trainers import transformers_arguments as shared
-from qlora_train.config.other_trainers.axolotl_datasets import split
+from qlora_train.config.other_trainers.data_set_values import data_files, path_or_loader, split
 from qlora_train.config.other_trainers.key_mapping import (
     Found,
     Lost,
@@ -19,6 +19,8 @@ from qlora_train.config.other_trainers.value_conversions import (
     constant,
     dtype,
     flag,
+    four_bits,
+    four_instead_of_eight_bits,
     if_positive,
     is_on,
     names,
@@ -81,13 +83,14 @@ TRL = OtherTrainer(
     name="trl",
     title="TRL",
     programs=("trl", "sft.py", "dpo.py"),
+    absent={"use_peft": "whole weights are trained there; here LoRA: check train.learning_rate and lora.r"},
     defaults=shared.TRAINING_DEFAULTS | {
         "train.learning_rate": lambda config: 1e-6 if _is_dpo(config) else 2e-5, "lora.lora_dropout": 0.05,
-        "quantization.load_in_4bit": False, "quantization.bnb_4bit_use_double_quant": False,
+        "quantization.load_in_4bit": four_instead_of_eight_bits, "quantization.bnb_4bit_use_double_quant": False,
         "data.max_length": 1024, "data.overflow": "truncate",
         "train.objective": lambda config: "dpo" if _is_dpo(config) else "sft",
     },
-    keys=dict(shared.TRAINING_ARGUMENTS) | {
+    keys=dict(shared.TRAINING_ARGUMENTS) | dict(shared.LAUNCHER) | {
         "model_name_or_path": to("model.model_name_or_path"),
         "model_revision": to("model.revision"),
         "trust_remote_code": to("model.trust_remote_code", flag, "a Hub model needs model.revision too"),
@@ -106,7 +109,7 @@ TRL = OtherTrainer(
         "lora_task_type": unneeded("a causal language model is trained"),
         "use_rslora": to("lora.use_rslora", flag),
         "use_dora": to("lora.use_dora", flag),
-        "load_in_4bit": to("quantization.load_in_4bit", flag),
+        "load_in_4bit": to("quantization.load_in_4bit", four_bits),
         "load_in_8bit": lost(shared.NO_8_BIT),
         "bnb_4bit_quant_type": to("quantization.bnb_4bit_quant_type"),
         "use_bnb_nested_quant": to("quantization.bnb_4bit_use_double_quant", flag),
@@ -119,10 +122,10 @@ TRL = OtherTrainer(
         "streaming": to("data.streaming", flag),
         "test_split_size": to("data.eval", share_of_train, "a share, chosen by a hash of each row"),
         "datasets": to("data.train"),
-        "datasets[].path": to("data.train[].path"),
+        "datasets[].path": to("data.train[].path", path_or_loader()),
         "datasets[].name": to("data.train[].subset"),
         "datasets[].split": to("data.train[].split", split),
-        "datasets[].data_files": to("data.train[].path", lambda found: names(found.value)),
+        "datasets[].data_files": to("data.train[].path", data_files("path")),
         "datasets[].data_dir": lost("a folder of a data set on the Hub cannot be named; give its files"),
         "datasets[].columns": unneeded("columns without a use are listed in the log"),
         "datasets[].fraction": to("data.train[].weight", _fraction),
@@ -150,10 +153,10 @@ TRL = OtherTrainer(
         "completion_only_loss": to("data.train_on", _completion_only),
         "assistant_only_loss": to("data.train_on", constant("assistant")),
         "activation_offloading": to("train.activation_offloading", flag),
-        "loss_type": to("train.objective", _loss, "sigmoid is dpo"),
+        "loss_type": to("train.objective", _loss, remark="sigmoid is dpo"),
         "loss_weights": lost("one objective is trained"),
         "beta": to("train.beta"),
-        "label_smoothing": to("train.label_smoothing", if_positive, "for train.objective: robust"),
+        "label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
         "disable_dropout": unneeded("lora.lora_dropout: 0 disables it"),
         "precompute_ref_*": unneeded("the reference model is the base, without the adapter"),
         "sync_ref_model": lost("the reference model stays as it is"),
@@ -171,8 +174,6 @@ TRL = OtherTrainer(
         "vllm_*": lost(shared.NO_ONLINE),
         "accelerate_config": to("parallel.strategy", only(
             {"single_gpu": "none", "multi_gpu": "ddp", "fsdp1": "fsdp", "fsdp2": "fsdp"}, shared.NO_DEEPSPEED)),
-        "num_processes": to("parallel.processes"),
-        "num_machines": lost("several machines are started by torchrun, srun or Ray: see docs/scaling.md"),
     },
 )  # fmt: skip
 

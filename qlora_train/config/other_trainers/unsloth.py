@@ -90,7 +90,7 @@ KEYS: dict[str, KeyMapping] = {
     "model": to("model.model_name_or_path"),
     "model_name": to("model.model_name_or_path"),
     "training": to("train"),
-    "logging": to("run", note="report_to is its trackers"),
+    "logging": to("run", remark="report_to is its trackers"),
     "dataset": to("data.train[0].path"),
     "local_dataset": to("data.train", lambda found: [{"path": name} for name in names(found.value)]),
     "format_type": to("data.format", only(FORMATS, "not a format here; data.format: auto recognises the columns")),
@@ -116,7 +116,7 @@ KEYS: dict[str, KeyMapping] = {
     "random_state": to("run.seed"),
     "seed": to("run.seed"),
     "packing": to("data.packing", flag),
-    "train_on_completions": to("data.train_on", _train_on, "assistant is the default"),
+    "train_on_completions": to("data.train_on", _train_on, remark="assistant is the default"),
     "gradient_checkpointing": to("train.gradient_checkpointing", checkpointing),
     "use_gradient_checkpointing": to("train.gradient_checkpointing", checkpointing),
     "lora_r": to("lora.r"),
@@ -173,7 +173,7 @@ UNSLOTH = OtherTrainer(
         "train.max_steps": lambda config: 400 if _is_script(config) else None,
         "train.gradient_checkpointing": "full",
     },
-    keys=KEYS | {
+    keys=KEYS | dict(shared.LAUNCHER) | {
         f"{section}.{key}": KEYS[key] for section, keys in SECTIONED.items() for key in keys
     },
 )  # fmt: skip

@@ -255,3 +255,15 @@ def only(allowed: Mapping[Any, Any], reason: str, *, todo: bool = False) -> Conv
         return allowed[key] if key in allowed else Lost(reason, todo=todo)
 
     return convert
+
+
+def four_bits(found: Found) -> Any:
+    """Return `load_in_4bit`, which is off beside 8 bits, for which 4 are the nearest."""
+    return is_on(found.value) or four_instead_of_eight_bits(found.config)
+
+
+def four_instead_of_eight_bits(config: Mapping[str, Any]) -> Any:
+    """Return the default of `quantization.load_in_4bit`: 16 bits, but 4 where 8 were asked for."""
+    if is_on(config.get("load_in_8bit")):
+        return Settings({"quantization.load_in_4bit": True}, "4 bits instead of 8; false is 16")
+    return False

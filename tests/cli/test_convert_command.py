@@ -1,0 +1,143 @@
+"""`qlora-train convert` on the command line: files, exit status, secrets, hostile text, and no torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_train.cli.convert_command import TRAINERS
+from qlora_train.cli.main import main
+from qlora_train.config import load_config
+from qlora_train.config.other_trainers.all_trainers import OTHER_TRAINERS
+from qlora_train.data.formats import FORMATS
+from qlora_train.data.types import Record
+
+FILES = Path(__file__).parents[1] / "files" / "other_trainers"
+SMALL = "base_model: some/model\nadapter: qlora\nload_in_4bit: true\ndatasets: [{path: rows.jsonl, type: alpaca}]\n"
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = Path("theirs.yaml")
+    path.write_text(SMALL, encoding="utf-8")
+    return path
+
+
+def test_output_is_written_with_the_list_on_standard_output(theirs, capsys) -> None:
+    theirs.write_text(SMALL + "deepspeed: zero2.json\nlora_r: 4\n")
+    assert main(["convert", str(theirs), "-o", "ours.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "theirs.yaml: a config of Axolotl; " in shown
+    assert "Not carried over (1):\n  deepspeed: zero2.json; DeepSpeed is not used" in shown
+    assert "Next: qlora-train check ours.yaml" in shown
+    assert load_config("ours.yaml").lora.r == 4
+
+
+def test_without_output_the_config_alone_is_on_standard_output(theirs, capsys) -> None:
+    assert main(["convert", str(theirs)]) == 0
+    shown = capsys.readouterr()
+    Path("ours.yaml").write_text(shown.out)
+    assert load_config("ours.yaml").model.model_name_or_path == "some/model"
+    assert "a config of Axolotl" in shown.err
+
+
+def test_an_existing_file_is_not_replaced(theirs, capsys) -> None:
+    Path("ours.yaml").write_text("mine\n")
+    assert main(["convert", str(theirs), "-o", "ours.yaml"]) == 2
+    assert capsys.readouterr().err == "ours.yaml: exists; give -o another name, or delete it\n"
+    assert Path("ours.yaml").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (SMALL, ["--from", "axolotol"], "--from axolotol: not a known trainer; allowed: "),
+        (SMALL, ["--from", "axolotol"], "did you mean axolotl?"),
+        ("some_key: 1\n", [], "has keys of no known trainer (axolotl, "),
+        ("learning_rate: 1e-4\n", [], "may be of axolotl or llamafactory or trl or unsloth or ms-swift; name the trainer"),
+        ("- a\n- b\n", [], "theirs.yaml: not a mapping of settings; give a trainer's YAML file"),
+        ("model: {model_name_or_path: a/b}\ndata: {train: x.jsonl}\n", [], "a config of qlora-train already"),
+        ("base_model: a\nbase_model: b\n", [], "theirs.yaml:2: base_model: given a second time"),
+        ("a: &x 1\nb: *x\n", [], "theirs.yaml:1: a: anchor &x is not allowed"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_converted_is_one_line(theirs, capsys, text, arguments, message) -> None:
+    theirs.write_text(text)
+    assert main(["convert", str(theirs), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_file_is_one_line(theirs, capsys) -> None:
+    assert main(["convert", "their.yaml"]) == 2
+    assert capsys.readouterr().err == "their.yaml: no such file; did you mean theirs.yaml?\n"
+
+
+def test_an_incomplete_config_is_written_and_names_what_is_missing(theirs, capsys) -> None:
+    theirs.write_text("adapter: lora\nmicro_batch_size: 2\nsequence_len: 512\n")
+    assert main(["convert", str(theirs), "-o", "ours.yaml"]) == 2
+    shown = capsys.readouterr().out
+    assert "ours.yaml: not complete: model: missing" in shown
+    assert "ours.yaml: not complete: data.train: missing" in shown
+    assert "per_device_train_batch_size: 2  # axolotl: micro_batch_size" in Path("ours.yaml").read_text()
+
+
+def test_secrets_are_neither_printed_nor_written(theirs, capsys) -> None:
+    token = "hf_" + "x" * 36
+    theirs.write_text(
+        SMALL + f"hub_token: {token}\nwandb_name: {token}\nswanlab_api_key: 12345678\ncomet_api_key: 87654321\n"
+    )
+    assert main(["convert", str(theirs), "-o", "ours.yaml"]) == 0
+    everything = capsys.readouterr().out + Path("ours.yaml").read_text()
+    assert token not in everything
+    assert "87654321" not in everything
+    assert "comet_api_key: [secret]" in everything
+
+
+def test_hostile_keys_and_values_stay_comments_on_one_line(theirs, capsys) -> None:
+    theirs.write_text(
+        SMALL
+        + json.dumps({"a\nmodel: {x: 1}": "b\nlora:\n  r: 1", "\x1b[31mred": "\x1b[2J"})[1:-1].replace(', "', '\n"')
+        + "\n"
+    )
+    assert main(["convert", str(theirs), "-o", "ours.yaml"]) == 0
+    written = Path("ours.yaml").read_text()
+    assert "\x1b" not in written + capsys.readouterr().out
+    assert load_config("ours.yaml").lora.r == 16
+
+
+def test_renamed_columns_fit_the_rows(monkeypatch, tmp_path) -> None:
+    """The format and columns of every local source read the file that the other trainer's config names."""
+    monkeypatch.chdir(FILES)
+    checked = set()
+    for trainer in OTHER_TRAINERS:
+        for path in sorted(Path(trainer).iterdir()):
+            output = tmp_path / f"{trainer}-{path.stem}.yaml"
+            assert main(["convert", str(path), "-o", str(output)]) == 0
+            data = load_config(output).data
+            for source in [*data.train, *(data.eval if isinstance(data.eval, tuple) else ())]:
+                form = source.format or data.format
+                if Path(source.path).is_file() and form != "auto":
+                    text = Path(source.path).read_text(encoding="utf-8")
+                    row = json.loads(text)[0] if text.startswith("[") else json.loads(text.splitlines()[0])
+                    columns = source.columns if source.columns is not None else data.columns
+                    assert FORMATS[form].fits(Record(source.path, row), columns), (path, source)
+                    checked.add((trainer, form))
+    assert len(checked) > 12
+    assert {form for _, form in checked} >= {"alpaca", "messages", "conversations", "preference", "text"}
+
+
+def test_help_and_conversion_import_no_torch(theirs) -> None:
+    for arguments in (["convert", "--help"], ["convert", str(theirs)]):
+        code = (
+            "import sys; from qlora_train.cli.main import main; status = main(sys.argv[1:]); "
+            "assert 'torch' not in sys.modules; sys.exit(status)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_help_names_all_trainers() -> None:
+    assert ", ".join(OTHER_TRAINERS) == TRAINERS
