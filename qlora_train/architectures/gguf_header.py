@@ -4,6 +4,7 @@ The package `gguf` reads it without loading the tensors.
 """
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from qlora_train.utils.errors import ModelError
 
 INSTEAD = "use the original safetensors model instead"
 _ABSENT = object()
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass
@@ -20,6 +22,7 @@ class GGUFHeader:
     """A header, which records what was read from it, so that nothing is lost in a conversion.
 
     Attributes:
+        files: the file, or all parts of a split one.
         tensors: the memory-mapped tensors of the `gguf` package by name.
         settings: values of the architecture's own keys, without its name.
         tokenizer: values of the keys of `tokenizer.ggml`, without vocabularies.
@@ -27,6 +30,7 @@ class GGUFHeader:
     """
 
     path: Path
+    files: tuple[Path, ...]
     architecture: str
     tensors: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -111,26 +115,49 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Read the header of a GGUF file.
+    """Read the header of a GGUF file, and of the other parts of a split one.
 
     Raises:
-        ModelError: no GGUF file, a damaged one, or no package `gguf`.
+        ModelError: no GGUF file, a damaged one, a missing part, or no package `gguf`.
     """
-    _check_file(path)
+    files = _parts(path)
+    readers = [_open(file) for file in files]
+    fields = readers[0].fields  # the first part has all settings
+    values = {key: item.contents() for key, item in fields.items() if not _is_vocabulary(key, item)}
+    architecture = str(values.get("general.architecture"))
+    return GGUFHeader(
+        path=path, files=files, architecture=architecture,
+        tensors={tensor.name: tensor for reader in readers for tensor in reader.tensors},
+        settings=_below(f"{architecture}.", values), tokenizer=_below("tokenizer.ggml.", values),
+        chat_template=values.get("tokenizer.chat_template"), _fields=fields,
+    )  # fmt: skip
+
+
+def _parts(path: Path) -> tuple[Path, ...]:
+    """Return all parts of a split file, by llama.cpp's names, or the file itself."""
+    match = _PART.fullmatch(path.name)
+    count = int(match[3]) if match else 1
+    if match is None or count == 1:
+        return (path,)
+    parts = tuple(path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1))
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ModelError(
+            f"model.model_name_or_path: {path} is a part of a split GGUF file, and {len(missing)} of {count} parts are "
+            f"missing: {missing[0]}; put all parts into one folder"
+        )
+    return parts
+
+
+def _open(file: Path) -> Any:
+    _check_file(file)
     import gguf
 
     try:
-        reader = gguf.GGUFReader(path)
-        values = {key: item.contents() for key, item in reader.fields.items() if not _is_vocabulary(key, item)}
+        return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"model.model_name_or_path: {path} is a damaged GGUF file ({error}); download it again"
+            f"model.model_name_or_path: {file} is a damaged GGUF file ({error}); download it again"
         ) from error
-    architecture = str(values.get("general.architecture"))
-    return GGUFHeader(
-        path, architecture, {tensor.name: tensor for tensor in reader.tensors}, _below(f"{architecture}.", values),
-        _below("tokenizer.ggml.", values), values.get("tokenizer.chat_template"), reader.fields,
-    )  # fmt: skip
 
 
 def _is_vocabulary(key: str, item: Any) -> bool:

@@ -4,6 +4,7 @@ A conversion is exact or refused: every setting and every tensor of the file mus
 tensors and parameters must match completely. Tensors are dequantized one at a time.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
     """Return a cached model folder with the content of a GGUF file, converting it if necessary.
 
     Args:
-        cache_dir: holds converted models by size and sha256 of their file.
+        cache_dir: holds converted models by size and sha256 of their files.
 
     Raises:
         ModelError: no GGUF file, an architecture or setting that cannot be converted exactly, or no package `gguf`.
     """
     header = read_header(path)
-    folder = cache_dir / f"{path.stem}-{path.stat().st_size}-{sha256_of(path)[:16]}"
+    size_bytes = sum(file.stat().st_size for file in header.files)
+    digests = [sha256_of(file) for file in header.files]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    folder = cache_dir / f"{path.stem}-{size_bytes}-{digest[:16]}"
     return convert_once(folder, path.name, lambda staging: _convert(header, staging))
 
 
@@ -85,8 +89,8 @@ def _check_tensors(
     if missing or unused:
         raise ModelError(
             f"model.model_name_or_path: {header.path} does not hold one whole {header.architecture} model: "
-            f"{len(missing)} tensors are missing {missing[:3]} and {len(unused)} are unmapped {unused[:3]}; use an unsplit "
-            "file, or the original safetensors model"
+            f"{len(missing)} tensors are missing {missing[:3]} and {len(unused)} are unmapped {unused[:3]}; use the "
+            "original safetensors model"
         )
     undo = LAYOUTS[config.model_type].undo
     for key, source in sources.items():

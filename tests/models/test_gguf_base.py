@@ -94,6 +94,17 @@ def test_another_file_of_the_same_name_is_another_model(pico: Callable[..., Path
     assert len(folders) == 2
 
 
+def test_parts_of_a_split_file_are_one_model(pico_llama: Path, tmp_path: Path) -> None:
+    write_gguf(pico_llama, tmp_path / "pico.gguf", part_tensors=9)
+    parts = sorted(tmp_path.glob("pico-*.gguf"))
+    assert [part.name for part in parts] == [f"pico-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for part in parts[:2]:
+        assert_equal_weights(weights(convert_gguf(part, tmp_path / "cache")), weights(pico_llama))
+    parts[2].unlink()
+    with pytest.raises(ModelError, match=r"1 of 3 parts are missing: pico-00003-of-00003\.gguf"):
+        convert_gguf(parts[0], tmp_path / "cache")
+
+
 def llama3_factors() -> Tensor:
     """What llama.cpp stores for Llama 3.1: unscaled over scaled frequencies, here from Transformers' own rope."""
     ropes = ({"rope_type": "default", "rope_theta": 500000.0}, dict(LLAMA_3_ROPE))

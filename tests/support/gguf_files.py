@@ -25,11 +25,12 @@ def write_gguf(
     extra: dict[str, Tensor] | None = None,
     leave_out: str = "",
     quantized: bool = False,
+    part_tensors: int = 0,
 ) -> Path:
-    """Write a saved pico model as GGUF, in float32 or (the matrices) Q8_0."""
+    """Write a saved pico model as GGUF, in float32 or (the matrices) Q8_0; in parts of so many tensors, if asked."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config, tokenizer = model.config, AutoTokenizer.from_pretrained(folder)
-    writer = gguf.GGUFWriter(path, config.model_type)
+    writer = gguf.GGUFWriter(path, config.model_type, split_max_tensors=part_tensors)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
