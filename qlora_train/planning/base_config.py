@@ -3,7 +3,6 @@
 The table has the shape keys of well-known models, for plans without a network.
 """
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,26 +11,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from qlora_train.architectures.gguf_configs import gguf_config
+from qlora_train.architectures.gguf_header import read_header
 from qlora_train.config import ModelSection
 from qlora_train.config.preflight import missing_model
 from qlora_train.utils import network
 from qlora_train.utils.errors import ModelError
 
 TABLE = "well_known_models.json"
-GGUF_KEYS = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-}
-"""Keys of config.json and of a GGUF header."""
-GGUF_TYPES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "smollm3": "smollm3"}
-"""GGUF architectures that Transformers calls otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +42,7 @@ def find_base_config(model: ModelSection) -> BaseConfig:
     if problem := missing_model(name):
         raise ModelError(f"model.model_name_or_path: {problem}")
     if path.suffix == ".gguf":
-        return BaseConfig(_gguf_config(path, where), "GGUF header", True)
+        return BaseConfig(gguf_config(read_header(path)), "GGUF header", True)
     if path.is_dir():
         return BaseConfig(_read(path / "config.json", where), "config.json", True)
     return _hub_config(model, where)
@@ -97,24 +84,3 @@ def well_known_models() -> dict[str, dict[str, Any]]:
     """Return the shipped table: Hub id -> the keys of config.json that determine shapes."""
     content: dict[str, dict[str, Any]] = json.loads((files(__package__) / TABLE).read_text(encoding="utf-8"))
     return content
-
-
-def _gguf_config(path: Path, where: str) -> dict[str, Any]:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"{where} needs the package gguf; run: pip install 'qlora-train[gguf]'")
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-        single = {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
-        vocab_size = len(reader.fields["tokenizer.ggml.tokens"].data)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ModelError(f"{where} is a damaged GGUF file ({error}); download it again") from error
-    architecture = str(single.get("general.architecture"))
-    found = {key: single.get(f"{architecture}.{name}") for key, name in GGUF_KEYS.items()}
-    return {
-        "model_type": GGUF_TYPES.get(architecture, architecture),
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
-        **{key: value for key, value in found.items() if value is not None},
-    }

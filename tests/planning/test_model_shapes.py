@@ -1,13 +1,17 @@
 """Shapes computed from config.json are those of Transformers' models."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_train.config import LoraSection
+from qlora_train.config import LoraSection, ModelSection
+from qlora_train.planning.base_config import find_base_config
 from qlora_train.planning.family_shapes import FAMILIES, family_shapes
 from qlora_train.planning.meta_shapes import meta_shapes, model_on_meta
 from tests.config.test_shipped_yaml import MODELS, NUM_PARAMETERS
+from tests.support.gguf_files import write_gguf
 from tests.support.pico import FAMILIES as PICO_FAMILIES
 from tests.support.pico import build_config
 
@@ -40,3 +44,13 @@ def test_published_models_have_their_number_of_parameters(name: str) -> None:
     shape = family_shapes(MODELS[name], LoraSection())
     assert shape is not None
     assert shape.numel == NUM_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_header_of_a_gguf_file_gives_the_shapes_of_its_model(
+    model_type: str, pico: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = pico(model_type)
+    file = write_gguf(folder, tmp_path / "pico.gguf")
+    configs = [find_base_config(ModelSection(model_name_or_path=str(path))).content for path in (file, folder)]
+    assert family_shapes(configs[0], LoraSection()) == family_shapes(configs[1], LoraSection())
