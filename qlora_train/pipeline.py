@@ -26,6 +26,7 @@ from qlora_train.parallel import context
 from qlora_train.planning.base_and_data import prepare
 from qlora_train.planning.disk import check_disk_space, plan_disk
 from qlora_train.planning.run_metadata import check_same_data, restore_num_threads, run_metadata
+from qlora_train.report.write_report import try_write_report
 from qlora_train.runs import RunFolder, critical_changes, record_metadata, write_json
 from qlora_train.runs.shared_run import open_shared_run
 from qlora_train.training import train
@@ -37,12 +38,13 @@ from qlora_train.utils.device import deterministic_algorithms, select_device
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
+def run(config: RunConfig, *, resume: str = "auto", command: str | None = None) -> RunFolder:
     """Train a config, or resume its run; then check the adapter and merge it if the config says so.
 
     Args:
         config: the resolved config; `run.output_dir` is set.
         resume: `auto`, `never` or the path of a checkpoint.
+        command: the command line, without secrets, for the report.
 
     Raises:
         UserError: an error the user can fix; complete files stay intact.
@@ -59,10 +61,16 @@ def run(config: RunConfig, *, resume: str = "auto") -> RunFolder:
         if context().broadcast(is_main and folder.is_finished() and not critical_changes(folder, config)):
             logger.info("%s: training has finished already; delete the folder to train again", folder.path)
         else:
+            if is_main and command is not None:
+                folder.record_command(command)
             trained = train_adapter(config, folder, checkpoint)
         context().leave()
         if is_main:
-            _check_and_merge(config, folder, *(trained or (None, None)))
+            try_write_report(folder.path)  # checks and merge may take long, or fail
+            try:
+                _check_and_merge(config, folder, *(trained or (None, None)))
+            finally:
+                try_write_report(folder.path)
     return folder
 
 

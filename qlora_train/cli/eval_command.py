@@ -45,6 +45,7 @@ def evaluate(
         refuse_unused({"--task-path": task_path, "--limit": limit, "--chat-template": chat_template}, "needs --tasks")
         prepare_libraries(offline=offline)
         from qlora_train.inference import eval_report
+        from qlora_train.report.write_report import try_write_report
 
         settings = eval_report.EvalSettings(
             models=names,
@@ -54,6 +55,7 @@ def evaluate(
             generate=not loss_only,
         )
         eval_report.evaluate(run, settings)
+        try_write_report(run)
         return
     refuse_unused(
         {"--shots": shots, "--max-new-tokens": max_new_tokens, "--loss-only": loss_only},
@@ -63,6 +65,7 @@ def evaluate(
     prepare_libraries(offline=offline)
     from qlora_train.export.finished_run import open_finished_run
     from qlora_train.inference.lm_eval import TaskSettings, check_harness, measure_tasks
+    from qlora_train.report.write_report import try_write_report
     from qlora_train.runs import run_lock
 
     check_harness()
@@ -72,3 +75,4 @@ def evaluate(
     )
     with run_lock(finished.folder):
         measure_tasks(finished, task_settings)
+    try_write_report(run)

@@ -17,5 +17,7 @@ def merge(run: RunPath, overrides: Overrides = None, device: Device = None, offl
     """Merge a run's adapter into 16-bit weights; overrides apply to the export section."""
     prepare_libraries(offline=offline)
     from qlora_train.export.merging import merge_finished_run
+    from qlora_train.report.write_report import try_write_report
 
     merge_finished_run.merge(run, overrides or (), device=device)
+    try_write_report(run)

@@ -1,6 +1,7 @@
 """`qlora-train CONFIG` and `qlora-train train CONFIG`."""
 
 import logging
+import shlex
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from qlora_train.cli.libraries import prepare_libraries
 from qlora_train.cli.options import ConfigFile, Offline, Overrides
 from qlora_train.utils import launcher
+from qlora_train.utils.secrets import redact
 
 
 def train(
@@ -37,7 +39,7 @@ def train(
     from qlora_train.pipeline import run
 
     with _joined(worker):
-        folder = run(resolved, resume=resume)
+        folder = run(resolved, resume=resume, command=redact(shlex.join(["qlora-train", *context.obj])))
     if rank == 0:
         print(f"finished: {folder.path}")
     return 0

@@ -34,5 +34,5 @@ def write_adapter(
             num_train_rows=data.num_train_rows, kind="adapter",
             loading=adapter_loading(loaded, config, folder.system_prompt()),
         )  # fmt: skip
-        folder.add_results(training=result)
+        folder.add_results(training=result, quantization=loaded.quantization_summary.to_json())
     logger.info("adapter: %s (step %d)", folder.adapter, result["taken_from_step"])

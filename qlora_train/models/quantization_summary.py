@@ -6,7 +6,8 @@ A weight matrix that silently stays in 16 bits is the most common failure of 4-b
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -48,6 +49,13 @@ class QuantizationSummary:
     def bits_per_weight(self) -> float:
         """Bits per quantized weight, with scales and without code tables."""
         return 8 * self.whole_weight_bytes / max(self.num_quantized_weights, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and what is computed from them."""
+        return {
+            **asdict(self), "quantized_share": self.quantized_share, "bits_per_weight": self.bits_per_weight,
+            "total_bytes": self.total_bytes,
+        }  # fmt: skip
 
     @property
     def total_bytes(self) -> int:

@@ -18,8 +18,8 @@ from qlora_train.export.merging.candidate_bases import candidate_bases
 ADAPTER_DTYPE_BYTES, MERGED_DTYPE_BYTES = 4, 2
 TENSOR_NAMES_BYTES = 1024
 """Per trained tensor and its optimizer state: names, shapes and offsets in JSON and in safetensors headers."""
-LOG_ENTRY_BYTES = 320
-"""Per entry of the log history in a checkpoint; most have 200 to 250."""
+LOG_ENTRY_BYTES = 400
+"""Per entry of the log history in a checkpoint; most have 280 to 330."""
 SMALL_FILES_BYTES = 64 * 1024
 """RNG state, counters, manifest, and the unused part of each file's last block."""
 MAX_STEPS_PER_SECOND = 10

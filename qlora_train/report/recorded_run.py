@@ -40,6 +40,7 @@ class RecordedRun:
         metadata: run.json.
         data: data.json.
         results: results.json.
+        commands: lines of command.txt.
         plan: plan.json.
         row_losses: row_losses.json.
         parity_checks: fused_kernels.json and padding_free.json by name.
@@ -55,6 +56,7 @@ class RecordedRun:
     metadata: JsonObject
     data: JsonObject
     results: JsonObject
+    commands: tuple[str, ...]
     plan: JsonObject
     row_losses: JsonObject
     parity_checks: dict[str, JsonObject]
@@ -103,6 +105,7 @@ def read_run(path: Path) -> RecordedRun:
         metadata=content(folder.metadata_file),
         data=content(folder.data_report_file),
         results=content(folder.results_file),
+        commands=_noting(problems, lambda: tuple(folder.commands()), ()),
         plan=content(folder.path / "plan.json"),
         row_losses=content(folder.path / "row_losses.json"),
         parity_checks={

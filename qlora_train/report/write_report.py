@@ -10,7 +10,6 @@ from qlora_train.utils import atomic_io
 
 logger = logging.getLogger(__name__)
 
-REPORT = "report.html"
 COMPARISON = "comparison.html"
 
 
@@ -21,7 +20,7 @@ def write_report(path: Path, output: Path | None = None) -> Path:
         CheckpointError: `path` is not a run folder.
     """
     run = read_run(path)
-    file = output or run.folder.path / REPORT
+    file = output or run.folder.report_file
     atomic_io.write_text(file, render_run(run))
     return file
 
@@ -38,10 +37,8 @@ def write_comparison(paths: Sequence[Path], output: Path | None = None) -> Path:
 
 
 def try_write_report(path: Path) -> None:
-    """Write the report of a run that goes on whatever happens: a failure is one warning."""
+    """Write the report of a run, which its failure must not end: it is one warning."""
     try:
-        file = write_report(path)
+        write_report(path)
     except Exception as error:
         logger.warning("report: not written (%s: %s)", type(error).__name__, error)
-    else:
-        logger.info("report: %s", file)

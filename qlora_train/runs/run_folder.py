@@ -44,6 +44,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.yaml"  # the resolved config: a run is itself a recipe
+        self.command_file = path / "command.txt"  # the commands that started and resumed it
         self.metadata_file = path / "run.json"  # base revision, data fingerprint, device, versions
         self.fitted_settings_file = path / "fit.json"  # settings of train.auto_find_batch_size
         self.num_steps_file = path / "num_steps.json"  # of train.minutes
@@ -54,6 +55,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.results_file = path / "results.json"  # training, adapter check, merge, evaluations
         self.answers_file = path / "answers.jsonl"  # generated answers of the last evaluation
+        self.report_file = path / "report.html"
         self.logs = path / "logs"  # of ranks other than 0
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # PEFT's format; written when training has finished
@@ -89,6 +91,17 @@ class RunFolder:
         """Return the model section at the Hub commit that the run began with; branches move."""
         identity = str(self.metadata().get("base_identity", ""))
         return model.model_copy(update={"revision": identity}) if COMMIT.fullmatch(identity) else model
+
+    def record_command(self, command: str) -> None:
+        """Add the command that starts or resumes the run, unless it is the last one again."""
+        if command not in self.commands()[-1:]:
+            atomic_io.append_line(self.command_file, command)
+
+    def commands(self) -> list[str]:
+        """Return the commands that started and resumed the run, the first one first."""
+        if not self.command_file.is_file():
+            return []
+        return self.command_file.read_text(encoding="utf-8", errors="replace").splitlines()
 
     def rank_log(self, rank: int) -> Path:
         """Return the log file of a rank other than 0."""

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS
 from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
+from qlora_train.training.speed_meter import PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
 from qlora_train.utils import atomic_io
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, run: RunFolder, objective_formats: Mapping[str, str]) -> None:
         self._run = run
         self._formats = {**LOG_FORMATS, **objective_formats}
-        self._metrics = (*self._formats, "eval_runtime_seconds")
+        self._metrics = (*self._formats, TOKENS_PER_SECOND, PEAK_MEMORY_BYTES, "eval_runtime_seconds")
         self._writes = context().is_main
         self._bar: Progress | None = None
         self._has_begun = False

@@ -49,6 +49,7 @@ from qlora_train.training.metric_means import MetricMeans
 from qlora_train.training.padding_free import choose_padding_free
 from qlora_train.training.replicas import SeedEachRank
 from qlora_train.training.resumable_trainer import ResumableTrainer
+from qlora_train.training.speed_meter import SpeedMeter
 from qlora_train.training.step_end import StepEndCallback, make_schedule
 from qlora_train.training.step_guard import AdvanceSkippedSchedule, NonFiniteGuard, Step
 from qlora_train.training.tracking import tracker_callbacks
@@ -103,7 +104,7 @@ class QloraTrainer(ResumableTrainer):
         self._step_loss: torch.Tensor | None = None
         self._step_tokens = self._max_micro_batches = 0
         self._micro_rows: list[torch.Tensor] = []
-        self._metric_means = MetricMeans()
+        self._metric_means, self._speed = MetricMeans(), SpeedMeter()
         self.guard = NonFiniteGuard(config.train)
         self.layer_checkpointing = layer_checkpointing or LayerCheckpointing(adapted.model, [])
         checkpoints_all = choose_checkpointing(
@@ -122,6 +123,7 @@ class QloraTrainer(ResumableTrainer):
             processing_class=adapted.loaded.tokenizer,
             callbacks=[
                 *callbacks,
+                self._speed,
                 AdvanceSkippedSchedule(),
                 SeedEachRank(config.run.seed),
                 self._step_end,
@@ -295,9 +297,9 @@ class QloraTrainer(ResumableTrainer):
         return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log metrics, with the means of the objective's metrics and of the router loss."""
+        """Log metrics, with the means of the objective's metrics and of the router loss, speed and memory."""
         if "loss" in logs:
-            logs.update(self._metric_means.take())
+            logs.update(self._metric_means.take() | self._speed.take(self.state.num_input_tokens_seen))
         super().log(logs, start_time)
 
     def _locations(self, rows: list[torch.Tensor]) -> str:

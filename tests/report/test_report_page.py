@@ -159,7 +159,8 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     write_lines(
         run.path / "samples.jsonl", [{"step": 1, "row": 0, "prompt": HOSTILE, "expected": "a", "generated": HOSTILE}]
     )
-    write_json(run.metadata_file, {"base": HOSTILE, "commands": [HOSTILE], "versions": {HOSTILE: HOSTILE}})
+    write_json(run.metadata_file, {"base": HOSTILE, "versions": {HOSTILE: HOSTILE}})
+    run.record_command(HOSTILE.encode("ascii", "replace").decode())
     html = render_run(read_run(run.path))
     page = Page.of(html).root
     assert [len(page.find(tag)) for tag in ("script", "img", "i", "b")] == [2, 0, 0, 0]
