@@ -61,9 +61,7 @@ def run(config: RunConfig, *, resume: str = "auto", command: str | None = None) 
         if context().broadcast(is_main and folder.is_finished() and not critical_changes(folder, config)):
             logger.info("%s: training has finished already; delete the folder to train again", folder.path)
         else:
-            if is_main and command is not None:
-                folder.record_command(command)
-            trained = train_adapter(config, folder, checkpoint)
+            trained = train_adapter(config, folder, checkpoint, command)
         context().leave()
         if is_main:
             try_write_report(folder.path)  # checks and merge may take long, or fail
@@ -94,7 +92,7 @@ def _check_and_merge(
 
 
 def train_adapter(
-    config: RunConfig, folder: RunFolder, checkpoint: Path | None
+    config: RunConfig, folder: RunFolder, checkpoint: Path | None, command: str | None = None
 ) -> tuple[FinishedRun, AdapterReference] | None:
     """Prepare the data, load the base, train an adapter, write and measure it; the model is freed on return.
 
@@ -110,6 +108,8 @@ def train_adapter(
     check_same_data(source, data)
     if this.is_main:
         _record_start(config, folder, source, data, device, date)
+        if command is not None:
+            folder.record_command(command)
     this.barrier()
 
     strategy = strategy_of_run(config, source, device)

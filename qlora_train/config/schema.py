@@ -432,6 +432,9 @@ class RunSection(Section):
     bitwise equal. Slower on a GPU; no effect on a CPU."""
     report_to: Annotated[tuple[TrackerName, ...], BeforeValidator(_as_trackers)] = ()
     """Trackers, one or a list, in addition to metrics.jsonl."""
+    row_losses: int = Field(256, ge=0)
+    """Training rows, and as many held-out rows, whose loss is measured after training: the report lists those that were
+    learnt least, often wrong labels. A random sample, of at most a tenth of the trained tokens. 0: none."""
     max_minutes: float | None = Field(None, gt=0, le=1e6)
     """Stop with a checkpoint and exit status 75 in time to end this many minutes after the start, for the time limit of
     a job queue; the same command resumes."""

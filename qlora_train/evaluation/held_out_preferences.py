@@ -1,4 +1,4 @@
-"""Loss, rewards and accuracy of preference pairs on held-out rows."""
+"""Loss, rewards and accuracy of preference pairs, of each and as means over held-out rows."""
 
 import math
 from collections.abc import Sequence
@@ -23,11 +23,27 @@ from qlora_train.parallel import context
 from qlora_train.utils.eval_mode import eval_mode
 
 
-@torch.no_grad()
 def evaluate_preferences(
     loss: PreferenceLoss, model: Any, pairs: Sequence[Example], *, batch_size: int, pad_token_id: int
 ) -> dict[str, float]:
-    """Return the means of `loss` and its metrics over pairs; the model's training mode is restored.
+    """Return the means of `loss` and its metrics over pairs; raises as `pair_values`."""
+    values = pair_values(loss, model, pairs, batch_size=batch_size, pad_token_id=pad_token_id)
+    return {name: math.fsum(each[name] for each in values) / len(pairs) for name in values[0]}
+
+
+def preference_losses(
+    loss: PreferenceLoss, model: Any, pairs: Sequence[Example], *, batch_size: int, pad_token_id: int
+) -> list[float]:
+    """Return the loss of each pair; raises as `pair_values`."""
+    values = pair_values(loss, model, pairs, batch_size=batch_size, pad_token_id=pad_token_id)
+    return [each["loss"] for each in values]
+
+
+@torch.no_grad()
+def pair_values(
+    loss: PreferenceLoss, model: Any, pairs: Sequence[Example], *, batch_size: int, pad_token_id: int
+) -> list[dict[str, float]]:
+    """Return `loss` and its metrics of each pair, in order; the model's training mode is restored.
 
     Raises:
         ModelError: a single pair does not fit into memory.
@@ -56,5 +72,5 @@ def evaluate_preferences(
             setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
             join=values_of if is_sharded(model) else None,
         )  # fmt: skip
-    of_pairs = [value for of_rank in context().gather(values) for value in of_rank.values()]
-    return {name: math.fsum(each[name] for each in of_pairs) / len(pairs) for name in of_pairs[0]}
+    of_pairs = {row: value for of_rank in context().gather(values) for row, value in of_rank.items()}
+    return [of_pairs[row] for row in range(len(pairs))]

@@ -22,6 +22,13 @@ class Evaluate(Protocol):
         """Return metrics by name; `loss` is the objective's own."""
 
 
+class RowLosses(Protocol):
+    """Measures the objective's loss of single rows."""
+
+    def __call__(self, model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> list[float]:
+        """Return the loss of each row."""
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
     """What a run trains.
@@ -29,17 +36,24 @@ class Objective:
     Attributes:
         loss: of a micro-batch.
         evaluate: metrics of held-out rows.
+        row_losses: loss of each row.
     """
 
     loss: LossFunction
     evaluate: Evaluate
+    row_losses: RowLosses
 
 
 def _evaluate_sft(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> dict[str, float]:
     return {"loss": held_out_loss(model, examples, batch_size=batch_size, pad_token_id=pad_token_id).loss}
 
 
-SFT = Objective(SftLoss(), _evaluate_sft)
+def _row_losses_sft(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> list[float]:
+    losses = held_out_loss(model, examples, batch_size=batch_size, pad_token_id=pad_token_id)
+    return [each.nll / max(each.num_tokens, 1) for each in losses.per_example]
+
+
+SFT = Objective(SftLoss(), _evaluate_sft, _row_losses_sft)
 
 
 def make_objective(train: TrainSection, lora: LoraSection, model: Any) -> Objective:
@@ -48,7 +62,7 @@ def make_objective(train: TrainSection, lora: LoraSection, model: Any) -> Object
     if row.dataset_type == "language_modeling":
         return SFT
     from qlora_train.adapters.reference_model import InitialAdapter, base_model
-    from qlora_train.evaluation.held_out_preferences import evaluate_preferences
+    from qlora_train.evaluation.held_out_preferences import evaluate_preferences, preference_losses
     from qlora_train.objectives.preference_loss import PreferenceLoss
 
     chosen = {name: getattr(train, name) for name in row.defaults}
@@ -56,4 +70,4 @@ def make_objective(train: TrainSection, lora: LoraSection, model: Any) -> Object
     is_base = lora.adapter_path is None and lora.bias == "none"  # PEFT leaves trained biases on
     reference = base_model if is_base else InitialAdapter(model)
     loss = PreferenceLoss(row.name, reference=reference, **settings)
-    return Objective(loss, partial(evaluate_preferences, loss))
+    return Objective(loss, partial(evaluate_preferences, loss), partial(preference_losses, loss))

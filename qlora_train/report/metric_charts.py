@@ -125,6 +125,11 @@ class _Line:
     name: str
     index: int | None = None
 
+    @property
+    def title(self) -> str:
+        """The name as a sentence begins; that of a run stays as it is."""
+        return self.name.capitalize() if self.index is None else self.name
+
 
 def _chart(kind: ChartKind, lines: Sequence[_Line]) -> Chart:
     points = [values_of(line.run, line.key) for line in lines]
@@ -133,8 +138,8 @@ def _chart(kind: ChartKind, lines: Sequence[_Line]) -> Chart:
     drawn = [(line, values) for line, values in zip(lines, points, strict=True) if values]
     series = [each for line, values in drawn for each in _series(line, values, steps)]
     levels = [level for line, _ in drawn for level in _planned(line)]
-    sentences = [_sentence(line.name, values, kind.unit) for line, values in drawn]
-    sentences += [f"{level.name.capitalize()}: {number_text(level.value, kind.unit)}." for level in levels]
+    sentences = [_sentence(line.title, values, kind.unit) for line, values in drawn]
+    sentences += [f"{level.name}: {number_text(level.value, kind.unit)}." for level in levels]
     return Chart(kind, steps, series, levels, " ".join(sentences) or _why_empty(kind))
 
 
@@ -176,7 +181,7 @@ def _running_mean(values: Values) -> list[float | None]:
 
 def _planned(line: _Line) -> Iterator[Level]:
     if line.key == "peak_memory_bytes" and (planned := line.run.plan.get("peak_bytes")):
-        yield Level("planned" if line.index is None else f"{line.name}, planned", float(planned))
+        yield Level("Planned" if line.index is None else f"{line.name}, planned", float(planned))
 
 
 def _sentence(name: str, points: Mapping[int, float], unit: str) -> str:
@@ -188,7 +193,7 @@ def _sentence(name: str, points: Mapping[int, float], unit: str) -> str:
     for word, step in (("lowest", lowest), ("highest", highest)):
         if step not in (first, last) and points[lowest] < points[highest]:
             parts.append(f"{word} {number_text(points[step], unit)} at step {step}")
-    return f"{name[:1].upper()}{name[1:]}: {', '.join(parts)}."
+    return f"{name}: {', '.join(parts)}."
 
 
 def _why_empty(kind: ChartKind) -> str:

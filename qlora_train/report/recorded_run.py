@@ -107,7 +107,7 @@ def read_run(path: Path) -> RecordedRun:
         results=content(folder.results_file),
         commands=_noting(problems, lambda: tuple(folder.commands()), ()),
         plan=content(folder.path / "plan.json"),
-        row_losses=content(folder.path / "row_losses.json"),
+        row_losses=content(folder.row_losses_file),
         parity_checks={
             "fused kernels": content(folder.fused_kernels_file),
             "padding-free": content(folder.padding_free_file),

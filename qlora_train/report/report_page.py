@@ -43,7 +43,7 @@ def render_run(run: RecordedRun) -> str:
         "run.html", charts, run=run, title=run.name, status=status_of(run), method=method_of(run), figures=figures_of(run),
         checks=checks_of(run), rows=rows[:MAX_ANSWERS], num_rows=len(rows), outcomes=count_outcomes(rows),
         outcome_names=OUTCOMES, models=models_of(run.answers) if rows else [], samples=samples_by_prompt(run.samples),
-        metrics=_thinned(run.metrics), evaluation=run.results.get("evaluation", {}),
+        row_losses=_losses_by_location(run), metrics=_thinned(run.metrics), evaluation=run.results.get("evaluation", {}),
         tasks=run.results.get("tasks", {}),
     )  # fmt: skip
 
@@ -92,6 +92,12 @@ def _joined(names: Sequence[str]) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _losses_by_location(run: RecordedRun) -> dict[str, float]:
+    """Return the losses of held-out rows."""
+    part = run.row_losses.get("eval", {})
+    return {row["where"]: row["loss"] for row in (*part.get("rows", ()), *part.get("other_rows", ()))}
 
 
 def _thinned(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -55,6 +55,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.results_file = path / "results.json"  # training, adapter check, merge, evaluations
         self.answers_file = path / "answers.jsonl"  # generated answers of the last evaluation
+        self.row_losses_file = path / "row_losses.json"  # of a sample of rows, after training
         self.report_file = path / "report.html"
         self.logs = path / "logs"  # of ranks other than 0
         self.checkpoints = path / "checkpoints"

@@ -117,6 +117,15 @@ class RowBatches:
             sizes = [int(self.rows.lengths[unit].sum()) for unit in step]
             yield [list(chain.from_iterable(rows)) for rows in _micro_batches(step, sizes, self._config.train)]
 
+    def trained_rows(self, num_steps: int) -> Sequence[Example]:
+        """Return the rows that the first steps train, each once."""
+        if num_steps >= self.steps_per_epoch:
+            return self.rows
+        units = islice(self.order.epoch_units(0), num_steps * units_per_step(self._config.train))
+        trained = np.zeros(len(self.rows), np.bool_)
+        trained[list(chain.from_iterable(units))] = True
+        return self.rows.select(trained)
+
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch."""
@@ -189,6 +198,10 @@ class StreamBatches(IterableDataset[list[Batch]]):
             self._locations.extend((index, example.where) for index, example in rows)
             sizes = [example.num_tokens for _, example in rows]
             yield [collate_rows(self._collate, batch) for batch in _micro_batches(rows, sizes, self._train)]
+
+    def trained_rows(self, num_steps: int) -> Sequence[Example]:
+        """Return the rows at the beginning of the stream that the first steps train."""
+        return self.stream.head()[: num_steps * self._rows_per_step]
 
     def any_batch(self) -> Batch:
         """Never called: all steps are full, so that every rank has rows."""

@@ -18,6 +18,7 @@ from qlora_train.training.parity.fused_kernels import choose_fused_kernels
 from qlora_train.training.progress import ProgressCallback
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.training.replicas import copy_from_main_
+from qlora_train.training.row_losses import record_row_losses
 from qlora_train.training.step_end import best_step, evaluations
 from qlora_train.training.step_guard import check_finite, check_trained
 from qlora_train.training.timed_run import fix_num_steps, with_recorded_steps
@@ -65,6 +66,7 @@ def train(
     step = _load_result(trainer)
     check_finite(step, trainable_state(adapted.model), {})
     check_trained(step, trainable_state(adapted.model), num_updates=trainer.guard.num_updates)
+    record_row_losses(trainer, step)
     return {
         "steps": trainer.state.global_step,
         "taken_from_step": step,

@@ -93,6 +93,7 @@ def test_these_are_all_files_of_a_checkpoint_and_none_is_a_pickle(trained: RunFo
         ".yaml",
         ".jinja",
         ".md",
+        ".html",
         "",
     }
     for file in files:

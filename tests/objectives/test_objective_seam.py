@@ -52,7 +52,11 @@ def count_rows(model: Any, examples: Sequence[Example], *, batch_size: int, pad_
     return {"loss": 0.5, "rows": float(len(examples))}
 
 
-ROW_MEAN = Objective(RowMeanLoss(), count_rows)
+def row_lengths(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> list[float]:
+    return [float(len(example.input_ids)) for example in examples]
+
+
+ROW_MEAN = Objective(RowMeanLoss(), count_rows, row_lengths)
 
 
 def train_row_means(config: RunConfig, resume_from: Path | None = None) -> tuple[RunFolder, dict[str, torch.Tensor]]:

@@ -53,7 +53,7 @@
   function axisText(value, unit) {
     if (unit === "bytes") return String(+(value / 1e9).toPrecision(4));
     if (unit === "share") return String(+(100 * value).toPrecision(4));
-    return significant(value);
+    return String(+value.toPrecision(4));
   }
 
   /** The last value of a series at or before an index. */
