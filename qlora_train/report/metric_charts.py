@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from qlora_train.report.html_text import shown
 from qlora_train.report.number_text import axis_unit, number_text
 from qlora_train.report.recorded_run import RecordedRun
 
@@ -82,10 +83,15 @@ class Chart:
             "axis": axis_unit(self.kind.unit),
             "steps": list(self.steps),
             "series": [
-                {"name": each.name, "kind": each.kind, "run": each.run, "values": [_rounded(v) for v in each.values]}
+                {
+                    "name": shown(each.name),
+                    "kind": each.kind,
+                    "run": each.run,
+                    "values": [_rounded(v) for v in each.values],
+                }
                 for each in self.series
             ],
-            "levels": [{"name": each.name, "value": each.value} for each in self.levels],
+            "levels": [{"name": shown(each.name), "value": each.value} for each in self.levels],
         }
 
 

@@ -56,13 +56,13 @@ def render_comparison(runs: Sequence[RecordedRun]) -> str:
 
 
 def _render(template: str, charts: Sequence[Chart], **context: Any) -> str:
-    styles, scripts = _joined(STYLES), _joined(SCRIPTS)
+    styles, scripts = "\n".join(map(_asset, STYLES)), [_asset(name) for name in SCRIPTS]
     return _environment().get_template(template).render(
-        policy=POLICY.format(scripts=_hash(scripts), styles=_hash(styles)),
+        policy=POLICY.format(scripts=" ".join(map(_hash, scripts)), styles=_hash(styles)),
         styles=Markup(styles),
-        scripts=Markup(scripts),
+        scripts=[Markup(script) for script in scripts],
         charts=charts,
-        chart_data=json_block([chart.to_json() for chart in charts if chart.series]),
+        chart_data=json_block([chart.to_json() for chart in charts]),
         version=__version__,
         today=datetime.date.today().isoformat(),
         **context,
@@ -84,9 +84,9 @@ def _environment() -> Environment:
 
 
 @cache
-def _joined(names: Sequence[str]) -> str:
-    """Return files of this package, one after the other."""
-    return "\n".join(files("qlora_train.report").joinpath(name).read_text(encoding="utf-8") for name in names)
+def _asset(name: str) -> str:
+    """Return a file of this package."""
+    return files("qlora_train.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

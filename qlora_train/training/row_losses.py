@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 TRAIN_SHARE, EVAL_SHARE = 0.1, 0.05
 """Tokens that are measured, as a share of the tokens that were trained."""
-MIN_ROWS = 16
+MIN_ROWS = 64
 NUM_DECODED = 20
 """Rows with the highest losses, whose text is recorded."""
 

@@ -19,25 +19,27 @@ from tests.support.runs import adapter_bytes, check_in_this_process, make_config
 from tests.support.trainers import trainer_of
 
 EXACT = ("quantization.bnb_4bit_compute_dtype=float32", "lora.r=16")
-WRONG_ROW = 17
+WRONG_ROW = 7
 """Line of the row with a wrong label."""
 
 
-def write_labels(file: Path) -> None:
+def write_labels(file: Path, count: int, wrong_line: int) -> Path:
     """Write equal rows, one of them with another label."""
     turns = [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": "blue"}]
     wrong = [turns[0], {"role": "assistant", "content": "0123456789"}]
-    rows = [{"messages": wrong if line == WRONG_ROW else turns} for line in range(1, 41)]
+    rows = [{"messages": wrong if line == wrong_line else turns} for line in range(1, count + 1)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="module")
 def run(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = tmp_path_factory.mktemp("labels")
-    write_labels(folder / "rows.jsonl")
+    write_labels(folder / "rows.jsonl", 16, WRONG_ROW)
+    held_out = write_labels(folder / "held.jsonl", 4, 2)
     with pytest.MonkeyPatch.context() as patch:
         check_in_this_process(patch)
-        return train_run(folder, pico_llama, *EXACT, "train.max_steps=20", "data.eval=0.1")
+        return train_run(folder, pico_llama, *EXACT, "train.max_steps=20", f"data.eval={held_out}")
 
 
 def losses_of(run: RunFolder, split: str) -> dict[str, float]:
@@ -49,7 +51,7 @@ def loss_by_hand(model: Any, tokenizer: Any, answer: str) -> float:
     """Return the mean NLL of the answer's tokens and of the end of the turn, by the model's own forward."""
     turns = [{"role": "user", "content": "sky?"}, {"role": "assistant", "content": answer}]
     prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()  # a line break after the turn is no label
     num_prompt = len(tokenizer(prompt, add_special_tokens=False).input_ids)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
     with torch.no_grad():
@@ -58,15 +60,15 @@ def loss_by_hand(model: Any, tokenizer: Any, answer: str) -> float:
     return float(nll.mean())
 
 
-def test_wrong_label_is_the_row_that_was_learnt_least(run: RunFolder) -> None:
-    losses = losses_of(run, "train") | losses_of(run, "eval")
-    wrong = f"{run.path.parent / 'rows.jsonl'}:{WRONG_ROW}"
+@pytest.mark.parametrize(("split", "wrong"), [("train", f"rows.jsonl:{WRONG_ROW}"), ("eval", "held.jsonl:2")])
+def test_wrong_label_is_the_row_that_was_learnt_least(split: str, wrong: str, run: RunFolder) -> None:
+    losses = losses_of(run, split)
     ranked = sorted(losses, key=lambda where: -losses[where])
-    assert ranked[0] == wrong
-    assert losses[wrong] > 3 * losses[ranked[1]]
-    recorded = [row for split in ("train", "eval") for row in read_json(run.row_losses_file)[split]["rows"]]
-    [row] = [row for row in recorded if row["where"] == wrong]
-    trained = "".join(part["text"] for part in row["sequences"][0]["segments"] if part["trained"])
+    assert ranked[0] == str(run.path.parent / wrong)
+    assert losses[ranked[0]] > 3 * losses[ranked[1]]
+    first = read_json(run.row_losses_file)[split]["rows"][0]
+    assert first["where"] == ranked[0]
+    trained = "".join(part["text"] for part in first["sequences"][0]["segments"] if part["trained"])
     assert "0123456789" in trained
 
 
@@ -74,12 +76,12 @@ def test_losses_are_those_of_the_saved_adapter(run: RunFolder, pico_llama: Path)
     config = make_config(run.path.parent, pico_llama, *EXACT)
     loaded = load_model(config.model, config.quantization)
     model = load_trained(loaded, run.adapter)
-    losses = {**losses_of(run, "train"), **losses_of(run, "eval")}
-    for line, answer in ((WRONG_ROW, "0123456789"), (1, "blue")):
-        where = f"{run.path.parent / 'rows.jsonl'}:{line}"
-        if where in losses:
-            assert losses[where] == pytest.approx(loss_by_hand(model, loaded.tokenizer, answer), rel=1e-3)
-    assert len(losses) == 40
+    losses = losses_of(run, "train")
+    by_hand = {answer: loss_by_hand(model, loaded.tokenizer, answer) for answer in ("0123456789", "blue")}
+    assert len(losses) == 16
+    for where, loss in losses.items():
+        answer = "0123456789" if where.endswith(f":{WRONG_ROW}") else "blue"
+        assert loss == pytest.approx(by_hand[answer], rel=1e-3)
 
 
 def test_only_rows_that_were_trained_are_measured(pico_llama: Path, tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_sample_is_limited_in_rows_and_tokens() -> None:
     rows = [Example(str(index), torch.arange(10, dtype=torch.int32).numpy(), mask) for index in range(100)]
     assert len(_sample(rows, 1000, math.inf, 0)) == 100
     assert len(_sample(rows, 30, math.inf, 0)) == 30
-    assert len(_sample(rows, 1000, 405, 0)) == 40
+    assert len(_sample(rows, 1000, 805, 0)) == 80
     assert len(_sample(rows, 1000, 0, 0)) == MIN_ROWS
     assert len(_sample(rows, 5, 0, 0)) == 5
     assert [row.where for row in _sample(rows, 30, math.inf, 0)] == [

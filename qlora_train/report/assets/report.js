@@ -177,26 +177,31 @@
   }
 
   function drawCharts() {
+    if (typeof uPlot === "undefined") {
+      all(".plot").forEach((element) => { element.textContent = "This browser cannot draw charts; the table below has the numbers."; });
+      return;
+    }
     plots.forEach(({ plot }) => plot.destroy());
-    plots = all(".plot").map((element) => makePlot(element, charts.find((chart) => chart.key === element.dataset.chart)));
+    plots = all(".plot").map((element) => makePlot(element, charts[element.dataset.chart]));
   }
 
   function moveTo({ plot, chart }, index) {
     const steps = plot.data[0];
     const place = Math.min(Math.max(index, 0), steps.length - 1);
-    plot.setCursor({ left: plot.valToPos(steps[place], "x"), top: plot.over.clientHeight / 2 });
+    plots.forEach(({ plot: each }) => each.setCursor({ left: each.valToPos(steps[place], "x"), top: each.over.clientHeight / 2 }));
     announcer.textContent = [`step ${steps[place]}`, ...valueLines(chart, plot, place)].join(", ");
   }
 
   function onKey(event) {
     const drawn = plots.find(({ element }) => element === event.currentTarget);
+    if (!drawn) return;
     const last = drawn.plot.data[0].length - 1;
     const index = drawn.plot.cursor.idx ?? -1;
     const stride = event.shiftKey ? 10 : 1;
     const targets = { ArrowRight: index + stride, ArrowLeft: index < 0 ? last : index - stride, Home: 0, End: last };
     if (event.key in targets) moveTo(drawn, targets[event.key]);
     else if (event.key === "0") drawn.plot.setData(drawn.plot.data, true);
-    else if (event.key === "Escape") drawn.plot.setCursor({ left: -10, top: -10 });
+    else if (event.key === "Escape") plots.forEach(({ plot }) => plot.setCursor({ left: -10, top: -10 }));
     else return;
     event.preventDefault();
   }
