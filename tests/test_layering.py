@@ -10,7 +10,7 @@ from tests.support.source_tree import FILES, PACKAGE, imported, tree_of
 
 ORDER = (
     "utils", "config", "parallel", "architectures", "kernels", "objectives", "data", "models", "adapters", "runs",
-    "evaluation", "training", "export", "planning", "inference", "report",
+    "evaluation", "training", "export", "planning", "authoring", "inference", "report",
     "pipeline", "doctor", "cli",
 )  # fmt: skip
 """Packages from first to last: each imports only earlier ones."""

@@ -28,6 +28,7 @@ COMMANDS = {
     "data": "data_command.data",
     "plan": "plan_command.plan",
     "schema": "config_commands.schema",
+    "new": "new_command.new",
     "convert": "convert_command.convert",
     "doctor": "doctor_command.doctor",
     "merge": "merge_command.merge",

@@ -26,7 +26,7 @@ def rename_hint(values: Mapping[str, Any], required: Sequence[Sequence[str]]) ->
     Args:
         required: the required columns of each format.
     """
-    columns = _question_and_answer(values)
+    columns = question_and_answer(values)
     if columns:
         return f"; data.columns: {as_yaml(columns)} reads them as a user and an assistant turn"
     likely = next((columns for missing in required if (columns := misspelled(values, missing))), None)
@@ -60,7 +60,7 @@ def misspelled(values: Mapping[str, Any], required: Collection[str]) -> dict[str
     return columns
 
 
-def _question_and_answer(values: Mapping[str, Any]) -> dict[str, str]:
+def question_and_answer(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the renames that read a record as a question and an answer; none where its names are ambiguous."""
     texts = [name for name, value in values.items() if isinstance(value, str)]
     found = [name for name in ANSWERS if name in texts]

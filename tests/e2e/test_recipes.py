@@ -13,16 +13,8 @@ from tests.support.runs import check_in_this_process, metrics
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 FAMILIES = {"mixture_of_experts": "qwen3_moe"}
-CHATML_WITH_TOOLS = (
-    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{% if m['reasoning_content'] %}{{ '<think>\n' + m['reasoning_content'] + '\n</think>\n\n' }}{% endif %}"
-    "{{ m['content'] }}"
-    "{% for c in m['tool_calls'] or [] %}{{ '<tool_call>\n' + (c['function'] | tojson) + '\n</tool_call>' }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""What the templates of the recipes' bases write and a pico tokenizer's does not."""
+TOOLS_TEMPLATE = ROOT / "tests" / "files" / "chat_templates" / "tools.jinja"
+"""Writes what the templates of some recipes' bases write and a pico tokenizer's does not."""
 HUB_DATA = {"long_context": ("data.train=data/examples/chat.jsonl", "data.eval=0.1")}
 """Rows for recipes whose own are on the Hub."""
 
@@ -39,9 +31,7 @@ def test_recipe_trains_on_its_bundled_rows(
         "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2", "train.logging_steps=1",
     ]  # fmt: skip
     if path.stem in ("tool_calling", "reasoning"):
-        template = tmp_path / "tools.jinja"
-        template.write_text(CHATML_WITH_TOOLS, encoding="utf-8")
-        overrides.append(f"model.chat_template={template}")
+        overrides.append(f"model.chat_template={TOOLS_TEMPLATE}")
     overrides += HUB_DATA.get(path.stem, ())
     finished = run(load_config(path, overrides))
     check_run(finished)

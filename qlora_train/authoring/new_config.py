@@ -1,0 +1,126 @@
+"""Write a new config: look at base and data, choose a recipe and settings, write the file, check it and plan the run."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qlora_train.authoring.base_look import BaseLook, look_at_base
+from qlora_train.authoring.choices import choose_recipe, choose_settings
+from qlora_train.authoring.config_text import config_text
+from qlora_train.authoring.data_look import DataLook, look_at_data
+from qlora_train.authoring.recipe_files import EXAMPLES, Choice, Recipe, example_file, read_recipe, recipe_names
+from qlora_train.config import ModelSection, RunConfig, Source, load_run_config
+from qlora_train.config.preflight import check_machine
+from qlora_train.config.schema import Section
+from qlora_train.planning.plan_device import plan_device
+from qlora_train.planning.plan_text import plan_lines
+from qlora_train.planning.run_plan import plan_run
+from qlora_train.planning.workload import RowSizes
+from qlora_train.utils.errors import ConfigError
+from qlora_train.utils.secrets import secret_error
+
+SUFFIXES = re.compile(r"\.(jsonl|json|csv|tsv|txt|parquet|arrow|ndjson|gguf)(\.(gz|zst))?$")
+DEFAULT_RECIPE = "chat"
+"""Without data and without a recipe."""
+
+
+def recipe_lines() -> list[str]:
+    """Return a line per recipe, for `new --recipe list`."""
+    names = recipe_names()
+    width = max(map(len, names))
+    return [f"{name:<{width}}  {read_recipe(name).purpose}" for name in names]
+
+
+def write_new_config(model: str, *, data: str | None, recipe: str | None, output: Path | None) -> list[str]:
+    """Write a config and check it; return lines that say where it is and what the run needs.
+
+    Args:
+        model: for `model.model_name_or_path`.
+        data: for `data.train`; None: the recipe's example rows.
+        recipe: a name; None: by the data.
+        output: the file; None: named after model and data.
+
+    Raises:
+        UserError: model or data cannot be read, the recipe does not fit, or the file exists.
+    """
+    if secret := secret_error(f"{model} {data}"):
+        raise ConfigError(f"new: {secret}")
+    if output is not None:
+        _refuse_existing(output)
+    chosen = read_recipe(recipe or DEFAULT_RECIPE) if recipe or data is None else None
+    base = look_at_base(_validated(ModelSection, {"model_name_or_path": model}, "MODEL"))
+    source = Choice(data) if data is not None else _example_of(chosen)
+    path = source.value if isinstance(source.value, dict) else {"path": source.value}
+    looked = look_at_data(_validated(Source, path, "--data"), base.tokenizer)
+    reason = "asked for" if recipe else "no data given"
+    if chosen is None:
+        name, reason = choose_recipe(looked, base)
+        chosen = read_recipe(name)
+    file = output or Path(f"{_slug(model)}-{_slug(data or chosen.name)}.yaml")
+    _refuse_existing(file)
+    settings = choose_settings(chosen, base, looked, source, _free_output_dir(file.stem))
+    with file.open("x", encoding="utf-8") as written:
+        written.write(config_text(settings, chosen, str(file)))
+    config = load_run_config(file)
+    check_machine(config)
+    return list(_summary(file, chosen, reason, looked, base, config))
+
+
+def _validated(section: type[Section], values: dict[str, Any], where: str) -> Any:
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(
+            [f"{where}: {each['msg'].removeprefix('Value error, ')}" for each in error.errors()]
+        ) from None
+
+
+def _example_of(recipe: Recipe | None) -> Choice:
+    assert recipe is not None, "without data there is a recipe"
+    train = recipe.settings["data.train"].value
+    if isinstance(train, str) and train.startswith(EXAMPLES):
+        train = str(example_file(train))
+    return Choice(train, "example rows, put your file here: ")
+
+
+def _summary(
+    file: Path, recipe: Recipe, reason: str, data: DataLook, base: BaseLook, config: RunConfig
+) -> Iterator[str]:
+    yield f"wrote     {file} (recipe {recipe.name}: {reason}; checked: ok)"
+    for text, count in list(data.unusable.items())[:3]:
+        yield f"warning   {count} of {data.num_rows + sum(data.unusable.values()):,} rows cannot be used: {text}"
+    yield from _plan(config, base, data)
+    yield f"next      qlora-train data {file}, then qlora-train {file}"
+
+
+def _plan(config: RunConfig, base: BaseLook, data: DataLook) -> list[str]:
+    sizes = RowSizes.most(config)
+    if not data.is_partial:
+        share = config.data.eval if isinstance(config.data.eval, float) else 0.0
+        sizes = replace(sizes, num_rows=round(data.num_rows * (1 - share)))
+    planned = plan_run(config, base.content, plan_device(None), sizes, is_local=base.is_local)
+    return plan_lines(planned, base.name, base.origin)
+
+
+def _refuse_existing(file: Path) -> None:
+    if file.exists():
+        raise ConfigError(f"{file} exists and is not overwritten; give another name with -o, or delete it")
+    if not file.parent.is_dir():
+        raise ConfigError(f"-o {file}: its folder {file.parent} does not exist; make it first")
+
+
+def _slug(name: str) -> str:
+    """Return the last part of a path or Hub id as the part of a file name."""
+    last = Path(name.rstrip("/")).name.lower()
+    stem = SUFFIXES.sub("", last)
+    return re.sub(r"[^a-z0-9.]+", "-", stem).strip("-.") or "model"
+
+
+def _free_output_dir(stem: str) -> str:
+    """Return runs/STEM, or with the first number that makes it new."""
+    names = (f"runs/{stem}", *(f"runs/{stem}-{number}" for number in range(2, 1000)))
+    return next(name for name in names if not Path(name).exists())
