@@ -20,7 +20,7 @@ from qlora_train.export.adapter_check import AdapterReference, check_adapter, me
 from qlora_train.export.adapter_writer import write_adapter
 from qlora_train.export.finished_run import FinishedRun, reopen
 from qlora_train.kernels.fsdp_units import reshard
-from qlora_train.models import BaseSource, load_model
+from qlora_train.models import BaseSource, LoadedModel, load_model
 from qlora_train.models.strategy import device_bytes, device_needs, strategy_of_run
 from qlora_train.parallel import context
 from qlora_train.planning.base_and_data import prepare
@@ -34,6 +34,7 @@ from qlora_train.training.optimizer import choose_optimizer
 from qlora_train.training.replicas import copy_from_main_
 from qlora_train.utils import signals
 from qlora_train.utils.device import deterministic_algorithms, select_device
+from qlora_train.utils.run_events import stage
 
 logger = logging.getLogger(__name__)
 
@@ -76,19 +77,27 @@ def _check_and_merge(
     config: RunConfig, folder: RunFolder, finished: FinishedRun | None, reference: AdapterReference | None
 ) -> None:
     if not folder.passed_adapter_check():
-        finished = finished or reopen(folder, config)
-        needs = device_needs(config, finished.source, device_bytes(select_device()))
-        may_be_sharded = folder.metadata()["world_size"] > 1 and config.parallel.strategy in ("auto", "fsdp")
-        if may_be_sharded and not needs.base_fits:
-            logger.warning("adapter check: skipped (%s, too large for one)", needs)
-        else:
-            check_adapter(finished, reference or measure_again(finished))
+        with stage("adapter check"):
+            _check_adapter(config, folder, finished, reference)
     if config.export.merge and folder.has_merged():
         logger.info("%s exists; delete it to merge again", folder.merged)
     elif config.export.merge:
         from qlora_train.export.merging.merge_finished_run import merge_run
 
-        merge_run(finished or reopen(folder, config))
+        with stage("merge"):
+            merge_run(finished or reopen(folder, config))
+
+
+def _check_adapter(
+    config: RunConfig, folder: RunFolder, finished: FinishedRun | None, reference: AdapterReference | None
+) -> None:
+    finished = finished or reopen(folder, config)
+    needs = device_needs(config, finished.source, device_bytes(select_device()))
+    may_be_sharded = folder.metadata()["world_size"] > 1 and config.parallel.strategy in ("auto", "fsdp")
+    if may_be_sharded and not needs.base_fits:
+        logger.warning("adapter check: skipped (%s, too large for one)", needs)
+    else:
+        check_adapter(finished, reference or measure_again(finished))
 
 
 def train_adapter(
@@ -102,20 +111,24 @@ def train_adapter(
     this, device = context(), select_device()
     restore_num_threads(folder, device, config.run.allow_changed)
     date = this.broadcast(folder.start_date())  # preparing the data may last until the next day
-    with this.local_main_first():
-        check_machine(config)
-        source, data = prepare(config, folder, date=date)
-    check_same_data(source, data)
-    if this.is_main:
-        _record_start(config, folder, source, data, device, date)
-        if command is not None:
-            folder.record_command(command)
-    this.barrier()
+    with stage("data"):
+        with this.local_main_first():
+            check_machine(config)
+            source, data = prepare(config, folder, date=date)
+        check_same_data(source, data)
+        if this.is_main:
+            _record_start(config, folder, source, data, device, date)
+            if command is not None:
+                folder.record_command(command)
+        this.barrier()
 
     strategy = strategy_of_run(config, source, device)
-    loaded = load_model(config.model, config.quantization, source=source, shard=strategy == "fsdp")
-    adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, data=None if checkpoint else data)
-    copy_from_main_(trainable_state(adapted.model))
+    with stage("base"):
+        loaded = load_model(config.model, config.quantization, source=source, shard=strategy == "fsdp")
+        _log_base(loaded)
+    with stage("adapter"):
+        adapted = attach_adapter(loaded, config.lora, seed=config.run.seed, data=None if checkpoint else data)
+        copy_from_main_(trainable_state(adapted.model))
     optim = this.broadcast(choose_optimizer(config.train.optim, adapted, checkpoint))
     resolved = config.model_copy(update={"train": config.train.model_copy(update={"optim": optim})})
     if this.is_main:
@@ -125,7 +138,6 @@ def train_adapter(
         check_disk_space(folder, plan, shutil.disk_usage(folder.path).free)
     this.barrier()  # an error of rank 0 ends the others here: in a gather of FSDP over NCCL they would wait
 
-    logger.info("training: %s", f"resumes from {checkpoint}" if checkpoint else "starts")
     result = train(adapted, data, resolved, folder, checkpoint)
     if strategy == "fsdp":
         reshard(adapted.model)  # on all ranks, as rank 0 does when it saves
@@ -138,6 +150,19 @@ def train_adapter(
     reference = measure_adapter(folder, config, data, adapted.model, loaded, folder.start_date())
     context().leave()
     return (FinishedRun.of(folder, config, source), reference) if this.is_main else None
+
+
+def _log_base(loaded: LoadedModel) -> None:
+    """Log the base in one line; run.log has the reasons of each choice."""
+    summary, name = loaded.quantization_summary, loaded.source.name
+    num_bytes = summary.total_bytes
+    size = f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    logger.info(
+        "base: %s (%s), %s, %s, %.1f %% of %s linear weights in 4 bits, %s",
+        Path(name).name if Path(name).exists() else name, loaded.model.config.model_type,
+        str(loaded.compute_dtype).removeprefix("torch."), loaded.model.config._attn_implementation,
+        100 * summary.quantized_share, f"{summary.num_linear_weights:,}", size,
+    )  # fmt: skip
 
 
 def _record_start(

@@ -81,7 +81,7 @@ def command_of(options: argparse.Namespace, folder: Path, run: RunFolder) -> lis
         "run.output_dir": run.path,
     }  # fmt: skip
     words = [f"{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", "qlora_train.cli.main", str(config), *words, *options.overrides]
+    return [sys.executable, "-m", "qlora_train.cli.main", str(config), "--verbose", *words, *options.overrides]
 
 
 def watched(

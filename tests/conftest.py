@@ -124,10 +124,10 @@ def pico_llama(pico: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """The package's log from INFO on, also after an earlier test's command line has redirected it."""
+    """The whole log of the package, also after an earlier test's command line has redirected it."""
     logger = logging.getLogger("qlora_train")
     before, logger.propagate = logger.propagate, True
-    with caplog.at_level(logging.INFO, logger="qlora_train"):
+    with caplog.at_level(logging.DEBUG, logger="qlora_train"):
         yield caplog
     logger.propagate = before
 

@@ -131,10 +131,9 @@ def _counted(model: PeftModel, loaded: LoadedModel) -> AdaptedModel:
     trainable = sum(parameter.numel() for parameter in trainable_state(model).values())
     frozen = count_frozen_weights(model)
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    logger.info(
-        "adapter: %s trainable parameters (%.2f %% of %s) in %s, float32",
-        f"{trainable:,}", 100 * trainable / (frozen + trainable), f"{frozen + trainable:,}", ", ".join(sorted(names)),
-    )  # fmt: skip
+    share = 100 * trainable / (frozen + trainable)
+    logger.info("adapter: %s trainable parameters (%.2f %% of %s)", f"{trainable:,}", share, f"{frozen + trainable:,}")
+    logger.debug("adapter: in %s, float32", ", ".join(sorted(names)))
     return AdaptedModel(model, loaded, trainable, frozen + trainable)
 
 

@@ -55,7 +55,7 @@ def eva_components(
     def forward(model: Any, batch: Batch) -> None:  # the logits are not needed
         model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
-    logger.info("adapter: eva initialization from %d batches", len(batches))
+    logger.debug("adapter: eva initialization from %d batches", len(batches))
     components = get_eva_state_dict(
         loaded.model,
         [dict(batch) for batch in batches],

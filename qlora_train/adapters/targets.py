@@ -75,7 +75,7 @@ def _every_layer(model: nn.Module, linears: Mapping[str, nn.Module], architectur
     refused = _without_adapter(model, set(by_full_name.values()), architecture)
     for name, reason in refused.items():
         count = sum(short == name for short in by_full_name.values())
-        logger.info("adapter: none on %d layers called %s (%s)", count, name, reason)
+        logger.debug("adapter: none on %d layers called %s (%s)", count, name, reason)
     # a short name would also match the router or expert parameter of the same name
     shared = {name.rpartition(".")[2] for name in (*router_names, *expert_parameters(model))}
     chosen = {full if short in shared else short for full, short in by_full_name.items() if short not in refused}

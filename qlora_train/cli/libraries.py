@@ -1,10 +1,8 @@
 """Environment and verbosity of the libraries, set before a command imports them."""
 
-import io
 import logging
 import os
 import warnings
-from contextlib import redirect_stdout
 
 from qlora_train.utils import network
 from qlora_train.utils.launcher import clear_launcher_environment
@@ -25,8 +23,6 @@ def prepare_libraries(*, offline: bool = False, local_rank: int = 0) -> None:
     prepare_cuda(local_rank)
     import transformers
 
-    with redirect_stdout(io.StringIO()):  # this import prints W&B's mode even if W&B is unused
-        from transformers.integrations import integration_utils  # noqa: F401
     network.limit_hub_retries()
     for library in ("bitsandbytes", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)

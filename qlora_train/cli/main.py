@@ -7,37 +7,49 @@ and SIGUSR1 or run.max_minutes, with the work saved; 1 a bug, with its traceback
 import importlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qlora_train import __version__
-from qlora_train.cli.output import set_up_logging
+from qlora_train.cli.log_options import with_log_options
+from qlora_train.cli.output import print_errors, set_up_logging
 from qlora_train.parallel import parent_link
 from qlora_train.utils import signals
 from qlora_train.utils.errors import ConfigError, ProcessGroupError, UserError, did_you_mean, explain
 from qlora_train.utils.secrets import redact
 
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its module in this package and its function, its group in `--help`, and whether it has a log."""
+
+    target: str
+    group: str
+    logs: bool = True
+
+
+BEFORE, DURING, AFTER = "Before a run", "A run", "After a run"
 COMMANDS = {
-    "train": "train_command.train",
-    "ray": "ray_command.ray_train",
-    "check": "config_commands.check",
-    "show": "config_commands.show",
-    "data": "data_command.data",
-    "plan": "plan_command.plan",
-    "schema": "config_commands.schema",
-    "new": "new_command.new",
-    "convert": "convert_command.convert",
-    "doctor": "doctor_command.doctor",
-    "merge": "merge_command.merge",
-    "export": "export_command.export",
-    "eval": "eval_command.evaluate",
-    "report": "report_command.report",
-    "chat": "chat_command.chat",
+    "new": Command("new_command.new", BEFORE, logs=False),
+    "convert": Command("convert_command.convert", BEFORE, logs=False),
+    "check": Command("config_commands.check", BEFORE, logs=False),
+    "show": Command("config_commands.show", BEFORE, logs=False),
+    "schema": Command("config_commands.schema", BEFORE, logs=False),
+    "data": Command("data_command.data", BEFORE),
+    "plan": Command("plan_command.plan", BEFORE),
+    "doctor": Command("doctor_command.doctor", BEFORE, logs=False),
+    "train": Command("train_command.train", DURING),
+    "ray": Command("ray_command.ray_train", DURING),
+    "merge": Command("merge_command.merge", AFTER),
+    "export": Command("export_command.export", AFTER),
+    "eval": Command("eval_command.evaluate", AFTER),
+    "report": Command("report_command.report", AFTER, logs=False),
+    "chat": Command("chat_command.chat", AFTER),
 }
-"""Each command's module in this package and its function."""
 CONFIG_SUFFIXES = (".yaml", ".yml")
 HELP = """Fine-tune a language model with QLoRA from one YAML file.
 
@@ -83,8 +95,7 @@ def _run(words: list[str]) -> int:
 
 def _print_end(lines: Sequence[str]) -> None:
     parent_link.report(lines)
-    for line in lines:
-        print(line, file=sys.stderr)
+    print_errors(lines)
 
 
 def parse_and_run(words: list[str]) -> int:
@@ -101,10 +112,9 @@ def parse_and_run(words: list[str]) -> int:
         command = words
     app = typer.Typer(add_completion=False, rich_markup_mode=None, help=HELP, epilog=EPILOG)
     app.callback()(_program)
-    for name, target in COMMANDS.items():
+    for name, row in COMMANDS.items():
         if command[:1] == [name] or not {*command[:1]} & COMMANDS.keys():  # all of them for --help only
-            module, function = target.split(".")
-            app.command(name)(getattr(importlib.import_module(f"qlora_train.cli.{module}"), function))
+            app.command(name, rich_help_panel=row.group)(_function(row))
     group = typer.main.get_group(app)
     try:
         # not group.main(), which ends in silence on a broken pipe or EOF inside a command
@@ -112,6 +122,12 @@ def parse_and_run(words: list[str]) -> int:
             return int(group.invoke(context) or 0)
     except typer.Exit as done:
         return int(done.exit_code)
+
+
+def _function(row: Command) -> Callable[..., Any]:
+    module, name = row.target.split(".")
+    function: Callable[..., Any] = getattr(importlib.import_module(f"qlora_train.cli.{module}"), name)
+    return with_log_options(function) if row.logs else function
 
 
 def _print_version(wanted: bool) -> None:

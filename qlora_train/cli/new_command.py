@@ -25,8 +25,8 @@ def new(
 ) -> None:
     """Write a commented config for a model and a data file, check it, and print its plan."""
     from qlora_train.authoring.new_config import recipe_lines, write_new_config
-    from qlora_train.data.terminal_view import visible
     from qlora_train.utils import network
+    from qlora_train.utils.visible_text import visible
 
     if recipe == "list":
         print_text("\n".join(recipe_lines()))

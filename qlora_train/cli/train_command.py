@@ -1,6 +1,5 @@
 """`qlora-train CONFIG` and `qlora-train train CONFIG`."""
 
-import logging
 import shlex
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
@@ -9,6 +8,7 @@ import typer
 
 from qlora_train.cli.libraries import prepare_libraries
 from qlora_train.cli.options import ConfigFile, Offline, Overrides
+from qlora_train.cli.output import silence_console
 from qlora_train.utils import launcher
 from qlora_train.utils.secrets import redact
 
@@ -34,7 +34,7 @@ def train(
         return start_processes(context.obj, num_processes)
     rank = 0 if worker is None else worker.rank
     if rank:
-        logging.getLogger("qlora_train").setLevel(logging.WARNING)  # until the run folder has a file for its log
+        silence_console()  # what it logs is held back for the file of its rank
     prepare_libraries(offline=offline, local_rank=0 if worker is None else worker.local_rank)
     from qlora_train.pipeline import run
 

@@ -21,6 +21,8 @@ from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
 
+STREAMED = "data.train: streamed; the counts are those of its beginning"
+
 NUM_FIRST_ROWS = 5
 """Rows that a report shows as text."""
 MIN_LABEL_SHARE = 0.01
@@ -246,14 +248,15 @@ class DataReport:
     def lines(self) -> list[str]:
         """Return the report without its findings, a line per source and two per split."""
         sources = [source.line() for source in self.sources]
-        streamed = ["data.train: streamed; the counts are those of its beginning"] if self.is_streamed else []
+        streamed = [STREAMED] if self.is_streamed else []
         splits = [line for key, split in self.splits.items() for line in split.lines(key, self.max_length)]
         return [*sources, *streamed, *splits, *([self.system_prompt.line()] if self.system_prompt else [])]
 
     def log(self) -> None:
-        """Log the lines as information and the findings as warnings."""
+        """Log the first line per split as information, the others as detail, and the findings as warnings."""
+        heads = [split.lines(key, self.max_length)[0] for key, split in self.splits.items()]
         for line in self.lines():
-            log.info("%s", line)
+            log.log(logging.INFO if line in heads or line == STREAMED else logging.DEBUG, "%s", line)
         for finding in self.findings():
             log.warning("%s: %s", finding.key, finding.text)
 

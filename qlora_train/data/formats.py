@@ -155,7 +155,7 @@ def recognise(record: Record, format_name: str, columns: Mapping[str, str], data
         raise DataError(f"{record.where}: the format {name} is for {other}")
     used = FORMATS[name].file_columns(columns).values()
     unused = header_text([column for column in record.values if column not in used])
-    log.info("%s: format %s%s", record.where, name, f"; columns not used: {unused}" * bool(unused))
+    log.debug("%s: format %s%s", record.where, name, f"; columns not used: {unused}" * bool(unused))
     idle = ", ".join(f"{column}: {file}" for column, file in columns.items() if column not in FORMATS[name].columns)
     if idle:
         log.warning(

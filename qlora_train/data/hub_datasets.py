@@ -25,7 +25,7 @@ def hub_files(source: Source, key: str) -> list[DataFile]:
     import datasets
 
     name = f"{source.path}[{source.split}]"
-    log.info("%s: loading the Hub data set %s", key, name)
+    log.debug("%s: loading the Hub data set %s", key, name)
     try:
         loaded = datasets.load_dataset(source.path, source.subset, revision=source.revision, keep_in_memory=False)
         num_rows = {split: len(rows) for split, rows in loaded.items()}

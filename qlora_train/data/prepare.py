@@ -74,7 +74,7 @@ def prepare_data(
         kept = StoredTexts(share=share, seed=seed if share else 0)
         train = _stores("data.train", data.train, sources, kept, data.max_dropped)
     if is_dated(tokenizer) and (data.streaming or any(not each.is_plain for each in (*train, *held_out))):
-        log.info("chat template: prints the current date; every row is rendered for %s", day.isoformat())
+        log.debug("chat template: prints the current date; every row is rendered for %s", day.isoformat())
     if data.streaming:
         return _streamed(data, sources, held_out, tokenizer, seed)
     return _selected(data, train, held_out, tokenizer, seed)
@@ -130,7 +130,7 @@ def _selected(
     if isinstance(data.eval, float):
         mask = held_out_mask(rows.digests, data.eval, seed)
         rows, eval_rows = rows.select(~mask), rows.select(mask)
-        log.info("data.eval: %d rows to train on, %d held out", len(rows), len(eval_rows))
+        log.debug("data.eval: %d rows to train on, %d held out", len(rows), len(eval_rows))
     overlap = ReasonCounts()
     num_removed = 0
     if data.deduplicate:

@@ -141,7 +141,7 @@ class RowEncoder:
                 raise error from None
             if not self._has_logged_text_arguments:
                 self._has_logged_text_arguments = True
-                log.info("chat template: gets the arguments of calls as JSON text (with objects: %s)", error.reason)
+                log.debug("chat template: gets the arguments of calls as JSON text (with objects: %s)", error.reason)
             return example
 
     def _encoded(self, row: Row, turns: tuple[Message, ...], chat: ChatRenderer, layouts: LayoutCache) -> Example:

@@ -114,7 +114,7 @@ class SourceTokenizer:
             lambda folder: Store(folder, opened.file_names),
         )
         if cached:
-            log.info("%s: %s: tokenised before, read from %s", key, source.path, self._cache.folder / name)
+            log.debug("%s: %s: tokenised before, read from %s", key, source.path, self._cache.folder / name)
         return SourceStore(source, store, cached)
 
     def streamed(self, key: str, source: Source) -> "StreamedSource":
@@ -175,7 +175,7 @@ class SourceTokenizer:
         num_bytes = sum(file.path.stat().st_size for file in opened.files)
         num_proc = num_processes(self._data.num_proc, num_bytes, min_bytes=MIN_PARALLEL_BYTES)
         names = opened.files[0].name + (f" and {len(opened.files) - 1} more files" if len(opened.files) > 1 else "")
-        log.info("%s: tokenising %s (%.1f MB, %d processes)", opened.key, names, num_bytes / 1e6, num_proc)
+        log.debug("%s: tokenising %s (%.1f MB, %d processes)", opened.key, names, num_bytes / 1e6, num_proc)
         writer = StoreWriter(folder, opened.format, tokenize.columns)
         num_records = [0] * len(opened.files)
         unseen: frozenset[str] | None = None

@@ -97,7 +97,7 @@ def _files_of_folder(folder: Path, key: str) -> list[DataFile]:
     paths = {file.path for file in files}
     others = ", ".join(entry.name for entry in entries if entry not in paths)
     names = ", ".join(file.path.name for file in files)
-    log.info("%s: folder %s: reading %s%s", key, folder, names, f"; not {others}" * bool(others))
+    log.debug("%s: folder %s: reading %s%s", key, folder, names, f"; not {others}" * bool(others))
     return files
 
 

@@ -1,21 +1,17 @@
 """Rows on a terminal with their loss mask: trained text bold green and context dim, or in brackets without colour."""
 
-import unicodedata
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
 from qlora_train.data.decoded_rows import DecodedRow
+from qlora_train.utils.visible_text import visible
 
 TRAINED, CONTEXT = "bold green", "dim"
 OPEN, CLOSE, LINE_END = "⟦", "⟧", "↵"
 MAX_SEGMENT_LENGTH = 2000
 """Characters shown of a segment; of a longer one the beginning and the end."""
-INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories of control characters, changes of the writing direction and other invisible characters."""
-JOINERS = "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
-"""Invisible characters that emoji and several scripts need."""
 
 
 def shown_rows(rows: Sequence[DecodedRow], console: Console) -> str:
@@ -35,16 +31,6 @@ def shown_rows(rows: Sequence[DecodedRow], console: Console) -> str:
             legend = (_marked("with loss", trained=True, coloured=coloured), " ", ("without loss", CONTEXT))
             console.print(Text.assemble(*legend, f" {LINE_END} line break"), soft_wrap=True)
     return captured.get()
-
-
-def visible(text: str) -> str:
-    """Escape invisible and control characters."""
-    return "".join(
-        character
-        if character in JOINERS or unicodedata.category(character) not in INVISIBLE
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
 
 
 def _shortened(text: str) -> str:

@@ -101,7 +101,7 @@ class StoreCache:
             with contextlib.suppress(BlockingIOError), self._locked(path.name, wait=False):
                 atomic_io.remove_folder(path)
                 excess -= sizes[path][0]
-                log.info("%s: deleted (cache above data.cache_limit, %s)", path, self._limit)
+                log.debug("%s: deleted (cache above data.cache_limit, %s)", path, self._limit)
 
 
 def _size_and_age(folder: Path) -> tuple[int, float]:

@@ -58,7 +58,7 @@ def check_gathered_bytes(unit: nn.Module, name: str, own: Hashes) -> None:
             f"parallel.strategy: fsdp would train on corrupt weights: {problems[0]} (torch {torch.__version__}); set "
             "parallel.strategy: ddp, and report it"
         )
-    logger.info("byte check: passed (%d gathered tensors of %s are as loaded)", len(own), name)
+    logger.debug("byte check: passed (%d gathered tensors of %s are as loaded)", len(own), name)
 
 
 def _sharded_parameters(unit: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -25,12 +25,12 @@ def complete_chat_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     file = folder / PROCESSOR_FILE
     if tokenizer.chat_template is None and file.is_file():
         tokenizer.chat_template = _processor_template(file)
-        logger.info("chat template: from the processor (%s, the tokenizer has none)", PROCESSOR_FILE)
+        logger.debug("chat template: from the processor (%s, the tokenizer has none)", PROCESSOR_FILE)
     template = tokenizer.chat_template
     cleaned = _without_mark(template)
     if cleaned != template:
         tokenizer.chat_template = cleaned
-        logger.info("chat template: byte order mark removed (it would precede every row)")
+        logger.debug("chat template: byte order mark removed (it would precede every row)")
 
 
 def _processor_template(file: Path) -> str | dict[str, str]:

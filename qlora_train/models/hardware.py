@@ -25,7 +25,7 @@ def choose_compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     else:
         dtype, reason = automatic_compute_dtype(device)
     assert isinstance(dtype, torch.dtype)
-    logger.info("compute dtype: %s (%s)", str(dtype).removeprefix("torch."), reason)
+    logger.debug("compute dtype: %s (%s)", str(dtype).removeprefix("torch."), reason)
     return dtype
 
 
@@ -72,7 +72,7 @@ def choose_attention(
         name, reason = "sdpa", "PyTorch's fused kernels"
     else:
         name, reason = "eager", "Transformers supports nothing faster for this architecture"
-    logger.info("attention: %s (%s)", name, reason)
+    logger.debug("attention: %s (%s)", name, reason)
     return name
 
 

@@ -206,7 +206,7 @@ def _check_stored_quantization(stored: dict[str, Any], source: BaseSource, quant
     ]
     if wrong:
         raise ConfigError(wrong)
-    logger.info("quantization: 4-bit %s (as stored in the checkpoint)", stored["bnb_4bit_quant_type"])
+    logger.debug("quantization: 4-bit %s (as stored in the checkpoint)", stored["bnb_4bit_quant_type"])
 
 
 def _check_experts(names: Iterable[str], where: str) -> None:
@@ -238,7 +238,7 @@ def _from_pretrained(
     text.log(config.model_type)
     if stored_format is not None:
         del config.quantization_config  # Transformers reads 16-bit weights
-        logger.info("weights: stored in %s, dequantized to %s as they are read", stored_format.description, dtype)
+        logger.debug("weights: stored in %s, dequantized to %s as they are read", stored_format.description, dtype)
     try:
         with torch.device("meta"):  # for its class, and the config of that class
             meta_model = text.build(config, trust_remote_code=model.trust_remote_code)
@@ -314,7 +314,7 @@ def _with_rope_scaling(config: Any, scaling: Mapping[str, str | int | float], na
     reached = int(positions * float(scaling["factor"]))
     if scaling["rope_type"] != "dynamic":  # dynamic scaling starts beyond max_position_embeddings
         content["max_position_embeddings"] = reached
-    logger.info("positions: %d -> %d (model.rope_scaling)", positions, reached)
+    logger.debug("positions: %d -> %d (model.rope_scaling)", positions, reached)
     return type(config).from_dict(whole)
 
 

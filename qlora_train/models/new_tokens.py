@@ -28,7 +28,7 @@ def add_new_tokens(
             for tensor in (module.weight.data, *(() if getattr(module, "bias", None) is None else (module.bias.data,))):
                 tensor[num_rows:] = _mean_row(tensor[:num_rows])
         model.requires_grad_(False)
-        logger.info("vocabulary: %d rows added (mean of the others)", len(tokenizer) - num_rows)
+        logger.debug("vocabulary: %d rows added (mean of the others)", len(tokenizer) - num_rows)
     return tuple(dict.fromkeys([*tokenizer.convert_tokens_to_ids(list(new_tokens)), *range(num_rows, len(tokenizer))]))
 
 

@@ -150,18 +150,18 @@ def check_quantization(summary: QuantizationSummary, min_quantized_share: float)
         ModelError: the share of 4-bit linear weights is below `min_quantized_share`.
     """
     by_dtype = ", ".join(f"{name} {count / 1e6:,.1f} MB" for name, count in sorted(summary.bytes_by_dtype.items()))
-    logger.info(
+    logger.debug(
         "quantization: %.1f %% of %s linear weights in 4 bits at %.3f bits each; bytes by dtype: %s",
         100 * summary.quantized_share, f"{summary.num_linear_weights:,}", summary.bits_per_weight, by_dtype,
     )  # fmt: skip
     if summary.weight_bytes < summary.whole_weight_bytes:
-        logger.info(
+        logger.debug(
             "quantization: %.1f of %.1f MB of 4-bit weights on this rank (%.1f %%, with absmax)",
             summary.weight_bytes / 1e6, summary.whole_weight_bytes / 1e6,
             100 * summary.weight_bytes / summary.whole_weight_bytes,
         )  # fmt: skip
     for name in summary.unquantized[:5]:
-        logger.info("quantization: %s stays unquantized", name)
+        logger.debug("quantization: %s stays unquantized", name)
     if summary.quantized_share < min_quantized_share:
         shown = "; ".join(summary.unquantized[:5]) + (" ..." if len(summary.unquantized) > 5 else "")
         raise ModelError(

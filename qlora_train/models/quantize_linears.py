@@ -28,7 +28,9 @@ def quantize_linears(
         assert isinstance(linear, nn.Linear), f"{name} is no linear layer; the architecture table is wrong"
         model.set_submodule(name, _quantized(linear, quantization, compute_dtype))
     if found:
-        logger.info("quantization: %d layers of class %s, which Transformers skips", len(found), ", ".join(class_names))
+        logger.debug(
+            "quantization: %d layers of class %s, which Transformers skips", len(found), ", ".join(class_names)
+        )
 
 
 def _quantized(linear: nn.Linear, quantization: QuantizationSection, compute_dtype: torch.dtype) -> Linear4bit:

@@ -52,7 +52,7 @@ def load_tokenizer(source: BaseSource, model: ModelSection) -> PreTrainedTokeniz
     tokenizer = follow_tokenizer_json(tokenizer, source.folder, where)
     if model.new_tokens:
         num_added = tokenizer.add_tokens(list(model.new_tokens))
-        logger.info("tokenizer: %d of %d new tokens added", num_added, len(model.new_tokens))
+        logger.debug("tokenizer: %d of %d new tokens added", num_added, len(model.new_tokens))
     architecture = detect(source.config)
     if model.chat_template is not None:
         _set_chat_template(tokenizer, model.chat_template)
@@ -69,7 +69,7 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) ->
     template = resolve_chat_template(name_or_file)
     reason = "replaces the tokenizer's own" if tokenizer.chat_template else "the tokenizer has none"
     tokenizer.chat_template = template.jinja
-    logger.info("chat template: %s (%s)", name_or_file, reason)
+    logger.debug("chat template: %s (%s)", name_or_file, reason)
     end = template.end_of_turn
     if end is None:
         return
@@ -80,7 +80,7 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) ->
             f"tokenizer; use a template of the model's family, or add the token: model.new_tokens: ['{end}']"
         )
     if tokenizer.eos_token != end:
-        logger.info("tokenizer: eos token %r -> %r (ends a turn of the chat template)", tokenizer.eos_token, end)
+        logger.debug("tokenizer: eos token %r -> %r (ends a turn of the chat template)", tokenizer.eos_token, end)
         tokenizer.eos_token = end
 
 
@@ -115,7 +115,7 @@ def _repair_eos(tokenizer: PreTrainedTokenizerBase, source: BaseSource) -> None:
             "model needs to learn to stop; set eos_token in tokenizer_config.json"
         )
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
-    logger.info("tokenizer: eos token %r (from config.json)", tokenizer.eos_token)
+    logger.debug("tokenizer: eos token %r (from config.json)", tokenizer.eos_token)
 
 
 def num_embeddings(tokenizer: PreTrainedTokenizerBase, config: Any, model: ModelSection) -> int:
@@ -132,14 +132,14 @@ def _repair_pad(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
     candidates = (token for token in _PAD_CANDIDATES if vocabulary.get(token, num_rows) < num_rows)
     tokenizer.pad_token = next((token for token in candidates if token != tokenizer.eos_token), tokenizer.eos_token)
     reason = "it had none" if pad_id is None else f"{pad!r} ({pad_id}) is beyond the {num_rows} embedding rows"
-    logger.info("tokenizer: pad token %r (%s)", tokenizer.pad_token, reason)
+    logger.debug("tokenizer: pad token %r (%s)", tokenizer.pad_token, reason)
 
 
 def _repair_length(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], architecture: Architecture) -> None:
     positions = max_positions(config, architecture)
     if tokenizer.model_max_length > _NO_LIMIT and positions is not None:
         tokenizer.model_max_length = positions
-        logger.info("tokenizer: model_max_length %d (from config.json)", positions)
+        logger.debug("tokenizer: model_max_length %d (from config.json)", positions)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False) -> None:

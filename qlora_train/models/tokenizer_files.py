@@ -54,7 +54,7 @@ def follow_tokenizer_json(tokenizer: PreTrainedTokenizerBase, folder: Path, wher
     if not others and follows and len(tokenizer) == len(exact):
         return tokenizer
     reason = f"gives {others[0]}" if others else "changes it"
-    logger.info("tokenizer: %s unchanged (%s %s)", TOKENIZER, type(tokenizer).__name__, reason)
+    logger.debug("tokenizer: %s unchanged (%s %s)", TOKENIZER, type(tokenizer).__name__, reason)
     return exact
 
 

@@ -70,5 +70,5 @@ def restore_num_threads(folder: RunFolder, device: torch.device, allow_changed: 
     metadata = folder.metadata()
     recorded = metadata.get("num_threads")
     if metadata.get("world_size") == context().world_size and recorded not in (None, torch.get_num_threads()):
-        logger.info("threads: %d, as at the start of the run (not %d)", recorded, torch.get_num_threads())
+        logger.debug("threads: %d, as at the start of the run (not %d)", recorded, torch.get_num_threads())
         torch.set_num_threads(recorded)

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from qlora_train.data.terminal_view import visible
+from qlora_train.utils.visible_text import visible
 
 MAX_CHARACTERS = 4000
 """Characters shown of one text; of a longer one the beginning and the end."""

@@ -13,6 +13,8 @@ from qlora_train.runs.fingerprint import check_same_settings
 from qlora_train.runs.run_folder import RunFolder
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError
+from qlora_train.utils.file_log import logged_to
+from qlora_train.utils.run_events import RunOpened, emit
 
 LOCK = ".lock"
 
@@ -51,6 +53,7 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
             raise CheckpointError(f"{run.metadata_file}: is missing; restore it, or choose another run.output_dir")
         else:
             check_same_settings(run, config)
+        emit(RunOpened(run.path))
         yield run, run.latest_checkpoint() if resume in ("auto", "never") else _named_checkpoint(run, Path(resume))
 
 
@@ -94,7 +97,8 @@ def run_lock(run: RunFolder) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
         run.remove_stale_files()
-        yield
+        with logged_to(run.log_file):
+            yield
     finally:
         os.close(descriptor)
 
@@ -123,7 +127,9 @@ def refuse_links(run: RunFolder) -> None:
 
 def _check_empty(run: RunFolder) -> None:
     names = {path.name for path in run.path.iterdir()} if run.path.is_dir() else set()
-    if run.path.is_file() or any(name != LOCK and not atomic_io.is_stale(name) for name in names):
+    if run.path.is_file() or any(
+        name not in (LOCK, run.log_file.name) and not atomic_io.is_stale(name) for name in names
+    ):
         raise CheckpointError(
             f"{run.path}: run.output_dir is not empty and holds no run (no config.yaml); choose another run.output_dir"
         )

@@ -57,6 +57,7 @@ class RunFolder:
         self.answers_file = path / "answers.jsonl"  # generated answers of the last evaluation
         self.row_losses_file = path / "row_losses.json"  # of a sample of rows, after training
         self.report_file = path / "report.html"
+        self.log_file = path / "run.log"  # every log line, with its time
         self.logs = path / "logs"  # of ranks other than 0
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # PEFT's format; written when training has finished

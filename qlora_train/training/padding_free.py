@@ -148,7 +148,7 @@ def lower_token_budget(run: RunFolder, reason: str) -> bool:
     """Reduce a run's token budget to that of its settings; return False if it is that already. No collective."""
     if not has_raised_budget(run):
         return False
-    logger.info("padding-free: token budget lowered to that of the settings (%s)", reason)
+    logger.debug("padding-free: token budget lowered to that of the settings (%s)", reason)
     write_json(run.padding_free_file, {**read_json(run.padding_free_file), "min_tokens": 0})
     return True
 

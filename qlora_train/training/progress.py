@@ -1,4 +1,4 @@
-"""Training progress: a log line and a line of metrics.jsonl at every log point, and a progress bar on a terminal."""
+"""Training progress: an event per step; a log line, an event and a line of metrics.jsonl at every log point."""
 
 import json
 import logging
@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS
@@ -16,6 +14,7 @@ from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
 from qlora_train.training.speed_meter import PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
 from qlora_train.utils import atomic_io
+from qlora_train.utils.run_events import Measured, StepEnded, emit
 
 logger = logging.getLogger(__name__)
 
@@ -41,26 +40,19 @@ class ProgressCallback(TrainerCallback):
         self._formats = {**LOG_FORMATS, **objective_formats}
         self._metrics = (*self._formats, TOKENS_PER_SECOND, PEAK_MEMORY_BYTES, "eval_runtime_seconds")
         self._writes = context().is_main
-        self._bar: Progress | None = None
         self._has_begun = False
         self._start_seconds, self._start_step, self._start_tokens = time.perf_counter(), 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Write the metrics of earlier steps, and show the bar."""
+        """Write the metrics of earlier steps, and start the clock."""
         self.rewrite_metrics(state.log_history)
         self._has_begun = True
         self._start_seconds = time.perf_counter()
         self._start_step, self._start_tokens = state.global_step, int(state.num_input_tokens_seen)
-        console = Console(stderr=True)
-        if console.is_terminal and self._writes:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
-            self._bar.add_task("training", total=state.max_steps, completed=state.global_step)
-            self._bar.start()
+        emit(StepEnded(state.global_step, state.max_steps))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=state.global_step)
+        emit(StepEnded(state.global_step, state.max_steps))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_k: Any) -> None:
         metrics = {key: value for key, value in (logs or {}).items() if key in self._metrics}
@@ -69,16 +61,28 @@ class ProgressCallback(TrainerCallback):
         if self._writes:
             line = self._line({"step": state.global_step, "epoch": state.epoch, **metrics})
             atomic_io.append_line(self._run.metrics_file, line)
-        parts = [text.format(metrics[key]) for key, text in self._formats.items() if text and key in metrics]
-        if self._bar is not None:
-            speed = self._tokens_per_second(state)
-            self._bar.update(self._bar.task_ids[0], description=f"{parts[0]}  {speed:.0f} tokens/s")
-        logger.info("step %d/%d  %s  %s", state.global_step, state.max_steps, "  ".join(parts), self._resources(state))
+        event = self._measured(state, metrics)
+        emit(event)
+        logger.info("%s", self._log_line(event), extra={"metrics": _fields(event)})
 
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+    def _measured(self, state: Any, metrics: Mapping[str, float]) -> Measured:
+        seconds = time.perf_counter() - self._start_seconds
+        return Measured(
+            step=state.global_step,
+            num_steps=state.max_steps,
+            epoch=state.epoch,
+            values=metrics,
+            tokens_per_second=float(state.num_input_tokens_seen - self._start_tokens) / seconds,
+            seconds_left=seconds / max(state.global_step - self._start_step, 1) * (state.max_steps - state.global_step),
+            memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        )
+
+    def _log_line(self, event: Measured) -> str:
+        values = event.values
+        parts = [text.format(values[key]) for key, text in self._formats.items() if text and key in values]
+        memory = [] if event.memory_bytes is None else [f"{event.memory_bytes / 1e9:.1f} GB"]
+        speed = [f"{event.tokens_per_second:.0f} tokens/s", *memory, f"{event.seconds_left:.0f} s left"]
+        return "  ".join([f"step {event.step}/{event.num_steps}", *parts, *speed])
 
     def since_last_start(self, state: Any) -> dict[str, float]:
         """Return the steps, tokens and seconds of training since this process started or resumed the run."""
@@ -90,16 +94,6 @@ class ProgressCallback(TrainerCallback):
             "train_seconds": time.perf_counter() - self._start_seconds,
         }
 
-    def _tokens_per_second(self, state: Any) -> float:
-        seconds = time.perf_counter() - self._start_seconds
-        return float(state.num_input_tokens_seen - self._start_tokens) / seconds
-
-    def _resources(self, state: Any) -> str:
-        seconds = time.perf_counter() - self._start_seconds
-        left = seconds / max(state.global_step - self._start_step, 1) * (state.max_steps - state.global_step)
-        memory = f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if torch.cuda.is_available() else ""
-        return f"{self._tokens_per_second(state):.0f} tokens/s{memory}  {left:.0f} s left"
-
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl from a log history, without the lines of steps after its checkpoint."""
         if not self._writes:
@@ -109,3 +103,10 @@ class ProgressCallback(TrainerCallback):
 
     def _line(self, entry: Mapping[str, Any]) -> str:
         return json.dumps({key: entry[key] for key in ("step", "epoch", *self._metrics) if key in entry})
+
+
+def _fields(event: Measured) -> dict[str, Any]:
+    """Return the fields of a JSON log line."""
+    fields = {"step": event.step, "num_steps": event.num_steps, "epoch": event.epoch, **event.values}
+    speed = {"tokens_per_second": round(event.tokens_per_second, 1), "seconds_left": round(event.seconds_left, 1)}
+    return {**fields, **speed, **({} if event.memory_bytes is None else {"memory_bytes": event.memory_bytes})}

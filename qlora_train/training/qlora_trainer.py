@@ -97,7 +97,7 @@ class QloraTrainer(ResumableTrainer):
         chunk_tokens = choose_chunk_tokens(adapted.model)
         self.loss_chunk_tokens = chunk_tokens if context().all_true(chunk_tokens is not None) else None
         if self.loss_chunk_tokens is None:
-            logger.info("loss: not chunked (this model's head cannot run by itself)")
+            logger.debug("loss: not chunked (this model's head cannot run by itself)")
         self._offloading = _make_offloading(config.train, adapted.loaded.device)
         self.batch_source = self._make_batch_source(group_batch_size, has_fused_kernels)
         self.schedule = make_schedule(config, self.batch_source.steps_per_epoch, has_eval=bool(data.eval))
@@ -178,7 +178,7 @@ class QloraTrainer(ResumableTrainer):
             from qlora_train.training.parity.document_isolation import isolate_documents
 
             how = isolate_documents(self.adapted, config, source.rows)
-            logger.info("packing: documents are isolated (%s; checked on this model)", how)
+            logger.debug("packing: documents are isolated (%s; checked on this model)", how)
         has_router_loss = self.aux_loss_weight > 0
         if has_fused_kernels:
             flattened = choose_padding_free(

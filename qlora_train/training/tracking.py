@@ -13,8 +13,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from qlora_train.config import RunConfig
 from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
+from qlora_train.utils import network
 from qlora_train.utils.errors import TrainingError, first_line
-from qlora_train.utils.trackers import TRACKERS
+from qlora_train.utils.trackers import TRACKERS, go_offline
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class TrackerCallback(TrainerCallback):
         self._name, self._fails = name, False
         if variable := TRACKERS[name].project_variable:
             os.environ.setdefault(variable, PROJECT)
+        if network.is_offline():
+            go_offline([name])
         with _start_errors(name):
             self._callback = _make_callback(name, run)
 

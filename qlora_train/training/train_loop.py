@@ -23,6 +23,7 @@ from qlora_train.training.step_end import best_step, evaluations
 from qlora_train.training.step_guard import check_finite, check_trained
 from qlora_train.training.timed_run import fix_num_steps, with_recorded_steps
 from qlora_train.utils import signals
+from qlora_train.utils.run_events import stage
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +57,9 @@ def train(
     progress = ProgressCallback(run, objective.loss.log_formats)
     with signals.stops_deferred():
         trainer = _make_trainer(adapted, data, config, run, progress, objective)
-        try:
-            with record_fallback(trainer, config, run):
-                fix_num_steps(trainer, config, run)
-                _run_steps(trainer, progress, resume_from)
-        finally:
-            progress.stop()
+        with stage("training"), record_fallback(trainer, config, run):
+            fix_num_steps(trainer, config, run)
+            _run_steps(trainer, progress, resume_from)
     since_last_start = progress.since_last_start(trainer.state)
     step = _load_result(trainer)
     check_finite(step, trainable_state(adapted.model), {})
@@ -88,9 +86,10 @@ def _make_trainer(
     progress: ProgressCallback,
     objective: Objective,
 ) -> QloraTrainer:
-    fused = choose_fused_kernels(adapted, data, config, run)
-    if fused is not None:
-        fill_cache(fused.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
+    with stage("parity check"):
+        fused = choose_fused_kernels(adapted, data, config, run)
+        if fused is not None:
+            fill_cache(fused.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
     layers = LayerCheckpointing(adapted.model, fused.mlps if fused is not None else [])
 
     def make(fitted: RunConfig) -> QloraTrainer:
@@ -99,11 +98,14 @@ def _make_trainer(
             layer_checkpointing=layers, has_fused_kernels=fused is not None, objective=objective,
         )  # fmt: skip
 
-    return fitting_trainer(make, config, run)
+    with stage("memory"):
+        return fitting_trainer(make, config, run)
 
 
 def _run_steps(trainer: QloraTrainer, progress: ProgressCallback, resume_from: Path | None) -> None:
     """Run a pending evaluation and the remaining steps."""
+    begins = f"starts ({trainer.schedule.total_steps} steps)" if resume_from is None else f"resumes from {resume_from}"
+    logger.info("training: %s", begins)
     if resume_from is not None:
         with checkpoint_errors(resume_from):
             trainer.restore(resume_from)

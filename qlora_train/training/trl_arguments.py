@@ -36,7 +36,7 @@ def sft_config(config: RunConfig, adapted: AdaptedModel, run: RunFolder, *, chec
     dtype = adapted.loaded.compute_dtype
     arguments = RunArguments(
         output_dir=str(run.checkpoints),
-        optim=choose_optimizer(train.optim, adapted),
+        optim=train.optim if train.optim != "auto" else choose_optimizer(train.optim, adapted),
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=train.warmup_ratio,

@@ -27,16 +27,16 @@ def choose_wait_policy() -> None:
         return
     chosen = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
     if chosen:
-        logger.info("cpu threads: %s (environment)", " ".join(chosen))
+        logger.debug("cpu threads: %s (environment)", " ".join(chosen))
         return
     busy = busy_share(SAMPLE_SECONDS)
     reason = "CPU load unknown" if busy is None else f"other programs use {busy:.0%} of the CPUs"
     if busy is None or busy > MAX_BUSY:
         os.environ["OMP_WAIT_POLICY"] = "passive"
-        logger.info("cpu threads: sleep while they wait (%s)", reason)
+        logger.debug("cpu threads: sleep while they wait (%s)", reason)
     else:
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
-        logger.info("cpu threads: spin briefly before they sleep (%s)", reason)
+        logger.debug("cpu threads: spin briefly before they sleep (%s)", reason)
 
 
 def busy_share(seconds: float) -> float | None:

@@ -151,7 +151,7 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     debugging.fill_uninitialized_memory = False  # it would write every new tensor twice
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.use_deterministic_algorithms(True)
-    logger.info("deterministic algorithms: on (run.deterministic: true)")
+    logger.debug("deterministic algorithms: on (run.deterministic: true)")
     try:
         yield
     finally:

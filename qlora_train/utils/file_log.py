@@ -1,16 +1,88 @@
-"""The package's log in a file, for processes whose messages nobody watches."""
+"""The package's log in a file, with times and without secrets.
+
+Lines from before the file is known are held back (`HeldBack`) and written first. A file that cannot be written, as on a
+full disk, does not end the run: the next line that can be written counts those that are missing.
+"""
 
 import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from qlora_train.utils.secrets import RedactingFormatter
 
+PACKAGE = "qlora_train"
+MAX_HELD_BACK = 1000
+logger = logging.getLogger(__name__)
+
+
+class HeldBack(logging.Handler):
+    """Keeps the first lines of a process until a log file is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.records) < MAX_HELD_BACK:
+            self.records.append(record)
+
+
+class _FileHandler(logging.StreamHandler[TextIO]):
+    """Writes lines, and counts those that could not be written."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file.open("a", encoding="utf-8"))
+        self.file, self.num_missing = file, 0
+        self.setFormatter(RedactingFormatter("%(asctime)s %(levelname)-7s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        missing = f"({self.num_missing} lines are missing)\n" if self.num_missing else ""
+        line = missing + self.format(record) + self.terminator
+        try:
+            os.write(self.stream.fileno(), line.encode(errors="backslashreplace"))  # whole, or not at all
+            self.num_missing = 0
+        except OSError:
+            self.num_missing += 1
+
 
 def log_to_file(file: Path) -> None:
-    """Append the package's log to a file from here on, with times and with secrets redacted."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(RedactingFormatter("%(asctime)s %(message)s"))
-    root = logging.getLogger("qlora_train")
+    """Send the package's log to a file alone from here on: that of a process whose messages nobody watches."""
+    handler = _open(file)
+    root = logging.getLogger(PACKAGE)
     root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.DEBUG)
+
+
+@contextmanager
+def logged_to(file: Path) -> Iterator[None]:
+    """Append the package's log inside to a file as well, and the traceback that ends the block."""
+    root = logging.getLogger(PACKAGE)
+    handler = _open(file)
+    root.addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        handler.handle(logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": "ended by",
+                                              "exc_info": sys.exc_info()}))  # fmt: skip
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.stream.close()
+    if handler.num_missing:
+        logger.warning("%s: the last %d lines are missing (it could not be written)", file, handler.num_missing)
+
+
+def _open(file: Path) -> _FileHandler:
+    """Open a log file, and write the lines that were held back."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handler = _FileHandler(file)
+    root = logging.getLogger(PACKAGE)
+    for held_back in [each for each in root.handlers if isinstance(each, HeldBack)]:
+        root.removeHandler(held_back)
+        for record in held_back.records:
+            handler.handle(record)
+    return handler

@@ -11,11 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from qlora_train.utils.errors import UserError, first_line
-from qlora_train.utils.trackers import TRACKERS
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} | {
-    name: value for tracker in TRACKERS.values() for name, value in tracker.offline.items()
-}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 TRUE = {"1", "ON", "YES", "TRUE"}
 TIMEOUT_SECONDS = 30.0
 """Maximum silence of the Hub in one request."""
@@ -29,10 +26,8 @@ def is_offline(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def go_offline() -> None:
-    """Disable the network in every library; a disabled W&B stays disabled."""
-    for name, value in OFFLINE.items():
-        if not (name == "WANDB_MODE" and os.environ.get(name) == "disabled"):
-            os.environ[name] = value
+    """Disable the network in every library but the trackers (`trackers.go_offline`)."""
+    os.environ.update(OFFLINE)
 
 
 def limit_hub_retries() -> None:

@@ -1,7 +1,7 @@
 """The experiment trackers of `run.report_to`: what keeps each offline, what is secret, what this trainer cannot upload."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -54,3 +54,14 @@ TRACKERS = {
     ),
     "trackio": Tracker(server_variable="TRACKIO_SPACE_ID"),
 }
+
+
+def go_offline(names: Iterable[str]) -> None:
+    """Keep the trackers of a run from using the network; one that is disabled stays disabled.
+
+    For the trackers of the run alone: Transformers greets everyone for whom W&B is offline.
+    """
+    for name in names:
+        for variable, value in TRACKERS[name].offline.items():
+            if os.environ.get(variable) != "disabled":
+                os.environ[variable] = value

@@ -116,7 +116,7 @@ def test_adapter_and_merge_fit_the_whole_model(
     assert losses(run)[-1] < losses(run)[0] - 0.05
     config = make_config(tmp_path, base, *SETTINGS, name="straight")
     caplog.clear()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         loaded = load_model(config.model, config.quantization)
     messages = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text-only:")]
     assert len(messages) == 1

@@ -78,7 +78,7 @@ def test_a_dated_template_is_reported_and_an_undated_one_does_not_change(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = DataSection(train=write_rows(tmp_path))
-    with caplog.at_level(logging.INFO, "qlora_train"):
+    with caplog.at_level(logging.DEBUG, "qlora_train"):
         prints = {prepare_data(data, build_tokenizer(), 0, date=date).fingerprint for date in (DATE, NEXT_DATE)}
         assert len(prints) == 1
         assert "current date" not in caplog.text

@@ -55,7 +55,7 @@ def test_every_format_is_recognised_named_and_renamed(name: str, forced: bool, r
 
 
 def test_columns_beside_a_format_do_not_disturb_it(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "qlora_train"):
+    with caplog.at_level(logging.DEBUG, "qlora_train"):
         assert turns_of({"prompt": "hi", "prompt_id": "3f", "messages": [HI, HELLO]}) == [HI, HELLO]
     assert "a.jsonl:1: format messages; columns not used: prompt, prompt_id" in caplog.text
 

@@ -58,7 +58,7 @@ def test_dropped_rows_are_counted_by_where_they_were_read_and_why(
 ) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", [{"text": "one"}, {"text": ""}, {"text": None}, {"text": " "}])
     held_out = write_jsonl(tmp_path / "eval.jsonl", [{"text": ""}, {"text": "two"}, {"text": "two"}])
-    with caplog.at_level(logging.INFO, "qlora_train"):
+    with caplog.at_level(logging.DEBUG, "qlora_train"):
         prepared = prepare(train=train, eval=held_out, max_dropped=0.9)
     assert dropped(prepared) == {"text is empty": 2, "text is null, expected a string": 1}
     assert dropped(prepared, 1) == {"text is empty": 1}
@@ -207,7 +207,7 @@ def test_deduplication_trains_once_on_equal_rows_and_never_on_held_out_ones(
     first = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("one", "two", "one", "three")])
     second = write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in ("two", "four", "held")])
     held_out = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in ("three", "held")])
-    with caplog.at_level(logging.INFO, "qlora_train"):
+    with caplog.at_level(logging.DEBUG, "qlora_train"):
         prepared = prepare(train=[first, second], eval=held_out, deduplicate=True)
     assert texts(prepared.train) == ["one", "two", "four"]
     assert texts(prepared.eval) == ["three", "held"]

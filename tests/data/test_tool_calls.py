@@ -190,7 +190,7 @@ def test_calls_are_written_as_json_whatever_shape_the_template_reads(
     calls = calling(*(call(arguments=json.dumps(it) if as_text else it) for it in (given, {})), content=content)
     values = {"messages": [HI, calls, result("None"), result("hot"), HELLO], "tools": [WEATHER]}
     written = '<call>weather {"city": "São Paulo", "days": 2, "hourly": true}</call><call>weather {}</call>'
-    with caplog.at_level("INFO", logger="qlora_train"):
+    with caplog.at_level("DEBUG", logger="qlora_train"):
         assert trained(with_calls(ARGUMENTS[arguments]), values) == [written, "hello"]
     assert ("arguments of calls as JSON text" in caplog.text) == (arguments in ("concatenated", "written out"))
 

@@ -91,7 +91,7 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(
 def test_finished_run_is_not_trained_again(pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = train_run(tmp_path, pico_llama, "train.max_steps=2")
     before = adapter_bytes(run), run.metrics_file.read_text()
-    with caplog.at_level("INFO", logger="qlora_train"):
+    with caplog.at_level("DEBUG", logger="qlora_train"):
         again = train_run(tmp_path, pico_llama, "train.max_steps=2", "export.merge=true")
     assert "has finished already" in caplog.text
     assert (adapter_bytes(again), again.metrics_file.read_text()) == before

@@ -61,7 +61,7 @@ def test_merged_run_has_its_card_and_results(pico_llama: Path, tmp_path: Path, m
 def test_run_without_held_out_rows_is_checked_on_training_rows(
     pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="qlora_train")
+    caplog.set_level("DEBUG", logger="qlora_train")
     unheld = ("data.eval=null", "train.eval_steps=null")
     run = train_run(tmp_path, pico_llama, *unheld, "train.max_steps=1", "export.merge=true")
     results = run.read_results()["merge"]

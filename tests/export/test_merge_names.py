@@ -143,7 +143,7 @@ def test_untied_head_is_named_like_its_neighbours(gemma3: Path, tmp_path: Path, 
 def test_encoders_that_are_not_loaded_are_copied(
     qwen3_5_moe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="qlora_train")
+    caplog.set_level("DEBUG", logger="qlora_train")
     targets = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     adapter = save_adapter(plain(qwen3_5_moe), tmp_path / "adapter", **targets)
     got = merged_logits(qwen3_5_moe, adapter, tmp_path / "merged")
@@ -160,7 +160,7 @@ def test_encoders_that_are_not_loaded_are_copied(
 def test_tensors_beyond_the_model_are_copied_as_they_are(
     pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="qlora_train")
+    caplog.set_level("DEBUG", logger="qlora_train")
     extra = {"mtp.fc.weight": torch.rand(3, 5), "model.layers.2.steps": torch.arange(4)}
     base = with_tensors(pico_llama, tmp_path / "base", lambda tensors: {**tensors, **extra})
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")

@@ -158,7 +158,7 @@ def test_a_check_over_pcie_or_on_the_cpu_is_bounded_and_announced(
     for module in (loading, check_budget):
         monkeypatch.setattr(module, "weights_bytes", lambda _folder: int(weights_gb * 1e9))
     monkeypatch.setattr(logging.getLogger("qlora_train"), "propagate", True)
-    caplog.set_level("INFO", logger="qlora_train")
+    caplog.set_level("DEBUG", logger="qlora_train")
     bounded = bounded_reference(tuned.reference, tmp_path, device, min_label_tokens=10)  # of two rows
     assert len(bounded.rows) == checked
     assert (message in caplog.text) if message else not caplog.messages
@@ -246,7 +246,7 @@ def test_merge_with_a_higher_loss_is_refused_with_both_losses(tuned: Tuned, tmp_
 def test_without_held_out_rows_auto_merges_onto_the_dequantized_base(
     tuned: Tuned, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", logger="qlora_train")
+    caplog.set_level("DEBUG", logger="qlora_train")
     tuned.reference = replace(tuned.reference, held_out=False)
     choice = choose(tuned, tmp_path / "merged")
     assert (choice.report.merge_base, list(choice.losses)) == ("dequantized", ["dequantized"])

@@ -68,7 +68,7 @@ def test_a_resumed_run_ends_on_a_disk_where_a_new_one_would_not(runs: Runs, disk
     wanted = runs.finished(run, *SETTINGS)
     shutil.rmtree(run.adapter)
     shutil.rmtree(run.checkpoint(4))
-    disk.leave(PAGE_BYTES)
+    disk.leave(2 * PAGE_BYTES)  # one for the log
     line = assert_one_line(runs.to_the_end(run, *SETTINGS))
     assert "(1 checkpoint " in line, "one of two is there and one is to come; a new run has three side by side"
     disk.leave(bytes_needed(line))
@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_at_any_time_gives_one_line(phase: str, runs: Runs,
 
 @pytest.mark.parametrize(
     ("num_pages", "written"),
-    [(1, set()), (2, {"config.yaml"}), (3, {"config.yaml", "run.json"}), (5, {"config.yaml", "run.json", "data.json"})],
+    [(1, set()), (3, {"config.yaml"}), (4, {"config.yaml", "run.json"}), (6, {"config.yaml", "run.json", "data.json"})],
 )
 def test_a_disk_that_is_full_before_the_run_begins_gives_one_line(
     num_pages: int, written: set[str], runs: Runs, disk: Disk
@@ -116,7 +116,7 @@ def test_a_disk_that_is_full_before_the_run_begins_gives_one_line(
     disk.leave(num_pages * PAGE_BYTES)
     line = assert_one_line(runs.to_the_end(run, *SETTINGS))
     assert "No space left on device" in line or line.startswith("run.output_dir: needs"), line
-    assert {path.name for path in run.path.iterdir()} == written | {".lock"}
+    assert {path.name for path in run.path.iterdir()} == written | {".lock", "run.log"}
     disk.leave(4 << 20)
     runs.finished(run, *SETTINGS)
 

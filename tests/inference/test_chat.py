@@ -120,7 +120,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
     logger = logging.getLogger("qlora_train")
     before = logger.propagate
     logger.propagate = True
-    with caplog.at_level(logging.INFO, logger="qlora_train"):
+    with caplog.at_level(logging.DEBUG, logger="qlora_train"):
         yield caplog
     logger.propagate = before
 

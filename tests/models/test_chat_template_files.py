@@ -46,7 +46,7 @@ def test_processor_chat_template_is_used_without_a_tokenizer_template(
     base: Path, content: Any, expected: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     (base / "chat_template.json").write_text(json.dumps({"chat_template": content}))
-    with caplog.at_level("INFO", logger="qlora_train"):
+    with caplog.at_level("DEBUG", logger="qlora_train"):
         tokenizer = tokenizer_of(base)
     assert tokenizer.chat_template == expected
     assert "chat template: from the processor (chat_template.json, the tokenizer has none)" in caplog.text
@@ -86,7 +86,7 @@ def test_byte_order_mark_of_a_template_precedes_no_row(
     else:
         (base / "own.jinja").write_text(MARK + CHATML)
         settings = {"chat_template": str(base / "own.jinja")}
-    with caplog.at_level("INFO", logger="qlora_train"):
+    with caplog.at_level("DEBUG", logger="qlora_train"):
         text = tokenizer_of(base, **settings).apply_chat_template(TURNS, tokenize=False)
     assert text.startswith("<|im_start|>user\nhi<|im_end|>")
     assert ("byte order mark removed" in caplog.text) == (place != "the config's")

@@ -152,7 +152,7 @@ def test_routers_stay_in_16_bits_without_adapter(pico: Pico, tmp_path: Path) -> 
 def test_layers_whose_names_peft_maps_to_experts_are_logged(
     pico: Pico, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         adapted_model(tmp_path, pico("dots1"))
     lines = [record.getMessage() for record in caplog.records if "adapter: none on" in record.getMessage()]
     assert [line.partition(" (")[0] for line in lines] == [

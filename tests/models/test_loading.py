@@ -116,7 +116,7 @@ def test_no_parameter_is_upcast_or_trainable(pico_llama: Path, dtype: str) -> No
 
 
 def test_compute_dtype_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="qlora_train"):
+    with caplog.at_level("DEBUG", logger="qlora_train"):
         chosen, asked = choose_compute_dtype("auto", CPU), choose_compute_dtype("float16", CPU)
     assert asked == torch.float16
     fast = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -396,7 +396,7 @@ def test_hub_exceptions_become_one_line(raised: Exception, message: str, monkeyp
 
 
 def test_complete_tokenizer_is_unchanged(pico_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="qlora_train"):
+    with caplog.at_level("DEBUG", logger="qlora_train"):
         tokenizer = tokenizer_of(pico_llama)
     assert [record.getMessage() for record in caplog.records if "tokenizer" in record.getMessage()] == []
     original = AutoTokenizer.from_pretrained(pico_llama)
@@ -412,7 +412,7 @@ def test_every_tokenizer_repair_is_logged(pico_llama: Path, tmp_path: Path, capl
     folder = copy_of(pico_llama, tmp_path / "bare")
     edit_json(folder / "tokenizer_config.json", "pad_token", "eos_token", "model_max_length")
     (folder / "chat_template.jinja").unlink()
-    with caplog.at_level("INFO", logger="qlora_train"):
+    with caplog.at_level("DEBUG", logger="qlora_train"):
         tokenizer = tokenizer_of(folder)
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.model_max_length) == ("<|pad|>", TURN_END, 256)
     assert TURN_END in tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
@@ -430,7 +430,7 @@ def test_missing_eos_token_comes_from_config_json(
 ) -> None:
     folder = copy_of(pico_llama, tmp_path / "bare")
     edit_json(folder / "tokenizer_config.json", "eos_token")
-    with caplog.at_level("INFO", logger="qlora_train"):
+    with caplog.at_level("DEBUG", logger="qlora_train"):
         assert tokenizer_of(folder).eos_token == TURN_END
     assert f"eos token '{TURN_END}' (from config.json)" in caplog.text
     edit_json(folder / "config.json", "eos_token_id")
@@ -492,7 +492,7 @@ def test_growing_the_embedding_makes_no_float32_copy(pico: Pico) -> None:
 
 def test_rope_scaling_changes_the_positions(pico_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = load(pico_llama).model
-    with caplog.at_level("INFO", logger="qlora_train"):
+    with caplog.at_level("DEBUG", logger="qlora_train"):
         scaled = load(pico_llama, model={"rope_scaling": {"rope_type": "linear", "factor": 4.0}}).model
     assert "positions: 256 -> 1024" in caplog.text
     assert scaled.config.max_position_embeddings == 1024

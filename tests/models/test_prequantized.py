@@ -147,7 +147,7 @@ def test_prequantized_base_loads_as_its_16_bit_weights(
 ) -> None:
     model_type, config, store, ends = CASES[case]
     released, plain = written(pico(model_type), tmp_path, config, store, ends)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         found = tensors_of(load(released, load_in_4bit=in_4bit))
     assert f"weights: stored in {config['quant_method']}" in caplog.text
     expected = tensors_of(load(plain, load_in_4bit=in_4bit))

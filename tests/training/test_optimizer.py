@@ -34,7 +34,7 @@ def on_gpu(pico_llama: Path, tmp_path: Path) -> AdaptedModel:
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(logging.getLogger("qlora_train"), "propagate", True)
-    caplog.set_level("INFO", logger="qlora_train")
+    caplog.set_level("DEBUG", logger="qlora_train")
     return caplog
 
 

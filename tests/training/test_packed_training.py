@@ -262,7 +262,7 @@ def test_steps_and_epochs_count_packs(pico_llama: Path, tmp_path: Path, caplog: 
     )  # fmt: skip
     adapted, data, folder = build(config)
     adapted.loaded.tokenizer.pad_token = adapted.loaded.tokenizer.eos_token  # which every row has, and is no padding
-    with caplog.at_level(logging.INFO, logger="qlora_train"):
+    with caplog.at_level(logging.DEBUG, logger="qlora_train"):
         trainer = QloraTrainer(adapted, data, config, folder, [])
     num_tokens = int(data.train.lengths.sum())
     num_packs = pack_order(data.train.lengths, config).num_packs

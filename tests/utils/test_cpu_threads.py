@@ -11,7 +11,7 @@ from qlora_train.utils import cpu_threads
 
 START = """
 import logging, sys
-logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+logging.basicConfig(level=logging.DEBUG, format="%(message)s", stream=sys.stdout)
 from qlora_train.utils import cpu_threads
 cpu_threads.busy_share = lambda _seconds: {busy}
 cpu_threads.choose_wait_policy()

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from qlora_train.config.preflight import tracker_problems
-from qlora_train.utils import network
+from qlora_train.utils import network, trackers
 from tests.support.runs import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def silent_server() -> Iterator[str]:
 SHORT_OF_PATIENCE = """
 import sys
 from qlora_train.cli import main as cli
-from qlora_train.utils import network
+from qlora_train.utils import network, trackers
 network.TIMEOUT_SECONDS, network.RETRY_SECONDS = 5, 2
 sys.exit(cli.main(["data", "run.yaml"]))
 """
@@ -189,8 +189,11 @@ def test_going_offline_keeps_a_disabled_tracker_disabled(monkeypatch: pytest.Mon
     monkeypatch.setenv("WANDB_MODE", "online")
     network.go_offline()
     assert {name: os.environ[name] for name in network.OFFLINE} == network.OFFLINE
+    assert os.environ["WANDB_MODE"] == "online", "whose offline mode Transformers announces to everyone"
+    trackers.go_offline(["wandb"])
+    assert os.environ["WANDB_MODE"] == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    network.go_offline()
+    trackers.go_offline(["wandb"])
     assert os.environ["WANDB_MODE"] == "disabled"
 
 

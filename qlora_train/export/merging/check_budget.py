@@ -49,7 +49,7 @@ def bounded_reference(
         where = "on the CPU"
         if device != "cpu":
             where = f"{moved_bytes / 1e9:.1f} GB of weights cross PCIe per pass; --device cpu keeps them in host memory"
-        logger.info(
+        logger.debug(
             "merge: checks %d of %d rows, at most about %.0f min (%s)",
             len(bounded.rows), len(reference.rows), estimate / 60, where,
         )  # fmt: skip

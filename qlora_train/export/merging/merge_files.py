@@ -124,7 +124,7 @@ def merge_adapter(settings: MergeSettings, output: Path, merge_base: MergeBase) 
             (staging / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
     num_changed = sum(len(planned.outputs) for planned in plan.groups if planned.updates)
     report = MergeReport(merge_base, len(sizes_bytes), num_changed, len(quantized), num_shards, sum(sizes_bytes))
-    logger.info(
+    logger.debug(
         "merged onto %s: %d of %d tensors changed, %d quantized to 4 bits and back, %.2f GB in %d files",
         merge_base, num_changed, report.num_tensors, report.num_quantized, report.total_bytes / 1e9, num_shards,
     )  # fmt: skip
@@ -176,7 +176,7 @@ def _log_mismatch(plan: MergePlan, meta_model: MetaModel) -> None:
             len(plan.missing), type(meta_model.model).__name__, listed(plan.missing, 3),
         )  # fmt: skip
     if plan.unmapped:
-        logger.info(
+        logger.debug(
             "merge: %d tensors copied (no parameter of the model): %s", len(plan.unmapped), listed(plan.unmapped, 3)
         )
 

@@ -50,7 +50,7 @@ def merge_run(run: FinishedRun, device: str | None = None) -> MergeResult:
     read_adapter_settings(folder.adapter, source)
     training = folder.read_results().get("training", {})
     step = training.get("taken_from_step", "unknown (no results.json)")
-    logger.info("merge: adapter of step %s onto %s", step, config.export.merge_base)
+    logger.debug("merge: adapter of step %s onto %s", step, config.export.merge_base)
     rows = load_rows(folder.rows)
     free_memory()
     reference = _measure_adapter(run, rows)
@@ -117,7 +117,7 @@ def _measure_adapter(run: FinishedRun, data: RunRows) -> Reference:
     adapted = load_trained(loaded, run.folder.adapter)
     rows: Sequence[Example] = data.eval
     if not rows:
-        logger.info("merge: checked on training rows (data.eval has none)")
+        logger.debug("merge: checked on training rows (data.eval has none)")
         rows = compared_rows(data.first_rows())
     losses = held_out_loss(
         adapted, rows, batch_size=config.train.per_device_eval_batch_size, pad_token_id=loaded.tokenizer.pad_token_id

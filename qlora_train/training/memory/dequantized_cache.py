@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def fill_cache(weights: Sequence[FrozenWeight], budget_gb: Literal["auto"] | float, device: torch.device) -> None:
     """Cache weights, in the order of the model, as long as they fit into `train.dequantized_cache_gb`."""
     if any(weight.is_sharded for weight in weights):
-        logger.info("dequantized cache: off (FSDP holds a part of each weight per rank)")
+        logger.debug("dequantized cache: off (FSDP holds a part of each weight per rank)")
         return
     free_bytes = budget_bytes(budget_gb, device)
     quantized = [weight for weight in weights if weight.is_quantized]
@@ -27,7 +27,7 @@ def fill_cache(weights: Sequence[FrozenWeight], budget_gb: Literal["auto"] | flo
             weight.cache()
             num_cached, cached_bytes = num_cached + 1, cached_bytes + weight.dequantized_bytes
     if num_cached:
-        logger.info(
+        logger.debug(
             "dequantized cache: %d of %d weights, %.2f GB (train.dequantized_cache_gb: %s)",
             num_cached, len(quantized), cached_bytes / 1e9, budget_gb,
         )  # fmt: skip

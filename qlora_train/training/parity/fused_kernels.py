@@ -56,7 +56,7 @@ def choose_fused_kernels(
         return None
     fused = with_fitting_size(NAME, adapted, SIZES, lambda *size: _install(adapted, batch(*size)))
     logger.info("fused kernels: on (max difference: loss %.1g, gradients %.1g)", parity.loss, parity.gradient)
-    logger.info("fused kernels: %s", fused.summary())
+    logger.debug("fused kernels: %s", fused.summary())
     return fused
 
 
