@@ -13,9 +13,9 @@ import torch
 import xllamacpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_train.export.export_formats import GGUF_QUANTS
+from qlora_train.export.gguf.convert_model import write_model
 from qlora_train.export.gguf.converter import find_converter
-from qlora_train.export.gguf.gguf_export import write_model
+from qlora_train.export.gguf.gguf_quants import ADAPTER_QUANTS
 
 QUESTIONS = ("What is the capital of France?", "Write a haiku about rain.", "Which is larger, 9.9 or 9.11?")
 NUM_NEW = 20
@@ -31,7 +31,7 @@ def main() -> None:
     print(
         "| numbers | MB | seconds | largest difference of log-probabilities | same greedy tokens |\n|---|---|---|---|---|"
     )
-    for quant in GGUF_QUANTS:
+    for quant in ADAPTER_QUANTS:
         with tempfile.TemporaryDirectory() as temporary:
             path, began = Path(temporary) / f"{quant}.gguf", time.perf_counter()
             write_model(folder, tokenizer, path, folder.name, find_converter(None), quant)

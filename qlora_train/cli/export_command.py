@@ -1,14 +1,15 @@
 """`qlora-train export RUN`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from qlora_train.cli.libraries import prepare_libraries
-from qlora_train.cli.options import Offline, RunPath, refuse_unused
+from qlora_train.cli.options import Offline, RunPath, comma_list, refuse_unused
 from qlora_train.cli.output import print_text
-from qlora_train.export.export_formats import EXPORT_FORMATS, GGUF_QUANTS
+from qlora_train.export.export_formats import EXPORT_FORMATS, ExportOptions
 
 FormatName = Annotated[
     str | None,
@@ -20,10 +21,26 @@ FormatName = Annotated[
 ]
 Push = Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload to this Hub repository")]
 Quant = Annotated[
-    str | None, typer.Option(metavar="|".join(GGUF_QUANTS), help="With --format: dtype of GGUF tensors (f16)")
+    str | None,
+    typer.Option(
+        metavar="QUANT,...",
+        help="With --format: number formats, each written to its own folder; "
+        + "; ".join(f"{row.name}: {', '.join(row.quants)}" for row in EXPORT_FORMATS.values() if row.quants),
+    ),
+]
+MaxEvalMinutes = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        metavar="MINUTES",
+        help="With --format gguf: for the held-out loss in llama.cpp, and as long for answers (10); 0: do not measure",
+    ),
 ]
 LlamaCpp = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="With --format: llama.cpp checkout whose converters are used")
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="With --format: llama.cpp checkout whose converters and llama-quantize are used"
+    ),
 ]
 What = Annotated[Literal["adapter", "merged"] | None, typer.Option(help="With --push: what to upload (adapter)")]
 Public = Annotated[bool, typer.Option("--public", help="With --push: make a new repository public, not private")]
@@ -36,6 +53,7 @@ def export(
     push: Push = None,
     quant: Quant = None,
     llama_cpp: LlamaCpp = None,
+    max_eval_minutes: MaxEvalMinutes = None,
     what: What = None,
     public: Public = False,
     dry_run: DryRun = False,
@@ -49,13 +67,17 @@ def export(
     if push is None:
         refuse_unused({"--what": what, "--public": public, "--dry-run": dry_run}, "needs --push")
     else:
-        refuse_unused({"--quant": quant, "--llama-cpp": llama_cpp}, "is for --format; drop it")
+        unused = {"--quant": quant, "--llama-cpp": llama_cpp, "--max-eval-minutes": max_eval_minutes}
+        refuse_unused(unused, "is for --format; drop it")
     prepare_libraries(offline=offline or dry_run)
     if push is None:
         from qlora_train.export import export_run
 
-        written = export_run.export(run, format_name=str(format_name), quant=quant, llama_cpp=llama_cpp)
-        print(f"exported: {written}")
+        options = ExportOptions(comma_list(quant) if quant else (), llama_cpp)
+        if max_eval_minutes is not None:
+            options = replace(options, max_eval_minutes=max_eval_minutes)
+        for folder in export_run.export(run, format_name=str(format_name), options=options):
+            print(f"exported: {folder}")
         return
     from qlora_train.export import hub_upload
 

@@ -42,7 +42,7 @@ def generate_answers(
         ModelError: the tokenizer has no chat template, or a single prompt does not fit into memory.
         DataError: a prompt is empty, or has a token without an embedding row.
     """
-    encoded = _encode_prompts(tokenizer, prompts, date or datetime.date.today())
+    encoded = encode_prompts(tokenizer, prompts, date or datetime.date.today())
     for number, ids in enumerate(encoded):
         if beyond := tokens_beyond_embedding(model, tokenizer, ids):
             raise DataError(f"prompt {number} has tokens that the model's embedding has no rows for: {beyond}")
@@ -78,7 +78,13 @@ def make_generation_config(
     )  # fmt: skip
 
 
-def _encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], date: datetime.date) -> list[list[int]]:
+def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt], date: datetime.date) -> list[list[int]]:
+    """Return the token ids of prompts.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+        DataError: a prompt is empty.
+    """
     if not tokenizer.chat_template and any(not isinstance(prompt, str) for prompt in prompts):
         raise ModelError("the tokenizer has no chat template; set model.chat_template, e.g. to chatml")
     encoded = []

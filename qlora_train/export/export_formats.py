@@ -1,6 +1,7 @@
 """The formats that a finished run is exported to, one row each, for the CLI, `export_run` and docs/export.md.
 
-A new format is one row here and one module with the function that writes it. This module loads no heavy library.
+A new format is one row here and one module with the function that writes it. Its number formats, the tools that it needs
+and what must exist before belong to the row. This module loads no heavy library.
 """
 
 from collections.abc import Callable
@@ -8,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qlora_train.utils.errors import ExportError
+from qlora_train.export.gguf.gguf_quants import ADAPTER_QUANTS, MODEL_QUANTS
+from qlora_train.utils.errors import ExportError, did_you_mean
 from qlora_train.utils.lazy_import import import_function
 
 if TYPE_CHECKING:
@@ -16,8 +18,20 @@ if TYPE_CHECKING:
     from qlora_train.models import BaseSource
     from qlora_train.runs import RunFolder
 
-GGUF_QUANTS = ("f16", "f32", "bf16", "q8_0")
-"""Number formats that llama.cpp's conversion scripts write; the first is the default."""
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user asks of a format.
+
+    Attributes:
+        quants: number formats, each written to its own folder; empty for a format that has none.
+        llama_cpp: a checkout of llama.cpp; None for the installed package.
+        max_eval_minutes: for the held-out loss of a file, and the same for its answers; 0 measures nothing.
+    """
+
+    quants: tuple[str, ...] = ()
+    llama_cpp: Path | None = None
+    max_eval_minutes: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -28,15 +42,13 @@ class ExportRequest:
         run: a finished run.
         config: its settings.
         source: the run's base where the format needs it, else None.
-        quant: number format, empty for a format that has none.
-        llama_cpp: a checkout of llama.cpp; None for the installed package.
+        options: what the user asks for.
     """
 
     run: "RunFolder"
     config: "RunConfig"
     source: "BaseSource | None" = None
-    quant: str = ""
-    llama_cpp: Path | None = None
+    options: ExportOptions = ExportOptions()
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,11 @@ class ExportFormat:
     Attributes:
         name: for `--format`.
         description: for `--help` and the docs.
-        function: `module:name` of the function that writes a request and returns its folder.
+        function: `module:name` of the function that writes a request and returns its folders.
         needs: what must exist before: the merged model, or the base with or without its weights.
-        quants: values of `--quant`, the default first; empty for a format that llama.cpp's scripts do not write.
+        quants: values of `--quant`, the default first; empty for a format that has no number formats.
+        check_tools: `module:name` of a function that raises if a program or package is missing for `ExportOptions`; it is
+            called first, since a merge takes long. Empty for a format that needs none.
     """
 
     name: str
@@ -56,43 +70,55 @@ class ExportFormat:
     function: str
     needs: Literal["merged model", "base weights", "base config"]
     quants: tuple[str, ...] = ()
+    check_tools: str = ""
 
-    def choose_quant(self, quant: str | None) -> str:
-        """Return the number format to write, the default for None and empty for a format that has none.
+    def choose_quants(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the number formats to write in lower case, the default for no names.
 
         Raises:
-            ExportError: the format does not have it.
+            ExportError: the format does not have one of them.
         """
-        if quant is None:
-            return self.quants[0] if self.quants else ""
-        if quant in self.quants:
-            return quant
+        if not names:
+            return self.quants[:1]
         if not self.quants:
-            raise ExportError(f"--quant {quant}: --format {self.name} has no number format; drop it")
-        raise ExportError(
-            f"--quant {quant}: allowed are {', '.join(self.quants)}; for {quant.upper()} export f16, then run llama.cpp's "
-            f"llama-quantize NAME-f16.gguf NAME-{quant}.gguf {quant.upper()}"
-        )
+            raise ExportError(f"--quant {','.join(names)}: --format {self.name} has no number format; drop it")
+        chosen = tuple(dict.fromkeys(name.lower() for name in names))
+        if unknown := [name for name in chosen if name not in self.quants]:
+            raise ExportError(
+                f"--quant {unknown[0]}: --format {self.name} has {', '.join(self.quants)}"
+                f"{did_you_mean(unknown[0], self.quants)}"
+            )
+        return chosen
 
-    def write(self, request: ExportRequest) -> Path:
-        """Write a request and return its folder."""
-        function: Callable[[ExportRequest], Path] = import_function(self.function)
+    def check(self, options: ExportOptions) -> None:
+        """Raise an ExportError if a program or package is missing."""
+        if self.check_tools:
+            check: Callable[[ExportOptions], None] = import_function(self.check_tools)
+            check(options)
+
+    def write(self, request: ExportRequest) -> list[Path]:
+        """Write a request and return its folders."""
+        function: Callable[[ExportRequest], list[Path]] = import_function(self.function)
         return function(request)
 
 
 _GGUF = "qlora_train.export.gguf.gguf_export"
+_TOOLS = f"{_GGUF}:check_tools"
 EXPORT_FORMATS = {
     row.name: row
     for row in (
         ExportFormat(
-            "gguf", "the merged model for llama.cpp and Ollama", f"{_GGUF}:export_merged", "merged model", GGUF_QUANTS
+            "gguf", "the merged model for llama.cpp and Ollama", f"{_GGUF}:export_merged", "merged model",
+            MODEL_QUANTS, _TOOLS,
         ),
         ExportFormat(
-            "lora-gguf", "the adapter for llama.cpp and Ollama", f"{_GGUF}:export_adapter", "base config", GGUF_QUANTS
+            "lora-gguf", "the adapter for llama.cpp and Ollama", f"{_GGUF}:export_adapter", "base config",
+            ADAPTER_QUANTS, _TOOLS,
         ),
         ExportFormat(
-            "base-gguf", "the base that lora-gguf is applied to", f"{_GGUF}:export_base", "base weights", GGUF_QUANTS
+            "base-gguf", "the base that lora-gguf is applied to", f"{_GGUF}:export_base", "base weights",
+            MODEL_QUANTS, _TOOLS,
         ),
         ExportFormat("vllm", "the adapter for vLLM", "qlora_train.export.vllm:export_vllm", "base config"),
     )
-}
+}  # fmt: skip

@@ -61,7 +61,7 @@ def check_vllm(adapter_folder: Path) -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def export_vllm(request: ExportRequest) -> Path:
+def export_vllm(request: ExportRequest) -> list[Path]:
     """Write `RUN/export/vllm`: the adapter with its supported settings, tokenizer and card; log the serve command.
 
     Raises:
@@ -106,7 +106,7 @@ def export_vllm(request: ExportRequest) -> Path:
         logger.info("vLLM: has no default system prompt; clients send the training one, as the card's request does")
     base = str(source.folder) if source.revision is None else source.name
     logger.info("serve it: %s", command(base, str(output)))
-    return output
+    return [output]
 
 
 def _serving_section(command: str, name: str, system: str) -> str:

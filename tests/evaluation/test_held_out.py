@@ -353,7 +353,7 @@ def test_plain_prompt_is_sent_as_it_was_trained(pico_llama: Path, tmp_path: Path
     example = data.train[0]
     assert (example.prompt, example.answer) == ("the quick brown", " fox jumps")
     num_prompt = example.loss_mask.tolist().index(True)
-    [sent] = generation._encode_prompts(tokenizer, [example.prompt], datetime.date(2026, 1, 1))
+    [sent] = generation.encode_prompts(tokenizer, [example.prompt], datetime.date(2026, 1, 1))
     assert sent == example.input_ids[:num_prompt].tolist()
     assert len(generate_answers(load(pico_llama), tokenizer, [example.prompt] * 2, max_new_tokens=4, batch_size=2)) == 2
 

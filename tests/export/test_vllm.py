@@ -28,7 +28,8 @@ READ_BY_VLLM = {"r", "lora_alpha", "target_modules", "bias", "modules_to_save", 
 
 def export(run: RunFolder) -> Path:
     config = load_config(run.config_file)
-    return export_vllm(ExportRequest(run, config, resolve_base(config.model)))
+    [folder] = export_vllm(ExportRequest(run, config, resolve_base(config.model)))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def test_tool_use_template_survives_from_base_to_merged(tmp_path: Path) -> None:
         assert tokenizer.apply_chat_template(turns, tools=tools, tokenize=False) == expected
         assert tokenizer.apply_chat_template(turns, tokenize=False) == own.apply_chat_template(turns, tokenize=False)
     source = resolve_base(ModelSection(model_name_or_path=str(base)))
-    exported = export_vllm(ExportRequest(run, load_config(run.config_file), source))
+    [exported] = export_vllm(ExportRequest(run, load_config(run.config_file), source))
     assert AutoTokenizer.from_pretrained(exported).chat_template == tokenizer_of(base).chat_template
     trained = [tokenizer_of(base).decode(ids) for ids in rows_of_run(run)]
     assert {text.startswith("<tool>") for text in trained} == {True, False}

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from qlora_train.export.gguf.converter import Converter, describe_failure, find_converter
 from qlora_train.utils.errors import ExportError
+from qlora_train.utils.watched_process import Finished
 from tests.support.tokenizer_grid import BYTE_LEVEL, TEXTS, trained
 
 LLAMA_CPP = {"gpt2": "gpt-2", "cl100k": "dbrx", "qwen2": "qwen2", "digits": "smollm"}
@@ -32,7 +33,7 @@ class ImportedConverter(Converter):
 
     def run(self, script: str, arguments: Sequence[str], *, what: Path) -> None:
         if output := self.process.submit(convert, self.folder / script, list(arguments)).result():
-            raise ExportError(f"{what}: {script} {describe_failure(output, 1)}")
+            raise ExportError(f"{what}: {script} {describe_failure(Finished(1, tuple(output.splitlines())))}")
 
 
 @contextmanager

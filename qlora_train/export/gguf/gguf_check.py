@@ -5,6 +5,7 @@ so values are compared sorted; tests run the file to show that the order is righ
 the file, and the converter does not report it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,25 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from qlora_train.architectures import text_config
+from qlora_train.export.gguf.gguf_quants import QUANTS
+from qlora_train.export.gguf.quant_mix import SUPER_BLOCK, MixModel, is_quantized
 from qlora_train.utils.errors import ExportError
 
 TOLERANCES: Mapping[str, float] = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 1 / 127}
 """Maximum difference of a value relative to the largest value of its matrix, by number format."""
+MAX_ERRORS: Mapping[str, float] = {
+    "F32": 0.0, "F16": 2**-10, "Q8_0": 0.05, "Q6_K": 0.1, "Q5_K": 0.2, "Q5_1": 0.2, "Q5_0": 0.2, "Q4_K": 0.35, "Q4_1": 0.35,
+    "Q4_0": 0.35, "IQ4_NL": 0.35, "IQ4_XS": 0.35, "Q3_K": 0.5, "Q2_K": 0.7,
+}  # fmt: skip
+"""Maximum error of a quantized matrix relative to its size (Frobenius norms), about twice that of heavy-tailed random ones.
+An unrelated matrix differs by 1.4."""
 NUM_COMPARED = 6
+MAX_ROWS = 512
+"""Rows of a quantized matrix that are compared, spread evenly."""
 _TOKENIZER = "tokenizer.ggml."
 _SPECIAL = (gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN)
 _ADDED = (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED)
@@ -150,6 +162,63 @@ class GGUFFile:
             self._compare(name, source, quant)
         return GGUFCheck(len(self._tensors), len(named), len(compared), self.path.stat().st_size)
 
+    def mix_model(self) -> MixModel:
+        """Return what llama.cpp's mixes depend on."""
+        architecture = self.setting("general.architecture")
+
+        def first(key: str, default: int = 0) -> int:
+            value = self.setting(f"{architecture}.{key}")
+            return default if value is None else int(value[0] if isinstance(value, list) else value)
+
+        num_heads = first("attention.head_count")
+        return MixModel(
+            architecture,
+            first("block_count"),
+            num_heads,
+            first("attention.head_count_kv", num_heads),
+            first("expert_count"),
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor, the row length first."""
+        return {name: tuple(int(length) for length in tensor.shape) for name, tensor in self._tensors.items()}
+
+    def count_types(self) -> dict[str, int]:
+        """Return the number of tensors of each type, the most frequent first."""
+        return dict(Counter(tensor.tensor_type.name for tensor in self._tensors.values()).most_common())
+
+    def check_quantized(self, source: "GGUFFile", quant: str) -> str:
+        """Compare the file with the one that it was quantized from, and return the log line.
+
+        Raises:
+            ExportError: it states another format, or a tensor is missing, of another size or not near its source.
+        """
+        actual, expected = self.shapes(), source.shapes()
+        if self.setting("general.file_type") != QUANTS[quant].file_type or actual != expected:
+            raise ExportError(f"{self.path.name}: llama.cpp did not write {quant} of the same tensors; upgrade it")
+        converted = [name for name, shape in actual.items() if is_quantized(name, shape)]
+        compared = (
+            [converted[round(at)] for at in np.linspace(0, len(converted) - 1, NUM_COMPARED)] if converted else []
+        )
+        for name in dict.fromkeys(compared):
+            self._compare_rows(source, name)
+        narrow = sum(actual[name][0] % SUPER_BLOCK != 0 for name in converted)
+        types = ", ".join(f"{count} {kind}" for kind, count in self.count_types().items())
+        why = (
+            f"; {narrow} of {len(converted)} matrices have rows that are no multiple of {SUPER_BLOCK}" if narrow else ""
+        )
+        return f"{self.path.stat().st_size / 1e9:.2f} GB; {types}{why}"
+
+    def _compare_rows(self, source: "GGUFFile", name: str) -> None:
+        tensor = self._tensors[name]
+        actual, expected = (_some_rows(file._tensors[name]) for file in (self, source))
+        error, norm = float(np.linalg.norm(actual - expected)), float(np.linalg.norm(expected))
+        if not error <= MAX_ERRORS[tensor.tensor_type.name] * norm:
+            raise ExportError(
+                f"{self.path.name}: {name} differs by {error / norm:.2f} of its size from the {tensor.tensor_type.name} of "
+                "its source; use another --quant, and report it"
+            )
+
     def _name(self, source: Source) -> str | None:
         architecture = self.setting("general.architecture")
         kind = next((key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture), None)
@@ -174,3 +243,10 @@ class GGUFFile:
             raise ExportError(
                 f"{self.path.name}: {name} does not hold the values of {source.name}; use another --quant, and report it"
             )
+
+
+def _some_rows(tensor: gguf.ReaderTensor) -> npt.NDArray[np.float32]:
+    rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+    chosen = rows[:: max(1, len(rows) // MAX_ROWS)]
+    values: npt.NDArray[np.float32] = gguf.quants.dequantize(chosen, tensor.tensor_type)
+    return values
