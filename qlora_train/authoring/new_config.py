@@ -16,6 +16,7 @@ from qlora_train.authoring.recipe_files import EXAMPLES, Choice, Recipe, example
 from qlora_train.config import ModelSection, RunConfig, Source, load_run_config
 from qlora_train.config.preflight import check_machine
 from qlora_train.config.schema import Section
+from qlora_train.data.sources import find_files
 from qlora_train.planning.plan_device import plan_device
 from qlora_train.planning.plan_text import plan_lines
 from qlora_train.planning.run_plan import plan_run
@@ -35,7 +36,9 @@ def recipe_lines() -> list[str]:
     return [f"{name:<{width}}  {read_recipe(name).purpose}" for name in names]
 
 
-def write_new_config(model: str, *, data: str | None, recipe: str | None, output: Path | None) -> list[str]:
+def write_new_config(
+    model: str, *, data: str | None, recipe: str | None, output: Path | None, held_out: str | None = None
+) -> list[str]:
     """Write a config and check it; return lines that say where it is and what the run needs.
 
     Args:
@@ -43,11 +46,12 @@ def write_new_config(model: str, *, data: str | None, recipe: str | None, output
         data: for `data.train`; None: the recipe's example rows.
         recipe: a name; None: by the data.
         output: the file; None: named after model and data.
+        held_out: for `data.eval`; None: a share of the data.
 
     Raises:
         UserError: model or data cannot be read, the recipe does not fit, or the file exists.
     """
-    if secret := secret_error(f"{model} {data}"):
+    if secret := secret_error(f"{model} {data} {held_out}"):
         raise ConfigError(f"new: {secret}")
     if output is not None:
         _refuse_existing(output)
@@ -63,6 +67,9 @@ def write_new_config(model: str, *, data: str | None, recipe: str | None, output
     file = output or Path(f"{_slug(model)}-{_slug(data or chosen.name)}.yaml")
     _refuse_existing(file)
     settings = choose_settings(chosen, base, looked, source, _free_output_dir(file.stem))
+    if held_out is not None:
+        find_files(_validated(Source, {"path": held_out}, "--eval"), "--eval")
+        settings["data.eval"] = Choice(held_out, "held-out rows")
     with file.open("x", encoding="utf-8") as written:
         written.write(config_text(settings, chosen, str(file)))
     config = load_run_config(file)

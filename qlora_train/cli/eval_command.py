@@ -1,5 +1,6 @@
 """`qlora-train eval RUN`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,10 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Maximum rows per batch; hal
 Shots = Annotated[int | None, typer.Option(min=0, help="Held-out rows: solved examples for the base model (3)")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Held-out rows: maximum tokens of an answer (256)")]
 LossOnly = Annotated[bool, typer.Option("--loss-only", help="Held-out rows: generate no answers")]
+Answers = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FILE", help="Held-out rows: score another model's answers too, a line for each row"),
+]
 Tasks = Annotated[
     str | None, typer.Option(metavar="NAME[,NAME]", help="Evaluate tasks of lm-evaluation-harness, or of --task-path")
 ]
@@ -31,6 +36,7 @@ def evaluate(
     shots: Shots = None,
     max_new_tokens: MaxNewTokens = None,
     loss_only: LossOnly = False,
+    answers: Answers = None,
     tasks: Tasks = None,
     task_path: TaskPath = None,
     limit: Limit = None,
@@ -43,6 +49,7 @@ def evaluate(
         raise typer.BadParameter(f"--models: {models}; allowed: {MODELS}")
     if tasks is None:
         refuse_unused({"--task-path": task_path, "--limit": limit, "--chat-template": chat_template}, "needs --tasks")
+        others = _other_answers(answers or (), loss_only=loss_only)
         prepare_libraries(offline=offline)
         from qlora_train.inference import eval_report
         from qlora_train.report.write_report import try_write_report
@@ -53,12 +60,13 @@ def evaluate(
             max_new_tokens=max_new_tokens or 256,
             batch_size=batch_size,
             generate=not loss_only,
+            others=others,
         )
         eval_report.evaluate(run, settings)
         try_write_report(run)
         return
     refuse_unused(
-        {"--shots": shots, "--max-new-tokens": max_new_tokens, "--loss-only": loss_only},
+        {"--shots": shots, "--max-new-tokens": max_new_tokens, "--loss-only": loss_only, "--answers": answers},
         "is for the held-out rows; drop it or --tasks",
     )
     task_names = comma_list(tasks)
@@ -76,3 +84,11 @@ def evaluate(
     with run_lock(finished.folder):
         measure_tasks(finished, task_settings)
     try_write_report(run)
+
+
+def _other_answers(options: Sequence[str], *, loss_only: bool) -> dict[str, Path]:
+    from qlora_train.inference.other_answers import parse_answers
+
+    if loss_only:
+        refuse_unused({"--answers": options or None}, "has no effect with --loss-only; drop one of them")
+    return dict(map(parse_answers, options))

@@ -12,6 +12,7 @@ Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id, loca
 Data = Annotated[
     str | None, typer.Option("--data", metavar="FILE", help="Training data: a file, or a Hub id (else example rows)")
 ]
+HeldOut = Annotated[str | None, typer.Option("--eval", metavar="FILE", help="Held-out data (a share of --data)")]
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", metavar="NAME", help="Recipe to begin with; `list` prints them (by the data)")
 ]
@@ -21,7 +22,12 @@ Output = Annotated[
 
 
 def new(
-    model: Model = None, data: Data = None, recipe: RecipeName = None, output: Output = None, offline: Offline = False
+    model: Model = None,
+    data: Data = None,
+    held_out: HeldOut = None,
+    recipe: RecipeName = None,
+    output: Output = None,
+    offline: Offline = False,
 ) -> None:
     """Write a commented config for a model and a data file, check it, and print its plan."""
     from qlora_train.authoring.new_config import recipe_lines, write_new_config
@@ -35,5 +41,5 @@ def new(
         raise typer.BadParameter("MODEL is missing: a Hub id, a local folder or a .gguf file")
     if offline:
         network.go_offline()
-    lines = write_new_config(model, data=data, recipe=recipe, output=output)
+    lines = write_new_config(model, data=data, recipe=recipe, output=output, held_out=held_out)
     print_text("\n".join(visible(line) for line in lines))

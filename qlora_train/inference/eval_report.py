@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qlora_train.evaluation.generation import generate_answers
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.evaluation.scoring import compare_answers, few_shot_prompt, score_answers
 from qlora_train.export.finished_run import FinishedRun, open_finished_run
+from qlora_train.inference.other_answers import read_answers
 from qlora_train.inference.run_models import run_models
 from qlora_train.runs import RunFolder, run_lock
 from qlora_train.utils import atomic_io
@@ -34,13 +35,18 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Models to evaluate, generation settings, and the number of solved examples for the base model."""
+    """Models to evaluate, generation settings, and the number of solved examples for the base model.
+
+    Attributes:
+        others: files with the answers of models elsewhere, by name (`other_answers`).
+    """
 
     models: tuple[str, ...] = MODELS
     num_shots: int = 3
     max_new_tokens: int = 256
     batch_size: int = 32
     generate: bool = True
+    others: Mapping[str, Path] = field(default_factory=dict)
 
 
 def evaluate(path: Path, settings: EvalSettings) -> dict[str, Any]:
@@ -69,7 +75,7 @@ def evaluate_run(run: FinishedRun, settings: EvalSettings) -> dict[str, Any]:
     prompts = [example.prompt for example in rows if example.prompt is not None]
     batch_size = run.config.train.per_device_eval_batch_size
     results: dict[str, Any] = {}
-    answers: dict[str, list[str]] = {}
+    answers = {name: read_answers(file, rows) for name, file in settings.others.items()}
     for name, model, tokenizer in run_models(run, settings.models):
         logger.info("evaluating: %s", name)
         loss = held_out_loss(model, data.eval, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id)
@@ -101,9 +107,9 @@ def _record(
     expected = [example.answer or "" for example in rows]
     before = folder.read_results().get("evaluation", {})
     answers = {**_earlier_answers(folder, rows, expected, before), **answers}
-    results: dict[str, Any] = {
-        name: before.get(name, {}) | measured.get(name, {}) for name in MODELS if name in before or name in measured
-    }
+    names = [name for name in MODELS if name in before or name in measured or name in answers]
+    names += [name for name in answers if name not in MODELS]
+    results: dict[str, Any] = {name: before.get(name, {}) | measured.get(name, {}) for name in names}
     scores = {name: score_answers(expected, generated) for name, generated in answers.items()}
     for name, score in scores.items():
         results[name] |= {
@@ -134,7 +140,7 @@ def _earlier_answers(
     current = [(example.where, answer) for example, answer in zip(rows, expected, strict=True)]
     if [(line["where"], line["expected"]) for line in lines] != current:
         return {}
-    return {name: [line[name] for line in lines] for name in MODELS if name in evaluation and name in lines[0]}
+    return {name: [line[name] for line in lines] for name in lines[0] if name in evaluation}
 
 
 def _print(results: Mapping[str, Any], num_rows: int) -> None:
@@ -143,7 +149,7 @@ def _print(results: Mapping[str, Any], num_rows: int) -> None:
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
     for name, result in results.items():
-        if "loss" in result:
+        if name != COMPARISON:
             table.add_row(name, *(_cell(key, result.get(key)) for key in COLUMNS))
     Console().print(table)
     if COMPARISON in results:
