@@ -156,8 +156,8 @@ def _open(file: Path) -> Any:
         return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"model.model_name_or_path: {file} is a damaged GGUF file, or newer than the package gguf ({error}); download it again, "
-            "or: pip install --upgrade gguf"
+            f"model.model_name_or_path: {file} is a damaged GGUF file, or newer than the package gguf ({error}); "
+            "download it again, or: pip install --upgrade gguf"
         ) from error
 
 

@@ -40,12 +40,14 @@ class BaseSource:
         name: for cards and configs: the Hub id, or the last part of a local path.
         revision: downloaded commit; None for local files.
         config: content of config.json.
+        gguf_file: the file that `folder` was converted from, if it was one.
     """
 
     folder: Path
     name: str
     revision: str | None
     config: dict[str, Any]
+    gguf_file: Path | None = None
 
     def identity(self) -> str:
         """Return the commit of a Hub model, or a hash of the local config and of samples of the weights."""
@@ -76,7 +78,7 @@ def resolve_base(model: ModelSection, *, weights: bool = True) -> BaseSource:
         from qlora_train.models.gguf_base import convert_gguf
 
         folder = convert_gguf(path, conversion_cache("gguf"))
-        return BaseSource(folder, path.stem, None, _read_config(folder, model.model_name_or_path))
+        return BaseSource(folder, path.stem, None, _read_config(folder, model.model_name_or_path), path.resolve())
     if path.is_dir():
         source = BaseSource(path, path.resolve().name, None, _read_config(path, model.model_name_or_path))
     else:

@@ -35,7 +35,9 @@ def main(path: str, numbers: list[int]) -> None:
     for number in numbers:
         traits = library.ggml_get_type_traits(number).contents
         blocks = np.zeros((ROWS, COLUMNS // traits.blck_size * traits.type_size), np.uint8)
-        library.ggml_quantize_chunk(number, weights.ctypes.data, blocks.ctypes.data, 0, ROWS, COLUMNS, importance.ctypes.data)
+        library.ggml_quantize_chunk(
+            number, weights.ctypes.data, blocks.ctypes.data, 0, ROWS, COLUMNS, importance.ctypes.data
+        )
         values = np.empty((ROWS, COLUMNS), np.float32)
         traits.to_float(blocks.ctypes.data, values.ctypes.data_as(POINTER(c_float)), ROWS * COLUMNS)
         made[str(number)], made[f"{number}.values"] = blocks, values

@@ -21,16 +21,18 @@ from qlora_train.export.gguf.converter import LORA_SCRIPT, find_converter
 from qlora_train.export.gguf.gguf_check import GGUFFile, Source
 from qlora_train.export.gguf.gguf_quants import QUANTS
 from qlora_train.export.gguf.gguf_vocabulary import adds_bos
+from qlora_train.export.gguf.lora_cost import measure_adapter
 from qlora_train.export.gguf.modelfile import modelfile
 from qlora_train.export.gguf.plain_lora import write_plain_adapter
-from qlora_train.export.gguf.quant_export import ExportedModel, write_quants
+from qlora_train.export.gguf.quant_cost import find_meter
+from qlora_train.export.gguf.quant_export import RESULTS, ExportedModel, write_quants
 from qlora_train.export.gguf.quantizer import find_quantizer
 from qlora_train.export.merging.adapter_deltas import AdapterFile
 from qlora_train.export.merging.meta_model import build_meta_model
 from qlora_train.export.model_card import public_name
 from qlora_train.models import BaseSource
 from qlora_train.models.loading import model_config
-from qlora_train.runs import RunFolder, read_json
+from qlora_train.runs import RunFolder, read_json, write_json
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import ExportError
 
@@ -101,6 +103,10 @@ def _export_adapter(request: ExportRequest, source: BaseSource, quant: str) -> P
     final, name = run.exports / f"lora-gguf-{quant}", _run_name(run)
     meta_model = build_meta_model(model_config(source, config.model), trust_remote_code=config.model.trust_remote_code)
     base_file = run.exports / "base-gguf-f16" / _base_file(source, "f16")
+    base = f"../{base_file.parent.name}/{base_file.name}"
+    own_file = None if config.model.rope_scaling else source.gguf_file  # which has no RoPE scaling of a run
+    if own_file is not None:
+        base_file, base = own_file, str(own_file)
     with atomic_io.atomic_folder(final, {"format": "lora-gguf", "quant": quant}) as staging:
         path = staging / f"{name}-lora-{quant}.gguf"
         with tempfile.TemporaryDirectory(dir=staging) as plain:
@@ -109,15 +115,30 @@ def _export_adapter(request: ExportRequest, source: BaseSource, quant: str) -> P
             find_converter(request.options.llama_cpp).run(LORA_SCRIPT, [plain, *settings], what=run.adapter)
         check = GGUFFile(path).check([_lora_source(key, tensor) for key, tensor in tensors.items()], quant)
         text = modelfile(
-            load_tokenizer(run.adapter, config), model=f"../{base_file.parent.name}/{base_file.name}",
+            load_tokenizer(run.adapter, config), model=base,
             adapter=f"./{path.name}", adds_bos=adds_bos(load_tokenizer(source.folder, config)),
             system=run.system_prompt(),
         )  # fmt: skip
         (staging / MODELFILE).write_text(text, encoding="utf-8")
+        if own_file is not None:
+            run.add_results(
+                export=run.read_results().get("export", {}) | {final.name: _measure(request, own_file, path)}
+            )
     logger.info("%s: %s", final / path.name, check.summary())
     _log_limits(run, config, path.name, base_file)
     logger.info("Ollama: ollama create %s -f %s", name, final / MODELFILE)
     return final
+
+
+def _measure(request: ExportRequest, base_file: Path, adapter: Path) -> dict[str, Any]:
+    """Write the adapter's loss on the run's own GGUF file beside the adapter, and return it."""
+    meter = find_meter(
+        request.run, load_tokenizer(request.run.adapter, request.config), request.options.max_eval_minutes
+    )
+    measured = {} if meter is None else measure_adapter(request.run, meter, base_file, adapter)
+    entry = {"file": adapter.name, "base": base_file.name, **measured}
+    write_json(adapter.parent / RESULTS, entry)
+    return entry
 
 
 def _log_limits(run: RunFolder, config: RunConfig, file: str, base_file: Path) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import c_float, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ Logits = npt.NDArray[np.float32]
 
 def evaluate(
     model: str,
+    adapter: str,
     rows: Sequence[tuple[list[int], list[bool]]],
     prompts: Sequence[list[int]],
     stops: list[int],
@@ -30,12 +32,13 @@ def evaluate(
     """Return each row's negative log-likelihood in nats, and the greedy answer to each prompt as token ids.
 
     Args:
+        adapter: LoRA file that is applied to the model; empty for none.
         rows: token ids, and for each whether it is a label.
         stops: tokens that end an answer.
         max_seconds: for rows and for answers each; the first row and the first answer are always computed.
     """
     length = max([1, *(len(ids) for ids, _ in rows), *(len(ids) + max_new_tokens for ids in prompts)])
-    with _opened(model, length, num_threads) as llama:
+    with _opened(model, adapter, length, num_threads) as llama:
         losses = list(_until(max_seconds, rows, lambda row: llama.nll(*row)))
         answers = list(_until(max_seconds, prompts, lambda ids: llama.answer(ids, stops, max_new_tokens)))
     return {"nll": losses, "answers": answers}
@@ -112,8 +115,18 @@ def _nll(logits: Logits, targets: npt.NDArray[Any]) -> float:
     return float((np.log(np.exp(values).sum(-1)) - values[np.arange(len(targets)), targets]).sum())
 
 
+def _apply(library: Any, model: Any, context: Any, adapter: str) -> None:
+    """Add a LoRA file to a context, at full strength."""
+    loaded = library.llama_adapter_lora_init(model, adapter.encode())
+    status = 1
+    if loaded:
+        status = library.llama_set_adapters_lora(context, (c_void_p * 1)(loaded), 1, (c_float * 1)(1.0))
+    if status != 0:
+        raise SystemExit(f"llama.cpp cannot apply {Path(adapter).name} to the model")
+
+
 @contextmanager
-def _opened(model: str, length: int, num_threads: int) -> Iterator[_Llama]:
+def _opened(model: str, adapter: str, length: int, num_threads: int) -> Iterator[_Llama]:
     library = load_library()
     library.llama_backend_init()
     loaded = library.llama_model_load_from_file(model.encode(), library.llama_model_default_params())
@@ -124,6 +137,8 @@ def _opened(model: str, length: int, num_threads: int) -> Iterator[_Llama]:
     context = library.llama_init_from_model(loaded, settings)
     if not context:
         raise SystemExit(f"llama.cpp cannot compute with {Path(model).name}")
+    if adapter:
+        _apply(library, loaded, context, adapter)
     library.llama_set_n_threads(context, num_threads, num_threads)
     num_vocab = library.llama_vocab_n_tokens(library.llama_model_get_vocab(loaded))
     yield _Llama(library, context, library.llama_batch_init(BATCH_TOKENS, 0, 1), num_vocab)

@@ -47,6 +47,7 @@ def quantize_file(source: Path, target: Path, file_type: int, types: Mapping[str
 def evaluate_file(
     model: Path,
     *,
+    adapter: Path | None = None,
     rows: Sequence[tuple[list[int], list[bool]]],
     prompts: Sequence[list[int]],
     stops: Sequence[int],
@@ -59,8 +60,8 @@ def evaluate_file(
         ExportError: llama.cpp cannot load the file or compute with it.
     """
     arguments = {
-        "model": str(model), "rows": rows, "prompts": prompts, "stops": list(stops), "max_new_tokens": max_new_tokens,
-        "max_seconds": max_seconds,
+        "model": str(model), "adapter": str(adapter or ""), "rows": rows, "prompts": prompts, "stops": list(stops),
+        "max_new_tokens": max_new_tokens, "max_seconds": max_seconds,
     }  # fmt: skip
     answer = _run("evaluate", arguments, what=model)
     return Evaluation(tuple(answer["nll"]), tuple(map(tuple, answer["answers"])))

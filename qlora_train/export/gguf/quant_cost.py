@@ -72,17 +72,23 @@ class CostMeter:
         self._stops = answer_end_ids(tokenizer)
         self._max_seconds: float | None = max_seconds
 
-    def measure(self, file: Path) -> Cost:
-        """Compute a file's loss and answers with llama.cpp.
+    @property
+    def num_rows(self) -> int:
+        """Number of rows that are measured."""
+        return len(self._rows)
+
+    def measure(self, file: Path, *, adapter: Path | None = None, loss_only: bool = False) -> Cost:
+        """Compute the loss and the answers of a file, with an adapter if there is one, in llama.cpp.
 
         Raises:
             ExportError: llama.cpp cannot load it or compute with it.
         """
+        prompts = [] if loss_only else self._prompts
         evaluation = evaluate_file(
-            file, rows=self._rows, prompts=self._prompts, stops=self._stops, max_new_tokens=MAX_NEW_TOKENS,
+            file, adapter=adapter, rows=self._rows, prompts=prompts, stops=self._stops, max_new_tokens=MAX_NEW_TOKENS,
             max_seconds=self._max_seconds,
         )  # fmt: skip
-        self._keep(len(evaluation.nll), len(evaluation.answers))
+        self._keep(len(evaluation.nll), len(self._prompts) if loss_only else len(evaluation.answers))
         num_tokens = sum(sum(is_label[1:]) for _, is_label in self._rows)
         answers = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in evaluation.answers]
         return Cost(
