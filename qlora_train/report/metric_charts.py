@@ -195,9 +195,11 @@ def _sentence(name: str, points: Mapping[int, float], unit: str) -> str:
     unit = unit if unit in ("bytes", "share") else ""
     first, last = min(points), max(points)
     lowest, highest = min(points, key=points.__getitem__), max(points, key=points.__getitem__)
+    if first != last and points[lowest] == points[highest]:
+        return f"{name}: {number_text(points[first], unit)} from step {first} to {last}."
     parts = [f"{number_text(points[step], unit)} at step {step}" for step in dict.fromkeys((first, last))]
     for word, step in (("lowest", lowest), ("highest", highest)):
-        if step not in (first, last) and points[lowest] < points[highest]:
+        if step not in (first, last):
             parts.append(f"{word} {number_text(points[step], unit)} at step {step}")
     return f"{name}: {', '.join(parts)}."
 
