@@ -72,11 +72,14 @@ def export(
     prepare_libraries(offline=offline or dry_run)
     if push is None:
         from qlora_train.export import export_run
+        from qlora_train.report.write_report import try_write_report
 
         options = ExportOptions(comma_list(quant) if quant else (), llama_cpp)
         if max_eval_minutes is not None:
             options = replace(options, max_eval_minutes=max_eval_minutes)
-        for folder in export_run.export(run, format_name=str(format_name), options=options):
+        folders = export_run.export(run, format_name=str(format_name), options=options)
+        try_write_report(run)
+        for folder in folders:
             print(f"exported: {folder}")
         return
     from qlora_train.export import hub_upload

@@ -44,7 +44,7 @@ def render_run(run: RecordedRun) -> str:
         checks=checks_of(run), rows=rows[:MAX_ANSWERS], num_rows=len(rows), outcomes=count_outcomes(rows),
         outcome_names=OUTCOMES, models=models_of(run.answers) if rows else [], samples=samples_by_prompt(run.samples),
         row_losses=_losses_by_location(run), metrics=_thinned(run.metrics), evaluation=run.results.get("evaluation", {}),
-        tasks=run.results.get("tasks", {}),
+        tasks=run.results.get("tasks", {}), exports=run.results.get("export", {}),
     )  # fmt: skip
 
 

@@ -127,6 +127,59 @@ def test_settings_that_differ_from_the_schema_are_marked(run: RunFolder) -> None
     }  # fmt: skip
 
 
+RESULTS = {
+    "training": {
+        "steps": 40, "taken_from_step": 40, "num_tokens": 33639, "num_skipped_steps": 2, "num_loss_spikes": 0,
+        "since_last_start": {"num_steps": 40, "num_tokens": 2000, "train_seconds": 100.0},
+    },
+    "plan": {
+        "predicted_peak_bytes": 2_000_000_000, "measured_peak_bytes": 2_100_000_000, "predicted_seconds": 90.0,
+        "measured_seconds": 100.0,
+    },
+    "quantization": {
+        "quantized_share": 1.0, "num_linear_weights": 106168320, "bits_per_weight": 4.127,
+        "bytes_by_dtype": {"uint8": 54_700_000, "bfloat16": 56_700_000}, "unquantized": ["odd.weight (bfloat16)"],
+    },
+    "adapter_check": {
+        "passed": True, "kl_divergence": 0.00112, "max_divergence": 0.02, "top1_agreement": 0.967, "num_tokens": 330,
+        "num_texts": 368,
+    },
+    "merge": {
+        "merge_base": "dequantized", "rows": "held-out", "num_rows": 60, "num_tokens": 1977, "adapter_loss": 0.1468,
+        "candidates": {
+            "dequantized": {"loss": 0.1466, "kl_divergence": 0.0004, "top1_agreement": 0.997},
+            "original": {"loss": 0.1481, "kl_divergence": 0.03, "top1_agreement": 0.978},
+        },
+    },
+    "evaluation": {
+        "num_rows": 60, "base": {"loss": 1.845, "perplexity": 6.329, "exact_match": 0.0},
+        "adapter": {"loss": 0.1468, "perplexity": 1.158, "exact_match": 0.35}, "rows answered exactly": {"both": 21},
+    },
+    "tasks": {"arc_easy": {"base": {"acc": 0.25}, "adapter": {"acc": 0.5}}},
+    "export": {
+        "gguf-q4_k_m": {
+            "quant": "q4_k_m", "file": "run-q4_k_m.gguf", "size_bytes": 105_000_000, "loss": 0.1601,
+            "loss_increase": 0.0135, "exact_match": 0.34, "reference": {"quant": "f16"},
+        },
+        "vllm": {"file": "unmeasured"},
+    },
+}  # fmt: skip
+SHOWN = (
+    "finished at step 40", "33,639 tokens", "2.10 GB", "planned 2.00 GB", "1 min 40 s", "planned 1 min 30 s",
+    "2 steps skipped because of a non-finite number", "100.0 % of 106,168,320 linear weights in 4 bits, 4.127 bits each",
+    "odd.weight (bfloat16) stays unquantized", "together", "111.40 MB", "KL divergence 0.00112 nats/token",
+    "kept: held-out loss 0.1466, with the adapter 0.1468", "not kept: held-out loss 0.1481", "35.0 %", "6.329",
+    "arc_easy: base acc 0.25; adapter acc 0.5", "run-q4_k_m.gguf", "105.00 MB", "+0.0135", "above f16",
+)  # fmt: skip
+
+
+def test_every_result_is_shown(run: RunFolder) -> None:
+    write_json(run.results_file, RESULTS)
+    text = " ".join(page_of(run).text.split())
+    assert [each for each in SHOWN if each not in text] == []
+    assert "unmeasured" not in text
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     run = begun_run(tmp_path)
     write_json(run.metadata_file, {"num_eval_rows": 0})
