@@ -27,11 +27,17 @@ _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 
 @dataclass(frozen=True, slots=True)
 class GradedAnswer:
-    """An answer; `parts` are pieces of its text, each with whether it differs from the expected answer."""
+    """An answer, and whether it is right."""
 
     name: str
-    parts: tuple[tuple[str, bool], ...]
+    text: str
+    expected: str
     is_right: bool
+
+    @property
+    def parts(self) -> tuple[tuple[str, bool], ...]:
+        """Pieces of the text, each with whether it differs from the expected answer; a right one differs nowhere."""
+        return ((self.text, False),) if self.is_right else marked_differences(self.expected, self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,7 @@ def grade(name: str, expected: Sequence[str], generated: Sequence[str]) -> list[
     """Return the answers with what is right."""
     matches = score_answers(expected, generated).matches
     return [
-        GradedAnswer(name, ((text, False),) if is_right else marked_differences(wanted, text), is_right)
+        GradedAnswer(name, text, wanted, is_right)
         for wanted, text, is_right in zip(expected, generated, matches, strict=True)
     ]
 

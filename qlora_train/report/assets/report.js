@@ -69,7 +69,7 @@
       stroke: () => colour(`s${place % COLOURS}`),
       width: 2,
       spanGaps: true,
-      points: { show: false },
+      points: { show: series.values.filter((value) => value !== null).length === 1, size: 7 },
       value: (u, raw, seriesIndex, dataIndex) =>
         formatted(latest(u.data[seriesIndex], dataIndex === null ? u.data[0].length - 1 : dataIndex), unit),
     };
