@@ -116,7 +116,7 @@ def prompt_text(prompt: Prompt | None) -> str:
 
 
 def _outcome(answers: Sequence[GradedAnswer]) -> Outcome:
-    """Compare the base with the adapter, or with the merged model where no adapter answered."""
+    """Compare the base with the adapter, or with the merged model, or another one, where no adapter answered."""
     by_name = {answer.name: answer.is_right for answer in answers}
     now = next((right for name, right in by_name.items() if name != "base"), by_name.get("base", False))
     before = by_name.get("base", now)

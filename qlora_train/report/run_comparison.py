@@ -189,7 +189,7 @@ def _answers(runs: Sequence[RecordedRun]) -> list[ComparedAnswers]:
 
 def _graded(run: RecordedRun) -> dict[tuple[str, str], GradedAnswer]:
     """Return the answers of the trained model by location and expected answer."""
-    trained = [name for name in models_of(run.answers) if name != "base"] if run.answers else []
+    trained = [name for name in models_of(run.answers) if name in ("adapter", "merged")] if run.answers else []
     if not trained:
         return {}
     expected = [str(line["expected"]) for line in run.answers]
