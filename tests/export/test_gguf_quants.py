@@ -164,6 +164,7 @@ def test_one_command_writes_several_formats_and_tells_what_each_costs(
     assert recorded["gguf-q4_k_m"]["tensor_types"]["Q4_K"] > recorded["gguf-q4_k_m"]["tensor_types"]["Q6_K"]
     assert "bf16" in out
     assert "sums-q4_k_m.gguf: 0.00 GB" in err
+    assert f"ollama create sums:q4_k_m -f {folders[0] / 'Modelfile'}" in err
 
 
 def test_file_that_others_are_made_of_stays_if_it_is_asked_for(exports: RunFolder) -> None:

@@ -66,7 +66,9 @@ def export_merged(request: ExportRequest) -> list[Path]:
 
     model = ExportedModel("gguf", run.merged, tokenizer, name=name, texts=_texts(run), finish=write_modelfile)
     written = write_quants(run, model, request.options, find_converter(request.options.llama_cpp), measured=True)
-    logger.info("Ollama: ollama create %s -f %s", name, written[-1] / MODELFILE)
+    for quant, folder in zip(request.options.quants, written, strict=True):
+        tag = name if len(written) == 1 else f"{name}:{quant}"
+        logger.info("Ollama: ollama create %s -f %s", tag, folder / MODELFILE)
     return written
 
 
