@@ -12,12 +12,13 @@ from qlora_train.authoring.base_look import BaseLook, look_at_base
 from qlora_train.authoring.choices import choose_recipe, choose_settings
 from qlora_train.authoring.config_text import config_text
 from qlora_train.authoring.data_look import DataLook, look_at_data
+from qlora_train.authoring.memory_fit import fit_micro_batch
 from qlora_train.authoring.recipe_files import EXAMPLES, Choice, Recipe, example_file, read_recipe, recipe_names
 from qlora_train.config import ModelSection, RunConfig, Source, load_run_config
 from qlora_train.config.preflight import check_machine
 from qlora_train.config.schema import Section
 from qlora_train.data.sources import find_files
-from qlora_train.planning.plan_device import plan_device
+from qlora_train.planning.plan_device import PlanDevice, plan_device
 from qlora_train.planning.plan_text import plan_lines
 from qlora_train.planning.run_plan import plan_run
 from qlora_train.planning.workload import RowSizes
@@ -37,7 +38,13 @@ def recipe_lines() -> list[str]:
 
 
 def write_new_config(
-    model: str, *, data: str | None, recipe: str | None, output: Path | None, held_out: str | None = None
+    model: str,
+    *,
+    data: str | None,
+    recipe: str | None,
+    output: Path | None,
+    held_out: str | None = None,
+    memory: str | None = None,
 ) -> list[str]:
     """Write a config and check it; return lines that say where it is and what the run needs.
 
@@ -47,6 +54,7 @@ def write_new_config(
         recipe: a name; None: by the data.
         output: the file; None: named after model and data.
         held_out: for `data.eval`; None: a share of the data.
+        memory: of the GPU to plan for, such as 24GiB; None: the device of this machine.
 
     Raises:
         UserError: model or data cannot be read, the recipe does not fit, or the file exists.
@@ -70,11 +78,14 @@ def write_new_config(
     if held_out is not None:
         find_files(_validated(Source, {"path": held_out}, "--eval"), "--eval")
         settings["data.eval"] = Choice(held_out, "held-out rows")
+    device = plan_device(memory)
+    if device.on_gpu:
+        fit_micro_batch(settings, base, device)
     with file.open("x", encoding="utf-8") as written:
         written.write(config_text(settings, chosen, str(file)))
     config = load_run_config(file)
     check_machine(config)
-    return list(_summary(file, chosen, reason, looked, base, config))
+    return list(_summary(file, f"recipe {chosen.name}: {reason}", looked, _plan(config, base, looked, device)))
 
 
 def _validated(section: type[Section], values: dict[str, Any], where: str) -> Any:
@@ -94,22 +105,20 @@ def _example_of(recipe: Recipe | None) -> Choice:
     return Choice(train, "example rows, put your file here: ")
 
 
-def _summary(
-    file: Path, recipe: Recipe, reason: str, data: DataLook, base: BaseLook, config: RunConfig
-) -> Iterator[str]:
-    yield f"wrote     {file} (recipe {recipe.name}: {reason}; checked: ok)"
+def _summary(file: Path, recipe: str, data: DataLook, plan: list[str]) -> Iterator[str]:
+    yield f"wrote     {file} ({recipe}; checked: ok)"
     for text, count in list(data.unusable.items())[:3]:
         yield f"warning   {count} of {data.num_rows + sum(data.unusable.values()):,} rows cannot be used: {text}"
-    yield from _plan(config, base, data)
+    yield from plan
     yield f"next      qlora-train data {file}, then qlora-train {file}"
 
 
-def _plan(config: RunConfig, base: BaseLook, data: DataLook) -> list[str]:
+def _plan(config: RunConfig, base: BaseLook, data: DataLook, device: PlanDevice) -> list[str]:
     sizes = RowSizes.most(config)
     if not data.is_partial:
         share = config.data.eval if isinstance(config.data.eval, float) else 0.0
         sizes = replace(sizes, num_rows=round(data.num_rows * (1 - share)))
-    planned = plan_run(config, base.content, plan_device(None), sizes, is_local=base.is_local)
+    planned = plan_run(config, base.content, device, sizes, is_local=base.is_local)
     return plan_lines(planned, base.name, base.origin)
 
 

@@ -7,6 +7,7 @@ import typer
 
 from qlora_train.cli.options import Offline
 from qlora_train.cli.output import print_text
+from qlora_train.cli.plan_command import Memory
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Hub id, local folder or .gguf file")]
 Data = Annotated[
@@ -27,6 +28,7 @@ def new(
     held_out: HeldOut = None,
     recipe: RecipeName = None,
     output: Output = None,
+    memory: Memory = None,
     offline: Offline = False,
 ) -> None:
     """Write a commented config for a model and a data file, check it, and print its plan."""
@@ -41,5 +43,5 @@ def new(
         raise typer.BadParameter("MODEL is missing: a Hub id, a local folder or a .gguf file")
     if offline:
         network.go_offline()
-    lines = write_new_config(model, data=data, recipe=recipe, output=output, held_out=held_out)
+    lines = write_new_config(model, data=data, recipe=recipe, output=output, held_out=held_out, memory=memory)
     print_text("\n".join(visible(line) for line in lines))

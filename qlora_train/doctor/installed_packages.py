@@ -14,8 +14,8 @@ from qlora_train.doctor.machine_check import Check
 PACKAGE = "qlora-train"
 SHOWN = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 """Packages whose versions the check shows: those that can change a run's numbers."""
-DEVELOPMENT = "dev"
-"""The extra for work on this package."""
+DEVELOPMENT = ("dev", "docs")
+"""Extras for work on this package."""
 
 
 def packages() -> Iterator[Check]:
@@ -42,7 +42,7 @@ def packages() -> Iterator[Check]:
 def extras() -> Iterator[Check]:
     """Check the packages of each optional extra; none is needed to train."""
     for extra in metadata(PACKAGE).get_all("Provides-Extra") or ():
-        if extra == DEVELOPMENT:
+        if extra in DEVELOPMENT:
             continue
         if unmet := [requirement.name for requirement, _ in _unmet(_requirements(extra))]:
             text = f"{extra} needs {', '.join(unmet)}"

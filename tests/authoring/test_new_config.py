@@ -156,6 +156,20 @@ def test_batches_and_rates_follow_the_size_of_the_base() -> None:
     assert list(found.values()) == [(8, 2e-4), (4, 1e-4), (1, 1e-4)]
 
 
+def test_micro_batch_fits_into_the_memory_that_is_given() -> None:
+    rows = write_jsonl("rows.jsonl", [chat("hi", "x" * 5900)] * 2000)
+    found = []
+    for memory in ("8GiB", "24GiB"):
+        name = f"{memory}.yaml"
+        lines = write_new_config("meta-llama/Llama-2-7b-hf", data=rows, recipe=None, output=Path(name), memory=memory)
+        train = load_config(name).train
+        assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16
+        assert any(line.startswith("fits ") for line in lines)
+        found.append(train.per_device_train_batch_size)
+    assert found == [2, 4]
+    assert "the most that the plan fits into a GPU of 8GiB" in Path("8GiB.yaml").read_text()
+
+
 def test_tables_by_number_of_rows_reach_every_size() -> None:
     for table in (STEP_ROWS, EPOCHS, EVAL_SHARES):
         limits = [limit for limit, _ in table]
