@@ -37,7 +37,7 @@ fresh_process.PRELOAD.append("tests.faults.child")  # the tests of faults start 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-DEVELOPMENT_PACKAGES = {"hypothesis", "gguf", "xllamacpp", "atheris", "playwright"}
+DEVELOPMENT_PACKAGES = {"hypothesis", "gguf", "xllamacpp", "atheris", "playwright", "pyte"}
 
 
 class TestFile(pytest.Module):

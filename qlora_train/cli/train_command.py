@@ -36,9 +36,10 @@ def train(
     if rank:
         silence_console()  # what it logs is held back for the file of its rank
     prepare_libraries(offline=offline, local_rank=0 if worker is None else worker.local_rank)
+    from qlora_train.cli.live_view import shown_live
     from qlora_train.pipeline import run
 
-    with _joined(worker):
+    with _joined(worker), shown_live() if rank == 0 else nullcontext():
         folder = run(resolved, resume=resume, command=redact(shlex.join(["qlora-train", *context.obj])))
     if rank == 0:
         print(f"finished: {folder.path}")

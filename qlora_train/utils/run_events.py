@@ -69,6 +69,7 @@ class Measured:
         tokens_per_second: since the start of this process.
         seconds_left: until the last step.
         memory_bytes: peak of this process's GPU; None on a CPU.
+        flops_utilization: model FLOPs per second as a share of the GPU's peak; None if either is unknown.
     """
 
     step: int
@@ -78,9 +79,21 @@ class Measured:
     tokens_per_second: float
     seconds_left: float
     memory_bytes: int | None
+    flops_utilization: float | None = None
 
 
-Event = RunOpened | StageStarted | StageEnded | Progress | StepEnded | Measured
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The answer to a held-out prompt after a step; `row` is its index among the held-out rows."""
+
+    step: int
+    row: int
+    prompt: str
+    expected: str
+    generated: str
+
+
+Event = RunOpened | StageStarted | StageEnded | Progress | StepEnded | Measured | Sampled
 Listener = Callable[[Event], None]
 
 
