@@ -75,7 +75,7 @@ def convert(other: OtherConfig) -> Conversion:
         result.lost.append(Item(line, None, "a command of the script that is not the trainer's"))
     for key, outcome in other.trainer.absent.items():
         if is_unset(other.values.get(key)):
-            result.todo.append(Item(key, None, outcome))
+            (result.todo if outcome.todo else result.differs).append(Item(f"{key} (unset)", None, outcome.reason))
     _add_defaults(result, other.values, decided)
     _expand_sources(result)
     _scale_accumulation(result)
@@ -262,7 +262,9 @@ def _to_drop(result: Conversion, name: str, text: str) -> list[str]:
     """Return the settings to drop for a problem: what another one does not support, else the one it names."""
     _, found, rest = text.partition(" does not support ")
     if found:
-        return [setting for setting in SETTING.findall(rest) if setting in result.settings]
+        amounts = (".weight", ".num_rows") if "weight or num_rows" in rest else ()
+        settings = SETTING.findall(rest)
+        return [setting for setting in result.settings if setting in settings or setting.endswith(amounts)]
     return [
         setting for setting in result.settings if setting == name or name.startswith((f"{setting}[", f"{setting}."))
     ]

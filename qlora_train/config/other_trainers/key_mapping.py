@@ -106,7 +106,7 @@ class OtherTrainer:
         title: as people write it.
         keys: their dotted keys, `[]` for an item of a list, or patterns with `*`, and what each is here.
         defaults: settings of ours with the value that the trainer has where its config is silent, or a function of it.
-        absent: keys without which the trainer does something else than LoRA, and what to do then.
+        absent: keys without which the trainer does something else than we do.
         programs: words of its command lines.
     """
 
@@ -114,7 +114,7 @@ class OtherTrainer:
     title: str
     keys: Mapping[str, KeyMapping]
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, Lost] = field(default_factory=dict)
     programs: tuple[str, ...] = ()
 
     def mapping_of(self, key: str) -> KeyMapping | None:

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_train.config.other_trainers.all_trainers import OTHER_TRAINERS
 from qlora_train.config.other_trainers.key_mapping import OtherTrainer
-from qlora_train.config.other_trainers.recognition import recognise
+from qlora_train.config.other_trainers.recognition import is_mostly_of, recognise
 from qlora_train.config.reader import read_text
 from qlora_train.config.source_location import SourceLocation
 from qlora_train.config.yaml_reader import core_scalar, read_yaml
@@ -53,7 +53,7 @@ def read_other_config(path: Path, trainer: str | None = None) -> OtherConfig:
 
 
 def _only_one(path: Path, values: Mapping[str, Any]) -> OtherTrainer:
-    found = recognise(values)
+    found = [trainer for trainer in recognise(values) if is_mostly_of(trainer, values)]
     if len(found) == 1:
         return found[0]
     names = " or ".join(each.name for each in found)
@@ -97,11 +97,7 @@ def _resolved(values: dict[str, Any]) -> dict[str, Any]:
 def _read_script(path: Path, text: str, trainer: str | None) -> OtherConfig:
     """Read the one command of the script that is a trainer's."""
     commands, others = [], []
-    for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise ConfigError(f"{path}: not a shell command ({error}): {line.strip()[:60]}; close the quotes") from None
+    for words in _command_words(path, text):
         found = _program(words, trainer)
         if found:
             commands.append((words, *found))
@@ -114,13 +110,33 @@ def _read_script(path: Path, text: str, trainer: str | None) -> OtherConfig:
     return OtherConfig(path, owner, _options(words, position), tuple(others))
 
 
+def _command_words(path: Path, text: str) -> Iterator[list[str]]:
+    """Yield the words of each command; a quoted text may go over several lines."""
+    begun = ""
+    for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
+        try:
+            words = shlex.split(begun + line, comments=True)
+        except ValueError:
+            begun += line + "\n"
+        else:
+            begun = ""
+            yield words
+    if begun:
+        raise ConfigError(f"{path}: a quote is not closed, in: {begun.strip().splitlines()[0][:60]}; close it")
+
+
 def _program(words: list[str], trainer: str | None) -> tuple[int, OtherTrainer] | None:
     """Return the position of the trainer's program among the words, and the trainer; `pip install trl` is none."""
     for position, (word, following) in enumerate(pairwise([*words, ""])):
-        is_run = word.endswith(".py") or following in SUBCOMMANDS
-        for each in OTHER_TRAINERS.values():
-            if is_run and word.rpartition("/")[2] in each.programs and trainer in (None, each.name):
-                return position, each
+        if word.endswith(".py") or following in SUBCOMMANDS:
+            found = {
+                program: each
+                for each in OTHER_TRAINERS.values()
+                for program in each.programs
+                if f"/{word}".endswith(f"/{program}") and trainer in (None, each.name)
+            }
+            if found:
+                return position, found[max(found, key=len)]
     return None
 
 

@@ -60,13 +60,20 @@ def recognise(config: Mapping[str, Any]) -> list[OtherTrainer]:
 
 
 def is_clearly_of(trainer: OtherTrainer, config: Mapping[str, Any]) -> bool:
-    """Tell whether most keys are the trainer's, and it is no config of ours with a few of them."""
+    """Tell whether several keys, and most of them, are the trainer's, and it is no config of ours with a few of them."""
     model = config.get("model")
     if isinstance(model, Mapping) and "model_name_or_path" in model:
         return False
-    found = list(leaves(trainer, config))
-    num_known = sum(leaf.row is not None for leaf in found)
-    return num_known >= MIN_KNOWN_KEYS and num_known >= MIN_KNOWN_SHARE * len(found)
+    return _num_known(trainer, config) >= MIN_KNOWN_KEYS and is_mostly_of(trainer, config)
+
+
+def is_mostly_of(trainer: OtherTrainer, config: Mapping[str, Any]) -> bool:
+    """Tell whether most keys are the trainer's."""
+    return _num_known(trainer, config) >= MIN_KNOWN_SHARE * sum(1 for _ in leaves(trainer, config))
+
+
+def _num_known(trainer: OtherTrainer, config: Mapping[str, Any]) -> int:
+    return sum(leaf.row is not None for leaf in leaves(trainer, config))
 
 
 def _score(trainer: OtherTrainer, config: Mapping[str, Any]) -> float:

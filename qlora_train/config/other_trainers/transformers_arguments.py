@@ -143,6 +143,8 @@ TRAINING_ARGUMENTS: Mapping[str, KeyMapping] = {
 LAUNCHER: Mapping[str, KeyMapping] = {
     "CUDA_VISIBLE_DEVICES": unneeded("set it in the environment, as there"),
     "PYTORCH_*": unneeded("set it in the environment, as there"),
+    "MASTER_*": unneeded("the launcher sets it"),
+    "NODE_RANK": unneeded("the launcher sets it"),
     "NPROC_PER_NODE": to("parallel.processes"),
     "nproc_per_node": to("parallel.processes"),
     "num_processes": to("parallel.processes"),

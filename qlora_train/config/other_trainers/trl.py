@@ -83,7 +83,12 @@ TRL = OtherTrainer(
     name="trl",
     title="TRL",
     programs=("trl", "sft.py", "dpo.py"),
-    absent={"use_peft": "whole weights are trained there; here LoRA: check train.learning_rate and lora.r"},
+    absent={"use_peft": Lost("whole weights are trained there; here LoRA: check train.learning_rate and lora.r", todo=True),
+        "assistant_only_loss": Lost(
+            "data.train_on: of rows with messages all tokens are trained there, of a prompt and its completion the latter; "
+            "here the answers, unless data.train_on says otherwise"
+        ),
+    },
     defaults=shared.TRAINING_DEFAULTS | {
         "train.learning_rate": lambda config: 1e-6 if _is_dpo(config) else 2e-5, "lora.lora_dropout": 0.05,
         "quantization.load_in_4bit": four_instead_of_eight_bits, "quantization.bnb_4bit_use_double_quant": False,

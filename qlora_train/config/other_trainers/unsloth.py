@@ -40,7 +40,7 @@ SECTIONED = {
     "data": ("dataset", "local_dataset", "format_type"),
     "training": (
         "training_type", "max_seq_length", "load_in_4bit", "output_dir", "num_epochs", "learning_rate", "batch_size",
-        "gradient_accumulation_steps", "warmup_steps", "max_steps", "save_steps", "weight_decay", "random_seed", "packing",
+        "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "max_steps", "save_steps", "weight_decay", "random_seed", "packing",
         "train_on_completions", "gradient_checkpointing", "optim", "lr_scheduler_type",
     ),
     "lora": (
@@ -146,6 +146,8 @@ KEYS: dict[str, KeyMapping] = {
     "report_to": to("run.report_to", trackers),
     "logging_steps": to("train.logging_steps"),
     "log_frequency": to("train.logging_steps"),
+    "inference.*": unneeded("it has no effect while training"),
+    "audio_type": lost("images, audio and video are not trained on"),
     "adapter_file": unneeded("the adapter is in the run folder"),
     "save_model": to("export.merge", lambda found: (
         Settings({"export.merge": True}) if str(found.config.get("save_method", "merged_16bit")) == "merged_16bit"
