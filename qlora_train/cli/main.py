@@ -16,6 +16,7 @@ import typer
 
 from qlora_train import __version__
 from qlora_train.cli.log_options import with_log_options
+from qlora_train.cli.options import setting_hint
 from qlora_train.cli.output import print_errors, set_up_logging
 from qlora_train.parallel import parent_link
 from qlora_train.utils import signals
@@ -84,7 +85,8 @@ def _run(words: list[str]) -> int:
     except UserError as error:
         problems = error.problems
     except typer.TyperException as error:
-        problems = [f"qlora-train: error: {error.format_message().rstrip('.')}; see qlora-train --help"]
+        message = error.format_message().rstrip(".")
+        problems = [f"qlora-train: error: {message}; {setting_hint(error) or 'see qlora-train --help'}"]
     except Exception as error:
         if (line := explain(error)) is None:
             raise

@@ -26,3 +26,12 @@ def comma_list(text: str) -> tuple[str, ...]:
     if not all(names):
         raise typer.BadParameter(f"{text!r} is not a list of names separated by commas")
     return names
+
+
+def setting_hint(error: typer.TyperException) -> str | None:
+    """Return how to write a setting that was given as an option, such as `--learning_rate`; None for other errors."""
+    from qlora_train.config.unknown_keys import where_it_is
+
+    name = str(getattr(error, "option_name", None) or "").lstrip("-").replace("-", "_")
+    where = where_it_is(name) if name else None
+    return f"settings are overrides without dashes, section.key=value: {where}" if where else None

@@ -4,6 +4,7 @@ A config holds no secrets: it is saved with every run. Secrets are checked first
 """
 
 import codecs
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def _apply_override(root: Node, override: str) -> list[Problem]:
     location = SourceLocation("override " + " ".join(override.split()))
     keys = name.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
-        return [Problem(location, "", "not an override; write section.key=value, such as train.learning_rate=1e-4")]
+        return [Problem(location, "", f"not an override; write {_override_hint(name.strip() if equals else '')}")]
     value, problems = read_yaml(text, lambda _: location)
     if problems:
         return problems
@@ -160,6 +161,14 @@ def _apply_override(root: Node, override: str) -> list[Problem]:
         node = child
     node.value[keys[-1]] = value
     return []
+
+
+def _override_hint(name: str) -> str:
+    """Return how to write an override whose name has no section."""
+    from qlora_train.config.unknown_keys import where_it_is
+
+    where = where_it_is(name) if re.fullmatch(r"\w+", name) else None
+    return f"section.key=value: {where}" if where else "section.key=value, such as train.learning_rate=1e-4"
 
 
 def _fill_empty_sections(root: Node) -> None:

@@ -1,9 +1,7 @@
 """Pydantic's errors as messages: one per YAML node, with its location, the value found and the values allowed."""
 
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,18 +15,22 @@ from qlora_train.config.allowed_values import (
     takes_any_text,
     valid_keys,
 )
-from qlora_train.config.other_trainers.key_hints import key_hint, pattern_hint
 from qlora_train.config.other_trainers.recognition import is_clearly_of, recognise
-from qlora_train.config.schema import RunConfig
+from qlora_train.config.other_trainers.value_hints import value_hint
 from qlora_train.config.source_location import Problem, SourceLocation, found_value
+from qlora_train.config.unknown_keys import did_you_mean_text, meant_keys, unknown_key_text
 from qlora_train.config.yaml_reader import Node, core_scalar
-from qlora_train.utils.errors import listed, nearest_names, num_edits
+from qlora_train.utils.errors import listed, nearest_names
 
 RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 LENGTH_ERRORS = {"too_short", "string_too_short"}
 OWN_ERRORS = {"value_error", "assertion_error"}
 MAX_ERRORS = 100
-MAX_INNER_HINTS = 4
+FLAG = "true or false"
+YES_OR_NO = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
+"""Words for a flag elsewhere -> YAML 1.2's."""
+ONLY_VALUE = {"model": "model_name_or_path", "data": "train"}
+"""Sections that people write as one value -> the key that it is for."""
 
 Path = tuple[str | int, ...]
 
@@ -84,15 +86,6 @@ def path_name(path: Path) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
 
 
-def meant_keys(path: Path) -> list[str]:
-    """Return the valid keys beside the last key of `path` that it stands for: another trainer's, or a misspelling."""
-    beside = valid_keys(path[:-1])
-    hint = key_hint(str(path[-1])) or ""
-    if named := [key for key in beside if f"here it is {path_name((*path[:-1], key))}" in hint]:
-        return named
-    return nearest_names(str(path[-1]), beside)
-
-
 def _locate(details: ErrorDetails, root: Node) -> tuple[Path, SourceLocation]:
     path: Path = ()
     node = root
@@ -131,7 +124,7 @@ def _message(details: ErrorDetails) -> str:
 
 def _text(path: Path, found: NodeErrors, root: Node) -> str:
     if "extra_forbidden" in found.types:
-        return _unknown_text(path, root.descendant(path))
+        return unknown_key_text(path, root.descendant(path))
     if "missing" in found.types:
         if len(path) > 1:
             return f"missing; allowed: {allowed_values(path)}"
@@ -141,7 +134,21 @@ def _text(path: Path, found: NodeErrors, root: Node) -> str:
         return re.sub(rf"^(\w+\.)?{re.escape(str(path[-1]))}:? ", "", own) if path else own
     node = root.descendant(path)
     value = node.plain() if node else None
-    return f"{_wrong(path, value, found.types)} (found {found_value(value)}); {_allowed(path, value)}"
+    wrong = f"{_wrong(path, value, found.types)} (found {found_value(value)})"
+    if len(path) == 1 and isinstance(value, str):
+        return f"{wrong}; {_section_hint(str(path[0]), value) or _allowed(path, value)}"
+    return f"{wrong}; {_allowed(path, value)}"
+
+
+def _section_hint(section: str, value: str) -> str | None:
+    """Return how to write what stands in the place of a section."""
+    word = value.partition(" ")[0]
+    if word != value and word in valid_keys((section,)):
+        return f"write a colon after {word}"
+    if section == "train":
+        return "the rows are data.train; this section has settings such as train.learning_rate"
+    key = ONLY_VALUE.get(section)
+    return f"write {section}: {{{key}: {value}}}" if key else None
 
 
 def _wrong(path: Path, value: Any, types: set[str]) -> str:
@@ -158,53 +165,12 @@ def _wrong(path: Path, value: Any, types: set[str]) -> str:
 
 def _allowed(path: Path, value: Any) -> str:
     text = f"allowed: {allowed_values(path)}"
+    if hint := value_hint(path_name(path), value, choices(path)):
+        return f"{hint}; {text}"
+    if allowed_values(path) == FLAG and str(value).lower() in YES_OR_NO:
+        return f"write {YES_OR_NO[str(value).lower()]}; {text}"
     if not isinstance(value, str):
         return f"{text}, in quotes" if isinstance(value, int | float) and takes_any_text(path) else text
     if close := nearest_names(value, choices(path)):
-        return f"{_did_you_mean(close)} {text}"
+        return f"{did_you_mean_text(close)} {text}"
     return f"{text}, without quotes" if isinstance(core_scalar(value), int | float) else text
-
-
-def _unknown_text(path: Path, node: Node | None) -> str:
-    name = str(path[-1])
-    inner = list(islice(_inner_keys(name, node), MAX_INNER_HINTS)) if node else []
-    what = "unknown section" if len(path) == 1 and (node is None or isinstance(node.value, dict)) else "unknown key"
-    if homes := [f"{section}.{name}" for section in RunConfig.model_fields if name in valid_keys((section,))]:
-        return f"{what}; here it is {' or '.join(homes)}"
-    if hints := [f"{key}: {hint}" for key in inner if (hint := key_hint(key, whole=True))]:
-        return f"{what}; {'; '.join(hints)}"
-    in_a_source = any(isinstance(key, int) for key in path)
-    if hint := (key_hint(f"datasets[].{name}") if in_a_source else None) or key_hint(name):
-        return f"{what}; {hint}"
-    if close := nearest_names(name, valid_keys(path[:-1])) or _nearest_elsewhere(name):
-        return f"{what}; {_did_you_mean(close)}"
-    if hint := pattern_hint(name):
-        return f"{what}; {hint}"
-    return f"{what}; allowed: {', '.join(valid_keys(path[:-1]))}"
-
-
-def _inner_keys(name: str, node: Node) -> Iterator[str]:
-    """Yield the dotted keys below an unknown one."""
-    if isinstance(node.value, dict):
-        for key, child in node.value.items():
-            yield f"{name}.{key}"
-            yield from _inner_keys(f"{name}.{key}", child)
-    elif isinstance(node.value, list):
-        for child in node.value[:1]:
-            yield from _inner_keys(f"{name}[]", child)
-
-
-def _nearest_elsewhere(name: str) -> list[str]:
-    """Return the settings of any section whose key is nearest, as `section.key`."""
-    keys = {key for section in RunConfig.model_fields for key in valid_keys((section,))}
-    close = nearest_names(name, keys)
-    return [
-        f"{section}.{key}"
-        for section in RunConfig.model_fields
-        for key in valid_keys((section,))
-        if key in close and num_edits(name.lower(), key) < 3
-    ]
-
-
-def _did_you_mean(names: Sequence[str]) -> str:
-    return f"did you mean {' or '.join(names)}?"

@@ -141,3 +141,47 @@ def test_help_and_conversion_import_no_torch(theirs) -> None:
 
 def test_help_names_all_trainers() -> None:
     assert ", ".join(OTHER_TRAINERS) == TRAINERS
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [("--learning_rate", "train.learning_rate"), ("--micro-batch-size=4", "train.per_device_train_batch_size"),
+     ("--lora_r", "lora.r")],
+)  # fmt: skip
+def test_a_setting_as_an_option_names_the_override(option, setting, capsys) -> None:
+    assert main(["check", "my.yaml", option]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"; settings are overrides without dashes, section.key=value: here it is {setting}\n"
+    )
+
+
+def test_an_unclosed_quote_and_two_commands_are_refused(tmp_path, capsys) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text("swift sft --model 'a/b\n")
+    assert main(["convert", str(script)]) == 2
+    assert "a quote is not closed, in: swift sft --model 'a/b; close it" in capsys.readouterr().err
+    script.write_text("swift sft --model a\nswift sft --model b\n")
+    assert main(["convert", str(script)]) == 2
+    assert "run.sh: 2 commands of a trainer; allowed: one, of axolotl, " in capsys.readouterr().err
+
+
+def test_quoted_text_over_several_lines_is_one_value(tmp_path, capsys) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text("swift sft --model a/b --use_hf true --system 'two\nlines' --dataset rows.jsonl\n")
+    assert main(["convert", str(script)]) == 0
+    shown = capsys.readouterr().out
+    assert "# Not carried over:\n#   system:" in shown
+    assert "path: rows.jsonl  # ms-swift: dataset" in shown
+
+
+def test_a_value_that_our_schema_refuses_is_listed_with_the_reason(theirs, capsys) -> None:
+    theirs.write_text(
+        SMALL + "learning_rate: 7\nsample_packing: true\ngroup_by_length: true\nload_best_model_at_end: true\n"
+    )
+    assert main(["convert", str(theirs), "-o", "ours.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "learning_rate: 7; train.learning_rate: out of range (found 7); allowed: a number > 0 and <= 1" in shown
+    assert "group_by_length: true; train.group_by_length: has no effect with data.packing: true" in shown
+    assert "load_best_model_at_end: true; train.load_best_model_at_end: needs held-out rows" in shown
+    config = load_config("ours.yaml")
+    assert (config.train.learning_rate, config.data.packing, config.train.group_by_length) == (2e-4, True, False)

@@ -254,8 +254,9 @@ def _drop_refused(result: Conversion) -> None:
             return
         for setting, reason in refused.items():
             converted = result.settings.pop(setting)
-            items = [Item(key, converted.value, f"{setting} {reason}") for key in converted.keys]
-            result.lost += items or [Item(f"{result.trainer.title}'s default", converted.value, f"{setting} {reason}")]
+            items = [Item(key, converted.value, f"{setting}: {reason}") for key in converted.keys]
+            result.lost += items or [Item(f"{result.trainer.title}'s default", converted.value, f"{setting}: {reason}")]
+            result.differs = [item for item in result.differs if item.key not in converted.keys]
 
 
 def _to_drop(result: Conversion, name: str, text: str) -> list[str]:

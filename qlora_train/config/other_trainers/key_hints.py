@@ -9,6 +9,11 @@ from qlora_train.config.other_trainers.key_mapping import KeyMapping, OtherTrain
 
 COMMON_WORDS: dict[str, KeyMapping] = {
     **dict.fromkeys(("model_id", "base"), to("model.model_name_or_path")),
+    **dict.fromkeys((f"model.{name}" for name in ("name", "id", "path", "base")), to("model.model_name_or_path")),
+    **dict.fromkeys((f"data.{name}" for name in ("path", "file", "files", "data_files")), to("data.train")),
+    **dict.fromkeys((f"datasets[].{name}" for name in ("file", "files", "file_name")), to("data.train[].path")),
+    **dict.fromkeys(("train_file", "train_data", "train_path"), to("data.train")),
+    **dict.fromkeys(("eval_file", "validation", "validation_file"), to("data.eval")),
     "prompt_template": to("model.chat_template"),
     "load_in_4_bit": to("quantization.load_in_4bit"),
     **dict.fromkeys(("rank", "lora_rank"), to("lora.r")),
@@ -27,21 +32,22 @@ COMMON_WORDS: dict[str, KeyMapping] = {
 MAX_ANSWERS = 3
 
 
-def key_hint(key: str, *, whole: bool = False) -> str | None:
+def key_hint(key: str, *, whole: bool = False, patterns: bool = False) -> str | None:
     """Return what a key of other trainers is here, or None if none has it.
 
     Args:
         key: dotted, as in their file; an index such as `[0]` is ignored.
         whole: only a key with all its parts, not the section it is, or one that ends like it.
+        patterns: with `whole`, also keys that a trainer's table has as a pattern, such as `checkpointer.*`.
     """
+    if word := COMMON_WORDS.get(_normalised(key)):
+        return word.hint()
     answers: dict[str, list[str]] = {}
     for trainer in OTHER_TRAINERS.values():
         name = _normalised(key)
-        row = trainer.mapping_of(name) if whole else next(_rows(trainer, name), None)
-        if row:
+        exact = trainer.mapping_of(name) if patterns else trainer.keys.get(name)
+        if row := exact if whole else next(_rows(trainer, name), None):
             answers.setdefault(row.hint(), []).append(trainer.title)
-    if not answers and not whole and (word := COMMON_WORDS.get(key.lower())):
-        return word.hint()
     return _joined(answers)
 
 

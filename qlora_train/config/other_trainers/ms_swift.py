@@ -1,6 +1,5 @@
 """ms-swift's arguments (`swift sft`, `swift pt`, `swift rlhf`), as YAML or a command line."""
 
-import json
 from typing import Any
 
 from qlora_train.config.other_trainers import transformers_arguments as shared
@@ -14,6 +13,7 @@ from qlora_train.config.other_trainers.key_mapping import (
     to,
     unneeded,
 )
+from qlora_train.config.other_trainers.ms_swift_datasets import columns, sources
 from qlora_train.config.other_trainers.value_conversions import (
     attention,
     chat_template,
@@ -35,58 +35,8 @@ OTHER_TUNER = "only LoRA is trained"
 ROPE = "model.rope_scaling is a mapping, such as {rope_type: yarn, factor: 2}"
 SWANLAB = "the trackers are tensorboard, wandb, mlflow and trackio"
 MIXTURE = "weight is how often an epoch sees each row, num_rows how many rows it sees"
+OVERFLOWS = {"delete": "drop", "left": "keep_end", "right": "truncate", "split": "split"}
 AFTER = "it has no effect while training"
-COLUMNS = {
-    "query": "question", "response": "answer", "messages": "messages", "system": "system", "tools": "tools",
-    "rejected_response": "rejected", "chosen_response": "chosen",
-}  # fmt: skip
-"""ms-swift's columns -> columns of our formats."""
-
-
-def _sources(setting: str) -> Any:
-    def convert(found: Found) -> Settings:
-        sources, notes = [], []
-        for text in names(found.value):
-            source, note = _source(text)
-            sources.append(source)
-            notes += [note] if note else []
-        hub_ids = [source["path"] for source in sources if "." not in source["path"].rpartition("/")[2]]
-        if hub_ids and not is_on(found.config.get("use_hf")):
-            notes.append(f"{', '.join(hub_ids)}: a name on ModelScope; give its id on the Hugging Face Hub, or a file")
-        return Settings({setting: sources}, "; ".join(notes), todo=any("ModelScope" in note for note in notes))
-
-    return convert
-
-
-def _source(text: str) -> tuple[dict[str, Any], str]:
-    """Return `HF::id:subset#rows` as a source, and what is lost."""
-    hub, separator, rest = text.partition("::")
-    rest = rest if separator else text
-    is_modelscope = separator and hub.lower() == "ms"
-    rest, _, num_rows = rest.partition("#")
-    path, _, subsets = rest.partition(":")
-    source: dict[str, Any] = {"path": path}
-    if subsets:
-        source["subset"] = subsets.split("/")[0]
-    if num_rows.isdigit():
-        source["num_rows"] = int(num_rows)
-    notes = [f"{path} is on ModelScope; give its id on the Hugging Face Hub, or a file"] if is_modelscope else []
-    notes += [f"{path}: one source per subset; add {subsets.split('/')[1:]}"] if "/" in subsets else []
-    return source, "; ".join(notes)
-
-
-def _columns(found: Found) -> Any:
-    """Return `{file's column: ms-swift's}` as `data.columns`."""
-    value = found.value
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return Lost("not a mapping")
-    if not isinstance(value, dict):
-        return Lost("not a mapping")
-    return Settings({"data.columns": {COLUMNS.get(str(theirs), str(theirs)): name for name, theirs in value.items()}},
-                    "the format's name first, then the file's")  # fmt: skip
 
 
 def _tuner(found: Found) -> Any:
@@ -164,8 +114,7 @@ MS_SWIFT = OtherTrainer(
         "system": lost("rows have it in their system turn, or in a column system"),
         "agent_template": unneeded("the chat template writes tools"),
         "max_length": to("data.max_length"),
-        "truncation_strategy": to("data.overflow", only(
-            {"delete": "drop", "left": "keep_end", "right": "truncate", "split": "split"}, "not a choice here")),
+        "truncation_strategy": to("data.overflow", only(OVERFLOWS, "not a choice here")),
         "loss_scale": to("data.train_on", _loss_scale, remark="default is assistant, last_round is last"),
         "is_binary_loss_scale": unneeded("every trained token has weight 1"),
         "padding_free": to("train.padding_free", lambda found: (
@@ -177,13 +126,13 @@ MS_SWIFT = OtherTrainer(
         "add_non_thinking_prefix": unneeded("the chat template decides which reasoning it writes"),
         "max_pixels": lost(IMAGES),
         "norm_bbox": lost(IMAGES),
-        "dataset": to("data.train", _sources("data.train")),
-        "val_dataset": to("data.eval", _sources("data.eval")),
+        "dataset": to("data.train", sources("data.train")),
+        "val_dataset": to("data.eval", sources("data.eval")),
         "cached_dataset": lost("tokenised rows of ms-swift are not read; give the rows"),
         "cached_val_dataset": lost("tokenised rows of ms-swift are not read; give the rows"),
         "split_dataset_ratio": to("data.eval", share_of_train, "a share, chosen by a hash of each row"),
         "dataset_num_proc": to("data.num_proc"),
-        "columns": to("data.columns", _columns),
+        "columns": to("data.columns", columns),
         "streaming": to("data.streaming", flag),
         "interleave_prob": to("data.train[].weight", Lost(MIXTURE)),
         "stopping_strategy": unneeded("weight and num_rows of each source mix data sets"),

@@ -244,7 +244,7 @@ TORCHTUNE = OtherTrainer(
         "optimizer.lr": to("train.learning_rate"),
         "optimizer.weight_decay": to("train.weight_decay"),
         "optimizer.eps": to("train.adam_epsilon"),
-        "optimizer.betas": to("train.adam_beta1", lambda found: (
+        "optimizer.betas": to("train.adam_beta1", remark="and train.adam_beta2", convert=lambda found: (
             Settings(dict(zip(("train.adam_beta1", "train.adam_beta2"), found.value, strict=False)))
             if isinstance(found.value, list | tuple) else Lost("not two numbers"))),
         "optimizer.fused": to("train.optim", Unneeded("train.optim: adamw_torch_fused is the fused one")),

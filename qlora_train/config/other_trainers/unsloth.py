@@ -40,7 +40,8 @@ SECTIONED = {
     "data": ("dataset", "local_dataset", "format_type"),
     "training": (
         "training_type", "max_seq_length", "load_in_4bit", "output_dir", "num_epochs", "learning_rate", "batch_size",
-        "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "max_steps", "save_steps", "weight_decay", "random_seed", "packing",
+        "gradient_accumulation_steps", "warmup_steps", "warmup_ratio", "max_steps", "save_steps", "weight_decay",
+        "random_seed", "packing",
         "train_on_completions", "gradient_checkpointing", "optim", "lr_scheduler_type",
     ),
     "lora": (
