@@ -25,7 +25,7 @@ def devices() -> Iterator[Check]:
     elif problem := gpu_problem():
         yield Check("GPU", "problem", problem.removeprefix("GPU: "))
     else:
-        yield Check("GPU", "note", f"{describe_cpu()}; training works, and small models only are practical")
+        yield Check("GPU", "note", f"{describe_cpu()}: training works, and is practical for small models only")
 
 
 def compute_dtype() -> Iterator[Check]:
@@ -33,9 +33,8 @@ def compute_dtype() -> Iterator[Check]:
     from qlora_train.models.hardware import automatic_compute_dtype
 
     dtype, reason = automatic_compute_dtype(_device())
-    status = "ok" if dtype == torch.bfloat16 else "note"
     text = f"{str(dtype).removeprefix('torch.')} ({reason})"
-    yield Check("compute dtype", "ok" if status == "ok" else "note", text)
+    yield Check("compute dtype", "ok" if dtype == torch.bfloat16 else "note", text)
 
 
 def packed_attention() -> Iterator[Check]:

@@ -45,6 +45,7 @@ def trial_run() -> Iterator[Check]:
 
 def train_pico(folder: Path, *overrides: str) -> Check:
     """Run the pipeline in `folder`; the output of a run that fails is logged."""
+    logger.info("trial run: training a pico model for %d steps in a fresh process", NUM_STEPS)
     write_pico_model(folder / "model")
     config = write_config(folder)
     command = [sys.executable, "-m", "qlora_train.cli.main", "train", str(config), *overrides]
