@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from qlora_train.authoring import new_config
-from qlora_train.authoring.choices import EPOCHS, EVAL_SHARES, STEP_ROWS, round_up
+from qlora_train.authoring.choices import EPOCHS, EVAL_SHARES, MICRO_BATCH_TOKENS, STEP_ROWS, round_up
 from qlora_train.authoring.new_config import write_new_config
 from qlora_train.authoring.recipe_files import EXAMPLES, example_file, read_recipe, recipe_names
 from qlora_train.config import RunConfig, load_config
@@ -256,3 +256,16 @@ def test_example_rows_are_those_of_the_repository() -> None:
 def test_every_recipe_has_a_purpose_of_its_own() -> None:
     lines = new_config.recipe_lines()
     assert len(lines) == len({line.split("  ", 1)[1].strip() for line in lines}) == len(recipe_names())
+
+
+def test_the_page_names_the_conventions() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "new.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE))
+    for setting, table in (
+        ("`data.eval`", EVAL_SHARES[1:]), ("rows of a step", STEP_ROWS), ("`train.num_train_epochs`", EPOCHS),
+    ):  # fmt: skip
+        shown = [f"{value} below {limit:,}" for limit, value in table[:-1]] + [f"else {table[-1][1]}"]
+        assert [text in re.sub(r"(below \d+) rows", r"\1", rows[setting]) for text in shown] == [True] * len(shown)
+    limits = [f"{tokens:,} below {limit / 1e9:g}" for limit, tokens in MICRO_BATCH_TOKENS[:-1]]
+    assert all(text in rows["micro-batch"].replace("tokens ", "") for text in limits)
+    assert all(f"`{option}`" in rows for option in ("--data", "--eval", "--recipe", "--memory", "-o"))
