@@ -185,3 +185,22 @@ def test_a_value_that_our_schema_refuses_is_listed_with_the_reason(theirs, capsy
     assert "load_best_model_at_end: true; train.load_best_model_at_end: needs held-out rows" in shown
     config = load_config("ours.yaml")
     assert (config.train.learning_rate, config.data.packing, config.train.group_by_length) == (2e-4, True, False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["axolotl train theirs.yaml --lora-r 4", "accelerate launch -m axolotl.cli.train theirs.yaml --lora-r 4",
+     "axolotl train missing.yaml --base-model some/model --lora-r 4"],
+)  # fmt: skip
+def test_options_of_a_command_win_over_its_config_file(theirs, capsys, command) -> None:
+    theirs.write_text(SMALL + "lora_r: 64\nmicro_batch_size: 3\n")
+    Path("run.sh").write_text(command + "\n")
+    status = main(["convert", "run.sh", "-o", "ours.yaml"])
+    shown = capsys.readouterr().out
+    if "missing" in command:
+        assert status == 2
+        assert "missing.yaml: true; not a key of Axolotl" in shown
+    else:
+        assert status == 0
+        config = load_config("ours.yaml")
+        assert (config.lora.r, config.train.per_device_train_batch_size) == (4, 3)

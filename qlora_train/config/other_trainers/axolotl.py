@@ -38,7 +38,6 @@ from qlora_train.config.other_trainers.value_conversions import (
 )
 
 GRPO = "answers are not sampled while training; TRL's trainers do that"
-SCALING = "model.rope_scaling is the setting; see docs/config.md"
 
 
 def _adapter(found: Found) -> Any:
@@ -88,7 +87,7 @@ def _tokens(found: Found) -> Any:
 AXOLOTL = OtherTrainer(
     name="axolotl",
     title="Axolotl",
-    programs=("axolotl",),
+    programs=("axolotl", "axolotl.cli.train"),
     absent={"adapter": Lost("whole weights are trained there; here LoRA: check train.learning_rate and lora.r", todo=True)},
     defaults={
         "data.max_length": 512, "train.gradient_accumulation_steps": 1, "train.optim": "adamw_torch_fused",
@@ -153,7 +152,7 @@ AXOLOTL = OtherTrainer(
         "eval_sequence_len": lost("data.max_length holds for held-out rows too"),
         "excess_length_strategy": to("data.overflow", _overflow),
         "sample_packing": to("data.packing", flag),
-        "eval_sample_packing": unneeded("held-out rows are evaluated one by one, with equal results"),
+        "eval_sample_packing": unneeded("held-out rows are not packed"),
         "sample_packing_*": unneeded("data.packing has no options: best-fit, isolated documents"),
         "pad_to_sequence_len": unneeded("padding is never trained on, and not computed where that can be"),
         "pad_to_multiple_of": unneeded("padding is never trained on, and not computed where that can be"),

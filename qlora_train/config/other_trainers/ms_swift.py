@@ -136,7 +136,7 @@ MS_SWIFT = OtherTrainer(
         "streaming": to("data.streaming", flag),
         "interleave_prob": to("data.train[].weight", Lost(MIXTURE)),
         "stopping_strategy": unneeded("weight and num_rows of each source mix data sets"),
-        "shuffle_buffer_size": unneeded("streamed rows are shuffled by a hash of each row"),
+        "shuffle_buffer_size": unneeded("streamed rows are shuffled within a window of the file"),
         "dataset_shuffle": unneeded("rows are shuffled by run.seed"),
         "val_dataset_shuffle": unneeded("held-out rows have no order"),
         "train_dataloader_shuffle": unneeded("rows are shuffled by run.seed"),

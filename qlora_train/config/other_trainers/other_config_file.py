@@ -19,6 +19,8 @@ from qlora_train.utils.errors import ConfigError, did_you_mean
 SCRIPT_SUFFIXES = (".sh", ".bash", ".cmd", ".txt")
 ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
 INTERPOLATION = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
+CONFIG_SUFFIXES = (".yaml", ".yml")
+CONFIG_OPTIONS = ("config", "c")
 SUBCOMMANDS = ("train", "sft", "dpo", "rlhf", "pt", "run", "launch", "preprocess", "kto", "orpo")
 
 
@@ -107,7 +109,20 @@ def _read_script(path: Path, text: str, trainer: str | None) -> OtherConfig:
         programs = ", ".join(word for each in OTHER_TRAINERS.values() for word in each.programs)
         raise ConfigError(f"{path}: {len(commands)} commands of a trainer; allowed: one, of {programs}")
     [(words, position, owner)] = commands
-    return OtherConfig(path, owner, _options(words, position), tuple(others))
+    return OtherConfig(path, owner, _with_config_file(_options(words, position)), tuple(others))
+
+
+def _with_config_file(options: dict[str, Any]) -> dict[str, Any]:
+    """Add the settings of the YAML file that a command names, beneath its options."""
+    named = [key for key, value in options.items() if key.endswith(CONFIG_SUFFIXES) and value is True]
+    named += [key for key in CONFIG_OPTIONS if str(options.get(key, "")).endswith(CONFIG_SUFFIXES)]
+    if len(named) != 1:
+        return options
+    file = Path(named[0] if options[named[0]] is True else str(options[named[0]]))
+    if not file.is_file():
+        return options
+    rest = {key: value for key, value in options.items() if key != named[0]}
+    return _resolved(_read_mapping(file, read_text(file)) | rest)
 
 
 def _command_words(path: Path, text: str) -> Iterator[list[str]]:
@@ -128,7 +143,7 @@ def _command_words(path: Path, text: str) -> Iterator[list[str]]:
 def _program(words: list[str], trainer: str | None) -> tuple[int, OtherTrainer] | None:
     """Return the position of the trainer's program among the words, and the trainer; `pip install trl` is none."""
     for position, (word, following) in enumerate(pairwise([*words, ""])):
-        if word.endswith(".py") or following in SUBCOMMANDS:
+        if word.endswith((".py", ".train")) or following in SUBCOMMANDS:
             found = {
                 program: each
                 for each in OTHER_TRAINERS.values()
@@ -147,8 +162,8 @@ def _options(words: list[str], position: int) -> dict[str, Any]:
     for index, word in enumerate(words):
         if index == position or (word in SUBCOMMANDS and not key):
             key = ""
-        elif word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
+        elif word.startswith("--") or re.fullmatch("-[a-z]", word):
+            name, equals, value = word.lstrip("-").partition("=")
             key = name.replace("-", "_")
             if key.startswith("no_") and not equals:
                 values[key.removeprefix("no_")] = False

@@ -183,7 +183,7 @@ def _logger(found: Found) -> Any:
     name = str(found.value).rpartition(".")[2]
     if name == "CometLogger":
         return Lost("the trackers are tensorboard, wandb, mlflow and trackio")
-    return trackers.get(name) or Unneeded("metrics.jsonl has every step")
+    return trackers.get(name) or Unneeded("metrics.jsonl has the figures of every log line")
 
 
 TORCHTUNE = OtherTrainer(
@@ -268,7 +268,7 @@ TORCHTUNE = OtherTrainer(
         "metric_logger.*": unneeded("logs are in the run folder"),
         "log_every_n_steps": to("train.logging_steps"),
         "log_peak_memory_stats": unneeded("peak memory is in metrics.jsonl and results.json"),
-        "log_level": unneeded("the log has one level"),
+        "log_level": unneeded("--quiet and --verbose choose what is printed"),
         "device": unneeded("a GPU is used if one is visible"),
         "dtype": to("quantization.bnb_4bit_compute_dtype", dtype),
         "enable_activation_checkpointing": to("train.gradient_checkpointing", lambda found: (

@@ -150,7 +150,7 @@ TRL = OtherTrainer(
             {"keep_start": "truncate", "keep_end": "keep_end"}, "not a choice here")),
         "shuffle_dataset": unneeded("rows are shuffled by run.seed"),
         "packing": to("data.packing", flag),
-        "eval_packing": unneeded("held-out rows are evaluated one by one, with equal results"),
+        "eval_packing": unneeded("held-out rows are not packed"),
         "packing_strategy": unneeded("documents are packed by best-fit decreasing, and isolated"),
         "padding_free": to("train.padding_free", lambda found: (
             True if is_on(found.value) else Unneeded("it is used where it saves work and a check passes"))),

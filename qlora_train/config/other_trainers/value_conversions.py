@@ -174,7 +174,7 @@ def trackers(found: Found) -> Any:
     found_names = [name.lower() for name in names(found.value)]
     known = [name for name in found_names if name in TRACKERS]
     if other := [name for name in found_names if name not in (*TRACKERS, "none")]:
-        reason = f"{', '.join(other)} is not available; metrics.jsonl has every figure"
+        reason = f"{', '.join(other)} is not available; metrics.jsonl has the figures"
         return Settings({"run.report_to": known}, reason) if known else Lost(reason)
     return known or Unneeded("no tracker is the default")
 
