@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qlora_train.doctor.machine_check import Check
+from qlora_train.doctor.machine_check import Check, pip
 from qlora_train.utils.device import describe_cpu, describe_gpu
 from qlora_train.utils.nvidia_driver import gpu_problem
 
@@ -55,7 +55,7 @@ def triton_kernels() -> Iterator[Check]:
     if (device := _device()).type == "cpu":
         yield Check("Triton", "ok", NO_GPU)
     elif find_spec("triton") is None:
-        yield Check("Triton", "note", "not installed: torch computes instead, slower", "run: pip install triton")
+        yield Check("Triton", "note", "not installed: torch computes instead, slower", f"run: {pip()} install triton")
     else:
         from qlora_train.kernels.ops.dispatch import triton_problem
 
@@ -95,7 +95,7 @@ def bitsandbytes_library() -> Iterator[Check]:
         built = torch.version.cuda or torch.version.hip
         yield Check(
             "bitsandbytes", "problem", f"{version} has no {backend} library that loads for torch's {backend} {built}",
-            "run: python -m bitsandbytes, then pip install --upgrade bitsandbytes, or torch for an older CUDA",
+            f"run: {pip()} install --upgrade bitsandbytes (details: python -m bitsandbytes), or use an older CUDA's torch",
         )  # fmt: skip
 
 

@@ -2,14 +2,13 @@
 
 import platform
 import shlex
-import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from qlora_train.doctor.machine_check import Check
+from qlora_train.doctor.machine_check import Check, pip
 
 PACKAGE = "qlora-train"
 SHOWN = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
@@ -23,7 +22,7 @@ def packages() -> Iterator[Check]:
     try:
         python = SpecifierSet(metadata(PACKAGE)["Requires-Python"])
     except PackageNotFoundError:
-        yield Check("packages", "problem", f"{PACKAGE} is not installed, only its source", "run: pip install .")
+        yield Check("packages", "problem", f"{PACKAGE} is not installed, only its source", f"run: {pip()} install .")
         return
     if platform.python_version() not in python:
         yield Check("Python", "problem", f"{platform.python_version()} is not supported", f"use Python {python}")
@@ -46,7 +45,7 @@ def extras() -> Iterator[Check]:
             continue
         if unmet := [requirement.name for requirement, _ in _unmet(_requirements(extra))]:
             text = f"{extra} needs {', '.join(unmet)}"
-            yield Check("extra", "note", text, f"run: pip install '{PACKAGE}[{extra}]'")
+            yield Check("extra", "note", text, f"run: {pip()} install '{PACKAGE}[{extra}]'")
         else:
             yield Check("extra", "ok", f"{extra} is installed")
 
@@ -54,7 +53,7 @@ def extras() -> Iterator[Check]:
 def install_line(requirements: list[Requirement]) -> str:
     """Return the command that installs requirements into this environment."""
     words = (shlex.quote(f"{each.name}{each.specifier}") for each in requirements)
-    return f"run: {shlex.quote(sys.executable)} -m pip install {' '.join(words)}"
+    return f"run: {pip()} install {' '.join(words)}"
 
 
 def _requirements(extra: str) -> list[Requirement]:

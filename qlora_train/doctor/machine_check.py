@@ -1,7 +1,11 @@
 """The checks of `qlora-train doctor`, one row each, and their results."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from qlora_train.utils.errors import UserError, explain, first_line
@@ -43,10 +47,15 @@ class Check:
         return f"{self.status:<7}  {self.name}: {self.text}{f'; {self.fix}' if self.fix else ''}"
 
 
-def run_checks() -> Iterator[Check]:
-    """Run every check; one that fails itself is a problem."""
-    for name, function, package in CHECKS:
-        yield from guarded(name, f"{__package__}.{function}", package)
+def run_checks(checks: Sequence[tuple[str, str, str]] = CHECKS) -> Iterator[Check]:
+    """Run every check; one that fails itself is a problem. A cause that several checks meet has its fix once."""
+    first: dict[str, str] = {}
+    for name, function, package in checks:
+        for check in guarded(name, f"{__package__}.{function}", package):
+            if check.status == "problem" and first.setdefault(check.text, name) != name:
+                yield replace(check, text=f"not checked: the same error as {first[check.text]}", fix="")
+            else:
+                yield check
 
 
 def guarded(name: str, function: str, package: str) -> Iterator[Check]:
@@ -58,4 +67,11 @@ def guarded(name: str, function: str, package: str) -> Iterator[Check]:
         yield Check(name, "problem", first_line(error))
     except Exception as error:  # a broken library fails in any way
         reason = explain(error) or f"{type(error).__name__}: {first_line(error)}"
-        yield Check(name, "problem", reason, f"run: pip install --force-reinstall {package}")
+        yield Check(name, "problem", reason, f"run: {pip()} install --force-reinstall {package}")
+
+
+def pip() -> str:
+    """Return the command of this environment's pip: its name alone if the shell would find this one."""
+    found = shutil.which("pip")
+    is_ours = found is not None and Path(found).parent == Path(sys.executable).parent
+    return "pip" if is_ours else f"{shlex.quote(sys.executable)} -m pip"

@@ -9,7 +9,10 @@ from qlora_train.doctor import Check, hardware_checks
 from qlora_train.kernels.ops import dispatch
 from qlora_train.kernels.packed import varlen
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def only(check: Callable[[], Iterator[Check]]) -> Check:

@@ -20,6 +20,25 @@ from qlora_train.utils import network
 RUN = f"run: {shlex.quote(sys.executable)} -m pip install"
 
 
+@pytest.fixture(autouse=True)
+def no_pip_in_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands name this environment's Python."""
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+
+def test_pip_is_named_alone_where_it_is_the_one_of_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine_check.pip() == f"{shlex.quote(sys.executable)} -m pip"
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert machine_check.pip() == "pip"
+
+
+def test_a_cause_that_several_checks_meet_has_its_fix_once() -> None:
+    absent = "absent_module:check"
+    first, second = machine_check.run_checks((("GPU", absent, "torch"), ("Triton", absent, "triton")))
+    assert first.fix.endswith("install --force-reinstall torch")
+    assert second == Check("Triton", "problem", "not checked: the same error as GPU")
+
+
 def require(monkeypatch: pytest.MonkeyPatch, *requirements: str) -> None:
     monkeypatch.setattr(installed_packages, "requires", lambda _: list(requirements))
 
@@ -52,9 +71,7 @@ def test_a_missing_extra_is_a_note_with_its_command(monkeypatch: pytest.MonkeyPa
     require(monkeypatch, "numpy>=1", 'absent-package>=1; extra == "lm-eval"', 'numpy>=1; extra == "gguf"')
     found = {check.text.split()[0]: check for check in installed_packages.extras()}
     assert found["gguf"] == Check("extra", "ok", "gguf is installed")
-    assert found["lm-eval"] == Check(
-        "extra", "note", "lm-eval needs absent-package", "run: pip install 'qlora-train[lm-eval]'"
-    )
+    assert found["lm-eval"] == Check("extra", "note", "lm-eval needs absent-package", f"{RUN} 'qlora-train[lm-eval]'")
     assert {"dev", "docs"} & found.keys() == set()
 
 
@@ -69,7 +86,7 @@ def test_a_check_that_fails_is_a_problem_of_its_own(function: str, text: str) ->
     (check,) = machine_check.guarded("GPU", function, "torch")
     assert check.status == "problem"
     assert check.text.startswith(text)
-    assert check.fix == "run: pip install --force-reinstall torch"
+    assert check.fix == f"{RUN} --force-reinstall torch"
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
