@@ -34,6 +34,7 @@ from qlora_train.training.optimizer import choose_optimizer
 from qlora_train.training.replicas import copy_from_main_
 from qlora_train.utils import signals
 from qlora_train.utils.device import deterministic_algorithms, select_device
+from qlora_train.utils.errors import ConfigError
 from qlora_train.utils.run_events import stage
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,8 @@ def train_adapter(
         this.barrier()
 
     strategy = strategy_of_run(config, source, device)
+    if strategy == "fsdp" and config.run.samples:
+        raise ConfigError("run.samples: rank 0 generates alone, which fsdp (its strategy) does not support; drop it")
     with stage("base"):
         loaded = load_model(config.model, config.quantization, source=source, shard=strategy == "fsdp")
         _log_base(loaded)

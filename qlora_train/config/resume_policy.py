@@ -10,7 +10,8 @@ from typing import Any
 from qlora_train.utils.errors import did_you_mean
 
 MUTABLE = (
-    "parallel.", "run.output_dir", "run.report_to", "run.row_losses", "run.max_minutes", "run.allow_changed", "export.",
+    "parallel.", "run.output_dir", "run.report_to", "run.samples", "run.row_losses", "run.max_minutes", "run.allow_changed",
+    "export.",
     "train.logging_steps", "train.save_steps", "train.save_total_limit",
     "train.on_nonfinite", "train.max_skipped_steps", "train.on_loss_spike",
     "train.per_device_eval_batch_size", "data.num_proc", "data.cache_dir", "data.cache_limit",

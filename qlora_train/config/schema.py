@@ -384,8 +384,8 @@ class TrainSection(Section):
     def _check_objective(cls, value: Any) -> Any:
         if value in ONLINE_OBJECTIVES:
             raise ValueError(
-                f"{value!r} samples answers while it trains, which this package does not; TRL's trainers do, and load its "
-                "adapters and merged models"
+                f"{value!r} trains on answers that it samples, which this package does not; TRL's trainers do, and load "
+                "its adapters and merged models"
             )
         return value
 
@@ -435,6 +435,9 @@ class RunSection(Section):
     row_losses: int = Field(256, ge=0)
     """Training rows, and as many held-out rows, whose loss is measured after training: the report lists those that were
     learnt least, often wrong labels. A random sample, of at most a tenth of the trained tokens. 0: none."""
+    samples: int = Field(0, ge=0, le=100)
+    """Held-out prompts to answer before the first step and at every evaluation, greedily, for samples.jsonl; they do not
+    change training."""
     max_minutes: float | None = Field(None, gt=0, le=1e6)
     """Stop with a checkpoint and exit status 75 in time to end this many minutes after the start, for the time limit of
     a job queue; the same command resumes."""
@@ -486,6 +489,10 @@ class RunConfig(Section):
 
 def _conflicts(config: RunConfig) -> Iterator[str]:
     data, train = config.data, config.train
+    if config.run.samples and data.eval is None:
+        yield "run.samples needs held-out rows; set data.eval to a file or a share like 0.05"
+    if config.run.samples and config.parallel.strategy == "fsdp":
+        yield "run.samples: rank 0 generates alone, which parallel.strategy: fsdp does not support; drop one of them"
     for key in ("load_best_model_at_end", "early_stopping_patience", "eval_steps"):
         if data.eval is None and getattr(train, key):
             yield f"train.{key} needs held-out rows; set data.eval to a file or a share like 0.05"

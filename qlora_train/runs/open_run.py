@@ -42,6 +42,7 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
         if not run.config_file.is_file() or not run.has_begun():
             # empty, or the folder of a run that stopped at an error which the user has since fixed in the config
             run.metadata_file.unlink(missing_ok=True)
+            run.samples_file.unlink(missing_ok=True)
             run.delete_results()
             atomic_io.write_text(run.config_file, to_yaml(with_absolute_paths(config)))
         elif resume == "never":

@@ -53,6 +53,7 @@ class RunFolder:
         self.data_report_file = path / "data.json"
         self.rows = path / "rows"  # rows that evaluation and merge use, as tokens and text
         self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.jsonl"  # answers to held-out prompts at every evaluation
         self.results_file = path / "results.json"  # training, adapter check, merge, evaluations
         self.answers_file = path / "answers.jsonl"  # generated answers of the last evaluation
         self.row_losses_file = path / "row_losses.json"  # of a sample of rows, after training

@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data import PreparedData
@@ -92,14 +94,26 @@ def _make_trainer(
             fill_cache(fused.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
     layers = LayerCheckpointing(adapted.model, fused.mlps if fused is not None else [])
 
+    callbacks = [progress, *_sample_callbacks(adapted, data, config, run)]
+
     def make(fitted: RunConfig) -> QloraTrainer:
         return QloraTrainer(
-            adapted, data, fitted, run, [progress], group_batch_size=config.train.per_device_train_batch_size,
+            adapted, data, fitted, run, callbacks, group_batch_size=config.train.per_device_train_batch_size,
             layer_checkpointing=layers, has_fused_kernels=fused is not None, objective=objective,
         )  # fmt: skip
 
     with stage("memory"):
         return fitting_trainer(make, config, run)
+
+
+def _sample_callbacks(
+    adapted: AdaptedModel, data: PreparedData, config: RunConfig, run: RunFolder
+) -> list[TrainerCallback]:
+    if not config.run.samples:
+        return []
+    from qlora_train.training.held_out_samples import SampleCallback
+
+    return [SampleCallback(config, run, adapted.loaded.tokenizer, data.eval)]
 
 
 def _run_steps(trainer: QloraTrainer, progress: ProgressCallback, resume_from: Path | None) -> None:
