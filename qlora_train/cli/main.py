@@ -5,6 +5,7 @@ and SIGUSR1 or run.max_minutes, with the work saved; 1 a bug, with its traceback
 """
 
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.completion import completion_init  # type: ignore[attr-defined]
 
-from qlora_train import __version__
+from qlora_train.cli import completion
+from qlora_train.cli.guide import GUIDE, version_lines
 from qlora_train.cli.log_options import with_log_options
 from qlora_train.cli.options import setting_hint
-from qlora_train.cli.output import print_errors, set_up_logging
+from qlora_train.cli.output import print_errors, print_text, set_up_logging
 from qlora_train.parallel import parent_link
 from qlora_train.utils import signals
 from qlora_train.utils.errors import ConfigError, ProcessGroupError, UserError, did_you_mean, explain
@@ -54,11 +57,12 @@ COMMANDS = {
 CONFIG_SUFFIXES = (".yaml", ".yml")
 HELP = """Fine-tune a language model with QLoRA from one YAML file.
 
-`qlora-train CONFIG [section.key=value ...]` trains a config; `qlora-train COMMAND ...` runs another command."""
-EPILOG = """\b
-Override settings with section.key=value, for example train.learning_rate=1e-4 or data.train=my.jsonl.
-Exit status: 0 done; 2 an error that you can fix; 130, 143, 75 stopped by Ctrl-C, by SIGTERM, by SIGUSR1 or
-run.max_minutes, with a checkpoint of the last step (the same command resumes); 1 a bug."""
+`qlora-train CONFIG \\[section.key=value ...]` trains a config; `qlora-train COMMAND ...` runs another command."""
+EPILOG = (
+    "Override settings with section.key=value, for example train.learning_rate=1e-4 or data.train=my.jsonl.\n\n"
+    "Exit status: 0 done; 2 an error that you can fix; 130, 143, 75 stopped by Ctrl-C, by SIGTERM, by SIGUSR1 or "
+    "run.max_minutes, with a checkpoint of the last step (the same command resumes); 1 a bug."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,17 +111,25 @@ def parse_and_run(words: list[str]) -> int:
         ConfigError: the first word is neither a command nor a config.
         TyperException: the words do not match the command's arguments.
     """
+    completes = completion.VARIABLE in os.environ
+    if not words and not completes:
+        print_text(GUIDE.rstrip())
+        return 0
     if words and words[0] not in COMMANDS and not words[0].startswith("-"):
         _check_is_config(words[0])
         command = ["train", *words]
     else:
         command = words
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, help=HELP, epilog=EPILOG)
+    app = typer.Typer(rich_markup_mode="rich", help=HELP, epilog=EPILOG)
     app.callback()(_program)
     for name, row in COMMANDS.items():
         if command[:1] == [name] or not {*command[:1]} & COMMANDS.keys():  # all of them for --help only
             app.command(name, rich_help_panel=row.group)(_function(row))
-    group = typer.main.get_group(app)
+    group = typer.main.get_command(app)
+    if completes:
+        completion_init()
+        completion.insert_train(COMMANDS)
+        group.main(prog_name="qlora-train")  # prints the words for the shell, and exits
     try:
         # not group.main(), which ends in silence on a broken pipe or EOF inside a command
         with group.make_context("qlora-train", command, obj=words) as context:
@@ -134,15 +146,16 @@ def _function(row: Command) -> Callable[..., Any]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"qlora-train {__version__}")
+        print_text("\n".join(version_lines()))
         raise typer.Exit
 
 
-def _program(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version")
-    ] = False,
-) -> None:
+Version = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the versions of the stack")
+]
+
+
+def _program(version: Version = False) -> None:
     """Accept the options before a command."""
 
 

@@ -6,11 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
+from qlora_train.cli.completion import complete_config, complete_run, complete_setting
 from qlora_train.utils.errors import ConfigError
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, for example configs/llama7b.yaml")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="section.key=value", help="Overrides of the config")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, for example runs/llama7b")]
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG", help="YAML file, for example configs/llama7b.yaml", autocompletion=complete_config
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="section.key=value", help="Overrides of the config", autocompletion=complete_setting),
+]
+RunPath = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="Run folder, for example runs/llama7b", autocompletion=complete_run),
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Do not use the network; same as HF_HUB_OFFLINE=1")]
 
 

