@@ -18,8 +18,8 @@ from qlora_train.config.schema import DataSection
 from qlora_train.export.export_formats import ExportOptions, ExportRequest
 from qlora_train.export.export_run import export
 from qlora_train.export.gguf.converter import INSTALL, LORA_SCRIPT, MODEL_SCRIPT, Converter, find_converter
+from qlora_train.export.gguf.llama_process import tokenize_file
 from qlora_train.export.gguf.plain_lora import write_plain_adapter
-from qlora_train.export.gguf.reference_tokens import tokenize
 from qlora_train.export.merging.adapter_deltas import AdapterFile
 from qlora_train.export.merging.meta_model import build_meta_model
 from qlora_train.models import resolve_base
@@ -189,7 +189,7 @@ def test_tokens_of_turns_are_tokens_in_llama_cpp(
     for token in (TURN_START, TURN_END):
         assert types[tokens.index(token)] == gguf.TokenType.CONTROL
     text, ids = prompt_of(folder)
-    assert tokenize(file.path, [text]) == [ids]
+    assert tokenize_file(file.path, [text]) == [ids]
 
 
 def test_added_token_that_is_a_plain_one_in_the_file_is_refused(base: Path, base_file: Path) -> None:
@@ -260,7 +260,7 @@ def test_file_of_a_base_that_auto_tokenizer_would_change_has_the_tokens_of_train
     folder, tokenizer, text = rebuilt
     converter = converter_that_knows(tmp_path / "llama.cpp", "dbrx")
     file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", converter, "f32", texts=[text])
-    assert tokenize(file.path, [text]) == [tokenizer(text)["input_ids"]]
+    assert tokenize_file(file.path, [text]) == [tokenizer(text)["input_ids"]]
 
 
 def test_file_with_the_tokens_of_auto_tokenizer_instead_of_training_is_refused(
@@ -282,7 +282,7 @@ def test_unused_tokens_without_a_row_in_the_embedding_stay_out_of_the_file(
     file, _ = write_model(folder, tokenizer, tmp_path / "f32.gguf", "pico", bpe_converter, "f32", texts=[text])
     assert len(file.setting("tokenizer.ggml.tokens")) == num_rows == len(tokenizer) - 2
     assert max(ids) < num_rows
-    assert tokenize(file.path, [text]) == [ids]
+    assert tokenize_file(file.path, [text]) == [ids]
     assert (file.setting("tokenizer.ggml.padding_token_id") or 0) < num_rows
     assert AutoTokenizer.from_pretrained(folder).pad_token == "[PAD]", "the folder itself is left alone"
 
@@ -493,7 +493,7 @@ def test_command_merges_first_and_says_what_was_checked(
     assert "21 tensors (21 found by name)" in err
     assert "6 matrices equal to their source" in err
     assert "GGUF: llama.cpp tokenizes 5 texts of the run alike" in err
-    assert tokenize(run.path / "export" / "gguf-q8_0" / "unmerged-q8_0.gguf", ["<tool>"]) == [[322]]
+    assert tokenize_file(run.path / "export" / "gguf-q8_0" / "unmerged-q8_0.gguf", ["<tool>"]) == [[322]]
     assert sorted(p.name for p in (run.path / "export").iterdir()) == ["gguf-q8_0"]
 
 

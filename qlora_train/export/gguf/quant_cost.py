@@ -21,8 +21,7 @@ from qlora_train.data.types import Example
 from qlora_train.evaluation.generation import answer_end_ids, encode_prompts
 from qlora_train.evaluation.scoring import score_answers
 from qlora_train.export.gguf.gguf_check import GGUFFile
-from qlora_train.export.gguf.llama_library import PACKAGE
-from qlora_train.export.gguf.llama_process import evaluate_file, has_library
+from qlora_train.export.gguf.llama_process import INSTALL, evaluate_file, has_library
 from qlora_train.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ def find_meter(run: RunFolder, tokenizer: Any, max_minutes: float) -> CostMeter 
     if max_minutes == 0:
         return None
     if not has_library():
-        logger.warning("cost: not measured (not installed: pip install %s)", PACKAGE)
+        logger.warning("cost: not measured (not installed: %s)", INSTALL)
         return None
     data = load_rows(run.rows)
     rows: Sequence[Example] = data.eval or data.first_rows()
