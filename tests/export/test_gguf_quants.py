@@ -18,6 +18,7 @@ from qlora_train.cli.main import main
 from qlora_train.export import export_run
 from qlora_train.export.export_formats import ExportOptions
 from qlora_train.runs import RunFolder
+from qlora_train.utils import run_events
 from qlora_train.utils.errors import ExportError
 from tests.support.pico import build_pico
 from tests.support.runs import train_run, write_rows
@@ -272,3 +273,16 @@ def test_file_that_llama_cpp_cannot_load_is_one_line(tmp_path: Path) -> None:
         ExportError, match=r"^broken.gguf: llama.cpp cannot read the file; upgrade xllamacpp if the model is newer"
     ):
         llama_process.check_loads(file)
+
+
+def test_progress_is_counted_in_tensors_rows_and_answers(model: tuple[Any, Path], tmp_path: Path) -> None:
+    events: list[run_events.Progress] = []
+    with run_events.listening(lambda event: events.append(event) if isinstance(event, run_events.Progress) else None):
+        Quantizer(None).quantize(GGUFFile(model[1]), tmp_path / "x.gguf", "q4_0")
+        rows = [(tokens(9), [True] * 9)] * 3
+        evaluate_file(model[1], rows=rows, prompts=[tokens(5)], stops=[], max_new_tokens=2, max_seconds=None)
+    num_tensors = len(GGUFFile(model[1]).shapes())
+    assert [(event.name, event.done, event.total) for event in events] == [
+        *(("quantizing x.gguf", done, num_tensors) for done in (*range(num_tensors + 1), num_tensors)),
+        *(("measuring f32.gguf", done, 4) for done in (0, 1, 2, 3, 4, 4)),
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora_train.export.gguf.llama_library import load_library, load_model
+from qlora_train.export.gguf.llama_library import DONE, load_library, load_model
 
 BATCH_TOKENS = 512
 """Tokens per call of the model."""
@@ -49,8 +49,8 @@ def _until(max_seconds: float | None, items: Sequence[Any], compute: Callable[[A
     for number, item in enumerate(items):
         if number and max_seconds is not None and time.monotonic() - start > max_seconds:
             return
-        print(f"item {number}", flush=True)
         yield compute(item)
+        print(f"{DONE}: {number}", flush=True)
 
 
 class _Llama:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "xllamacpp"
+DONE = "done"
+"""Begins the line that the worker prints for each tensor, row or answer that is done."""
 _OPAQUE_BYTES = 1024
 _DEFAULTS = (512, 2048, 512, 1)
 """Defaults of `n_ctx`, `n_batch`, `n_ubatch` and `n_seq_max`, the first fields of a context's settings."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.export.gguf.converter import MAX_SILENT_SECONDS, clean_environment
-from qlora_train.export.gguf.llama_library import PACKAGE
+from qlora_train.export.gguf.llama_library import DONE, PACKAGE
 from qlora_train.utils.errors import ExportError
 from qlora_train.utils.num_cores import num_cores
+from qlora_train.utils.run_events import Counter, progress
 from qlora_train.utils.watched_process import run_watched
 
 INSTALL = f"pip install {PACKAGE}"
@@ -37,14 +38,15 @@ def has_library() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
-def quantize_file(source: Path, target: Path, file_type: int, types: Mapping[str, str]) -> None:
-    """Quantize with the library; `types` are the tensors to convert, see `quant_mix`.
+def quantize_file(source: Path, target: Path, file_type: int, types: Mapping[str, str], *, num_tensors: int) -> None:
+    """Quantize a file of `num_tensors` tensors with the library; `types` are those to convert, see `quant_mix`.
 
     Raises:
         ExportError: it failed.
     """
     arguments = {"source": str(source), "target": str(target), "file_type": file_type, "types": dict(types)}
-    _run("quantize", arguments, what=target)
+    with progress(f"quantizing {target.name}", num_tensors, "tensors") as counter:
+        _run("quantize", arguments, what=target, counter=counter)
 
 
 def evaluate_file(
@@ -66,7 +68,8 @@ def evaluate_file(
         "model": str(model), "adapter": str(adapter or ""), "rows": rows, "prompts": prompts, "stops": list(stops),
         "max_new_tokens": max_new_tokens, "max_seconds": max_seconds,
     }  # fmt: skip
-    answer = _run("evaluate", arguments, what=model)
+    with progress(f"measuring {model.name}", len(rows) + len(prompts), "rows and answers") as counter:
+        answer = _run("evaluate", arguments, what=model, counter=counter)
     return Evaluation(tuple(answer["nll"]), tuple(map(tuple, answer["answers"])))
 
 
@@ -85,13 +88,19 @@ def check_loads(model: Path) -> None:
     evaluate_file(model, rows=[], prompts=[], stops=[], max_new_tokens=1, max_seconds=None)
 
 
-def _run(name: str, arguments: dict[str, Any], *, what: Path) -> dict[str, Any]:
+def _run(name: str, arguments: dict[str, Any], *, what: Path, counter: Counter | None = None) -> dict[str, Any]:
+    def count(line: str) -> None:
+        if counter is not None and line.startswith(f"{DONE}: "):
+            counter.advance()
+
     with tempfile.TemporaryDirectory() as folder:
         job, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
         arguments["num_threads"] = num_cores()
         job.write_text(json.dumps({"name": name, "arguments": arguments, "answer": str(answer)}), encoding="utf-8")
         command = [sys.executable, "-m", "qlora_train.export.gguf.llama_worker", str(job)]
-        done = run_watched(command, environment=clean_environment(), max_silent_seconds=MAX_SILENT_SECONDS)
+        done = run_watched(
+            command, environment=clean_environment(), max_silent_seconds=MAX_SILENT_SECONDS, on_line=count
+        )  # fmt: skip
         if not done.has_failed:
             result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return result

@@ -120,6 +120,9 @@ def find_meter(run: RunFolder, tokenizer: Any, max_minutes: float) -> CostMeter 
     data = load_rows(run.rows)
     rows: Sequence[Example] = data.eval or data.first_rows()
     rows = [row for row in rows if np.any(row.loss_mask[1:])]
+    logger.info(
+        "cost: measured in llama.cpp, at most %g minutes for rows and for answers (--max-eval-minutes)", max_minutes
+    )
     return CostMeter(
         rows, held_out=bool(data.eval), tokenizer=tokenizer, date=run.start_date(), max_seconds=60 * max_minutes
     )

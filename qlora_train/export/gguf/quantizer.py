@@ -17,6 +17,7 @@ from qlora_train.export.gguf.llama_process import has_library, quantize_file
 from qlora_train.export.gguf.quant_mix import tensor_types
 from qlora_train.utils.errors import ExportError
 from qlora_train.utils.num_cores import num_cores
+from qlora_train.utils.run_events import progress
 from qlora_train.utils.watched_process import run_watched
 
 PROGRAM = "llama-quantize"
@@ -37,11 +38,16 @@ class Quantizer:
             ExportError: it failed.
         """
         if self.program is None:
-            types = tensor_types(quant, source.mix_model(), source.shapes())
-            quantize_file(source.path, target, QUANTS[quant].file_type, types)
+            shapes = source.shapes()
+            types = tensor_types(quant, source.mix_model(), shapes)
+            quantize_file(source.path, target, QUANTS[quant].file_type, types, num_tensors=len(shapes))
             return
         command = [str(self.program), str(source.path), str(target), quant.upper(), str(num_cores())]
-        done = run_watched(command, environment=clean_environment(), max_silent_seconds=MAX_SILENT_SECONDS)
+        with progress(f"quantizing {target.name}", len(source.shapes()), "tensors") as counter:
+            done = run_watched(
+                command, environment=clean_environment(), max_silent_seconds=MAX_SILENT_SECONDS,
+                on_line=lambda line: counter.advance(line.startswith("[")),
+            )  # fmt: skip
         if done.has_failed:
             found = _ERROR.search("\n".join(done.lines))
             raise ExportError(f"{target.name}: {self.program}: {found[1] if found else done.problem()}")

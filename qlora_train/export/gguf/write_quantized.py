@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-from qlora_train.export.gguf.llama_library import GGUFSettings, load_library
+from qlora_train.export.gguf.llama_library import DONE, GGUFSettings, load_library
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 CHUNK_VALUES = 1 << 20
@@ -34,7 +34,6 @@ def write_quantized(
     with Path(target).open("wb") as file, ThreadPoolExecutor(num_threads) as threads:
         file.write(_header(library, source, names, file_type, types))
         for name in names:
-            print(f"{name}: {types.get(name, 'unchanged')}", flush=True)
             start = file.tell()
             if name in types:
                 for block in _quantized(library, tensors[name], _KINDS[types[name]], threads):
@@ -42,6 +41,7 @@ def write_quantized(
             else:
                 file.write(tensors[name].data.tobytes())
             file.write(b"\0" * (-(file.tell() - start) % ALIGNMENT))
+            print(f"{DONE}: {name}", flush=True)
     return {"ggml": library.ggml_version().decode()}
 
 
