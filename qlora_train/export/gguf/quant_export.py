@@ -91,8 +91,8 @@ def write_quants(
     Raises:
         ExportError: the disk is too small, a program failed, or a file differs from the model.
     """
-    exact = _check_space(run, model, options.quants)
     loses_bits = any(QUANTS[quant].bits < 16 for quant in options.quants)
+    exact = _check_space(run, model, options.quants, with_exact=loses_bits)
     meter = find_meter(run, model.tokenizer, options.max_eval_minutes) if measured and loses_bits else None
     is_quantized = not all(QUANTS[quant].converted for quant in options.quants)
     quantizer = find_quantizer(options.llama_cpp) if is_quantized else None
@@ -160,15 +160,14 @@ class _Writer:
         return file
 
 
-def _check_space(run: RunFolder, model: ExportedModel, quants: Sequence[str]) -> str:
-    """Return the number format that holds the weights exactly; raise if the disk has no room for it and the others."""
+def _check_space(run: RunFolder, model: ExportedModel, quants: Sequence[str], *, with_exact: bool) -> str:
+    """Return the number format that holds the weights exactly; raise if the disk has no room for the files."""
     with BaseCheckpoint(model.folder) as weights:
         shapes = {name: weights.shape(name) for name in weights.names}
         sizes: Counter[Any] = Counter()
         for name, shape in shapes.items():
             sizes[weights.dtype(name)] += math.prod(shape)
     exact = EXACT.get(str(sizes.most_common(1)[0][0]).removeprefix("torch."), "f32")
-    check_export_space(
-        run.exports, {quant: estimated_bytes(quant, shapes) for quant in dict.fromkeys((exact, *quants))}
-    )
+    written = dict.fromkeys((exact, *quants) if with_exact else quants)
+    check_export_space(run.exports, {quant: estimated_bytes(quant, shapes) for quant in written})
     return exact
