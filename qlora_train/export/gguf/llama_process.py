@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from qlora_train.utils.run_events import Counter, progress
 from qlora_train.utils.watched_process import run_watched
 
 INSTALL = f"pip install {PACKAGE}"
+_CRASHES = (-signal.SIGABRT, -signal.SIGSEGV)
+"""Exit statuses after a failed assertion of llama.cpp and an invalid access."""
 _ADVICE = f"; upgrade {PACKAGE} if the model is newer than it, or use the folder with Transformers or vLLM"
 
 
@@ -105,4 +108,4 @@ def _run(name: str, arguments: dict[str, Any], *, what: Path, counter: Counter |
             result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
             return result
     reason = done.lines[-1] if done.status == 1 and done.lines else f"llama.cpp {done.problem()}"
-    raise ExportError(f"{what.name}: {reason}{'' if name == 'quantize' else _ADVICE}")
+    raise ExportError(f"{what.name}: {reason}{_ADVICE if 'the file' in reason or done.status in _CRASHES else ''}")
