@@ -49,15 +49,20 @@ def run_watched(
     environment: Mapping[str, str] | None = None,
     max_silent_seconds: float,
     on_line: Callable[[str], None] | None = None,
+    open_input: bool = False,
 ) -> Finished:
-    """Run a program and return its status and last lines. Its standard input stays open and empty while this runs.
+    """Run a program and return its status and last lines.
+
+    Args:
+        open_input: keep its standard input open, without content, until it ends, so that it can tell when this process
+            is killed; else its input is at its end.
 
     Raises:
         Stop: a signal asked this process to stop; the program has been killed.
     """
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        encoding="utf-8", errors="replace",
+        command, env=environment, stdin=subprocess.PIPE if open_input else subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
     )  # fmt: skip
     lines: deque[str] = deque(maxlen=MAX_LINES)
     last_line = time.monotonic()

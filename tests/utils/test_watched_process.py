@@ -48,9 +48,13 @@ def test_program_that_prints_at_intervals_is_not_stopped() -> None:
     assert not run_watched(python(code), max_silent_seconds=1.5).has_failed
 
 
-def test_program_that_waits_for_input_is_not_given_any() -> None:
-    done = run_watched(python("sys.stdin.read()"), max_silent_seconds=0.5)
-    assert done.problem().endswith("was stopped")
+def test_input_is_at_its_end_or_stays_open() -> None:
+    assert run_watched(python("print(repr(sys.stdin.read()))"), max_silent_seconds=60).lines == ("''",)
+    assert (
+        run_watched(python("sys.stdin.read()"), max_silent_seconds=0.5, open_input=True)
+        .problem()
+        .endswith("was stopped")
+    )
 
 
 def test_signal_of_the_system_is_named() -> None:
@@ -80,7 +84,7 @@ def test_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     )
     parent = (
         "from qlora_train.utils.watched_process import run_watched\n"
-        f"run_watched([{sys.executable!r}, {str(worker)!r}], max_silent_seconds=600)"
+        f"run_watched([{sys.executable!r}, {str(worker)!r}], max_silent_seconds=600, open_input=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", parent])
     deadline = time.monotonic() + 60

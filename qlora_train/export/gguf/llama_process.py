@@ -102,7 +102,8 @@ def _run(name: str, arguments: dict[str, Any], *, what: Path, counter: Counter |
         job.write_text(json.dumps({"name": name, "arguments": arguments, "answer": str(answer)}), encoding="utf-8")
         command = [sys.executable, "-m", "qlora_train.export.gguf.llama_worker", str(job)]
         done = run_watched(
-            command, environment=clean_environment(), max_silent_seconds=MAX_SILENT_SECONDS, on_line=count
+            command, environment=clean_environment(), max_silent_seconds=MAX_SILENT_SECONDS, on_line=count,
+            open_input=True,
         )  # fmt: skip
         if not done.has_failed:
             result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
