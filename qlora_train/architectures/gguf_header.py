@@ -1,19 +1,20 @@
-"""The header of a GGUF file: settings, token ids, and names and shapes of tensors.
+"""The header of a GGUF file: settings, token ids, and names and shapes of tensors."""
 
-The package `gguf` reads it without loading the tensors.
-"""
-
-import importlib.util
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from qlora_train.architectures.gguf_reader import StoredTensor, TextArray, read_structure
 from qlora_train.utils.errors import ModelError
 
 INSTEAD = "use the original safetensors model instead"
 _ABSENT = object()
+_F32 = 0
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -23,7 +24,7 @@ class GGUFHeader:
 
     Attributes:
         files: the file, or all parts of a split one.
-        tensors: the memory-mapped tensors of the `gguf` package by name.
+        tensors: by name.
         settings: values of the architecture's own keys, without its name.
         tokenizer: values of the keys of `tokenizer.ggml`, without vocabularies.
         chat_template: a Jinja template, None if there is none.
@@ -32,11 +33,11 @@ class GGUFHeader:
     path: Path
     files: tuple[Path, ...]
     architecture: str
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
     settings: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
     chat_template: str | None
-    _fields: Mapping[str, Any]
+    _all_settings: Mapping[str, Any]
     _keys_read: set[str] = field(default_factory=set)
     _tensors_read: set[str] = field(default_factory=set)
 
@@ -69,7 +70,7 @@ class GGUFHeader:
         """Return the settings that nothing asked for."""
         return {key: value for key, value in self.settings.items() if key not in self._keys_read}
 
-    def weights(self) -> dict[str, Any]:
+    def weights(self) -> dict[str, StoredTensor]:
         """Return the tensors that are not settings."""
         return {name: tensor for name, tensor in self.tensors.items() if name not in self._tensors_read}
 
@@ -80,7 +81,10 @@ class GGUFHeader:
     def drop_copy(self, name: str, original: str) -> bool:
         """Leave a tensor out if it is a copy of another; return whether it is."""
         ours, other = self.tensors[name], self.tensors[original]
-        is_copy = ours.tensor_type == other.tensor_type and bytes(ours.data.data) == bytes(other.data.data)
+        num_bytes = min(len(ours.content), len(other.content))  # padding aside
+        is_copy = (ours.kind, ours.shape) == (other.kind, other.shape) and np.array_equal(
+            ours.content[:num_bytes], other.content[:num_bytes]
+        )
         if is_copy:
             self._tensors_read.add(name)
         return is_copy
@@ -93,20 +97,21 @@ class GGUFHeader:
         """
         if tensor not in self.tensors:
             raise self.refused(f"has no tensor {tensor}")
-        return tuple(int(size) for size in reversed(self.tensors[tensor].shape.tolist()))
+        return self.tensors[tensor].shape
 
     def vocabulary(self, key: str) -> Any:
         """Return an array of `tokenizer.ggml`, with an entry per token or merge; None if it is missing."""
-        item = self._fields.get(f"tokenizer.ggml.{key}")
-        return None if item is None else item.contents()
+        values = self._all_settings.get(f"tokenizer.ggml.{key}")
+        return values.decode() if isinstance(values, TextArray) else values
 
     def values(self, tensor: str) -> list[float]:
-        """Return the values of a small tensor that is a setting."""
-        import gguf
-
-        self._tensors_read.add(tensor)
+        """Return the values of a small tensor that is a setting, in float32."""
         stored = self.tensors[tensor]
-        values: list[float] = gguf.dequantize(stored.data, stored.tensor_type).reshape(-1).tolist()
+        if stored.kind != _F32:
+            raise self.refused(f"holds {tensor} in another number format than float32")
+        self._tensors_read.add(tensor)
+        num_bytes = math.prod(stored.shape) * np.dtype(np.float32).itemsize
+        values: list[float] = stored.content[:num_bytes].view("<f4").tolist()
         return values
 
     def refused(self, reason: str) -> ModelError:
@@ -118,23 +123,28 @@ def read_header(path: Path) -> GGUFHeader:
     """Read the header of a GGUF file, and of the other parts of a split one.
 
     Raises:
-        ModelError: no GGUF file, a damaged one, a missing part, or no package `gguf`.
+        ModelError: no GGUF file, a damaged one, or a missing part.
     """
-    files = _parts(path)
-    readers = [_open(file) for file in files]
-    fields = readers[0].fields  # the first part has all settings
-    values = {key: item.contents() for key, item in fields.items() if not _is_vocabulary(key, item)}
-    architecture = str(values.get("general.architecture"))
+    files = parts_of(path)
+    structures = [read_structure(file) for file in files]
+    settings = structures[0].settings  # the first part has all of them
+    architecture = str(settings.get("general.architecture"))
+    tokenizer = _below("tokenizer.ggml.", settings)
     return GGUFHeader(
         path=path, files=files, architecture=architecture,
-        tensors={tensor.name: tensor for reader in readers for tensor in reader.tensors},
-        settings=_below(f"{architecture}.", values), tokenizer=_below("tokenizer.ggml.", values),
-        chat_template=values.get("tokenizer.chat_template"), _fields=fields,
+        tensors={name: tensor for structure in structures for name, tensor in structure.tensors.items()},
+        settings=_below(f"{architecture}.", settings),
+        tokenizer={key: value for key, value in tokenizer.items() if not isinstance(value, list | TextArray)},
+        chat_template=settings.get("tokenizer.chat_template"), _all_settings=settings,
     )  # fmt: skip
 
 
-def _parts(path: Path) -> tuple[Path, ...]:
-    """Return all parts of a split file, by llama.cpp's names, or the file itself."""
+def parts_of(path: Path) -> tuple[Path, ...]:
+    """Return all parts of a split file, by llama.cpp's names, or the file itself.
+
+    Raises:
+        ModelError: a part is missing.
+    """
     match = _PART.fullmatch(path.name)
     count = int(match[3]) if match else 1
     if match is None or count == 1:
@@ -148,34 +158,5 @@ def _parts(path: Path) -> tuple[Path, ...]:
     return parts
 
 
-def _open(file: Path) -> Any:
-    _check_file(file)
-    import gguf
-
-    try:
-        return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"model.model_name_or_path: {file} is a damaged GGUF file, or newer than the package gguf ({error}); "
-            "download it again, or: pip install --upgrade gguf"
-        ) from error
-
-
-def _is_vocabulary(key: str, item: Any) -> bool:
-    return key.startswith("tokenizer.ggml.") and len(item.types) > 1  # an array
-
-
 def _below(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-
-
-def _check_file(path: Path) -> None:
-    where = f"model.model_name_or_path: {path}"
-    if not path.is_file():
-        raise ModelError(f"{where} does not exist; set a .gguf file, a model folder or a Hub id")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelError(f"{where} is not a GGUF file: it starts with {magic!r} instead of b'GGUF'; download it again")
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"{where} needs the package gguf; run: pip install 'qlora-train[gguf]'")

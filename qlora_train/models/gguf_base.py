@@ -5,6 +5,7 @@ tensors and parameters must match completely. Tensors are dequantized one at a t
 """
 
 import hashlib
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from qlora_train.architectures.gguf_configs import gguf_config
-from qlora_train.architectures.gguf_header import GGUFHeader, read_header
+from qlora_train.architectures.gguf_header import GGUFHeader, parts_of, read_header
+from qlora_train.architectures.gguf_reader import check_magic
 from qlora_train.models.conversion_cache import SHARD_BYTES, convert_once
 from qlora_train.models.gguf_tensors import LAYOUTS, ParameterSource, dequantize, parameter_sources
 from qlora_train.models.gguf_tokenizer import gguf_tokenizer
@@ -32,15 +34,22 @@ def convert_gguf(path: Path, cache_dir: Path) -> Path:
     Raises:
         ModelError: no GGUF file, an architecture or setting that cannot be converted exactly, or no package `gguf`.
     """
-    header = read_header(path)
-    size_bytes = sum(file.stat().st_size for file in header.files)
-    digests = [sha256_of(file) for file in header.files]
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"model.model_name_or_path: {path} needs the package gguf; run: pip install 'qlora-train[gguf]'"
+        )
+    files = parts_of(path)
+    for file in files:
+        check_magic(file)
+    size_bytes = sum(file.stat().st_size for file in files)
+    digests = [sha256_of(file) for file in files]
     digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     folder = cache_dir / f"{path.stem}-{size_bytes}-{digest[:16]}"
-    return convert_once(folder, path.name, lambda staging: _convert(header, staging))
+    return convert_once(folder, path.name, lambda staging: _convert(read_header(path), staging))
 
 
 def _convert(header: GGUFHeader, folder: Path) -> None:
+    _check_complete(header)
     settings = gguf_config(header)
     config = AutoConfig.for_model(**settings)
     with torch.device("meta"):
@@ -56,7 +65,10 @@ def _convert(header: GGUFHeader, folder: Path) -> None:
         )
         for key, source in sources.items()
     )
-    write_shards(folder, [*parameters], [meta.nbytes for meta in parameters.values()], SHARD_BYTES, made)
+    try:
+        write_shards(folder, [*parameters], [meta.nbytes for meta in parameters.values()], SHARD_BYTES, made)
+    except NotImplementedError as error:
+        raise header.refused(f"has a tensor that cannot be dequantized ({error})") from None
     config.architectures = [type(model).__name__]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
@@ -66,6 +78,17 @@ def _convert(header: GGUFHeader, folder: Path) -> None:
     tokenizer = gguf_tokenizer(header)
     tokenizer.model_max_length = header.take("context_length")
     tokenizer.save_pretrained(folder)
+
+
+def _check_complete(header: GGUFHeader) -> None:
+    try:
+        for tensor in header.tensors.values():
+            tensor.rows()
+    except ValueError as error:
+        raise ModelError(
+            f"model.model_name_or_path: {header.path} is a damaged GGUF file, or newer than the package gguf ({error}); "
+            "download it again, or: pip install --upgrade gguf"
+        ) from None
 
 
 def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:

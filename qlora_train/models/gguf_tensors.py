@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from qlora_train.architectures.gguf_reader import StoredTensor
 
 _CHUNK_VALUES = 1 << 24
 """Values that are dequantized at once."""
@@ -82,22 +85,27 @@ def parameter_sources(
     return {parameter: source(parameter) for parameter in parameters}
 
 
-def dequantize(stored: Any) -> Tensor:
-    """Return a tensor of the file in Transformers' shape: quantized ones in bfloat16, others in float32."""
+def dequantize(stored: StoredTensor) -> Tensor:
+    """Return a tensor of the file: quantized ones in bfloat16, others in float32.
+
+    Raises:
+        ValueError: an unknown number format, or the file ends before.
+        NotImplementedError: a number format that the package `gguf` does not dequantize.
+    """
     import gguf
 
-    shape = tuple(reversed(stored.shape.tolist()))
-    if stored.tensor_type in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
-        return torch.from_numpy(stored.data.copy()).float().reshape(shape)
-    if stored.tensor_type == gguf.GGMLQuantizationType.BF16:
-        return torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type).copy()).reshape(shape)
-    rows = stored.data.reshape(-1, stored.data.shape[-1])
-    made = torch.empty(len(rows), shape[-1], dtype=torch.bfloat16)
-    step = max(1, _CHUNK_VALUES // shape[-1])
+    kind, rows = gguf.GGMLQuantizationType(stored.kind), stored.rows()
+    is_quantized = kind not in (
+        gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16,
+    )  # fmt: skip
+    made = torch.empty(len(rows), stored.shape[-1], dtype=torch.bfloat16 if is_quantized else torch.float32)
+    step = max(1, _CHUNK_VALUES // stored.shape[-1])
     for start in range(0, len(rows), step):
-        values = gguf.dequantize(rows[start : start + step], stored.tensor_type)
-        made[start : start + step] = torch.from_numpy(values)
-    return made.reshape(shape)
+        part = rows[start : start + step]
+        if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            part = part.view(np.float32 if kind == gguf.GGMLQuantizationType.F32 else np.float16)
+        made[start : start + step] = torch.from_numpy(gguf.dequantize(part, kind).astype(np.float32))
+    return made.reshape(stored.shape)
 
 
 def _permuted_heads(name: str, stored: Tensor, config: Any) -> Tensor:

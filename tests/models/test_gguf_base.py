@@ -1,6 +1,7 @@
 """GGUF files, written here from pico models in llama.cpp's layout, come back as the same models."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from qlora_train.architectures.gguf_configs import gguf_config
+from qlora_train.architectures.gguf_header import read_header
 from qlora_train.models.gguf_base import convert_gguf
 from qlora_train.models.gguf_tensors import LAYOUTS, parameter_sources
 from qlora_train.utils.errors import ModelError
@@ -154,6 +157,23 @@ def test_missing_file_and_other_formats_are_one_line(llama_gguf: Path, tmp_path:
         with pytest.raises(ModelError, match=expected) as caught:
             convert_gguf(tmp_path / name, tmp_path / "cache")
         assert "\n" not in str(caught.value)
+
+
+def test_every_damaged_header_is_one_line(llama_gguf: Path, tmp_path: Path) -> None:
+    content = llama_gguf.read_bytes()
+    size = content.index(b"blk.1.ffn_up.weight")
+    generator, file, problems = random.Random(0), tmp_path / "damaged.gguf", []
+    for _ in range(300):
+        damaged = bytearray(content[: generator.randrange(size) if generator.random() < 0.3 else None])
+        for _ in range(generator.randrange(1, 4)):
+            damaged[generator.randrange(8, min(size, max(9, len(damaged))))] = generator.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            gguf_config(read_header(file))
+        except ModelError as error:
+            problems.append(str(error))
+    assert len(problems) > 100
+    assert [problem for problem in problems if "\n" in problem] == []
 
 
 @pytest.mark.parametrize(

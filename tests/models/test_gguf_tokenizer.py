@@ -56,9 +56,9 @@ def test_unknown_split_rule_is_refused(tmp_path: Path) -> None:
 
 def test_vocabulary_without_scores_is_refused(tmp_path: Path) -> None:
     header = read_header(write_vocabulary(tmp_path / "pico.gguf", Tokenizer.from_str(trained("never")), space=False))
-    fields = {key: item for key, item in header._fields.items() if key != gguf.Keys.Tokenizer.SCORES}
+    settings = {key: value for key, value in header._all_settings.items() if key != gguf.Keys.Tokenizer.SCORES}
     with pytest.raises(ModelError, match="no scores"):
-        gguf_tokenizer(dataclasses.replace(header, _fields=fields))
+        gguf_tokenizer(dataclasses.replace(header, _all_settings=settings))
 
 
 @pytest.mark.parametrize("adds", [True, False])
