@@ -23,7 +23,7 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Type of a value -> its code in `struct` and numpy."""
-_TEXT, _ARRAY = 8, 9
+_FLOAT32, _TEXT, _ARRAY = 6, 8, 9
 _MAX_DIMENSIONS = 8
 _DEFAULT_ALIGNMENT = 32
 
@@ -96,6 +96,8 @@ class _Cursor:
         return self._bytes(self.scalar("Q")).decode("utf-8")
 
     def value(self, kind: int) -> Any:
+        if kind == _FLOAT32:
+            return float(str(np.float32(self.scalar("f"))))  # 1e-06 instead of 9.999999974752427e-07
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _TEXT:
