@@ -70,7 +70,8 @@ def run(config: RunConfig, *, resume: str = "auto", command: str | None = None) 
             try:
                 _check_and_merge(config, folder, *(trained or (None, None)))
             finally:
-                try_write_report(folder.path)
+                if try_write_report(folder.path):
+                    logger.info("report: %s", folder.report_file)
     return folder
 
 

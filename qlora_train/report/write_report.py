@@ -36,9 +36,11 @@ def write_comparison(paths: Sequence[Path], output: Path | None = None) -> Path:
     return file
 
 
-def try_write_report(path: Path) -> None:
-    """Write the report of a run, which its failure must not end: it is one warning."""
+def try_write_report(path: Path) -> bool:
+    """Write the report of a run, which its failure must not end: it is one warning. Return whether it was written."""
     try:
         write_report(path)
     except Exception as error:
         logger.warning("report: not written (%s: %s)", type(error).__name__, error)
+        return False
+    return True
