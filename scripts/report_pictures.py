@@ -25,10 +25,8 @@ SETTINGS = (
     "data.train=runs/pictures/train.jsonl", "data.eval=runs/pictures/heldout.jsonl", "train.max_steps=60",
     "train.eval_steps=10", "train.logging_steps=2",
 )  # fmt: skip
-RUNS = {
-    "rank-16": ("lora.r=16", "lora.lora_alpha=32"),
-    "rank-2": ("lora.r=2", "lora.lora_alpha=4", "export.merge=false"),
-}
+RUNS = {"60-steps": (), "30-steps": ("train.max_steps=30", "export.merge=false")}
+"""Names of the runs, with their settings beside SETTINGS."""
 
 
 @dataclass(frozen=True)

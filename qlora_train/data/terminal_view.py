@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_train.data.decoded_rows import DecodedRow
-from qlora_train.utils.visible_text import visible
+from qlora_train.utils.visible_text import shortened, visible
 
 TRAINED, CONTEXT = "bold green", "dim"
 OPEN, CLOSE, LINE_END = "⟦", "⟧", "↵"
@@ -25,19 +25,15 @@ def shown_rows(rows: Sequence[DecodedRow], console: Console) -> str:
             heading = f"row {number}: {row.where}: {row.num_tokens} tokens, {row.num_labels} of them with loss"
             for line in (heading, *(f"warning: {warning}" for warning in row.warnings)):
                 console.print(Text(visible(line)), soft_wrap=True)
-            marked = (_marked(_shortened(text), trained=trained, coloured=coloured) for text, trained in row.segments)
+            marked = (
+                _marked(shortened(text, MAX_SEGMENT_LENGTH), trained=trained, coloured=coloured)
+                for text, trained in row.segments
+            )
             console.print(Text.assemble(*marked), soft_wrap=True, end="\n\n")
         if rows:
             legend = (_marked("with loss", trained=True, coloured=coloured), " ", ("without loss", CONTEXT))
             console.print(Text.assemble(*legend, f" {LINE_END} line break"), soft_wrap=True)
     return captured.get()
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= MAX_SEGMENT_LENGTH:
-        return text
-    half = MAX_SEGMENT_LENGTH // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
 def _marked(text: str, *, trained: bool, coloured: bool) -> tuple[str, str]:

@@ -22,6 +22,8 @@ LOG_ENTRY_BYTES = 400
 """Per entry of the log history in a checkpoint; most have 280 to 330."""
 SMALL_FILES_BYTES = 64 * 1024
 """RNG state, counters, manifest, and the unused part of each file's last block."""
+REPORT_BYTES = 1 << 20
+"""report.html and row_losses.json; most have 200 to 500 kB together."""
 MAX_STEPS_PER_SECOND = 10
 """Assumed with `train.minutes`: the trial that sets the number of steps comes later."""
 TOKEN_BYTES = 160
@@ -55,6 +57,7 @@ class DiskPlan:
         parts = [
             (_plural(self.num_checkpoints, "checkpoint"), self.num_checkpoints * self.checkpoint_bytes),
             ("adapter", self.adapter_bytes),
+            ("report", REPORT_BYTES),
             ("adapter check", self.reference_bytes),
             ("merged model" if self.num_merges == 1 else _plural(self.num_merges, "merged model"),
              self.num_merges * self.merged_bytes),

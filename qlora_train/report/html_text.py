@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from qlora_train.utils.visible_text import visible
+from qlora_train.utils.visible_text import shortened, visible
 
 MAX_CHARACTERS = 4000
 """Characters shown of one text; of a longer one the beginning and the end."""
@@ -18,18 +18,11 @@ def shown(value: Any) -> Any:
     """
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    lines = _shortened(value).split("\n")
-    return "\n".join("\t".join(visible(part) for part in line.split("\t")) for line in lines)
+    text = shortened(value, MAX_CHARACTERS)
+    return text if text.isprintable() else visible(text, keep="\n\t")
 
 
 def json_block(content: Any) -> Markup:
     """Return JSON for the inside of a script element, which no string of it can end."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= MAX_CHARACTERS:
-        return text
-    half = MAX_CHARACTERS // 2
-    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"

@@ -7,25 +7,27 @@ tenth of the tokens that were trained, about 3 % of the time of training.
 import logging
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
-from qlora_train.data.decoded_rows import decode_rows
+from qlora_train.data.decoded_rows import DecodedRow, decode_rows
 from qlora_train.data.types import Example
 from qlora_train.parallel import context
 from qlora_train.runs import write_json
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.errors import ModelError
+from qlora_train.utils.visible_text import shortened
 
 logger = logging.getLogger(__name__)
 
 TRAIN_SHARE, EVAL_SHARE = 0.1, 0.05
 """Tokens that are measured, as a share of the tokens that were trained."""
 MIN_ROWS = 64
-NUM_DECODED = 20
-"""Rows with the highest losses, whose text is recorded."""
+NUM_DECODED, MAX_CHARACTERS = 20, 2000
+"""Rows with the highest losses, whose text is recorded, and characters of each part."""
 
 
 def record_row_losses(trainer: QloraTrainer, step: int) -> None:
@@ -55,7 +57,10 @@ def record_row_losses(trainer: QloraTrainer, step: int) -> None:
         logger.warning("row losses: not measured (%s)", error)
         return
     if context().is_main:
-        write_json(file, {"step": step, **measured})
+        try:
+            write_json(file, {"step": step, **measured})
+        except OSError as error:
+            logger.warning("row losses: not written (%s)", error.strerror)
 
 
 def _sample(rows: Sequence[Example], limit: int, max_tokens: float, seed: int) -> list[Example]:
@@ -82,8 +87,15 @@ def _measured(trainer: QloraTrainer, rows: Sequence[Example], num_rows: int) -> 
         "num_measured": len(rows),
         "median": statistics.median(losses),
         "rows": [
-            {"where": row.where, "loss": loss, "sequences": [each.to_json() for each in decode_rows([row], tokenizer)]}
+            {"where": row.where, "loss": loss, "sequences": [_shown(each) for each in decode_rows([row], tokenizer)]}
             for loss, row in ranked[:NUM_DECODED]
         ],
         "other_rows": [{"where": row.where, "loss": loss} for loss, row in ranked[NUM_DECODED:]],
     }
+
+
+def _shown(row: DecodedRow) -> dict[str, Any]:
+    """Return a row as JSON, its long parts shortened."""
+    return replace(
+        row, segments=tuple((shortened(text, MAX_CHARACTERS), trained) for text, trained in row.segments)
+    ).to_json()

@@ -16,3 +16,11 @@ def visible(text: str, keep: str = "") -> str:
         else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def shortened(text: str, max_characters: int) -> str:
+    """Return a text, of a long one the beginning and the end."""
+    if len(text) <= max_characters:
+        return text
+    half = max_characters // 2
+    return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
