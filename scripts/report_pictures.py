@@ -1,7 +1,7 @@
-"""Train two short runs of the demo and take the pictures of docs/report.md: `python scripts/report_pictures.py`.
+"""Train two short runs of the demo and take the pictures of docs/report.md: `scripts/report_pictures.py [RUN OTHER]`.
 
-Needs the demo's model and data (`make demo` makes them), Chromium, and about ten minutes on two CPU cores. Runs that exist
-are used again.
+Needs the demo's model and data (`make demo` makes them), Chromium, and about ten minutes on two CPU cores. With two run
+folders it trains nothing and takes their pictures.
 """
 
 import subprocess
@@ -53,7 +53,7 @@ def main() -> None:
     executable = chromium()
     if executable is None:
         raise SystemExit(HOW_TO_GET_ONE)
-    folders = [train(name, settings) for name, settings in RUNS.items()]
+    folders = [Path(name) for name in sys.argv[1:]] or [train(name, settings) for name, settings in RUNS.items()]
     with tempfile.TemporaryDirectory() as temporary, open_browser(executable) as browser:
         pages = {
             "report": write_report(folders[0], Path(temporary) / "report.html"),

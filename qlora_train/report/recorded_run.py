@@ -114,7 +114,7 @@ def read_run(path: Path) -> RecordedRun:
         },
         metrics=lines(folder.metrics_file, "step"),
         answers=lines(folder.answers_file, "where", "expected"),
-        samples=lines(folder.path / "samples.jsonl", "step", "row", "prompt", "expected", "generated"),
+        samples=lines(folder.samples_file, "step", "row", "prompt", "expected", "generated"),
         settings=_noting(problems, lambda: _read_settings(folder.config_file), ()),
         prompts=_noting(problems, lambda: _read_prompts(folder.rows), {}),
         problems=tuple(problems),

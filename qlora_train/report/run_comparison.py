@@ -174,9 +174,9 @@ def _identity(value: Any) -> str:
 
 
 def _answers(runs: Sequence[RecordedRun]) -> list[ComparedAnswers]:
-    """Return the rows that at least two runs have answered, by location and expected answer."""
+    """Return the rows that at least two runs have answered: of equal file name, line and expected answer."""
     graded = [_graded(run) for run in runs]
-    prompts = {where: prompt for run in runs for where, prompt in run.prompts.items()}
+    prompts = {_file_and_line(where): prompt for run in runs for where, prompt in run.prompts.items()}
     rows = dict.fromkeys(row for answers in graded for row in answers)
     shared = [row for row in rows if sum(row in answers for answers in graded) > 1]
     return [
@@ -188,10 +188,16 @@ def _answers(runs: Sequence[RecordedRun]) -> list[ComparedAnswers]:
 
 
 def _graded(run: RecordedRun) -> dict[tuple[str, str], GradedAnswer]:
-    """Return the answers of the trained model by location and expected answer."""
+    """Return the answers of the trained model by file name and line, and expected answer."""
     trained = [name for name in models_of(run.answers) if name in ("adapter", "merged")] if run.answers else []
     if not trained:
         return {}
     expected = [str(line["expected"]) for line in run.answers]
     answers = grade(trained[0], expected, [str(line[trained[0]]) for line in run.answers])
-    return {(str(line["where"]), line["expected"]): each for line, each in zip(run.answers, answers, strict=True)}
+    places = [(_file_and_line(str(line["where"])), str(line["expected"])) for line in run.answers]
+    return dict(zip(places, answers, strict=True))
+
+
+def _file_and_line(where: str) -> str:
+    """Return a location without folders: the same file may lie elsewhere for another run."""
+    return where.rpartition("/")[2]

@@ -271,6 +271,8 @@ def test_comparison_has_a_line_per_run_and_the_settings_that_differ(run: RunFold
     other = begun_run(tmp_path, "lora.r=32", name="other")
     write_metrics(other, offset=0.5)
     write_answers(other, [*ANSWERS[:2], ("blue", "blue", "blue"), ANSWERS[3]])
+    moved = other.answers_file.read_text(encoding="utf-8").replace("held.jsonl", "elsewhere/held.jsonl")
+    other.answers_file.write_text(moved, encoding="utf-8")
     page = Page.of(render_comparison([read_run(run.path), read_run(other.path)])).root
     charts = {chart["key"]: chart for chart in json.loads(one(page.find(id="chart-data")).text)}
     assert [each["name"] for each in charts["eval_loss"]["series"]] == ["run", "other"]
