@@ -1,20 +1,26 @@
 """`qlora-train convert`: complete configs of six trainers become configs of ours, and no key is lost silently."""
 
+import copy
+import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qlora_train.config import RunConfig, Source, load_config
 from qlora_train.config.other_trainers.all_trainers import OTHER_TRAINERS
 from qlora_train.config.other_trainers.conversion import Conversion, convert
 from qlora_train.config.other_trainers.converted_yaml import to_yaml
-from qlora_train.config.other_trainers.other_config_file import read_other_config
+from qlora_train.config.other_trainers.other_config_file import OtherConfig, read_other_config
 from qlora_train.config.preflight import check_machine
 from qlora_train.config.yaml_reader import core_scalar
+from qlora_train.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "tests" / "files" / "other_trainers"
@@ -73,8 +79,6 @@ def test_result_has_the_expected_settings_and_passes_check(path: Path, tmp_path:
 
 
 def problems_of_machine(config) -> list[str]:
-    from qlora_train.utils.errors import ConfigError
-
     try:
         check_machine(config)
     except ConfigError as error:
@@ -144,3 +148,54 @@ def test_page_is_made_from_the_tables(tmp_path: Path) -> None:
     made = tmp_path / "convert.md"
     subprocess.run([sys.executable, str(ROOT / "scripts" / "conversion_page.py"), str(made)], check=True)
     assert (ROOT / "docs" / "convert.md").read_text() == made.read_text(), "run: python scripts/conversion_page.py"
+
+
+STRANGE = (
+    None, True, -1, 0, 0.5, math.nan, 10**30, "", "a,b", "x" * 300, "\n\x1b[31m", [], [1, 2], ["a", {"b": 1}], {},
+    {"a": {"b": [1]}},
+)  # fmt: skip
+
+
+def places(values: object, begin: tuple = ()) -> Iterator[tuple]:
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, item in items:
+        yield (*begin, key)
+        yield from places(item, (*begin, key))
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_strange_value_is_converted_or_listed(data, tmp_path: Path) -> None:
+    other = read_other_config(data.draw(st.sampled_from(CONFIGS)))
+    values = copy.deepcopy(dict(other.values))
+    *parents, last = data.draw(st.sampled_from(list(places(values))))
+    holder = values
+    for key in parents:
+        holder = holder[key]
+    holder[last] = data.draw(st.sampled_from(STRANGE))
+    result = convert(OtherConfig(other.path, other.trainer, values))
+    output = tmp_path / "ours.yaml"
+    output.write_text(to_yaml(result, "theirs"), encoding="utf-8")
+    if result.problems:
+        with pytest.raises(ConfigError):
+            load_config(output)
+    else:
+        load_config(output)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_is_converted_or_a_config_error(data, tmp_path: Path) -> None:
+    path = data.draw(st.sampled_from(CONFIGS))
+    text = path.read_text(encoding="utf-8")
+    begin = data.draw(st.integers(0, len(text)))
+    inserted = data.draw(st.text(alphabet="ab1-:[]{}'\"#&*!|>%@`,.~? \n\t\0$", max_size=6))
+    damaged = tmp_path / f"damaged{path.suffix}"
+    damaged.write_text(text[:begin] + inserted + text[begin + data.draw(st.integers(0, 10)) :], encoding="utf-8")
+    try:
+        to_yaml(convert(read_other_config(damaged)), "theirs")
+    except ConfigError as error:
+        problems = error.problems
+    else:
+        problems = ()
+    assert all(len(problem.splitlines()) == 1 for problem in problems)

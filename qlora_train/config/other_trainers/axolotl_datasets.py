@@ -124,8 +124,9 @@ def _format(found: Found) -> Any:
 
 
 def _is_sharegpt(found: Found) -> bool:
-    mappings = found.beside.get("message_property_mappings") or {}
-    role = mappings.get("role", found.beside.get("message_field_role", "role"))
+    mappings = found.beside.get("message_property_mappings")
+    default = found.beside.get("message_field_role", "role")
+    role = mappings.get("role", default) if isinstance(mappings, dict) else default
     return bool(role == "from")
 
 

@@ -91,8 +91,8 @@ def _convert_leaf(result: Conversion, leaf: Leaf, config: Mapping[str, Any]) -> 
         result.unset.append(leaf.path)
     elif row is None:
         result.lost.append(Item(leaf.path, leaf.value, UNKNOWN.format(title=result.trainer.title)))
-    elif not row.setting:
-        (result.lost if row.needed else result.unneeded).append(Item(leaf.path, leaf.value, row.note))
+    elif not row.setting or "." not in row.setting:
+        (result.lost if row.needed else result.unneeded).append(Item(leaf.path, leaf.value, row.note or "not settings"))
     else:
         found = Found(leaf.value, leaf.beside, config, leaf.around)
         outcome = row.convert(found) if row.convert else leaf.value
@@ -176,15 +176,20 @@ def _expand_sources(result: Conversion) -> None:
             index, _, key = setting.removeprefix(f"{name}[").partition("].")
             groups.setdefault(int(index), {})[key] = result.settings.pop(setting)
         whole = result.settings.get(name)
-        if whole is not None and isinstance(whole.value, list):
+        if whole is not None and (groups or isinstance(whole.value, list | str)):
             del result.settings[name]
             first = max(groups, default=-1) + 1
             groups |= {
                 first + offset: {key: Converted(value, whole.keys) for key, value in source.items()}
-                for offset, source in enumerate(whole.value)
+                for offset, source in enumerate(_as_sources(whole.value))
             }
         for position, source in enumerate(_one_path_each(groups)):
             result.settings |= {f"{name}[{position}].{key}": converted for key, converted in source.items()}
+
+
+def _as_sources(value: Any) -> list[Mapping[str, Any]]:
+    items = value if isinstance(value, list) else [value]
+    return [item if isinstance(item, Mapping) else {"path": str(item)} for item in items]
 
 
 def _one_path_each(groups: Mapping[int, dict[str, Converted]]) -> Iterator[dict[str, Converted]]:

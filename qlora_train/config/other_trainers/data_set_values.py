@@ -5,6 +5,7 @@ from typing import Any
 
 from qlora_train.config.other_trainers.key_mapping import Convert, Found, Lost, Settings, Unneeded
 from qlora_train.config.other_trainers.value_conversions import names
+from qlora_train.config.path_checks import MAX_NAME_BYTES
 
 LOADERS = ("json", "csv", "parquet", "arrow", "text")
 """Words that name a kind of file in the place of a data set."""
@@ -36,7 +37,7 @@ def data_files(path_key: str) -> Convert:
         files, path = names(found.value), str(found.beside.get(path_key, ""))
         if path in (*LOADERS, ""):
             return files
-        if Path(path).is_dir():
+        if len(path) < MAX_NAME_BYTES and Path(path).is_dir():
             return [str(Path(path) / name) for name in files]
         return Lost("one file of a data set on the Hub cannot be named; fetch it and give its path", todo=True)
 

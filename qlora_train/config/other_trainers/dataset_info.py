@@ -50,6 +50,10 @@ def _read(path: Path) -> Mapping[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _source(entry: Mapping[str, Any], folder: Path, *, is_text: bool) -> dict[str, Any]:
     """Return an entry as a source of ours."""
     hub_id = entry.get("hf_hub_url") or entry.get("ms_hub_url") or entry.get("om_hub_url")
@@ -62,7 +66,7 @@ def _source(entry: Mapping[str, Any], folder: Path, *, is_text: bool) -> dict[st
 
 def _layout(entry: Mapping[str, Any], *, is_text: bool) -> dict[str, Any]:
     """Return the format and the renamed columns."""
-    given = entry.get("columns") or {}
+    given = _mapping(entry.get("columns"))
     if entry.get("formatting") in ("sharegpt", "openai"):
         return _chat_layout(entry, given)
     if is_text:
@@ -84,7 +88,7 @@ def _chat_layout(entry: Mapping[str, Any], given: Mapping[str, str]) -> dict[str
             {"prompt": turns, "chosen": given.get("chosen"), "rejected": given.get("rejected")},
         )
     else:
-        tags = entry.get("tags") or {}
+        tags = _mapping(entry.get("tags"))
         is_openai = entry.get("formatting") == "openai" or tags.get("content_tag") == "content"
         name = "messages" if is_openai else "conversations"
         columns = {name: turns}
@@ -93,7 +97,7 @@ def _chat_layout(entry: Mapping[str, Any], given: Mapping[str, str]) -> dict[str
 
 
 def _not_carried(name: str, entry: Mapping[str, Any]) -> list[str]:
-    given = entry.get("columns") or {}
+    given = _mapping(entry.get("columns"))
     notes = [
         f"{name}: column {given[key]} ({key}) is not read" for key in ("images", "videos", "audios") if key in given
     ]

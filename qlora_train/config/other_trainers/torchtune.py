@@ -142,15 +142,15 @@ def _steps(found: Found) -> Any:
     steps, epochs = number(found.value), number(found.config.get("epochs", 1))
     if not isinstance(steps, int) or steps <= 0:
         return Unneeded("it is unset there")
-    total = steps * epochs if isinstance(epochs, int) else steps
+    total = steps * epochs if isinstance(epochs, int) and epochs > 0 else steps
     return Settings({"train.max_steps": total}, "steps of all epochs together")
 
 
 def _warmup(found: Found) -> Any:
     steps, per_epoch = number(found.value), number(found.config.get("max_steps_per_epoch"))
-    if isinstance(per_epoch, int) and isinstance(steps, int):
-        epochs = number(found.config.get("epochs", 1))
-        return round(min(steps / (per_epoch * (epochs if isinstance(epochs, int) else 1)), 0.99), 6)
+    epochs = number(found.config.get("epochs", 1))
+    if all(isinstance(count, int) and count > 0 for count in (steps, per_epoch, epochs)):
+        return round(min(steps / (per_epoch * epochs), 0.99), 6)
     return Lost(f"set train.warmup_ratio to {steps} / the number of steps, which the data decides (0.03 if left out)")
 
 

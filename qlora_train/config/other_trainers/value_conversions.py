@@ -90,7 +90,8 @@ def warmup_share(found: Found) -> Any:
         return Lost("not a number")
     if steps < 1:
         return max(float(steps), 0.0)
-    total = number(found.config.get("max_steps")) or number(found.config.get("training", {}).get("max_steps"))
+    training = found.config.get("training")  # Unsloth's section
+    total = number((training if isinstance(training, Mapping) else found.config).get("max_steps"))
     if isinstance(total, int) and total > 0:
         return round(min(steps / total, 0.99), 6)
     return Lost(
@@ -251,7 +252,8 @@ def only(allowed: Mapping[Any, Any], reason: str, *, todo: bool = False) -> Conv
     """Convert the values of a mapping; the others are lost."""
 
     def convert(found: Found) -> Any:
-        key = found.value.lower() if isinstance(found.value, str) else found.value
+        value = found.value if isinstance(found.value, bool | int) else str(found.value)
+        key = value.lower() if isinstance(value, str) else value
         return allowed[key] if key in allowed else Lost(reason, todo=todo)
 
     return convert
