@@ -43,6 +43,7 @@ def test_only_these_files_start_processes() -> None:
     assert {str(file.relative_to(PACKAGE)) for file in starting} == {
         "data/worker_pool.py", "export/fresh_process.py", "utils/signals.py",
         "cli/ray_command.py", "parallel/start_processes.py", "utils/watched_process.py",
+        "doctor/trial_run.py", "planning/plan_device.py",
         "export/gguf/write_quantized.py",  # threads
     }  # fmt: skip
     forking = {file for file in FILES if FORKING & names_called(tree_of(file))}
