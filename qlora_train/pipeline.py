@@ -25,6 +25,7 @@ from qlora_train.models.strategy import device_bytes, device_needs, strategy_of_
 from qlora_train.parallel import context
 from qlora_train.planning.base_and_data import prepare
 from qlora_train.planning.disk import check_disk_space, plan_disk
+from qlora_train.planning.promise import Promise
 from qlora_train.planning.run_metadata import check_same_data, restore_num_threads, run_metadata
 from qlora_train.report.write_report import try_write_report
 from qlora_train.runs import RunFolder, critical_changes, record_metadata, write_json
@@ -127,6 +128,7 @@ def train_adapter(
     strategy = strategy_of_run(config, source, device)
     if strategy == "fsdp" and config.run.samples:
         raise ConfigError("run.samples: rank 0 generates alone, which fsdp (its strategy) does not support; drop it")
+    promise = Promise.of(config, folder, source, data, device, strategy) if this.is_main else None
     with stage("base"):
         loaded = load_model(config.model, config.quantization, source=source, shard=strategy == "fsdp")
         _log_base(loaded)
@@ -143,12 +145,15 @@ def train_adapter(
     this.barrier()  # an error of rank 0 ends the others here: in a gather of FSDP over NCCL they would wait
 
     result = train(adapted, data, resolved, folder, checkpoint)
+    if promise is not None:
+        promise.measure()
     if strategy == "fsdp":
         reshard(adapted.model)  # on all ranks, as rank 0 does when it saves
     else:
         this.leave()
-    if this.is_main:
+    if promise is not None:
         write_adapter(folder, adapted, config, data, result)
+        promise.keep(result)
     elif strategy != "fsdp":
         return None
     reference = measure_adapter(folder, config, data, adapted.model, loaded, folder.start_date())

@@ -25,7 +25,7 @@ HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "
 """Libraries that take seconds to load."""
 LIGHT = ["cli", "utils", "config", "parallel", "architectures", "data", "report"]
 """Packages that do not import torch, so that errors appear within milliseconds."""
-WITH_TENSORS = {"collate.py", "device.py", "nvidia_driver.py", "process_group.py"}
+WITH_TENSORS = {"collate.py", "device.py", "memory_meter.py", "nvidia_driver.py", "process_group.py"}
 """Files of light packages that use tensors."""
 RESTRICTED = PACKAGE / "models" / "legacy_bin.py"
 """The one file that reads pickles, with weights_only."""

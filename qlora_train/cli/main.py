@@ -44,7 +44,7 @@ COMMANDS = {
     "show": Command("config_commands.show", BEFORE, logs=False),
     "schema": Command("config_commands.schema", BEFORE, logs=False),
     "data": Command("data_command.data", BEFORE),
-    "plan": Command("plan_command.plan", BEFORE),
+    "plan": Command("plan_command.plan", BEFORE, logs=False),
     "doctor": Command("doctor_command.doctor", BEFORE, logs=False),
     "train": Command("train_command.train", DURING),
     "ray": Command("ray_command.ray_train", DURING),

@@ -1,6 +1,8 @@
 """`qlora-train plan CONFIG`."""
 
 import json
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,9 +29,11 @@ def plan(
     """Print what a run needs: memory, disk, steps and time; loads no weights."""
     from qlora_train.config import load_run_config
     from qlora_train.planning.base_config import find_base_config
+    from qlora_train.planning.cheapest_change import cheapest_change
     from qlora_train.planning.plan_device import plan_device
     from qlora_train.planning.plan_text import plan_lines
-    from qlora_train.planning.run_plan import plan_run
+    from qlora_train.planning.run_history import earlier_runs, error_bar, predict_seconds
+    from qlora_train.planning.run_plan import RunPlan, plan_run
     from qlora_train.planning.workload import RowSizes
     from qlora_train.utils import network
 
@@ -39,13 +43,30 @@ def plan(
     device = plan_device(memory)
     base = find_base_config(resolved.model)
     data, note = (None, "not read (--no-data)") if no_data else _data(resolved, offline=offline)
-    sizes = RowSizes.most(resolved) if data is None else RowSizes.of(resolved, data)
-    planned = plan_run(resolved, base.content, device, sizes, is_local=base.is_local)
+
+    def planned(changed: "RunConfig") -> RunPlan:
+        sizes = RowSizes.most(changed) if data is None else RowSizes.of(changed, data)
+        return plan_run(changed, base.content, device, sizes, is_local=base.is_local)
+
+    folder = Path(str(resolved.run.output_dir))
+    earlier = earlier_runs(folder.parent, device.name) if device.is_this_machine else []
+    result = predict_seconds(planned(resolved), earlier)
+    change = None if result.fitted.fits else cheapest_change(resolved, planned)
+    bar = error_bar(earlier)
     if as_json:
-        print_text(json.dumps({**planned.to_json(), "config_json": base.origin, "data": note}, indent=2))
+        more = {"config_json": base.origin, "data": note, "earlier_runs": bar or None}
+        changes = None if change is None else dict(change.changes)
+        print_text(json.dumps({**result.to_json(), **more, "fitting_change": changes}, indent=2))
         return
-    lines = plan_lines(planned, resolved.model.model_name_or_path, base.origin, [f"data      {note}"])
-    print_text("\n".join(lines))
+    notes = [f"data      {note}", *([f"earlier   {bar}"] if bar else [])]
+    if change is not None:
+        notes += [
+            f"to fit ({change.plan.fitted.least_bytes / 1e9:.1f} GB):",
+            *(f"  {line}" for line in change.yaml_lines()),
+        ]
+    elif not result.fitted.fits:
+        notes.append("to fit    no setting is left; use a smaller model or a larger GPU")
+    print_text("\n".join(plan_lines(result, resolved.model.model_name_or_path, base.origin, notes)))
 
 
 def _data(config: "RunConfig", *, offline: bool) -> tuple[Any, str]:
@@ -60,6 +81,7 @@ def _data(config: "RunConfig", *, offline: bool) -> tuple[Any, str]:
         return None, "not read (the tokenizer is on the Hub): rows of data.max_length tokens"
     from qlora_train.cli.libraries import prepare_libraries
 
+    logging.getLogger("qlora_train").setLevel(logging.WARNING)  # the plan is one screen
     prepare_libraries(offline=offline)
     from qlora_train.planning.base_and_data import inspect
 

@@ -13,7 +13,6 @@ from qlora_train.config import RunConfig
 from qlora_train.config.optimizers import TrainedTensor, optimizer_state_bytes
 from qlora_train.config.schema import TrainSection
 from qlora_train.export.check_sizes import MAX_REFERENCE_BYTES
-from qlora_train.export.merging.candidate_bases import candidate_bases
 
 ADAPTER_DTYPE_BYTES, MERGED_DTYPE_BYTES = 4, 2
 TENSOR_NAMES_BYTES = 1024
@@ -99,19 +98,25 @@ def estimate_disk(config: RunConfig, size: RunSize, *, num_existing: int = 0, do
     steps = num_steps(train, size.num_rows)
     tokenizer_bytes = TOKEN_BYTES * size.num_tokens + SMALL_FILES_BYTES
     num_kept = train.save_total_limit + train.load_best_model_at_end
-    bases, _ = candidate_bases(
-        config.export.merge_base, stored_in_4bit=size.stored_in_4bit,
-        load_in_4bit=config.quantization.load_in_4bit, measured=size.has_eval,
-    )  # fmt: skip
     return DiskPlan(
         num_checkpoints=num_more_checkpoints(num_kept, num_saves(config, size.num_rows, steps, done), num_existing),
         checkpoint_bytes=_checkpoint_bytes(size.tensors, train.optim, _num_log_entries(train, steps)),
         adapter_bytes=sum(ADAPTER_DTYPE_BYTES * tensor.numel + TENSOR_NAMES_BYTES for tensor in size.tensors)
         + tokenizer_bytes,
         reference_bytes=MAX_REFERENCE_BYTES,
-        num_merges=len(bases) if config.export.merge else 0,
+        num_merges=_num_merges(config, size) if config.export.merge else 0,
         merged_bytes=size.merged_numel * MERGED_DTYPE_BYTES + tokenizer_bytes,
     )
+
+
+def _num_merges(config: RunConfig, size: RunSize) -> int:
+    from qlora_train.export.merging.candidate_bases import candidate_bases
+
+    bases, _ = candidate_bases(
+        config.export.merge_base, stored_in_4bit=size.stored_in_4bit,
+        load_in_4bit=config.quantization.load_in_4bit, measured=size.has_eval,
+    )  # fmt: skip
+    return len(bases)
 
 
 def num_more_checkpoints(num_kept: int, num_saves: int, num_existing: int) -> int:

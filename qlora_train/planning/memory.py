@@ -39,8 +39,11 @@ PARITY_ROWS, PADDING_FREE_ROWS, PARITY_TOKENS = 4, 8, 128
 MAX_EVAL_LOGITS = 1 << 28
 CUDA_CONTEXT_BYTES = 500_000_000
 """Of a process on a GPU: 0.3 to 0.6 GB, by GPU and driver."""
-CPU_RUNTIME_BYTES = 60_000_000
-"""Of a process on a CPU: compiled kernels, threads, the allocator's slack."""
+CPU_RUNTIME_BYTES = 148_000_000
+"""Of a process on a CPU: libraries imported by the load, compiled kernels, the allocator's slack (measured)."""
+
+MAX_HEAP_BLOCK_BYTES = 32 << 20
+"""glibc maps larger blocks one by one, and returns them to the system when they are freed (mallopt(3))."""
 
 Levels = tuple[CheckpointingLevel, ...]
 
@@ -334,4 +337,17 @@ def _evaluation(model: ModelShape, settings: MemorySettings, batch: MicroBatch) 
     rounded = c * adapter_numel(model, settings)  # cached by autocast
     largest = {"logits": logits} if logits > layer else {"workspace": layer}
     held = _held(model, settings, steps=True)
+    if not settings.on_gpu:
+        held["freed activations"] = _retained_bytes(model, settings)
     return Moment("evaluation", {**held, **largest, "rounded adapter": rounded}, shrinks=True)
+
+
+def _retained_bytes(model: ModelShape, settings: MemorySettings) -> int:
+    """Return what the C library keeps of a step's activations: blocks that it did not map one by one."""
+    batch, how = settings.batch, settings.how
+    if batch.num_tokens * how.compute_bytes * model.hidden_size >= MAX_HEAP_BLOCK_BYTES:
+        return 0
+    saved = [
+        saved_bytes(model, layer, batch, how, level) for layer, level in zip(model.layers, settings.levels, strict=True)
+    ]
+    return sum(saved)

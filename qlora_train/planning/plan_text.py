@@ -17,6 +17,7 @@ PART_LABELS = {
     "logits": "logits",
     "workspace": "layer workspace",
     "rounded adapter": "rounded adapter",
+    "freed activations": "freed activations in the heap",
     "largest tensor": "largest tensor while loading",
     "gathered weights": "gathered weights",
     "dequantized cache": "dequantized weight cache",
@@ -58,11 +59,13 @@ def _memory(plan: RunPlan) -> Iterator[str]:
     device, needed = plan.device, plan.fitted.plan.needed_bytes
     yield f"  {'peak':<42} {peak.total_bytes / 1e9:8.2f}"
     kind = "" if device.on_gpu else "free memory of "
-    room = f"{kind}{device.name}: {device.memory_bytes / 1e9:.1f} GB"
-    if plan.fitted.fits:
-        yield f"fits      {room}"
-    else:
+    room = f"{kind}{device.name}: {device.usable_bytes / 1e9:.1f} GB{' usable' if device.on_gpu else ''}"
+    if not plan.fitted.fits:
         yield f"TOO LARGE {room}, needs {needed / 1e9:.1f} GB"
+    elif plan.fitted.least_bytes < 0.95 * needed:
+        yield f"fits      {room}; needs {plan.fitted.least_bytes / 1e9:.1f} GB at least, the rest saves time"
+    else:
+        yield f"fits      {room}"
 
 
 def _labelled(plan: RunPlan, part: str, label: str) -> str:
@@ -83,10 +86,21 @@ def _rest(plan: RunPlan) -> Iterator[str]:
     yield f"disk, GB  {', '.join(disk) or 'unknown until the number of steps is known'}"
     work = plan.work
     if work.num_steps is None:
-        yield "steps     unknown (no data read; see --help)"
+        yield "steps     unknown without the number of rows or train.max_steps"
         return
     tokens = "" if work.num_tokens is None else f", {_short(work.num_tokens)} tokens"
-    yield f"steps     {work.num_steps:,}{tokens}"
+    time = "unknown time (no earlier run on this device)"
+    if plan.seconds is not None:
+        time = f"about {duration(plan.seconds)} (speed of earlier runs here)"
+    yield f"steps     {work.num_steps:,}{tokens}, {time}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its largest unit, such as `12 min`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _short(number: int) -> str:

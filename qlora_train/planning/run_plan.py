@@ -40,6 +40,18 @@ class RunPlan:
     seconds: float | None = None
 
     @property
+    def operations(self) -> float | None:
+        """Floating-point operations of training that grow with the number of tokens; None if that is unknown.
+
+        4 per linear weight and token and 4 per weight of the head, as frozen weights have no gradient. Attention and LoRA
+        are left out: the number compares runs.
+        """
+        if self.work.num_tokens is None:
+            return None
+        head = self.model.vocab_size * self.model.hidden_size
+        return 4.0 * (self.model.active_numel + head) * self.work.num_tokens
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes that the run writes, without the base."""
         return 0 if self.disk is None else self.disk.total_bytes
@@ -61,6 +73,7 @@ class RunPlan:
             "device_bytes": self.device.memory_bytes,
             "download_bytes": self.download_bytes,
             "num_tokens": self.work.num_tokens,
+            "operations": self.operations,
             "num_weights": self.model.numel,
             "num_trained": self.num_trained,
             "num_processes": self.num_ranks,
@@ -91,6 +104,7 @@ def plan_run(
     sizes: RowSizes,
     *,
     is_local: bool = True,
+    processes: tuple[int, bool] | None = None,
 ) -> RunPlan:
     """Plan a run.
 
@@ -99,16 +113,19 @@ def plan_run(
         device: of each process.
         sizes: of the data.
         is_local: the base needs no download.
+        processes: their number, and whether they share the base; None: as the config says.
 
     Raises:
         ModelError: no causal language model can be built from config.json.
     """
     model = model_shapes(config_json, config.lora)
-    num_ranks = num_processes(config, device)
+    num_ranks = num_processes(config, device) if processes is None else processes[0]
     work = plan_workload(config, sizes, on_gpu=device.on_gpu, num_ranks=num_ranks)
     fitted = fit_memory(config, model, work, device)
     strategy = config.parallel.strategy
     is_sharded = num_ranks > 1 and (strategy == "fsdp" or (strategy == "auto" and not fitted.fits))
+    if processes is not None:
+        is_sharded = processes[1]
     if is_sharded:
         fitted = fit_memory(config, model, work, device, num_ranks_of_base=num_ranks)
     return RunPlan(

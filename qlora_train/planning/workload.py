@@ -26,7 +26,7 @@ class RowSizes:
         step_tokens: tokens of the longest rows that a step can have.
         step_labels: the same for labels.
         most_labels: labels of the row with most.
-        longest_eval: tokens of the longest held-out row; 0: none is held out.
+        longest_eval: tokens of the longest row whose loss is measured; 0: there is none.
     """
 
     num_rows: int | None
@@ -52,7 +52,7 @@ class RowSizes:
             step_tokens=rows_per_step * sequences * length,
             step_labels=rows_per_step * sequences * length,
             most_labels=sequences * length,
-            longest_eval=0 if config.data.eval is None else sequences * length,
+            longest_eval=sequences * length if _evaluates(config) else 0,
         )
 
     @classmethod
@@ -69,7 +69,10 @@ class RowSizes:
             step_tokens=_sum_of_largest(rows.lengths, rows_per_step),
             step_labels=_sum_of_largest(rows.num_labels, rows_per_step),
             most_labels=int(rows.num_labels.max()),
-            longest_eval=max((len(row.input_ids) for row in data.eval), default=0),
+            longest_eval=max(
+                int(rows.padded_lengths.max()) if config.run.row_losses else 0,
+                max((row.num_tokens for row in data.eval), default=0),
+            ),
         )
 
 
@@ -140,6 +143,11 @@ def _eval_batch(config: RunConfig, sizes: RowSizes) -> MicroBatch | None:
     tokens = config.train.per_device_eval_batch_size * sizes.longest_eval
     share = sizes.most_labels / sizes.longest
     return MicroBatch(tokens, sizes.longest_eval, round(tokens * min(1.0, share)))
+
+
+def _evaluates(config: RunConfig) -> bool:
+    """Return whether losses of rows are measured: of held-out rows, and at the end of a sample of training rows."""
+    return config.data.eval is not None or bool(config.run.row_losses)
 
 
 def _knows_steps(config: RunConfig, sizes: RowSizes) -> bool:

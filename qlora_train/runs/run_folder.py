@@ -47,6 +47,7 @@ class RunFolder:
         self.command_file = path / "command.txt"  # the commands that started and resumed it
         self.metadata_file = path / "run.json"  # base revision, data fingerprint, device, versions
         self.fitted_settings_file = path / "fit.json"  # settings of train.auto_find_batch_size
+        self.plan_file = path / "plan.json"  # memory, steps and time, predicted before the base is loaded
         self.num_steps_file = path / "num_steps.json"  # of train.minutes
         self.fused_kernels_file = path / "fused_kernels.json"  # parity check
         self.padding_free_file = path / "padding_free.json"  # parity check and decision

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))  # scripts import their neighbours
+
+import plan_table
+
 from qlora_train.cli.main import main
 from qlora_train.config import LoraSection, load_config
 from qlora_train.planning.activations import MicroBatch
@@ -172,3 +176,10 @@ def test_shipped_table_has_the_published_values_and_every_shipped_base() -> None
     for name, published in MODELS.items():
         assert table[name].items() <= published.items()
         assert family_shapes(table[name], LoraSection()) == family_shapes(published, LoraSection())
+
+
+def test_table_of_the_page_is_the_planners_and_keeps_the_mission() -> None:
+    assert plan_table.page() == plan_table.PAGE.read_text(encoding="utf-8"), "run scripts/plan_table.py"
+    peaks = {cells[1].strip(): float(cells[-2]) for cells in (line.split("|") for line in list(plan_table.table())[2:])}
+    assert peaks["meta-llama/Llama-2-7b-hf"] < 6
+    assert peaks["meta-llama/Llama-2-70b-hf"] < 40

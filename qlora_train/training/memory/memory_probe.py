@@ -18,6 +18,7 @@ from qlora_train.training.parity.preserve_state import preserve_model_state
 from qlora_train.training.qlora_trainer import QloraTrainer
 from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.device import catch_out_of_memory, free_memory
+from qlora_train.utils.memory_meter import reset_gpu_peak
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def probe_memory(trainer: QloraTrainer) -> MemoryProbe:
     device, batches = trainer.adapted.loaded.device, worst_case_batches(trainer.batch_source, trainer.config)
     if device.type == "cuda":
         free_memory()  # reserved by start-up and no longer used
-        torch.cuda.reset_peak_memory_stats(device)
+        reset_gpu_peak(device)
     # as the training loop does; a prepared model stays as it is
     model = trainer.accelerator.prepare_model(trainer.model)
     with preserve_model_state(model):

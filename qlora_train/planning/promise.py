@@ -1,0 +1,112 @@
+"""The plan of a real run, kept in its folder: what it will take, and at its end what it took."""
+
+import logging
+from typing import Any
+
+import torch
+
+from qlora_train.config import RunConfig
+from qlora_train.data import PreparedData
+from qlora_train.models import BaseSource
+from qlora_train.models.strategy import Strategy, device_bytes
+from qlora_train.parallel import context
+from qlora_train.planning.plan_device import PlanDevice, cpu_name, has_avx512
+from qlora_train.planning.plan_text import duration
+from qlora_train.planning.run_history import earlier_runs, predict_seconds
+from qlora_train.planning.run_plan import RunPlan, plan_run
+from qlora_train.planning.workload import RowSizes
+from qlora_train.runs import RunFolder, write_json
+from qlora_train.utils.errors import UserError, first_line
+from qlora_train.utils.memory_meter import MemoryMeter
+
+logger = logging.getLogger(__name__)
+
+UNPLANNABLE = (UserError, AttributeError, KeyError, TypeError, ValueError)
+"""Of a config.json that Transformers builds a model from only with code of its own."""
+
+
+class Promise:
+    """What rank 0 predicts before it loads the base, and measures from then on."""
+
+    def __init__(self, folder: RunFolder, device: torch.device, plan: RunPlan | None) -> None:
+        self._folder, self._plan = folder, plan
+        self._meter = MemoryMeter(device)
+        self._peak_bytes = 0
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        folder: RunFolder,
+        source: BaseSource,
+        data: PreparedData,
+        device: torch.device,
+        strategy: Strategy,
+    ) -> "Promise":
+        """Plan a run, write plan.json and log one line; without a plan the run goes on."""
+        try:
+            plan = _plan(config, folder, source, data, device, strategy)
+        except UNPLANNABLE as error:
+            logger.warning("plan: none (%s)", first_line(error))
+            return cls(folder, device, None)
+        write_json(folder.plan_file, plan.to_json())
+        steps = "" if plan.work.num_steps is None else f", {plan.work.num_steps:,} steps"
+        time = "" if plan.seconds is None else f", about {duration(plan.seconds)}"
+        logger.info(
+            "plan: peak %.2f GB of %.1f GB%s%s, disk %.2f GB",
+            plan.fitted.plan.peak_bytes / 1e9, plan.device.memory_bytes / 1e9, steps, time, plan.disk_bytes / 1e9,
+        )  # fmt: skip
+        return cls(folder, device, plan)
+
+    def measure(self) -> None:
+        """Read the peak, at the end of training."""
+        self._peak_bytes = self._meter.peak_bytes()
+
+    def keep(self, result: dict[str, Any]) -> None:
+        """Compare the plan with what was measured, in results.json and in the log.
+
+        Args:
+            result: of training; its seconds count if this process ran every step.
+        """
+        since = result["since_last_start"]
+        seconds = since["train_seconds"] if since["num_steps"] == result["steps"] else None
+        predicted = None if self._plan is None else self._plan.fitted.plan.peak_bytes
+        predicted_seconds = None if self._plan is None else self._plan.seconds
+        peak_bytes = self._peak_bytes
+        self._folder.add_results(
+            plan={
+                "predicted_peak_bytes": predicted,
+                "measured_peak_bytes": peak_bytes,
+                "predicted_seconds": predicted_seconds,
+                "measured_seconds": seconds,
+            }
+        )
+        if predicted is not None:
+            change = 100 * (peak_bytes / predicted - 1)
+            time = ""
+            if seconds is not None and predicted_seconds is not None:
+                time = f"; {duration(seconds)} of {duration(predicted_seconds)}"
+            logger.info(
+                "plan: peak %.2f GB of the planned %.2f GB (%+.0f %%)%s",
+                peak_bytes / 1e9,
+                predicted / 1e9,
+                change,
+                time,
+            )
+
+
+def _plan(
+    config: RunConfig,
+    folder: RunFolder,
+    source: BaseSource,
+    data: PreparedData,
+    device: torch.device,
+    strategy: Strategy,
+) -> RunPlan:
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else cpu_name()
+    compute_bytes = 2 if on_gpu or has_avx512() else 4
+    plan_device = PlanDevice(name, on_gpu, int(device_bytes(device)), compute_bytes=compute_bytes)
+    processes = (context().world_size, strategy == "fsdp")
+    plan = plan_run(config, source.config, plan_device, RowSizes.of(config, data), processes=processes)
+    return predict_seconds(plan, earlier_runs(folder.path.parent, name, besides=folder.path))
