@@ -22,6 +22,7 @@ from qlora_train.utils.run_events import (
     StageEnded,
     StageStarted,
     StepEnded,
+    amount,
 )
 from qlora_train.utils.visible_text import visible
 
@@ -148,9 +149,8 @@ class LiveScreen:
 
     def _speed_text(self, measured: Measured) -> str:
         ends = time.strftime("%H:%M", time.localtime(time.time() + measured.seconds_left))
-        mfu = [] if measured.flops_utilization is None else [f"MFU {100 * measured.flops_utilization:.0f} %"]
         left = [f"{duration(measured.seconds_left)} left (ends {ends})"] if measured.seconds_left else []
-        return "   ".join([f"{measured.tokens_per_second:,.0f} tokens/s", *mfu, *left])
+        return "   ".join([f"{measured.tokens_per_second:,.0f} tokens/s", *left])
 
     def _rate_text(self) -> str:
         shown = {"learning_rate": "learning rate {:.2e}", "grad_norm": "gradient norm {:.3f}"}
@@ -181,15 +181,6 @@ def _sample_rows(sample: Sampled) -> list[tuple[str, Text]]:
         ("answer", _line(sample.generated, "green" if is_right else "yellow")),
         ("expected", _line(sample.expected)),
     ]
-
-
-def amount(progress: Progress) -> str:
-    """Describe what is done of how much."""
-    if progress.unit == "bytes":
-        done = f"{progress.done / 1e6:,.1f}"
-        return f"{done} MB" if progress.total is None else f"{done} of {progress.total / 1e6:,.1f} MB"
-    done = f"{progress.done:,.0f}"
-    return f"{done} {progress.unit}" if progress.total is None else f"{done} of {progress.total:,.0f} {progress.unit}"
 
 
 def sparkline(values: Sequence[float], width: int = SPARKLINE_WIDTH) -> str:

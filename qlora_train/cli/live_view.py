@@ -128,7 +128,7 @@ class _Redirected:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._writer = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-        self._reader = file.open(encoding="utf-8", errors="replace", newline=None)
+        self._reader = file.open(encoding="utf-8", errors="replace", newline="\n")
         self._rest = ""
         self._saved = {number: os.dup(number) for number in STANDARD_STREAMS if os.isatty(number)}
         _flush()
@@ -139,7 +139,7 @@ class _Redirected:
         """Return the complete lines that were written since the last call."""
         _flush()
         *lines, self._rest = (self._rest + self._reader.read()).split("\n")
-        return lines
+        return [line.rstrip("\r").rpartition("\r")[2] for line in lines]  # what a progress bar shows last
 
     def restore(self) -> list[str]:
         """Give the streams back, and return the lines that were not read."""

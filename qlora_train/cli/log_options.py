@@ -2,13 +2,15 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
 from qlora_train.cli.output import LogFormat, LogSettings, set_up_logging
+from qlora_train.utils import run_events
 
 PANEL = "Output"
 Quiet = Annotated[
@@ -22,6 +24,24 @@ OPTIONS = {"quiet": (Quiet, False), "verbose": (Verbose, False), "log_format": (
 """Parameters by name: their types and defaults."""
 
 
+@contextmanager
+def shown_progress() -> Iterator[None]:
+    """Show the progress of long work inside."""
+    from qlora_train.cli.live_view import can_show_live
+    from qlora_train.cli.progress_lines import ProgressBar, ProgressLines
+
+    if not can_show_live():
+        with run_events.listening(ProgressLines().receive):
+            yield
+        return
+    bar = ProgressBar()
+    try:
+        with run_events.listening(bar.receive):
+            yield
+    finally:
+        bar.stop()
+
+
 def with_log_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Return a command that also accepts the options of its log, and sets the log up before it runs."""
 
@@ -31,7 +51,8 @@ def with_log_options(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.BadParameter("give either --quiet or --verbose")
         level = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
         set_up_logging(LogSettings(level, log_format))
-        return command(**arguments)
+        with shown_progress():
+            return command(**arguments)
 
     signature = inspect.signature(command)
     added = [

@@ -3,15 +3,11 @@
 import datetime
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_train.config.objectives import DatasetType
 from qlora_train.config.schema import DataSection, Source
@@ -26,6 +22,7 @@ from qlora_train.data.token_store import Store, StoreWriter
 from qlora_train.data.types import Record
 from qlora_train.data.worker_pool import num_processes, ordered_map
 from qlora_train.utils.errors import DataError
+from qlora_train.utils.run_events import progress
 
 if TYPE_CHECKING:  # a run with its rows in the cache needs neither
     from qlora_train.data.streaming import StreamedSource
@@ -179,12 +176,12 @@ class SourceTokenizer:
         writer = StoreWriter(folder, opened.format, tokenize.columns)
         num_records = [0] * len(opened.files)
         unseen: frozenset[str] | None = None
-        with _progress_bar(opened.key, num_bytes) as advance:
+        with progress(f"{opened.key}: tokenising", num_bytes, "bytes") as counter:
             for chunk in ordered_map(tokenize, opened.chunks(), num_proc):
                 writer.append(chunk)
                 num_records[chunk.file_number] += chunk.num_records
                 unseen = chunk.unseen if unseen is None else unseen & chunk.unseen
-                advance(chunk.num_bytes)
+                counter.advance(chunk.num_bytes)
         writer.close()
         for file, count in zip(opened.files, num_records, strict=True):
             if not count:
@@ -217,16 +214,3 @@ def _first_record(file: DataFile) -> Record:
 
 def _no_rows(file: DataFile) -> DataError:
     return DataError(f"{file.name}: found no rows; expected at least one")
-
-
-@contextmanager
-def _progress_bar(key: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal; yield a function that advances it by a number of bytes."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda _num_bytes: None
-        return
-    columns = TextColumn(f"{key}: tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=num_bytes)
-        yield lambda done: progress.advance(task, done)

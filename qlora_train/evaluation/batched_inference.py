@@ -14,6 +14,7 @@ from qlora_train.parallel.shared_stop import shared_stop
 from qlora_train.utils import signals
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import ModelError
+from qlora_train.utils.run_events import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def compute_in_batches(
     setting: str,
     advice: str,
     retries: bool = True,
+    task: str = "evaluation",
 ) -> None:
     """Call `compute` with every batch; out of memory, halve the rows and keep to that number of tokens.
 
@@ -57,12 +59,14 @@ def compute_in_batches(
         setting: name of the batch size setting, for messages.
         advice: what to do about a single row that does not fit.
         retries: False: do not halve, raise.
+        task: name of the work, for its progress.
 
     Raises:
         ModelError: a single row does not fit into memory, or a batch without `retries`.
     """
     max_tokens = math.inf
-    for batch in batches:
+    all_batches = list(batches)
+    for batch in tracked(all_batches, task, sum(map(len, all_batches)), "rows", len):
         left = batch
         while left:
             length = lengths[left[0]]

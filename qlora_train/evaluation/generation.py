@@ -59,7 +59,7 @@ def generate_answers(
     with eval_mode(model), torch.no_grad():
         compute_in_batches(
             batches_by_length(lengths, batch_size), answer, lengths,
-            setting="--batch-size", advice="lower --max-new-tokens, or shorten the prompt",
+            setting="--batch-size", advice="lower --max-new-tokens, or shorten the prompt", task="answers",
         )  # fmt: skip
     return answers
 

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps
@@ -22,6 +23,7 @@ from qlora_train.kernels.expert_linear import experts_forward, follows_interface
 from qlora_train.kernels.expert_weights import ExpertWeights, parametrize_experts, quantize_stack
 from qlora_train.models.malloc_trim import MemoryTrimmer
 from qlora_train.models.moe import expert_modules, expert_parameters, routers
+from qlora_train.utils.run_events import Counter
 
 METHOD = "qlora_train_4bit"
 EXPERTS_IMPLEMENTATION = "qlora_train_4bit"
@@ -51,6 +53,7 @@ class Quantizer(Bnb4BitHfQuantizer):
         self.expert_names: tuple[str, ...] = ()
         self.experts: dict[str, ExpertWeights] = {}
         self.sharded = SHARDED_LOAD.get()
+        self.counter = Counter("loading and quantizing", None, "weights")
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **arguments: Any) -> None:
         self.expert_names = tuple(expert_parameters(model))
@@ -59,6 +62,8 @@ class Quantizer(Bnb4BitHfQuantizer):
         super()._process_model_before_weight_loading(model, device_map, **arguments)
         if self.sharded is not None:
             self.sharded.choose(model, self, self.expert_names)
+        num_linears = sum(isinstance(module, Linear4bit) for module in model.modules())
+        self.counter.total = num_linears + len(self.expert_names)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **arguments: Any) -> bool:
         """Whether to store a parameter in 4 bits, or in part."""
@@ -109,6 +114,7 @@ class _Quantize(ConversionOps):
                 result[name] = self._quantize_experts(name, tensor)
             else:
                 result |= self.linears.convert({name: value}, **arguments)
+        self.quantizer.counter.advance(len(input_dict))
         return result
 
     def _quantize_experts(self, name: str, value: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from qlora_train.runs import RunFolder
 from qlora_train.training.parity.preserve_state import preserve_model_state
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import DataError, ModelError
-from qlora_train.utils.run_events import Sampled, emit, progress
+from qlora_train.utils.run_events import Sampled, emit
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class SampleCallback(TrainerCallback):
     def _generate(self, model: Any) -> list[str]:
         started = time.perf_counter()
         prompts = [example.prompt for _, example in self._rows if example.prompt is not None]
-        with preserve_model_state(model), progress("sample answers", None, "answers"):
+        with preserve_model_state(model):
             answers = generate_answers(
                 model, self._tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=self._batch_size,
                 date=self._run.start_date(),

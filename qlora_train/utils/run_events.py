@@ -7,11 +7,13 @@ listener that fails is removed, and without listeners events cost a function cal
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
@@ -69,7 +71,6 @@ class Measured:
         tokens_per_second: since the start of this process.
         seconds_left: until the last step.
         memory_bytes: peak of this process's GPU; None on a CPU.
-        flops_utilization: model FLOPs per second as a share of the GPU's peak; None if either is unknown.
     """
 
     step: int
@@ -79,7 +80,6 @@ class Measured:
     tokens_per_second: float
     seconds_left: float
     memory_bytes: int | None
-    flops_utilization: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,15 @@ class Counter:
         emit(Progress(self.name, self.done, self.total, self.unit))
 
 
+def amount(progress: Progress) -> str:
+    """Describe what is done of how much."""
+    if progress.unit == "bytes":
+        done = f"{progress.done / 1e6:,.1f}"
+        return f"{done} MB" if progress.total is None else f"{done} of {progress.total / 1e6:,.1f} MB"
+    done = f"{progress.done:,.0f}"
+    return f"{done} {progress.unit}" if progress.total is None else f"{done} of {progress.total:,.0f} {progress.unit}"
+
+
 @contextmanager
 def progress(name: str, total: float | None, unit: str) -> Iterator[Counter]:
     """Count the work of a block.
@@ -175,3 +184,13 @@ def progress(name: str, total: float | None, unit: str) -> Iterator[Counter]:
         yield counter
     finally:
         emit(Progress(name, counter.done, counter.done, unit))
+
+
+def tracked(
+    items: Iterable[Item], name: str, total: float | None, unit: str, size: Callable[[Item], float]
+) -> Iterator[Item]:
+    """Yield items, and count `size` of each as done when the next one is asked for; see `progress`."""
+    with progress(name, total, unit) as counter:
+        for item in items:
+            yield item
+            counter.advance(size(item))

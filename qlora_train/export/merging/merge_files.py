@@ -34,6 +34,7 @@ from qlora_train.export.merging.weight_update import QuantizationRoundTrip, merg
 from qlora_train.models.shard_writer import bytes_of_size, write_shards
 from qlora_train.utils.atomic_io import atomic_folder, sha256_of
 from qlora_train.utils.errors import ConfigError, MergeError, listed
+from qlora_train.utils.run_events import tracked
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,10 @@ def merge_adapter(settings: MergeSettings, output: Path, merge_base: MergeBase) 
         with atomic_folder(output) as staging:
             num_shards = write_shards(
                 staging, [tensor.name for tensor in plan.outputs], sizes_bytes, bytes_of_size(settings.max_shard_size),
-                _tensors(base, adapter, plan, round_trip),
+                tracked(
+                    _tensors(base, adapter, plan, round_trip), f"merging onto {merge_base}", sum(sizes_bytes), "bytes",
+                    lambda tensor: tensor.nbytes,
+                ),
             )  # fmt: skip
             adapter.assert_all_read_once()
             write_auxiliary_files(
