@@ -37,6 +37,7 @@ class DiskPlan:
         num_checkpoints: maximum number at the same time, beyond those that exist now.
         num_merges: merged models at the same time.
         reference_bytes: temporary predictions of the trained model, for the adapter check.
+        report_bytes: report.html and row_losses.json.
     """
 
     num_checkpoints: int
@@ -45,6 +46,7 @@ class DiskPlan:
     num_merges: int = 0
     merged_bytes: int = 0
     reference_bytes: int = 0
+    report_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -56,7 +58,7 @@ class DiskPlan:
         parts = [
             (_plural(self.num_checkpoints, "checkpoint"), self.num_checkpoints * self.checkpoint_bytes),
             ("adapter", self.adapter_bytes),
-            ("report", REPORT_BYTES),
+            ("report", self.report_bytes),
             ("adapter check", self.reference_bytes),
             ("merged model" if self.num_merges == 1 else _plural(self.num_merges, "merged model"),
              self.num_merges * self.merged_bytes),
@@ -104,6 +106,7 @@ def estimate_disk(config: RunConfig, size: RunSize, *, num_existing: int = 0, do
         adapter_bytes=sum(ADAPTER_DTYPE_BYTES * tensor.numel + TENSOR_NAMES_BYTES for tensor in size.tensors)
         + tokenizer_bytes,
         reference_bytes=MAX_REFERENCE_BYTES,
+        report_bytes=REPORT_BYTES,
         num_merges=_num_merges(config, size) if config.export.merge else 0,
         merged_bytes=size.merged_numel * MERGED_DTYPE_BYTES + tokenizer_bytes,
     )
