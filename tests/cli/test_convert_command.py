@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,19 @@ def test_hostile_keys_and_values_stay_comments_on_one_line(theirs, capsys) -> No
     assert load_config("ours.yaml").lora.r == 16
 
 
-def test_renamed_columns_fit_the_rows(monkeypatch, tmp_path) -> None:
+def texts_of(value: object) -> Iterator[str]:
+    """Yield what a row says, without its names of roles and its topic."""
+    if isinstance(value, dict):
+        yield from (
+            text for key, item in value.items() if key not in ("role", "from", "about") for text in texts_of(item)
+        )
+    elif isinstance(value, list):
+        yield from (text for item in value for text in texts_of(item))
+    else:
+        yield str(value)
+
+
+def test_rows_are_read_with_the_converted_format_and_columns(monkeypatch, tmp_path) -> None:
     """The format and columns of every local source read the file that the other trainer's config names."""
     monkeypatch.chdir(FILES)
     checked = set()
@@ -124,6 +137,11 @@ def test_renamed_columns_fit_the_rows(monkeypatch, tmp_path) -> None:
                     row = json.loads(text)[0] if text.startswith("[") else json.loads(text.splitlines()[0])
                     columns = source.columns if source.columns is not None else data.columns
                     assert FORMATS[form].fits(Record(source.path, row), columns), (path, source)
+                    in_file = FORMATS[form].file_columns(columns)
+                    values = {ours: row[theirs] for ours, theirs in in_file.items() if theirs in row}
+                    read = FORMATS[form].reader()(source.path, values)
+                    text = f"{read.text}{read.messages}{read.rejected}"
+                    assert all(words in text for words in texts_of(row)), (path, source)
                     checked.add((trainer, form))
     assert len(checked) > 12
     assert {form for _, form in checked} >= {"alpaca", "messages", "conversations", "preference", "text"}

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,11 +11,10 @@ from qlora_train.config.allowed_values import choices, takes_any_text
 from qlora_train.config.other_trainers.key_mapping import Found, Lost, OtherTrainer, Settings, Unneeded
 from qlora_train.config.other_trainers.other_config_file import OtherConfig
 from qlora_train.config.other_trainers.recognition import Leaf, leaves
+from qlora_train.config.other_trainers.settings_tree import as_node, as_tuples, place
 from qlora_train.config.other_trainers.value_conversions import is_unset, number
 from qlora_train.config.schema import RunConfig
-from qlora_train.config.source_location import SourceLocation
 from qlora_train.config.validation_errors import problems_of
-from qlora_train.config.yaml_reader import Node
 
 SOURCES = ("data.train", "data.eval")
 ADDED_UP = ("run.report_to", "model.new_tokens")
@@ -60,7 +58,7 @@ class Conversion:
         """Return the settings as the mapping that the config reader builds from YAML."""
         config: dict[str, Any] = {}
         for setting, converted in self.settings.items():
-            _place(config, setting, converted.value)
+            place(config, setting, converted.value)
         return config
 
 
@@ -74,7 +72,8 @@ def convert(other: OtherConfig) -> Conversion:
     for line in other.other_lines:
         result.lost.append(Item(line, None, "a command of the script that is not the trainer's"))
     for key, outcome in other.trainer.absent.items():
-        if is_unset(other.values.get(key)):
+        is_decided = outcome.reason.partition(":")[0] in result.settings
+        if is_unset(other.values.get(key)) and not is_decided:
             (result.todo if outcome.todo else result.differs).append(Item(f"{key} (unset)", None, outcome.reason))
     _add_defaults(result, other.values, decided)
     _expand_sources(result)
@@ -246,9 +245,9 @@ def _drop_refused(result: Conversion) -> None:
     while True:
         config = result.plain()
         try:
-            RunConfig.model_validate(_as_tuples(config), strict=True)
+            RunConfig.model_validate(as_tuples(config), strict=True)
         except ValidationError as error:
-            problems = problems_of(error, _as_node(config))
+            problems = problems_of(error, as_node(config))
         else:
             return
         refused = {
@@ -257,11 +256,15 @@ def _drop_refused(result: Conversion) -> None:
         if not refused:
             result.problems = [f"{problem.name}: {problem.text}" for problem in problems]
             return
+        for path in [setting for setting in refused if setting.endswith("].path")]:
+            beside = [setting for setting in result.settings if setting.startswith(path.removesuffix("path"))]
+            refused = dict.fromkeys(beside, f"{path} {refused[path]}") | refused
         for setting, reason in refused.items():
             converted = result.settings.pop(setting)
             items = [Item(key, converted.value, f"{setting}: {reason}") for key in converted.keys]
             result.lost += items or [Item(f"{result.trainer.title}'s default", converted.value, f"{setting}: {reason}")]
             result.differs = [item for item in result.differs if item.key not in converted.keys]
+        _expand_sources(result)  # a source without its path is gone
 
 
 def _to_drop(result: Conversion, name: str, text: str) -> list[str]:
@@ -274,29 +277,3 @@ def _to_drop(result: Conversion, name: str, text: str) -> list[str]:
     return [
         setting for setting in result.settings if setting == name or name.startswith((f"{setting}[", f"{setting}."))
     ]
-
-
-def _place(config: dict[str, Any], setting: str, value: Any) -> None:
-    parts = [int(part) if part.isdigit() else part for part in re.findall(r"\w+", setting)]
-    holder: Any = config
-    for part, following in pairwise(parts):
-        if isinstance(holder, list):
-            while len(holder) <= int(part):
-                holder.append({})
-            holder = holder[int(part)]
-        else:
-            holder = holder.setdefault(part, [] if isinstance(following, int) else {})
-    holder[parts[-1]] = value
-
-
-def _as_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_tuples(item) for key, item in value.items()}
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _as_node(value: Any) -> Node:
-    location = SourceLocation("converted", 1)
-    if isinstance(value, dict):
-        return Node({str(key): _as_node(item) for key, item in value.items()}, location)
-    return Node([_as_node(item) for item in value] if isinstance(value, list) else value, location)

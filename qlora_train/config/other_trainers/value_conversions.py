@@ -156,6 +156,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "flo
 
 
 def dtype(found: Found) -> Any:
+    if is_unset(found.value):
+        return Unneeded("it is unset there")
     name = str(found.value).removeprefix("torch.").lower()
     name = DTYPES.get(name, name)
     return name if name in ("auto", "bfloat16", "float16", "float32") else Lost("not a dtype of matrix products here")
