@@ -337,7 +337,8 @@ def _evaluation(model: ModelShape, settings: MemorySettings, batch: MicroBatch) 
     rounded = c * adapter_numel(model, settings)  # cached by autocast
     largest = {"logits": logits} if logits > layer else {"workspace": layer}
     held = _held(model, settings, steps=True)
-    if not settings.on_gpu:
+    if not settings.on_gpu:  # the heap keeps what a layer freed
+        largest = {"logits": logits, "workspace": layer}
         held["freed activations"] = _retained_bytes(model, settings)
     return Moment("evaluation", {**held, **largest, "rounded adapter": rounded}, shrinks=True)
 

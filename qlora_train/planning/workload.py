@@ -115,7 +115,7 @@ def plan_workload(config: RunConfig, sizes: RowSizes, *, on_gpu: bool, num_ranks
         batch=batch,
         raised_batch=MicroBatch(raised, batch.longest_row, min(raised, sizes.step_labels)) if raises else None,
         num_rows=num_rows,
-        eval_batch=_eval_batch(config, sizes),
+        eval_batch=_eval_batch(config, sizes, steps),
         num_micro_batches=-(-rows_of_rank // num_rows),
         num_steps=steps,
         num_tokens=_num_tokens(config, sizes, steps),
@@ -137,10 +137,13 @@ def _sum_of_largest(sizes: Any, count: int) -> int:
     return sum(heapq.nlargest(count, sizes.tolist()))
 
 
-def _eval_batch(config: RunConfig, sizes: RowSizes) -> MicroBatch | None:
+def _eval_batch(config: RunConfig, sizes: RowSizes, steps: int | None) -> MicroBatch | None:
     if not sizes.longest_eval:
         return None
-    tokens = config.train.per_device_eval_batch_size * sizes.longest_eval
+    num_rows = config.train.per_device_eval_batch_size
+    if config.data.eval is None and steps is not None:  # rows that were trained
+        num_rows = min(num_rows, steps * _rows_per_step(config), sizes.num_rows or num_rows)
+    tokens = num_rows * sizes.longest_eval
     share = sizes.most_labels / sizes.longest
     return MicroBatch(tokens, sizes.longest_eval, round(tokens * min(1.0, share)))
 

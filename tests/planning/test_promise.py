@@ -132,6 +132,6 @@ def test_meter_sees_memory_that_is_gone() -> None:
 
 def test_peak_of_a_real_run_is_the_planned_one() -> None:
     """One of the cases of benchmarks/results/plan-measured.txt, on a model of 40 MB."""
-    case = bench_plan.Case("llama", ("data.max_length=256", "train.per_device_train_batch_size=8"))
+    case = bench_plan.Case("llama", bench_plan.SHORT)
     _, kept = bench_plan.measured(case)
     assert 0.97 <= kept["predicted_peak_bytes"] / kept["measured_peak_bytes"] <= 1.10
