@@ -7,6 +7,7 @@ Needs pyte (a development dependency).
 
 import argparse
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
@@ -50,9 +51,9 @@ def drawn(terminal: Terminal) -> list[Text]:
     lines = []
     for row in range(terminal.screen.lines):
         line = Text()
-        for column in range(terminal.screen.columns):
-            cell = terminal.screen.buffer[row][column]
-            line.append(cell.data, Style(color=colour(cell.fg), bold=cell.bold))
+        cells = [terminal.screen.buffer[row][column] for column in range(terminal.screen.columns)]
+        for (foreground, bold), same in groupby(cells, key=lambda cell: (cell.fg, cell.bold)):
+            line.append("".join(cell.data for cell in same), Style(color=colour(foreground), bold=bold))
         lines.append(line)
     while lines and not lines[-1].plain.strip():
         lines.pop()
