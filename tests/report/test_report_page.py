@@ -163,6 +163,10 @@ RESULTS = {
             "loss_increase": 0.0135, "exact_match": 0.34, "reference": {"quant": "f16"},
         },
         "vllm": {"file": "unmeasured"},
+        "lora-gguf-f16": {
+            "file": "run-lora-f16.gguf", "base": "own-Q4_K_M.gguf", "base_loss": 2.549, "loss": 0.1173,
+            "run_loss": None, "loss_increase": None, "exact_match": 0.391,
+        },
     },
 }  # fmt: skip
 SHOWN = (
@@ -171,6 +175,7 @@ SHOWN = (
     "odd.weight (bfloat16) stays unquantized", "together", "111.40 MB", "KL divergence 0.00112 nats/token",
     "kept: held-out loss 0.1466, with the adapter 0.1468", "not kept: held-out loss 0.1481", "35.0 %", "6.329", "41.1 %",
     "arc_easy: base acc 0.25; adapter acc 0.5", "run-q4_k_m.gguf", "105.00 MB", "+0.0135", "above f16",
+    "run-lora-f16.gguf", "own-Q4_K_M.gguf", "2.549", "0.1173", "39.1 %",
 )  # fmt: skip
 
 
