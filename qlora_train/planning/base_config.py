@@ -11,8 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qlora_train.architectures.gguf_configs import gguf_config
-from qlora_train.architectures.gguf_header import read_header
 from qlora_train.config import ModelSection
 from qlora_train.config.preflight import missing_model
 from qlora_train.utils import network
@@ -42,6 +40,9 @@ def find_base_config(model: ModelSection) -> BaseConfig:
     if problem := missing_model(name):
         raise ModelError(f"model.model_name_or_path: {problem}")
     if path.suffix == ".gguf":
+        from qlora_train.architectures.gguf_configs import gguf_config
+        from qlora_train.architectures.gguf_header import read_header
+
         return BaseConfig(gguf_config(read_header(path)), "GGUF header", True)
     if path.is_dir():
         return BaseConfig(_read(path / "config.json", where), "config.json", True)

@@ -121,7 +121,7 @@ def test_plan_of_a_known_family_imports_no_torch() -> None:
     code = (
         "import sys; from qlora_train.cli.main import main; "
         "assert main(['plan', 'configs/llama7b.yaml', '--memory', '24GiB']) == 0; "
-        "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'huggingface_hub') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
