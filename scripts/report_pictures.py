@@ -25,7 +25,7 @@ SETTINGS = (
     "data.train=runs/pictures/train.jsonl", "data.eval=runs/pictures/heldout.jsonl", "train.max_steps=60",
     "train.eval_steps=10", "train.logging_steps=2",
 )  # fmt: skip
-RUNS = {"60-steps": (), "30-steps": ("train.max_steps=30", "export.merge=false")}
+RUNS = {"60-steps": (), "20-steps": ("train.max_steps=20", "export.merge=false")}
 """Names of the runs, with their settings beside SETTINGS."""
 
 

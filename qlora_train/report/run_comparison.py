@@ -117,7 +117,7 @@ RESULTS: tuple[tuple[str, str, Value, Callable[..., float] | None], ...] = (
     ("Steps", "", _trained("steps"), None),
     ("Tokens", "", _trained("num_tokens"), None),
     ("Trained parameters", "", _trained("num_trainable"), None),
-    ("Training time", "seconds", _seconds, min),
+    ("Training time", "seconds", _seconds, None),
     ("Tokens per second", "", _speed, max),
     ("Peak memory", "bytes", _measured("measured_peak_bytes"), min),
 )
