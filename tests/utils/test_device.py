@@ -252,9 +252,9 @@ transformers.PreTrainedModel.from_pretrained = classmethod(on_the_host)
 """
 
 
-def test_the_python_example_of_the_readme_loads_a_model_beside_a_second_gpu(pico_llama: Path, tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    example = readme.split("## From Python\n")[1].split("```python\n")[1].split("```")[0]
+def test_the_python_example_of_the_tour_loads_a_model_beside_a_second_gpu(pico_llama: Path, tmp_path: Path) -> None:
+    tour = (Path(__file__).parents[2] / "docs" / "index.md").read_text(encoding="utf-8")
+    example = tour.split("## From Python\n")[1].split("```python\n")[1].split("```")[0]
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {{model_name_or_path: {pico_llama}}}\ndata: {{train: rows.jsonl}}\n")
     assert '"configs/demo.yaml"' in example
