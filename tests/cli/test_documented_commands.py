@@ -29,7 +29,7 @@ def documented(page: Path) -> Iterator[list[str]]:
 
 def commands() -> list[list[str]]:
     unique = {tuple(words) for page in PAGES for words in documented(page)}
-    return [list(words) for words in sorted(unique) if "..." not in words]
+    return [list(words) for words in sorted(unique) if not any(word.startswith(("...", "[")) for word in words)]
 
 
 def test_there_are_commands_to_try() -> None:
