@@ -18,12 +18,12 @@ from qlora_train.config.resume_policy import FIXED_SHAPE, is_mutable
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 HEAD = """# Every setting
 
-This page is made by `python scripts/config_reference.py` from `qlora_train/config/schema.py`. `qlora-train show CONFIG` prints
-the settings of a config with the place each comes from, `qlora-train schema` a JSON schema for editors. Any setting can be changed
-on the command line: `qlora-train CONFIG train.learning_rate=1e-4`.
+This page is made by `python scripts/config_reference.py` from `qlora_train/config/schema.py`. `qlora-train show CONFIG`
+prints the settings of a config with the place each comes from, `qlora-train schema` a JSON schema for editors. Any setting
+can be changed on the command line: `qlora-train CONFIG train.learning_rate=1e-4`.
 
-On resume a setting marked *free* may change. Others need `run.allow_changed: [section.key]`, which names the effect; those marked
-*fixed* cannot change within a run.
+On resume a setting marked *free* may change. Others need `run.allow_changed: [section.key]`, which names the effect; those
+marked *fixed* cannot change within a run.
 """
 
 

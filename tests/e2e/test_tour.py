@@ -31,8 +31,8 @@ def test_commands_of_the_tour_follow_each_other(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("1 + 2\n"))
     write_rows(Path("chats.jsonl"), count=60)
-    for words in commands():
-        words = [str(base) if word == "Qwen/Qwen3-8B" else word for word in words]
+    for written in commands():
+        words = [str(base) if word == "Qwen/Qwen3-8B" else word for word in written]
         assert main(words) == 0, (words, capsys.readouterr().err)
     run = RunFolder(Path("runs/chats"))
     assert run.is_finished()
