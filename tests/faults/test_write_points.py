@@ -54,7 +54,7 @@ def test_a_fault_at_every_write_point_costs_nothing(
     kind: str, runs: Runs, straight: tuple[bytes, int], table: Table
 ) -> None:
     wanted, num_points = straight
-    status, meaning = KINDS[kind]
+    _, meaning = KINDS[kind]
     first, stride = (1, 1) if LONG else SHORT_FORM[kind]
     points = range(first, num_points + 1, stride)
     assert num_points > 50
@@ -62,12 +62,7 @@ def test_a_fault_at_every_write_point_costs_nothing(
     def try_point(point: int) -> bytes:
         run = runs.new()
         ended = runs.to_the_end(run, *SETTINGS, fault=f"{kind}@{point}")
-        if "report: not written" in ended.log or "row losses: not written" in ended.log:
-            assert ended.status == 0, f"{kind}@{point}: {ended}"
-        else:
-            assert ended.status == status, f"{kind}@{point}: {ended}"
-            if status == 2:
-                assert_one_line(ended)
+        assert_ended(kind, point, ended)
         last = max((step for step in run.checkpoint_steps()), default=None)
         assert last is None or complete_checkpoints(run), f"{kind}@{point} left no complete checkpoint"
         adapter = runs.finished(run, *SETTINGS)
@@ -77,6 +72,16 @@ def test_a_fault_at_every_write_point_costs_nothing(
     good = sum(adapter == wanted for adapter in side_by_side(try_point, points))
     table.add(f"{kind} at write points {points}", good, len(points), f"{meaning}: resumed to the same bits")
     assert good == len(points)
+
+
+def assert_ended(kind: str, point: int, ended: Ended) -> None:
+    """Check how a run ended; what a report needs is not worth its end."""
+    if "report: not written" in ended.log or "row losses: not written" in ended.log:
+        assert ended.status == 0, f"{kind}@{point}: {ended}"
+        return
+    assert ended.status == KINDS[kind][0], f"{kind}@{point}: {ended}"
+    if ended.status == 2:
+        assert_one_line(ended)
 
 
 def assert_one_line(ended: Ended) -> None:
@@ -161,7 +166,7 @@ def test_a_fault_at_every_write_point_of_a_merge_leaves_it_complete_or_absent(
     def try_point(point: int) -> bool:
         run = runs.copy(trained)
         ended = runs.to_the_end(run, *SETTINGS, *MERGING, fault=f"{kind}@{point}")
-        assert ended.status == KINDS[kind][0], ended
+        assert_ended(kind, point, ended)
         assert not run.merged.exists() or run.has_merged()
         assert run.is_finished(), "the adapter is intact"
         assert runs.to_the_end(run, *SETTINGS, *MERGING).status == 0
