@@ -117,7 +117,7 @@ def test_a_disk_that_is_full_before_the_run_begins_gives_one_line(
     line = assert_one_line(runs.to_the_end(run, *SETTINGS))
     assert "No space left on device" in line or line.startswith("run.output_dir: needs"), line
     assert {path.name for path in run.path.iterdir()} == written | {".lock", "run.log"}
-    disk.leave(4 << 20)
+    disk.leave(8 << 20)
     runs.finished(run, *SETTINGS)
 
 
@@ -146,6 +146,6 @@ def test_a_merge_on_a_full_disk_leaves_the_run_whole(
         assert run.is_finished()
         assert adapter_bytes(run) == wanted
         assert {path.name for path in run.path.iterdir()} == before
-    disk.leave(4 << 20)
+    disk.leave(8 << 20)
     assert main.main(command) == 0
     assert run.has_merged()
