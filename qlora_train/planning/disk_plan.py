@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from qlora_train.config import RunConfig
 from qlora_train.config.optimizers import TrainedTensor, optimizer_state_bytes
 from qlora_train.config.schema import TrainSection
+from qlora_train.export.candidate_bases import candidate_bases
 from qlora_train.export.check_sizes import MAX_REFERENCE_BYTES
 
 ADAPTER_DTYPE_BYTES, MERGED_DTYPE_BYTES = 4, 2
@@ -113,8 +114,6 @@ def estimate_disk(config: RunConfig, size: RunSize, *, num_existing: int = 0, do
 
 
 def _num_merges(config: RunConfig, size: RunSize) -> int:
-    from qlora_train.export.merging.candidate_bases import candidate_bases
-
     bases, _ = candidate_bases(
         config.export.merge_base, stored_in_4bit=size.stored_in_4bit,
         load_in_4bit=config.quantization.load_in_4bit, measured=size.has_eval,

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora_train.config.schema import ModelSection, QuantizationSection
-from qlora_train.export.merging.candidate_bases import MergeBase
+from qlora_train.export.candidate_bases import MergeBase
 from qlora_train.export.merging.merge_files import MergeReport, MergeSettings, merge_adapter
 from qlora_train.models import load_model
 from qlora_train.models.text_only import text_model

@@ -23,10 +23,10 @@ import torch
 from transformers import AutoConfig
 
 from qlora_train.config.schema import QuantizationSection, RunConfig
+from qlora_train.export.candidate_bases import MergeBase
 from qlora_train.export.merging.adapter_deltas import AdapterFile
 from qlora_train.export.merging.auxiliary_files import write_auxiliary_files
 from qlora_train.export.merging.base_checkpoint import BaseCheckpoint
-from qlora_train.export.merging.candidate_bases import MergeBase
 from qlora_train.export.merging.meta_model import MetaModel, build_meta_model
 from qlora_train.export.merging.output_tensors import MergePlan, PlannedGroup, plan_merge
 from qlora_train.export.merging.tensor_layout import NameMapping, TensorGroup, group_tensors

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_train.config.schema import ExportSection
+from qlora_train.export.candidate_bases import MergeBase, candidate_bases
 from qlora_train.export.fresh_process import ReloadCheck, check_in_fresh_process
 from qlora_train.export.loading_code import THIS_MODEL, merged_code
-from qlora_train.export.merging.candidate_bases import MergeBase, candidate_bases
 from qlora_train.export.merging.check_budget import bounded_reference
 from qlora_train.export.merging.merge_files import (
     MergeReport,
