@@ -11,8 +11,11 @@ from qlora_train.utils.errors import ConfigError
 from qlora_train.utils.host_memory import available_bytes
 from qlora_train.utils.num_cores import num_cores
 from qlora_train.utils.visible_gpus import visible_gpus
+from qlora_train.utils.visible_text import shortened
 
 UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
+MIN_SIZE, MAX_SIZE = 10**6, 10**15
+MAX_QUOTED = 40
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 CPU_FILE = Path("/proc/cpuinfo")
 
@@ -62,16 +65,17 @@ def parse_size(text: str, where: str) -> int:
     """Return the bytes of a size such as 24GiB or 80 GB.
 
     Raises:
-        ConfigError: not a size, or 0.
+        ConfigError: not a size, or none that a device has.
     """
     match = _SIZE.fullmatch(text)
     unit = match[2].upper() if match else ""
-    if match is None or unit not in UNITS or not float(match[1]):
+    size = float(match[1]) * UNITS.get(unit, 0) if match else 0.0
+    if not MIN_SIZE <= size <= MAX_SIZE:
         raise ConfigError(
-            f"{where}: {text!r} is not a size of memory; allowed: a number with GB, GiB, MB or MiB; write 24GiB for a "
-            "card that is sold with 24 GB"
+            f"{where}: {shortened(text, MAX_QUOTED)!r} is not a size of memory; allowed: a number with MB, MiB, GB, GiB, "
+            "TB or TiB, from 1 MB to 1000 TB; write 24GiB for a card that is sold with 24 GB"
         )
-    return int(float(match[1]) * UNITS[unit])
+    return int(size)
 
 
 def _nvidia_gpu() -> PlanDevice | None:

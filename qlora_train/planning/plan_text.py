@@ -1,10 +1,13 @@
 """A plan as text of at most 24 lines of 80 characters."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from qlora_train.planning.run_plan import RunPlan
 
 WIDTH = 80
+INDENT = " " * 10
+"""Of the further lines of a long text."""
 PART_LABELS = {
     "4-bit weights": "4-bit weights",
     "4-bit constants": "absmax and code tables",
@@ -34,7 +37,8 @@ def plan_lines(plan: RunPlan, name: str, origin: str, notes: Sequence[str] = ())
         origin: where its config.json is from.
         notes: further lines.
     """
-    return [line[:WIDTH] for line in (*_facts(plan, name, origin), *_memory(plan), *_rest(plan), *notes)]
+    lines = (*_facts(plan, name, origin), *_memory(plan), *_rest(plan), *notes)
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent=INDENT)]
 
 
 def _facts(plan: RunPlan, name: str, origin: str) -> Iterator[str]:
@@ -66,6 +70,8 @@ def _memory(plan: RunPlan) -> Iterator[str]:
         yield f"fits      {room}; needs {plan.fitted.least_bytes / 1e9:.1f} GB at least, the rest saves time"
     else:
         yield f"fits      {room}"
+    for caveat in plan.caveats:
+        yield f"loose     {caveat}"
 
 
 def _labelled(plan: RunPlan, part: str, label: str) -> str:

@@ -52,10 +52,13 @@ class Promise:
         write_json(folder.plan_file, plan.to_json())
         steps = "" if plan.work.num_steps is None else f", {plan.work.num_steps:,} steps"
         time = "" if plan.seconds is None else f", about {duration(plan.seconds)}"
+        disk = "" if plan.disk_bytes is None else f", disk {plan.disk_bytes / 1e9:.2f} GB"
         logger.info(
-            "plan: peak %.2f GB of %.1f GB%s%s, disk %.2f GB",
-            plan.fitted.plan.peak_bytes / 1e9, plan.device.memory_bytes / 1e9, steps, time, plan.disk_bytes / 1e9,
+            "plan: peak %.2f GB of %.1f GB%s%s%s",
+            plan.fitted.plan.peak_bytes / 1e9, plan.device.memory_bytes / 1e9, steps, time, disk,
         )  # fmt: skip
+        for caveat in plan.caveats:
+            logger.info("plan: known to be loose (%s)", caveat)
         return cls(folder, device, plan)
 
     def measure(self) -> None:

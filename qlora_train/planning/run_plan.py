@@ -1,18 +1,21 @@
 """The plan of a run before anything is downloaded: memory, disk, steps, tokens and time. No torch for known families."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qlora_train.architectures import detect
 from qlora_train.config import LoraSection, RunConfig
 from qlora_train.planning.disk_plan import DiskPlan, RunSize, estimate_disk
-from qlora_train.planning.family_shapes import family_shapes
+from qlora_train.planning.family_shapes import FAMILIES, family_shapes
 from qlora_train.planning.fit_memory import FittedMemory, fit_memory
 from qlora_train.planning.model_shape import ModelShape
 from qlora_train.planning.plan_device import PlanDevice
 from qlora_train.planning.workload import RowSizes, Workload, plan_workload
 from qlora_train.utils.visible_gpus import visible_gpus
+
+EXPERTS_ON_CPU = "a mixture of experts on a CPU took 2 to 2.6 times its plan"
+"""Measured: benchmarks/results/plan-measured.txt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class RunPlan:
         disk: None if the number of steps is unknown.
         download_bytes: of a base on the Hub, in 16 bits; 0 for a local one.
         seconds: of training; None if nothing comparable was measured.
+        caveats: why the memory is known to be loose, one line each.
     """
 
     model_type: str
@@ -38,6 +42,7 @@ class RunPlan:
     disk: DiskPlan | None
     download_bytes: int
     seconds: float | None = None
+    caveats: tuple[str, ...] = ()
 
     @property
     def operations(self) -> float | None:
@@ -52,9 +57,9 @@ class RunPlan:
         return 4.0 * (self.model.active_numel + head) * self.work.num_tokens
 
     @property
-    def disk_bytes(self) -> int:
-        """Bytes that the run writes, without the base."""
-        return 0 if self.disk is None else self.disk.total_bytes
+    def disk_bytes(self) -> int | None:
+        """Bytes that the run writes, without the base; None if the number of steps is unknown."""
+        return None if self.disk is None else self.disk.total_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as `plan --json` prints it and plan.json stores it."""
@@ -67,6 +72,7 @@ class RunPlan:
             "seconds": self.seconds,
             "disk_bytes": self.disk_bytes,
             "peak_moment": memory.peak.name,
+            "caveats": list(self.caveats),
             "needed_bytes": memory.needed_bytes,
             "fits": self.fitted.fits,
             "device": self.device.name,
@@ -139,7 +145,16 @@ def plan_run(
         is_sharded=is_sharded,
         disk=_disk(config, config_json, model, work, sizes, fitted),
         download_bytes=0 if is_local else 2 * model.numel,
+        caveats=tuple(_caveats(config_json, model, device)),
     )
+
+
+def _caveats(config_json: Mapping[str, Any], model: ModelShape, device: PlanDevice) -> Iterator[str]:
+    if not device.on_gpu and any(model.experts()):
+        yield EXPERTS_ON_CPU
+    family = detect(config_json).model_type
+    if FAMILIES.get(family) is None:
+        yield f"layers of {family} are not described: tensors may be left out"
 
 
 def num_processes(config: RunConfig, device: PlanDevice) -> int:

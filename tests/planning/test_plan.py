@@ -20,9 +20,9 @@ from qlora_train.planning.activations import MicroBatch
 from qlora_train.planning.base_config import well_known_models
 from qlora_train.planning.family_shapes import family_shapes
 from qlora_train.planning.memory import CUDA_CONTEXT_BYTES, plan_memory, step_settings
-from qlora_train.planning.plan_device import parse_size, plan_device
+from qlora_train.planning.plan_device import PlanDevice, parse_size, plan_device
 from qlora_train.planning.plan_text import plan_lines
-from qlora_train.planning.run_plan import RunPlan, plan_run
+from qlora_train.planning.run_plan import EXPERTS_ON_CPU, RunPlan, plan_run
 from qlora_train.planning.workload import RowSizes
 from qlora_train.utils.errors import ConfigError
 from tests.config.test_shipped_yaml import MODELS
@@ -163,11 +163,38 @@ def test_sizes_have_units(text: str, size: int) -> None:
     assert parse_size(text, "--memory") == size
 
 
-@pytest.mark.parametrize("text", ["24", "0GiB", "many", "-1GB", "24GiBs", ""])
+def test_plan_that_is_known_to_be_loose_says_so() -> None:
+    experts = ROOT / "configs" / "qwen3-30b-a3b.yaml"
+    config = load_config(experts)
+    base = well_known_models()[config.model.model_name_or_path]
+    on_cpu = plan_run(config, base, PlanDevice("a CPU", False, 64 * 2**30), RowSizes.most(config))
+    assert "loose     a mixture of experts on a CPU took 2 to 2.6 times its plan" in plan_lines(on_cpu, "base", "table")
+    assert on_cpu.to_json()["caveats"] == [EXPERTS_ON_CPU]
+    assert planned(experts, "24GiB").caveats == planned(ROOT / "configs" / "llama7b.yaml", "24GiB").caveats == ()
+
+
+def test_plan_without_steps_promises_no_disk() -> None:
+    plan = planned(ROOT / "configs" / "llama7b.yaml", "24GiB")
+    assert plan.to_json()["num_steps"] is plan.to_json()["disk_bytes"] is None
+
+
+def test_long_notes_are_wrapped_and_whole() -> None:
+    note = "data      cannot be used (" + " ".join(f"word{number}" for number in range(40)) + ")"
+    lines = plan_lines(planned(ROOT / "configs" / "llama7b.yaml", "24GiB"), "base", "table", [note])
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines).split()).endswith(" ".join(note.split()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["24", "0GiB", "many", "-1GB", "24GiBs", "", "0.0000001GB", "9" * 400 + "GB", "1e3GB"],
+    ids=lambda text: text[:20],
+)
 def test_what_is_not_a_size_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^--memory: '.*' is not a size of memory; allowed: .*24GiB") as caught:
         parse_size(text, "--memory")
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_shipped_table_has_the_published_values_and_every_shipped_base() -> None:
