@@ -102,6 +102,7 @@ def test_mlflow_holds_the_settings_and_losses_of_the_run(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)  # its registry of models is a file there
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
     run = train_run(tmp_path, pico_llama, *SETTINGS, "run.report_to=[mlflow]", name="adder")
