@@ -44,8 +44,8 @@ def model_on_meta(config_json: Mapping[str, Any]) -> tuple[Any, Any]:
     Raises:
         ModelError: Transformers has no causal language model of this model_type.
     """
-    settings = {key: value for key, value in config_json.items() if key != "model_type"}
-    settings.pop("quantization_config", None)
+    dropped = ("model_type", "quantization_config")
+    settings = {key: _with_floats(value) for key, value in config_json.items() if key not in dropped}
     try:
         config = AutoConfig.for_model(config_json.get("model_type"), **settings)
         with torch.device("meta"):
@@ -54,6 +54,14 @@ def model_on_meta(config_json: Mapping[str, Any]) -> tuple[Any, Any]:
         reason = str(error).strip().split("\n", 1)[0]
         raise ModelError(f"config.json: no causal language model can be built from it: {reason}") from error
     return config.get_text_config(), model
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a value of config.json with the floats that Transformers writes as `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        tag = value.get("__float__")
+        return float(tag) if isinstance(tag, str) else {key: _with_floats(item) for key, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 class _Walk:

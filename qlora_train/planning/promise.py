@@ -16,13 +16,10 @@ from qlora_train.planning.run_history import earlier_runs, predict_seconds
 from qlora_train.planning.run_plan import RunPlan, plan_run
 from qlora_train.planning.workload import RowSizes
 from qlora_train.runs import RunFolder, write_json
-from qlora_train.utils.errors import UserError, first_line
+from qlora_train.utils.errors import first_line
 from qlora_train.utils.memory_meter import MemoryMeter
 
 logger = logging.getLogger(__name__)
-
-UNPLANNABLE = (UserError, AttributeError, KeyError, TypeError, ValueError)
-"""Of a config.json that Transformers builds a model from only with code of its own."""
 
 
 class Promise:
@@ -46,7 +43,7 @@ class Promise:
         """Plan a run, write plan.json and log one line; without a plan the run goes on."""
         try:
             plan = _plan(config, folder, source, data, device, strategy)
-        except UNPLANNABLE as error:
+        except Exception as error:  # such as a model with code of its own: its run needs no plan
             logger.warning("plan: none (%s)", first_line(error))
             return cls(folder, device, None)
         write_json(folder.plan_file, plan.to_json())

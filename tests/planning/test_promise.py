@@ -15,6 +15,7 @@ import torch
 from qlora_train.cli.main import main
 from qlora_train.config import load_config
 from qlora_train.models.hardware import choose_compute_dtype
+from qlora_train.planning import promise
 from qlora_train.planning.base_config import well_known_models
 from qlora_train.planning.cheapest_change import cheapest_change
 from qlora_train.planning.plan_device import cpu_name, has_avx512, plan_device
@@ -42,6 +43,20 @@ def test_run_keeps_its_plan_and_what_it_measured(finished: RunFolder) -> None:
     since = finished.read_results()["training"]["since_last_start"]
     assert kept["measured_seconds"] == since["train_seconds"]
     assert plan["disk_bytes"] >= sum(file.stat().st_size for file in finished.adapter.iterdir())
+
+
+def test_run_without_a_plan_goes_on(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_arguments: Any, **_keywords: Any) -> RunPlan:
+        raise RuntimeError("a family that nobody has seen")
+
+    monkeypatch.setattr(promise, "plan_run", fails)
+    run = train_run(tmp_path, pico_llama, "train.max_steps=1")
+    assert run.is_finished()
+    assert not run.plan_file.exists()
+    assert run.read_results()["plan"]["predicted_peak_bytes"] is None
+    assert "plan: none (a family that nobody has seen)" in caplog.messages
 
 
 def test_resumed_run_measures_no_time(finished: RunFolder, pico_llama: Path, tmp_path: Path) -> None:
