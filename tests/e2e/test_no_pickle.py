@@ -88,6 +88,7 @@ def test_these_are_all_files_of_a_checkpoint_and_none_is_a_pickle(trained: RunFo
     assert {file.suffix for file in files} <= {
         ".safetensors",
         ".arrow",
+        ".log",
         ".json",
         ".jsonl",
         ".yaml",
