@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_train.cli.output import print_text
 from qlora_train.utils.errors import ConfigError
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run folders; several are compared")]
@@ -22,4 +23,4 @@ def report(runs: Runs, output: Output = None) -> None:
     if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError("report: the same run is named twice; name each once")
     file = write_report(runs[0], output) if len(runs) == 1 else write_comparison(runs, output)
-    print(f"report: {file}")
+    print_text(f"report: {file}")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from qlora_train.report.html_text import shown
 from qlora_train.report.number_text import axis_unit, number_text
@@ -11,6 +11,7 @@ from qlora_train.report.recorded_run import RecordedRun
 
 Kind = Literal["line", "points", "raw"]
 Values = Sequence[float | None]
+T = TypeVar("T")
 
 MAX_SMOOTHING = 0.95
 """Weight of earlier values in the running mean of the training loss of a long run."""
@@ -18,7 +19,7 @@ SMOOTHED_SHARE = 0.05
 """Share of a run over which the running mean averages."""
 MIN_SMOOTHED_POINTS = 20
 MAX_POINTS = 20_000
-"""Steps of a chart; of more, every n-th is shown."""
+"""Points of a chart, over all its metrics; of a metric with more than its share, every n-th is shown."""
 NOT_CHARTED = {"step", "epoch", "eval_runtime_seconds"}
 
 
@@ -139,14 +140,20 @@ class _Line:
 
 def _chart(kind: ChartKind, lines: Sequence[_Line]) -> Chart:
     points = [values_of(line.run, line.key) for line in lines]
-    steps = sorted({step for values in points for step in values})
-    steps = steps[:: math.ceil(len(steps) / MAX_POINTS) or 1]
+    share = MAX_POINTS // len(lines)
+    steps = sorted({step for values in points for step in thinned(sorted(values), share)})
     drawn = [(line, values) for line, values in zip(lines, points, strict=True) if values]
     series = [each for line, values in drawn for each in _series(line, values, steps)]
     levels = [level for line, _ in drawn for level in _planned(line)]
     sentences = [_sentence(line.title, values, kind.unit) for line, values in drawn]
     sentences += [f"{level.name}: {number_text(level.value, kind.unit)}." for level in levels]
     return Chart(kind, steps, series, levels, " ".join(sentences) or _why_empty(kind))
+
+
+def thinned(items: Sequence[T], max_items: int) -> list[T]:
+    """Return every n-th item, at most `max_items`, and the last one."""
+    kept = list(items[:: math.ceil(len(items) / max_items) or 1])
+    return kept if kept[-1:] == [*items[-1:]] else [*kept, items[-1]]
 
 
 def values_of(run: RecordedRun, key: str) -> dict[int, float]:

@@ -147,9 +147,13 @@ def _read_lines(file: Path, keys: Sequence[str], problems: list[str]) -> tuple[J
     for line in file.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"):
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
-        if isinstance(content, dict) and all(key in content for key in keys):
+        if (
+            isinstance(content, dict)
+            and all(key in content for key in keys)
+            and isinstance(content.get("step", 0), int)
+        ):
             found.append(content)
         else:
             num_unreadable += 1

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from qlora_train import __version__
 from qlora_train.report.graded_answers import OUTCOMES, count_outcomes, grade_answers, models_of
 from qlora_train.report.html_text import json_block, shown
-from qlora_train.report.metric_charts import Chart, charts_of, compared_charts
+from qlora_train.report.metric_charts import Chart, charts_of, compared_charts, thinned
 from qlora_train.report.number_text import number_text, setting_text
 from qlora_train.report.recorded_run import RecordedRun
 from qlora_train.report.run_comparison import compare_runs
@@ -33,7 +33,7 @@ POLICY = (
 MAX_ANSWERS = 300
 """Held-out rows whose answers are shown, those that are wrong first."""
 MAX_TABLE_STEPS = 200
-"""Steps in the table of metrics; of more, every n-th is shown."""
+"""Steps in the table of metrics, and as many evaluations; of more, every n-th is shown."""
 
 
 def render_run(run: RecordedRun) -> str:
@@ -43,8 +43,9 @@ def render_run(run: RecordedRun) -> str:
         "run.html", charts, run=run, title=run.name, status=status_of(run), method=method_of(run), figures=figures_of(run),
         checks=checks_of(run), rows=rows[:MAX_ANSWERS], num_rows=len(rows), outcomes=count_outcomes(rows),
         outcome_names=OUTCOMES, models=models_of(run.answers) if rows else [], samples=samples_by_prompt(run.samples),
-        row_losses=_losses_by_location(run), metrics=_thinned(run.metrics), evaluation=run.results.get("evaluation", {}),
-        tasks=run.results.get("tasks", {}), exports=run.results.get("export", {}),
+        row_losses=_losses_by_location(run), metrics=_table_lines(run.metrics),
+        evaluation=run.results.get("evaluation", {}), tasks=run.results.get("tasks", {}),
+        exports=run.results.get("export", {}),
     )  # fmt: skip
 
 
@@ -100,10 +101,11 @@ def _losses_by_location(run: RecordedRun) -> dict[str, float]:
     return {row["where"]: row["loss"] for row in (*part.get("rows", ()), *part.get("other_rows", ()))}
 
 
-def _thinned(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _table_lines(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one line a step, with the metrics of training and evaluation."""
     by_step: dict[int, dict[str, Any]] = {}
     for line in metrics:
         by_step.setdefault(line["step"], {}).update(line)
-    lines = list(by_step.values())
-    return lines[:: -(-len(lines) // MAX_TABLE_STEPS) or 1]
+    evaluations = [step for step, line in by_step.items() if any(key.startswith("eval_") for key in line)]
+    shown = {*thinned(list(by_step), MAX_TABLE_STEPS), *thinned(evaluations, MAX_TABLE_STEPS)}
+    return [line for step, line in by_step.items() if step in shown]

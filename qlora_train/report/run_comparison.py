@@ -8,7 +8,7 @@ from qlora_train.report.graded_answers import GradedAnswer, grade, models_of, pr
 from qlora_train.report.metric_charts import values_of
 from qlora_train.report.number_text import MISSING, number_text, setting_text
 from qlora_train.report.recorded_run import RecordedRun
-from qlora_train.report.run_facts import status_of
+from qlora_train.report.run_facts import setting, status_of
 
 MAX_ROWS = 300
 
@@ -39,7 +39,7 @@ class ComparedAnswers:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The tables of a comparison; `labels` are the names of the runs."""
+    """The tables of a comparison; `labels` are the names of the runs, `notes` say what cannot be compared."""
 
     labels: tuple[str, ...]
     results: tuple[ComparedRow, ...]
@@ -47,7 +47,7 @@ class Comparison:
     environment: tuple[ComparedRow, ...]
     answers: tuple[ComparedAnswers, ...]
     num_answers: int
-    same_held_out_rows: bool
+    notes: tuple[str, ...]
 
 
 def compare_runs(runs: Sequence[RecordedRun]) -> Comparison:
@@ -60,7 +60,7 @@ def compare_runs(runs: Sequence[RecordedRun]) -> Comparison:
         environment=tuple(_environment(runs)),
         answers=tuple(sorted(answers, key=lambda row: not row.disagrees)[:MAX_ROWS]),
         num_answers=len(answers),
-        same_held_out_rows=len({run.metadata.get("data_fingerprint") for run in runs}) == 1,
+        notes=tuple(_notes(runs)),
     )
 
 
@@ -106,34 +106,76 @@ def _trained(key: str) -> Value:
     return lambda run: run.training.get(key)
 
 
-RESULTS: tuple[tuple[str, str, Value, Callable[..., float] | None], ...] = (
-    ("Held-out loss", "", _last_eval_loss, min),
-    ("Mean training loss", "", _trained("train_loss"), None),
-    ("Exact match, adapter", "share", _evaluated("adapter", "exact_match"), max),
-    ("Exact match, merged", "share", _evaluated("merged", "exact_match"), max),
-    ("Exact match, base", "share", _evaluated("base", "exact_match"), None),
-    ("Field F1, adapter", "", _evaluated("adapter", "field_f1"), max),
-    ("Loss after the merge", "", _merged_loss, min),
-    ("Steps", "", _trained("steps"), None),
-    ("Tokens", "", _trained("num_tokens"), None),
-    ("Trained parameters", "", _trained("num_trainable"), None),
-    ("Training time", "seconds", _seconds, None),
-    ("Tokens per second", "", _speed, max),
-    ("Peak memory", "bytes", _measured("measured_peak_bytes"), min),
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A line of the results.
+
+    Attributes:
+        best: which value is best; None: that cannot be said.
+        is_score: of held-out rows, comparable where these are the same.
+        is_loss: comparable where base and objective are the same too, since tokens and formulas differ otherwise.
+    """
+
+    name: str
+    value_of: Value
+    unit: str = ""
+    best: Callable[..., float] | None = None
+    is_score: bool = False
+    is_loss: bool = False
+
+
+RESULTS = (
+    Result("Held-out loss", _last_eval_loss, best=min, is_loss=True),
+    Result("Mean training loss", _trained("train_loss")),
+    Result("Exact match, adapter", _evaluated("adapter", "exact_match"), "share", max, is_score=True),
+    Result("Exact match, merged", _evaluated("merged", "exact_match"), "share", max, is_score=True),
+    Result("Exact match, base", _evaluated("base", "exact_match"), "share"),
+    Result("Field F1, adapter", _evaluated("adapter", "field_f1"), best=max, is_score=True),
+    Result("Loss after the merge", _merged_loss, best=min, is_loss=True),
+    Result("Steps", _trained("steps")),
+    Result("Tokens", _trained("num_tokens")),
+    Result("Trained parameters", _trained("num_trainable")),
+    Result("Training time", _seconds, "seconds"),
+    Result("Tokens per second", _speed, best=max),
+    Result("Peak memory", _measured("measured_peak_bytes"), "bytes", min),
 )
-"""Lines of the results: name, unit, value, and which value is best, if that can be said."""
 
 
 def _results(runs: Sequence[RecordedRun]) -> Iterator[ComparedRow]:
     yield ComparedRow("Status", tuple(status_of(run) for run in runs))
-    for name, unit, value_of, best in RESULTS:
-        values = [value_of(run) for run in runs]
+    same_rows = _have_same_held_out_rows(runs)
+    for result in RESULTS:
+        values = [result.value_of(run) for run in runs]
         known = [value for value in values if value is not None]
         if not known:
             continue
-        top = best(known) if best and len(set(known)) > 1 else None
+        is_comparable = same_rows and (not result.is_loss or _have_same_loss(runs))
+        says_best = result.best is not None and (is_comparable or not (result.is_score or result.is_loss))
+        top = result.best(known) if result.best and says_best and len(set(known)) > 1 else None
         winners = frozenset(i for i, value in enumerate(values) if top is not None and value == top)
-        yield ComparedRow(name, tuple(number_text(value, unit) for value in values), winners)
+        yield ComparedRow(result.name, tuple(number_text(value, result.unit) for value in values), winners)
+
+
+def _notes(runs: Sequence[RecordedRun]) -> Iterator[str]:
+    """Yield why numbers of the runs cannot be compared."""
+    if not _have_same_held_out_rows(runs):
+        yield "The runs have different held-out rows: no loss or score is called best."
+    elif not _have_same_loss(runs):
+        yield "The runs have different bases or objectives: their losses are not comparable, and none is called best."
+
+
+def _have_same_held_out_rows(runs: Sequence[RecordedRun]) -> bool:
+    """Return whether held-out rows are the same, by file name, line and prompt; else by the fingerprint of all data."""
+    rows = [
+        frozenset((_file_and_line(where), prompt_text(prompt)) for where, prompt in run.prompts.items()) for run in runs
+    ]
+    if all(rows):
+        return len(set(rows)) == 1
+    return len({run.metadata.get("data_fingerprint") for run in runs}) == 1
+
+
+def _have_same_loss(runs: Sequence[RecordedRun]) -> bool:
+    return len({(str(run.metadata.get("base")), setting(run, "train.objective")) for run in runs}) == 1
 
 
 def _settings(runs: Sequence[RecordedRun]) -> Iterator[ComparedRow]:

@@ -28,7 +28,7 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); restore it, or delete the run folder") from None
     return content
 

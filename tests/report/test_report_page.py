@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -230,6 +231,24 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     html.encode()
 
 
+def test_long_run_keeps_every_evaluation_and_its_end(run: RunFolder) -> None:
+    training: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 60_001)]
+    evaluations = [{"step": step, "eval_loss": 2 / step} for step in range(1000, 60_001, 1000)]
+    write_lines(run.metrics_file, sorted([*training, *evaluations], key=lambda line: line["step"]))
+    recorded = read_run(run.path)
+    [loss, *_] = charts_of(recorded)
+    [held_out] = [series for series in loss.series if series.name == "held out"]
+    drawn = {step: value for step, value in zip(loss.steps, held_out.values, strict=True) if value is not None}
+    assert drawn == {line["step"]: line["eval_loss"] for line in evaluations}
+    assert loss.steps[-1] == 60_000
+    html = render_run(recorded)
+    assert len(html) < 2_000_000
+    [table] = [each for each in Page.of(html).root.find("table") if "Metrics by optimizer step" in each.text]
+    steps = [row.find("th")[0].text for row in table.find("tr")[1:]]
+    assert {f"{line['step']:,}" for line in evaluations} <= set(steps)
+    assert steps[-1] == "60,000"
+
+
 def test_long_texts_are_cut_and_say_so(run: RunFolder) -> None:
     write_answers(run, [("x" * 100_000, "y", "z" * MAX_CHARACTERS)])
     html = render_run(read_run(run.path))
@@ -290,6 +309,34 @@ def test_comparison_has_a_line_per_run_and_the_settings_that_differ(run: RunFold
     assert [cell.text for cell in results["Held-out loss"].find("td")] == ["0.2best", "0.7"]
 
 
+@pytest.mark.parametrize(
+    ("metadata", "override", "note", "best"),
+    [
+        ({"data_fingerprint": "b", "base": "x"}, "lora.r=8", "different held-out rows", set()),
+        ({"data_fingerprint": "a", "base": "y"}, "lora.r=8", "different bases or objectives", {"Exact match, adapter"}),
+        (
+            {"data_fingerprint": "a", "base": "x"},
+            "train.objective=dpo",
+            "different bases or obj",
+            {"Exact match, adapter"},
+        ),
+        ({"data_fingerprint": "a", "base": "x"}, "lora.r=16", "", {"Exact match, adapter", "Held-out loss"}),
+    ],
+)
+def test_only_what_can_be_compared_is_called_best(
+    tmp_path: Path, metadata: dict[str, str], override: str, note: str, best: set[str]
+) -> None:
+    runs = [begun_run(tmp_path, name="first"), begun_run(tmp_path, override, name="second")]
+    for index, (run, recorded) in enumerate(zip(runs, ({"data_fingerprint": "a", "base": "x"}, metadata), strict=True)):
+        write_metrics(run, offset=index / 2)
+        write_json(run.metadata_file, recorded)
+        write_json(run.results_file, {"evaluation": {"adapter": {"exact_match": 0.5 + index / 4}}})
+    page = Page.of(render_comparison([read_run(run.path) for run in runs])).root
+    assert [note in each.text for each in page.find("p", class_="warning")] == ([True] if note else [])
+    rows = one(page.find("section", id="results")).find("tr")
+    assert {row.find("th")[0].text for row in rows if row.find("span", class_="best")} == best
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     runs = [begun_run(tmp_path / name) for name in ("first", "second")]
     html = render_comparison([read_run(run.path) for run in runs])
@@ -321,6 +368,44 @@ def test_command_says_what_is_wrong(run: RunFolder, tmp_path: Path, capsys: pyte
         assert main(["report", *arguments]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert problem in line
+
+
+DAMAGED = {
+    "plan.json": [
+        '{"peak_bytes": NaN, "parts": {"a": NaN}}',
+        '{"peak_bytes": "1"}',
+        '{"parts": {"a": 0}}',
+        "[" * 100_000,
+    ],
+    "data.json": ['{"max_length": 3}', '{"sources": 1, "is_streamed": 2}'],
+    "results.json": ['{"training": []}', '{"evaluation": 3, "merge": 4}', '{"quantization": null, "plan": null}'],
+    "metrics.jsonl": [
+        '{"step": "x", "loss": 1}',
+        '{"step": null}',
+        '{"step": 1, "loss": 1' + "0" * 400 + "}",
+        "[" * 100_000,
+    ],
+    "answers.jsonl": ['{"where": ["a"], "expected": "x", "adapter": "y"}', '{"where": 3, "expected": null}'],
+    "samples.jsonl": ['{"step": 1, "row": [1], "prompt": null, "expected": 2, "generated": {}}'],
+    "run.json": ['{"versions": [1]}', '{"changes": 3, "base": {"<b>": 1}}', '{"versions": null}'],
+    "row_losses.json": ['{"train": 3}', '{"eval": {"rows": [{}]}}'],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_damaged_files_are_one_line_at_most(
+    run: RunFolder, name: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run.path / name).write_text(text + "\n", encoding="utf-8")
+    other = begun_run(run.path.parent, name="other")
+    for command in (
+        ["report", str(run.path)],
+        ["report", str(run.path), str(other.path), "-o", f"{run.path}/both.html"],
+    ):
+        status = main(command)
+        lines = capsys.readouterr().err.splitlines()
+        assert (status, len(lines)) in ((0, 0), (2, 1))
+        assert all(line.startswith(str(run.path)) and line.endswith("or delete it") for line in lines)
 
 
 def test_a_report_that_fails_is_one_warning(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
