@@ -2,7 +2,8 @@
 
 While it is shown, standard output and error of this process and its children go to a file of the run folder, and their
 lines appear above the view; after a crash inside a library the file has its last words. The cursor stays visible, so that
-the terminal is as before however the process ends.
+the terminal is as before however the process ends. A view that cannot be drawn, or whose terminal is closed, gives way to
+plain lines; the run goes on.
 """
 
 import logging
@@ -10,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from qlora_train.utils.visible_text import visible
 REFRESH_SECONDS = 0.25
 STANDARD_STREAMS = (1, 2)
 STDERR_FILE = "stderr.log"
+logger = logging.getLogger(__name__)
 
 
 def can_show_live() -> bool:
@@ -87,28 +89,44 @@ class _Shown:
         self._live = Live(screen, console=self._console, auto_refresh=False, redirect_stdout=False,
                           redirect_stderr=False, vertical_overflow="crop")  # fmt: skip
         self._streams = _Redirected(file)
-        self._live.start()
-        self._console.show_cursor(True)
         self._handler = _AboveHandler(self._console, handler)
         self._plain_handler = handler
         _replace_handler(handler, self._handler)
-        self._stopping = threading.Event()
+        self._stopping, self._has_ended = threading.Event(), False
         self._thread = threading.Thread(target=self._draw, name="live view", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         self._stopping.set()
         self._thread.join()
-        _replace_handler(self._handler, self._plain_handler)
-        self._print_lines(self._streams.restore())
-        self._live.stop()
-        self._terminal.close()
+        self._give_back()
 
     def _draw(self) -> None:
-        while not self._stopping.wait(REFRESH_SECONDS):
-            self._follow_size()
-            self._print_lines(self._streams.new_lines())
-            self._live.refresh()
+        try:
+            self._live.start()
+            self._console.show_cursor(True)
+            while not self._stopping.wait(REFRESH_SECONDS):
+                self._follow_size()
+                self._print_lines(self._streams.new_lines())
+                self._live.refresh()
+        except Exception:
+            self._give_back()
+            logger.warning("display: stopped after an error; the run continues", exc_info=True)
+
+    def _give_back(self) -> None:
+        """Draw a last time, and print plain lines from here on."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        _replace_handler(self._handler, self._plain_handler)
+        lines = self._streams.restore()
+        try:
+            self._print_lines(lines)
+            self._live.stop()
+        except Exception:
+            logger.warning("display: not drawn to its end", exc_info=True)
+        with suppress(OSError):
+            self._terminal.close()
 
     def _follow_size(self) -> None:
         size = os.get_terminal_size(self._terminal.fileno())
@@ -143,10 +161,11 @@ class _Redirected:
 
     def restore(self) -> list[str]:
         """Give the streams back, and return the lines that were not read."""
-        lines = self.new_lines() + ([self._rest] if self._rest else [])
+        _flush()
         for number, saved in self._saved.items():
             os.dup2(saved, number)
             os.close(saved)
+        lines = self.new_lines() + ([self._rest] if self._rest else [])
         os.close(self._writer)
         self._reader.close()
         if self._file.stat().st_size == 0:
@@ -168,7 +187,7 @@ class _AboveHandler(logging.Handler):
         style = "bold red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else ""
         try:
             self._console.print(Text(self.format(record), style), soft_wrap=True)
-        except OSError:  # the terminal is gone; run.log has the line
+        except Exception:  # the terminal is gone, or the view cannot be drawn; run.log has the line
             self.handleError(record)
 
 
@@ -181,4 +200,5 @@ def _replace_handler(old: logging.Handler, new: logging.Handler) -> None:
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.flush()
+            with suppress(OSError, ValueError):  # a full disk, or a stream that a library closed
+                stream.flush()

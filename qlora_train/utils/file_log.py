@@ -2,6 +2,9 @@
 
 Lines from before the file is known are held back (`HeldBack`) and written first. A file that cannot be written, as on a
 full disk, does not end the run: the next line that can be written counts those that are missing.
+
+The file has every line also where the package is used as a library: the application's own handlers then get what they got
+without the file.
 """
 
 import logging
@@ -41,12 +44,23 @@ class _FileHandler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         missing = f"({self.num_missing} lines are missing)\n" if self.num_missing else ""
-        line = missing + self.format(record) + self.terminator
         try:
+            line = missing + self.format(record) + self.terminator
             os.write(self.stream.fileno(), line.encode(errors="backslashreplace"))  # whole, or not at all
             self.num_missing = 0
         except OSError:
             self.num_missing += 1
+        except Exception:  # a line with the wrong arguments ends no run
+            self.handleError(record)
+
+
+class _ApplicationHandler(logging.Handler):
+    """Passes lines on to the root logger, as if the package's logger had no level of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        application = logging.getLogger()
+        if application.isEnabledFor(record.levelno):
+            application.handle(record)
 
 
 def log_to_file(file: Path) -> None:
@@ -55,6 +69,7 @@ def log_to_file(file: Path) -> None:
     root = logging.getLogger(PACKAGE)
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG)
+    root.propagate = False
 
 
 @contextmanager
@@ -64,7 +79,8 @@ def logged_to(file: Path) -> Iterator[None]:
     handler = _open(file)
     root.addHandler(handler)
     try:
-        yield
+        with _every_line(root):
+            yield
     except BaseException:
         handler.handle(logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": "ended by",
                                               "exc_info": sys.exc_info()}))  # fmt: skip
@@ -74,6 +90,24 @@ def logged_to(file: Path) -> Iterator[None]:
         handler.stream.close()
     if handler.num_missing:
         logger.warning("%s: the last %d lines are missing (it could not be written)", file, handler.num_missing)
+
+
+@contextmanager
+def _every_line(package: logging.Logger) -> Iterator[None]:
+    """Let the package's logger take every line inside, unless a command or the application chose its level."""
+    if package.level != logging.NOTSET or not package.propagate:
+        yield
+        return
+    application = _ApplicationHandler()
+    package.addHandler(application)
+    package.propagate = False
+    package.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        package.setLevel(logging.NOTSET)
+        package.propagate = True
+        package.removeHandler(application)
 
 
 def _open(file: Path) -> _FileHandler:

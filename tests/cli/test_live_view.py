@@ -109,6 +109,16 @@ SAMPLE = 'emit(Sampled(1, 0, "[red]p[/red] \\x1b[2J\\u202eabc", "one\\ntwo", "th
 CHILD = "subprocess.run(['sh', '-c', \"printf 'from a child [bold]\\\\033[2J\\\\n' >&2\"]); time.sleep(1)"
 RESIZED = "time.sleep(3)"
 RAISES = "raise OSError('no more')"
+UNDRAWABLE = (
+    'emit(Measured(10, 10, 0.1, {"loss": 1.0}, 100.0, float("inf"), None)); time.sleep(1); '
+    'logger = __import__("logging").getLogger("qlora_train.test"); logger.info("a line"); print("a library\'s line")'
+)
+"""No clock shows the end of an endless run."""
+CLOSED_TERMINAL = (
+    "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); print('ready', flush=True); time.sleep(2); "
+    "__import__('logging').getLogger('qlora_train.test').info('a line'); "
+    "(Path(sys.argv[1]) / 'trained').write_text('to its end')"
+)
 
 
 def scripted(folder: Path, body: str, **environment: str) -> Terminal:
@@ -157,6 +167,24 @@ def test_traceback_follows_the_view(tmp_path: Path) -> None:
     assert "✗ training" in text
     assert text.rstrip().endswith("OSError: no more")
     assert terminal.raw.rfind(SHOW) > terminal.raw.rfind(HIDE)
+
+
+def test_a_view_that_cannot_be_drawn_gives_way_to_plain_lines(tmp_path: Path) -> None:
+    terminal = scripted(tmp_path, UNDRAWABLE)
+    assert terminal.wait() == 0, terminal.raw.decode()
+    lines = terminal.raw.decode().replace("\r\n", "\n").split("\n")
+    assert "display: stopped after an error; the run continues" in lines
+    assert lines[-4:] == ["a line", "a library's line", "end of the script", ""]
+    assert terminal.raw.rfind(SHOW) >= terminal.raw.rfind(HIDE)
+
+
+def test_a_run_outlives_its_terminal(tmp_path: Path) -> None:
+    """As under nohup, or in a session whose connection is lost."""
+    terminal = scripted(tmp_path, CLOSED_TERMINAL)
+    assert terminal.run_until(lambda screen: count(screen, "ready") > 0)
+    terminal.close()
+    terminal.process.wait(timeout=60)
+    assert (tmp_path / "trained").read_text() == "to its end"
 
 
 # --- terminals without a view ------------------------------------------------------------------------------------------

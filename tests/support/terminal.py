@@ -74,6 +74,10 @@ class Terminal:
             self.screens.append(picture)
         return bool(data)
 
+    def close(self) -> None:
+        """Close the terminal under the command."""
+        os.close(self._master)
+
     def wait(self) -> int:
         """Return the exit status."""
         self.run_until()
