@@ -20,6 +20,7 @@ SMOOTHED_SHARE = 0.05
 MIN_SMOOTHED_POINTS = 20
 MAX_POINTS = 20_000
 """Points of a chart, over all its metrics; of a metric with more than its share, every n-th is shown."""
+PEAK_MEMORY = "peak_memory_bytes"
 NOT_CHARTED = {"step", "epoch", "eval_runtime_seconds"}
 
 
@@ -44,7 +45,7 @@ CHARTS = (
     ChartKind("learning_rate", "Learning rate", "", {"learning_rate": "learning rate"}),
     ChartKind("grad_norm", "Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
     ChartKind("throughput", "Throughput", "tokens/s", {"tokens_per_second": "tokens/s"}),
-    ChartKind("memory", "Peak memory", "bytes", {"peak_memory_bytes": "measured"}),
+    ChartKind("memory", "Peak memory", "bytes", {PEAK_MEMORY: "measured"}),
 )
 """The charts of every run; other metrics have a chart each, together with that of held-out rows."""
 
@@ -98,7 +99,14 @@ class Chart:
 
 def charts_of(run: RecordedRun) -> list[Chart]:
     """Return the charts of one run."""
-    return [_chart(kind, [_Line(run, key, name) for key, name in kind.metrics.items()]) for kind in _kinds([run])]
+    return [
+        _chart(kind, [_Line(run, key, _legend(run, key, name)) for key, name in kind.metrics.items()])
+        for kind in _kinds([run])
+    ]
+
+
+def _legend(run: RecordedRun, key: str, name: str) -> str:
+    return "whole process" if key == PEAK_MEMORY and run.is_on_cpu else name
 
 
 def compared_charts(runs: Sequence[RecordedRun], labels: Sequence[str]) -> list[Chart]:
@@ -193,8 +201,11 @@ def _running_mean(values: Values) -> list[float | None]:
 
 
 def _planned(line: _Line) -> Iterator[Level]:
-    if line.key == "peak_memory_bytes" and (planned := line.run.plan.get("peak_bytes")):
-        yield Level("Planned" if line.index is None else f"{line.name}, planned", float(planned))
+    """Yield what was planned for the GPU's tensors, which is what their peak is comparable with."""
+    planned = line.run.plan.get("peak_bytes")
+    if line.key == PEAK_MEMORY and planned and not line.run.is_on_cpu:
+        tensors = float(planned - line.run.plan.get("parts", {}).get("runtime", 0))
+        yield Level("Planned tensors" if line.index is None else f"{line.name}, planned tensors", tensors)
 
 
 def _sentence(name: str, points: Mapping[int, float], unit: str) -> str:

@@ -78,6 +78,11 @@ class RecordedRun:
         return dict(self.results.get("training") or {})
 
     @property
+    def is_on_cpu(self) -> bool:
+        """Whether it trained on a CPU, where `peak_memory_bytes` is of the whole process, which no plan counts."""
+        return self.metadata.get("num_threads") is not None
+
+    @property
     def last_step(self) -> int:
         """The last step with metrics; 0 before the first."""
         return int(max((line["step"] for line in self.metrics), default=0))

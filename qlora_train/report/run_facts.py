@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_train.report.metric_charts import values_of
+from qlora_train.report.metric_charts import PEAK_MEMORY, values_of
 from qlora_train.report.number_text import number_text
 from qlora_train.report.recorded_run import RecordedRun
 
@@ -122,8 +122,12 @@ def _duration(run: RecordedRun) -> Figure | None:
 
 def _memory(run: RecordedRun) -> Figure | None:
     plan = run.results.get("plan", {})
-    measured = plan.get("measured_peak_bytes") or max(values_of(run, "peak_memory_bytes").values(), default=None)
+    measured = plan.get("measured_peak_bytes")
     planned = plan.get("predicted_peak_bytes") or run.plan.get("peak_bytes")
+    so_far = max(values_of(run, PEAK_MEMORY).values(), default=None)
+    if not measured and so_far and run.is_on_cpu:
+        return Figure("Peak memory", number_text(so_far, "bytes"), "whole process, not what the plan counts")
+    measured = measured or so_far
     if measured:
         note = f"planned {number_text(planned, 'bytes')}" if planned else "not planned"
         return Figure("Peak memory", number_text(measured, "bytes"), note)

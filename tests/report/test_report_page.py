@@ -128,6 +128,24 @@ def test_settings_that_differ_from_the_schema_are_marked(run: RunFolder) -> None
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("num_threads", "legend", "level", "note"),
+    [
+        (None, "measured", 1_500_000_000, "planned 2.00 GB"),
+        (2, "whole process", None, "whole process, not what the plan"),
+    ],
+)
+def test_measured_memory_is_compared_with_the_plan_of_the_same_thing(
+    run: RunFolder, num_threads: int | None, legend: str, level: int | None, note: str
+) -> None:
+    write_json(run.metadata_file, {"num_threads": num_threads})
+    write_json(run.plan_file, {"peak_bytes": 2_000_000_000, "parts": {"weights": 1.5e9, "runtime": 500_000_000}})
+    [memory] = [chart for chart in charts_of(read_run(run.path)) if chart.kind.key == "memory"]
+    assert [series.name for series in memory.series] == [legend]
+    assert [each.value for each in memory.levels] == ([] if level is None else [level])
+    assert note in one(page_of(run).find("dl", class_="figures")).text
+
+
 RESULTS = {
     "training": {
         "steps": 40, "taken_from_step": 40, "num_tokens": 33639, "num_skipped_steps": 2, "num_loss_spikes": 0,
