@@ -5,17 +5,14 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
 from qlora_train.authoring.recipe_files import Choice, Recipe
 from qlora_train.config import RunConfig
-from qlora_train.config.writer import CoreDumper
+from qlora_train.config.writer import inline_yaml
+from qlora_train.utils.visible_text import visible
 
 WIDTH = 120
 MAX_REASON_COLUMN = 118
 FIRST_SENTENCE = re.compile(r"(?<=[.;])(?<!e\.g\.)\s")
-UNSAFE = re.compile(r"[^\x20-\x7e\u00a0-\ud7ff]")
-"""Characters that a comment does not hold: they could end it, or steer a terminal."""
 
 
 def config_text(settings: dict[str, Choice], recipe: Recipe, name: str) -> str:
@@ -26,6 +23,7 @@ def config_text(settings: dict[str, Choice], recipe: Recipe, name: str) -> str:
         recipe: that they began with.
         name: of the file, for the commands in it.
     """
+    name = visible(name)
     lines = [f"# {line}" for line in _wrapped(recipe.header, WIDTH - 2)]
     lines += [f"# Written by `qlora-train new` from the recipe {recipe.name}.", "#"]
     lines += [
@@ -47,7 +45,7 @@ def _section_lines(keys: dict[str, Choice], section: Any) -> Iterator[str]:
         described = FIRST_SENTENCE.split(" ".join((section.model_fields[key].description or "").split()))[0]
         yield from (f"  # {line}" for line in _wrapped(described.rstrip(";"), WIDTH - 4))
         written = f"  {key}: {_value(keys[key].value)}"
-        reason = UNSAFE.sub(" ", keys[key].reason)
+        reason = visible(keys[key].reason)
         if not reason:
             yield written
         elif len(written) + len(reason) + 4 <= MAX_REASON_COLUMN:
@@ -62,17 +60,8 @@ def _value(value: Any) -> str:
     if isinstance(value, float) and 0 < value < 0.001:
         mantissa, exponent = f"{value:e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    text = yaml.dump(
-        _plain(value), Dumper=CoreDumper, default_flow_style=True, allow_unicode=True, width=10**6, sort_keys=False
-    )
-    return text.removesuffix("...\n").strip()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return inline_yaml(value)
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(UNSAFE.sub(" ", text), width)
+    return textwrap.wrap(visible(text), width)

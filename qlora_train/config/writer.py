@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from qlora_train.config.reader import load_with_locations
 from qlora_train.config.schema import RunConfig
 from qlora_train.config.yaml_reader import UNUSUAL_SPACE, Node, core_scalar
+from qlora_train.utils.visible_text import visible
 
 STRING_TAG = "tag:yaml.org,2002:str"
 QUOTED_TAG = "tag:yaml.org,2002:null"
@@ -56,6 +57,24 @@ def to_yaml(config: RunConfig) -> str:
         yaml.dump({name: values}, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=120)
         for name, values in sections.items()
     )
+
+
+def inline_yaml(value: Any) -> str:
+    """Return a value as YAML on one line; with invisible characters, which could steer a terminal, as escapes."""
+    text = _inline(value, allow_unicode=True)
+    return text if visible(text) == text else _inline(value, allow_unicode=False)
+
+
+def _inline(value: Any, *, allow_unicode: bool) -> str:
+    text = yaml.dump(
+        _plain(value),
+        Dumper=CoreDumper,
+        default_flow_style=True,
+        sort_keys=False,
+        allow_unicode=allow_unicode,
+        width=10**9,
+    )
+    return str(text).removesuffix("...\n").strip()
 
 
 def provenance(path: str | Path, overrides: Sequence[str] = ()) -> list[Setting]:

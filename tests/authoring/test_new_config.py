@@ -202,12 +202,12 @@ def test_a_gguf_file_is_a_base(base: Path, tmp_path: Path) -> None:
 
 
 def test_values_and_comments_of_hostile_data_stay_values_and_comments(base: Path) -> None:
-    name = "rows: 1 # x\x1b[31m.jsonl"
+    name = "rows: 1 # x\x1b[31m\u202ey\u2028z: 1 \U000e0041.jsonl"
     rows = [{"instruction": "a", "context # :\t": "", "response": "b"}] * 30
     config = new(base, data=write_jsonl(name, rows))
     text = Path("new.yaml").read_text(encoding="utf-8")
     assert config.data.train[0].path == name
-    assert "\x1b" not in text
+    assert not set("\x1b\u202e\u2028\U000e0041") & set(text)
     assert yaml.safe_load(text).keys() == {"model", "lora", "data", "train", "run", "export"}
 
 

@@ -100,12 +100,14 @@ def test_secrets_are_neither_printed_nor_written(theirs, capsys) -> None:
 def test_hostile_keys_and_values_stay_comments_on_one_line(theirs, capsys) -> None:
     theirs.write_text(
         SMALL
-        + json.dumps({"a\nmodel: {x: 1}": "b\nlora:\n  r: 1", "\x1b[31mred": "\x1b[2J"})[1:-1].replace(', "', '\n"')
+        + json.dumps({"a\nmodel: {x: 1}": "b\nlora:\n  r: 1", "\x1b[31mred": "\x1b[2J\u202e"}, ensure_ascii=False)[
+            1:-1
+        ].replace(', "', '\n"')
         + "\n"
     )
     assert main(["convert", str(theirs), "-o", "ours.yaml"]) == 0
     written = Path("ours.yaml").read_text()
-    assert "\x1b" not in written + capsys.readouterr().out
+    assert not set("\x1b\u202e") & set(written + capsys.readouterr().out)
     assert load_config("ours.yaml").lora.r == 16
 
 

@@ -3,15 +3,13 @@
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import yaml
 
 from qlora_train.config.allowed_values import valid_keys
 from qlora_train.config.other_trainers.conversion import Conversion, Converted, Item
 from qlora_train.config.schema import RunConfig
-from qlora_train.config.writer import CoreDumper
+from qlora_train.config.writer import inline_yaml
 from qlora_train.utils.secrets import redact
+from qlora_train.utils.visible_text import visible
 
 WIDTH = 120
 COMMENTS = textwrap.TextWrapper(
@@ -72,13 +70,13 @@ def shown(item: Item) -> str:
         return ""
     if SECRET_KEY.search(item.key):
         return "[secret]"
-    text = redact(_inline(item.value))
+    text = redact(inline_yaml(item.value))
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
 def printable(text: str) -> str:
     """Return a text on one line, without control characters and secrets."""
-    return redact("".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text))
+    return redact(visible(text))
 
 
 def _section_lines(result: Conversion, section: str) -> Iterator[str]:
@@ -121,8 +119,8 @@ def _entry_lines(begin: str, key: str, converted: Converted, result: Conversion)
     comment = (
         f"{name}: {', '.join(printable(each) for each in converted.keys)}" if converted.keys else f"{name}'s default"
     )
-    comment += f" ({converted.note})" if converted.note else ""
-    entry = f"{begin}{key}: {_inline(converted.value)}"
+    comment += f" ({printable(converted.note)})" if converted.note else ""
+    entry = f"{begin}{key}: {inline_yaml(converted.value)}"
     if len(entry) + len(comment) + 4 <= WIDTH:
         yield f"{entry}  # {comment}"
     elif begin.strip():  # the first key of a list item: a comment above would stand before the dash
@@ -131,11 +129,3 @@ def _entry_lines(begin: str, key: str, converted: Converted, result: Conversion)
     else:
         yield f"{begin}# {comment}"
         yield entry
-
-
-def _inline(value: Any) -> str:
-    """Return a value as YAML on one line."""
-    text = yaml.dump(
-        value, Dumper=CoreDumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9
-    )
-    return str(text).removesuffix("...\n").strip()
