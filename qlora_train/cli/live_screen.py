@@ -134,7 +134,8 @@ class LiveScreen:
         if self._evals:
             rows.append(("eval", _line(self._eval_text())))
         if self._measured is not None:
-            rows.append(("speed", _line(self._speed_text(self._measured))))
+            if speed := _speed_text(self._measured):
+                rows.append(("speed", _line(speed)))
             rows.append(("rate", _line(self._rate_text())))
             if memory := self._memory_text(self._measured):
                 rows.append(("memory", _line(memory)))
@@ -147,11 +148,6 @@ class LiveScreen:
         text = f"{self._evals[last]:.4f} at step {last:,}"
         return f"{text}, the best so far" if last == best else f"{text}; best {self._evals[best]:.4f} at step {best:,}"
 
-    def _speed_text(self, measured: Measured) -> str:
-        ends = time.strftime("%H:%M", time.localtime(time.time() + measured.seconds_left))
-        left = [f"{duration(measured.seconds_left)} left (ends {ends})"] if measured.seconds_left else []
-        return "   ".join([f"{measured.tokens_per_second:,.0f} tokens/s", *left])
-
     def _rate_text(self) -> str:
         shown = {"learning_rate": "learning rate {:.2e}", "grad_norm": "gradient norm {:.3f}"}
         return "   ".join(text.format(self._values[key]) for key, text in shown.items() if key in self._values)
@@ -161,6 +157,15 @@ class LiveScreen:
             return None
         planned = "" if self._planned_bytes is None else f" of {self._planned_bytes / 1e9:.1f} GB planned"
         return f"{measured.memory_bytes / 1e9:.1f} GB at most{planned}"
+
+
+def _speed_text(measured: Measured) -> str:
+    """Return the speed and the time left; empty before the first step of a resumed run."""
+    parts = [] if measured.tokens_per_second is None else [f"{measured.tokens_per_second:,.0f} tokens/s"]
+    if measured.seconds_left:
+        ends = time.strftime("%H:%M", time.localtime(time.time() + measured.seconds_left))
+        parts.append(f"{duration(measured.seconds_left)} left (ends {ends})")
+    return "   ".join(parts)
 
 
 def _line(text: str, style: str = "") -> Text:

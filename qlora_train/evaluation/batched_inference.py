@@ -105,19 +105,26 @@ def compute_share_in_batches(
             gathered by all ranks together. None: ranks are independent.
 
     Raises:
-        ModelError: as `compute_in_batches`; with `join`, for any batch that does not fit.
+        ModelError: as `compute_in_batches`, on every rank that of the first rank without memory; with `join`, on that rank
+            alone and for any batch that does not fit.
         Stop: a signal asked the process of any rank to stop.
     """
     every_batch = list(batches)
     share = every_batch[context().rank :: context().world_size]
-    stopped = None
+    stopped, failure = None, None
     try:
         # a rank that repeats a batch would gather other weights than the rest
         compute_in_batches(share, compute, lengths, setting=setting, advice=advice, retries=join is None)
         if join is not None and len(share) < len(every_batch[:: context().world_size]):
             join(every_batch[-1])
     except signals.Stop as stop:
-        stopped = stop  # every rank comes to the next line, whichever was asked to stop
+        stopped = stop  # every rank comes to the next lines, whichever was asked to stop
+    except ModelError as error:
+        if join is not None:
+            raise
+        failure = str(error)
+    if failure := next(filter(None, context().gather(failure)), None):
+        raise ModelError(failure)
     if shared_stop():
         signals.raise_if_requested()
     if stopped is not None:

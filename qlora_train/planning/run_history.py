@@ -4,6 +4,7 @@ They are the run folders beside a run's own, with plan.json and results.json.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -74,11 +75,13 @@ def _read(folder: Path, device: str) -> Iterator[EarlierRun]:
         return
     predicted, measured = kept.get("predicted_peak_bytes"), kept.get("measured_peak_bytes")
     if isinstance(predicted, int) and isinstance(measured, int) and predicted > 0 and measured > 0:
-        operations, seconds = plan.get("operations"), kept.get("measured_seconds")
-        yield EarlierRun(
-            folder, predicted, measured, operations if isinstance(operations, int | float) else 0.0,
-            seconds if isinstance(seconds, int | float) and seconds > 0 else None,
-        )  # fmt: skip
+        operations, seconds = _positive(plan.get("operations")), _positive(kept.get("measured_seconds"))
+        yield EarlierRun(folder, predicted, measured, operations or 0.0, seconds)
+
+
+def _positive(value: object) -> float | None:
+    """Return a number above 0, or None; JSON files may hold NaN and Infinity."""
+    return float(value) if isinstance(value, int | float) and 0 < value < math.inf else None
 
 
 def _content(file: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
             # empty, or the folder of a run that stopped at an error which the user has since fixed in the config
             run.metadata_file.unlink(missing_ok=True)
             run.samples_file.unlink(missing_ok=True)
+            run.num_steps_file.unlink(missing_ok=True)  # timed with settings that may have changed
             run.delete_results()
             atomic_io.write_text(run.config_file, to_yaml(with_absolute_paths(config)))
         elif resume == "never":

@@ -21,7 +21,7 @@ from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
 from qlora_train.training.parity.preserve_state import preserve_model_state
 from qlora_train.utils import atomic_io
-from qlora_train.utils.errors import DataError, ModelError
+from qlora_train.utils.errors import first_line
 from qlora_train.utils.run_events import Sampled, emit
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,11 @@ class SampleCallback(TrainerCallback):
         if state.global_step == 0:
             self._answer(keywords["model"], 0)
         elif context().is_main:
-            drop_samples_after(self._run, state.global_step)
+            try:
+                drop_samples_after(self._run, state.global_step)
+            except OSError as error:
+                logger.warning("%s: samples after step %d are not dropped (%s)", self._run.samples_file,
+                               state.global_step, error.strerror)  # fmt: skip
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         self._answer(keywords["model"], state.global_step)
@@ -56,8 +60,9 @@ class SampleCallback(TrainerCallback):
         if self._rows and context().is_main:
             try:
                 self._record(step, self._generate(model))
-            except (DataError, ModelError) as error:
-                logger.warning("run.samples: off from step %d on (%s)", step, error)
+            except Exception as error:
+                logger.warning("run.samples: off from step %d on (%s)", step, first_line(error))
+                logger.debug("run.samples: off", exc_info=True)
                 self._rows = []
         context().barrier()  # however long it takes: a gather of gradients would time out
 
@@ -90,7 +95,7 @@ def recorded_samples(run: RunFolder) -> list[dict[str, Any]]:
     try:
         lines = [json.loads(line) for line in run.samples_file.read_text(encoding="utf-8").splitlines()]
         return [line for line in lines if isinstance(line["step"], int)]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         logger.warning("%s: damaged; earlier samples are lost", run.samples_file)
         return []
 

@@ -41,7 +41,7 @@ class ProgressCallback(TrainerCallback):
         self._metrics = (*self._formats, TOKENS_PER_SECOND, PEAK_MEMORY_BYTES, "eval_runtime_seconds")
         self._writes = context().is_main
         self._has_begun = False
-        self._start_seconds, self._start_step, self._start_tokens = time.perf_counter(), 0, 0
+        self._start_seconds, self._start_step, self._start_tokens = 0.0, 0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         """Write the metrics of earlier steps, and start the clock."""
@@ -66,22 +66,27 @@ class ProgressCallback(TrainerCallback):
         logger.info("%s", self._log_line(event), extra={"metrics": _fields(event)})
 
     def _measured(self, state: Any, metrics: Mapping[str, float]) -> Measured:
-        seconds = time.perf_counter() - self._start_seconds
+        since = self.since_last_start(state)
+        seconds, num_steps = since["train_seconds"], since["num_steps"]  # none in an evaluation that was pending
         return Measured(
             step=state.global_step,
             num_steps=state.max_steps,
             epoch=state.epoch,
             values=metrics,
-            tokens_per_second=float(state.num_input_tokens_seen - self._start_tokens) / seconds,
-            seconds_left=seconds / max(state.global_step - self._start_step, 1) * (state.max_steps - state.global_step),
+            tokens_per_second=since["num_tokens"] / seconds if num_steps else None,
+            seconds_left=seconds / num_steps * (state.max_steps - state.global_step) if num_steps else None,
             memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         )
 
     def _log_line(self, event: Measured) -> str:
         values = event.values
         parts = [text.format(values[key]) for key, text in self._formats.items() if text and key in values]
-        memory = [] if event.memory_bytes is None else [f"{event.memory_bytes / 1e9:.1f} GB"]
-        speed = [f"{event.tokens_per_second:.0f} tokens/s", *memory, f"{event.seconds_left:.0f} s left"]
+        measured = (
+            ("{:.0f} tokens/s", event.tokens_per_second),
+            ("{:.1f} GB", None if event.memory_bytes is None else event.memory_bytes / 1e9),
+            ("{:.0f} s left", event.seconds_left),
+        )
+        speed = [text.format(value) for text, value in measured if value is not None]
         return "  ".join([f"step {event.step}/{event.num_steps}", *parts, *speed])
 
     def since_last_start(self, state: Any) -> dict[str, float]:
@@ -108,5 +113,6 @@ class ProgressCallback(TrainerCallback):
 def _fields(event: Measured) -> dict[str, Any]:
     """Return the fields of a JSON log line."""
     fields = {"step": event.step, "num_steps": event.num_steps, "epoch": event.epoch, **event.values}
-    speed = {"tokens_per_second": round(event.tokens_per_second, 1), "seconds_left": round(event.seconds_left, 1)}
-    return {**fields, **speed, **({} if event.memory_bytes is None else {"memory_bytes": event.memory_bytes})}
+    speed = {"tokens_per_second": event.tokens_per_second, "seconds_left": event.seconds_left}
+    measured = {name: round(value, 1) for name, value in speed.items() if value is not None}
+    return {**fields, **measured, **({} if event.memory_bytes is None else {"memory_bytes": event.memory_bytes})}

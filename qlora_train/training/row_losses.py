@@ -15,10 +15,11 @@ import numpy as np
 
 from qlora_train.data.decoded_rows import DecodedRow, decode_rows
 from qlora_train.data.types import Example
+from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.parallel import context
 from qlora_train.runs import write_json
 from qlora_train.training.qlora_trainer import QloraTrainer
-from qlora_train.utils.errors import ModelError
+from qlora_train.utils.errors import UserError, first_line
 from qlora_train.utils.visible_text import shortened
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,10 @@ NUM_DECODED, MAX_CHARACTERS = 20, 2000
 def record_row_losses(trainer: QloraTrainer, step: int) -> None:
     """Write row_losses.json for the adapter of `step`, or remove it; every rank calls it.
 
+    A failure is a warning, except where other ranks would wait for this one.
+
     Raises:
+        ModelError: out of memory with a sharded base.
         Stop: a signal asked the process to stop.
     """
     file, limit = trainer.run.row_losses_file, trainer.config.run.row_losses
@@ -53,8 +57,12 @@ def record_row_losses(trainer: QloraTrainer, step: int) -> None:
             for name, (rows, max_tokens) in parts.items()
             if len(rows)
         }
-    except ModelError as error:
-        logger.warning("row losses: not measured (%s)", error)
+    except Exception as error:
+        met_by_all_ranks = isinstance(error, UserError) and not is_sharded(trainer.model)
+        if context().world_size > 1 and not met_by_all_ranks:
+            raise
+        logger.warning("row losses: not measured (%s)", first_line(error))
+        logger.debug("row losses: not measured", exc_info=True)
         return
     if context().is_main:
         try:

@@ -94,7 +94,8 @@ def _make_trainer(
             fill_cache(fused.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
     layers = LayerCheckpointing(adapted.model, fused.mlps if fused is not None else [])
 
-    callbacks = [progress, *_sample_callbacks(adapted, data, config, run)]
+    # the clock of progress starts after the answers before the first step
+    callbacks = [*_sample_callbacks(adapted, data, config, run), progress]
 
     def make(fitted: RunConfig) -> QloraTrainer:
         return QloraTrainer(

@@ -1,5 +1,6 @@
 """The peak of memory that this process takes between two moments."""
 
+import re
 from pathlib import Path
 
 import psutil
@@ -51,10 +52,10 @@ def _reset_resident_peak() -> bool:
 
 
 def _resident_peak() -> int:
-    if not STATUS.is_file():
-        return int(psutil.Process().memory_info().rss)
-    fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
+    text = STATUS.read_text(encoding="ascii", errors="replace") if STATUS.is_file() else ""
+    if found := re.search(r"^VmHWM:\s*(\d+) kB$", text, re.MULTILINE):
+        return int(found[1]) * 1024
+    return int(psutil.Process().memory_info().rss)  # not on Linux, or a sandbox
 
 
 def _context_bytes(device: torch.device) -> int:

@@ -68,8 +68,8 @@ class Measured:
 
     Attributes:
         values: by name, as in metrics.jsonl.
-        tokens_per_second: since the start of this process.
-        seconds_left: until the last step.
+        tokens_per_second: since the first step of this process; None before it.
+        seconds_left: until the last step; None before the first step of this process.
         memory_bytes: peak of this process's GPU; None on a CPU.
     """
 
@@ -77,8 +77,8 @@ class Measured:
     num_steps: int
     epoch: float | None
     values: Mapping[str, float]
-    tokens_per_second: float
-    seconds_left: float
+    tokens_per_second: float | None
+    seconds_left: float | None
     memory_bytes: int | None
 
 

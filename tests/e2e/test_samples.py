@@ -1,7 +1,10 @@
 """`run.samples`: answers to held-out prompts while a run trains, which do not change it."""
 
+import errno
 import json
+import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,10 @@ from qlora_train.export.finished_run import open_finished_run
 from qlora_train.inference.run_models import run_models
 from qlora_train.runs import RunFolder
 from qlora_train.training.held_out_samples import MAX_NEW_TOKENS, prompt_text
+from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import ConfigError
+from tests.support.pico import build_pico
+from tests.support.ranked_runs import RankedRuns
 from tests.support.runs import adapter_bytes, losses, make_config, metrics, stopped_after, train_run
 
 SETTINGS = (
@@ -99,6 +105,41 @@ def test_a_new_run_in_the_folder_begins_without_old_samples(sampled: RunFolder, 
     shutil.rmtree(copy.checkpoints)
     run = train_run(folder, pico_llama, *SETTINGS, "train.max_steps=1", name="again")
     assert not run.samples_file.exists()
+
+
+def test_rank_0_answers_while_the_others_wait(tmp_path: Path) -> None:
+    """Training, evaluations and the adapter are bitwise those without samples."""
+    runs = RankedRuns(tmp_path, build_pico(tmp_path / "base", num_hidden_layers=1))
+    settings = ("train.max_steps=4", "train.eval_steps=2", "train.save_steps=2", "data.eval=0.25")
+    without, sampled = runs.new(), runs.new()
+    adapter = runs.finished_by_ranks(without, 2, *settings)
+    assert runs.finished_by_ranks(sampled, 2, *settings, "run.samples=2") == adapter
+    assert losses(sampled) == losses(without)
+    assert [(line["step"], line["row"]) for line in samples(sampled)] == [(s, row) for s in (0, 2, 4) for row in (0, 1)]
+    stopped = stopped_after(2, sampled, tmp_path / "stopped")
+    assert runs.finished_by_ranks(stopped, 2, *settings, "run.samples=2") == adapter
+    assert samples(stopped) == samples(sampled)
+    assert stopped.log_file.read_text().count("resumes from") == 1
+    assert "resumes from" in stopped.rank_log(1).read_text(), "rank 1 has a log of its own"
+
+
+def test_samples_that_fail_are_a_warning_and_the_run_is_the_same(
+    without: RunFolder,
+    folder: Path,
+    pico_llama: Path,
+    messages: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full_disk(path: Path) -> AbstractContextManager[None]:
+        if "samples.jsonl" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return nullcontext()
+
+    monkeypatch.setattr(atomic_io, "writing", full_disk)
+    run = train_run(folder, pico_llama, *SETTINGS, "run.samples=2", name="full")
+    assert messages.text.count("run.samples: off from step 0 on ([Errno 28] No space left on device)") == 1
+    assert not run.samples_file.exists()
+    assert adapter_bytes(run) == adapter_bytes(without)
 
 
 def test_rows_without_a_prompt_are_a_warning(

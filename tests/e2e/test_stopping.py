@@ -80,8 +80,9 @@ def test_step_is_finished_and_saved(
 
 @pytest.mark.parametrize("evaluation", [1, 3])
 def test_pending_evaluation_runs_before_the_next_step(
-    evaluation: int, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    evaluation: int, pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    messages: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     settings = (*SETTINGS, "train.per_device_eval_batch_size=1", "train.load_best_model_at_end=true")
     straight = train_run(tmp_path, pico_llama, *settings, name="straight")
     num_eval = straight.metadata()["num_eval_rows"]  # one at a time
@@ -89,9 +90,13 @@ def test_pending_evaluation_runs_before_the_next_step(
     stopped = run_with_hook(tmp_path, pico_llama, hook, monkeypatch, *settings, name="stopped")
     assert stopped.checkpoint_steps()[-1] == 2 * evaluation
     assert len([line for line in metrics(stopped) if "eval_loss" in line]) == evaluation - 1
+    messages.clear()
     resumed = train_run(tmp_path, pico_llama, *settings, name="stopped")
     assert adapter_bytes(resumed) == adapter_bytes(straight)
     assert evaluations(resumed) == evaluations(straight)
+    lines = [record.getMessage() for record in messages.records if hasattr(record, "metrics")]
+    assert "tokens/s" not in lines[0], "this process has run no step yet: it has no speed"
+    assert all("tokens/s" in line and "s left" in line for line in lines[1:])
     assert (
         resumed.read_results()["training"]["taken_from_step"] == straight.read_results()["training"]["taken_from_step"]
     )

@@ -1,11 +1,16 @@
 """Out of memory on one rank: under fsdp the run ends, and no rank waits for another; ranks record one fallback."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from qlora_train.config import RunConfig
 from qlora_train.runs import read_json
-from tests.support.ranks_memory import run_out_of_memory_in_turn, train_with_too_little_memory
+from tests.support.ranks_memory import (
+    measure_row_losses_with_too_little_memory,
+    run_out_of_memory_in_turn,
+    train_with_too_little_memory,
+)
 from tests.support.runs import make_config
 from tests.support.trainers import folder_of
 from tests.support.workers import run_workers
@@ -52,3 +57,17 @@ def test_ranks_that_run_out_of_memory_together_record_one_fallback(pico: Pico, t
     assert first.endswith("repeat the command: the run resumes with smaller micro-batches")
     assert read_json(run.padding_free_file)["min_tokens"] == 0
     assert not run.fitted_settings_file.exists()
+
+
+def test_row_losses_without_memory_on_one_rank_are_a_warning_on_both(pico: Pico, tmp_path: Path) -> None:
+    """Their collectives stay in step: the sum that follows is that of two ranks."""
+    config = make_config(
+        tmp_path, pico("llama"), "train.padding_free=false", "data.eval=0.25", "train.per_device_eval_batch_size=1"
+    )
+    folder_of(config).path.mkdir()
+    (warnings, total), of_rank_1 = run_workers(measure_row_losses_with_too_little_memory, 2, tmp_path, config)
+    assert (warnings, total) == of_rank_1
+    assert total == 6
+    expected = r"row losses: not measured \(out of memory: one row of \d+ tokens does not fit \(CUDA out of memory\);"
+    assert [bool(re.match(expected, line)) for line in warnings if line.startswith("row losses")] == [True]
+    assert not folder_of(config).row_losses_file.exists()

@@ -24,6 +24,7 @@ from qlora_train.planning.run_history import earlier_runs, error_bar, predict_se
 from qlora_train.planning.run_plan import RunPlan, plan_run
 from qlora_train.planning.workload import RowSizes
 from qlora_train.runs import RunFolder
+from qlora_train.utils import memory_meter
 from qlora_train.utils.memory_meter import MemoryMeter
 from tests.support.runs import stopped_copy, train_run
 
@@ -82,8 +83,9 @@ def test_error_bar_and_speed_are_those_of_runs_on_this_device(tmp_path: Path) ->
         write_run(tmp_path / name, device=device, ratio=ratio, seconds=seconds)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.json").write_text("{")
+    write_run(tmp_path / "not a number", device="ours", ratio=0.95, seconds=float("nan"))
     runs = earlier_runs(tmp_path, "ours", besides=tmp_path / "e")
-    assert error_bar(runs) == "median 0.95, at most 1.02 of the plan (3 runs here)"
+    assert error_bar(runs) == "median 0.95, at most 1.02 of the plan (4 runs here)"
     assert error_bar([]) == ""
     assert sorted(run.operations / run.seconds for run in runs if run.seconds) == [2.5e8, 5e8]
 
@@ -150,3 +152,13 @@ def test_peak_of_a_real_run_is_the_planned_one() -> None:
     case = bench_plan.Case("llama", bench_plan.SHORT)
     _, kept = bench_plan.measured(case)
     assert 0.97 <= kept["predicted_peak_bytes"] / kept["measured_peak_bytes"] <= 1.10
+
+
+def test_a_kernel_that_tells_no_peak_is_measured_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in gVisor, whose status has neither a peak nor one form for every line."""
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmRSS:\t4096 kB\nno colon\n")
+    monkeypatch.setattr(memory_meter, "STATUS", status)
+    meter = MemoryMeter(torch.device("cpu"))
+    kept = bytearray(b"x") * (64 << 20)
+    assert meter.peak_bytes() >= 0.9 * len(kept)

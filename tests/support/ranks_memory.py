@@ -1,5 +1,6 @@
 """What the tests of memory run on each rank."""
 
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from qlora_train.parallel import context
 from qlora_train.runs import write_json
 from qlora_train.training import train
 from qlora_train.training.memory.auto_batch_size import record_fallback
+from qlora_train.training.row_losses import record_row_losses
 from qlora_train.utils.errors import TrainingError, UserError
 from tests.support.trainers import adapted_and_data, folder_of, trainer_of
 
@@ -51,3 +53,30 @@ def run_out_of_memory_in_turn(config: RunConfig) -> Any:
         if context().is_main:
             context().barrier()
         return str(error)
+
+
+def measure_row_losses_with_too_little_memory(config: RunConfig) -> tuple[list[str], int]:
+    """Measure row losses where rank 1 has no memory for a row; return this rank's warnings, and a sum over both ranks."""
+    trainer, _ = trainer_of(config)
+    warnings = Warnings()
+    logging.getLogger("qlora_train").addHandler(warnings)
+
+    def allocate(_module: nn.Module, _arguments: tuple[torch.Tensor, ...]) -> None:
+        if context().rank == 1:
+            raise torch.OutOfMemoryError(MESSAGE)
+
+    decoder_layers(trainer.adapted.loaded.model)[1].register_forward_pre_hook(allocate)
+    trainer.state.global_step = 2
+    record_row_losses(trainer, 2)
+    return warnings.texts, int(context().sum_(torch.ones(3)).sum())
+
+
+class Warnings(logging.Handler):
+    """Collects warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from qlora_train.data import Example
 from qlora_train.evaluation.held_out_preferences import evaluate_preferences, preference_losses
 from qlora_train.models import load_model
 from qlora_train.runs import RunFolder, read_json
-from qlora_train.training.row_losses import MIN_ROWS, _sample
+from qlora_train.training.row_losses import MIN_ROWS, _sample, record_row_losses
 from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes, check_in_this_process, make_config, train_run
 from tests.support.trainers import trainer_of
@@ -116,6 +118,22 @@ def test_adapter_is_the_same_without_them(pico_llama: Path, tmp_path: Path, monk
     assert run.row_losses_file.exists()
     assert not off.row_losses_file.exists()
     assert adapter_bytes(run) == adapter_bytes(off)
+
+
+def test_a_failure_does_not_end_a_run_that_is_trained(
+    run: RunFolder, pico_llama: Path, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
+    trainer, _ = trainer_of(make_config(tmp_path, pico_llama))
+    shutil.copy(run.row_losses_file, trainer.run.row_losses_file)
+
+    def fails(*_arguments: Any, **_keywords: Any) -> list[float]:
+        raise RuntimeError("cuBLAS: no handle\nat line 1")
+
+    trainer.state.global_step = 2
+    trainer.objective = replace(trainer.objective, row_losses=fails)
+    record_row_losses(trainer, 2)
+    assert "row losses: not measured (cuBLAS: no handle)" in messages.text
+    assert not trainer.run.row_losses_file.exists(), "those of another adapter are removed"
 
 
 def test_losses_of_pairs_have_the_mean_that_evaluation_reports(pico_llama: Path, tmp_path: Path) -> None:

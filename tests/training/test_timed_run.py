@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_train.config.writer import to_yaml
 from qlora_train.runs import RunFolder
 from qlora_train.training.timed_run import StepTimes, affordable_steps
 from qlora_train.utils.errors import CheckpointError, ConfigError, TrainingError
@@ -51,6 +52,17 @@ def test_lost_number_of_steps_is_an_error_that_names_it(timed: RunFolder, pico_l
     stopped.num_steps_file.unlink()
     with pytest.raises(CheckpointError, match=f'"num_steps": {num_steps(timed)}'):
         train_run(timed.path.parent, pico_llama, *MINUTES, name="lost")
+
+
+def test_a_run_that_never_saved_is_timed_again(timed: RunFolder, pico_llama: Path) -> None:
+    """Its error may have been mended in the config: with other settings, steps take another time."""
+    config = make_config(timed.path.parent, pico_llama, *MINUTES, name="again")
+    run = RunFolder(timed.path.parent / "again")
+    run.path.mkdir()
+    run.config_file.write_text(to_yaml(config))
+    run.num_steps_file.write_text(json.dumps({"minutes": 0.05, "num_steps": 1}))
+    train_run(timed.path.parent, pico_llama, *MINUTES, name="again")
+    assert num_steps(run) == metrics(run)[-1]["step"] > 1
 
 
 def test_stream_ends_in_time_too(pico_llama: Path, tmp_path: Path) -> None:
