@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from qlora_train.kernels.expert_weights import ExpertLora, expert_reader
 
+MIN_MULTIPLE = 32
+"""Of the number of tokens of an expert, on a CPU."""
+
 
 class _FrozenMatmul(torch.autograd.Function):
     """x W' (or x W) of a weight that `read` returns, in the backward pass too."""
@@ -62,9 +65,10 @@ def experts_forward(
     inputs, outputs, begin = hidden_states[order // top_k], [], 0
     for index, count in enumerate(counts):
         if count:
-            x = _project(experts, up, lora.get(up), inputs[begin : begin + count], index)
+            x = pad_tokens(inputs[begin : begin + count])
+            x = _project(experts, up, lora.get(up), x, index)
             x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-            outputs.append(_project(experts, down, lora.get(down), x, index))
+            outputs.append(_project(experts, down, lora.get(down), x, index)[:count])
             begin += count
     result = torch.cat(outputs) if outputs else inputs[:0]
     if getattr(experts, "has_post_expert_norm", False):
@@ -72,6 +76,20 @@ def experts_forward(
     weighted = result * top_k_weights.reshape(-1)[order[:begin]].unsqueeze(-1)
     by_choice = weighted.new_zeros((order.shape[0], hidden_states.shape[-1])).index_copy(0, order[:begin], weighted)
     return by_choice.view(hidden_states.shape[0], top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def pad_tokens(x: Tensor) -> Tensor:
+    """Append zero rows to an expert's tokens, so that few different numbers of tokens occur on a CPU."""
+    # for each new shape of a 16-bit product oneDNN compiles a kernel and keeps it, 0.6 MB
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return x
+    return nn.functional.pad(x, (0, 0, 0, padded_tokens(x.shape[0]) - x.shape[0]))
+
+
+def padded_tokens(count: int) -> int:
+    """Return the next multiple of 32 or, if that is more, of an eighth to a quarter of their number."""
+    multiple = max(MIN_MULTIPLE, 2 ** (count.bit_length() - 3))
+    return -(-count // multiple) * multiple
 
 
 def _project(experts: Any, name: str, lora: ExpertLora | None, x: Tensor, index: int) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.adapters import load_trained, trainable_state
 from qlora_train.kernels import expert_linear, expert_weights
-from qlora_train.kernels.expert_weights import ExpertWeights, quantize_stack
+from qlora_train.kernels.expert_weights import ExpertLora, ExpertWeights, quantize_stack
 from qlora_train.models import LoadedModel, load_model
 from qlora_train.models.moe import expert_parameters, routers
 from qlora_train.utils.errors import ConfigError
@@ -138,6 +138,50 @@ def test_dropped_tokens_contribute_nothing() -> None:
     x = torch.ones(2, 4)
     found = expert_linear.experts_forward(Stack(), x, torch.tensor([[0, 2], [2, 2]]), torch.full((2, 2), 0.5))
     assert torch.equal(found, torch.tensor([[6.0] * 4, [0.0] * 4]))
+
+
+class GatedStack(nn.Module):
+    """Two experts with biases, in bfloat16."""
+
+    has_gate, has_bias, is_transposed, num_experts = True, True, False, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"gate_up_proj": (2, 64, 32), "down_proj": (2, 32, 32)}
+        for name, shape in {**shapes, **{f"{name}_bias": shape[:2] for name, shape in shapes.items()}}.items():
+            values = torch.randn(shape, generator=generator) / 6
+            self.register_parameter(name, nn.Parameter(values.to(torch.bfloat16)))
+
+    def _apply_gate(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return nn.functional.silu(gate) * up
+
+
+def test_tokens_that_pad_an_expert_on_a_cpu_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, generator = GatedStack(), torch.Generator().manual_seed(1)
+    x = torch.randn(45, 32, generator=generator).to(torch.bfloat16)
+    chosen = torch.randint(2, (45, 1), generator=generator)
+    lora = {
+        "gate_up_proj": ExpertLora(torch.randn(2, 4, 32).requires_grad_(), torch.randn(2, 64, 4).requires_grad_(), 0.1)
+    }
+    found = []
+    for pads in (True, False):
+        if not pads:
+            monkeypatch.setattr(expert_linear, "pad_tokens", lambda tokens: tokens)
+        inputs = x.clone().requires_grad_()
+        output = expert_linear.experts_forward(experts, inputs, chosen, torch.ones(45, 1), lora)
+        trained = (inputs, lora["gate_up_proj"].a, lora["gate_up_proj"].b)
+        found.append((output, *torch.autograd.grad(output.float().square().sum(), trained)))
+    for padded, expected in zip(*found, strict=True):
+        torch.testing.assert_close(padded, expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+def test_experts_on_a_cpu_have_few_numbers_of_tokens() -> None:
+    counts = range(1, 4097)
+    padded = [expert_linear.padded_tokens(count) for count in counts]
+    assert all(0 <= more - count < max(32, count / 4) for count, more in zip(counts, padded, strict=True))
+    assert len(set(padded)) == 24, "oneDNN keeps a kernel for each"
 
 
 def test_routers_stay_in_16_bits_without_adapter(pico: Pico, tmp_path: Path) -> None:
