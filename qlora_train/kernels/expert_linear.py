@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_train.kernels.block_sizes import padded_tokens
 from qlora_train.kernels.expert_weights import ExpertLora, expert_reader
-
-MIN_MULTIPLE = 32
-"""Of the number of tokens of an expert, on a CPU."""
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -84,12 +82,6 @@ def pad_tokens(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return x
     return nn.functional.pad(x, (0, 0, 0, padded_tokens(x.shape[0]) - x.shape[0]))
-
-
-def padded_tokens(count: int) -> int:
-    """Return the next multiple of 32 or, if that is more, of an eighth to a quarter of their number."""
-    multiple = max(MIN_MULTIPLE, 2 ** (count.bit_length() - 3))
-    return -(-count // multiple) * multiple
 
 
 def _project(experts: Any, name: str, lora: ExpertLora | None, x: Tensor, index: int) -> Tensor:

@@ -176,6 +176,19 @@ def weight_workspace_bytes(layer: LayerShape, how: Computation) -> int:
     return largest * how.compute_bytes + FLOAT32_BYTES * math.ceil(largest / BLOCK_SIZE)
 
 
+def forward_workspace_bytes(model: ModelShape, layer: LayerShape, batch: MicroBatch, how: Computation) -> int:
+    """Return the peak of a layer without gradients: its widest tensors, and one weight dequantized.
+
+    Of a mixture, inputs and outputs of every choice of a token exist while the last expert computes.
+    """
+    tokens, c = batch.num_tokens, how.compute_bytes
+    wide = 3 * max(linear.out_features for linear in layer.linears)
+    if layer.experts:
+        up, down, chosen = layer.experts[0], layer.experts[-1], layer.num_experts_per_token
+        wide = max(wide, chosen * (up.in_features + down.out_features + up.out_features // up.count))
+    return tokens * c * (wide + 2 * model.hidden_size) + weight_workspace_bytes(layer, how)
+
+
 def loss_bytes(model: ModelShape, batch: MicroBatch, how: Computation) -> int:
     """Return the peak of the loss: logits, and hidden states with their gradients at the labels.
 

@@ -26,11 +26,12 @@ from qlora_train.planning.activations import (
     Computation,
     MicroBatch,
     backward_workspace_bytes,
+    forward_workspace_bytes,
     loss_bytes,
     saved_bytes,
     tiled,
-    weight_workspace_bytes,
 )
+from qlora_train.planning.compiled_kernels import expert_kernels_bytes
 from qlora_train.planning.model_shape import ModelShape, packed_bytes, quantization_constants_bytes
 from qlora_train.planning.shard_bytes import frozen_bytes
 
@@ -228,6 +229,10 @@ def _held(model: ModelShape, settings: MemorySettings, *, steps: bool) -> dict[s
     if steps:
         held["optimizer"] = optimizer_bytes(settings.optimizer, trained_tensors(model, settings))
         held["dequantized cache"] = cached_weights_bytes(model, settings)
+        if not settings.on_gpu and settings.how.compute_bytes < FLOAT32_BYTES:
+            held["compiled kernels"] = expert_kernels_bytes(
+                model, (settings.batch.num_tokens, _parity_tokens(settings))
+            )
     return held
 
 
@@ -248,8 +253,7 @@ def _parity_checks(model: ModelShape, settings: MemorySettings) -> list[Moment]:
     """Return the parity checks: of fused kernels against the reference, and of padding-free rows."""
     if not settings.how.fused_kernels:
         return []
-    length = min(PARITY_TOKENS, settings.batch.longest_row)
-    rows = min(PARITY_ROWS, settings.rows) * length
+    length, rows = min(PARITY_TOKENS, settings.batch.longest_row), _parity_tokens(settings)
     reference = replace(settings.how, fused_kernels=False, chunk_tokens=None, caches_weights=False, has_dropout=False)
     moments = [_parity_check(model, settings, MicroBatch(rows, length, rows), reference)]
     if settings.batch.num_tokens > length:
@@ -257,6 +261,10 @@ def _parity_checks(model: ModelShape, settings: MemorySettings) -> list[Moment]:
         fused = replace(reference, fused_kernels=True)
         moments.append(_parity_check(model, settings, MicroBatch(tokens, length, tokens // 2), fused))
     return moments
+
+
+def _parity_tokens(settings: MemorySettings) -> int:
+    return min(PARITY_ROWS, settings.rows) * min(PARITY_TOKENS, settings.batch.longest_row)
 
 
 def _parity_check(model: ModelShape, settings: MemorySettings, batch: MicroBatch, how: Computation) -> Moment:
@@ -329,9 +337,7 @@ def _evaluation(model: ModelShape, settings: MemorySettings, batch: MicroBatch) 
     """A batch without gradients: the widest layer with one dequantized weight, or the logits at the labels."""
     how = replace(settings.how, caches_weights=False)
     c = how.compute_bytes
-    wide = max(linear.out_features for layer in model.layers for linear in layer.linears)
-    layer = batch.num_tokens * c * (3 * wide + 2 * model.hidden_size)
-    layer += max(weight_workspace_bytes(each, how) for each in model.layers)
+    layer = max(forward_workspace_bytes(model, each, batch, how) for each in model.layers)
     num_logits = min(MAX_EVAL_LOGITS, batch.num_labels * model.vocab_size)
     logits = num_logits * c + 2 * min(EVAL_LOGITS_BYTES, FLOAT32_BYTES * num_logits)
     rounded = c * adapter_numel(model, settings)  # cached by autocast

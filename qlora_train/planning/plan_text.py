@@ -24,6 +24,7 @@ PART_LABELS = {
     "largest tensor": "largest tensor while loading",
     "gathered weights": "gathered weights",
     "dequantized cache": "dequantized weight cache",
+    "compiled kernels": "compiled kernels",
     "runtime": "CUDA context",
 }
 """Parts of the memory in the order of the text."""

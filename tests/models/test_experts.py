@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.adapters import load_trained, trainable_state
 from qlora_train.kernels import expert_linear, expert_weights
+from qlora_train.kernels.block_sizes import padded_tokens
 from qlora_train.kernels.expert_weights import ExpertLora, ExpertWeights, quantize_stack
 from qlora_train.models import LoadedModel, load_model
 from qlora_train.models.moe import expert_parameters, routers
@@ -179,7 +180,7 @@ def test_tokens_that_pad_an_expert_on_a_cpu_change_nothing(monkeypatch: pytest.M
 
 def test_experts_on_a_cpu_have_few_numbers_of_tokens() -> None:
     counts = range(1, 4097)
-    padded = [expert_linear.padded_tokens(count) for count in counts]
+    padded = [padded_tokens(count) for count in counts]
     assert all(0 <= more - count < max(32, count / 4) for count, more in zip(counts, padded, strict=True))
     assert len(set(padded)) == 24, "oneDNN keeps a kernel for each"
 
