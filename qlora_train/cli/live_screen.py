@@ -17,6 +17,7 @@ from qlora_train.utils.run_events import (
     Event,
     Measured,
     Progress,
+    Restored,
     RunOpened,
     Sampled,
     StageEnded,
@@ -63,6 +64,9 @@ class LiveScreen:
                 self._stages[event.name], self._progress = event, None
             case Progress():
                 self._progress = None if event.is_complete else event
+            case Restored():
+                self._losses = [entry["loss"] for entry in event.history if "loss" in entry]
+                self._evals = {int(each["step"]): each["eval_loss"] for each in event.history if "eval_loss" in each}
             case StepEnded():
                 self._step = event
             case Measured():

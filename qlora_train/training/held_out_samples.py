@@ -7,7 +7,7 @@ restored. A failure switches them off with a warning and never ends the run.
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -55,11 +55,20 @@ class SampleCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         self._answer(keywords["model"], state.global_step)
 
+    def measure_seconds(self, model: Any) -> float:
+        """Return the seconds that answers take, without recording them; every rank calls it."""
+        started = time.perf_counter()
+        self._on_rank_0(0, lambda: self._generate(model))
+        return time.perf_counter() - started
+
     def _answer(self, model: Any, step: int) -> None:
         """Generate the answers after `step`, and record them in the place of those of this step and later ones."""
+        self._on_rank_0(step, lambda: self._record(step, self._generate(model)))
+
+    def _on_rank_0(self, step: int, work: Callable[[], Any]) -> None:
         if self._rows and context().is_main:
             try:
-                self._record(step, self._generate(model))
+                work()
             except Exception as error:
                 logger.warning("run.samples: off from step %d on (%s)", step, first_line(error))
                 logger.debug("run.samples: off", exc_info=True)

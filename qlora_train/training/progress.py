@@ -14,7 +14,7 @@ from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
 from qlora_train.training.speed_meter import PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
 from qlora_train.utils import atomic_io
-from qlora_train.utils.run_events import Measured, StepEnded, emit
+from qlora_train.utils.run_events import Measured, Restored, StepEnded, emit
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,8 @@ class ProgressCallback(TrainerCallback):
         }
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write metrics.jsonl from a log history, without the lines of steps after its checkpoint."""
+        """Write metrics.jsonl from a log history, without the lines of steps after its checkpoint; emit it."""
+        emit(Restored(tuple(history)))
         if not self._writes:
             return
         lines = [self._line(entry) for entry in history if entry.keys() & set(self._metrics)]

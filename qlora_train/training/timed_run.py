@@ -47,8 +47,8 @@ class StepTimes:
 
     Attributes:
         step_seconds: expected seconds of an optimizer step of the run.
-        eval_seconds: expected seconds of an evaluation; 0 without held-out rows.
-        trial_seconds: duration of the trial.
+        eval_seconds: expected seconds of an evaluation and of its samples; 0 without held-out rows.
+        trial_seconds: duration of the trial, and of the samples before the first step.
     """
 
     step_seconds: float
@@ -132,11 +132,13 @@ def time_trial(trainer: QloraTrainer, seconds: float) -> StepTimes:
             has_enough = len(timed) >= NUM_WARMUP_STEPS + MIN_TIMED_STEPS
             if context().broadcast(has_enough and time.perf_counter() - started > TRIAL_SHARE * seconds):
                 break
-        eval_seconds = _evaluation_seconds(trainer)
+        sample_seconds = _sample_seconds(trainer)
+        eval_seconds = _evaluation_seconds(trainer) + sample_seconds
     timed = timed[NUM_WARMUP_STEPS:] or timed
     per_token = sum(seconds for seconds, _ in timed) / sum(num_tokens for _, num_tokens in timed)
     tokens_per_step = _mean_step_tokens(trainer) or sum(num_tokens for _, num_tokens in timed) / len(timed)
-    return StepTimes(per_token * tokens_per_step, eval_seconds, time.perf_counter() - started)
+    trial_seconds = time.perf_counter() - started + sample_seconds  # answers before the first step
+    return StepTimes(per_token * tokens_per_step, eval_seconds, trial_seconds)
 
 
 @contextmanager
@@ -178,6 +180,16 @@ def _evaluation_seconds(trainer: QloraTrainer) -> float:
     trainer.measure(timed)
     seconds = time.perf_counter() - started
     return seconds * sum(row.num_tokens for row in rows) / sum(row.num_tokens for row in timed)
+
+
+def _sample_seconds(trainer: QloraTrainer) -> float:
+    """Return the seconds of the answers that `run.samples` asks for at every evaluation."""
+    if not trainer.config.run.samples:
+        return 0.0
+    from qlora_train.training.held_out_samples import SampleCallback
+
+    callbacks = [each for each in trainer.callback_handler.callbacks if isinstance(each, SampleCallback)]
+    return sum(callback.measure_seconds(trainer.model) for callback in callbacks)
 
 
 def _mean_step_tokens(trainer: QloraTrainer) -> float | None:

@@ -7,7 +7,7 @@ listener that fails is removed, and without listeners events cost a function cal
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,13 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Restored:
+    """Training begins; `history` has the metrics of the log points before it, with `step`: none in a new run."""
+
+    history: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class StepEnded:
     """An optimizer step is done; no value of the device is read for it."""
 
@@ -93,7 +100,7 @@ class Sampled:
     generated: str
 
 
-Event = RunOpened | StageStarted | StageEnded | Progress | StepEnded | Measured | Sampled
+Event = RunOpened | StageStarted | StageEnded | Progress | Restored | StepEnded | Measured | Sampled
 Listener = Callable[[Event], None]
 
 

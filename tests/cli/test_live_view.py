@@ -1,14 +1,18 @@
 """The live view: one screen of 80 x 24, log lines above it, and a terminal as it was, however the run ends."""
 
+import io
+import json
 import re
 import signal
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from qlora_train.cli.live_screen import duration, sparkline, trend
+from qlora_train.cli.live_screen import LiveScreen, duration, sparkline, trend
 from qlora_train.config.writer import to_yaml
 from qlora_train.runs import RunFolder
+from qlora_train.utils.run_events import Measured, Restored, RunOpened, StepEnded
 from tests.support.runs import make_config
 from tests.support.terminal import Terminal
 
@@ -204,6 +208,35 @@ def test_no_color_leaves_out_colours_only(tmp_path: Path) -> None:
     codes = set(re.findall(rb"\x1b\[([0-9;]*)m", plain.raw))
     assert not [code for code in codes if re.search(rb"(^|;)(3[0-7]|9[0-7]|38)", code)], codes
     assert count(plain.screens[-1], "step 10/10 ") == 1
+
+
+def lines_of(screen: LiveScreen) -> str:
+    console = Console(width=80, color_system=None, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(screen)
+    return capture.get()
+
+
+def test_memory_is_shown_against_the_plan_of_the_run(shown: Terminal, tmp_path: Path) -> None:
+    """The plan is that of the real run; only a GPU tells its peak."""
+    [run] = [Path(str(word)).parent / "run" for word in shown.words if str(word).endswith("whole.yaml")]
+    peak = json.loads((run / "plan.json").read_text())["peak_bytes"]
+    screen = LiveScreen()
+    screen.receive(RunOpened(run))
+    screen.receive(StepEnded(1, 10))
+    screen.receive(Measured(1, 10, 0.1, {"loss": 1.0}, 100.0, 9.0, 3_210_000_000))
+    assert f"memory   3.2 GB at most of {peak / 1e9:.1f} GB planned" in lines_of(screen)
+
+
+def test_a_resumed_run_shows_its_history_and_no_speed_before_a_step() -> None:
+    screen = LiveScreen()
+    screen.receive(Restored([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 0.5}]))
+    screen.receive(StepEnded(4, 10))
+    screen.receive(Measured(4, 10, 0.4, {"eval_loss": 0.75}, None, None, None))
+    text = lines_of(screen)
+    assert re.search(r"loss +1\.0000  █▁", text)
+    assert "0.7500 at step 4; best 0.5000 at step 2" in text
+    assert "speed" not in text
 
 
 # --- parts -------------------------------------------------------------------------------------------------------------

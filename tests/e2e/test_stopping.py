@@ -17,6 +17,7 @@ from qlora_train.data.worker_pool import ordered_map
 from qlora_train.runs import RunFolder
 from qlora_train.training import train_loop
 from qlora_train.utils import signals
+from qlora_train.utils.run_events import Event, Measured, Restored, listening
 from tests.support.runs import adapter_bytes, losses, make_config, metrics, train_run
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,12 @@ def test_pending_evaluation_runs_before_the_next_step(
     assert stopped.checkpoint_steps()[-1] == 2 * evaluation
     assert len([line for line in metrics(stopped) if "eval_loss" in line]) == evaluation - 1
     messages.clear()
-    resumed = train_run(tmp_path, pico_llama, *settings, name="stopped")
+    events: list[Event] = []
+    with listening(events.append):
+        resumed = train_run(tmp_path, pico_llama, *settings, name="stopped")
+    [first, *_] = [event for event in events if isinstance(event, Restored | Measured)]
+    assert isinstance(first, Restored), "the history comes before what is new"
+    assert [entry["loss"] for entry in first.history if "loss" in entry] == losses(straight)[: 2 * evaluation]
     assert adapter_bytes(resumed) == adapter_bytes(straight)
     assert evaluations(resumed) == evaluations(straight)
     lines = [record.getMessage() for record in messages.records if hasattr(record, "metrics")]

@@ -22,12 +22,14 @@ class Terminal:
     """Runs Python with these arguments on a terminal of 80 x 24.
 
     Attributes:
+        words: of the command.
         screens: what the screen showed, each different picture once.
         raw: every byte that the command wrote to the terminal.
     """
 
     def __init__(self, words: Sequence[str | Path], *, columns: int = 80, rows: int = 24,
                  environment: Mapping[str, str] | None = None) -> None:  # fmt: skip
+        self.words = words
         self.screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self.screen)
         self.screens: list[list[str]] = []

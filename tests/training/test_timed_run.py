@@ -1,12 +1,16 @@
 """`train.minutes`: a trial sets the number of steps, leaves no trace in the run, and a resumed run keeps the number."""
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_train.config.writer import to_yaml
-from qlora_train.runs import RunFolder
+from qlora_train.runs import RunFolder, read_json
+from qlora_train.training import held_out_samples
 from qlora_train.training.timed_run import StepTimes, affordable_steps
 from qlora_train.utils.errors import CheckpointError, ConfigError, TrainingError
 from tests.support.pico import build_pico
@@ -63,6 +67,19 @@ def test_a_run_that_never_saved_is_timed_again(timed: RunFolder, pico_llama: Pat
     run.num_steps_file.write_text(json.dumps({"minutes": 0.05, "num_steps": 1}))
     train_run(timed.path.parent, pico_llama, *MINUTES, name="again")
     assert num_steps(run) == metrics(run)[-1]["step"] > 1
+
+
+def test_time_of_samples_counts(pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(_model: Any, _tokenizer: Any, prompts: Sequence[Any], **_keywords: Any) -> list[str]:
+        time.sleep(0.5)
+        return ["an answer"] * len(prompts)
+
+    monkeypatch.setattr(held_out_samples, "generate_answers", slow)
+    run = train_run(tmp_path, pico_llama, *MINUTES, "train.minutes=0.2", "data.eval=0.25", "run.samples=2")
+    times = read_json(run.num_steps_file)
+    assert times["eval_seconds"] >= 0.5
+    assert times["trial_seconds"] >= 1.0, "the trial's own, and those before the first step"
+    assert run.samples_file.read_text().count('"step": 0,') == 2, "those of the trial are not recorded"
 
 
 def test_stream_ends_in_time_too(pico_llama: Path, tmp_path: Path) -> None:
