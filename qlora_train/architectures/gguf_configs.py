@@ -11,6 +11,7 @@ from typing import Any
 
 from qlora_train.architectures.gguf_header import GGUFHeader
 from qlora_train.architectures.gguf_rope import rope_parameters
+from qlora_train.utils.errors import first_line
 
 Config = dict[str, Any]
 
@@ -51,6 +52,9 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
 """Settings that change nothing if they have one of these values."""
 
 
+MAX_QUOTED = 40
+
+
 @dataclass(frozen=True)
 class GGUFArchitecture:
     """How Transformers describes the models of a GGUF architecture.
@@ -74,11 +78,22 @@ def gguf_config(header: GGUFHeader) -> Config:
     """Return the content of config.json.
 
     Raises:
-        ModelError: an unsupported architecture, or a setting that is missing or would be lost.
+        ModelError: an unsupported architecture, or a setting that is missing, would be lost, or is of another type.
     """
+    try:
+        return _config(header)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise header.refused(f"has settings of another type or size than llama.cpp writes ({reason})") from None
+
+
+def _config(header: GGUFHeader) -> Config:
     row = _row(header)
     config: Config = {"model_type": row.model_type, **_vocabulary(header), **row.fixed}
     config |= {name: _take(header, key) for key, name in row.keys.items()}
+    for name, value in config.items():
+        if name.startswith("num_") and not isinstance(value, int | list):
+            raise TypeError(f"{name}: {str(value)[:MAX_QUOTED]!r}")
     if row.rotary != "none":
         head_dim = _check_head_dim(header, row)
         config["rope_parameters"] = rope_parameters(header, head_dim, partial=row.rotary == "partial")

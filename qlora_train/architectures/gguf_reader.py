@@ -152,7 +152,7 @@ def read_structure(path: Path) -> Structure:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return _parse(content)
-    except (struct.error, ValueError, OverflowError) as error:
+    except (struct.error, TypeError, ValueError, OverflowError) as error:
         raise ModelError(
             f"model.model_name_or_path: {path} is a damaged GGUF file ({error}); download it again"
         ) from None

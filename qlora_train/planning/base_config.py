@@ -15,8 +15,12 @@ from qlora_train.config import ModelSection
 from qlora_train.config.preflight import missing_model
 from qlora_train.utils import network
 from qlora_train.utils.errors import ModelError
+from qlora_train.utils.visible_text import shortened
 
 TABLE = "well_known_models.json"
+MAX_SIZES = {"hidden_size": 10**6, "num_hidden_layers": 10**4, "num_attention_heads": 10**5, "vocab_size": 10**8}
+"""Keys of config.json that a plan computes with, and far more than any model has."""
+MAX_QUOTED = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,9 @@ def find_base_config(model: ModelSection) -> BaseConfig:
         from qlora_train.architectures.gguf_configs import gguf_config
         from qlora_train.architectures.gguf_header import read_header
 
-        return BaseConfig(gguf_config(read_header(path)), "GGUF header", True)
+        content = gguf_config(read_header(path))
+        _check_sizes(content, where)
+        return BaseConfig(content, "GGUF header", True)
     if path.is_dir():
         return BaseConfig(_read(path / "config.json", where), "config.json", True)
     return _hub_config(model, where)
@@ -58,7 +64,20 @@ def _read(file: Path, where: str) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise ModelError(f"{where}: config.json holds no mapping; use a folder written by save_pretrained")
+    _check_sizes(content, where)
     return content
+
+
+def _check_sizes(content: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that no model has; null and lists by layer are left to Transformers."""
+    for key, largest in MAX_SIZES.items():
+        value = content.get(key)
+        is_size = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+        if not is_size and value is not None and not isinstance(value, list):
+            raise ModelError(
+                f"{where}: {key}: {shortened(repr(value), MAX_QUOTED)} is not a size; allowed: a whole number from 1 to "
+                f"{largest:,}; use the model as its authors published it"
+            )
 
 
 def _hub_config(model: ModelSection, where: str) -> BaseConfig:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -18,8 +19,12 @@ from qlora_train.models.text_only import text_model
 from qlora_train.planning.family_shapes import INPUT_NAMES
 from qlora_train.planning.model_shape import AttentionShape, ExpertsShape, LayerShape, LinearShape, ModelShape
 from qlora_train.utils.errors import ModelError
+from qlora_train.utils.visible_text import shortened
 
 EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+UNBUILDABLE = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
+"""What Transformers raises for settings of a wrong type or size."""
+MAX_REASON = 200
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
 _HEAD_NORM = re.compile(r"\b(q|k|query|key)_?(layer)?norm\b")
 
@@ -50,8 +55,8 @@ def model_on_meta(config_json: Mapping[str, Any]) -> tuple[Any, Any]:
         config = AutoConfig.for_model(config_json.get("model_type"), **settings)
         with torch.device("meta"):
             model = text_model(config).build(config)
-    except ValueError as error:
-        reason = str(error).strip().split("\n", 1)[0]
+    except UNBUILDABLE as error:
+        reason = shortened(" ".join(str(error).split()), MAX_REASON)
         raise ModelError(f"config.json: no causal language model can be built from it: {reason}") from error
     return config.get_text_config(), model
 

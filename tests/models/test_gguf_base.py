@@ -137,6 +137,7 @@ def test_unknown_rope_factors_are_refused(pico_llama: Path, tmp_path: Path) -> N
         ({"extra": {"output_norm.weight": torch.ones(32)}}, r"tensor output_norm.weight of shape \(32,\)"),
         ({"settings": {"rope.scaling.type": "dynamic"}}, "llama.rope.scaling.type: dynamic, which would be lost"),
         ({"settings": {"attention.new_thing": "on"}}, "llama.attention.new_thing: on, which would be lost"),
+        ({"settings": {"attention.head_count": "many"}}, "settings of another type or size .*TypeError"),
         ({"settings": {"rope.scaling.type": "linear"}}, "has no llama.rope.scaling.factor"),
     ],
 )

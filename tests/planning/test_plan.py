@@ -197,6 +197,30 @@ def test_what_is_not_a_size_is_refused_in_one_line(text: str) -> None:
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 0), ("num_hidden_layers", 10**12), ("num_hidden_layers", "two"), ("hidden_size", -64),
+        ("vocab_size", 1.5), ("vocab_size", True), ("num_attention_heads", 0), ("num_attention_heads", [1]),
+        ("num_key_value_heads", "x"), ("model_type", [1]), ("model_type", "none"),
+    ],
+)  # fmt: skip
+def test_config_json_that_describes_no_model_is_one_line(
+    key: str, value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(base | {key: value}))
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {{model_name_or_path: {tmp_path}}}\ndata: {{train: rows.jsonl}}\n")
+    assert main(["plan", str(file), "--no-data"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert key in line or "config.json" in line
+    assert len(line) < 500
+
+
 def test_shipped_table_has_the_published_values_and_every_shipped_base() -> None:
     table = well_known_models()
     assert MODELS.keys() <= table.keys(), "add a new base to planning/well_known_models.json"
