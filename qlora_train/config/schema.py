@@ -332,7 +332,7 @@ class TrainSection(Section):
     max_steps: int | None = Field(None, ge=1)
     """Number of optimizer steps."""
     minutes: float | None = Field(None, gt=0, le=1e6)
-    """Minutes of training, evaluations and checkpoints included: a trial of the first steps sets the number of steps, so
+    """Minutes of training with evaluations, samples and checkpoints: a trial of some steps sets the number of steps, so
     that the learning-rate schedule ends in time. A resumed run keeps that number."""
     per_device_train_batch_size: int = Field(1, ge=1)
     """Rows per micro-batch of a process, or packs with data.packing. `padding_free` may compute more short rows at once."""

@@ -7,6 +7,7 @@ The file has every line also where the package is used as a library: the applica
 without the file.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -46,12 +47,19 @@ class _FileHandler(logging.StreamHandler[TextIO]):
         missing = f"({self.num_missing} lines are missing)\n" if self.num_missing else ""
         try:
             line = missing + self.format(record) + self.terminator
-            os.write(self.stream.fileno(), line.encode(errors="backslashreplace"))  # whole, or not at all
+            self._write(line.encode(errors="backslashreplace"))
             self.num_missing = 0
         except OSError:
             self.num_missing += 1
         except Exception:  # a line with the wrong arguments ends no run
             self.handleError(record)
+
+    def _write(self, line: bytes) -> None:
+        """Write a line whole, or not at all: a disk that fills up takes its beginning."""
+        file = self.stream.fileno()
+        if (num_written := os.write(file, line)) < len(line):
+            os.ftruncate(file, os.fstat(file).st_size - num_written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class _ApplicationHandler(logging.Handler):

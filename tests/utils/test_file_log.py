@@ -64,3 +64,28 @@ def test_a_line_with_wrong_arguments_does_not_end_the_run(tmp_path: Path) -> Non
     )
     assert "TypeError" in done.stderr, "it is reported as logging does"
     assert "a warning" in file.read_text(encoding="utf-8")
+
+
+FILLING = """
+import logging, resource, sys
+from pathlib import Path
+from qlora_train.utils.file_log import logged_to
+logger = logging.getLogger("qlora_train.part")
+limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+with logged_to(Path(sys.argv[1])):
+    logger.info("a line that fits")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (Path(sys.argv[1]).stat().st_size + 10, limit[1]))
+    logger.info("a line whose beginning fits")
+    logger.info("another")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    logger.info("a line after files were deleted")
+"""
+
+
+def test_lines_that_did_not_fit_are_counted_and_none_is_cut(tmp_path: Path) -> None:
+    file = tmp_path / "run.log"
+    subprocess.run([sys.executable, "-c", FILLING, str(file)], cwd=ROOT, check=True)
+    first, missing, last = file.read_text(encoding="utf-8").splitlines()
+    assert first.endswith("a line that fits")
+    assert missing == "(2 lines are missing)"
+    assert last.endswith("INFO    a line after files were deleted")
