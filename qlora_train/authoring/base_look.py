@@ -119,9 +119,7 @@ def _has_template(files: Mapping[str, Path]) -> bool:
 
 def _gguf_tokenizer(path: Path) -> tuple[Container[str], bool]:
     """Return the vocabulary of a GGUF file, and whether it has a chat template."""
-    import gguf
+    from qlora_train.architectures.gguf_header import read_header
 
-    reader = gguf.GGUFReader(path)
-    tokens = reader.get_field("tokenizer.ggml.tokens")
-    vocabulary = set() if tokens is None else set(tokens.contents())
-    return vocabulary, reader.get_field("tokenizer.chat_template") is not None
+    header = read_header(path)
+    return set(header.vocabulary("tokens") or ()), header.chat_template is not None

@@ -11,6 +11,7 @@ from qlora_train.authoring.data_look import DataLook
 from qlora_train.authoring.recipe_files import Choice, Recipe
 from qlora_train.config import LoraSection
 from qlora_train.config.objectives import dataset_type_of
+from qlora_train.planning.plan_text import short_count
 from qlora_train.utils.errors import ConfigError
 
 Settings = dict[str, Choice]
@@ -145,8 +146,8 @@ def _choose_training(settings: Settings, recipe: Recipe, base: BaseLook, data: D
 def _learning_rate(base: BaseLook, rank: int) -> Choice:
     rate = SMALL_RATE if base.num_weights < SMALL_WEIGHTS else LARGE_RATE
     if rank > HIGH_RANK:
-        return Choice(rate / 2, f"half of what rank 16 takes on {_short(base.num_weights)} weights")
-    return Choice(rate, f"usual for {_short(base.num_weights)} weights; halve it if the loss jumps")
+        return Choice(rate / 2, f"half of what rank 16 takes on {short_count(base.num_weights)} weights")
+    return Choice(rate, f"usual for {short_count(base.num_weights)} weights; halve it if the loss jumps")
 
 
 def round_up(tokens: int) -> int:
@@ -162,14 +163,10 @@ def _by_size(table: tuple[tuple[float, Any], ...], size: float) -> Any:
 
 def _size_text(base: BaseLook) -> str:
     positions = f", {base.positions:,} positions" if base.positions else ""
-    return f"{base.content['model_type']}, {_short(base.num_weights)} weights{positions}"
+    return f"{base.content['model_type']}, {short_count(base.num_weights)} weights{positions}"
 
 
 def _rows_text(data: DataLook) -> str:
     more = "more than " if data.is_partial else ""
     tokens = "tokens" if data.is_counted else "tokens by characters"
     return f"{more}{data.num_rows:,} rows; median about {data.median:,} {tokens}, longest {data.longest:,}"
-
-
-def _short(number: int) -> str:
-    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"

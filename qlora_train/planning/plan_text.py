@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from qlora_train.planning.run_plan import RunPlan
+from qlora_train.utils.visible_text import visible
 
 WIDTH = 80
 INDENT = " " * 10
@@ -39,13 +40,13 @@ def plan_lines(plan: RunPlan, name: str, origin: str, notes: Sequence[str] = ())
         notes: further lines.
     """
     lines = (*_facts(plan, name, origin), *_memory(plan), *_rest(plan), *notes)
-    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent=INDENT)]
+    return [part for line in lines for part in textwrap.wrap(visible(line), WIDTH, subsequent_indent=INDENT)]
 
 
 def _facts(plan: RunPlan, name: str, origin: str) -> Iterator[str]:
-    yield f"base      {name}: {plan.model_type}, {_short(plan.model.numel)} weights ({origin})"
+    yield f"base      {name}: {plan.model_type}, {short_count(plan.model.numel)} weights ({origin})"
     memory, work = plan.fitted.plan, plan.work
-    yield f"adapter   {_short(plan.num_trained)} trained weights, {memory.optimizer}"
+    yield f"adapter   {short_count(plan.num_trained)} trained weights, {memory.optimizer}"
     tokens = f"{plan.fitted.batch.num_tokens:,} tokens"
     how = "padding-free, " if plan.fitted.has_raised_budget else ""
     yield f"batch     {tokens} at most ({how}{work.num_rows} x {work.batch.num_tokens // work.num_rows:,} by the config)"
@@ -95,7 +96,7 @@ def _rest(plan: RunPlan) -> Iterator[str]:
     if work.num_steps is None:
         yield "steps     unknown without the number of rows or train.max_steps"
         return
-    tokens = "" if work.num_tokens is None else f", {_short(work.num_tokens)} tokens"
+    tokens = "" if work.num_tokens is None else f", {short_count(work.num_tokens)} tokens"
     time = "unknown time (no earlier run on this device)"
     if plan.seconds is not None:
         time = f"about {duration(plan.seconds)} (speed of earlier runs here)"
@@ -110,7 +111,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _short(number: int) -> str:
+def short_count(number: int) -> str:
+    """Return a count in billions or millions, such as `7.62 B`."""
     for least, unit in ((10**9, "B"), (10**6, "M")):
         if number >= least:
             return f"{number / least:.2f} {unit}"

@@ -179,8 +179,10 @@ def test_plan_without_steps_promises_no_disk() -> None:
 
 
 def test_long_notes_are_wrapped_and_whole() -> None:
-    note = "data      cannot be used (" + " ".join(f"word{number}" for number in range(40)) + ")"
-    lines = plan_lines(planned(ROOT / "configs" / "llama7b.yaml", "24GiB"), "base", "table", [note])
+    note = "data      cannot be used (\\x1b[31m" + " ".join(f"word{number}" for number in range(40)) + ")"
+    lines = plan_lines(
+        planned(ROOT / "configs" / "llama7b.yaml", "24GiB"), "base", "table", [note.replace("\\x1b", "\x1b")]
+    )
     assert max(map(len, lines)) <= 80
     assert " ".join(" ".join(lines).split()).endswith(" ".join(note.split()))
 

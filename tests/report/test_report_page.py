@@ -139,7 +139,9 @@ def test_measured_memory_is_compared_with_the_plan_of_the_same_thing(
     run: RunFolder, num_threads: int | None, legend: str, level: int | None, note: str
 ) -> None:
     write_json(run.metadata_file, {"num_threads": num_threads})
-    write_json(run.plan_file, {"peak_bytes": 2_000_000_000, "parts": {"weights": 1.5e9, "runtime": 500_000_000}})
+    loose = {"caveats": ["experts"], "peak_bytes": 2_000_000_000, "parts": {"weights": 1.5e9, "runtime": 500_000_000}}
+    write_json(run.plan_file, loose)
+    assert "Known to be loose: experts." in one(page_of(run).find("section", id="checks")).text
     [memory] = [chart for chart in charts_of(read_run(run.path)) if chart.kind.key == "memory"]
     assert [series.name for series in memory.series] == [legend]
     assert [each.value for each in memory.levels] == ([] if level is None else [level])
