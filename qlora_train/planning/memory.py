@@ -32,7 +32,7 @@ from qlora_train.planning.activations import (
     tiled,
 )
 from qlora_train.planning.compiled_kernels import expert_kernels_bytes
-from qlora_train.planning.model_shape import ModelShape, packed_bytes, quantization_constants_bytes
+from qlora_train.planning.model_shape import LayerShape, ModelShape, packed_bytes, quantization_constants_bytes
 from qlora_train.planning.shard_bytes import frozen_bytes
 
 PARITY_ROWS, PADDING_FREE_ROWS, PARITY_TOKENS = 4, 8, 128
@@ -298,10 +298,18 @@ def step_parts(model: ModelShape, settings: MemorySettings) -> list[dict[str, in
     before = {"gradients": gradients} if settings.accumulates else {}
     loss = {**before, "activations": kept, "logits": loss_bytes(model, batch, how) + rounded, **gathered}
     work = [_layer_workspace_bytes(model, settings, index, level) for index, level in enumerate(settings.levels)]
-    backward = {**before, "activations": kept, "workspace": work[-1], **gathered}
-    last = {"gradients": gradients, "activations": saved[0], "workspace": max(work), **gathered}
+    # a mixture's gradients are summed over its experts before they are added to those of earlier micro-batches
+    summed = [FLOAT32_BYTES * how.r * _adapted_expert_widths(layer) for layer in model.layers]
+    backward = {**before, "activations": kept, "workspace": work[-1] + summed[-1], **gathered}
+    in_last = max(work) + (summed[0] if settings.accumulates else 0)
+    last = {"gradients": gradients, "activations": saved[0], "workspace": in_last, **gathered}
     optimizer = {"gradients": gradients}
     return [loss, backward, last, optimizer]
+
+
+def _adapted_expert_widths(layer: LayerShape) -> int:
+    """Return the inputs and outputs of all adapted expert matrices of a layer: LoRA's weights per rank."""
+    return sum(experts.count * experts.width for experts in layer.experts if experts.is_adapted)
 
 
 def _shared_bytes(model: ModelShape, batch: MicroBatch, how: Computation) -> int:

@@ -14,9 +14,6 @@ from qlora_train.planning.plan_device import PlanDevice
 from qlora_train.planning.workload import RowSizes, Workload, plan_workload
 from qlora_train.utils.visible_gpus import visible_gpus
 
-EXPERTS_ON_CPU = "a mixture of experts on a CPU took 2 to 2.6 times its plan"
-"""Measured: benchmarks/results/plan-measured.txt."""
-
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
@@ -145,13 +142,11 @@ def plan_run(
         is_sharded=is_sharded,
         disk=_disk(config, config_json, model, work, sizes, fitted),
         download_bytes=0 if is_local else 2 * model.numel,
-        caveats=tuple(_caveats(config_json, model, device)),
+        caveats=tuple(_caveats(config_json)),
     )
 
 
-def _caveats(config_json: Mapping[str, Any], model: ModelShape, device: PlanDevice) -> Iterator[str]:
-    if not device.on_gpu and any(model.experts()):
-        yield EXPERTS_ON_CPU
+def _caveats(config_json: Mapping[str, Any]) -> Iterator[str]:
     family = detect(config_json).model_type
     if FAMILIES.get(family) is None:
         yield f"layers of {family} are not described: tensors may be left out"
