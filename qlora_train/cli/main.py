@@ -6,7 +6,6 @@ and SIGUSR1 or run.max_minutes, with the work saved; 1 a bug, with its traceback
 
 import importlib
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from qlora_train.cli import completion
 from qlora_train.cli.guide import GUIDE, version_lines
 from qlora_train.cli.log_options import with_log_options
 from qlora_train.cli.options import setting_hint
-from qlora_train.cli.output import print_errors, print_text, set_up_logging
+from qlora_train.cli.output import command_text, print_errors, print_text, set_up_logging
 from qlora_train.parallel import parent_link
 from qlora_train.utils import signals
 from qlora_train.utils.errors import ConfigError, ProcessGroupError, UserError, did_you_mean, explain
@@ -72,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with signals.handle_signals(), parent_link.linked():
             return _run(words)
     except signals.Stop as stop:
-        command = redact(shlex.join(["qlora-train", *words]))
-        _print_end([f"{stop.cause}: stopped; the same command resumes: {command}"])
+        _print_end([f"{stop.cause}: stopped; the same command resumes: {command_text(words)}"])
         return stop.status
 
 

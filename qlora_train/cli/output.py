@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ class LogSettings:
 
     level: int = logging.INFO
     format: LogFormat = "text"
+
+
+def command_text(words: Sequence[str]) -> str:
+    """Return a command of this program for a shell, with secrets redacted before quotes can hide them."""
+    return shlex.join(["qlora-train", *map(redact, words)])
 
 
 def print_text(text: str) -> None:

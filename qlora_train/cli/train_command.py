@@ -1,6 +1,5 @@
 """`qlora-train CONFIG` and `qlora-train train CONFIG`."""
 
-import shlex
 from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
@@ -8,9 +7,8 @@ import typer
 
 from qlora_train.cli.libraries import prepare_libraries
 from qlora_train.cli.options import ConfigFile, Offline, Overrides
-from qlora_train.cli.output import silence_console
+from qlora_train.cli.output import command_text, silence_console
 from qlora_train.utils import launcher
-from qlora_train.utils.secrets import redact
 
 
 def train(
@@ -40,7 +38,7 @@ def train(
     from qlora_train.pipeline import run
 
     with _joined(worker), shown_live() if rank == 0 else nullcontext():
-        folder = run(resolved, resume=resume, command=redact(shlex.join(["qlora-train", *context.obj])))
+        folder = run(resolved, resume=resume, command=command_text(context.obj))
     if rank == 0:
         print(f"finished: {folder.path}")
     return 0

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import re
+import shlex
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_train.cli.main import main
+from qlora_train.cli.output import command_text
 from qlora_train.config import RunConfig, load_config
 from qlora_train.config.schema import Section
 from qlora_train.utils.errors import ConfigError
@@ -280,3 +282,10 @@ def test_run_logs_and_writes_no_secret_of_the_environment(
     for name, canary in canaries.items():
         assert files_with(tmp_path, canary.split()[-1]) == [], name
         assert canary.split()[-1] not in output.out + output.err, name
+
+
+def test_quotes_of_a_shell_hide_no_secret_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "it's a $ecret"
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", secret)
+    command = command_text(["run.yaml", f"run.output_dir={secret}", "data.train=two words.jsonl"])
+    assert shlex.split(command) == ["qlora-train", "run.yaml", f"run.output_dir={HIDDEN}", "data.train=two words.jsonl"]
