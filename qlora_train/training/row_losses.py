@@ -83,12 +83,14 @@ def _sample(rows: Sequence[Example], limit: int, max_tokens: float, seed: int) -
 
 def _measured(trainer: QloraTrainer, rows: Sequence[Example], num_rows: int) -> dict[str, Any]:
     """Measure rows of the `num_rows` that they were drawn from; return what the file records, the highest loss first."""
-    tokenizer = trainer.adapted.loaded.tokenizer
+    tokenizer, train = trainer.adapted.loaded.tokenizer, trainer.config.train
+    batch_size = train.per_device_eval_batch_size
+    if is_sharded(trainer.model):  # cannot retry with fewer rows; these fitted, with their gradients
+        batch_size = min(batch_size, train.per_device_train_batch_size)
     with trainer.accelerator.autocast():  # as inside the training loop
         losses = trainer.objective.row_losses(
-            trainer.model, rows, batch_size=trainer.config.train.per_device_eval_batch_size,
-            pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+            trainer.model, rows, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
+        )
     ranked = sorted(zip(losses, rows, strict=True), key=lambda each: -each[0])
     return {
         "num_rows": num_rows,
