@@ -41,7 +41,7 @@ def convert(theirs: Theirs, output: Output = None, trainer: Trainer = None) -> i
 
 def _print_report(result: "Conversion", theirs: Path, output: Path | None) -> None:
     """Print the lists, beside the YAML on standard error."""
-    from qlora_train.config.other_trainers.converted_yaml import item_lines, lists, unset_line
+    from qlora_train.config.other_trainers.converted_yaml import defaults_line, item_lines, lists, unset_line
 
     stream = sys.stderr if output is None else sys.stdout
     num_settings = len(result.settings)
@@ -50,6 +50,8 @@ def _print_report(result: "Conversion", theirs: Path, output: Path | None) -> No
     ]
     for title, items in lists(result):
         lines += [f"{title} ({len(items)}):", *(f"  {line}" for line in item_lines(items))]
+    if defaults := defaults_line(result):
+        lines.append(defaults)
     if result.unset:
         lines.append(unset_line(result))
     lines += [f"{output or 'the result'}: not complete: {problem}" for problem in result.problems]

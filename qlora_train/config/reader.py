@@ -5,11 +5,13 @@ A config holds no secrets: it is saved with every run. Secrets are checked first
 
 import codecs
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from qlora_train.config.path_checks import KINDS, data_file_type
 from qlora_train.config.schema import RunConfig
 from qlora_train.config.source_location import Problem, SourceLocation, found_value
 from qlora_train.config.yaml_reader import Node, read_yaml
@@ -18,6 +20,8 @@ from qlora_train.utils.secrets import redact, secret_error
 
 MAX_BYTES = 1_000_000
 MAX_LINES = 200
+DATA_KINDS = {*KINDS} - {"json", "txt"}
+"""Kinds of files that are never a config."""
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "begins with a byte order mark",
     codecs.BOM_UTF16_LE: "is UTF-16",
@@ -103,7 +107,12 @@ def read_text(path: Path) -> str:
     Raises:
         ConfigError: no such file, not readable, too large, or not UTF-8.
     """
-    return _decode(path, _read_bytes(path))
+    content = _read_bytes(path)
+    kind = data_file_type(path)
+    if kind is not None and kind[0] in DATA_KINDS:
+        command = shlex.join(["qlora-train", "new", "MODEL", "--data", str(path)])
+        raise ConfigError(f"{path}: a data file, not a config; write one with: {command}")
+    return _decode(path, content)
 
 
 def _read_bytes(path: Path) -> bytes:

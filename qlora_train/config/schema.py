@@ -149,6 +149,9 @@ class LoraSection(Section):
                 re.compile(value)
             except re.error as error:
                 raise ValueError(f"not a regular expression: {error}") from None
+            if re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+[\s,]*", value):
+                names = ", ".join(filter(None, re.split(r"[\s,]+", value)))
+                raise ValueError(f"{value!r} is a text, not a list of layer names; write [{names}]")
             if re.fullmatch(r"[\w-]+", value):
                 raise ValueError(
                     f"{value!r} is a regular expression that matches no layer's full name, such as "

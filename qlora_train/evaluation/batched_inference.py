@@ -97,12 +97,14 @@ def compute_share_in_batches(
     setting: str,
     advice: str,
     join: Callable[[list[int]], Any] | None = None,
+    task: str = "evaluation",
 ) -> None:
     """Call `compute` with this rank's share of the batches, which all ranks together compute as one process would.
 
     Args:
         join: computes a batch without a result; a rank with one batch less than others calls it, because a sharded base is
             gathered by all ranks together. None: ranks are independent.
+        task: name of the work, for its progress.
 
     Raises:
         ModelError: as `compute_in_batches`, on every rank that of the first rank without memory; with `join`, on that rank
@@ -114,7 +116,7 @@ def compute_share_in_batches(
     stopped, failure = None, None
     try:
         # a rank that repeats a batch would gather other weights than the rest
-        compute_in_batches(share, compute, lengths, setting=setting, advice=advice, retries=join is None)
+        compute_in_batches(share, compute, lengths, setting=setting, advice=advice, retries=join is None, task=task)
         if join is not None and len(share) < len(every_batch[:: context().world_size]):
             join(every_batch[-1])
     except signals.Stop as stop:

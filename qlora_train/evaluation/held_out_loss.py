@@ -63,12 +63,17 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> HeldOutLoss:
+def held_out_loss(
+    model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int, task: str = "evaluation"
+) -> HeldOutLoss:
     """Return the loss of a causal language model on examples; its training mode is restored.
 
     As in training, a label at position 0 does not count. A batch has fewer than `batch_size` rows if the logits of its
     labels would exceed MAX_LOGITS, or if memory runs out. The ranks of a run compute different batches, the same ones as
     one process would.
+
+    Args:
+        task: name of the work, for its progress.
 
     Raises:
         DataError: no example has a label.
@@ -99,7 +104,7 @@ def held_out_loss(model: Any, examples: Sequence[Example], *, batch_size: int, p
         compute_share_in_batches(
             batches_by_length(lengths, batch_size, num_labels, max_labels), compute, lengths,
             setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
-            join=losses_of if is_sharded(model) else None,
+            join=losses_of if is_sharded(model) else None, task=task,
         )  # fmt: skip
     context().sum_(nll)
     return HeldOutLoss.of([ExampleLoss(*row) for row in zip(nll.tolist(), num_labels, strict=True)])

@@ -35,15 +35,24 @@ def preference_losses(
     loss: PreferenceLoss, model: Any, pairs: Sequence[Example], *, batch_size: int, pad_token_id: int
 ) -> list[float]:
     """Return the loss of each pair; raises as `pair_values`."""
-    values = pair_values(loss, model, pairs, batch_size=batch_size, pad_token_id=pad_token_id)
+    values = pair_values(loss, model, pairs, batch_size=batch_size, pad_token_id=pad_token_id, task="row losses")
     return [each["loss"] for each in values]
 
 
 @torch.no_grad()
 def pair_values(
-    loss: PreferenceLoss, model: Any, pairs: Sequence[Example], *, batch_size: int, pad_token_id: int
+    loss: PreferenceLoss,
+    model: Any,
+    pairs: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    task: str = "evaluation",
 ) -> list[dict[str, float]]:
     """Return `loss` and its metrics of each pair, in order; the model's training mode is restored.
+
+    Args:
+        task: name of the work, for its progress.
 
     Raises:
         ModelError: a single pair does not fit into memory.
@@ -70,7 +79,7 @@ def pair_values(
             batches_by_length(lengths, batch_size, num_labels, MAX_LOGITS // model.config.get_text_config().vocab_size),
             lambda rows: values.update(values_of(rows)), lengths,
             setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
-            join=values_of if is_sharded(model) else None,
+            join=values_of if is_sharded(model) else None, task=task,
         )  # fmt: skip
     of_pairs = {row: value for of_rank in context().gather(values) for row, value in of_rank.items()}
     return [of_pairs[row] for row in range(len(pairs))]

@@ -49,7 +49,7 @@ def _evaluate_sft(model: Any, examples: Sequence[Example], *, batch_size: int, p
 
 
 def _row_losses_sft(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> list[float]:
-    losses = held_out_loss(model, examples, batch_size=batch_size, pad_token_id=pad_token_id)
+    losses = held_out_loss(model, examples, batch_size=batch_size, pad_token_id=pad_token_id, task="row losses")
     return [each.nll / max(each.num_tokens, 1) for each in losses.per_example]
 
 

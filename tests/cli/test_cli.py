@@ -288,6 +288,14 @@ def test_misspelt_command_suggests_the_nearest_one(words: list[str], hint: str, 
     assert line.startswith(f"{words[0]}: neither a command nor a config; {hint}")
 
 
+@pytest.mark.parametrize("words", [[], ["check"], ["plan"]])
+def test_data_file_as_config_leads_to_new(words: list[str], tmp_path: Path, capsys: Capture) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": "b"}\n')
+    [line] = refused(capsys, *words, str(rows))
+    assert line == f"{rows}: a data file, not a config; write one with: qlora-train new MODEL --data {rows}"
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -45,6 +45,21 @@ def test_without_output_the_config_alone_is_on_standard_output(theirs, capsys) -
     assert "a config of Axolotl" in shown.err
 
 
+def test_defaults_of_the_other_trainer_are_printed(capsys) -> None:
+    assert main(["convert", str(FILES / "unsloth" / "train_command.sh")]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Unsloth's defaults")]
+    assert line.startswith("Unsloth's defaults, written down: ")
+    assert "data.train_on: all, data.overflow: truncate" in line
+
+
+@pytest.mark.parametrize("name", ["unsloth/Llama-3-8B-bnb-4bit", "unsloth/Llama-3-8B-unsloth-bnb-4bit"])
+def test_base_that_is_stored_in_4_bits_is_mentioned_with_the_16_bit_one(theirs, name: str, capsys) -> None:
+    theirs.write_text(SMALL.replace("some/model", name))
+    assert main(["convert", str(theirs)]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  base_model: ")]
+    assert line.endswith("from the 16-bit base, unsloth/Llama-3-8B")
+
+
 def test_an_existing_file_is_not_replaced(theirs, capsys) -> None:
     Path("ours.yaml").write_text("mine\n")
     assert main(["convert", str(theirs), "-o", "ours.yaml"]) == 2

@@ -16,6 +16,7 @@ from qlora_train.evaluation.held_out_preferences import evaluate_preferences, pr
 from qlora_train.models import load_model
 from qlora_train.runs import RunFolder, read_json
 from qlora_train.training.row_losses import MIN_ROWS, _sample, record_row_losses
+from qlora_train.utils import run_events
 from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes, check_in_this_process, make_config, train_run
 from tests.support.trainers import trainer_of
@@ -94,6 +95,20 @@ def test_only_rows_that_were_trained_are_measured(pico_llama: Path, tmp_path: Pa
     assert {row.where for row in trainer.batch_source.trained_rows(2)} == seen
     assert len(seen) == 8
     assert len(trainer.batch_source.trained_rows(100)) == len(data.train)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_their_progress_has_their_name(objective: str, pico_llama: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", count=10)
+    settings = ("train.objective=dpo", f"data.train={tmp_path / 'pairs.jsonl'}") if objective == "dpo" else ()
+    trainer, data = trainer_of(make_config(tmp_path, pico_llama, *settings))
+    rows = [data.train[index] for index in range(4)]  # type: ignore[index]
+    events: list[Any] = []
+    with run_events.listening(events.append):
+        trainer.objective.row_losses(trainer.model, rows, batch_size=2, pad_token_id=0)
+        trainer.objective.evaluate(trainer.model, rows, batch_size=2, pad_token_id=0)
+    names = [event.name for event in events if isinstance(event, run_events.Progress)]
+    assert list(dict.fromkeys(names)) == ["row losses", "evaluation"]
 
 
 def test_sample_is_limited_in_rows_and_tokens() -> None:

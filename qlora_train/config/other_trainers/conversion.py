@@ -20,6 +20,9 @@ SOURCES = ("data.train", "data.eval")
 ADDED_UP = ("run.report_to", "model.new_tokens")
 """Lists that several keys of theirs make together."""
 SETTING = re.compile(r"[a-z]+\.[a-z_0-9]+")
+BASE = "model.model_name_or_path"
+STORED_IN_4BIT = re.compile(r"(-unsloth)?-bnb-4bit$")
+"""End of the names of bases whose weights are stored in 4 bits."""
 UNKNOWN = "not a key of {title} that is known here"
 
 
@@ -80,6 +83,7 @@ def convert(other: OtherConfig) -> Conversion:
     _scale_accumulation(result)
     _align_checkpoints(result)
     _drop_refused(result)
+    _mention_16bit_base(result)
     return result
 
 
@@ -238,6 +242,16 @@ def _align_checkpoints(result: Conversion) -> None:
         elif before.value != steps.value:
             result.differs += [Item(name, before.value, f"{key}: {reason}") for name in before.keys]
             settings[key] = Converted(steps.value, before.keys, "a checkpoint at every evaluation")
+
+
+def _mention_16bit_base(result: Conversion) -> None:
+    """Name the base in 16 bits, where theirs is stored in 4 bits."""
+    base = result.settings.get(BASE)
+    if base is None or not STORED_IN_4BIT.search(str(base.value)):
+        return
+    whole = STORED_IN_4BIT.sub("", str(base.value))
+    note = f"{BASE}: already rounded to 4 bits; a merge is closer to the original from the 16-bit base, {whole}"
+    result.differs += [Item(key, base.value, note) for key in base.keys[:1]]
 
 
 def _drop_refused(result: Conversion) -> None:

@@ -47,6 +47,17 @@ def unset_line(result: Conversion) -> str:
     return f"Unset there: {', '.join(printable(key) for key in result.unset)}"
 
 
+def defaults_line(result: Conversion) -> str:
+    """Return the settings that no key of theirs decided; empty if there are none."""
+    written = {
+        setting: inline_yaml(converted.value) for setting, converted in result.settings.items() if not converted.keys
+    }
+    if not written:
+        return ""
+    listed = ", ".join(f"{setting}: {value}" for setting, value in written.items())
+    return f"{result.trainer.title}'s defaults, written down: {listed}"
+
+
 def lists(result: Conversion) -> list[tuple[str, Sequence[Item]]]:
     """Return the lists that are not empty, with their titles."""
     named = (
