@@ -16,7 +16,7 @@ BEGIN, END = "<!-- plan-table -->", "<!-- /plan-table -->"
 MODELS = ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-8B", "meta-llama/Llama-2-70b-hf")
 RANK, NUM_TOKENS = 16, 512
 COLUMNS = {
-    "weights": ("4-bit weights", "4-bit constants", "16-bit weights"),
+    "weights": ("4-bit weights", "quantization constants", "16-bit weights"),
     "adapter, gradients, optimizer": ("adapter", "gradients", "optimizer"),
     "step": ("activations", "logits", "workspace"),
     "CUDA": ("runtime",),

@@ -146,11 +146,12 @@ def _earlier_answers(
 def _print(results: Mapping[str, Any], num_rows: int) -> None:
     table = Table(title=f"{num_rows} held-out rows", caption="base: answers after solved examples, loss without them")
     table.add_column("model")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
-    for name, result in results.items():
-        if name != COMPARISON:
-            table.add_row(name, *(_cell(key, result.get(key)) for key in COLUMNS))
+    shown = {name: result for name, result in results.items() if name != COMPARISON}
+    keys = [key for key in COLUMNS if any(result.get(key) is not None for result in shown.values())]
+    for key in keys:
+        table.add_column(COLUMNS[key], justify="right")
+    for name, result in shown.items():
+        table.add_row(name, *(_cell(key, result.get(key)) for key in keys))
     Console().print(table)
     if COMPARISON in results:
         print(f"{COMPARISON}:", ", ".join(f"{key} {value}" for key, value in results[COMPARISON].items()))

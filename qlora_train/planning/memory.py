@@ -179,7 +179,7 @@ def base_parts(model: ModelShape, settings: MemorySettings) -> dict[str, int]:
     root = (model.embedding_numel + model.head_numel) * c
     return {
         "4-bit weights": packed // ranks,
-        "4-bit constants": constants - absmax + absmax // ranks,
+        "quantization constants": constants - absmax + absmax // ranks,
         "16-bit weights": unquantized - root + root // ranks,
     }
 
@@ -353,8 +353,8 @@ def _evaluation(model: ModelShape, settings: MemorySettings, batch: MicroBatch) 
     held = _held(model, settings, steps=True)
     if not settings.on_gpu:  # the heap keeps what a layer freed
         largest = {"logits": logits, "workspace": layer}
-        held["freed activations"] = _retained_bytes(model, settings)
-    return Moment("evaluation", {**held, **largest, "rounded adapter": rounded}, shrinks=True)
+        held["memory not returned by the allocator"] = _retained_bytes(model, settings)
+    return Moment("evaluation", {**held, **largest, "adapter in the compute dtype": rounded}, shrinks=True)
 
 
 def _retained_bytes(model: ModelShape, settings: MemorySettings) -> int:

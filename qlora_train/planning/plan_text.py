@@ -9,9 +9,11 @@ from qlora_train.utils.visible_text import visible
 WIDTH = 80
 INDENT = " " * 10
 """Of the further lines of a long text."""
+SLOW_ON_CPU = 10**9
+"""Weights above which a CPU is impractical."""
 PART_LABELS = {
     "4-bit weights": "4-bit weights",
-    "4-bit constants": "absmax and code tables",
+    "quantization constants": "quantization constants",
     "16-bit weights": "16-bit weights",
     "adapter": "adapter, float32",
     "gradients": "gradients, float32",
@@ -20,8 +22,8 @@ PART_LABELS = {
     "activations": "activations",
     "logits": "logits",
     "workspace": "layer workspace",
-    "rounded adapter": "rounded adapter",
-    "freed activations": "freed activations in the heap",
+    "adapter in the compute dtype": "adapter in the compute dtype",
+    "memory not returned by the allocator": "memory not returned by the allocator",
     "largest tensor": "largest tensor while loading",
     "gathered weights": "gathered weights",
     "dequantized cache": "dequantized weight cache",
@@ -91,6 +93,8 @@ def _rest(plan: RunPlan) -> Iterator[str]:
     disk = [f"{name} {size / 1e9:.2f}" for name, size in parts if size >= 5e6]
     if plan.download_bytes:
         disk.append(f"download of the base {plan.download_bytes / 1e9:.1f}")
+    if plan.seconds is None and not plan.device.on_gpu and plan.model.numel > SLOW_ON_CPU:
+        yield "slow      on a CPU, training may take days: no GPU was found"
     yield f"disk, GB  {', '.join(disk) or 'unknown until the number of steps is known'}"
     work = plan.work
     if work.num_steps is None:
@@ -99,7 +103,7 @@ def _rest(plan: RunPlan) -> Iterator[str]:
     tokens = "" if work.num_tokens is None else f", {short_count(work.num_tokens)} tokens"
     time = "unknown time (no earlier run on this device)"
     if plan.seconds is not None:
-        time = f"about {duration(plan.seconds)} (speed of earlier runs here)"
+        time = f"training takes about {duration(plan.seconds)} (speed of earlier runs here)"
     yield f"steps     {work.num_steps:,}{tokens}, {time}"
 
 

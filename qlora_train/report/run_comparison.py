@@ -111,8 +111,7 @@ class Result:
     """A line of the results.
 
     Attributes:
-        best: which value is best; None: that cannot be said.
-        is_score: of held-out rows, comparable where these are the same.
+        best: which value is best; None for runs of different length: speed, memory, time.
         is_loss: comparable where base and objective are the same too, since tokens and formulas differ otherwise.
     """
 
@@ -120,24 +119,23 @@ class Result:
     value_of: Value
     unit: str = ""
     best: Callable[..., float] | None = None
-    is_score: bool = False
     is_loss: bool = False
 
 
 RESULTS = (
     Result("Held-out loss", _last_eval_loss, best=min, is_loss=True),
     Result("Mean training loss", _trained("train_loss")),
-    Result("Exact match, adapter", _evaluated("adapter", "exact_match"), "share", max, is_score=True),
-    Result("Exact match, merged", _evaluated("merged", "exact_match"), "share", max, is_score=True),
+    Result("Exact match, adapter", _evaluated("adapter", "exact_match"), "share", max),
+    Result("Exact match, merged", _evaluated("merged", "exact_match"), "share", max),
     Result("Exact match, base", _evaluated("base", "exact_match"), "share"),
-    Result("Field F1, adapter", _evaluated("adapter", "field_f1"), best=max, is_score=True),
+    Result("Field F1, adapter", _evaluated("adapter", "field_f1"), best=max),
     Result("Loss after the merge", _merged_loss, best=min, is_loss=True),
     Result("Steps", _trained("steps")),
     Result("Tokens", _trained("num_tokens")),
     Result("Trained parameters", _trained("num_trainable")),
     Result("Training time", _seconds, "seconds"),
-    Result("Tokens per second", _speed, best=max),
-    Result("Peak memory", _measured("measured_peak_bytes"), "bytes", min),
+    Result("Tokens per second", _speed),
+    Result("Peak memory", _measured("measured_peak_bytes"), "bytes"),
 )
 
 
@@ -150,8 +148,7 @@ def _results(runs: Sequence[RecordedRun]) -> Iterator[ComparedRow]:
         if not known:
             continue
         is_comparable = same_rows and (not result.is_loss or _have_same_loss(runs))
-        says_best = result.best is not None and (is_comparable or not (result.is_score or result.is_loss))
-        top = result.best(known) if result.best and says_best and len(set(known)) > 1 else None
+        top = result.best(known) if result.best and is_comparable and len(set(known)) > 1 else None
         winners = frozenset(i for i, value in enumerate(values) if top is not None and value == top)
         yield ComparedRow(result.name, tuple(number_text(value, result.unit) for value in values), winners)
 

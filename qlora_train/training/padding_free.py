@@ -72,7 +72,9 @@ class Savings:
         before, after = (f"{number / self.num_steps:.3g}" for number in self.num_batches)
         change = self.num_tokens[1] / self.num_tokens[0] - 1
         tokens = f"{100 * abs(change):.0f} % {'more' if change > 0 else 'fewer'} tokens"
-        return f"{tokens}, {after} micro-batches per step instead of {before}"
+        if after == before:
+            return tokens
+        return f"{tokens}, {after} micro-batch{'' if after == '1' else 'es'} per step instead of {before}"
 
 
 def choose_padding_free(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from qlora_train.inference import eval_report
 from qlora_train.inference.other_answers import parse_answers, read_answers
 from qlora_train.utils.errors import ConfigError, DataError
 
@@ -53,3 +54,11 @@ def test_options_that_name_no_model_or_file_are_refused(
     assert parse_answers("gpt-4o=a.jsonl") == ("gpt-4o", Path("a.jsonl"))
     with pytest.raises(ConfigError, match=r"^--answers "):
         parse_answers(option)
+
+
+@pytest.mark.parametrize("scores", [{}, {"field_f1": 0.5, "valid_json": 0.75}])
+def test_table_has_no_column_without_a_value(scores: dict[str, float], capsys: pytest.CaptureFixture[str]) -> None:
+    eval_report._print({"base": {"loss": 2.0}, "adapter": {"loss": 1.0, "exact_match": 0.5, **scores}}, 4)
+    shown = capsys.readouterr().out
+    assert "exact match" in shown
+    assert ("field F1" in shown, "valid JSON" in shown) == (bool(scores), bool(scores))

@@ -23,7 +23,7 @@ from qlora_train.planning.compiled_kernels import KERNEL_BYTES, expert_kernels_b
 from qlora_train.planning.family_shapes import family_shapes
 from qlora_train.planning.memory import CUDA_CONTEXT_BYTES, plan_memory, step_settings
 from qlora_train.planning.plan_device import PlanDevice, parse_size, plan_device
-from qlora_train.planning.plan_text import plan_lines
+from qlora_train.planning.plan_text import PART_LABELS, plan_lines
 from qlora_train.planning.run_plan import RunPlan, plan_run
 from qlora_train.planning.workload import RowSizes
 from qlora_train.utils.errors import ConfigError
@@ -190,6 +190,35 @@ def test_plan_that_is_known_to_be_loose_says_so() -> None:
     assert f"loose     {reason}" in plan_lines(plan, "base", "table")
     assert plan.to_json()["caveats"] == [reason]
     assert planned(path, "24GiB").caveats == planned(ROOT / "configs" / "qwen3-30b-a3b.yaml", "24GiB").caveats == ()
+
+
+def test_large_base_on_a_cpu_is_said_to_be_slow_until_a_time_is_known() -> None:
+    config = load_config(ROOT / "configs" / "llama7b.yaml")
+    base = well_known_models()[config.model.model_name_or_path]
+    on_cpu = plan_run(config, base, PlanDevice("a CPU", False, 64 * 2**30), RowSizes.most(config))
+    slow = "slow      on a CPU, training may take days: no GPU was found"
+    assert slow in plan_lines(on_cpu, "base", "table")
+    assert slow not in plan_lines(replace(on_cpu, seconds=3600.0), "base", "table")
+    assert slow not in plan_lines(planned(ROOT / "configs" / "llama7b.yaml", "24GiB"), "base", "table")
+    small = replace(on_cpu, model=replace(on_cpu.model, layers=on_cpu.model.layers[:2]))
+    assert small.model.numel < 10**9
+    assert slow not in plan_lines(small, "base", "table")
+
+
+@pytest.mark.parametrize("device", [PlanDevice("a CPU", False, 64 * 2**30), PlanDevice("a GPU", True, 24 * 2**30)])
+def test_parts_have_one_name_in_text_json_and_documentation(device: PlanDevice) -> None:
+    config = load_config(ROOT / "configs" / "llama7b.yaml")
+    base = well_known_models()[config.model.model_name_or_path]
+    plan = plan_run(config, base, device, RowSizes.most(config)).fitted.plan
+    names = {name for moment in plan.moments for name, size in moment.parts.items() if size}
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    assert "quantization constants" in names
+    for name in names & {
+        "quantization constants", "adapter in the compute dtype", "memory not returned by the allocator"
+    }:  # fmt: skip
+        assert PART_LABELS[name] == name
+        assert name in page
+    assert names <= PART_LABELS.keys(), "every part has a line in the text"
 
 
 def test_plan_without_steps_promises_no_disk() -> None:

@@ -350,11 +350,26 @@ def test_only_what_can_be_compared_is_called_best(
     for index, (run, recorded) in enumerate(zip(runs, ({"data_fingerprint": "a", "base": "x"}, metadata), strict=True)):
         write_metrics(run, offset=index / 2)
         write_json(run.metadata_file, recorded)
-        write_json(run.results_file, {"evaluation": {"adapter": {"exact_match": 0.5 + index / 4}}})
+        write_json(run.results_file, {
+            "evaluation": {"adapter": {"exact_match": 0.5 + index / 4}},
+            "plan": {"measured_peak_bytes": 10**9 * (1 + index), "measured_seconds": 60 * (1 + index)},
+        })  # fmt: skip
     page = Page.of(render_comparison([read_run(run.path) for run in runs])).root
     assert [note in each.text for each in page.find("p", class_="warning")] == ([True] if note else [])
     rows = one(page.find("section", id="results")).find("tr")
     assert {row.find("th")[0].text for row in rows if row.find("span", class_="best")} == best
+    assert {"Peak memory", "Training time"} <= {row.find("th")[0].text for row in rows}
+
+
+@pytest.mark.parametrize("scores", [{}, {"field_f1": 0.5, "valid_json": 0.75}])
+def test_scores_of_json_have_columns_only_where_rows_are_json(scores: dict[str, float], tmp_path: Path) -> None:
+    run = begun_run(tmp_path)
+    write_json(
+        run.results_file, {"evaluation": {"num_rows": 4, "adapter": {"loss": 1.0, "exact_match": 0.5, **scores}}}
+    )
+    headings = {cell.text for cell in Page.of(render_run(read_run(run.path))).root.find("th")}
+    assert "exact match" in headings
+    assert {"field F1", "valid JSON"} & headings == ({"field F1", "valid JSON"} if scores else set())
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def choose_fused_kernels(
     if not config.train.fused_kernels:
         logger.info("fused kernels: off (train.fused_kernels: false)")
         return None
+    tolerances = TOLERANCES[adapted.loaded.compute_dtype]
     max_rows = config.train.per_device_train_batch_size
 
     def batch(num_rows: int, num_tokens: int) -> dict[str, Any]:
@@ -48,14 +49,17 @@ def choose_fused_kernels(
     if parity is None:
         parity = check_parity(
             NAME, adapted, run_id, SIZES, lambda *size: both_gradients(adapted, batch(*size)),
-            TOLERANCES[adapted.loaded.compute_dtype],
+            tolerances,
         )  # fmt: skip
         save_parity(run.fused_kernels_file, parity)
     if not parity.passed:
         logger.warning("fused kernels: off (%s); training is slower; please report this model", parity.problem)
         return None
     fused = with_fitting_size(NAME, adapted, SIZES, lambda *size: _install(adapted, batch(*size)))
-    logger.info("fused kernels: on (max difference: loss %.1g, gradients %.1g)", parity.loss, parity.gradient)
+    logger.info(
+        "fused kernels: on (max difference: loss %.1g, limit %g; gradients %.1g, limit %g)",
+        parity.loss, tolerances.loss, parity.gradient, tolerances.gradient,
+    )  # fmt: skip
     logger.debug("fused kernels: %s", fused.summary())
     return fused
 
