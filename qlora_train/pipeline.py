@@ -62,7 +62,10 @@ def run(config: RunConfig, *, resume: str = "auto", command: str | None = None) 
     ):
         trained = None
         if context().broadcast(is_main and folder.is_finished() and not critical_changes(folder, config)):
-            logger.info("%s: training has finished already; delete the folder to train again", folder.path)
+            logger.info(
+                "%s: training has finished already; to train anew, set another run.output_dir, or delete the folder",
+                folder.path,
+            )
         else:
             trained = train_adapter(config, folder, checkpoint, command)
         context().leave()

@@ -19,7 +19,7 @@ from qlora_train.cli import completion
 from qlora_train.cli.guide import GUIDE, version_lines
 from qlora_train.cli.log_options import with_log_options
 from qlora_train.cli.options import setting_hint
-from qlora_train.cli.output import command_text, print_errors, print_text, set_up_logging
+from qlora_train.cli.output import command_text, has_reader, print_errors, print_text, set_up_logging
 from qlora_train.parallel import parent_link
 from qlora_train.utils import signals
 from qlora_train.utils.errors import ConfigError, ProcessGroupError, UserError, did_you_mean, explain
@@ -89,6 +89,10 @@ def _run(words: list[str]) -> int:
     except typer.TyperException as error:
         message = error.format_message().rstrip(".")
         problems = [f"qlora-train: error: {message}; {setting_hint(error) or 'see qlora-train --help'}"]
+    except BrokenPipeError:
+        if has_reader():
+            raise  # the pipe of a process of ours
+        return 0
     except Exception as error:
         if (line := explain(error)) is None:
             raise

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import select
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,20 @@ def robust_stdout() -> Iterator[None]:
         yield
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def has_reader() -> bool:
+    """Return whether someone still reads standard output; if not (`| head`), discard what is written to it from now on."""
+    try:
+        file = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return True  # not a file
+    poll = select.poll()
+    poll.register(file, 0)  # errors are always reported
+    if not poll.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), file)
+    return False
 
 
 def set_up_logging(settings: LogSettings | None = None) -> None:

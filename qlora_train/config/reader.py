@@ -133,7 +133,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _nearest_file(path: Path) -> str:
     folders = [folder for folder in (path.parent, Path("configs"), Path("recipes")) if folder.is_dir()]
-    files = {file.name: file for folder in reversed(folders) for file in folder.iterdir() if file.is_file()}
+    files = {file.name: file for folder in reversed(folders) for file in folder.glob("*.y*ml") if file.is_file()}
     return did_you_mean(path.stem, {file.stem: str(file) for file in files.values()})
 
 

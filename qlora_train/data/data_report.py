@@ -49,7 +49,7 @@ def check_max_dropped(key: str, summaries: Iterable[SourceSummary], max_dropped:
     if dropped.total > num_allowed:
         raise DataError(
             f"{key}: {dropped.total} of {num_records} rows cannot be used, data.max_dropped ({max_dropped:g}) allows "
-            f"{num_allowed}: {dropped.summary()}; correct the rows or raise data.max_dropped"
+            f"{num_allowed}: {dropped.summary()}; {dropped.remedy()}"
         )
     if summaries and dropped.total == num_records:
         raise DataError(f"{key}: no row can be used: {dropped.summary()}")

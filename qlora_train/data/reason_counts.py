@@ -55,6 +55,11 @@ class ReasonCounts:
         ordered = sorted(self.counts.items(), key=lambda item: -item[1])
         return [(reason, count, self.locations[reason]) for reason, count in ordered]
 
+    def remedy(self) -> str:
+        """Return what to do where too many rows cannot be used."""
+        is_too_long = any("data.max_length" in reason for reason in self.counts)
+        return f"correct the rows{', raise data.max_length' if is_too_long else ''} or raise data.max_dropped"
+
     def summary(self) -> str:
         """Return the most frequent reasons in one line, each with its count and a few locations."""
         ordered = self.by_frequency()

@@ -136,6 +136,5 @@ class RowStream:
             dropped = ReasonCounts.sum(summary.dropped for summary in self.summaries())
             raise DataError(
                 f"data.train: {num_dropped} of the first {num_records} rows of the stream cannot be used, data.max_dropped "
-                f"({self._max_dropped:g}) allows {num_allowed}: {dropped.summary()}; correct the rows or raise "
-                "data.max_dropped"
+                f"({self._max_dropped:g}) allows {num_allowed}: {dropped.summary()}; {dropped.remedy()}"
             )

@@ -103,7 +103,7 @@ class ExportFormat:
 
 
 _GGUF = "qlora_train.export.gguf.gguf_export"
-_TOOLS = f"{_GGUF}:check_tools"
+_TOOLS = "qlora_train.export.gguf.gguf_tools:check_tools"
 EXPORT_FORMATS = {
     row.name: row
     for row in (

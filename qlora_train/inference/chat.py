@@ -128,7 +128,8 @@ class Chat:
                         "qlora-train eval %s", self.run.folder.path)  # fmt: skip
         else:
             self.adapter_on = argument == "on"
-            logger.info("adapter: %s", argument)
+            again = "; /again answers the last question anew" if self.turns else ""
+            logger.info("adapter: %s%s", argument, again)
 
     def _ask(self, question: str) -> None:
         """Answer a question and add both to the conversation; a question that cannot be answered is dropped."""

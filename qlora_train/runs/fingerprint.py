@@ -108,8 +108,12 @@ def _describe(run: RunFolder, change: Change) -> str:
     else:
         # mappings are allowed as a whole
         name = key.partition(".")[0] if key.startswith("versions.") else ".".join(key.split(".")[:2])
-        effect, remedy = effect_of(key), f"set it back, accept that with run.allow_changed=[{name}]"
+        effect, remedy = effect_of(key), f"set it back, accept that with 'run.allow_changed=[{name}]'"
     return (
-        f"{run.path}: {key} was {change.before!r} when this run began and is {change.now!r} now: {effect}; "
+        f"{run.path}: {key} was {_shown(change.before)} when this run began and is {_shown(change.now)} now: {effect}; "
         f"{remedy} or choose another run.output_dir for a new run"
     )
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else repr(value)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import transformers
 
 from qlora_train.cli import config_commands
 from qlora_train.cli.main import main
+from qlora_train.config import load_config, preflight
 from qlora_train.config.writer import to_yaml
-from qlora_train.utils.errors import CheckpointError
+from qlora_train.utils.errors import CheckpointError, ConfigError
 from tests.support.runs import make_config, train_run, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -514,3 +516,23 @@ def test_broken_pipe_inside_a_command_is_a_bug_with_its_traceback(monkeypatch: p
     monkeypatch.setattr(config_commands, "schema", break_pipe)
     with pytest.raises(BrokenPipeError):
         main(["schema"])
+
+
+@pytest.mark.parametrize("words", [["schema"], ["export", "--help"], ["--help"]])
+def test_reader_that_goes_away_is_no_error(words: list[str]) -> None:
+    command = (
+        f"{shlex.quote(sys.executable)} -m qlora_train.cli.main {shlex.join(words)} | true; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1), "1: rich's own end of a broken pipe"
+
+
+def test_missing_file_is_likely_another_of_its_kind(tmp_path: Path) -> None:
+    for name in ("herbs.yaml", "herbs.jsonl", "herbs.md"):
+        (tmp_path / name).write_text("")
+    assert preflight.missing_data(str(tmp_path / "herb.jsonl")) == (
+        f"{tmp_path / 'herb.jsonl'} does not exist; did you mean {tmp_path / 'herbs.jsonl'}?"
+    )
+    with pytest.raises(ConfigError, match=r"did you mean \S+herbs\.yaml\?"):
+        load_config(tmp_path / "herb.yaml")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_train.cli.main import main
 from qlora_train.export import export_run
-from qlora_train.export.export_formats import ExportOptions
+from qlora_train.export.export_formats import EXPORT_FORMATS, ExportOptions
 from qlora_train.runs import RunFolder
 from qlora_train.utils import run_events
 from qlora_train.utils.errors import ExportError
@@ -303,3 +303,12 @@ def test_library_with_another_interface_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(llama_library._FUNCTIONS, "llama_new", (None, []))
     with pytest.raises(SystemExit, match=r"cannot be used \(no llama_new\)"):
         llama_library.load_library()
+
+
+def test_missing_package_is_one_line_before_anything_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("gguf", "qlora_train.export.gguf."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for name, quant in (("gguf", "q4_k_m"), ("gguf", "f16"), ("lora-gguf", "f16"), ("base-gguf", "q8_0")):
+        with pytest.raises(ExportError, match=r"not installed: pip install 'qlora-train\[gguf-export\]'"):
+            EXPORT_FORMATS[name].check(ExportOptions(quants=(quant,)))

@@ -80,7 +80,7 @@ def test_every_critical_setting_is_refused_with_both_values_and_consequence(
     if key in FIXED_SHAPE:
         assert "checkpoints of this run do not fit it; set it back or choose another run.output_dir" in line
     else:
-        assert f"{effect_of(key)}; set it back, accept that with run.allow_changed=[{key}] or choose another" in line
+        assert f"{effect_of(key)}; set it back, accept that with 'run.allow_changed=[{key}]' or choose another" in line
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if is_mutable(key)])

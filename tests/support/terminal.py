@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -37,11 +38,13 @@ class Terminal:
         self._master, slave = pty.openpty()
         self.resize(columns, rows)
         inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "NO_COLOR", "FORCE_COLOR")}
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
         self.process = subprocess.Popen(
             [sys.executable, *map(str, words)], cwd=ROOT, close_fds=True,
             stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             env={**inherited, "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", **(environment or {})},
         )  # fmt: skip
+        signal.signal(signal.SIGINT, before)
         os.close(slave)
 
     def resize(self, columns: int, rows: int) -> None:

@@ -15,18 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from qlora_train.config import RunConfig
-from qlora_train.export.export_formats import ExportOptions, ExportRequest
+from qlora_train.export.export_formats import ExportRequest
 from qlora_train.export.gguf.convert_model import load_tokenizer
 from qlora_train.export.gguf.converter import LORA_SCRIPT, find_converter
 from qlora_train.export.gguf.gguf_check import GGUFFile, Source
-from qlora_train.export.gguf.gguf_quants import QUANTS
 from qlora_train.export.gguf.gguf_vocabulary import adds_bos
 from qlora_train.export.gguf.lora_cost import measure_adapter
 from qlora_train.export.gguf.modelfile import modelfile
 from qlora_train.export.gguf.plain_lora import write_plain_adapter
 from qlora_train.export.gguf.quant_cost import find_meter
 from qlora_train.export.gguf.quant_export import RESULTS, ExportedModel, write_quants
-from qlora_train.export.gguf.quantizer import find_quantizer
 from qlora_train.export.merging.adapter_deltas import AdapterFile
 from qlora_train.export.merging.meta_model import build_meta_model
 from qlora_train.export.model_card import public_name
@@ -39,13 +37,6 @@ from qlora_train.utils.errors import ExportError
 logger = logging.getLogger(__name__)
 
 MODELFILE = "Modelfile"
-
-
-def check_tools(options: ExportOptions) -> None:
-    """Raise an ExportError if the converter is missing, or the quantizer where a number format needs it."""
-    find_converter(options.llama_cpp)
-    if not all(QUANTS[quant].converted for quant in options.quants):
-        find_quantizer(options.llama_cpp)
 
 
 def export_merged(request: ExportRequest) -> list[Path]:

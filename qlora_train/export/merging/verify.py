@@ -31,7 +31,7 @@ from qlora_train.utils.errors import MergeError
 
 logger = logging.getLogger(__name__)
 
-INSTEAD = "try the other export.merge_base, use the adapter unmerged, or raise the limit"
+INSTEAD = "use the adapter unmerged, train longer, or raise the limit"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def choose_merge_base(
             )
             _check_tokens(output, checks[kind])
         best = min(kinds, key=lambda kind: (math.isnan(checks[kind].loss), checks[kind].loss))
-        _check_loss(output, checks[best], reference, export)
+        _check_loss(output, checks, best, reference, export)
         if best == "dequantized" or not run.quantization.load_in_4bit:
             _check_divergence(output, checks[best], export)
         result = MergeResult(reference, reports[best], checks)
@@ -131,14 +131,19 @@ def _check_tokens(output: Path, check: ReloadCheck) -> None:
         )
 
 
-def _check_loss(output: Path, check: ReloadCheck, reference: Reference, export: ExportSection) -> None:
+def _check_loss(
+    output: Path, checks: dict[MergeBase, ReloadCheck], best: MergeBase, reference: Reference, export: ExportSection
+) -> None:
+    check = checks[best]
     increase = check.loss - reference.loss
     if increase <= export.max_loss_increase:  # False for NaN
         return
+    others = "".join(f" ({kind}: {other.loss:.4f})" for kind, other in checks.items() if kind != best)
     raise MergeError(
-        f"{output}: {'held-out' if reference.held_out else 'training'} loss {check.loss:.4f} after merging and "
-        f"{reference.loss:.4f} with the adapter: an increase of {increase:.4f} nats/token, but export.max_loss_increase "
-        f"allows {export.max_loss_increase:g}; {INSTEAD}"
+        f"{output}: {'held-out' if reference.held_out else 'training'} loss {check.loss:.4f} after merging onto {best}"
+        f"{others} and {reference.loss:.4f} with the adapter: an increase of {increase:.4f} nats/token, but "
+        f"export.max_loss_increase allows {export.max_loss_increase:g}; {INSTEAD}: qlora-train merge RUN "
+        f"export.max_loss_increase={increase + 0.005:.2f}"
     )
 
 
@@ -149,5 +154,6 @@ def _check_divergence(output: Path, check: ReloadCheck, export: ExportSection) -
     raise MergeError(
         f"{output}: the merged model differs from the adapter: KL divergence {divergence.kl:.4f} nats/token at "
         f"{divergence.num_tokens} tokens, but export.max_divergence allows {export.max_divergence:g}; top-1 equal at "
-        f"{100 * divergence.top1_agreement:.1f} %; {INSTEAD}"
+        f"{100 * divergence.top1_agreement:.1f} %; {INSTEAD}: qlora-train merge RUN "
+        f"export.max_divergence={divergence.kl + 0.005:.2f}"
     )
