@@ -98,9 +98,8 @@ def no_match(pattern: Path) -> str:
 def _nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; its folder {path.parent} does not exist either"
-    entries = sorted(
-        path.parent.iterdir(), key=lambda entry: entry.suffix == path.suffix
-    )  # of equal names, the last counts
+    # of files with the same stem, the one with the same suffix comes last, and counts
+    entries = sorted(path.parent.iterdir(), key=lambda entry: entry.suffix == path.suffix)
     by_stem = {entry.name.partition(".")[0]: str(entry) for entry in entries}
     hint = did_you_mean(path.name.partition(".")[0], by_stem)
     return hint or f"; the folder is {path.parent.resolve()}"

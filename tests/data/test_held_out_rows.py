@@ -64,6 +64,6 @@ def test_run_folder_is_enough_to_merge_evaluate_and_chat(pico_llama, tmp_path, m
     assert main(["merge", run]) == 0
     assert main(["eval", run, "--shots", "2", "--max-new-tokens", "2"]) == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO("1 + 2\n"))
-    assert main(["chat", run, "--max-new-tokens", "2"]) == 0
+    assert main(["chat", run, "--max-new-tokens", "2", "--verbose"]) == 0
     assert "adapter/chat_template.jinja" in capsys.readouterr().err
     assert Path(run, "merged", "chat_template.jinja").read_text() == template
