@@ -20,7 +20,15 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         found.append(check)
         if not as_json:
             print_text(redact(check.line()))
-    works = all(check.status != "problem" for check in found)
+    num_problems, num_notes = (sum(check.status == status for check in found) for status in ("problem", "note"))
+    works = num_problems == 0
     if as_json:
         print_text(redact(json.dumps({"works": works, "checks": [asdict(check) for check in found]}, indent=2)))
+    else:
+        verdict = ["ready: training works here"] if works else [f"not ready: {_counted(num_problems, 'problem')}"]
+        print_text("; ".join([*verdict, *([_counted(num_notes, "note")] if num_notes else [])]))
     return 0 if works else 2
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"

@@ -16,6 +16,7 @@ import typer
 from typer.completion import completion_init  # type: ignore[attr-defined]
 
 from qlora_train.cli import completion
+from qlora_train.cli.flag_help import PlainCommand, PlainGroup
 from qlora_train.cli.guide import GUIDE, version_lines
 from qlora_train.cli.log_options import with_log_options
 from qlora_train.cli.options import setting_hint
@@ -122,11 +123,11 @@ def parse_and_run(words: list[str]) -> int:
         command = ["train", *words]
     else:
         command = words
-    app = typer.Typer(rich_markup_mode="rich", help=HELP, epilog=EPILOG)
+    app = typer.Typer(cls=PlainGroup, rich_markup_mode="rich", help=HELP, epilog=EPILOG)
     app.callback()(_program)
     for name, row in COMMANDS.items():
         if command[:1] == [name] or not {*command[:1]} & COMMANDS.keys():  # all of them for --help only
-            app.command(name, rich_help_panel=row.group)(_function(row))
+            app.command(name, cls=PlainCommand, rich_help_panel=row.group)(_function(row))
     group = typer.main.get_command(app)
     if completes:
         completion_init()

@@ -39,15 +39,14 @@ def packages() -> Iterator[Check]:
 
 
 def extras() -> Iterator[Check]:
-    """Check the packages of each optional extra; none is needed to train."""
-    for extra in metadata(PACKAGE).get_all("Provides-Extra") or ():
-        if extra in DEVELOPMENT:
-            continue
-        if unmet := [requirement.name for requirement, _ in _unmet(_requirements(extra))]:
-            text = f"{extra} needs {', '.join(unmet)}"
-            yield Check("extra", "note", text, f"run: {pip()} install '{PACKAGE}[{extra}]'")
-        else:
-            yield Check("extra", "ok", f"{extra} is installed")
+    """Check the packages of the optional extras; none is needed to train."""
+    names = [name for name in metadata(PACKAGE).get_all("Provides-Extra") or () if name not in DEVELOPMENT]
+    unmet = {name: [requirement.name for requirement, _ in _unmet(_requirements(name))] for name in names}
+    if installed := [name for name in names if not unmet[name]]:
+        yield Check("extra", "ok", f"installed: {', '.join(installed)}")
+    if missing := {name: packages for name, packages in unmet.items() if packages}:
+        text = "; ".join(f"{name} needs {', '.join(packages)}" for name, packages in missing.items())
+        yield Check("extra", "note", f"optional, {text}", f"run: {pip()} install '{PACKAGE}[{','.join(missing)}]'")
 
 
 def install_line(requirements: list[Requirement]) -> str:

@@ -41,4 +41,17 @@ def test_a_problem_is_one_line_and_status_2(
     assert capsys.readouterr().out.splitlines() == [
         "note     Hub: no token; run: hf auth login",
         "problem  packages: torch is not installed [secret]; run: pip install torch",
+        "not ready: 1 problem; 1 note",
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_notes", "verdict"), [(0, "ready: training works here"), (2, "ready: training works here; 2 notes")]
+)
+def test_machine_without_a_problem_is_ready(
+    num_notes: int, verdict: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = [Check("trial run", "ok", "trained"), *[Check("Hub", "note", "no token")] * num_notes]
+    monkeypatch.setattr(doctor, "run_checks", lambda: iter(checks))
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == verdict

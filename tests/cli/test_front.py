@@ -66,6 +66,16 @@ def test_help_of_a_command_that_logs_has_the_options_of_its_log(capsys: Capture)
         assert all((option in text) == row.logs for option in ("--quiet", "--verbose", "--log-format")), name
 
 
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_help_shows_the_type_of_values_and_none_behind_flags(words: list[str], capsys: Capture) -> None:
+    assert main([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "bool" not in text
+    assert "--help" in text
+    if words == ["eval"]:
+        assert re.search(r"--shots +<int", text), "options with a value keep its type"
+
+
 def test_version_names_the_stack_without_importing_it(capsys: Capture) -> None:
     assert main(["--version"]) == 0
     lines = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
