@@ -47,7 +47,7 @@ def _paths(incomplete: str, is_offered: Callable[[Path], bool]) -> list[str]:
 def insert_train(commands: Iterable[str], environment: MutableMapping[str, str] = os.environ) -> None:
     """Complete `qlora-train CONFIG ...` as `qlora-train train CONFIG ...`, which it is short for.
 
-    The first word is taken for a config once it is complete.
+    The first word counts as a config once it is complete.
     """
     words = environment.get("COMP_WORDS", environment.get("_TYPER_COMPLETE_ARGS", "")).split(" ")
     is_config = len(words) > 2 and words[1] not in commands and not words[1].startswith("-")

@@ -32,7 +32,7 @@ PREPARATION = ("data", "base", "adapter", "parity check", "memory")
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 32
 TREND_POINTS = 20
-"""Log points that the trend of the loss is taken from: the mean of their later half against that of the earlier."""
+"""Log points that give the trend of the loss: the mean of their later half against that of the earlier."""
 LEVEL_CHANGE = 0.005
 """A smaller relative change of the loss is level."""
 BAR_WIDTH = 34

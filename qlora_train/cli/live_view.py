@@ -3,7 +3,7 @@
 While it is shown, standard output and error of this process and its children go to a file of the run folder, and their
 lines appear above the view; after a crash inside a library the file has its last words. The cursor stays visible, so that
 the terminal is as before however the process ends. A view that cannot be drawn, or whose terminal is closed, gives way to
-plain lines; the run goes on.
+plain lines; the run continues.
 """
 
 import logging

@@ -436,8 +436,8 @@ class RunSection(Section):
     report_to: Annotated[tuple[TrackerName, ...], BeforeValidator(_as_trackers)] = ()
     """Trackers, one or a list, in addition to metrics.jsonl."""
     row_losses: int = Field(256, ge=0)
-    """Training rows, and as many held-out rows, whose loss is measured after training: the report lists those that were
-    learnt least, often wrong labels. A random sample, of at most a tenth of the trained tokens. 0: none."""
+    """Training rows, and as many held-out rows, whose loss is measured after training: the report lists the
+    highest, often wrong labels. A random sample, of at most a tenth of the trained tokens. 0: none."""
     samples: int = Field(0, ge=0, le=100)
     """Held-out prompts to answer before the first step and at every evaluation, greedily, for samples.jsonl; they do not
     change training."""

@@ -141,7 +141,7 @@ def _text(path: Path, found: NodeErrors, root: Node) -> str:
 
 
 def _section_hint(section: str, value: str) -> str | None:
-    """Return how to write what stands in the place of a section."""
+    """Return how to write what stands instead of a section."""
     word = value.partition(" ")[0]
     if word != value and word in valid_keys((section,)):
         return f"write a colon after {word}"

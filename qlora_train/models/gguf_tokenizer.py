@@ -47,7 +47,7 @@ class _Split:
     """A rule that splits text: patterns in the order in which they split what the one before left.
 
     Attributes:
-        ignore_merges: a piece that is a token is that token, whatever the merges make of it.
+        ignore_merges: a piece that is a token is that token, before any merge.
         adds_bos: if the file does not say it.
     """
 

@@ -40,7 +40,7 @@ class Promise:
         device: torch.device,
         strategy: Strategy,
     ) -> "Promise":
-        """Plan a run, write plan.json and log one line; without a plan the run goes on."""
+        """Plan a run, write plan.json and log one line; without a plan the run continues."""
         try:
             plan = _plan(config, folder, source, data, device, strategy)
         except Exception as error:  # such as a model with code of its own: its run needs no plan

@@ -62,7 +62,7 @@ class SampleCallback(TrainerCallback):
         return time.perf_counter() - started
 
     def _answer(self, model: Any, step: int) -> None:
-        """Generate the answers after `step`, and record them in the place of those of this step and later ones."""
+        """Generate the answers after `step`, and record them instead of those of this step and later ones."""
         self._on_rank_0(step, lambda: self._record(step, self._generate(model)))
 
     def _on_rank_0(self, step: int, work: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Losses of single rows after training: rows that were trained and not learnt are often wrong labels.
+"""Losses of single rows after training: a high loss on a trained row is often a wrong label.
 
 A sample of the trained rows and of the held-out rows is measured once, without gradients: a forward pass over at most a
 tenth of the tokens that were trained, about 3 % of the time of training.

@@ -8,7 +8,7 @@ from qlora_train.config.other_trainers.value_conversions import names
 from qlora_train.config.path_checks import MAX_NAME_BYTES
 
 LOADERS = ("json", "csv", "parquet", "arrow", "text")
-"""Words that name a kind of file in the place of a data set."""
+"""Words that name a kind of file instead of a data set."""
 
 
 def split(found: Found) -> Any:

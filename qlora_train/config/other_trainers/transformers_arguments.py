@@ -159,4 +159,4 @@ TRAINING_DEFAULTS = {
     "train.num_train_epochs": 3.0, "train.lr_scheduler_type": "linear", "train.warmup_ratio": 0.0,
     "train.optim": "adamw_torch_fused",
 }  # fmt: skip
-"""Defaults of Transformers that differ from ours and change what is learnt."""
+"""Defaults of Transformers that differ from ours and change what is trained."""
