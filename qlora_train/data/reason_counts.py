@@ -58,7 +58,7 @@ class ReasonCounts:
     def remedy(self) -> str:
         """Return what to do where too many rows cannot be used."""
         is_too_long = any("data.max_length" in reason for reason in self.counts)
-        return f"correct the rows{', raise data.max_length' if is_too_long else ''} or raise data.max_dropped"
+        return f"correct the rows or raise {'data.max_length or ' if is_too_long else ''}data.max_dropped"
 
     def summary(self) -> str:
         """Return the most frequent reasons in one line, each with its count and a few locations."""
