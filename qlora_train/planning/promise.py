@@ -18,8 +18,12 @@ from qlora_train.planning.workload import RowSizes
 from qlora_train.runs import RunFolder, write_json
 from qlora_train.utils.errors import first_line
 from qlora_train.utils.memory_meter import MemoryMeter
+from qlora_train.utils.visible_text import shortened
 
 logger = logging.getLogger(__name__)
+
+MAX_REASON_LENGTH = 100
+"""Characters of a library's message in the log line; Transformers lists all of its classes."""
 
 
 class Promise:
@@ -44,7 +48,7 @@ class Promise:
         try:
             plan = _plan(config, folder, source, data, device, strategy)
         except Exception as error:  # such as a model with code of its own: its run needs no plan
-            logger.warning("plan: none (%s)", first_line(error))
+            logger.warning("plan: none (%s)", shortened(first_line(error), MAX_REASON_LENGTH))
             return cls(folder, device, None)
         write_json(folder.plan_file, plan.to_json())
         steps = "" if plan.work.num_steps is None else f", {plan.work.num_steps:,} steps"

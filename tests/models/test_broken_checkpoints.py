@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("preserve_library_settings")
 
 LOG = re.compile(
     r":\d+: format \w+$|^device: |^data\.|^tokenizer: |^compute dtype: |^attention: |^quantization: "
-    r"|^adapter: starts from "
+    r"|^adapter: starts from |^plan: |^base: "
 )
 """Lines of the log before training starts."""
 
