@@ -206,5 +206,5 @@ def test_neftune_changes_training_and_is_removed_afterwards(pico_llama: Path, tm
 
 
 def test_missing_tracker_is_an_error_before_the_model_loads(pico_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.report_to: mlflow is not installed; run: pip install mlflow"):
-        train_run(tmp_path, pico_llama, "run.report_to=[mlflow]")
+    with pytest.raises(ConfigError, match=r"run\.report_to: wandb is not installed; run: pip install wandb"):
+        train_run(tmp_path, pico_llama, "run.report_to=[wandb]")
