@@ -10,6 +10,7 @@ import typer
 
 from qlora_train.cli.main import COMMANDS, _function
 from qlora_train.config import load_config
+from qlora_train.config.resume_policy import flat_settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,4 +53,6 @@ def test_documented_command_parses(words: list[str]) -> None:
     parameters = command.make_context(words[0], words[1:]).params
     if "config" in parameters and parameters.get("overrides"):
         config = ROOT / parameters["config"]
-        load_config(config if config.exists() else STAND_IN, parameters["overrides"])
+        resolved = load_config(config if config.exists() else STAND_IN, parameters["overrides"])
+        settings = flat_settings(resolved.model_dump())
+        assert {override.partition("=")[0] for override in parameters["overrides"]} <= settings.keys()
