@@ -25,8 +25,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     if as_json:
         print_text(redact(json.dumps({"works": works, "checks": [asdict(check) for check in found]}, indent=2)))
     else:
-        verdict = ["ready: training works here"] if works else [f"not ready: {_counted(num_problems, 'problem')}"]
-        print_text("; ".join([*verdict, *([_counted(num_notes, "note")] if num_notes else [])]))
+        summary = ["ready: training works here"] if works else [f"not ready: {_counted(num_problems, 'problem')}"]
+        print_text("; ".join([*summary, *([_counted(num_notes, "note")] if num_notes else [])]))
     return 0 if works else 2
 
 
