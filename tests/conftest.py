@@ -122,6 +122,20 @@ def pico_llama(pico: Callable[..., Path]) -> Path:
     return pico("llama")
 
 
+@pytest.fixture(autouse=True)
+def packages_end_with_their_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Forget what a test imported from a temporary folder: to the next tests such a package would look installed."""
+    before = set(sys.modules)
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name in set(sys.modules) - before:
+        spec = vars(sys.modules[name]).get("__spec__")  # an attribute of a lazy module would import it
+        if spec is None:
+            continue
+        if any(str(file).startswith(folder) for file in (spec.origin, *(spec.submodule_search_locations or []))):
+            del sys.modules[name]
+
+
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """The whole log of the package, also after an earlier test's command line has redirected it."""
