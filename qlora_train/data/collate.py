@@ -121,15 +121,28 @@ def collate_rows(collate: "PaddingCollator | FlatteningCollator", rows: Sequence
     """Return rows as a batch; the sequences of preference pairs are rows of it.
 
     Batches of pairs also have `sequence`, 0 for the chosen and 1 for the rejected sequence of each `row`, and `num_labels`,
-    the labels of each sequence in the order of the batch's labels; both (num_sequences,).
+    the labels of each sequence in the order of the batch's labels; both (num_sequences,). Rows with a `reference_logp` give
+    `reference_logps`, float32 (num_sequences,), in the same order.
     """
     if rows[0][1].rejected is None:
         return collate(rows)
     sequences = [each for index, row in rows for each in enumerate(row.sequences, 2 * index)]
     batch = collate(sequences)
-    numbers, num_labels = batch["row"], {number: np.count_nonzero(sequence.loss_mask) for number, sequence in sequences}
-    counts = torch.tensor([int(num_labels[number]) for number in numbers.tolist()])
-    return {**batch, "row": numbers // 2, "sequence": numbers % 2, "num_labels": counts}
+    numbers, by_number = batch["row"], dict(sequences)
+    in_order = [by_number[number] for number in numbers.tolist()]
+    counts = torch.tensor([int(np.count_nonzero(sequence.loss_mask)) for sequence in in_order])
+    return {
+        **batch, "row": numbers // 2, "sequence": numbers % 2, "num_labels": counts, **_reference_logps(in_order),
+    }  # fmt: skip
+
+
+def _reference_logps(sequences: Sequence[Example]) -> Batch:
+    """Return the log-probabilities under the reference model as a batch's `reference_logps`; nothing without them."""
+    values = [sequence.reference_logp for sequence in sequences]
+    if None in values:
+        assert not any(value is not None for value in values), "rows with and without reference log-probabilities"
+        return {}
+    return {"reference_logps": torch.tensor(values, dtype=torch.float32)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,7 @@ class Example:
         answer: the text of the last assistant turn, or the plain completion; None with `prompt`.
         warnings: about a row that is used all the same; rows with equal warnings are counted together.
         rejected: the sequence with the other answer of a preference pair.
+        reference_logp: log-probability of the labels under the reference model; None: not computed before training.
     """
 
     where: str
@@ -102,6 +103,7 @@ class Example:
     answer: str | None = None
     warnings: tuple[str, ...] = ()
     rejected: "Example | None" = None
+    reference_logp: float | None = None
 
     @property
     def sequences(self) -> "tuple[Example, ...]":

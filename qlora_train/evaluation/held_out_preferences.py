@@ -19,6 +19,7 @@ from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.objectives.batch_loss import model_inputs
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.objectives.preference_loss import PreferenceLoss
+from qlora_train.objectives.reference_logps import reference_logps
 from qlora_train.parallel import context
 from qlora_train.utils.eval_mode import eval_mode
 
@@ -65,10 +66,9 @@ def pair_values(
     def values_of(rows: Sequence[int]) -> dict[int, dict[str, float]]:
         raise_if_stopped(model)
         batch = collate_rows(collate, [(row, pairs[row]) for row in sorted(rows)])
+        batch |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         inputs: dict[str, Any] = model_inputs(batch)
-        inputs |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        with loss.reference(model):
-            reference = label_losses(model, **inputs).nll
+        reference = reference_logps(model, batch, loss.reference)
         found = loss.pair_values(batch, label_losses(model, **inputs).nll, reference)
         return {
             row: {name: float(value[index]) for name, value in found.items()} for index, row in enumerate(sorted(rows))

@@ -1,11 +1,10 @@
 """Direct preference optimization and its family: losses of pairs from log-probabilities of both answers.
 
-The reference model is the model without what is trained; its log-probabilities are computed without gradients. Formulas and
-metrics are those of TRL's `DPOTrainer`, whose names for the losses these are, with `dpo` for `sigmoid`.
+The reference model is the model without what is trained (`reference_logps`). Formulas and metrics are those of TRL's
+`DPOTrainer`, whose names for the losses these are, with `dpo` for `sigmoid`.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from qlora_train.objectives.batch_loss import Batch, BatchLoss, model_inputs
 from qlora_train.objectives.label_losses import label_losses
-from qlora_train.utils.eval_mode import eval_mode
+from qlora_train.objectives.reference_logps import Reference, reference_logps, sequence_logps
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,7 @@ class PreferenceLoss:
         *,
         beta: float,
         label_smoothing: float = 0.0,
-        reference: Callable[[Any], AbstractContextManager[None]],
+        reference: Reference,
     ) -> None:
         self._loss, self._beta, self._label_smoothing = PAIR_LOSSES[name], beta, label_smoothing
         self.reference = reference
@@ -130,9 +129,7 @@ class PreferenceLoss:
     def __call__(self, model: nn.Module, batch: Batch, *, chunk_tokens: int | None, with_aux_loss: bool) -> BatchLoss:
         """Return the summed loss of a micro-batch's pairs."""
         inputs: dict[str, Any] = model_inputs(batch)
-        # first, since fused kernels share activations until the next forward; without dropout and NEFTune's noise
-        with torch.no_grad(), eval_mode(model), self.reference(model):
-            reference = label_losses(model, chunk_tokens, **inputs).nll
+        reference = reference_logps(model, batch, self.reference, chunk_tokens=chunk_tokens)
         policy = label_losses(model, chunk_tokens, with_aux_loss=with_aux_loss, **inputs)
         values = self.pair_values(batch, policy.nll, reference)
         metrics = {name: values[name].detach().sum() for name in METRICS}
@@ -144,19 +141,13 @@ class PreferenceLoss:
         Args:
             batch: from `collate_rows`.
             policy: negative log-likelihood of each label token, (num_labels,).
-            reference: the same by the reference model.
+            reference: log-probability of each sequence by the reference model, (num_sequences,).
         """
         num_labels = _by_pair(batch["num_labels"].to(policy.device), batch)
-        pairs = Pairs(_summed(policy, batch), _summed(reference, batch), num_labels)
+        pairs = Pairs(_by_pair(sequence_logps(policy, batch), batch), _by_pair(reference, batch), num_labels)
         chosen, rejected = (self._beta * pairs.logratios.detach()).unbind(1)
         values = (chosen, rejected, (chosen > rejected).float(), chosen - rejected, *pairs.policy.detach().unbind(1))
         return {"loss": self._loss(pairs, self._beta, self._label_smoothing), **dict(zip(METRICS, values, strict=True))}
-
-
-def _summed(nll: Tensor, batch: Batch) -> Tensor:
-    """Return the log-probability of each answer, (num_pairs, 2)."""
-    parts = nll.split(batch["num_labels"].tolist())  # sums in a fixed order, unlike index_add on a GPU
-    return _by_pair(-torch.stack([part.sum() for part in parts]), batch)
 
 
 def _by_pair(values: Tensor, batch: Batch) -> Tensor:
