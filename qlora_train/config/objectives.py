@@ -10,18 +10,25 @@ DatasetType = Literal["language_modeling", "preference"]
 
 @dataclass(frozen=True)
 class ObjectiveRow:
-    """One row: the rows that an objective trains on, and the settings of `train` that only it reads, with defaults."""
+    """One row.
+
+    Attributes:
+        dataset_type: of the rows that the objective trains on.
+        defaults: settings of `train` that only some objectives read.
+        uses_reference: the loss compares with a reference model.
+    """
 
     name: str
     description: str
     dataset_type: DatasetType = "preference"
     defaults: Mapping[str, float] = field(default_factory=lambda: {"beta": 0.1})
+    uses_reference: bool = True
 
 
 OBJECTIVES = {
     row.name: row
     for row in (
-        ObjectiveRow("sft", "supervised fine-tuning", "language_modeling", {}),
+        ObjectiveRow("sft", "supervised fine-tuning", "language_modeling", {}, uses_reference=False),
         ObjectiveRow("dpo", "direct preference optimization, https://arxiv.org/abs/2305.18290"),
         ObjectiveRow("ipo", "identity preference optimization, https://arxiv.org/abs/2310.12036"),
         ObjectiveRow("hinge", "hinge loss of SLiC, https://arxiv.org/abs/2305.10425"),
@@ -35,11 +42,22 @@ OBJECTIVES = {
         ObjectiveRow("nca_pair", "noise contrastive alignment, https://arxiv.org/abs/2402.05369"),
         ObjectiveRow("sppo_hard", "self-play preference optimization, https://arxiv.org/abs/2405.00675"),
         ObjectiveRow("sigmoid_norm", "DPO on mean log-probabilities, https://arxiv.org/abs/2411.15124"),
+        ObjectiveRow(
+            "simpo",
+            "simple preference optimization, https://arxiv.org/abs/2405.14734",
+            defaults={"beta": 0.1, "simpo_gamma": 0.5, "label_smoothing": 0.0},
+            uses_reference=False,
+        ),
     )
 }
 ONLINE_OBJECTIVES = ("ppo", "grpo", "rloo", "online_dpo", "xpo", "nash_md")
 SETTINGS = tuple(dict.fromkeys(name for row in OBJECTIVES.values() for name in row.defaults))
 """Settings of `train` that only some objectives read."""
+
+
+def uses_reference(objective: str) -> bool:
+    """Return whether an objective's loss compares with a reference model."""
+    return OBJECTIVES[objective].uses_reference
 
 
 def dataset_type_of(objective: str) -> DatasetType:

@@ -301,9 +301,11 @@ class TrainSection(Section):
     """What is trained: `sft` on answers, or a preference objective on pairs of a chosen and a rejected answer."""
     beta: float | None = Field(None, gt=0)
     """Strength of the regularization towards the reference model, which is the base, or the adapter of
-    lora.adapter_path (0.1 if unset). Preference objectives only."""
+    lora.adapter_path; without a reference, scale of the log-probabilities (0.1 if unset). Preference objectives only."""
     label_smoothing: float | None = Field(None, ge=0, lt=0.5)
-    """Share of pairs expected to be flipped (0 if unset). Objective `robust` only."""
+    """Share of pairs expected to be flipped (0 if unset). Objectives `robust` and `simpo` only."""
+    simpo_gamma: float | None = Field(None, ge=0)
+    """Reward margin that chosen answers should have (0.5 if unset). Objective `simpo` only."""
     optim: OptimizerName = "auto"
     """Optimizer. `auto`: adamw_torch_fused on a CPU, or if its state takes at most 2 % of the GPU's memory; else
     paged_adamw_8bit. A resumed run keeps its optimizer."""

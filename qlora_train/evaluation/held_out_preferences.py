@@ -19,7 +19,6 @@ from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.objectives.batch_loss import model_inputs
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.objectives.preference_loss import PreferenceLoss
-from qlora_train.objectives.reference_logps import reference_logps
 from qlora_train.parallel import context
 from qlora_train.utils.eval_mode import eval_mode
 
@@ -68,7 +67,7 @@ def pair_values(
         batch = collate_rows(collate, [(row, pairs[row]) for row in sorted(rows)])
         batch |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         inputs: dict[str, Any] = model_inputs(batch)
-        reference = reference_logps(model, batch, loss.reference)
+        reference = loss.reference_logps(model, batch)
         found = loss.pair_values(batch, label_losses(model, **inputs).nll, reference)
         return {
             row: {name: float(value[index]) for name, value in found.items()} for index, row in enumerate(sorted(rows))

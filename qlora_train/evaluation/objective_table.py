@@ -1,6 +1,7 @@
 """The objectives: for each, the loss that is trained and the metrics of held-out rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -61,13 +62,18 @@ def make_objective(train: TrainSection, lora: LoraSection, model: Any) -> Object
     row = OBJECTIVES[train.objective]
     if row.dataset_type == "language_modeling":
         return SFT
-    from qlora_train.adapters.reference_model import InitialAdapter, base_model
     from qlora_train.evaluation.held_out_preferences import evaluate_preferences, preference_losses
     from qlora_train.objectives.preference_loss import PreferenceLoss
 
     chosen = {name: getattr(train, name) for name in row.defaults}
     settings = {name: default if chosen[name] is None else chosen[name] for name, default in row.defaults.items()}
-    is_base = lora.adapter_path is None and lora.bias == "none"  # PEFT leaves trained biases on
-    reference = base_model if is_base else InitialAdapter(model)
+    reference = _make_reference(lora, model) if row.uses_reference else None
     loss = PreferenceLoss(row.name, reference=reference, **settings)
     return Objective(loss, partial(evaluate_preferences, loss), partial(preference_losses, loss))
+
+
+def _make_reference(lora: LoraSection, model: Any) -> Callable[[Any], AbstractContextManager[None]]:
+    from qlora_train.adapters.reference_model import InitialAdapter, base_model
+
+    is_base = lora.adapter_path is None and lora.bias == "none"  # PEFT leaves trained biases on
+    return base_model if is_base else InitialAdapter(model)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from qlora_train.config import RunConfig
-from qlora_train.config.objectives import dataset_type_of
+from qlora_train.config.objectives import uses_reference
 from qlora_train.config.optimizers import TrainedTensor, automatic_optimizer
 from qlora_train.kernels.checkpointing_levels import LEVELS, CheckpointingLevel, plan_levels
 from qlora_train.objectives.chunk_sizes import max_chunk_tokens
@@ -97,7 +97,7 @@ def memory_settings(
         eval_batch=work.eval_batch,
         accumulates=work.num_micro_batches > 1,
         num_ranks=num_ranks_of_base,
-        trains_from_adapter=config.lora.adapter_path is not None and dataset_type_of(train.objective) == "preference",
+        trains_from_adapter=config.lora.adapter_path is not None and uses_reference(train.objective),
         other_trained_numel=_other_trained_numel(config, model),
         offloads=train.activation_offloading and device.on_gpu,
         cache_bytes=_cache_bytes(config, device),

@@ -59,8 +59,7 @@ class MemorySettings:
         eval_batch: rows of an evaluation batch; None: no evaluation.
         accumulates: gradients of earlier micro-batches exist during the step.
         num_ranks: that share the base (FSDP); 1: each has all of it.
-        has_pairs: the reference model's log-probabilities are computed first.
-        trains_from_adapter: the reference of pairs is an adapter, of which a copy is kept.
+        trains_from_adapter: the reference model is an adapter, of which a copy is kept.
         other_trained_numel: trained weights beside LoRA.
         offloads: saved tensors are in host memory.
         cache_bytes: limit of the dequantized weight cache.
@@ -76,7 +75,6 @@ class MemorySettings:
     eval_batch: MicroBatch | None = None
     accumulates: bool = False
     num_ranks: int = 1
-    has_pairs: bool = False
     trains_from_adapter: bool = False
     other_trained_numel: int = 0
     offloads: bool = False

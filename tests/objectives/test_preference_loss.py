@@ -1,122 +1,25 @@
-"""Preference losses, metrics and gradients are those of TRL's `DPOTrainer` on the same pairs, in float32."""
+"""Preference losses, metrics and gradients are those of TRL's trainers on the same pairs, in float32."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import datasets
 import pytest
 import torch
-from trl import DPOConfig, DPOTrainer
 
-from qlora_train.adapters import AdaptedModel, trainable_state
-from qlora_train.adapters.reference_model import InitialAdapter, base_model
+from qlora_train.adapters import trainable_state
+from qlora_train.adapters.reference_model import InitialAdapter
+from qlora_train.config.objectives import OBJECTIVES
 from qlora_train.data.collate import FlatteningCollator, PaddingCollator, collate_rows
-from qlora_train.data.token_store import Rows
-from qlora_train.data.types import Example
+from qlora_train.evaluation.objective_table import make_objective
 from qlora_train.kernels.packed import attention
 from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
-from qlora_train.models import resolve_base
-from qlora_train.objectives.preference_loss import METRICS, PAIR_LOSSES, PreferenceLoss
-from qlora_train.planning.base_and_data import prepare_tokenizer_and_data
-from tests.support.preference_pairs import write_pairs
+from qlora_train.objectives.pair_losses import PAIR_LOSSES
+from tests.support.preference_oracles import NUM_PAIRS, Oracle, check_equal, compute, indexed, loss_of, pairs_of
 from tests.support.runs import adapted_model, make_config
-from tests.support.trainers import DATE
 
 Pico = Callable[..., Path]
-NUM_PAIRS = 5
-TOLERANCE = 1e-5
 FAMILIES = ("llama", "gemma2", "qwen3", "gpt_neox", "phi3", "qwen3_moe")
-SETTINGS = {"beta": 0.3, "label_smoothing": 0.1}
-
-
-class OracleTrainer(DPOTrainer):
-    """TRL's trainer, on rows that are tokens already."""
-
-    def _prepare_dataset(self, dataset: datasets.Dataset, *_arguments: Any) -> datasets.Dataset:
-        return dataset
-
-
-def pairs_of(base: Path, folder: Path) -> list[Example]:
-    config = make_config(folder, base, f"data.train={write_pairs(folder / 'pairs.jsonl')}", "train.objective=dpo")
-    data, _ = prepare_tokenizer_and_data(config, resolve_base(config.model), date=DATE)
-    assert isinstance(data.train, Rows)
-    return list(data.train[:NUM_PAIRS])
-
-
-def as_trl(pair: Example) -> dict[str, list[int]]:
-    """Return a pair in the columns of TRL's collator, without what follows an answer."""
-    labels = [sequence.loss_mask.nonzero()[0] for sequence in pair.sequences]
-    answers = [sequence.input_ids[where].tolist() for sequence, where in zip(pair.sequences, labels, strict=True)]
-    prompt = pair.input_ids[: labels[0][0]].tolist()
-    return {"prompt_ids": prompt, "chosen_ids": answers[0], "rejected_ids": answers[1]}
-
-
-class Oracle:
-    """TRL's loss, metrics and gradients, with a base of its own as the reference model."""
-
-    def __init__(self, adapted: AdaptedModel, reference: Any, pairs: Sequence[Example], folder: Path) -> None:
-        values = {name: each.detach().clone() for name, each in trainable_state(adapted.model).items()}
-        rows = datasets.Dataset.from_list([as_trl(pair) for pair in pairs])
-        self.trainer = OracleTrainer(
-            adapted.model, reference, processing_class=adapted.loaded.tokenizer, train_dataset=rows,
-            args=DPOConfig(
-                str(folder), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, max_length=None,
-                router_aux_loss_coef=0.0,
-            ),
-        )  # fmt: skip
-        for name, parameter in trainable_state(adapted.model).items():
-            parameter.data = values[name]  # TRL rounds to bfloat16 on a 4-bit base
-        self._batch = self.trainer.data_collator(list(rows))
-
-    def compute(self, loss_type: str) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
-        """Return loss, metrics and gradients of all pairs."""
-        trainer: Any = self.trainer
-        trainer.loss_types, trainer.beta, trainer.label_smoothing = [loss_type], *SETTINGS.values()
-        trainer._metrics["train"].clear()
-        trainer.model.train().zero_grad()
-        loss = trainer.compute_loss(trainer.model, self._batch)
-        loss.backward()
-        metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-        gradients = {
-            name: each.grad.clone() for name, each in trainer.model.named_parameters() if each.grad is not None
-        }
-        return float(loss), metrics, gradients
-
-
-def loss_of(name: str, reference: Any = base_model) -> PreferenceLoss:
-    label_smoothing = SETTINGS["label_smoothing"] if name == "robust" else 0.0
-    return PreferenceLoss(name, beta=SETTINGS["beta"], label_smoothing=label_smoothing, reference=reference)
-
-
-def compute(
-    loss: PreferenceLoss, adapted: AdaptedModel, batch: dict[str, torch.Tensor], chunk_tokens: int | None = None
-) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
-    """Return our mean loss, metrics and gradients."""
-    adapted.model.train().zero_grad()
-    found = loss(adapted.model, batch, chunk_tokens=chunk_tokens, with_aux_loss=False)
-    num_pairs = loss.num_items(batch)
-    (found.total / num_pairs).backward()
-    metrics = {name: float(value) / num_pairs for name, value in found.metrics.items()}
-    gradients = {
-        name: each.grad.clone() for name, each in trainable_state(adapted.model).items() if each.grad is not None
-    }
-    return float(found.total) / num_pairs, metrics, gradients
-
-
-def check_equal(actual: Any, expected: Any) -> None:
-    """Compare loss, the metrics that we have, and every gradient relative to the largest."""
-    assert actual[0] == pytest.approx(expected[0], rel=TOLERANCE)
-    assert actual[1] == pytest.approx({name: expected[1][name] for name in METRICS}, rel=TOLERANCE, abs=TOLERANCE)
-    assert actual[2].keys() == expected[2].keys()
-    largest = max(float(gradient.abs().max()) for gradient in expected[2].values())
-    assert largest > 1e-3
-    for name, gradient in expected[2].items():
-        assert float((actual[2][name] - gradient).abs().max()) <= TOLERANCE * largest, name
-
-
-def indexed(pairs: Sequence[Example]) -> list[tuple[int, Example]]:
-    return list(enumerate(pairs))
+WITH_REFERENCE = [name for name in PAIR_LOSSES if OBJECTIVES[name].uses_reference]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,11 +27,19 @@ def test_loss_metrics_and_gradients_are_those_of_trl(family: str, pico: Pico, tm
     base = pico(family)
     pairs = pairs_of(base, tmp_path)
     adapted, theirs, reference = (adapted_model(tmp_path, base) for _ in range(3))
-    expected = Oracle(theirs, reference.model.unload(), pairs, tmp_path / "trl")
+    expected = Oracle.dpo(theirs, reference.model.unload(), pairs, tmp_path / "trl")
     batch = collate_rows(PaddingCollator(0), indexed(pairs))
-    for name in PAIR_LOSSES if family == "llama" else ("dpo",):
+    for name in WITH_REFERENCE if family == "llama" else ("dpo",):
         trl_name = "sigmoid" if name == "dpo" else name
-        check_equal(compute(loss_of(name), adapted, batch), expected.compute(trl_name))
+        check_equal(compute(loss_of(name), adapted, batch), expected.compute(loss_types=[trl_name]))
+
+
+def test_objectives_without_a_reference_are_those_of_trl(pico_llama: Path, tmp_path: Path) -> None:
+    pairs = pairs_of(pico_llama, tmp_path)
+    adapted, theirs = adapted_model(tmp_path, pico_llama), adapted_model(tmp_path, pico_llama)
+    expected = Oracle.cpo(theirs, pairs, tmp_path / "trl")
+    batch = collate_rows(PaddingCollator(0), indexed(pairs))
+    check_equal(compute(loss_of("simpo"), adapted, batch), expected.compute(loss_type="simpo", cpo_alpha=0.0))
 
 
 def test_prompts_computed_once_give_the_same_loss_and_gradients(pico_llama: Path, tmp_path: Path) -> None:
@@ -186,3 +97,21 @@ def test_the_reference_is_another_model_inside_an_outer_autocast(pico_llama: Pat
             found = adapted.model(input_ids=ids).logits
         assert torch.equal(found, expected[0])
         assert torch.equal(adapted.model(input_ids=ids).logits, expected[1])
+
+
+def test_without_a_reference_there_is_no_reference_pass(pico_llama: Path, tmp_path: Path) -> None:
+    pairs = pairs_of(pico_llama, tmp_path)
+    adapted = adapted_model(tmp_path, pico_llama)
+    batch = collate_rows(PaddingCollator(0), indexed(pairs))
+    forwards: list[str] = []
+    adapted.model.get_output_embeddings().register_forward_hook(lambda *_arguments: forwards.append("forward"))
+    for name, num_forwards in (("dpo", 2), ("simpo", 1)):
+        config = make_config(tmp_path, pico_llama, f"train.objective={name}", f"lora.adapter_path={tmp_path}")
+        objective = make_objective(config.train, config.lora, adapted.model)
+        for measure in (
+            lambda loss=objective.loss: loss(adapted.model, batch, chunk_tokens=None, with_aux_loss=False),
+            lambda evaluate=objective.evaluate: evaluate(adapted.model, pairs, batch_size=NUM_PAIRS, pad_token_id=0),
+        ):
+            forwards.clear()
+            measure()
+            assert len(forwards) == num_forwards, name

@@ -77,7 +77,7 @@ def _objective(found: Found) -> Any:
     losses = names(found.config.get("dpo_loss_type"))
     if str(found.value).lower() == "dpo" and losses:
         return Unneeded("dpo_loss_type decides")
-    return objective({"dpo": "dpo", "ipo": "ipo"})(found)
+    return objective({"dpo": "dpo", "ipo": "ipo", "simpo": "simpo"})(found)
 
 
 def _tokens(found: Found) -> Any:
@@ -238,7 +238,7 @@ AXOLOTL = OtherTrainer(
         "precompute_ref_log_probs": unneeded("the reference model is the base, without the adapter"),
         "dpo_*": unneeded("train.objective has no other options"),
         "orpo_alpha": lost("ORPO is not available; train.beta is the setting of dpo"),
-        "simpo_gamma": lost("SimPO is not available; train.beta is the setting of dpo"),
+        "simpo_gamma": to("train.simpo_gamma"),
         "cpo_alpha": lost("CPO is not available; train.beta is the setting of dpo"),
         "kto_*": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
         "trl": to("train.objective", remark="dpo and the like; its beta is train.beta"),

@@ -48,7 +48,7 @@ def _pref_loss(found: Found) -> Any:
     if str(found.config.get("stage", "")).lower() != "dpo":
         return Unneeded("it has no effect there without stage: dpo")
     name = str(found.value).lower()
-    return objective({})(found) if name in ("orpo", "simpo", "kto_pair") else trl_loss(found)
+    return objective({"simpo": "simpo"})(found) if name in ("orpo", "simpo", "kto_pair") else trl_loss(found)
 
 
 def _for_pairs(found: Found) -> Any:
@@ -170,7 +170,7 @@ LLAMA_FACTORY = OtherTrainer(
         "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
         "ld_alpha": lost("train.objective has no other options"),
         "kto_*": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
-        "simpo_gamma": lost("SimPO is not available; train.beta is the setting of dpo"),
+        "simpo_gamma": to("train.simpo_gamma", _for_pairs),
         "ppo_*": lost(shared.NO_ONLINE),
         "ref_model*": lost("the reference model is the base, or the adapter of lora.adapter_path"),
         "reward_model*": lost("reward models are not trained"),

@@ -23,7 +23,7 @@ LOSSES = {
     "nca_pair": "nca_pair", "sppo_hard": "sppo_hard", "sigmoid_norm": "sigmoid_norm",
 }  # fmt: skip
 """TRL's `loss_type` of preference training -> `train.objective`."""
-PAIR_OBJECTIVES = ("orpo", "simpo", "cpo")
+PAIR_OBJECTIVES = ("orpo", "cpo")
 NOT_SFT = "train.objective: sft or a preference objective is what can be trained"
 
 
