@@ -1,5 +1,6 @@
 """Start runs as child processes and compare what they leave."""
 
+import fcntl
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 from qlora_train.export import fresh_process
 from qlora_train.runs import RunFolder
+from qlora_train.runs.open_run import LOCK
 from tests.faults import child
 from tests.support.fault_points import VARIABLE
 from tests.support.runs import adapter_bytes, write_rows
@@ -123,6 +125,13 @@ class Runs:
         ended = self.to_the_end(run, *overrides)
         assert ended.status == 0, f"{ended.status}: {ended.log[-3000:]}"
         return adapter_bytes(run)
+
+    def wait_until_unlocked(self, run: RunFolder) -> None:
+        """Wait for the end of what a killed run forked to check its adapter: it inherited the lock."""
+        lock = run.path / LOCK
+        if lock.is_file():
+            with lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
 
     def start_stock(self, folder: Path) -> Child:
         """Start the stock trainer on a folder."""

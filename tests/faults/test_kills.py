@@ -8,13 +8,16 @@ from collections import Counter
 
 import pytest
 
+from qlora_train.config.objectives import OBJECTIVES
 from tests.faults.conftest import LONG, Table, number
 from tests.faults.runs import Child, Ended, Runs, side_by_side
 from tests.faults.stock import NUM_STEPS
+from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes
 
 SETTINGS = (f"train.max_steps={NUM_STEPS}", "train.save_steps=1", "data.eval=0.25", "train.eval_steps=3")
 OPTIMIZERS = ("adamw_8bit", "adamw_torch", "paged_adamw_8bit") if LONG else ("adamw_8bit",)
+PREFERENCES = [name for name, row in OBJECTIVES.items() if row.dataset_type == "preference"] if LONG else ["dpo"]
 SECOND_SIGNAL_SECONDS = 2.0
 
 
@@ -30,9 +33,27 @@ def undisturbed(runs: Runs, *settings: str) -> tuple[bytes, float]:
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_runs_killed_at_random_moments_end_in_the_same_bits(optim: str, runs: Runs, table: Table) -> None:
-    settings = (*SETTINGS, f"train.optim={optim}")
+    moments = number(12, 500)
+    good = resumed_after_kills(runs, (*SETTINGS, f"train.optim={optim}"), moments)
+    table.add(f"kill -9 at random moments, {optim}", good, moments, "resumed to the same bits")
+    assert good == moments
+
+
+@pytest.mark.parametrize("objective", PREFERENCES)
+def test_killed_preference_training_ends_in_the_same_bits(objective: str, runs: Runs, table: Table) -> None:
+    pairs = write_pairs(runs.folder / "pairs.jsonl", count=40)
+    settings = (*SETTINGS, "train.optim=adamw_8bit", f"data.train={pairs}", f"train.objective={objective}")
+    moments = number(2, 20)
+    good = resumed_after_kills(runs, settings, moments)
+    table.add(f"kill -9 at random moments, {objective}", good, moments, "resumed to the same bits")
+    assert good == moments
+
+
+def resumed_after_kills(runs: Runs, settings: tuple[str, ...], num_moments: int) -> int:
+    """Kill runs at random moments and return how many resume to the bits of an undisturbed run."""
     wanted, seconds = undisturbed(runs, *settings)
-    moments = [random.Random(f"{optim} {trial}").uniform(0, seconds) for trial in range(number(12, 500))]
+    generator = random.Random(" ".join(settings[len(SETTINGS) :]))
+    moments = [generator.uniform(0, seconds) for _ in range(num_moments)]
 
     def try_moment(moment: float) -> bytes:
         run = runs.new()
@@ -40,11 +61,10 @@ def test_runs_killed_at_random_moments_end_in_the_same_bits(optim: str, runs: Ru
         time.sleep(moment)
         process.process.kill()
         assert process.end().status in (-signal.SIGKILL, 0)
+        runs.wait_until_unlocked(run)
         return runs.finished(run, *settings)
 
-    good = sum(adapter == wanted for adapter in side_by_side(try_moment, moments))
-    table.add(f"kill -9 at random moments, {optim}", good, len(moments), "resumed to the same bits")
-    assert good == len(moments)
+    return sum(adapter == wanted for adapter in side_by_side(try_moment, moments))
 
 
 @pytest.mark.skipif(not LONG, reason="for the table of the long form")
