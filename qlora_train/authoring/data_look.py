@@ -79,7 +79,8 @@ def look_at_data(source: Source, tokenizer: Any) -> DataLook:
         raise DataError(f"{KEY}: {source.path} holds no rows; expected at least one")
     format_name, columns = _format_of(first)
     reader, unusable, rows = RowReader(format_name, columns), Counter[str](), list[Row]()
-    for record in itertools.islice(itertools.chain([first], records), MAX_ROWS):
+    parts = itertools.chain.from_iterable(map(reader.split, itertools.chain([first], records)))
+    for record in itertools.islice(parts, MAX_ROWS):
         try:
             rows.append(reader.read(record))
         except UnusableRowError as error:

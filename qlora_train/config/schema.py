@@ -173,7 +173,7 @@ class LoraSection(Section):
 
 FORMATS = Literal[
     "auto", "messages", "conversations", "prompt_completion", "alpaca", "question_answer", "text", "tokens",
-    "preference", "openai_preference",
+    "preference", "question_preference", "openai_preference",
 ]  # fmt: skip
 
 

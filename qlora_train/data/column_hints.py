@@ -40,10 +40,22 @@ def preference_columns(values: Mapping[str, Any]) -> dict[str, str] | None:
     for suffix in PAIR_SUFFIXES:
         names = {column: column + suffix for column in ("chosen", "rejected")}
         if all(name in values for name in names.values()):
-            prompts = [] if "prompt" in values else [name for name in PROMPTS if name in values]
-            columns = {"prompt": prompts[0], **names} if len(prompts) == 1 else names
+            columns = {**prompt_columns(values), **names}
             return {column: name for column, name in columns.items() if column != name}
     return None
+
+
+def prompt_columns(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the rename that reads the prompt of a preference pair; none where a format reads one, or several may be it.
+
+    A string is the question of a conversation; `input` is read behind another one.
+    """
+    found = [name for name in PROMPTS if name in values]
+    if len(found) == 2 and "input" in found:
+        found.remove("input")
+    if "prompt" in values or len(found) != 1:
+        return {}
+    return {"question" if isinstance(values[found[0]], str) else "prompt": found[0]}
 
 
 def misspelled(values: Mapping[str, Any], required: Collection[str]) -> dict[str, str]:

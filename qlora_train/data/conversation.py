@@ -66,7 +66,7 @@ def read_turns(value: Any, column: str, *, sharegpt: bool = False) -> tuple[list
         column: its name, for reasons.
         sharegpt: turns may be {from, value}.
     """
-    shape = "from, value" if sharegpt else "role, content"
+    shape = "from, value" if column == "conversations" else "role, content"
     if not isinstance(value, list):
         raise UnusableRowError(f"{column} is {json_type(value)}, expected a list of {{{shape}}}")
     if not value:

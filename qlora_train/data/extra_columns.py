@@ -31,11 +31,18 @@ CONSEQUENCES = {
     **dict.fromkeys(LABELS, "only false, for an undesirable answer, has a meaning here"),
 }
 """Column -> the end of its warning."""
+SCORES_OF_PAIRS = {
+    f"{answer}{rest}": f"data.columns: {{{{score_{answer}: {answer}{rest}}}}} drops pairs with equal scores"
+    for answer in ("chosen", "rejected")
+    for rest in ("_score", "_rating", "-score", "-rating")
+}
+"""The same for columns of preference pairs only."""
 
 
-def extra_columns(used: Collection[str]) -> tuple[str, ...]:
+def extra_columns(used: Collection[str], *, of_pairs: bool = False) -> tuple[str, ...]:
     """Return the names to look for in rows of which the columns `used` are read."""
-    return tuple(name for name in (*MEDIA, *CONSEQUENCES) if name not in used)
+    names = (*MEDIA, *CONSEQUENCES, *(SCORES_OF_PAIRS if of_pairs else ()))
+    return tuple(name for name in names if name not in used)
 
 
 def check_extra_columns(values: Mapping[str, Any], names: Collection[str], *, has_answers: bool) -> tuple[str, ...]:
@@ -73,4 +80,4 @@ def _warning(name: str, value: Any, *, has_answers: bool) -> str:
         return f"the column {name} is not used"
     if name in LABELS and value in (True, "true", "True"):
         return f"{name} is true, and the row is trained as any other (preferences without pairs are not supported)"
-    return f"the column {name} is not used: {CONSEQUENCES[name].format(name)}"
+    return f"the column {name} is not used: {(CONSEQUENCES | SCORES_OF_PAIRS)[name].format(name)}"

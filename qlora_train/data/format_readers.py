@@ -53,7 +53,7 @@ def from_prompt_completion(where: str, values: Mapping[str, Any]) -> Row:
 def from_alpaca(where: str, values: Mapping[str, Any]) -> Row:
     """Read a question and its answer, perhaps with earlier ones."""
     instruction = read_string(values["instruction"], "instruction")
-    question = _joined(instruction, read_optional_string(values.get("input"), "input"))
+    question = joined(instruction, read_optional_string(values.get("input"), "input"))
     turns = _history(values.get("history")) + _pair(question, read_string(values["output"], "output"))
     return conversation_row(where, values, turns)
 
@@ -61,7 +61,7 @@ def from_alpaca(where: str, values: Mapping[str, Any]) -> Row:
 def from_question_answer(where: str, values: Mapping[str, Any]) -> Row:
     """Read a question and its answer, perhaps with the text that the question is about."""
     context = read_optional_string(values.get("context"), "context")
-    question = _joined(context, read_string(values["question"], "question"))
+    question = joined(context, read_string(values["question"], "question"))
     return conversation_row(where, values, _pair(question, read_string(values["answer"], "answer")))
 
 
@@ -95,7 +95,7 @@ def conversation_row(
     )
 
 
-def _joined(first: str | None, second: str | None) -> str:
+def joined(first: str | None, second: str | None) -> str:
     """Join two texts by a blank line; a blank one leaves the other unchanged."""
     texts = [text for text in (first, second) if text is not None and text.strip()]
     return "\n\n".join(texts) or first or second or ""

@@ -9,15 +9,16 @@ format                  columns (those in brackets may be missing)
 `alpaca`                instruction, output: one user and one assistant turn (input, history, *)
 `question_answer`       question, answer: one user and one assistant turn (context, *)
 `text`                  text
-`preference`            chosen, rejected: two answers, or two whole conversations (prompt, *)
+`preference`            chosen, rejected: two answers, or two whole conversations (prompt, score_chosen, score_rejected, *)
+`question_preference`   question, chosen, rejected: one user turn and two answers (context, input, scores as above, *)
 `openai_preference`     input: {messages, tools}; preferred_output, non_preferred_output: lists of {role, content, ...}
 `tokens`                input_ids (labels, attention_mask, position_ids, loss_mask, completion_mask, assistant_masks)
 ======================  ==============================================================================================
 
 (*) is tools, system, chat_template_kwargs: functions, the first turn, and variables for the chat template. `input` follows
 the instruction, `context` precedes the question, each with a blank line between. `history` is a list of [question,
-answer], earlier turns that are trained too. The columns decide the format; where they fit several, the file is refused,
-because a guess would train on the wrong half.
+answer], earlier turns that are trained too. `rejected` may be a list of answers. The columns decide the format. Where they
+fit several and none reads all that the others read, the file is refused: a guess would train on the wrong half.
 
 A missing column is an error at once: every row has it. A value that cannot be used makes its row unusable, with a reason
 that does not quote the row, so that equal reasons can be counted.
@@ -29,7 +30,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_train.config.objectives import DatasetType, objectives_of
-from qlora_train.data.column_hints import as_yaml, preference_columns, rename_hint
+from qlora_train.data.column_hints import as_yaml, preference_columns, prompt_columns, rename_hint
+from qlora_train.data.pair_layouts import SCORES, lacks_prompt
 from qlora_train.data.readers.chunk import header_text
 from qlora_train.data.types import Record, Row
 from qlora_train.utils.errors import ConfigError, DataError
@@ -74,6 +76,10 @@ class Format:
             column: renamed.get(column, column) for column in self.columns if column in renamed or column not in taken
         }
 
+    def columns_read(self, record: Record, columns: Mapping[str, str]) -> set[str]:
+        """Return the columns of a record that are read."""
+        return {name for name in self.file_columns(columns).values() if name in record.values}
+
     def fits(self, record: Record, columns: Mapping[str, str]) -> bool:
         """Return whether a record has all required columns."""
         in_file = self.file_columns(columns)
@@ -82,6 +88,12 @@ class Format:
 
 CONVERSATION_COLUMNS = ("tools", "system", "chat_template_kwargs")
 """Optional columns of every format of conversations."""
+ROWS_OF_TYPE: Mapping[str, str] = {
+    "language_modeling": "rows with one answer",
+    "preference": "pairs of a chosen and a rejected answer",
+    "unpaired_preference": "answers with a label",
+}
+"""Type of data set -> its rows, for messages."""
 MASK_COLUMNS = ("loss_mask", "completion_mask", "assistant_masks")
 FORMATS: dict[str, Format] = {
     "messages": Format("format_readers:from_messages", ("messages",), CONVERSATION_COLUMNS),
@@ -97,7 +109,16 @@ FORMATS: dict[str, Format] = {
     ),
     "text": Format("format_readers:from_text", ("text",)),
     "preference": Format(
-        "preference_rows:from_preference", ("chosen", "rejected"), ("prompt", *CONVERSATION_COLUMNS), "preference"
+        "preference_rows:from_preference",
+        ("chosen", "rejected"),
+        ("prompt", *SCORES, *CONVERSATION_COLUMNS),
+        "preference",
+    ),
+    "question_preference": Format(
+        "preference_rows:from_question_preference",
+        ("question", "chosen", "rejected"),
+        ("context", "input", *SCORES, *CONVERSATION_COLUMNS),
+        "preference",
     ),
     "openai_preference": Format(
         "preference_rows:from_openai_preference",
@@ -152,7 +173,9 @@ def recognise(record: Record, format_name: str, columns: Mapping[str, str], data
     name = _recognised(record, columns, dataset_type) if format_name == "auto" else format_name
     if FORMATS[name].dataset_type != dataset_type:
         other = _other_type(FORMATS[name].dataset_type, dataset_type, {})
-        raise DataError(f"{record.where}: the format {name} is for {other}")
+        raise DataError(f"{record.where}: the format {name} is for another objective; {other}")
+    if name == "preference":
+        _check_prompt(record, columns, is_chosen=format_name != "auto")
     used = FORMATS[name].file_columns(columns).values()
     unused = header_text([column for column in record.values if column not in used])
     log.debug("%s: format %s%s", record.where, name, f"; columns not used: {unused}" * bool(unused))
@@ -165,10 +188,29 @@ def recognise(record: Record, format_name: str, columns: Mapping[str, str], data
     return name
 
 
+def _check_prompt(record: Record, columns: Mapping[str, str], *, is_chosen: bool) -> None:
+    """Refuse a source of pairs without prompts, with the renames that read one; `is_chosen`: by `data.format`."""
+    in_file = FORMATS["preference"].file_columns(columns)
+    chosen = record.values.get(in_file["chosen"])
+    if in_file["prompt"] in record.values or not lacks_prompt(chosen):
+        return
+    renames = prompt_columns(record.values)
+    if is_chosen and "question" in renames:  # the format has no such column
+        renames = {"prompt": renames["question"]}
+    hint = "expected a column prompt beside them"
+    if renames:
+        hint = f"rename with data.columns: {as_yaml({**renames, **columns})}"
+    raise DataError(
+        f"{record.where}: found the columns {header_text(list(record.values))}: answers without their prompt; {hint}"
+    )
+
+
 def _other_type(dataset_type: DatasetType, wanted: DatasetType, columns: Mapping[str, str]) -> str:
     """Return the advice for rows of another type than the objective's, to append to a message."""
-    renames = f" with data.columns: {as_yaml(columns)}" if columns else ""
-    return f"train.objective: {objectives_of(dataset_type)}{renames}; set one, or give rows for {objectives_of(wanted)}"
+    first, *others = objectives_of(dataset_type).split(", ")
+    family = " (or another of its family)" if others else ""
+    renames = f" and data.columns: {as_yaml(columns)}" if columns else ""
+    return f"set train.objective: {first}{family}{renames}, or give {ROWS_OF_TYPE[wanted]}"
 
 
 def _recognised(record: Record, columns: Mapping[str, str], dataset_type: DatasetType) -> str:
@@ -178,6 +220,8 @@ def _recognised(record: Record, columns: Mapping[str, str], dataset_type: Datase
         name for name in fitting if any(columns.get(column) in record.values for column in FORMATS[name].columns)
     ]
     fitting = renamed or fitting
+    reads = {name: allowed[name].columns_read(record, columns) for name in fitting}
+    fitting = [name for name in fitting if not any(reads[name] < other for other in reads.values())]
     if len(fitting) == 1:
         return fitting[0]
     found = header_text(list(record.values)) or "none"
@@ -188,11 +232,11 @@ def _recognised(record: Record, columns: Mapping[str, str], dataset_type: Datase
     pair = preference_columns(record.values)
     if dataset_type != "preference" and pair is not None:
         other = _other_type("preference", dataset_type, pair)
-        raise DataError(f"{record.where}: found the columns {found}: preference pairs, for {other}")
+        raise DataError(f"{record.where}: found the columns {found}: preference pairs; {other}")
     others = [name for name in FORMATS if name not in allowed and FORMATS[name].fits(record, columns)]
     if others:
         other = _other_type(FORMATS[others[0]].dataset_type, dataset_type, {})
-        raise DataError(f"{record.where}: found the columns {found}: the format {others[0]}, for {other}")
+        raise DataError(f"{record.where}: found the columns {found}: the format {others[0]}; {other}")
     required = [it.required for it in allowed.values()]
     expected = ", or ".join(" + ".join(columns) for columns in required)
     hint = f"; rename with data.columns: {as_yaml(pair)}" if pair else rename_hint(record.values, required)

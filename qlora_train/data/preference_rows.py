@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_train.data.conversation import read_turns
-from qlora_train.data.field_values import EMPTY
-from qlora_train.data.format_readers import conversation_row, from_prompt_completion
+from qlora_train.data.field_values import EMPTY, read_optional_string, read_string
+from qlora_train.data.format_readers import conversation_row, from_prompt_completion, joined
 from qlora_train.data.formats import CONVERSATION_COLUMNS
+from qlora_train.data.pair_layouts import dialogue_turns, is_dialogue, refuse_tie
 from qlora_train.data.readers import json_type
 from qlora_train.data.types import Message, Row, UnusableRowError
 
@@ -24,17 +25,33 @@ OPENAI_REQUEST = ("messages", "tools", "parallel_tool_calls")
 
 def from_preference(where: str, values: Mapping[str, Any]) -> Row:
     """Read a pair: the chosen row, with the other one as `rejected`."""
+    refuse_tie(values)
     values = {**values, **{name: [values[name]] for name in ANSWERS if isinstance(values[name], dict)}}
+    answers = [values[column] for column in ANSWERS]
+    if all(isinstance(answer, str) for answer in answers):
+        if values.get("prompt") in EMPTY and all(map(is_dialogue, answers)):
+            values = {**values, **{name: dialogue_turns(values[name]) for name in ANSWERS}}
+        elif isinstance(values.get("prompt"), list):
+            values = _with_answer_turns(values)
     types = [json_type(values[column]) for column in ANSWERS]
-    if all(isinstance(values[column], str) for column in ANSWERS):
+    if types == ["a string", "a string"]:
         chosen, rejected = (_text(where, values, column) for column in ANSWERS)
-    elif all(isinstance(values[column], list) for column in ANSWERS):
+    elif types == ["a list", "a list"]:
         chosen, rejected = _conversations(where, values)
     else:
         raise UnusableRowError(
             f"chosen is {types[0]} and rejected is {types[1]}, expected two strings or two lists of {{role, content}}"
         )
     return replace(chosen, rejected=rejected)
+
+
+def from_question_preference(where: str, values: Mapping[str, Any]) -> Row:
+    """Read a question with two answers, each a string: turns of a conversation."""
+    before, after = (read_optional_string(values.get(name), name) for name in ("context", "input"))
+    question = joined(joined(before, read_string(values["question"], "question")), after)
+    if not question.strip():
+        raise UnusableRowError("question is empty")
+    return from_preference(where, _with_answer_turns({**values, "prompt": [{"role": "user", "content": question}]}))
 
 
 def from_openai_preference(where: str, values: Mapping[str, Any]) -> Row:
@@ -58,16 +75,30 @@ def from_openai_preference(where: str, values: Mapping[str, Any]) -> Row:
 
 def _text(where: str, values: Mapping[str, Any], column: str) -> Row:
     if values.get("prompt") in EMPTY:
-        raise UnusableRowError("chosen and rejected are strings without a prompt; expected a column prompt beside them")
-    if not values[column].strip():
+        raise UnusableRowError(
+            "chosen and rejected are strings without a prompt; expected a column prompt beside them, or turns that begin "
+            "with Human: and Assistant:"
+        )
+    if not read_string(values[column], column).strip():
         raise UnusableRowError(f"{column} is empty")
     for name in CONVERSATION_COLUMNS:
         if values.get(name) not in EMPTY:
             raise UnusableRowError(
-                f"{name} beside a prompt that is a string, to which no chat template is applied; expected prompt, chosen "
-                "and rejected as lists of {role, content}"
+                f"{name} beside a prompt that is a string, to which no chat template is applied; data.columns: "
+                "{question: prompt} makes turns of it"
             )
     return from_prompt_completion(where, {**values, "completion": values[column]})
+
+
+def _with_answer_turns(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values in which answers that are strings are an assistant turn each."""
+    turns: dict[str, Any] = dict(values)
+    for column in ANSWERS:
+        if isinstance(values[column], str):
+            if not values[column].strip():
+                raise UnusableRowError(f"{column} is empty")
+            turns[column] = [{"role": "assistant", "content": values[column]}]
+    return turns
 
 
 def _conversations(where: str, values: Mapping[str, Any]) -> tuple[Row, Row]:
@@ -93,6 +124,8 @@ def _prompt_turns(prompt: Any) -> list[Message]:
         return []
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise UnusableRowError(f"prompt is {json_type(prompt)}, expected a string or a list of {{role, content}}")
     return read_turns(prompt, "prompt", sharegpt=True)[0]
 
 

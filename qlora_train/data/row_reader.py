@@ -6,6 +6,7 @@ from dataclasses import replace
 from qlora_train.data.column_hints import misspelled
 from qlora_train.data.extra_columns import check_extra_columns, extra_columns
 from qlora_train.data.formats import FORMATS
+from qlora_train.data.pair_layouts import pair_records
 from qlora_train.data.readers.chunk import header_text
 from qlora_train.data.types import Record, Row
 from qlora_train.utils.errors import DataError
@@ -27,12 +28,16 @@ class RowReader:
         self._format = FORMATS[name]
         self._read = self._format.reader()
         self._columns = self._format.file_columns(columns)
-        self._extra = extra_columns(self._columns.values())
+        self._extra = extra_columns(self._columns.values(), of_pairs=self._format.dataset_type == "preference")
         self._has_answers = name not in ("text", "tokens")
         self.unseen = {column: columns[column] for column in self._format.columns if column in columns}
 
+    def split(self, record: Record) -> list[Record]:
+        """Return a record for each row in one: a pair for each rejected answer."""
+        return pair_records(record, self._columns["rejected"]) if "rejected" in self._format.required else [record]
+
     def read(self, record: Record) -> Row:
-        """Return a record as a row.
+        """Return a record from `split` as a row.
 
         Raises:
             UnusableRowError: a value cannot be used.

@@ -7,20 +7,21 @@ import datetime
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from qlora_train.config.schema import DataSection
 from qlora_train.data.formats import FORMATS
 from qlora_train.data.overflow import apply_overflow
+from qlora_train.data.pair_layouts import SEVERAL_REJECTED
 from qlora_train.data.readers import Chunk
 from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.row_encoder import RowEncoder
 from qlora_train.data.row_reader import RowReader
 from qlora_train.data.selection import StoredTexts
 from qlora_train.data.token_store import StoredRow, TokenizedChunk, make_batch, schema
-from qlora_train.data.types import Example, Message, Row, UnusableRowError
+from qlora_train.data.types import Example, Message, Record, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
 
 
@@ -39,6 +40,18 @@ def content_digest(row: Row) -> bytes:
 def system_prompt_of(turns: Sequence[Message]) -> str:
     """Return the system prompt of a conversation, empty if there is none."""
     return turns[0]["content"] if turns[0]["role"] == "system" else ""
+
+
+def _numbered_parts(
+    chunk: Chunk, reader: RowReader, file_number: int, warned: ReasonCounts
+) -> Iterator[tuple[int, Record]]:
+    """Yield the records of a chunk, those with several rejected answers in parts, each with its number in the chunk."""
+    for number, record in enumerate(chunk.records()):
+        parts = reader.split(record)
+        if len(parts) > 1:
+            warned.add(SEVERAL_REJECTED, f"{file_number}{location_suffix(record.where)}")
+        for part in parts:
+            yield number, part
 
 
 class ChunkTokenizer:
@@ -81,7 +94,7 @@ class ChunkTokenizer:
         dropped, warned, systems = ReasonCounts(), ReasonCounts(), Counter[str]()
         rows: list[StoredRow] = []
         num_records = 0
-        for number, record in enumerate(chunk.records()):
+        for number, record in _numbered_parts(chunk, reader, file_number, warned):
             num_records += 1
             location = location_suffix(record.where)
             try:

@@ -122,10 +122,10 @@ def test_columns_of_other_names_are_renamed(base: Path) -> None:
     assert config.data.columns == {"output": "response", "input": "context"}
     pairs = new(
         base,
-        data=write_jsonl("pairs.jsonl", [{"question": "What?", "chosen": "So.", "rejected": "No."}]),
+        data=write_jsonl("pairs.jsonl", [{"instruction": "What?", "chosen": "So.", "rejected": "No."}]),
         output="b.yaml",
     )
-    assert (pairs.train.objective, pairs.data.columns) == ("dpo", {"prompt": "question"})
+    assert (pairs.train.objective, pairs.data.columns) == ("dpo", {"question": "instruction"})
 
 
 def test_max_length_holds_99_of_100_rows(base: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_train.config.objectives import objectives_of
 from qlora_train.config.schema import FORMATS as FORMAT_NAMES
 from qlora_train.data.formats import FORMATS, check_renames, recognise
 from qlora_train.data.row_reader import RowReader
@@ -279,7 +278,10 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 }
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "strings": ({"prompt": "What?", "chosen": "So.", "rejected": "No."}, {}),
-    "Orca": ({"question": "What?", "chosen": "So.", "rejected": "No."}, {"prompt": "question"}),
+    "question": ({"question": "What?", "chosen": "So.", "rejected": "No."}, {}),
+    "question as plain text": ({"question": "What?", "chosen": "So.", "rejected": "No."}, {"prompt": "question"}),
+    "instruction": ({"instruction": "What?", "chosen": "So.", "rejected": "No."}, {"question": "instruction"}),
+    "turns and two strings": ({"prompt": chat("What?"), "chosen": "So.", "rejected": "No."}, {}),
     "answers by name": (
         {"prompt": "What?", "chosen_response": "So.", "rejected_response": "No."},
         {"chosen": "chosen_response", "rejected": "rejected_response"},
@@ -353,8 +355,9 @@ def test_pairs_are_read_for_preferences_and_never_renamed_for_sft(name: str) -> 
         return
     with pytest.raises(DataError) as caught:
         read(values)
-    advice = f"train.objective: {objectives_of('preference')}{' with ' * bool(renames)}{renames}; set one"
-    assert f": preference pairs, for {advice}, or give rows for sft" in str(caught.value)
+    assert ": preference pairs; set train.objective: dpo (or another of its family)" in str(caught.value)
+    if name != "question as plain text":
+        assert str(caught.value).endswith(f"){' and ' * bool(renames)}{renames}, or give rows with one answer")
 
 
 PREFERENCE_REASONS: dict[str, tuple[dict[str, Any], str]] = {
@@ -371,8 +374,9 @@ PREFERENCE_REASONS: dict[str, tuple[dict[str, Any], str]] = {
         "chosen and rejected do not differ in an answer",
     ),
     "texts without a prompt": (
-        {"chosen": "Human: a", "rejected": "Human: b"},
-        "chosen and rejected are strings without a prompt; expected a column prompt beside them",
+        {"prompt": "", "chosen": "Human: a", "rejected": "Human: b"},
+        "chosen and rejected are strings without a prompt; expected a column prompt beside them, or turns that begin with "
+        "Human: and Assistant:",
     ),
     "two system turns": (
         {
@@ -389,8 +393,8 @@ PREFERENCE_REASONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "system beside strings": (
         {"prompt": "What?", "chosen": "So.", "rejected": "No.", "system": "Be brief."},
-        "system beside a prompt that is a string, to which no chat template is applied; expected prompt, chosen and "
-        "rejected as lists of {role, content}",
+        "system beside a prompt that is a string, to which no chat template is applied; data.columns: {question: prompt} "
+        "makes turns of it",
     ),
 }
 
@@ -417,7 +421,7 @@ def test_a_pair_of_openai_is_the_pair_of_its_request_and_its_two_answers() -> No
         input={"messages": chat("What?"), "tools": [{"type": "function", "function": {"name": "f"}}]}
     )
     assert [tool["function"]["name"] for tool in read(with_tools, dataset_type="preference").tools] == ["f"]
-    with pytest.raises(DataError, match=r"the format openai_preference, for train\.objective: dpo"):
+    with pytest.raises(DataError, match=r"the format openai_preference; set train\.objective: dpo"):
         read(openai_pair())
 
 
@@ -503,9 +507,9 @@ def test_rows_of_another_objective_are_refused_with_the_one_they_are_for() -> No
     with pytest.raises(DataError) as caught:
         read({"messages": [HI, HELLO]}, dataset_type="preference")
     assert str(caught.value).endswith(
-        f"the format messages, for train.objective: sft; set one, or give rows for {objectives_of('preference')}"
+        "the format messages; set train.objective: sft, or give pairs of a chosen and a rejected answer"
     )
-    with pytest.raises(DataError, match=r"the format messages is for train\.objective: sft; set one"):
+    with pytest.raises(DataError, match=r"the format messages is for another objective; set train\.objective: sft, or"):
         read({"chosen": [], "rejected": []}, format_name="messages", dataset_type="preference")
 
 
@@ -620,7 +624,7 @@ def test_any_row_is_read_or_refused_with_a_short_reason(name: str, data: st.Data
     reason: str | None = None
     row = Row("")
     try:
-        row = read(values, format_name=name, dataset_type=FORMATS[name].dataset_type)
+        row = RowReader(name, {}).read(Record("a.jsonl:1", values))
     except UnusableRowError as error:
         reason = error.reason
     if reason is None:

@@ -3,6 +3,7 @@
 Each `NAME` there has `NAME.expected`, and `NAME.settings` where it takes more than the path to meet the problem.
 """
 
+import gzip
 import os
 import subprocess
 import sys
@@ -73,7 +74,8 @@ def test_every_malformed_file_has_its_line() -> None:
     files = {path.name for path in MALFORMED.iterdir() if path.suffix not in (".expected", ".settings")}
     assert files == {path.stem for path in EXPECTED}
     assert {path.stem for path in MALFORMED.glob("*.settings")} <= files
-    assert len(files) >= 120
+    assert len(files) >= 160
+    assert len([name for name in files if name.startswith("pair_")]) >= 40
 
 
 @pytest.mark.parametrize(("name", "number"), [("large.jsonl", 2), ("large.json", 2), ("large.csv", 3)])
@@ -88,6 +90,21 @@ def test_a_row_of_ten_megabytes_is_refused(tmp_path: Path, line: Line, name: str
     assert line(str(tmp_path / name)) == (
         f"{tmp_path / name}:{number}: found a row of more than 8 MiB; split it into several rows, or correct the line or "
         "quote that does not end"
+    )
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_broken_lines_are_counted_over_the_whole_file(tmp_path: Path, line: Line, suffix: str) -> None:
+    lines = ['{"text": "' + "a" * 1000 + '"}'] * 4000  # several chunks of a megabyte
+    broken = [7, 8, 1500, 2100, 2101, 3000, 4000]
+    for number in broken:
+        lines[number - 1] = lines[number - 1][:-1]
+    content = "\n".join(lines).encode()
+    file = tmp_path / f"a{suffix}"
+    file.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    assert line(str(file)) == (
+        f"{file}:7:1012: broken JSON: Expecting ',' delimiter; expected one JSON object per line (a list of objects is a "
+        ".json file); 6 more broken lines: 8, 1500, 2100, 2101, 3000, ..."
     )
 
 

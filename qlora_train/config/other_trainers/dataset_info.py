@@ -11,7 +11,10 @@ from qlora_train.config.other_trainers.value_conversions import names
 FILE = "dataset_info.json"
 MAX_BYTES = 5_000_000
 ALPACA = {"instruction": ("prompt", "instruction"), "input": ("query", "input"), "output": ("response", "output")}
-PAIR = {"prompt": ("prompt", "instruction"), "chosen": ("chosen", "chosen"), "rejected": ("rejected", "rejected")}
+PAIR = {
+    "question": ("prompt", "instruction"), "input": ("query", "input"),
+    "chosen": ("chosen", "chosen"), "rejected": ("rejected", "rejected"),
+}  # fmt: skip
 """Column here -> its name in an entry's `columns`, and the column of the file if an entry has no `columns`."""
 PASSED_ON = ("system", "tools", "history")
 
@@ -73,7 +76,7 @@ def _layout(entry: Mapping[str, Any], *, is_text: bool) -> dict[str, Any]:
         wanted = {"text": ("prompt", "instruction")}
         name = "text"
     else:
-        wanted, name = (PAIR, "preference") if entry.get("ranking") else (ALPACA, "alpaca")
+        wanted, name = (PAIR, "question_preference") if entry.get("ranking") else (ALPACA, "alpaca")
     columns = {ours: given.get(theirs, default) if not given else given.get(theirs)
                for ours, (theirs, default) in wanted.items()}  # fmt: skip
     columns |= {key: given[key] for key in PASSED_ON if key in given}
@@ -103,8 +106,6 @@ def _not_carried(name: str, entry: Mapping[str, Any]) -> list[str]:
     ]
     if "kto_tag" in given:
         notes.append(f"{name}: rows whose {given['kto_tag']} is false are refused")
-    if entry.get("ranking") and "query" in given:
-        notes.append(f"{name}: column {given['query']} is not joined to the prompt")
     if "script_url" in entry or "cloud_file_name" in entry:
         notes.append(f"{name}: its rows were not found: no code or cloud storage is read; give a file")
     return notes

@@ -1,5 +1,6 @@
 """JSON lines and plain text: one row per line, so that a chunk is a byte range that a worker reads by itself."""
 
+import contextlib
 from collections.abc import Iterator
 from functools import partial
 
@@ -14,6 +15,11 @@ EXPECTED = {
     "jsonl": "expected one JSON object per line (a list of objects is a .json file)",
     "json": "expected a list of objects, or one object per line",
 }
+BLOCK_BYTES = 1 << 20
+MAX_COUNTED_BYTES = 256 << 20
+"""Bytes of a file that are searched for more broken lines."""
+MAX_LINES = 5
+"""Numbers of broken lines in a message."""
 
 
 def line_chunks(file: DataFile, chunk_bytes: int) -> Iterator[Chunk]:
@@ -46,7 +52,39 @@ def _records(file: DataFile, first_line: int, content: bytes) -> Iterator[Record
         if file.kind == "txt":
             yield Record(where, {"text": line.removesuffix("\r")})
         else:
-            yield Record(where, _object(where, line, EXPECTED[file.kind]))
+            try:
+                values = _object(where, line, EXPECTED[file.kind])
+            except DataError as error:
+                raise DataError(f"{error}{_other_broken_lines(file, number)}") from None
+            yield Record(where, values)
+
+
+def _other_broken_lines(file: DataFile, number: int) -> str:
+    """Return how many lines after line `number` are no JSON objects either, to append to the error of that line."""
+    broken: list[int] = []
+    num_bytes = 0
+    with contextlib.suppress(DataError):  # of another kind: the file's encoding, for example
+        for content, _, first_line, size in line_blocks(file, BLOCK_BYTES):
+            broken += [
+                other
+                for other, line in numbered_lines(file.name, first_line, content)
+                if other > number and line.strip() and not _is_object(line)
+            ]
+            num_bytes += size
+            if num_bytes >= MAX_COUNTED_BYTES:
+                break
+    if not broken:
+        return ""
+    shown = ", ".join(map(str, broken[:MAX_LINES])) + ", ..." * (len(broken) > MAX_LINES)
+    at_least = "at least " * (num_bytes >= MAX_COUNTED_BYTES)
+    return f"; {at_least}{len(broken)} more broken line{'s' * (len(broken) > 1)}: {shown}"
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return type(DECODER.decode(line)) is dict
+    except (ValueError, RecursionError):
+        return False
 
 
 def _object(where: str, line: str, expected: str) -> dict[str, object]:
