@@ -1,9 +1,8 @@
 """Make the demo's preference pairs: a right answer to an address, and a wrong one.
 
-Wrong answers are of two kinds. Those of a trained run (`--answers-of`) are what its model answers to training addresses,
-where that is wrong. The others are made by changing the right answer once, as models get it wrong: a word moved to the part
-beside it, two parts joined, a part left out, a part under another name, two values exchanged. Held-out pairs are always of
-the second kind and of seed 0: their margins compare between runs.
+Wrong answers are of two kinds. Those of a trained run (`--answers-of`) are what its model answers, where that is wrong.
+The others are made by changing the right answer once: a word moved to the part beside it, two parts joined, a part left
+out, a part under another name, two values exchanged. A model after SFT tells these apart already; it learns from its own.
 """
 
 import argparse
@@ -120,9 +119,9 @@ def wrong_pairs(conversations: list[list[Turn]], answers: list[str]) -> Iterator
             yield pair(turns, answer)
 
 
-def read_conversations(file: Path, limit: int | None = None) -> list[list[Turn]]:
+def read_conversations(file: Path) -> list[list[Turn]]:
     """Return the turns of each row of the demo's data."""
-    lines = file.read_text(encoding="utf-8").splitlines()[:limit]
+    lines = file.read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["messages"] for line in lines]
 
 
@@ -141,15 +140,20 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="training addresses to take (all)")
     parser.add_argument("--answers-of", type=Path, metavar="RUN", help="reject this run's own wrong answers")
     options = parser.parse_args()
-    conversations = read_conversations(options.data / "train.jsonl", options.rows)
+    addresses = {name: read_conversations(options.data / f"{name}.jsonl") for name in ("train", "heldout")}
+    addresses["train"] = addresses["train"][: options.rows]
     if options.answers_of:
-        train = list(wrong_pairs(conversations, run_answers(options.answers_of, conversations)))
+        answers = run_answers(options.answers_of, [turns for rows in addresses.values() for turns in rows])
+        of_train = len(addresses["train"])
+        pairs = {
+            "train": list(wrong_pairs(addresses["train"], answers[:of_train])),
+            "heldout": list(wrong_pairs(addresses["heldout"], answers[of_train:])),
+        }
     else:
-        train = list(changed_pairs(conversations, options.seed))
-    held_out = list(changed_pairs(read_conversations(options.data / "heldout.jsonl"), 0))
-    write(options.output / "train.jsonl", train)
-    write(options.output / "heldout.jsonl", held_out)
-    print(f"pairs: {len(train)} of {len(conversations)} training addresses, {len(held_out)} held-out")
+        pairs = {name: list(changed_pairs(rows, options.seed)) for name, rows in addresses.items()}
+    for name, rows in pairs.items():
+        write(options.output / f"{name}.jsonl", rows)
+        print(f"pairs: {len(rows)} of {len(addresses[name])} addresses in {options.output / name}.jsonl")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tests.support.pico import build_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))  # cluster/ holds jobs, not configs
-LOCAL_CONFIGS = ("demo",)
+LOCAL_CONFIGS = ("demo", "demo_dpo")
 """Configs whose base is generated, without a published config.json."""
 NF4_BLOCK = 64
 """NF4 block size."""

@@ -12,6 +12,7 @@ from qlora_train.planning.run_plan import model_shapes
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton")
 import count_memory  # noqa: E402
+import count_preference_memory  # noqa: E402
 
 PICO = {
     "model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160,
@@ -55,3 +56,16 @@ def test_committed_counts_keep_the_promise() -> None:
     for line in results:
         assert line["holds"] == (max(line["peak_gb"].values()) <= line["promised_gb"])
         assert line["holds"] or line["tokens"] > 512, line
+
+
+@pytest.mark.parametrize("checkpointing", count_preference_memory.CHECKPOINTING)
+def test_step_on_a_pair_takes_the_memory_of_a_step_of_sft_on_its_sequences(checkpointing: str) -> None:
+    config = {**PICO, "num_hidden_layers": 2}
+    sft, dpo, from_adapter = (
+        count_preference_memory.count_step(config, NUM_TOKENS, objective, checkpointing)
+        for objective in count_preference_memory.OBJECTIVES
+    )
+    model = model_shapes({**config, "tie_word_embeddings": False}, LoraSection())
+    adapter_bytes = 4 * adapter_numel(model, step_settings(model, r=count_memory.RANK, num_tokens=NUM_TOKENS))
+    assert dpo == sft
+    assert from_adapter == sft + adapter_bytes, "the adapter that training began with, in float32"

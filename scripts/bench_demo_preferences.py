@@ -1,0 +1,160 @@
+"""Measure preference training after the demo's SFT over seeds, beside as many more steps of SFT on the chosen answers.
+
+All runs start from the adapter of one SFT run and take the same pairs, batch size, steps and learning rate; the seed
+decides the order. `dpo` trains a config on pairs, `sft` their chosen answers alone: what it gains needs no rejected ones.
+`start` is the adapter that both start from. Answers are to held-out addresses; held-out pairs are compared by their
+log-probabilities, without a reference. Writes one JSON file with the command, the machine, the versions and all figures;
+runs that are there already are not repeated.
+
+Example: ``python scripts/bench_demo_preferences.py runs/demo`` after `make demo` and
+``python scripts/demo_pairs.py --answers-of runs/demo``
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bench import machine
+from demo_pairs import read_conversations
+
+from qlora_train.config import load_config
+from qlora_train.data.types import Example
+from qlora_train.evaluation.generation import generate_answers
+from qlora_train.evaluation.held_out_loss import held_out_loss
+from qlora_train.evaluation.scoring import score_answers
+from qlora_train.export.finished_run import open_finished_run
+from qlora_train.export.model_card import library_versions
+from qlora_train.inference.run_models import run_models
+from qlora_train.planning.base_and_data import prepare
+from qlora_train.runs import RunFolder
+
+COMMAND = [sys.executable, "-m", "qlora_train.cli.main"]
+COLUMNS = {
+    "exact_match": "exact match", "field_f1": "field F1", "loss": "loss of right answers", "accuracy": "accuracy of pairs",
+    "margin": "margin of pairs",
+}  # fmt: skip
+"""Figures of an adapter on held-out addresses and pairs, and how the table names them."""
+Figures = dict[str, Any]
+
+
+def main() -> None:
+    """Train and evaluate what is missing, then print the table."""
+    options = parsed()
+    report = {"runs": {}} | (json.loads(options.output.read_text()) if options.output.is_file() else {})
+    report |= {
+        "command": "python scripts/bench_demo_preferences.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(), "machine": machine(), "versions": library_versions(),
+    }  # fmt: skip
+    runs: dict[str, Figures] = report["runs"]
+    rows = chosen_rows(options.pairs / "train.jsonl", options.folder / "chosen.jsonl")
+    held_out = held_out_pairs(options)
+    if "start" not in runs:
+        runs["start"] = evaluated(options.start, options.addresses, held_out)
+    for seed in options.seeds:
+        for way in options.ways:
+            name = f"{way}, seed {seed}"
+            if name not in runs:
+                run = trained(options, way, seed, rows)
+                runs[name] = evaluated(run, options.addresses, held_out)
+                options.output.write_text(json.dumps(report, indent=1) + "\n")
+            print(f"{name}: exact match {runs[name]['exact_match']:.1%}", flush=True)
+    report["table"] = table(runs)
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    print("\n".join(report["table"]))
+
+
+def parsed() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("start", type=Path, help="the finished SFT run")
+    parser.add_argument("--config", type=Path, default=Path("configs/demo_dpo.yaml"))
+    parser.add_argument("--pairs", type=Path, default=Path(".demo/pairs"), help="what scripts/demo_pairs.py made")
+    parser.add_argument(
+        "--addresses", type=Path, default=Path(".demo/addresses"), help="what scripts/demo_data.py made"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=("dpo", "sft"), default=["dpo", "sft"])
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of all runs")
+    parser.add_argument("--num-pairs", type=int, default=195, help="held-out pairs to compare")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo-preferences"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo-preferences.json"))
+    return parser.parse_args()
+
+
+def chosen_rows(pairs: Path, rows: Path) -> Path:
+    """Write the prompts of pairs with their chosen answers as conversations, and return the file."""
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    with pairs.open(encoding="utf-8") as source, rows.open("w", encoding="utf-8") as target:
+        for pair in map(json.loads, source):
+            target.write(json.dumps({"messages": pair["prompt"] + pair["chosen"]}, ensure_ascii=False) + "\n")
+    return rows
+
+
+def trained(options: argparse.Namespace, way: str, seed: int, rows: Path) -> Path:
+    """Train from the start's adapter and return the run folder."""
+    run = options.folder / f"{way}-seed{seed}"
+    settings = [
+        f"data.train={options.pairs / 'train.jsonl' if way == 'dpo' else rows}", "data.eval=null",
+        f"lora.adapter_path={options.start / 'adapter'}", f"run.seed={seed}", f"run.output_dir={run}", *options.set,
+    ]  # fmt: skip
+    if way == "sft":
+        settings += ["train.objective=sft", "train.beta=null", "train.sft_weight=null"]
+    subprocess.run([*COMMAND, str(options.config), *settings], check=True)
+    return run
+
+
+def held_out_pairs(options: argparse.Namespace) -> list[Example]:
+    """Return the first held-out pairs as tokens."""
+    held_out = options.pairs / "heldout.jsonl"
+    settings = [f"data.train={held_out}", f"data.eval={held_out}"]
+    with TemporaryDirectory() as folder:
+        _, data = prepare(load_config(options.config, [*settings, *options.set]), RunFolder(Path(folder)))
+    return list(data.eval)[: options.num_pairs]
+
+
+def evaluated(run: Path, addresses: Path, pairs: Sequence[Example]) -> Figures:
+    """Return the figures of a run's adapter on held-out addresses and pairs."""
+    finished = open_finished_run(run)
+    ((_, model, tokenizer),) = run_models(finished, ["adapter"])
+    turns = read_conversations(addresses / "heldout.jsonl")
+    prompts: list[Any] = [each[:-1] for each in turns]
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=128, batch_size=32, date=finished.date)
+    scores = score_answers([each[-1]["content"] for each in turns], answers)
+    sequences = [sequence for pair in pairs for sequence in pair.sequences]
+    losses = held_out_loss(model, sequences, batch_size=16, pad_token_id=tokenizer.pad_token_id).per_example
+    chosen, rejected = losses[::2], losses[1::2]
+    margins = [worse.nll - better.nll for better, worse in zip(chosen, rejected, strict=True)]
+    return {
+        "exact_match": scores.exact_match, "field_f1": scores.field_f1, "valid_json": scores.valid_json,
+        "loss": sum(each.nll for each in chosen) / sum(each.num_tokens for each in chosen),
+        "accuracy": sum(margin > 0 for margin in margins) / len(margins), "margin": statistics.mean(margins),
+        "num_addresses": len(answers), "num_pairs": len(margins), "matches": [int(match) for match in scores.matches],
+        "training": finished.folder.read_results()["training"],
+    }  # fmt: skip
+
+
+def table(runs: Mapping[str, Figures]) -> list[str]:
+    """Return a line per way: the mean of its seeds, and the least and the greatest."""
+    lines = [f"| | {' | '.join(COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
+    for way in dict.fromkeys(name.partition(",")[0] for name in runs):
+        found = [figures for name, figures in runs.items() if name.partition(",")[0] == way]
+        cells = [spread([figures[column] for figures in found]) for column in COLUMNS]
+        lines.append(f"| {way} ({len(found)}) | {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    """Return mean, min and max."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+if __name__ == "__main__":
+    main()
