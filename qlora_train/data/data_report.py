@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_train.data.decoded_rows import DecodedRow
+from qlora_train.data.pair_report import PairReport
 from qlora_train.data.reason_counts import ReasonCounts, locations_text
 from qlora_train.data.token_store import SourceSummary
 from qlora_train.utils.errors import DataError
@@ -137,6 +138,7 @@ class SplitReport:
         num_at_max_length: rows of exactly `data.max_length` tokens; pairs with such a sequence.
         num_duplicates: rows that equal an earlier one.
         num_deduplicated: rows that `data.deduplicate` removed.
+        pairs: of preference pairs.
     """
 
     num_rows: int
@@ -146,15 +148,24 @@ class SplitReport:
     num_at_max_length: int
     num_duplicates: int = 0
     num_deduplicated: int = 0
+    pairs: PairReport | None = None
 
     @classmethod
-    def of(cls, lengths: npt.NDArray[np.int32], num_labels: npt.NDArray[np.int32], **counts: int) -> Self:
+    def of(
+        cls,
+        lengths: npt.NDArray[np.int32],
+        num_labels: npt.NDArray[np.int32],
+        *,
+        pairs: PairReport | None = None,
+        **counts: int,
+    ) -> Self:
         """Count rows by their tokens and label tokens, each (num_rows,)."""
         return cls(
             num_rows=len(lengths),
             num_tokens=int(lengths.sum(dtype=np.int64)),
             num_labels=int(num_labels.sum(dtype=np.int64)),
             lengths=length_quantiles(lengths),
+            pairs=pairs,
             **counts,
         )
 
@@ -169,6 +180,7 @@ class SplitReport:
             f"{key}: {self.num_rows:,} rows ({self.num_duplicates} duplicates{removed}), {self.num_tokens:,} tokens, "
             f"{self.num_labels:,} labels ({100 * self.label_share:.1f} %)",
             f"{key}: tokens per row: {quantiles}; {self.num_at_max_length} of data.max_length ({max_length})",
+            *([] if self.pairs is None else [f"{key}: {self.pairs.line()}"]),
         ]
 
 
@@ -232,6 +244,11 @@ class DataReport:
                 f"only {100 * split.label_share:.2g} % of the tokens are labels; shorten prompts or see data.train_on"
             )
             yield Finding(key, split.num_rows, text)
+        if split.pairs is not None:
+            yield from (Finding(key, count, text) for count, text in split.pairs.findings())
+            if split.num_duplicates:
+                text = f"{split.num_duplicates} pairs equal an earlier one; data.deduplicate: true trains once on each"
+                yield Finding(key, split.num_duplicates, text)
         if self.overflow in TRUNCATING and split.num_at_max_length > split.num_rows / 2:
             text = (
                 f"{split.num_at_max_length} of {split.num_rows} rows have data.max_length ({self.max_length}) tokens, most "

@@ -18,6 +18,7 @@ from qlora_train.data.chat_template import is_dated
 from qlora_train.data.data_report import NUM_FIRST_ROWS, DataReport, SourceReport, SplitReport, check_max_dropped
 from qlora_train.data.decoded_rows import decode_rows
 from qlora_train.data.held_out_rows import RunRows
+from qlora_train.data.pair_report import PairReport
 from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.selection import StoredTexts, first_occurrences, held_out_mask, is_among, mix, num_duplicates
 from qlora_train.data.source_store import SourceStore, SourceTokenizer
@@ -128,7 +129,7 @@ def _selected(
     """Hold out, deduplicate and sample the stored rows."""
     rows, eval_rows = (Rows.all_of([each.store for each in stores]) for stores in (train, held_out))
     if isinstance(data.eval, float):
-        mask = held_out_mask(rows.digests, data.eval, seed)
+        mask = held_out_mask(rows.group_digests, data.eval, seed)
         rows, eval_rows = rows.select(~mask), rows.select(mask)
         log.debug("data.eval: %d rows to train on, %d held out", len(rows), len(eval_rows))
     overlap = ReasonCounts()
@@ -141,7 +142,8 @@ def _selected(
             raise DataError("data.deduplicate: every row of data.train is in data.eval too; give other rows to one")
     else:
         for index in np.flatnonzero(is_among(eval_rows, rows)):
-            overlap.add("in data.train too", eval_rows[int(index)].where)
+            reason = "of prompts that are in data.train too" if rows.has_pairs else "in data.train too"
+            overlap.add(reason, eval_rows[int(index)].where)
     rows = mix(data.train, rows, data.max_rows, seed)
     report = DataReport(
         max_length=data.max_length,
@@ -162,7 +164,8 @@ def _split_report(key: str, rows: Rows, max_length: int, **counts: int) -> dict[
         return {}
     counts["num_duplicates"] = num_duplicates(rows)
     counts["num_at_max_length"] = int(np.count_nonzero(rows.max_lengths == max_length))
-    return {key: SplitReport.of(rows.lengths, rows.num_labels, **counts)}
+    pairs = PairReport.of(rows) if rows.has_pairs else None
+    return {key: SplitReport.of(rows.lengths, rows.num_labels, pairs=pairs, **counts)}
 
 
 def _source_reports(key: str, sources: Sequence[SourceStore], rows: Rows) -> list[SourceReport]:

@@ -21,7 +21,11 @@ Mask = npt.NDArray[np.bool_]
 
 
 def is_held_out(digest: bytes, share: float, seed: int) -> bool:
-    """Decide by content and seed whether a row is held out: adding or removing other rows does not move it."""
+    """Decide by content and seed whether a row is held out: adding or removing other rows does not move it.
+
+    Args:
+        digest: of `Rows.group_digests`.
+    """
     if not share:
         return False
     number = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + digest).digest()[:8], "big")
@@ -45,7 +49,7 @@ class StoredTexts:
     num_examples: int = 64
 
     def include(self, record_number: int, digest: bytes) -> bool:
-        """Return whether a row's texts are stored."""
+        """Return whether a row's texts are stored; `digest` is that of `Rows.group_digests`."""
         return self.everything or record_number < self.num_examples or is_held_out(digest, self.share, self.seed)
 
 
@@ -88,16 +92,28 @@ def num_duplicates(rows: Rows) -> int:
 
 
 def is_among(rows: Rows, others: Rows) -> Mask:
-    """Return for each row whether one of the others is equal."""
-    both = np.concatenate([rows.digests, others.digests])
+    """Return for each row whether one of the others is equal; for each preference pair, whether one has its prompt."""
+    return _are_among(rows.group_digests, others.group_digests)
+
+
+def contradictory_pairs(pairs: Rows) -> Mask:
+    """Return for each preference pair whether another one has the same answers, swapped."""
+    return _are_among(pairs.swapped_digests, pairs.digests)
+
+
+def _are_among(digests: npt.NDArray[np.uint64], others: npt.NDArray[np.uint64]) -> Mask:
+    both = np.concatenate([digests, others])
     group, _ = _group_equal(both[:, 0], both[:, 1])
     present = np.zeros(len(both), np.bool_)
-    present[group[len(rows) :]] = True
-    return present[group[: len(rows)]]
+    present[group[len(digests) :]] = True
+    return present[group[: len(digests)]]
 
 
 def held_out_mask(digests: npt.NDArray[np.uint64], share: float, seed: int) -> Mask:
     """Return for each row whether it is held out (see `is_held_out`).
+
+    Args:
+        digests: of `Rows.group_digests`.
 
     Raises:
         DataError: no row would be left to train on or to hold out.
@@ -107,7 +123,8 @@ def held_out_mask(digests: npt.NDArray[np.uint64], share: float, seed: int) -> M
         if not num_rows:
             raise DataError(
                 f"data.eval: a share of {share:g} of {len(digests)} rows leaves none {name} (rows are chosen by "
-                "a hash, equal rows together); change the share, give more rows, or name a file in data.eval"
+                "a hash, equal rows and pairs of one prompt together); change the share, give more rows, or name a file "
+                "in data.eval"
             )
     return held_out
 

@@ -24,7 +24,7 @@ log = logging.getLogger("qlora_train")
 
 Opened = TypeVar("Opened")
 
-TOKENS_VERSION = 3
+TOKENS_VERSION = 4
 """Raise it when tokens, masks or the layout of a store change for the same data (tests/data/test_tokens_version.py)."""
 STORE_NAME = re.compile(r"[0-9a-f]{64}")
 STALE_NAME = re.compile(r"\.([0-9a-f]{64})\.(?:staging|old|deleted)")
@@ -54,20 +54,22 @@ class StoreCache:
             opened: opens it; an open store stays readable when another process deletes the folder.
 
         Raises:
-            DataError: the folder cannot be written, or is full; and the errors of `write`.
+            DataError: the folder cannot be written, or is full; a store cannot be read; and the errors of `write`.
         """
         final = self.folder / key
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked(key):
-                problem = atomic_io.verify_manifest(final) if final.exists() else "absent"
+                with _refuse_unreadable(final):
+                    problem = atomic_io.verify_manifest(final) if final.exists() else "absent"
                 if problem not in (None, "absent"):
                     log.warning("%s: tokenised data is damaged (%s); tokenising again", final, problem)
                 if problem is not None:
                     with atomic_io.atomic_folder(final) as staging:
                         write(staging)
                 os.utime(final)
-                store = opened(final)
+                with _refuse_unreadable(final):
+                    store = opened(final)
                 self._make_room(final)
         except OSError as error:
             raise DataError(
@@ -102,6 +104,19 @@ class StoreCache:
                 atomic_io.remove_folder(path)
                 excess -= sizes[path][0]
                 log.debug("%s: deleted (cache above data.cache_limit, %s)", path, self._limit)
+
+
+@contextlib.contextmanager
+def _refuse_unreadable(store: Path) -> Iterator[None]:
+    """Raise DataError if a store cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir: {error.filename or store}: tokenised data cannot be read: "
+            f"{error.strerror or first_line(error)}; make its files readable, "
+            f"delete {store}, or set data.cache_dir to another folder"
+        ) from None
 
 
 def _size_and_age(folder: Path) -> tuple[int, float]:

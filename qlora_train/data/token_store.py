@@ -26,6 +26,13 @@ ROWS, SUMMARY = "rows.arrow", "summary.json"
 EXAMPLE_COLUMNS = ("file", "location", "tokens", "mask", "prompt", "answer", "warnings")
 REJECTED_LENGTH = "rejected_length"
 """Column of a store of preference pairs: tokens of each rejected sequence."""
+REJECTED_LABELS = "rejected_labels"
+"""Label tokens of each rejected sequence."""
+PROMPT_DIGEST = "prompt_digest"
+"""Hash of the prompt, which several pairs may share."""
+SWAPPED_DIGEST = "swapped_digest"
+"""Digest of the pair with its answers swapped."""
+DIGESTS = ("digest", PROMPT_DIGEST, SWAPPED_DIGEST)
 MIN_BATCH_BYTES = 32 << 20
 """Size of a record batch: an open store holds 36 KB of memory per batch, and finding a row takes time for each."""
 MAX_SYSTEM_PROMPTS = 16
@@ -38,14 +45,16 @@ def schema(vocabulary_size: int, *, has_pairs: bool = False) -> pyarrow.Schema:
     The tokens and mask of a preference pair are those of the chosen sequence, then of the rejected one.
     """
     token = pyarrow.uint16() if vocabulary_size <= 1 << 16 else pyarrow.int32()
-    pairs = {REJECTED_LENGTH: pyarrow.int32()} if has_pairs else {}
+    digest = pyarrow.list_(pyarrow.uint64(), 2)
+    pairs = {REJECTED_LENGTH: pyarrow.int32(), REJECTED_LABELS: pyarrow.int32()} if has_pairs else {}
+    pairs |= {PROMPT_DIGEST: digest, SWAPPED_DIGEST: digest} if has_pairs else {}
     return pyarrow.schema(
         {
             "tokens": pyarrow.list_(token),
             "mask": pyarrow.list_(pyarrow.bool_()),  # true for a label
             "length": pyarrow.int32(),  # tokens
             "num_labels": pyarrow.int32(),
-            "digest": pyarrow.list_(pyarrow.uint64(), 2),  # hash of the row's content
+            "digest": digest,  # hash of the row's content
             "part": pyarrow.int32(),  # index among the parts of a row that was split
             "file": pyarrow.int32(),  # index in the source
             "location": pyarrow.string(),  # in the file
@@ -65,6 +74,8 @@ class StoredRow(NamedTuple):
     location: str
     digest: bytes = bytes(16)
     part: int = 0
+    prompt_digest: bytes = bytes(16)
+    swapped_digest: bytes = bytes(16)
 
 
 def make_batch(rows: Sequence[StoredRow], columns: pyarrow.Schema) -> pyarrow.RecordBatch:
@@ -75,14 +86,13 @@ def make_batch(rows: Sequence[StoredRow], columns: pyarrow.Schema) -> pyarrow.Re
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     tokens = np.concatenate([np.empty(0, np.int32), *(each.input_ids for each in sequences)])
     mask = np.concatenate([np.empty(0, np.bool_), *(each.loss_mask for each in sequences)])
-    digests = np.frombuffer(b"".join(row.digest for row in rows), np.uint64)
     token_type = columns.field("tokens").type.value_type
     values = {
         "tokens": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(tokens).cast(token_type)),
         "mask": pyarrow.ListArray.from_arrays(offsets, pyarrow.array(mask)),
         "length": lengths,
         "num_labels": [each.num_labels for each in examples],
-        "digest": pyarrow.FixedSizeListArray.from_arrays(digests, 2),
+        "digest": _digest_array([row.digest for row in rows]),
         "part": [row.part for row in rows],
         "file": [row.file for row in rows],
         "location": [row.location for row in rows],
@@ -91,8 +101,18 @@ def make_batch(rows: Sequence[StoredRow], columns: pyarrow.Schema) -> pyarrow.Re
         "warnings": [each.warnings for each in examples],
     }
     if REJECTED_LENGTH in columns.names:
-        values[REJECTED_LENGTH] = [0 if each.rejected is None else each.rejected.num_tokens for each in examples]
+        rejected = [each.rejected for each in examples]
+        values[REJECTED_LENGTH] = [0 if each is None else each.num_tokens for each in rejected]
+        values[REJECTED_LABELS] = [0 if each is None else each.num_labels for each in rejected]
+    if PROMPT_DIGEST in columns.names:
+        values[PROMPT_DIGEST] = _digest_array([row.prompt_digest for row in rows])
+    if SWAPPED_DIGEST in columns.names:
+        values[SWAPPED_DIGEST] = _digest_array([row.swapped_digest for row in rows])
     return pyarrow.record_batch(values, schema=columns)
+
+
+def _digest_array(digests: Sequence[bytes]) -> pyarrow.Array:
+    return pyarrow.FixedSizeListArray.from_arrays(np.frombuffer(b"".join(digests), np.uint64), 2)
 
 
 def read_example(rows: pyarrow.RecordBatch | pyarrow.Table, index: int, files: Sequence[str]) -> Example:
@@ -245,12 +265,16 @@ class Store:
         return REJECTED_LENGTH in self._rows.schema.names
 
     def numbers(self, name: str) -> npt.NDArray[Any]:
-        """Return a column of one number per row, or of two for `digest`."""
+        """Return a column of one number per row, or of two for `DIGESTS`."""
         column = self._rows.column(name)
-        if name == "digest":
+        if name in DIGESTS:
             column = column.combine_chunks().flatten()
         numbers: npt.NDArray[Any] = column.to_numpy()
-        return numbers.reshape(-1, 2) if name == "digest" else numbers
+        return numbers.reshape(-1, 2) if name in DIGESTS else numbers
+
+    def group_digests(self) -> npt.NDArray[np.uint64]:
+        """Return hashes of what is held out together, uint64 (num_rows, 2): of a row, or of the prompt of pairs."""
+        return self.numbers(PROMPT_DIGEST if PROMPT_DIGEST in self._rows.schema.names else "digest")
 
 
 class Rows(Sequence[Example]):
@@ -316,6 +340,24 @@ class Rows(Sequence[Example]):
         return self._gather("digest")
 
     @property
+    def group_digests(self) -> npt.NDArray[np.uint64]:
+        """Hashes of what is held out together, uint64 (num_rows, 2): of a row, or of the prompt of preference pairs."""
+        if not self.stores:
+            return np.empty((0, 2), np.uint64)
+        return np.concatenate([store.group_digests() for store in self.stores])[self.indices]
+
+    @property
+    def swapped_digests(self) -> npt.NDArray[np.uint64]:
+        """Digests of preference pairs with their answers swapped, uint64 (num_rows, 2)."""
+        return self._gather(SWAPPED_DIGEST)
+
+    @property
+    def answer_lengths(self) -> npt.NDArray[np.int32]:
+        """Label tokens of the chosen and the rejected answer of preference pairs, int32 (num_rows, 2)."""
+        rejected = self._gather(REJECTED_LABELS)
+        return np.stack([self.num_labels - rejected, rejected], axis=1)
+
+    @property
     def part_indices(self) -> npt.NDArray[np.int32]:
         """Index of each row among the parts of a row that was split, int32 (num_rows,)."""
         return self._gather("part")
@@ -327,5 +369,5 @@ class Rows(Sequence[Example]):
 
     def _gather(self, name: str) -> npt.NDArray[Any]:
         if not self.stores:
-            return np.empty((0, 2), np.uint64) if name == "digest" else np.empty(0, np.int32)
+            return np.empty((0, 2), np.uint64) if name in DIGESTS else np.empty(0, np.int32)
         return np.concatenate([store.numbers(name) for store in self.stores])[self.indices]

@@ -37,6 +37,19 @@ def content_digest(row: Row) -> bytes:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:16]
 
 
+def prompt_digest(row: Row) -> bytes:
+    """Return 16 bytes that identify what comes before the answers of a preference pair."""
+    turns = None if row.messages is None else row.messages[: row.loss_from]
+    content = [turns, row.prompt, row.tools, row.chat_template_kwargs]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:16]
+
+
+def swapped_digest(row: Row) -> bytes:
+    """Return the `content_digest` of a preference pair with its answers swapped."""
+    assert row.rejected is not None
+    return content_digest(replace(row.rejected, rejected=replace(row, rejected=None)))
+
+
 def system_prompt_of(turns: Sequence[Message]) -> str:
     """Return the system prompt of a conversation, empty if there is none."""
     return turns[0]["content"] if turns[0]["role"] == "system" else ""
@@ -106,12 +119,15 @@ class ChunkTokenizer:
                 continue
             if row.messages is not None:
                 systems[system_prompt_of(row.messages)] += 1
-            with_texts = self._stored_texts.include(number if is_first else self._stored_texts.num_examples, digest)
+            of_pair = () if row.rejected is None else (prompt_digest(row), swapped_digest(row))
+            with_texts = self._stored_texts.include(
+                number if is_first else self._stored_texts.num_examples, of_pair[0] if of_pair else digest
+            )
             for part, example in enumerate(examples):
                 for warning in example.warnings:
                     warned.add(warning, f"{file_number}{location}")
                 stored = example if with_texts else replace(example, prompt=None, answer=None)
-                rows.append(StoredRow(stored, file_number, location, digest, part))
+                rows.append(StoredRow(stored, file_number, location, digest, part, *of_pair))
         return TokenizedChunk(
             make_batch(rows, self.columns),
             file_number, num_records, chunk.num_bytes, dropped, warned, frozenset(reader.unseen), systems,

@@ -61,7 +61,7 @@ def test_each_answer_has_the_tokens_and_labels_of_sft_on_it(tmp_path: Path, prep
 
 def test_pairs_come_back_from_cache_and_run_folder(tmp_path: Path, prepare: Prepare) -> None:
     file = write_pairs(tmp_path / "pairs.jsonl", count=12)
-    first, again = prepare(file, eval=0.3), prepare(file, eval=0.3)
+    first, again = prepare(file, eval=0.5), prepare(file, eval=0.5)
     assert again.report.sources[0].cached
     assert first.fingerprint == again.fingerprint
     save_rows(tmp_path / "rows", first, first.fingerprint)

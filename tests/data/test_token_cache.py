@@ -136,3 +136,25 @@ def test_the_key_depends_on_content_and_settings_not_on_paths(tmp_path: Path) ->
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
     assert cache_key([b], {"max_length": 8}) == keys[0]
+
+
+def test_a_store_that_cannot_be_read_is_a_one_line_error_with_what_to_do(tmp_path: Path) -> None:
+    cache = StoreCache(str(tmp_path), "1MB")
+    folder, _ = cache.get(KEYS[0], writes("one"), opened)
+    with pytest.raises(DataError) as caught:
+        cache.get(KEYS[0], writes("one"), lambda folder: (folder / "rows.bin").open())
+    assert str(caught.value) == (
+        f"data.cache_dir: {folder}/rows.bin: tokenised data cannot be read: No such file or directory; make its files "
+        f"readable, delete {folder}, or set data.cache_dir to another folder"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_file_of_a_store_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+    cache = StoreCache(str(tmp_path), "1MB")
+    folder, _ = cache.get(KEYS[0], writes("one"), opened)
+    (folder / "tokens.bin").chmod(0)
+    with pytest.raises(
+        DataError, match=r"tokens\.bin: tokenised data cannot be read: Permission denied; make its files"
+    ):
+        cache.get(KEYS[0], writes("one"), opened)
