@@ -148,25 +148,34 @@ class Gpu(NamedTuple):
         host: name of its machine.
         name: None without a GPU that works.
         problem: why there is none.
+        uuid: tells it from others of its machine.
     """
 
     host: str
     name: str | None
     problem: str | None = None
+    uuid: str | None = None
 
 
 def _gpu() -> Gpu:
     if torch.cuda.is_available():
-        return Gpu(platform.node(), torch.cuda.get_device_name(0))
+        return Gpu(platform.node(), torch.cuda.get_device_name(0), uuid=str(torch.cuda.get_device_properties(0).uuid))
     return Gpu(platform.node(), None, gpu_problem())
 
 
 def check_gpus(gpus: Sequence[Gpu]) -> None:
-    """Check that every rank has a GPU, or none has: NCCL would wait for those without.
+    """Check that every rank has a GPU of its own, or none has: NCCL would wait for those without.
 
     Raises:
         ModelError: names the first rank without one.
     """
+    first_rank: dict[tuple[str, str], int] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu.uuid and (other := first_rank.setdefault((gpu.host, gpu.uuid), rank)) != rank:
+            raise ModelError(
+                f"rank {rank} on {gpu.host}: its GPU is that of rank {other}; start at most as many processes as GPUs, "
+                "each with its own LOCAL_RANK, as torchrun does, or its own CUDA_VISIBLE_DEVICES"
+            )
     names = {gpu.name for gpu in gpus}
     if len(names) == 1:
         return

@@ -84,6 +84,7 @@ def test_an_error_of_nccl_itself_does_not_blame_another_process(message: str, ca
 def test_ranks_with_and_without_a_gpu_do_not_train_together(messages: pytest.LogCaptureFixture) -> None:
     check_gpus([Gpu("a", None), Gpu("b", None)])
     check_gpus([Gpu("a", "H200"), Gpu("b", "H200")])
+    check_gpus([Gpu("a", "H200", uuid="1"), Gpu("a", "H200", uuid="2"), Gpu("b", "H200", uuid="1")])
     assert not messages.records
     check_gpus([Gpu("a", "RTX 3090"), Gpu("a", "RTX 4090")])
     assert "RTX 3090, RTX 4090" in messages.text
@@ -93,6 +94,12 @@ def test_ranks_with_and_without_a_gpu_do_not_train_together(messages: pytest.Log
     ):
         with pytest.raises(ModelError, match=f"^rank 1 on b: GPU: {shown.removeprefix('GPU: ')};"):
             check_gpus([Gpu("a", "H200"), Gpu("b", None, problem)])
+
+
+def test_two_ranks_on_one_gpu_are_one_line() -> None:
+    """As without LOCAL_RANK, where a job starts two processes of a machine that each see all GPUs."""
+    with pytest.raises(ModelError, match=r"^rank 2 on b: its GPU is that of rank 1; .* own LOCAL_RANK"):
+        check_gpus([Gpu("a", "H200", uuid="1"), Gpu("b", "H200", uuid="1"), Gpu("b", "H200", uuid="1")])
 
 
 def test_a_process_that_ends_is_noticed_at_once(tmp_path: Path) -> None:

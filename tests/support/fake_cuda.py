@@ -250,6 +250,7 @@ def _torch_cuda() -> dict[str, Any]:
     properties = SimpleNamespace(
         name="fake", major=CAPABILITY[0], minor=CAPABILITY[1], total_memory=TOTAL_BYTES, multi_processor_count=64,
         gcnArchName="sm_90", warp_size=32, max_threads_per_multi_processor=2048, L2_cache_size=50 << 20,
+        uuid=f"fake-{os.getpid()}",
     )  # fmt: skip
     constants = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "get_device_name": "fake",
