@@ -1,4 +1,7 @@
-"""The table of objectives, which schema, data stage and trainer read; names and defaults are TRL's."""
+"""The table of objectives, which schema, data stage and trainer read; names and defaults are TRL's.
+
+`sft_weight` is TRL's `cpo_alpha`, and the weight of `sft` in a list of `loss_type`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +24,7 @@ class ObjectiveRow:
     name: str
     description: str
     dataset_type: DatasetType = "preference"
-    defaults: Mapping[str, float] = field(default_factory=lambda: {"beta": 0.1})
+    defaults: Mapping[str, float] = field(default_factory=lambda: {"beta": 0.1, "sft_weight": 0.0})
     uses_reference: bool = True
 
 
@@ -35,7 +38,7 @@ OBJECTIVES = {
         ObjectiveRow(
             "robust",
             "DPO for a share `label_smoothing` of flipped pairs, https://arxiv.org/abs/2403.00409",
-            defaults={"beta": 0.1, "label_smoothing": 0.0},
+            defaults={"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0},
         ),
         ObjectiveRow("apo_zero", "anchored preference optimization, https://arxiv.org/abs/2408.06266"),
         ObjectiveRow("apo_down", "the same for chosen answers worse than the model's own"),
@@ -43,13 +46,38 @@ OBJECTIVES = {
         ObjectiveRow("sppo_hard", "self-play preference optimization, https://arxiv.org/abs/2405.00675"),
         ObjectiveRow("sigmoid_norm", "DPO on mean log-probabilities, https://arxiv.org/abs/2411.15124"),
         ObjectiveRow(
+            "exo_pair",
+            "efficient exact optimization, https://arxiv.org/abs/2402.00856",
+            defaults={"beta": 0.1, "label_smoothing": 1e-3, "sft_weight": 0.0},
+        ),
+        ObjectiveRow("bco_pair", "binary classifier optimization of pairs, https://arxiv.org/abs/2404.04656"),
+        ObjectiveRow(
+            "discopop",
+            "discovered preference optimization, https://arxiv.org/abs/2406.08414",
+            defaults={"beta": 0.1, "discopop_tau": 0.05, "sft_weight": 0.0},
+        ),
+        ObjectiveRow(
             "simpo",
             "simple preference optimization, https://arxiv.org/abs/2405.14734",
-            defaults={"beta": 0.1, "simpo_gamma": 0.5, "label_smoothing": 0.0},
+            defaults={"beta": 0.1, "simpo_gamma": 0.5, "label_smoothing": 0.0, "sft_weight": 0.0},
+            uses_reference=False,
+        ),
+        ObjectiveRow(
+            "cpo",
+            "contrastive preference optimization, https://arxiv.org/abs/2401.08417",
+            defaults={"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 1.0},
+            uses_reference=False,
+        ),
+        ObjectiveRow(
+            "orpo",
+            "odds ratio preference optimization, https://arxiv.org/abs/2403.07691",
+            defaults={"beta": 0.1, "sft_weight": 1.0},
             uses_reference=False,
         ),
     )
 }
+BATCH_OBJECTIVES = ("aot", "aot_unpaired")
+"""TRL's losses of a micro-batch instead of a pair."""
 ONLINE_OBJECTIVES = ("ppo", "grpo", "rloo", "online_dpo", "xpo", "nash_md")
 SETTINGS = tuple(dict.fromkeys(name for row in OBJECTIVES.values() for name in row.defaults))
 """Settings of `train` that only some objectives read."""

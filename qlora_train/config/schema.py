@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from qlora_train.config.objectives import OBJECTIVES, ONLINE_OBJECTIVES, SETTINGS
+from qlora_train.config.objectives import BATCH_OBJECTIVES, OBJECTIVES, ONLINE_OBJECTIVES, SETTINGS
 from qlora_train.config.optimizers import OPTIMIZERS
 from qlora_train.config.path_checks import validate_path, validate_source
 from qlora_train.config.resume_policy import why_not_allowed
@@ -301,11 +301,18 @@ class TrainSection(Section):
     """What is trained: `sft` on answers, or a preference objective on pairs of a chosen and a rejected answer."""
     beta: float | None = Field(None, gt=0)
     """Strength of the regularization towards the reference model, which is the base, or the adapter of
-    lora.adapter_path; without a reference, scale of the log-probabilities (0.1 if unset). Preference objectives only."""
+    lora.adapter_path; without a reference, scale of the log-probabilities, and for `orpo` weight of the odds ratio (0.1 if
+    unset). Preference objectives only."""
     label_smoothing: float | None = Field(None, ge=0, lt=0.5)
-    """Share of pairs expected to be flipped (0 if unset). Objectives `robust` and `simpo` only."""
+    """Share of pairs expected to be flipped (0 if unset, 0.001 for `exo_pair`). Objectives `robust`, `exo_pair`, `simpo`
+    and `cpo` only."""
+    sft_weight: float | None = Field(None, ge=0)
+    """Weight of the chosen answers' mean loss per label token, which is added to the loss of a preference objective (0 if
+    unset, 1 for `cpo` and `orpo`)."""
     simpo_gamma: float | None = Field(None, ge=0)
     """Reward margin that chosen answers should have (0.5 if unset). Objective `simpo` only."""
+    discopop_tau: float | None = Field(None, gt=0)
+    """Temperature of the share of the exponential loss (0.05 if unset). Objective `discopop` only."""
     optim: OptimizerName = "auto"
     """Optimizer. `auto`: adamw_torch_fused on a CPU, or if its state takes at most 2 % of the GPU's memory; else
     paged_adamw_8bit. A resumed run keeps its optimizer."""
@@ -387,6 +394,11 @@ class TrainSection(Section):
     @field_validator("objective", mode="before")
     @classmethod
     def _check_objective(cls, value: Any) -> Any:
+        if value in BATCH_OBJECTIVES:
+            raise ValueError(
+                f"{value!r} compares sorted log-ratios of a micro-batch, so that its loss depends on the size of "
+                "micro-batches; use an objective of pairs, such as dpo"
+            )
         if value in ONLINE_OBJECTIVES:
             raise ValueError(
                 f"{value!r} trains on answers that it samples, which this package does not; TRL's trainers do, and load "
@@ -539,6 +551,8 @@ def _objective_conflicts(config: RunConfig) -> Iterator[str]:
             yield f"train.{name} has no effect with train.objective: {row.name}; drop it (it is for {readers})"
     if row.dataset_type != "preference":
         return
+    if row.name == "exo_pair" and train.label_smoothing == 0:
+        yield "train.label_smoothing: 0, but exo_pair needs a number > 0; drop it for 0.001, which its paper recommends"
     unsupported = {
         "data.packing": data.packing, "data.streaming": data.streaming, "data.train_on: all": data.train_on == "all",
         f"data.overflow: {data.overflow}": data.overflow in ("split", "keep_end", "keep_answer"),

@@ -16,27 +16,36 @@ from qlora_train.evaluation.batched_inference import (
 )
 from qlora_train.evaluation.held_out_loss import MAX_LOGITS, ONE_ROW_ADVICE
 from qlora_train.kernels.fsdp_units import is_sharded
-from qlora_train.objectives.batch_loss import model_inputs
+from qlora_train.objectives.batch_loss import SFT_LOSS, model_inputs
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.objectives.preference_loss import PreferenceLoss
 from qlora_train.parallel import context
 from qlora_train.utils.eval_mode import eval_mode
 
+NLL, NUM_LABELS = "nll", "num_labels"
+"""Sums of the chosen answer."""
+
 
 def evaluate_preferences(
     loss: PreferenceLoss, model: Any, pairs: Sequence[Example], *, batch_size: int, pad_token_id: int
 ) -> dict[str, float]:
-    """Return the means of `loss` and its metrics over pairs; raises as `pair_values`."""
+    """Return the means of metrics over pairs, and `loss`, whose SFT term is a mean over tokens; raises as `pair_values`."""
     values = pair_values(loss, model, pairs, batch_size=batch_size, pad_token_id=pad_token_id)
-    return {name: math.fsum(each[name] for each in values) / len(pairs) for name in values[0]}
+    sums = {name: math.fsum(each[name] for each in values) for name in values[0]}
+    nll = sums.pop(NLL) / sums.pop(NUM_LABELS)
+    means = {name: value / len(pairs) for name, value in sums.items()}
+    if loss.sft_weight:
+        means["loss"] += loss.sft_weight * nll
+        means[SFT_LOSS] = nll
+    return means
 
 
 def preference_losses(
     loss: PreferenceLoss, model: Any, pairs: Sequence[Example], *, batch_size: int, pad_token_id: int
 ) -> list[float]:
-    """Return the loss of each pair; raises as `pair_values`."""
+    """Return the loss of each pair, with the SFT term of its own tokens; raises as `pair_values`."""
     values = pair_values(loss, model, pairs, batch_size=batch_size, pad_token_id=pad_token_id, task="row losses")
-    return [each["loss"] for each in values]
+    return [each["loss"] + loss.sft_weight * each[NLL] / each[NUM_LABELS] for each in values]
 
 
 @torch.no_grad()
@@ -49,7 +58,7 @@ def pair_values(
     pad_token_id: int,
     task: str = "evaluation",
 ) -> list[dict[str, float]]:
-    """Return `loss` and its metrics of each pair, in order; the model's training mode is restored.
+    """Return `loss`, its metrics, NLL and NUM_LABELS of each pair, in order; the model's training mode is restored.
 
     Args:
         task: name of the work, for its progress.
@@ -69,8 +78,9 @@ def pair_values(
         inputs: dict[str, Any] = model_inputs(batch)
         reference = loss.reference_logps(model, batch)
         found = loss.pair_values(batch, label_losses(model, **inputs).nll, reference)
+        named = {"loss": found.loss, **found.metrics, NLL: found.nll, NUM_LABELS: found.num_labels}
         return {
-            row: {name: float(value[index]) for name, value in found.items()} for index, row in enumerate(sorted(rows))
+            row: {name: float(value[index]) for name, value in named.items()} for index, row in enumerate(sorted(rows))
         }
 
     with eval_mode(model):

@@ -1,8 +1,10 @@
 """Losses of preference pairs from the log-probabilities of both answers.
 
-Formulas and names are those of TRL's `DPOTrainer` and `CPOTrainer`, with `dpo` for `sigmoid`.
+Formulas and names are those of TRL's `DPOTrainer`, `CPOTrainer` and `ORPOTrainer`, with `dpo` for `sigmoid`, and `cpo` for
+that of `CPOTrainer`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -42,6 +44,7 @@ class PairSettings:
     beta: float
     label_smoothing: float = 0.0
     simpo_gamma: float = 0.0
+    discopop_tau: float = 0.0
 
 
 PairLoss = Callable[[Pairs, PairSettings], Tensor]
@@ -90,6 +93,44 @@ def _sigmoid_norm(pairs: Pairs, settings: PairSettings) -> Tensor:
     return -logsigmoid(settings.beta * _margin(pairs.mean_logratios))
 
 
+def _exo_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """Return eq. 16 of the paper for two answers: the KL divergence from softmax(rewards) to (1 - smoothing, smoothing)."""
+    margin, smoothing = settings.beta * _margin(pairs.logratios), settings.label_smoothing
+    chosen = torch.sigmoid(margin) * (logsigmoid(margin) - math.log1p(-smoothing))
+    return chosen + torch.sigmoid(-margin) * (logsigmoid(-margin) - math.log(smoothing))
+
+
+def _bco_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
+    chosen, rejected = (settings.beta * pairs.logratios).unbind(1)
+    return -logsigmoid(chosen) - logsigmoid(-rejected)
+
+
+def _discopop(pairs: Pairs, settings: PairSettings) -> Tensor:
+    margin = settings.beta * _margin(pairs.logratios)
+    exponential_share = torch.sigmoid(margin / settings.discopop_tau)
+    return (exponential_share - 1) * logsigmoid(margin) + exponential_share * torch.exp(-margin)
+
+
+def _cpo(pairs: Pairs, settings: PairSettings) -> Tensor:
+    return _smoothed(settings.beta * _margin(pairs.policy), settings.label_smoothing)
+
+
+def _orpo(pairs: Pairs, settings: PairSettings) -> Tensor:
+    return -settings.beta * logsigmoid(_margin(_log_odds(pairs)))
+
+
+def odds_metrics(pairs: Pairs) -> dict[str, Tensor]:
+    """Return TRL's metrics of the odds ratio, (num_pairs,)."""
+    ratio = _margin(_log_odds(pairs))
+    return {"log_odds_ratio": logsigmoid(ratio), "log_odds_chosen": ratio}
+
+
+def _log_odds(pairs: Pairs) -> Tensor:
+    """Return log(p / (1 - p)) of mean log-probabilities log p, (num_pairs, 2)."""
+    logps = pairs.policy.clamp(max=MAX_MEAN_LOGP)
+    return logps - torch.log(-torch.expm1(logps))
+
+
 def _simpo(pairs: Pairs, settings: PairSettings) -> Tensor:
     return _smoothed(settings.beta * _margin(pairs.policy) - settings.simpo_gamma, settings.label_smoothing)
 
@@ -105,7 +146,10 @@ def _margin(scores: Tensor) -> Tensor:
 
 PAIR_LOSSES: Mapping[str, PairLoss] = {
     "dpo": _dpo, "ipo": _ipo, "hinge": _hinge, "robust": _robust, "apo_zero": _apo_zero, "apo_down": _apo_down,
-    "nca_pair": _nca_pair, "sppo_hard": _sppo_hard, "sigmoid_norm": _sigmoid_norm, "simpo": _simpo,
+    "nca_pair": _nca_pair, "sppo_hard": _sppo_hard, "sigmoid_norm": _sigmoid_norm, "exo_pair": _exo_pair,
+    "bco_pair": _bco_pair, "discopop": _discopop, "simpo": _simpo, "cpo": _cpo, "orpo": _orpo,
 }  # fmt: skip
-AVERAGED = ("simpo",)
+AVERAGED = ("simpo", "orpo")
 """Objectives whose log-probabilities are means over labels, also in metrics."""
+MAX_MEAN_LOGP = -1e-12
+"""An answer whose tokens all have probability 1 has infinite odds, and a gradient of NaN."""

@@ -19,6 +19,10 @@ class SftLoss:
         """Return the label tokens of a micro-batch."""
         return int((batch["labels"] != IGNORE_INDEX).sum())
 
+    def num_sft_tokens(self, batch: Batch) -> int:
+        """Return 0: the loss has no second term."""
+        return 0
+
     def __call__(self, model: nn.Module, batch: Batch, *, chunk_tokens: int | None, with_aux_loss: bool) -> BatchLoss:
         """Return the summed negative log-likelihood of a micro-batch, in nats."""
         inputs: dict[str, Any] = model_inputs(batch)

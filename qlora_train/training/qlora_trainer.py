@@ -36,7 +36,7 @@ from qlora_train.data.types import Example
 from qlora_train.evaluation.objective_table import SFT, Objective
 from qlora_train.kernels import host_copies
 from qlora_train.kernels.fsdp_units import is_sharded
-from qlora_train.objectives.batch_loss import BatchLoss
+from qlora_train.objectives.batch_loss import SFT_LOSS, BatchLoss
 from qlora_train.objectives.label_losses import choose_chunk_tokens
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS, choose_router_aux_loss_coef
 from qlora_train.parallel import context
@@ -102,7 +102,7 @@ class QloraTrainer(ResumableTrainer):
         self.batch_source = self._make_batch_source(group_batch_size, has_fused_kernels)
         self.schedule = make_schedule(config, self.batch_source.steps_per_epoch, has_eval=bool(data.eval))
         self._step_loss: torch.Tensor | None = None
-        self._step_tokens = self._max_micro_batches = 0
+        self._step_tokens = self._step_sft_tokens = self._max_micro_batches = 0
         self._micro_rows: list[torch.Tensor] = []
         self._metric_means, self._speed = MetricMeans(), SpeedMeter()
         self.guard = NonFiniteGuard(config.train)
@@ -233,14 +233,16 @@ class QloraTrainer(ResumableTrainer):
             self.accelerator.backward(loss)
 
     def _get_num_items_in_batch(self, batch_samples: list[list[Batch]], device: torch.device) -> Any:
-        """Return the number of items of the optimizer step, over all its micro-batches on all ranks."""
+        """Return the number of items of the optimizer step, over all its micro-batches on all ranks; keep other counts."""
         batches = [batch for step in batch_samples for batch in step]
-        num_items = sum(map(self.objective.loss.num_items, batches))
+        loss = self.objective.loss
+        num_items, num_sft_tokens = sum(map(loss.num_items, batches)), sum(map(loss.num_sft_tokens, batches))
         num_tokens = sum(map(self.batch_source.num_tokens, batches))
         this = context()
         num_batches = [len(batches) if rank == this.rank else 0 for rank in range(this.world_size)]
-        sums = this.sum_(torch.tensor([num_items, num_tokens, *num_batches])).tolist()
-        num_items, self._step_tokens, self._max_micro_batches = sums[0], sums[1], max(sums[2:])
+        sums = this.sum_(torch.tensor([num_items, num_tokens, num_sft_tokens, *num_batches])).tolist()
+        num_items, self._step_tokens, self._step_sft_tokens = sums[:3]
+        self._max_micro_batches = max(sums[3:])
         return num_items
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
@@ -266,11 +268,12 @@ class QloraTrainer(ResumableTrainer):
         if batch_loss.aux_loss is not None:
             total = total + self.aux_loss_weight * batch_loss.aux_loss * num_items
             self._metric_means.add(ROUTER_AUX_LOSS, batch_loss.aux_loss, 1)
+        if batch_loss.sft_nll is not None:
+            self._metric_means.add(SFT_LOSS, batch_loss.sft_nll, self.objective.loss.num_sft_tokens(inputs))
         for name, metric in batch_loss.metrics.items():
             self._metric_means.add(name, metric, num_items)
-        loss = total / num_items_in_batch
         self._micro_rows.append(inputs["row"])
-        return loss
+        return total / num_items_in_batch + batch_loss.sft_term(self._step_sft_tokens)
 
     def batch_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> BatchLoss:
         """Return the objective's loss of a micro-batch."""

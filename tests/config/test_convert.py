@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,8 +52,10 @@ def value_at(config: object, setting: str) -> object:
     return config
 
 
-def test_there_are_four_configs_of_each_trainer() -> None:
-    assert [str(path.parent) for path in CONFIGS] == [name for name in sorted(OTHER_TRAINERS) for _ in range(4)]
+def test_there_are_four_configs_or_more_of_each_trainer() -> None:
+    counts = Counter(str(path.parent) for path in CONFIGS)
+    assert counts.keys() == set(OTHER_TRAINERS)
+    assert min(counts.values()) >= 4
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
@@ -87,7 +90,7 @@ def problems_of_machine(config) -> list[str]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
-@pytest.mark.parametrize("word", ["lost", "unneeded", "todo"])
+@pytest.mark.parametrize("word", ["lost", "differs", "unneeded", "todo"])
 def test_lists_name_the_expected_keys(path: Path, word: str) -> None:
     listed = {item.key for item in getattr(converted(path), word)}
     wanted = expected(path, word)

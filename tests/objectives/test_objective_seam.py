@@ -40,6 +40,9 @@ class RowMeanLoss:
     def num_items(self, batch: Batch) -> int:
         return len(batch["row"])
 
+    def num_sft_tokens(self, batch: Batch) -> int:
+        return 0
+
     def __call__(self, model: nn.Module, batch: Batch, *, chunk_tokens: int | None, with_aux_loss: bool) -> BatchLoss:
         inputs: dict[str, Any] = model_inputs(batch)
         losses = label_losses(model, chunk_tokens, with_aux_loss=with_aux_loss, **inputs)

@@ -1,6 +1,7 @@
 """Preference losses, metrics and gradients are those of TRL's trainers on the same pairs, in float32."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,19 @@ from qlora_train.data.collate import FlatteningCollator, PaddingCollator, collat
 from qlora_train.evaluation.objective_table import make_objective
 from qlora_train.kernels.packed import attention
 from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
-from qlora_train.objectives.pair_losses import PAIR_LOSSES
-from tests.support.preference_oracles import NUM_PAIRS, Oracle, check_equal, compute, indexed, loss_of, pairs_of
+from qlora_train.objectives.batch_loss import SFT_LOSS
+from qlora_train.objectives.pair_losses import PAIR_LOSSES, Pairs, PairSettings
+from qlora_train.objectives.sft_loss import SftLoss
+from tests.support.preference_oracles import (
+    NUM_PAIRS,
+    Oracle,
+    check_equal,
+    compute,
+    indexed,
+    loss_of,
+    pairs_of,
+    with_prompts_of_one_token,
+)
 from tests.support.runs import adapted_model, make_config
 
 Pico = Callable[..., Path]
@@ -32,14 +44,60 @@ def test_loss_metrics_and_gradients_are_those_of_trl(family: str, pico: Pico, tm
     for name in WITH_REFERENCE if family == "llama" else ("dpo",):
         trl_name = "sigmoid" if name == "dpo" else name
         check_equal(compute(loss_of(name), adapted, batch), expected.compute(loss_types=[trl_name]))
+    for name, trl_name in (("dpo", "sigmoid"), ("ipo", "ipo")):
+        found = compute(loss_of(name, sft_weight=0.7), adapted, batch)
+        weighted = expected.compute(loss_types=[trl_name, "sft"], loss_weights=[1.0, 0.7])
+        check_equal(found, weighted, without=[SFT_LOSS])
+        plain = compute(loss_of(name), adapted, batch)
+        assert found[0] == pytest.approx(plain[0] + 0.7 * found[1][SFT_LOSS])
 
 
-def test_objectives_without_a_reference_are_those_of_trl(pico_llama: Path, tmp_path: Path) -> None:
-    pairs = pairs_of(pico_llama, tmp_path)
-    adapted, theirs = adapted_model(tmp_path, pico_llama), adapted_model(tmp_path, pico_llama)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_orpo_is_that_of_trl(family: str, pico: Pico, tmp_path: Path) -> None:
+    base = pico(family)
+    pairs = with_prompts_of_one_token(pairs_of(base, tmp_path))
+    adapted, theirs = adapted_model(tmp_path, base), adapted_model(tmp_path, base)
+    expected = Oracle.orpo(theirs, pairs, tmp_path / "orpo")
+    batch = collate_rows(PaddingCollator(0), indexed(pairs))
+    found = compute(loss_of("orpo"), adapted, batch)
+    check_equal(found, expected.compute())
+    assert {SFT_LOSS, "log_odds_ratio", "log_odds_chosen"} <= found[1].keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_simpo_and_cpo_are_those_of_trl(family: str, pico: Pico, tmp_path: Path) -> None:
+    base = pico(family)
+    pairs = pairs_of(base, tmp_path)
+    adapted, theirs = adapted_model(tmp_path, base), adapted_model(tmp_path, base)
     expected = Oracle.cpo(theirs, pairs, tmp_path / "trl")
     batch = collate_rows(PaddingCollator(0), indexed(pairs))
-    check_equal(compute(loss_of("simpo"), adapted, batch), expected.compute(loss_type="simpo", cpo_alpha=0.0))
+    for name, loss_type in (("simpo", "simpo"), ("cpo", "sigmoid")):
+        for weight in (0.0, 0.7):
+            found = compute(loss_of(name, sft_weight=weight), adapted, batch)
+            check_equal(found, expected.compute(loss_type=loss_type, cpo_alpha=weight))
+            assert (SFT_LOSS in found[1]) == (weight > 0)
+
+
+def test_orpo_trains_no_prompt(pico_llama: Path, tmp_path: Path) -> None:
+    pairs = pairs_of(pico_llama, tmp_path)
+    adapted = adapted_model(tmp_path, pico_llama)
+    batch = collate_rows(PaddingCollator(0), indexed(pairs))
+    found = loss_of("orpo")(adapted.model, batch, chunk_tokens=None, with_aux_loss=False)
+    chosen = collate_rows(PaddingCollator(0), [(row, replace(pair, rejected=None)) for row, pair in indexed(pairs)])
+    expected = SftLoss()(adapted.model, chosen, chunk_tokens=None, with_aux_loss=False)
+    assert found.sft_nll is not None
+    assert float(found.sft_nll) == pytest.approx(float(expected.total), rel=1e-6)
+    assert loss_of("orpo").num_sft_tokens(batch) == SftLoss().num_items(chosen)
+
+
+def test_certain_answers_have_finite_odds() -> None:
+    logps = torch.tensor([[0.0, -1.0], [-1.0, 0.0], [0.0, 0.0], [-200.0, -300.0]], requires_grad=True)
+    pairs = Pairs(logps, torch.zeros_like(logps), torch.ones_like(logps))
+    loss = PAIR_LOSSES["orpo"](pairs, PairSettings(beta=0.1))
+    loss.sum().backward()
+    assert logps.grad is not None
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(logps.grad).all()
 
 
 def test_prompts_computed_once_give_the_same_loss_and_gradients(pico_llama: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ VARIANTS = {
     "qwen3_moe": ("qwen3_moe",),
     "padded": ("llama", "train.padding_free=false"),
     "per token": ("llama", "train.objective=ipo"),
+    "with SFT term": ("llama", "train.objective=orpo"),
     "after SFT": ("llama", "lora.adapter_path={adapter}"),
     "new token": ("llama", "model.new_tokens=[sum]"),
 }
@@ -105,7 +106,7 @@ def test_metrics_and_evaluation_of_pairs_are_those_of_one_process(
 ) -> None:
     expected, *actual = (record[name][1]["log"] for record in (alone, *ranks))
     for prefix, count in (("", 2), ("eval_", 1)):
-        for metric in (*METRICS, "loss"):
+        for metric in (*METRICS, "loss", *(("nll_loss", "log_odds_ratio") if name == "with SFT term" else ())):
             key = prefix + metric
             values = [[line[key] for line in log if key in line] for log in (expected, *actual)]
             assert len(values[0]) == count

@@ -97,6 +97,57 @@ def test_evaluation_is_that_of_transformers_on_every_pair(trained: RunFolder) ->
     assert evaluated["eval_loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-4)
 
 
+ORPO = ("train.objective=orpo", "train.max_steps=4", "train.save_steps=2")
+
+
+@pytest.fixture(scope="module")
+def orpo(folder: Path, pico_llama: Path) -> RunFolder:
+    return train_run(folder, pico_llama, *settings_for(folder), *ORPO, name="orpo")
+
+
+def test_resumed_run_without_a_reference_is_bitwise_equal(orpo: RunFolder, folder: Path, pico_llama: Path) -> None:
+    stopped_copy(orpo, folder / "orpo_stop")
+    resumed = train_run(folder, pico_llama, *settings_for(folder), *ORPO, name="orpo_stop")
+    assert adapter_bytes(resumed) == adapter_bytes(orpo)
+    for name in ("loss", "nll_loss", "log_odds_ratio", "eval_loss", "eval_nll_loss"):
+        found = [[line[name] for line in metrics(run) if name in line] for run in (resumed, orpo)]
+        assert found[0] == found[1]
+        assert found[0], name
+
+
+def test_evaluation_of_odds_is_that_of_transformers(orpo: RunFolder) -> None:
+    run = open_finished_run(orpo.path)
+    loaded = load_model(run.config.model, run.config.quantization, source=run.source)
+    model = load_trained(loaded, orpo.adapter).eval()
+    pairs = load_rows(orpo.rows).eval
+    logps = np.array([[log_probability(model, each) for each in pair.sequences] for pair in pairs])
+    num_labels = np.array([[each.loss_mask.sum() for each in pair.sequences] for pair in pairs])
+    probabilities = np.exp(logps / num_labels)
+    odds = probabilities / (1 - probabilities)
+    nll = -logps[:, 0].sum() / num_labels[:, 0].sum()
+    odds_loss = -np.log(1 / (1 + odds[:, 1] / odds[:, 0])).mean()
+    evaluated = metrics(orpo)[-1]
+    assert evaluated["eval_nll_loss"] == pytest.approx(nll, rel=1e-4)
+    assert evaluated["eval_log_odds_ratio"] == pytest.approx(-odds_loss, rel=1e-4)
+    assert evaluated["eval_loss"] == pytest.approx(nll + BETA * odds_loss, rel=1e-4)
+
+
+def test_micro_batches_do_not_change_a_loss_with_an_sft_term(folder: Path, pico_llama: Path) -> None:
+    whole, divided = (
+        train_run(
+            folder, pico_llama, *settings_for(folder), "train.sft_weight=2", "train.max_steps=2", "train.eval_steps=9",
+            "train.padding_free=false", f"train.per_device_train_batch_size={size}",
+            f"train.gradient_accumulation_steps={6 // size}", name=f"by_{size}",
+        )
+        for size in (6, 1)
+    )  # fmt: skip
+    for name in ("loss", "grad_norm", "nll_loss", "rewards/margins"):
+        found = [[line[name] for line in metrics(run) if name in line] for run in (divided, whole)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6), name
+    first = metrics(divided)[0]
+    assert first["loss"] == pytest.approx(np.log(2) + 2 * first["nll_loss"], rel=1e-5)
+
+
 def test_preferences_after_sft_start_at_its_adapter(folder: Path, pico_llama: Path) -> None:
     sft = train_run(folder, pico_llama, EXACT, "train.max_steps=3", name="sft")
     run = train_run(

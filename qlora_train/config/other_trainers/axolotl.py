@@ -35,6 +35,7 @@ from qlora_train.config.other_trainers.value_conversions import (
     share_of_train,
     times_per_epoch,
     trl_loss,
+    where,
 )
 
 GRPO = "answers are not sampled while training; TRL's trainers do that"
@@ -77,7 +78,7 @@ def _objective(found: Found) -> Any:
     losses = names(found.config.get("dpo_loss_type"))
     if str(found.value).lower() == "dpo" and losses:
         return Unneeded("dpo_loss_type decides")
-    return objective({"dpo": "dpo", "ipo": "ipo", "simpo": "simpo"})(found)
+    return objective({"dpo": "dpo", "ipo": "ipo", "simpo": "simpo", "orpo": "orpo"})(found)
 
 
 def _tokens(found: Found) -> Any:
@@ -92,6 +93,7 @@ AXOLOTL = OtherTrainer(
     defaults={
         "data.max_length": 512, "train.gradient_accumulation_steps": 1, "train.optim": "adamw_torch_fused",
         "quantization.load_in_4bit": four_instead_of_eight_bits,
+        "train.sft_weight": lambda config: 1.0 if config.get("rl") == "simpo" else None,
     },
     keys=source_keys() | {
         "base_model": to("model.model_name_or_path"),
@@ -236,10 +238,12 @@ AXOLOTL = OtherTrainer(
         "dpo_loss_type": to("train.objective", trl_loss),
         "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
         "precompute_ref_log_probs": unneeded("the reference model is the base, without the adapter"),
+        "dpo_loss_weights": to("train.sft_weight", Unneeded("dpo_loss_type is read with them")),
         "dpo_*": unneeded("train.objective has no other options"),
-        "orpo_alpha": lost("ORPO is not available; train.beta is the setting of dpo"),
-        "simpo_gamma": to("train.simpo_gamma"),
-        "cpo_alpha": lost("CPO is not available; train.beta is the setting of dpo"),
+        "orpo_alpha": to("train.beta", where("rl", ["orpo"])),
+        "simpo_gamma": to("train.simpo_gamma", where("rl", ["simpo"])),
+        "cpo_alpha": to("train.sft_weight", where("rl", ["simpo"])),
+        "rpo_alpha": to("train.sft_weight", where("rl", ["dpo", "ipo"])),
         "kto_*": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
         "trl": to("train.objective", remark="dpo and the like; its beta is train.beta"),
         "trl.beta": to("train.beta"),

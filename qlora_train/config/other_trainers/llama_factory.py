@@ -48,13 +48,24 @@ def _pref_loss(found: Found) -> Any:
     if str(found.config.get("stage", "")).lower() != "dpo":
         return Unneeded("it has no effect there without stage: dpo")
     name = str(found.value).lower()
-    return objective({"simpo": "simpo"})(found) if name in ("orpo", "simpo", "kto_pair") else trl_loss(found)
+    return "orpo" if name == "orpo" else trl_loss(found)
 
 
 def _for_pairs(found: Found) -> Any:
     if str(found.config.get("stage", "")).lower() != "dpo":
         return Unneeded("it has no effect there without stage: dpo")
     return number(found.value)
+
+
+def _sft_weight(found: Found) -> Any:
+    weight = _for_pairs(found)
+    if isinstance(weight, Unneeded) or not isinstance(weight, int | float):
+        return weight
+    if str(found.config.get("pref_loss", "")).lower() == "orpo":  # which has the term already
+        weight += 1
+    return Settings(
+        {"train.sft_weight": weight}, "a mean over the tokens of a step; there one over pairs of their means"
+    )
 
 
 def _bits(found: Found) -> Any:
@@ -165,7 +176,7 @@ LLAMA_FACTORY = OtherTrainer(
         "eaft_alpha": lost("the loss is the mean negative log-likelihood of the label tokens"),
         "pref_beta": to("train.beta", _for_pairs),
         "pref_loss": to("train.objective", _pref_loss, remark="sigmoid is dpo"),
-        "pref_ftx": lost("no supervised loss is added to a preference objective"),
+        "pref_ftx": to("train.sft_weight", _sft_weight),
         "pref_bco_weight": lost("no other loss is added to a preference objective"),
         "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
         "ld_alpha": lost("train.objective has no other options"),

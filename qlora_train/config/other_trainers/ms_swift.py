@@ -1,5 +1,6 @@
 """ms-swift's arguments (`swift sft`, `swift pt`, `swift rlhf`), as YAML or a command line."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora_train.config.other_trainers import transformers_arguments as shared
@@ -27,6 +28,7 @@ from qlora_train.config.other_trainers.value_conversions import (
     optimizer,
     share_of_train,
     trl_loss,
+    where,
 )
 
 IMAGES = "images, audio and video are not trained on"
@@ -73,7 +75,22 @@ def _accumulation_of_16(config: dict[str, Any]) -> int:
 
 
 def _swift_loss(found: Found) -> Any:
-    return trl_loss(found) if "rlhf_type" in found.config else Lost("the loss of label tokens is their cross-entropy")
+    kind = found.config.get("rlhf_type")
+    if kind is None:
+        return Lost("the loss of label tokens is their cross-entropy")
+    if kind == "dpo":
+        return trl_loss(found)
+    return Unneeded("rlhf_type decides") if found.value in ("sigmoid", kind) else Lost("rlhf_type has no other losses")
+
+
+def _rlhf_type(found: Found) -> Any:
+    if found.value == "dpo" and found.config.get("loss_type"):
+        return Unneeded("loss_type decides")
+    return objective({"dpo": "dpo", "simpo": "simpo", "cpo": "cpo", "orpo": "orpo"})(found)
+
+
+def _default_for_simpo(value: float) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda config: value if config.get("rlhf_type") == "simpo" else None
 
 
 MS_SWIFT = OtherTrainer(
@@ -84,7 +101,8 @@ MS_SWIFT = OtherTrainer(
         "train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": _accumulation_of_16,
         "train.learning_rate": 1e-4, "train.weight_decay": 0.1, "train.adam_beta2": 0.95,
         "train.lr_scheduler_type": "cosine", "lora.r": 8, "lora.lora_alpha": 32, "lora.lora_dropout": 0.05,
-        "quantization.load_in_4bit": False,
+        "quantization.load_in_4bit": False, "train.beta": _default_for_simpo(2.0),
+        "train.simpo_gamma": _default_for_simpo(1.0), "train.sft_weight": _default_for_simpo(1.0),
     },
     keys=dict(shared.TRAINING_ARGUMENTS) | dict(shared.LAUNCHER) | {
         "model": to("model.model_name_or_path"),
@@ -234,13 +252,14 @@ MS_SWIFT = OtherTrainer(
         "stop_words": unneeded(AFTER),
         "infer_backend": unneeded(AFTER),
         "swanlab_*": lost(SWANLAB),
-        "rlhf_type": to("train.objective", objective({"dpo": "dpo", "simpo": "simpo"})),
+        "rlhf_type": to("train.objective", _rlhf_type),
+        "loss_weights": to("train.sft_weight", Unneeded("loss_type is read with them")),
         "beta": to("train.beta"),
         "label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
-        "rpo_alpha": lost("no supervised loss is added to a preference objective"),
+        "rpo_alpha": to("train.sft_weight", where("rlhf_type", ["dpo"])),
         "ld_alpha": lost("train.objective has no other options"),
-        "simpo_gamma": to("train.simpo_gamma"),
-        "cpo_alpha": lost("CPO is not available; train.beta is the setting of dpo"),
+        "simpo_gamma": to("train.simpo_gamma", where("rlhf_type", ["simpo"])),
+        "cpo_alpha": to("train.sft_weight", where("rlhf_type", ["cpo", "simpo"])),
         "desirable_weight": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
         "undesirable_weight": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
         "ref_*": lost("the reference model is the base, or the adapter of lora.adapter_path"),

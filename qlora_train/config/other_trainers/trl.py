@@ -1,5 +1,6 @@
 """TRL's command line (`trl sft`, `trl dpo`): `ScriptArguments`, `ModelConfig`, `SFTConfig` and `DPOConfig`, as YAML."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from qlora_train.config.other_trainers import transformers_arguments as shared
@@ -28,6 +29,7 @@ from qlora_train.config.other_trainers.value_conversions import (
     only,
     share_of_train,
     trl_loss,
+    where,
 )
 
 ONE_TEMPLATE = "the tokenizer's own special tokens are used"
@@ -39,6 +41,9 @@ def _loss(found: Found) -> Any:
         return Unneeded("the loss is the mean negative log-likelihood of the label tokens, in chunks")
     if found.value == "dft":
         return Lost("the loss is the mean negative log-likelihood of the label tokens")
+    if _is_cpo(found.config):
+        by_name = {"sigmoid": "cpo", "simpo": "simpo"}
+        return by_name.get(found.value, Lost("CPO is trained with sigmoid or simpo; set train.objective", todo=True))
     return trl_loss(found)
 
 
@@ -93,7 +98,8 @@ TRL = OtherTrainer(
         "train.learning_rate": lambda config: 1e-6 if _is_dpo(config) else 2e-5, "lora.lora_dropout": 0.05,
         "quantization.load_in_4bit": four_instead_of_eight_bits, "quantization.bnb_4bit_use_double_quant": False,
         "data.max_length": 1024, "data.overflow": "truncate",
-        "train.objective": lambda config: "dpo" if _is_dpo(config) else "sft",
+        "train.objective": lambda config: "cpo" if _is_cpo(config) else "dpo" if _is_dpo(config) else "sft",
+        "train.sft_weight": lambda config: 1.0 if config.get("loss_type") == "simpo" else None,
     },
     keys=dict(shared.TRAINING_ARGUMENTS) | dict(shared.LAUNCHER) | {
         "model_name_or_path": to("model.model_name_or_path"),
@@ -159,7 +165,10 @@ TRL = OtherTrainer(
         "assistant_only_loss": to("data.train_on", constant("assistant")),
         "activation_offloading": to("train.activation_offloading", flag),
         "loss_type": to("train.objective", _loss, remark="sigmoid is dpo"),
-        "loss_weights": lost("one objective is trained"),
+        "loss_weights": to("train.sft_weight", Unneeded("loss_type is read with them"), remark="the weight of sft in it"),
+        "rpo_alpha": to("train.sft_weight"),
+        "cpo_alpha": to("train.sft_weight"),
+        "simpo_gamma": to("train.simpo_gamma", where("loss_type", ["simpo"])),
         "beta": to("train.beta"),
         "label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
         "disable_dropout": unneeded("lora.lora_dropout: 0 disables it"),
@@ -168,7 +177,7 @@ TRL = OtherTrainer(
         "ref_model_*": lost("the reference model stays as it is"),
         "use_weighting": lost("every pair has the same weight"),
         "ld_alpha": lost("train.objective has no other options"),
-        "discopop_tau": lost("train.objective has no other options"),
+        "discopop_tau": to("train.discopop_tau", where("loss_type", ["discopop"])),
         "f_divergence_type": lost("the divergence is the reverse KL"),
         "f_alpha_divergence_coef": lost("the divergence is the reverse KL"),
         "reward_model_name_or_path": lost(shared.NO_ONLINE),
@@ -181,6 +190,10 @@ TRL = OtherTrainer(
             {"single_gpu": "none", "multi_gpu": "ddp", "fsdp1": "fsdp", "fsdp2": "fsdp"}, shared.NO_DEEPSPEED)),
     },
 )  # fmt: skip
+
+
+def _is_cpo(config: Mapping[str, Any]) -> bool:
+    return "cpo_alpha" in config or "simpo_gamma" in config or config.get("loss_type") == "simpo"
 
 
 def _is_dpo(config: dict[str, Any]) -> bool:

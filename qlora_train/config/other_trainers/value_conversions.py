@@ -1,6 +1,6 @@
 """Conversions of values that the configs of several trainers share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_train.config.optimizers import OPTIMIZERS
@@ -20,10 +20,10 @@ OTHER_OPTIMIZER_NAMES = {
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 LOSSES = {
     "sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "robust": "robust", "apo_zero": "apo_zero", "apo_down": "apo_down",
-    "nca_pair": "nca_pair", "sppo_hard": "sppo_hard", "sigmoid_norm": "sigmoid_norm",
+    "nca_pair": "nca_pair", "sppo_hard": "sppo_hard", "sigmoid_norm": "sigmoid_norm", "exo_pair": "exo_pair",
+    "bco_pair": "bco_pair", "discopop": "discopop", "simpo": "simpo",
 }  # fmt: skip
 """TRL's `loss_type` of preference training -> `train.objective`."""
-PAIR_OBJECTIVES = ("orpo", "cpo")
 NOT_SFT = "train.objective: sft or a preference objective is what can be trained"
 
 
@@ -226,25 +226,44 @@ def share_of_train(found: Found) -> Any:
 
 
 def trl_loss(found: Found) -> Any:
-    """Return the preference objective for TRL's `loss_type`."""
+    """Return the preference objective for TRL's `loss_type`, and the weight of `sft` beside another loss."""
     losses = names(found.value)
-    if len(losses) == 1 and losses[0] in LOSSES:
-        return LOSSES[losses[0]]
+    pair_losses = [name for name in losses if name != "sft"]
+    if len(pair_losses) == 1 and pair_losses[0] in LOSSES:
+        chosen = LOSSES[pair_losses[0]]
+        return chosen if losses == pair_losses else _with_sft(chosen, losses, found)
     return Lost(f"one of {', '.join(LOSSES.values())} can be trained; set train.objective", todo=True)
 
 
+def _with_sft(chosen: str, losses: Sequence[str], found: Found) -> Any:
+    given = [number(each) for each in names(found.beside.get("dpo_loss_weights") or found.beside.get("loss_weights"))]
+    weights = given or [1.0] * len(losses)
+    if len(weights) != len(losses) or not all(isinstance(each, int | float) and each > 0 for each in weights):
+        return Lost("the weights of its losses are not one number > 0 each", todo=True)
+    of_sft = weights[losses.index("sft")]
+    of_pairs = next(weight for name, weight in zip(losses, weights, strict=True) if name != "sft")
+    note = "" if of_pairs == 1 else f"the loss of pairs has weight 1 instead of {of_pairs:g}, and sft in proportion"
+    return Settings({"train.objective": chosen, "train.sft_weight": of_sft / of_pairs}, note)
+
+
+def where(key: str, values: Sequence[str]) -> Convert:
+    """Convert a number that has an effect if another key has one of these values."""
+
+    def convert(found: Found) -> Any:
+        if str(found.config.get(key, "")).lower() in values:
+            return number(found.value)
+        return Unneeded(f"it has no effect there without {key}: {' or '.join(values)}")
+
+    return convert
+
+
 def objective(by_name: Mapping[str, str]) -> Convert:
-    """Convert the name of what is trained; losses on pairs that are not available become DPO, with a note."""
+    """Convert the name of what is trained."""
 
     def convert(found: Found) -> Any:
         name = str(found.value).lower()
         if name in by_name:
             return by_name[name]
-        if name in PAIR_OBJECTIVES:
-            note = (
-                f"{name} is not available: its pairs are trained with dpo, another loss; choose the learning rate anew"
-            )
-            return Settings({"train.objective": "dpo"}, note)
         return Lost(f"{name} is not available: {NOT_SFT}, {', '.join(sorted(set(LOSSES.values())))}", todo=True)
 
     return convert

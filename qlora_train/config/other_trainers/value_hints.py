@@ -10,7 +10,6 @@ from qlora_train.config.other_trainers.value_conversions import (
     DTYPES,
     LOSSES,
     OTHER_OPTIMIZER_NAMES,
-    PAIR_OBJECTIVES,
     checkpointing,
 )
 
@@ -37,8 +36,6 @@ def value_hint(setting: str, value: Any, choices: list[str]) -> str | None:
     word = str(value).lower()
     if setting == "train.gradient_checkpointing":
         return _checkpointing_hint(value)
-    if setting == "train.objective" and word in PAIR_OBJECTIVES:
-        return f"{word} is not available; its pairs can be trained with dpo"
     here = VALUES.get(setting, {}).get(word)
     return f"here it is {here}" if here in choices and here != word else None
 

@@ -90,7 +90,8 @@ def _state_bytes(trainer: QloraTrainer) -> int:
 def _mean_loss(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> torch.Tensor:
     inputs = {name: tensor.to(trainer.adapted.loaded.device) for name, tensor in batch.items()}
     with trainer.compute_loss_context_manager():
-        return trainer.batch_loss(model, inputs).total / trainer.objective.loss.num_items(batch)
+        loss = trainer.objective.loss
+        return trainer.batch_loss(model, inputs).mean(loss.num_items(batch), loss.num_sft_tokens(batch))
 
 
 def _size(batch: Batch) -> str:
