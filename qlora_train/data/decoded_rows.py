@@ -1,7 +1,7 @@
 """A tokenised row as text again, cut where its loss mask changes: what the model reads, special tokens included."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,8 @@ class DecodedRow:
     """A row for people to read.
 
     `segments` are parts of the text, each with whether it is trained; joined they are the whole row. A character whose
-    tokens are on both sides of a border belongs to the later segment.
+    tokens are on both sides of a border belongs to the later segment. `answer` is ``chosen`` or ``rejected`` for the
+    sequences of a preference pair, which follow each other.
     """
 
     where: str
@@ -26,6 +27,7 @@ class DecodedRow:
     num_labels: int
     segments: tuple[tuple[str, bool], ...]
     warnings: tuple[str, ...] = ()
+    answer: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,9 +48,9 @@ def _decoded_row(example: Example, tokenizer: Any) -> list[DecodedRow]:
     """Return a row, or the chosen and the rejected sequence of a pair."""
     if example.rejected is None:
         return [_decoded_example(example, example.where, tokenizer)]
-    names = (f"{example.where} (chosen)", f"{example.where} (rejected)")
     return [
-        _decoded_example(sequence, name, tokenizer) for sequence, name in zip(example.sequences, names, strict=True)
+        replace(_decoded_example(sequence, f"{example.where} ({answer})", tokenizer), answer=answer)
+        for sequence, answer in zip(example.sequences, ("chosen", "rejected"), strict=True)
     ]
 
 

@@ -395,3 +395,46 @@ def test_long_lines_are_not_broken_and_long_pieces_are_shortened() -> None:
 
 def test_no_rows_are_shown_as_nothing() -> None:
     assert shown_rows([], plain()) == ""
+
+
+def answers(*texts: str) -> list[DecodedRow]:
+    prompt = ("user: hi\nassistant: ", False)
+    return [
+        DecodedRow(f"a.jsonl:7 ({answer})", 9, 4, (prompt, (text, True), ("\n", False)), answer=answer)
+        for answer, text in zip(("chosen", "rejected"), texts, strict=True)
+    ]
+
+
+def test_the_answers_of_a_pair_are_below_each_other_behind_one_prompt() -> None:
+    pair = [*answers("hello\nyou<|im_end|>", "no<|im_end|>"), rendered(("x", True))]
+    assert shown_rows(pair, plain()) == (
+        "pair 1: a.jsonl:7: chosen 9 tokens, 4 of them with loss; rejected 9 tokens, 4 of them with loss\n"
+        "user: hi↵\nassistant:\n"
+        "chosen:   ⟦hello↵\n          you<|im_end|>⟧↵\n"
+        "rejected: ⟦no<|im_end|>⟧↵\n\n"
+        "row 2: a.jsonl:7: 9 tokens, 4 of them with loss\n⟦x⟧\n\n"
+        "⟦with loss⟧ without loss ↵ line break\n"
+    )
+
+
+def test_the_answers_of_a_pair_stand_side_by_side_on_a_wide_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    text = "word " * 30
+    lines = shown_rows(answers(f"{text}end", "no"), console).splitlines()
+    header = next(line for line in lines if line.split() == ["chosen", "rejected"])
+    column = header.index("rejected")
+    below = lines[lines.index(header) + 1 :]
+    left = " ".join(line[:column].strip() for line in below[: below.index("")])
+    right = " ".join(line[column:].strip() for line in below[: below.index("")])
+    assert (left.strip(), right.strip()) == (f"⟦{text}end⟧↵", "⟦no⟧↵")
+    assert all(len(line) <= 100 for line in lines)
+
+
+@pytest.mark.parametrize("width", [40, 120])
+def test_hostile_answers_reach_a_terminal_as_text(width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", no_color=False, width=width)
+    shown = ESCAPES.sub("", shown_rows(answers(HOSTILE, "x" * 300), console))
+    odd = {character for character in shown if unicodedata.category(character) in ("Cc", "Cf")} - {"\n", "\u200d"}
+    assert odd == set()
+    assert r"\x1b[31mred\x07" in shown
+    assert shown.count("x" * 40) > 2
