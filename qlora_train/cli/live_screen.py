@@ -29,6 +29,8 @@ from qlora_train.utils.visible_text import visible
 
 PREPARATION = ("data", "base", "adapter", "parity check", "memory")
 """Stages before the first step, in their order."""
+REFERENCE = "reference"
+"""The last stage before the first step of an objective with a reference model."""
 BARS = "▁▂▃▄▅▆▇█"
 SPARKLINE_WIDTH = 32
 TREND_POINTS = 20
@@ -98,8 +100,9 @@ class LiveScreen:
 
     def _stage_line(self) -> Text:
         line = Text()
-        later = [name for name in self._stages if name not in PREPARATION and name != "training"]
-        for name in (*PREPARATION, "training", *later):
+        before = (*PREPARATION, *([REFERENCE] if REFERENCE in self._stages else []), "training")
+        later = [name for name in self._stages if name not in before]
+        for name in (*before, *later):
             mark, style = self._mark(name)
             line.append(f"{mark} {name}".replace(" ", "\N{NO-BREAK SPACE}"), style).append("  ")
         return line

@@ -47,6 +47,7 @@ _EFFECTS = {
     "data.eval": "later evaluations could not be compared with earlier ones",
     "train.": "later steps would use different training settings",
     "train.objective": "later steps would train another objective",
+    "train.precompute_ref_log_probs": "reference log-probabilities would be rounded differently",
     "train.learning_rate": "later steps would follow another schedule",
     "train.lr_scheduler_type": "later steps would follow another schedule",
     "train.warmup_ratio": "later steps would follow another schedule",

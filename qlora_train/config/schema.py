@@ -316,6 +316,9 @@ class TrainSection(Section):
     optim: OptimizerName = "auto"
     """Optimizer. `auto`: adamw_torch_fused on a CPU, or if its state takes at most 2 % of the GPU's memory; else
     paged_adamw_8bit. A resumed run keeps its optimizer."""
+    precompute_ref_log_probs: bool | None = None
+    """Compute the reference model's log-probabilities once, before step 1, and store them (true if unset, except with
+    minutes). `false`: in an additional forward pass for each micro-batch."""
     learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
     lr_scheduler_type: SCHEDULES = "cosine"
@@ -549,6 +552,13 @@ def _objective_conflicts(config: RunConfig) -> Iterator[str]:
         if getattr(train, name) is not None and name not in row.defaults:
             readers = ", ".join(each.name for each in OBJECTIVES.values() if name in each.defaults)
             yield f"train.{name} has no effect with train.objective: {row.name}; drop it (it is for {readers})"
+    if train.precompute_ref_log_probs is not None and not row.uses_reference:
+        yield f"train.precompute_ref_log_probs: train.objective: {row.name} has no reference model; drop it"
+    if train.precompute_ref_log_probs and train.minutes is not None:
+        yield (
+            "train.precompute_ref_log_probs: true needs a known number of steps, which train.minutes measures later; drop "
+            "one of them"
+        )
     if row.dataset_type != "preference":
         return
     if row.name == "exo_pair" and train.label_smoothing == 0:

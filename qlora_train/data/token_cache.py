@@ -45,6 +45,11 @@ class StoreCache:
         self._limit = limit
         self._limit_bytes = int(limit[:-2]) * UNITS[limit[-2:]]
 
+    def find(self, key: str) -> Path | None:
+        """Return the folder of a complete store, or None."""
+        final = self.folder / key
+        return final if atomic_io.verify_manifest(final) is None else None
+
     def get(self, key: str, write: Callable[[Path], None], opened: Callable[[Path], Opened]) -> tuple[Opened, bool]:
         """Return a store, and whether it was cached.
 
@@ -63,7 +68,7 @@ class StoreCache:
                 with _refuse_unreadable(final):
                     problem = atomic_io.verify_manifest(final) if final.exists() else "absent"
                 if problem not in (None, "absent"):
-                    log.warning("%s: tokenised data is damaged (%s); tokenising again", final, problem)
+                    log.warning("%s: cached data is damaged (%s); it is made again", final, problem)
                 if problem is not None:
                     with atomic_io.atomic_folder(final) as staging:
                         write(staging)

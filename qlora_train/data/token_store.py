@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow
 
 from qlora_train.data.reason_counts import ReasonCounts
-from qlora_train.data.types import Example
+from qlora_train.data.types import Example, LogpArray
 from qlora_train.utils.errors import DataError, first_line
 
 ROWS, SUMMARY = "rows.arrow", "summary.json"
@@ -288,11 +288,15 @@ class Rows(Sequence[Example]):
         lengths: tokens of each row, int32 (num_rows,); of a pair, those of both sequences.
         num_labels: label tokens of each row, int32 (num_rows,).
         has_pairs: the rows are preference pairs.
+        reference_logps: of each row, (num_rows, num_sequences); None: not computed before training.
     """
 
-    def __init__(self, stores: Sequence[Store], indices: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, stores: Sequence[Store], indices: npt.NDArray[np.int64], reference_logps: LogpArray | None = None
+    ) -> None:
         self.stores = stores
         self.indices = indices
+        self.reference_logps = reference_logps
         self._starts = list(itertools.accumulate((len(store) for store in stores), initial=0))
         self.lengths = self._gather("length")
         self.num_labels = self._gather("num_labels")
@@ -315,11 +319,17 @@ class Rows(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         position = int(self.indices[index])
         source = bisect_right(self._starts, position) - 1
-        return self.stores[source].example(position - self._starts[source])
+        example = self.stores[source].example(position - self._starts[source])
+        return (
+            example
+            if self.reference_logps is None
+            else example.with_reference_logps(self.reference_logps[index].tolist())
+        )
 
     def select(self, mask: npt.NDArray[np.bool_]) -> Self:
         """Return the rows for which `mask`, (num_rows,), is true."""
-        return type(self)(self.stores, self.indices[mask])
+        logps = None if self.reference_logps is None else self.reference_logps[mask]
+        return type(self)(self.stores, self.indices[mask], logps)
 
     @property
     def max_lengths(self) -> npt.NDArray[np.int32]:

@@ -1,7 +1,7 @@
 """The types of the data stage: records become rows, rows become examples, examples become batches. No torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
@@ -11,6 +11,8 @@ MAX_REASON_LENGTH = 200
 
 TokenArray = npt.NDArray[np.int32]
 MaskArray = npt.NDArray[np.bool_]
+LogpArray = npt.NDArray[np.float32]
+"""Log-probabilities summed over labels, (num_rows, num_sequences): one sequence per row, or both of a pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,14 @@ class Example:
     def sequences(self) -> "tuple[Example, ...]":
         """The sequences that a model reads: one, or the chosen and the rejected one of a pair."""
         return (self,) if self.rejected is None else (self, self.rejected)
+
+    def with_reference_logps(self, logps: Sequence[float]) -> "Example":
+        """Return it with the `reference_logp` of each of its sequences."""
+        assert len(logps) == len(self.sequences)
+        rejected = self.rejected
+        if rejected is not None:
+            rejected = replace(rejected, reference_logp=logps[1])
+        return replace(self, reference_logp=logps[0], rejected=rejected)
 
     @property
     def num_tokens(self) -> int:

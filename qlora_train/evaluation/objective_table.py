@@ -1,10 +1,9 @@
 """The objectives: for each, the loss that is trained and the metrics of held-out rows."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_train.config.objectives import OBJECTIVES
 from qlora_train.config.schema import LoraSection, TrainSection
@@ -12,6 +11,9 @@ from qlora_train.data.types import Example
 from qlora_train.evaluation.held_out_loss import held_out_loss
 from qlora_train.objectives.batch_loss import LossFunction
 from qlora_train.objectives.sft_loss import SftLoss
+
+if TYPE_CHECKING:
+    from qlora_train.objectives.reference_logps import Reference
 
 
 class Evaluate(Protocol):
@@ -38,11 +40,13 @@ class Objective:
         loss: of a micro-batch.
         evaluate: metrics of held-out rows.
         row_losses: loss of each row.
+        reference: makes a model the reference model; None: the objective has none.
     """
 
     loss: LossFunction
     evaluate: Evaluate
     row_losses: RowLosses
+    reference: "Reference | None" = None
 
 
 def _evaluate_sft(model: Any, examples: Sequence[Example], *, batch_size: int, pad_token_id: int) -> dict[str, float]:
@@ -69,10 +73,10 @@ def make_objective(train: TrainSection, lora: LoraSection, model: Any) -> Object
     settings = {name: default if chosen[name] is None else chosen[name] for name, default in row.defaults.items()}
     reference = _make_reference(lora, model) if row.uses_reference else None
     loss = PreferenceLoss(row.name, reference=reference, **settings)
-    return Objective(loss, partial(evaluate_preferences, loss), partial(preference_losses, loss))
+    return Objective(loss, partial(evaluate_preferences, loss), partial(preference_losses, loss), reference)
 
 
-def _make_reference(lora: LoraSection, model: Any) -> Callable[[Any], AbstractContextManager[None]]:
+def _make_reference(lora: LoraSection, model: Any) -> "Reference":
     from qlora_train.adapters.reference_model import InitialAdapter, base_model
 
     is_base = lora.adapter_path is None and lora.bias == "none"  # PEFT leaves trained biases on

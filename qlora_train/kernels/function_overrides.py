@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_train.kernels.fused_mode import fused_kernels_apply
 from qlora_train.kernels.grouped_attention import grouped_attention
 from qlora_train.kernels.ops.rotary import rotate
 
@@ -96,11 +97,11 @@ class FunctionOverrides:
         return {name: OVERRIDES[name][1](self._references[name]) for name, match in self._matches.items() if match}
 
     def forward(self) -> Function:
-        """Return a forward that computes the matching operations if gradients are on."""
+        """Return a forward that computes the matching operations if fused kernels apply."""
         own, fused = self.module.forward, self._forward_with(self.operations())
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
-            return (fused if torch.is_grad_enabled() else own)(*arguments, **keywords)
+            return (fused if fused_kernels_apply() else own)(*arguments, **keywords)
 
         return forward
 

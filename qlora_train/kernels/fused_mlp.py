@@ -61,7 +61,8 @@ class GatedMlp:
         def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
             if arguments or keywords or not down.applies(layer):
                 return own(x, *arguments, **keywords)
-            if self.level == "mlp" or (self.level == "full" and exceeds_tile(x)):
+            recomputes = self.level == "mlp" or (self.level == "full" and exceeds_tile(x))
+            if recomputes and torch.is_grad_enabled():
                 trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
                 return checkpoint_tiled(compute, x, trained)
             return compute_tiled(compute, x)

@@ -1,8 +1,9 @@
 """Fused kernels on the instances of a loaded model.
 
 Which kernel applies is decided by recording a forward pass and by trying modules on random inputs, not by names of
-architectures. PEFT's modules stay in the tree: their forward is bound on the instance. It computes only with gradients and
-passes everything else (evaluation, a disabled or merged adapter, further arguments) to the module's own forward.
+architectures. PEFT's modules stay in the tree: their forward is bound on the instance. It computes only if
+`fused_kernels_apply` and passes everything else (evaluation, a disabled or merged adapter, further arguments) to the
+module's own forward.
 """
 
 from collections import Counter
@@ -18,6 +19,7 @@ from qlora_train.kernels.frozen_weight import FrozenWeight
 from qlora_train.kernels.fsdp_units import gathering_modules
 from qlora_train.kernels.function_overrides import OVERRIDES, FunctionOverrides
 from qlora_train.kernels.fused_mlp import GatedMlp
+from qlora_train.kernels.fused_mode import fused_kernels_apply
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.ops.rms_norm import Variant, eps_of, find_variant, rms_norm
 from qlora_train.kernels.shared_input import InputGroup, InputRecorder
@@ -126,7 +128,7 @@ def _norm_forward(module: Any, variant: Variant) -> Forward:
     assert eps is not None, "set for every variant"
 
     def forward(x: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        if arguments or keywords or not torch.is_grad_enabled():
+        if arguments or keywords or not fused_kernels_apply():
             return own(x, *arguments, **keywords)
         return rms_norm(x, module.weight, eps, variant)
 

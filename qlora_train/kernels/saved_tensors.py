@@ -17,8 +17,11 @@ def save_for_backward(
     """Save tensors, of which at least one requires a gradient.
 
     Returns:
-        `differentiable` to compute on with, and the node whose `saved_tensors` are all of them in the backward pass.
+        `differentiable` to compute on with, and the node whose `saved_tensors` are all of them in the backward pass; None
+        without gradients.
     """
+    if not torch.is_grad_enabled():
+        return tuple(differentiable), None
     through: tuple[Tensor, ...] = _Save.apply(len(differentiable), *differentiable, *others)
     return through, next(tensor.grad_fn for tensor in through if tensor.requires_grad)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qlora_train.kernels.frozen_weight import FrozenWeight
+from qlora_train.kernels.fused_mode import fused_kernels_apply
 from qlora_train.kernels.lora_dropout import MAX_RATE, rate_of
 from qlora_train.kernels.lora_linear import LoraLayers, lora_linears
 
@@ -40,8 +41,8 @@ class InputGroup:
 
     @staticmethod
     def applies(layer: Any) -> bool:
-        """Return whether a layer computes with its adapter and with gradients."""
-        return torch.is_grad_enabled() and not layer.disable_adapters and not layer.merged
+        """Return whether a layer computes with its adapter and by fused kernels."""
+        return fused_kernels_apply() and not layer.disable_adapters and not layer.merged
 
     def clear(self) -> None:
         """Drop the outputs left by a failed forward pass: they keep its whole graph alive."""

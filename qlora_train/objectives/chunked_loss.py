@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from qlora_train.kernels.fsdp_units import own_class
+from qlora_train.kernels.fused_mode import fused_kernels_apply
 from qlora_train.kernels.ops.cross_entropy import losses_and_gradient_
 from qlora_train.objectives.chunk_sizes import EVAL_LOGITS_BYTES, LABEL_MULTIPLE
 
@@ -146,17 +147,18 @@ class _FrozenHead(torch.autograd.Function):
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for chunk, target in zip(hidden_states.chunk(num_chunks), targets.chunk(num_chunks), strict=True):
-            if not needs_gradient:
+            if not needs_gradient and not fused_kernels_apply():
                 losses.append(negative_log_likelihood(logits_of(chunk), target))
                 continue
-            leaf = chunk.detach().requires_grad_()
-            with torch.enable_grad():
+            leaf = chunk.detach().requires_grad_(needs_gradient)
+            with torch.set_grad_enabled(needs_gradient):
                 logits = logits_of(functional.pad(leaf, (0, 0, 0, -len(leaf) % multiple)))
-            edge = torch.autograd.graph.get_gradient_edge(
-                logits
-            )  # before the overwrite: autograd copies modified views
+            # before the overwrite: autograd copies modified views
+            edge = torch.autograd.graph.get_gradient_edge(logits) if needs_gradient else None
             gradient = logits.detach()
             losses.append(losses_and_gradient_(gradient[: len(target)], target))
+            if edge is None:
+                continue
             gradient[len(target) :].zero_()
             gradients += torch.autograd.grad(edge, leaf, gradient)
         if needs_gradient:

@@ -50,6 +50,7 @@ class RunFolder:
         self.plan_file = path / "plan.json"  # memory, steps and time, predicted before the base is loaded
         self.num_steps_file = path / "num_steps.json"  # of train.minutes
         self.fused_kernels_file = path / "fused_kernels.json"  # parity check
+        self.reference_logps = path / "reference_logps"  # log-probabilities of the rows under the reference model
         self.padding_free_file = path / "padding_free.json"  # parity check and decision
         self.data_report_file = path / "data.json"
         self.rows = path / "rows"  # rows that evaluation and merge use, as tokens and text

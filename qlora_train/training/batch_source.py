@@ -121,10 +121,14 @@ class RowBatches:
         """Return the rows that the first steps train, each once."""
         if num_steps >= self.steps_per_epoch:
             return self.rows
+        return self.rows.select(self.are_trained(num_steps))
+
+    def are_trained(self, num_steps: int) -> npt.NDArray[np.bool_]:
+        """Return for each row whether the first steps train it, (num_rows,)."""
         units = islice(self.order.epoch_units(0), num_steps * units_per_step(self._config.train))
         trained = np.zeros(len(self.rows), np.bool_)
         trained[list(chain.from_iterable(units))] = True
-        return self.rows.select(trained)
+        return trained
 
     @property
     def steps_per_epoch(self) -> int:

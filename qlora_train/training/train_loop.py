@@ -59,6 +59,10 @@ def train(
     progress = ProgressCallback(run, objective.loss.log_formats)
     with signals.stops_deferred():
         trainer = _make_trainer(adapted, data, config, run, progress, objective)
+        if objective.reference is not None:
+            from qlora_train.training.stored_reference import store_reference_logps
+
+            store_reference_logps(trainer, config, run)
         with stage("training"), record_fallback(trainer, config, run):
             fix_num_steps(trainer, config, run)
             _run_steps(trainer, progress, resume_from)

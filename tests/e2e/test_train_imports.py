@@ -19,6 +19,7 @@ UNUSED = (
     "adapters.eva", "evaluation.held_out_preferences", "objectives.preference_loss",
     "models.shard_base", "models.shard_reads", "kernels.sharded_weights",
     "models.gguf_base", "models.legacy_bin", "models.prequantized", "models.remote_code", "data.streaming",
+    "evaluation.reference_pass", "objectives.reference_logps", "runs.reference_files", "training.stored_reference",
     "data.preference_rows", "data.pretokenized", "data.readers.arrow", "data.readers.csv_table",
     "data.readers.json_list", "data.readers.parquet", "training.memory.activation_offloading",
 )  # fmt: skip

@@ -16,7 +16,7 @@ from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention
 from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
 from qlora_train.objectives.reference_logps import reference_logps
-from tests.objectives.test_preference_loss import compute, indexed, loss_of, pairs_of
+from tests.support.preference_oracles import compute, indexed, loss_of, pairs_of
 from tests.support.runs import adapted_model
 
 TOLERANCE = 1e-5

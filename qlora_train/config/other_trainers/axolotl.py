@@ -237,7 +237,7 @@ AXOLOTL = OtherTrainer(
         "dpo_beta": to("train.beta"),
         "dpo_loss_type": to("train.objective", trl_loss),
         "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
-        "precompute_ref_log_probs": unneeded("the reference model is the base, without the adapter"),
+        "precompute_ref_log_probs": unneeded("reference log-probabilities are computed once and stored"),
         "dpo_loss_weights": to("train.sft_weight", Unneeded("dpo_loss_type is read with them")),
         "dpo_*": unneeded("train.objective has no other options"),
         "orpo_alpha": to("train.beta", where("rl", ["orpo"])),

@@ -172,7 +172,7 @@ TRL = OtherTrainer(
         "beta": to("train.beta"),
         "label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
         "disable_dropout": unneeded("lora.lora_dropout: 0 disables it"),
-        "precompute_ref_*": unneeded("the reference model is the base, without the adapter"),
+        "precompute_ref_*": unneeded("reference log-probabilities are computed once and stored"),
         "sync_ref_model": lost("the reference model stays as it is"),
         "ref_model_*": lost("the reference model stays as it is"),
         "use_weighting": lost("every pair has the same weight"),
