@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-DatasetType = Literal["language_modeling", "preference"]
-"""TRL's types of data sets: rows to imitate, or pairs of a chosen and a rejected answer."""
+DatasetType = Literal["language_modeling", "preference", "unpaired_preference"]
+"""TRL's types of data sets: rows to imitate, pairs of a chosen and a rejected answer, or answers with a label each."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class ObjectiveRow:
         dataset_type: of the rows that the objective trains on.
         defaults: settings of `train` that only some objectives read.
         uses_reference: the loss compares with a reference model.
+        estimates_kl: the loss reads a KL divergence, estimated on each row's prompt with the answer of another row.
     """
 
     name: str
@@ -26,7 +27,10 @@ class ObjectiveRow:
     dataset_type: DatasetType = "preference"
     defaults: Mapping[str, float] = field(default_factory=lambda: {"beta": 0.1, "sft_weight": 0.0})
     uses_reference: bool = True
+    estimates_kl: bool = False
 
+
+UNPAIRED = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 
 OBJECTIVES = {
     row.name: row
@@ -73,6 +77,19 @@ OBJECTIVES = {
             "odds ratio preference optimization, https://arxiv.org/abs/2403.07691",
             defaults={"beta": 0.1, "sft_weight": 1.0},
             uses_reference=False,
+        ),
+        ObjectiveRow(
+            "kto",
+            "Kahneman-Tversky optimization, https://arxiv.org/abs/2402.01306",
+            "unpaired_preference",
+            UNPAIRED,
+            estimates_kl=True,
+        ),
+        ObjectiveRow(
+            "apo_zero_unpaired",
+            "apo_zero on answers without pairs, https://arxiv.org/abs/2408.06266",
+            "unpaired_preference",
+            UNPAIRED,
         ),
     )
 }

@@ -173,7 +173,7 @@ class LoraSection(Section):
 
 FORMATS = Literal[
     "auto", "messages", "conversations", "prompt_completion", "alpaca", "question_answer", "text", "tokens",
-    "preference", "question_preference", "openai_preference",
+    "preference", "question_preference", "openai_preference", "unpaired_preference", "unpaired_messages",
 ]  # fmt: skip
 
 
@@ -298,7 +298,8 @@ class TrainSection(Section):
     """Objective, optimization, batching, memory and evaluation."""
 
     objective: ObjectiveName = "sft"
-    """What is trained: `sft` on answers, or a preference objective on pairs of a chosen and a rejected answer."""
+    """What is trained: `sft` on answers, a preference objective on pairs of a chosen and a rejected answer, or one
+    (`kto`, `apo_zero_unpaired`) on answers marked as desirable or undesirable."""
     beta: float | None = Field(None, gt=0)
     """Strength of the regularization towards the reference model, which is the base, or the adapter of
     lora.adapter_path; without a reference, scale of the log-probabilities, and for `orpo` weight of the odds ratio (0.1 if
@@ -313,6 +314,10 @@ class TrainSection(Section):
     """Reward margin that chosen answers should have (0.5 if unset). Objective `simpo` only."""
     discopop_tau: float | None = Field(None, gt=0)
     """Temperature of the share of the exponential loss (0.05 if unset). Objective `discopop` only."""
+    desirable_weight: float | None = Field(None, gt=0)
+    """Weight of the loss of desirable answers (1 if unset). Objectives `kto` and `apo_zero_unpaired` only."""
+    undesirable_weight: float | None = Field(None, gt=0)
+    """The same for undesirable answers."""
     optim: OptimizerName = "auto"
     """Optimizer. `auto`: adamw_torch_fused on a CPU, or if its state takes at most 2 % of the GPU's memory; else
     paged_adamw_8bit. A resumed run keeps its optimizer."""
@@ -559,10 +564,15 @@ def _objective_conflicts(config: RunConfig) -> Iterator[str]:
             "train.precompute_ref_log_probs: true needs a known number of steps, which train.minutes measures later; drop "
             "one of them"
         )
-    if row.dataset_type != "preference":
+    if row.dataset_type == "language_modeling":
         return
     if row.name == "exo_pair" and train.label_smoothing == 0:
         yield "train.label_smoothing: 0, but exo_pair needs a number > 0; drop it for 0.001, which its paper recommends"
+    if row.estimates_kl and train.per_device_train_batch_size * train.gradient_accumulation_steps == 1:
+        yield (
+            f"train.objective: {row.name} compares each prompt with the answer of another row of its optimizer step, and "
+            "a step is one row; raise train.gradient_accumulation_steps"
+        )
     unsupported = {
         "data.packing": data.packing, "data.streaming": data.streaming, "data.train_on: all": data.train_on == "all",
         f"data.overflow: {data.overflow}": data.overflow in ("split", "keep_end", "keep_answer"),

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from qlora_train.data.mismatched_rows import MISMATCHED, mismatched_sequence
 from qlora_train.data.types import Example
 from qlora_train.utils.constants import IGNORE_INDEX
 
@@ -30,6 +31,23 @@ class RowDataset(Dataset[list[IndexedExample]]):
 
     def __getitem__(self, indices: Sequence[int]) -> list[IndexedExample]:
         return [(index, self._rows[index]) for index in indices]
+
+
+class MismatchedRowDataset(Dataset[list[IndexedExample]]):
+    """The rows of a run; an item is a micro-batch of them, given as pairs of `other_rows`."""
+
+    def __init__(self, rows: Sequence[Example], max_length: int) -> None:
+        self._rows, self._max_length = rows, max_length
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, pairs: Sequence[tuple[int, int]]) -> list[IndexedExample]:
+        return [(index, self._row(index, other)) for index, other in pairs]
+
+    def _row(self, index: int, other: int) -> Example:
+        row = self._rows[index]
+        return row.with_mismatched(mismatched_sequence(row, self._rows[other], self._max_length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +136,14 @@ def shared_prefix_length(row: Example, other: Example) -> int:
 
 
 def collate_rows(collate: "PaddingCollator | FlatteningCollator", rows: Sequence[IndexedExample]) -> Batch:
-    """Return rows as a batch; the sequences of preference pairs are rows of it.
+    """Return rows as a batch; the sequences of preference pairs are rows of it. Unpaired preferences: `_collate_unpaired`.
 
     Batches of pairs also have `sequence`, 0 for the chosen and 1 for the rejected sequence of each `row`, and `num_labels`,
     the labels of each sequence in the order of the batch's labels; both (num_sequences,). Rows with a `reference_logp` give
     `reference_logps`, float32 (num_sequences,), in the same order.
     """
+    if rows[0][1].desirable is not None:
+        return _collate_unpaired(collate, rows)
     if rows[0][1].rejected is None:
         return collate(rows)
     sequences = [each for index, row in rows for each in enumerate(row.sequences, 2 * index)]
@@ -134,6 +154,27 @@ def collate_rows(collate: "PaddingCollator | FlatteningCollator", rows: Sequence
     return {
         **batch, "row": numbers // 2, "sequence": numbers % 2, "num_labels": counts, **_reference_logps(in_order),
     }  # fmt: skip
+
+
+def _collate_unpaired(collate: "PaddingCollator | FlatteningCollator", rows: Sequence[IndexedExample]) -> Batch:
+    """Return unpaired preferences as a batch with `desirable`, bool (num_rows,), in the order of `row`, and `num_labels`.
+
+    Mismatched sequences are a batch of their own, with MISMATCHED before the names of its tensors.
+    """
+    batch = _with_num_labels(collate, rows)
+    by_index = dict(rows)
+    batch["desirable"] = torch.tensor([bool(by_index[index].desirable) for index in batch["row"].tolist()])
+    others = [(index, row.mismatched) for index, row in rows if row.mismatched is not None]
+    if others:
+        batch |= {MISMATCHED + name: tensor for name, tensor in _with_num_labels(collate, others).items()}
+    return batch
+
+
+def _with_num_labels(collate: "PaddingCollator | FlatteningCollator", rows: Sequence[IndexedExample]) -> Batch:
+    batch, by_index = collate(rows), dict(rows)
+    in_order = [by_index[index] for index in batch["row"].tolist()]
+    counts = torch.tensor([row.num_labels for row in in_order])
+    return {**batch, "num_labels": counts, **_reference_logps(in_order)}
 
 
 def _reference_logps(sequences: Sequence[Example]) -> Batch:
@@ -178,7 +219,8 @@ def _first_fit_decreasing(rows: Sequence[IndexedExample], budget: TokenBudget) -
     groups: list[list[IndexedExample]] = []
     free: list[TokenBudget] = []
     for row in sorted(rows, key=lambda row: -row[1].num_tokens):
-        num_tokens, num_labels = row[1].num_tokens, row[1].num_labels
+        passes = [each for each in (row[1], row[1].mismatched) if each is not None]
+        num_tokens, num_labels = max(each.num_tokens for each in passes), max(each.num_labels for each in passes)
         fits = (each.max_tokens >= num_tokens and each.max_labels >= num_labels for each in free)
         index = next((index for index, fit in enumerate(fits) if fit), len(groups))
         if index == len(groups):

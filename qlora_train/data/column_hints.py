@@ -58,6 +58,14 @@ def prompt_columns(values: Mapping[str, Any]) -> dict[str, str]:
     return {"question" if isinstance(values[found[0]], str) else "prompt": found[0]}
 
 
+def unpaired_columns(values: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return the renames that read a record as an answer with LLaMA-Factory's `kto_tag`; None if it has none."""
+    if "kto_tag" not in values:
+        return None
+    turns = {"messages": "conversations"} if "conversations" in values and "messages" not in values else {}
+    return {**turns, "label": "kto_tag"}
+
+
 def misspelled(values: Mapping[str, Any], required: Collection[str]) -> dict[str, str]:
     """Return the renames that give a record all `required` columns; none where a name has no similar one."""
     columns: dict[str, str] = {}

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_train.data.decoded_rows import DecodedRow
+from qlora_train.data.formats import FORMATS
+from qlora_train.data.label_balance import imbalance
 from qlora_train.data.pair_report import PairReport
 from qlora_train.data.reason_counts import ReasonCounts, locations_text
 from qlora_train.data.token_store import SourceSummary
@@ -82,9 +84,14 @@ class SourceReport:
             "num_dropped": summary.dropped.total, "dropped": summary.dropped.to_json(), "warned": summary.warned.to_json(),
         }  # fmt: skip
 
+    @property
+    def _how_split(self) -> str:
+        is_pairs = FORMATS[self.summary.format].dataset_type == "preference"
+        return "as answers without pairs" if is_pairs else "after splitting"
+
     def line(self) -> str:
         summary = self.summary
-        split = f", {summary.num_rows:,} after splitting" if summary.num_rows > summary.num_records else ""
+        split = f", {summary.num_rows:,} {self._how_split}" if summary.num_rows > summary.num_records else ""
         used = f", {self.num_used:,} used" if self.num_used != summary.num_rows else ""
         cached = " (cached)" if self.cached else ""
         return (
@@ -139,6 +146,7 @@ class SplitReport:
         num_duplicates: rows that equal an earlier one.
         num_deduplicated: rows that `data.deduplicate` removed.
         pairs: of preference pairs.
+        num_desirable: of unpaired preferences; None: of other rows.
     """
 
     num_rows: int
@@ -149,6 +157,7 @@ class SplitReport:
     num_duplicates: int = 0
     num_deduplicated: int = 0
     pairs: PairReport | None = None
+    num_desirable: int | None = None
 
     @classmethod
     def of(
@@ -157,6 +166,7 @@ class SplitReport:
         num_labels: npt.NDArray[np.int32],
         *,
         pairs: PairReport | None = None,
+        num_desirable: int | None = None,
         **counts: int,
     ) -> Self:
         """Count rows by their tokens and label tokens, each (num_rows,)."""
@@ -166,6 +176,7 @@ class SplitReport:
             num_labels=int(num_labels.sum(dtype=np.int64)),
             lengths=length_quantiles(lengths),
             pairs=pairs,
+            num_desirable=num_desirable,
             **counts,
         )
 
@@ -176,8 +187,10 @@ class SplitReport:
     def lines(self, key: str, max_length: int) -> list[str]:
         quantiles = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
         removed = f", {self.num_deduplicated} removed by data.deduplicate" if self.num_deduplicated else ""
+        desirable = "" if self.num_desirable is None else f"{self.num_desirable:,} desirable, "
+        counts = f"{desirable}{self.num_duplicates} duplicates{removed}"
         return [
-            f"{key}: {self.num_rows:,} rows ({self.num_duplicates} duplicates{removed}), {self.num_tokens:,} tokens, "
+            f"{key}: {self.num_rows:,} rows ({counts}), {self.num_tokens:,} tokens, "
             f"{self.num_labels:,} labels ({100 * self.label_share:.1f} %)",
             f"{key}: tokens per row: {quantiles}; {self.num_at_max_length} of data.max_length ({max_length})",
             *([] if self.pairs is None else [f"{key}: {self.pairs.line()}"]),
@@ -205,6 +218,7 @@ class DataReport:
         first_rows: of `data.train`, as text.
         overlap: rows of `data.eval` that are in `data.train` too.
         is_streamed: only the beginning of `data.train` is known.
+        label_weights: of the losses of desirable and undesirable answers.
     """
 
     max_length: int
@@ -214,6 +228,7 @@ class DataReport:
     first_rows: tuple[DecodedRow, ...]
     overlap: ReasonCounts = field(default_factory=ReasonCounts)
     is_streamed: bool = False
+    label_weights: tuple[float, float] = (1.0, 1.0)
 
     @property
     def system_prompt(self) -> SystemPrompt | None:
@@ -239,6 +254,9 @@ class DataReport:
         split = self.splits.get(key)
         if split is None:
             return
+        if key == "data.train" and split.num_desirable is not None:
+            text = imbalance(split.num_desirable, split.num_rows, *self.label_weights)
+            yield from [Finding(key, split.num_rows, text)] if text else []
         if split.label_share < MIN_LABEL_SHARE:
             text = (
                 f"only {100 * split.label_share:.2g} % of the tokens are labels; shorten prompts or see data.train_on"

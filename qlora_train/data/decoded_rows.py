@@ -46,6 +46,9 @@ def decode_rows(examples: Iterable[Example], tokenizer: Any) -> tuple[DecodedRow
 
 def _decoded_row(example: Example, tokenizer: Any) -> list[DecodedRow]:
     """Return a row, or the chosen and the rejected sequence of a pair."""
+    if example.desirable is not None:
+        label = "desirable" if example.desirable else "undesirable"
+        return [_decoded_example(example, f"{example.where} ({label})", tokenizer)]
     if example.rejected is None:
         return [_decoded_example(example, example.where, tokenizer)]
     return [

@@ -64,8 +64,8 @@ def check_extra_columns(values: Mapping[str, Any], names: Collection[str], *, ha
             )
         if name in LABELS and has_answers and (values[name] is False or values[name] in ("false", "False")):
             raise UnusableRowError(
-                f"{name} is false, which marks an undesirable answer; preferences without pairs are not supported: keep "
-                "rows whose label is true only"
+                f"{name} is false, which marks an undesirable answer: train.objective: kto trains on both kinds, sft on "
+                "rows whose label is true"
             )
         if name == "chosen" and isinstance(values[name], dict):
             raise UnusableRowError(
@@ -79,5 +79,5 @@ def _warning(name: str, value: Any, *, has_answers: bool) -> str:
     if not has_answers:
         return f"the column {name} is not used"
     if name in LABELS and value in (True, "true", "True"):
-        return f"{name} is true, and the row is trained as any other (preferences without pairs are not supported)"
+        return f"{name} is true, and the row is trained as any other (train.objective: kto reads it)"
     return f"the column {name} is not used: {(CONSEQUENCES | SCORES_OF_PAIRS)[name].format(name)}"

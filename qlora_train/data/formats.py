@@ -12,6 +12,8 @@ format                  columns (those in brackets may be missing)
 `preference`            chosen, rejected: two answers, or two whole conversations (prompt, score_chosen, score_rejected, *)
 `question_preference`   question, chosen, rejected: one user turn and two answers (context, input, scores as above, *)
 `openai_preference`     input: {messages, tools}; preferred_output, non_preferred_output: lists of {role, content, ...}
+`unpaired_preference`   prompt, completion as in `prompt_completion`; label: whether the completion is desirable (*)
+`unpaired_messages`     messages, of which the last is the answer; label (*)
 `tokens`                input_ids (labels, attention_mask, position_ids, loss_mask, completion_mask, assistant_masks)
 ======================  ==============================================================================================
 
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_train.config.objectives import DatasetType, objectives_of
-from qlora_train.data.column_hints import as_yaml, preference_columns, prompt_columns, rename_hint
+from qlora_train.data.column_hints import as_yaml, preference_columns, prompt_columns, rename_hint, unpaired_columns
 from qlora_train.data.pair_layouts import SCORES, lacks_prompt
 from qlora_train.data.readers.chunk import header_text
 from qlora_train.data.types import Record, Row
@@ -125,6 +127,15 @@ FORMATS: dict[str, Format] = {
         ("input", "preferred_output", "non_preferred_output"),
         dataset_type="preference",
     ),
+    "unpaired_preference": Format(
+        "unpaired_rows:from_unpaired_preference",
+        ("prompt", "completion", "label"),
+        CONVERSATION_COLUMNS,
+        "unpaired_preference",
+    ),
+    "unpaired_messages": Format(
+        "unpaired_rows:from_unpaired_messages", ("messages", "label"), CONVERSATION_COLUMNS, "unpaired_preference"
+    ),
     "tokens": Format(
         "pretokenized:read_token_row", ("input_ids",), ("labels", "attention_mask", "position_ids", *MASK_COLUMNS)
     ),
@@ -132,8 +143,9 @@ FORMATS: dict[str, Format] = {
 
 
 def formats_of(dataset_type: DatasetType) -> dict[str, Format]:
-    """Return the formats of a type of data set."""
-    return {name: row for name, row in FORMATS.items() if row.dataset_type == dataset_type}
+    """Return the formats of a type of data set; a pair is also two answers without one."""
+    types = (dataset_type, "preference") if dataset_type == "unpaired_preference" else (dataset_type,)
+    return {name: row for name, row in FORMATS.items() if row.dataset_type in types}
 
 
 def check_renames(
@@ -171,7 +183,7 @@ def recognise(record: Record, format_name: str, columns: Mapping[str, str], data
         DataError: the columns fit no format of the type that the objective trains on, or several.
     """
     name = _recognised(record, columns, dataset_type) if format_name == "auto" else format_name
-    if FORMATS[name].dataset_type != dataset_type:
+    if name not in formats_of(dataset_type):
         other = _other_type(FORMATS[name].dataset_type, dataset_type, {})
         raise DataError(f"{record.where}: the format {name} is for another objective; {other}")
     if name == "preference":
@@ -230,14 +242,20 @@ def _recognised(record: Record, columns: Mapping[str, str], dataset_type: Datase
             f"{record.where}: the columns {found} fit {' and '.join(fitting)}; set data.format to the one that is meant"
         )
     pair = preference_columns(record.values)
-    if dataset_type != "preference" and pair is not None:
+    if "preference" not in allowed and pair is not None:
         other = _other_type("preference", dataset_type, pair)
         raise DataError(f"{record.where}: found the columns {found}: preference pairs; {other}")
+    is_unpaired = dataset_type == "unpaired_preference"
     others = [name for name in FORMATS if name not in allowed and FORMATS[name].fits(record, columns)]
-    if others:
+    others.sort(key=lambda name: FORMATS[name].dataset_type == "language_modeling")  # prompt_completion ignores label
+    if others and not is_unpaired:
         other = _other_type(FORMATS[others[0]].dataset_type, dataset_type, {})
         raise DataError(f"{record.where}: found the columns {found}: the format {others[0]}; {other}")
     required = [it.required for it in allowed.values()]
     expected = ", or ".join(" + ".join(columns) for columns in required)
-    hint = f"; rename with data.columns: {as_yaml(pair)}" if pair else rename_hint(record.values, required)
+    renames = pair or (unpaired_columns(record.values) if is_unpaired else None)
+    if renames:
+        hint = f"; rename with data.columns: {as_yaml(renames)}"
+    else:
+        hint = "; label marks each answer, true or false" if is_unpaired else rename_hint(record.values, required)
     raise DataError(f"{record.where}: found the columns {found}; expected {expected}{hint}")

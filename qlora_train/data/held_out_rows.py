@@ -65,7 +65,8 @@ def save_rows(folder: Path, rows: RunRows, fingerprint: str) -> None:
 
 def _write(folder: Path, examples: Sequence[Example]) -> None:
     has_pairs = bool(examples) and examples[0].rejected is not None
-    columns = schema(ANY_VOCABULARY, has_pairs=has_pairs)
+    is_unpaired = bool(examples) and examples[0].desirable is not None
+    columns = schema(ANY_VOCABULARY, has_pairs=has_pairs, is_unpaired=is_unpaired)
     writer = StoreWriter(folder, "stored rows", columns)
     rows = (StoredRow(example, 0, example.where) for example in examples)
     while batch := list(itertools.islice(rows, ROWS_PER_BATCH)):

@@ -165,7 +165,8 @@ def _split_report(key: str, rows: Rows, max_length: int, **counts: int) -> dict[
     counts["num_duplicates"] = num_duplicates(rows)
     counts["num_at_max_length"] = int(np.count_nonzero(rows.max_lengths == max_length))
     pairs = PairReport.of(rows) if rows.has_pairs else None
-    return {key: SplitReport.of(rows.lengths, rows.num_labels, pairs=pairs, **counts)}
+    num_desirable = int(rows.desirable.sum()) if rows.is_unpaired else None
+    return {key: SplitReport.of(rows.lengths, rows.num_labels, pairs=pairs, num_desirable=num_desirable, **counts)}
 
 
 def _source_reports(key: str, sources: Sequence[SourceStore], rows: Rows) -> list[SourceReport]:

@@ -151,14 +151,16 @@ class SourceTokenizer:
         from qlora_train.data.tokenize_chunk import ChunkTokenizer
 
         return ChunkTokenizer(
-            self._tokenizer, self._data, opened.format, opened.columns, self._date, kept, self.vocabulary_size
-        )
+            self._tokenizer, self._data, opened.format, opened.columns, self._date, kept, self.vocabulary_size,
+            self._dataset_type,
+        )  # fmt: skip
 
     def _settings(self, opened: _OpenSource, kept: StoredTexts) -> dict[str, Any]:
         """Return everything besides the files' bytes that decides the content of a store."""
         return {
             "kinds": [(file.kind, file.compression, file.begin, file.end) for file in opened.files],
             "format": opened.format,
+            "dataset_type": self._dataset_type,
             "columns": dict(opened.columns),
             "settings": [self._data.train_on, self._data.max_length, self._data.overflow],
             "tokenizer": self._tokenizer_hash,

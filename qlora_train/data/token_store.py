@@ -29,17 +29,19 @@ REJECTED_LENGTH = "rejected_length"
 REJECTED_LABELS = "rejected_labels"
 """Label tokens of each rejected sequence."""
 PROMPT_DIGEST = "prompt_digest"
-"""Hash of the prompt, which several pairs may share."""
+"""Hash of the prompt, which several pairs or answers with labels may share."""
 SWAPPED_DIGEST = "swapped_digest"
 """Digest of the pair with its answers swapped."""
 DIGESTS = ("digest", PROMPT_DIGEST, SWAPPED_DIGEST)
+DESIRABLE, PROMPT_LENGTH = "desirable", "prompt_length"
+"""Columns of a store of unpaired preferences: the label, and the tokens before the answer."""
 MIN_BATCH_BYTES = 32 << 20
 """Size of a record batch: an open store holds 36 KB of memory per batch, and finding a row takes time for each."""
 MAX_SYSTEM_PROMPTS = 16
 """System prompts that are counted: enough to find one that most rows share."""
 
 
-def schema(vocabulary_size: int, *, has_pairs: bool = False) -> pyarrow.Schema:
+def schema(vocabulary_size: int, *, has_pairs: bool = False, is_unpaired: bool = False) -> pyarrow.Schema:
     """Return the columns of a store, with the smallest type that holds every token id.
 
     The tokens and mask of a preference pair are those of the chosen sequence, then of the rejected one.
@@ -48,6 +50,9 @@ def schema(vocabulary_size: int, *, has_pairs: bool = False) -> pyarrow.Schema:
     digest = pyarrow.list_(pyarrow.uint64(), 2)
     pairs = {REJECTED_LENGTH: pyarrow.int32(), REJECTED_LABELS: pyarrow.int32()} if has_pairs else {}
     pairs |= {PROMPT_DIGEST: digest, SWAPPED_DIGEST: digest} if has_pairs else {}
+    unpaired = (
+        {DESIRABLE: pyarrow.bool_(), PROMPT_LENGTH: pyarrow.int32(), PROMPT_DIGEST: digest} if is_unpaired else {}
+    )
     return pyarrow.schema(
         {
             "tokens": pyarrow.list_(token),
@@ -62,6 +67,7 @@ def schema(vocabulary_size: int, *, has_pairs: bool = False) -> pyarrow.Schema:
             "answer": pyarrow.string(),
             "warnings": pyarrow.list_(pyarrow.string()),
             **pairs,
+            **unpaired,
         }
     )
 
@@ -108,6 +114,9 @@ def make_batch(rows: Sequence[StoredRow], columns: pyarrow.Schema) -> pyarrow.Re
         values[PROMPT_DIGEST] = _digest_array([row.prompt_digest for row in rows])
     if SWAPPED_DIGEST in columns.names:
         values[SWAPPED_DIGEST] = _digest_array([row.swapped_digest for row in rows])
+    if DESIRABLE in columns.names:
+        values[DESIRABLE] = [each.desirable for each in examples]
+        values[PROMPT_LENGTH] = [each.prompt_length for each in examples]
     return pyarrow.record_batch(values, schema=columns)
 
 
@@ -127,6 +136,8 @@ def read_example(rows: pyarrow.RecordBatch | pyarrow.Table, index: int, files: S
         answer=row["answer"].as_py(),
         warnings=tuple(row["warnings"].as_py()),
     )
+    if DESIRABLE in rows.schema.names:
+        return replace(example, desirable=rows.column(DESIRABLE)[index].as_py())
     if REJECTED_LENGTH not in rows.schema.names:
         return example
     return split_pair(example, rows.column(REJECTED_LENGTH)[index].as_py())
@@ -264,6 +275,11 @@ class Store:
         """Whether its rows are preference pairs."""
         return REJECTED_LENGTH in self._rows.schema.names
 
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether its rows are unpaired preferences."""
+        return DESIRABLE in self._rows.schema.names
+
     def numbers(self, name: str) -> npt.NDArray[Any]:
         """Return a column of one number per row, or of two for `DIGESTS`."""
         column = self._rows.column(name)
@@ -288,6 +304,7 @@ class Rows(Sequence[Example]):
         lengths: tokens of each row, int32 (num_rows,); of a pair, those of both sequences.
         num_labels: label tokens of each row, int32 (num_rows,).
         has_pairs: the rows are preference pairs.
+        is_unpaired: the rows are unpaired preferences.
         reference_logps: of each row, (num_rows, num_sequences); None: not computed before training.
     """
 
@@ -301,6 +318,7 @@ class Rows(Sequence[Example]):
         self.lengths = self._gather("length")
         self.num_labels = self._gather("num_labels")
         self.has_pairs = any(store.has_pairs for store in stores)
+        self.is_unpaired = any(store.is_unpaired for store in stores)
 
     @classmethod
     def all_of(cls, stores: Sequence[Store]) -> Self:
@@ -343,6 +361,17 @@ class Rows(Sequence[Example]):
     def padded_lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each row if the shorter sequence of a pair is padded to the longer, int32 (num_rows,)."""
         return 2 * self.max_lengths if self.has_pairs else self.lengths
+
+    @property
+    def max_mismatched_length(self) -> int:
+        """Tokens of the longest prompt with the longest answer, of unpaired preferences."""
+        prompts = self._gather(PROMPT_LENGTH)
+        return int(prompts.max() + (self.lengths - prompts).max())
+
+    @property
+    def desirable(self) -> npt.NDArray[np.bool_]:
+        """Label of each row, bool (num_rows,), of unpaired preferences."""
+        return self._gather(DESIRABLE)
 
     @property
     def digests(self) -> npt.NDArray[np.uint64]:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qlora_train.config.objectives import DatasetType
 from qlora_train.config.schema import DataSection
-from qlora_train.data.formats import FORMATS
 from qlora_train.data.overflow import apply_overflow
 from qlora_train.data.pair_layouts import SEVERAL_REJECTED
 from qlora_train.data.readers import Chunk
@@ -34,11 +34,13 @@ def content_digest(row: Row) -> bytes:
         content.append(row.chat_template_kwargs)
     if row.rejected is not None:
         content.append(content_digest(row.rejected).hex())
+    if row.desirable is not None:
+        content.append(row.desirable)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:16]
 
 
 def prompt_digest(row: Row) -> bytes:
-    """Return 16 bytes that identify what comes before the answers of a preference pair."""
+    """Return 16 bytes that identify what comes before the answers of a preference."""
     turns = None if row.messages is None else row.messages[: row.loss_from]
     content = [turns, row.prompt, row.tools, row.chat_template_kwargs]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:16]
@@ -76,6 +78,7 @@ class ChunkTokenizer:
         date: the day that dated chat templates print.
         stored_texts: rows that store their texts.
         vocabulary_size: token ids of the model; a row with another one cannot be used.
+        dataset_type: that the objective trains on.
 
     Attributes:
         columns: of a store of the rows.
@@ -90,10 +93,12 @@ class ChunkTokenizer:
         date: datetime.date,
         stored_texts: StoredTexts,
         vocabulary_size: int,
+        dataset_type: DatasetType,
     ) -> None:
         self._encoder = RowEncoder(tokenizer, train_on=data.train_on, date=date)
         self._data, self._format, self._columns, self._stored_texts = data, format_name, columns, stored_texts
-        self.columns = schema(vocabulary_size, has_pairs=FORMATS[format_name].dataset_type == "preference")
+        self._is_unpaired = dataset_type == "unpaired_preference"
+        self.columns = schema(vocabulary_size, has_pairs=dataset_type == "preference", is_unpaired=self._is_unpaired)
         self._vocabulary_size, self._tokenizer, self._bos = vocabulary_size, tokenizer, tokenizer.bos_token_id
 
     def __call__(self, numbered: tuple[int, bool, Chunk]) -> TokenizedChunk:
@@ -119,28 +124,32 @@ class ChunkTokenizer:
                 continue
             if row.messages is not None:
                 systems[system_prompt_of(row.messages)] += 1
-            of_pair = () if row.rejected is None else (prompt_digest(row), swapped_digest(row))
-            with_texts = self._stored_texts.include(
-                number if is_first else self._stored_texts.num_examples, of_pair[0] if of_pair else digest
-            )
+            is_preference = row.rejected is not None or row.desirable is not None
+            group = prompt_digest(row) if is_preference else digest
+            swapped = bytes(16) if row.rejected is None else swapped_digest(row)
+            with_texts = self._stored_texts.include(number if is_first else self._stored_texts.num_examples, group)
             for part, example in enumerate(examples):
                 for warning in example.warnings:
                     warned.add(warning, f"{file_number}{location}")
                 stored = example if with_texts else replace(example, prompt=None, answer=None)
-                rows.append(StoredRow(stored, file_number, location, digest, part, *of_pair))
+                rows.append(StoredRow(stored, file_number, location, digest, part, group, swapped))
         return TokenizedChunk(
             make_batch(rows, self.columns),
             file_number, num_records, chunk.num_bytes, dropped, warned, frozenset(reader.unseen), systems,
         )  # fmt: skip
 
     def _examples_of(self, row: Row) -> list[Example]:
-        """Return a row in parts, or a preference pair as one example."""
+        """Return a row in parts, or a preference pair as one example, or as two with labels."""
         chosen = self._sequences_of(row)
+        if row.desirable is not None:
+            return [with_label(example, desirable=row.desirable) for example in chosen]
         if row.rejected is None:
             return chosen
         [example], [rejected] = chosen, self._sequences_of(row.rejected)
         if example.input_ids.tolist() == rejected.input_ids.tolist():
             raise UnusableRowError("chosen and rejected are equal")
+        if self._is_unpaired:
+            return [with_label(example, desirable=True), with_label(rejected, desirable=False)]
         warnings = dict.fromkeys((*example.warnings, *rejected.warnings))
         return [replace(example, rejected=rejected, warnings=tuple(warnings))]
 
@@ -163,6 +172,12 @@ class ChunkTokenizer:
             f"rows): {', '.join(f'{token!r} ({i})' for token, i in zip(tokens, beyond, strict=True))}; learn them with "
             f"model.new_tokens: {tokens!r}, or give the base that this tokenizer belongs to"
         )
+
+
+def with_label(example: Example, *, desirable: bool) -> Example:
+    """Return an unpaired preference; an undesirable answer is none to compare generated ones with."""
+    labelled = example.with_label(desirable=desirable)
+    return labelled if desirable else replace(labelled, prompt=None, answer=None)
 
 
 def location_suffix(where: str) -> str:

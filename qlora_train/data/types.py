@@ -52,6 +52,7 @@ class Row:
         input_ids: a pre-tokenised row, (seq,).
         loss_mask: its labels, (seq,).
         rejected: the worse answer to the same prompt, of a preference pair.
+        desirable: whether the answer is to become likelier, of an unpaired preference.
     """
 
     where: str
@@ -66,6 +67,7 @@ class Row:
     input_ids: tuple[int, ...] | None = None
     loss_mask: tuple[bool, ...] | None = None
     rejected: "Row | None" = None
+    desirable: bool | None = None
 
 
 class UnusableRowError(Exception):
@@ -96,6 +98,8 @@ class Example:
         warnings: about a row that is used all the same; rows with equal warnings are counted together.
         rejected: the sequence with the other answer of a preference pair.
         reference_logp: log-probability of the labels under the reference model; None: not computed before training.
+        desirable: whether the answer is to become likelier, of an unpaired preference.
+        mismatched: the prompt with the answer of another row, of an unpaired preference in a training step.
     """
 
     where: str
@@ -106,6 +110,8 @@ class Example:
     warnings: tuple[str, ...] = ()
     rejected: "Example | None" = None
     reference_logp: float | None = None
+    desirable: bool | None = None
+    mismatched: "Example | None" = None
 
     @property
     def sequences(self) -> "tuple[Example, ...]":
@@ -119,6 +125,19 @@ class Example:
         if rejected is not None:
             rejected = replace(rejected, reference_logp=logps[1])
         return replace(self, reference_logp=logps[0], rejected=rejected)
+
+    def with_label(self, *, desirable: bool) -> "Example":
+        """Return an unpaired preference."""
+        return replace(self, desirable=desirable)
+
+    def with_mismatched(self, mismatched: "Example") -> "Example":
+        """Return the row with its mismatched sequence."""
+        return replace(self, mismatched=mismatched)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first label."""
+        return int(np.argmax(self.loss_mask))
 
     @property
     def num_tokens(self) -> int:

@@ -78,7 +78,8 @@ def write_card(
     names = ", ".join(f"`{public_name(source.path)}`" for source in config.data.train)
     objective = OBJECTIVES[config.train.objective]
     has_pairs = objective.dataset_type == "preference"
-    unit, learned = ("pairs", f"objective `{objective.name}` on") if has_pairs else ("rows", "loss on")
+    unit = "pairs" if has_pairs else "rows"
+    learned = "loss on" if objective.dataset_type == "language_modeling" else f"objective `{objective.name}` on"
     rows = f"Training {unit} streamed" if num_train_rows is None else f"{num_train_rows} training {unit}"
     settings = yaml.safe_dump(_without_paths(config.model_dump(mode="json")), sort_keys=False)
     results = _table("Metric", "Value", {name: f"{value:.4g}" for name, value in metrics.items()})

@@ -29,6 +29,7 @@ class BatchLoss:
         metrics: sums over its items by name, scalars without gradients.
         sft_nll: negative log-likelihood summed over the label tokens of the SFT term, a scalar; None without the term.
         sft_weight: weight of its mean.
+        metric_counts: items that a metric is summed over, where those are not all.
     """
 
     total: Tensor
@@ -36,6 +37,7 @@ class BatchLoss:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     sft_nll: Tensor | None = None
     sft_weight: float = 0.0
+    metric_counts: Mapping[str, int] = field(default_factory=dict)
 
     def mean(self, num_items: int, num_sft_tokens: int) -> Tensor:
         """Return the loss of a micro-batch with so many items and tokens of the SFT term."""

@@ -71,4 +71,6 @@ def prepare_tokenizer_and_data(
         vocabulary_size=vocabulary_size,
         dataset_type=dataset_type_of(config.train.objective),
     )
+    weights = (config.train.desirable_weight or 1.0, config.train.undesirable_weight or 1.0)
+    data = replace(data, report=replace(data.report, label_weights=weights))
     return data, tokenizer

@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerState
 
 from qlora_train.config import RunConfig
+from qlora_train.config.objectives import OBJECTIVES
 from qlora_train.config.schema import TrainSection
 from qlora_train.data.batch_order import RowOrder, UnitOrder
 from qlora_train.data.collate import (
     Batch,
     FlatteningCollator,
     IndexedExample,
+    MismatchedRowDataset,
     PaddingCollator,
     RowDataset,
     StepCollator,
@@ -32,6 +34,7 @@ from qlora_train.data.collate import (
     flattened_multiple,
     padding_multiple,
 )
+from qlora_train.data.mismatched_rows import other_rows
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.rank_shares import share_of
 from qlora_train.data.token_store import Rows
@@ -64,7 +67,8 @@ def make_batch_source(
         return RowBatches(rows, pack_order(rows.lengths, config), config, flatten)
     train = config.train
     order = RowOrder(rows.lengths, config.run.seed, train.group_by_length, group_batch_size)
-    return RowBatches(rows, order, config, pad)
+    source = MismatchedRowBatches if OBJECTIVES[train.objective].estimates_kl else RowBatches
+    return source(rows, order, config, pad)
 
 
 def pack_order(lengths: npt.NDArray[np.int32], config: RunConfig) -> PackOrder:
@@ -98,24 +102,35 @@ class RowBatches:
 
     def with_collator(self, collate: FlatteningCollator, budget: TokenBudget | None = None) -> "RowBatches":
         """Return the same steps with another collator; `budget`: see `StepCollator`."""
-        return RowBatches(self.rows, self.order, self._config, collate, budget)
+        return type(self)(self.rows, self.order, self._config, collate, budget)
+
+    def dataset(self) -> Dataset[list[IndexedExample]]:
+        """Return the rows by the items of `epoch_steps`."""
+        return RowDataset(self.rows)
 
     def steps(self) -> Iterator[list[list[IndexedExample]]]:
         """Yield the rows of each step of the first epoch, in the micro-batches of the settings."""
-        rows = RowDataset(self.rows)
+        rows = self.dataset()
         for step in self.epoch_steps(0):
-            yield [rows[indices] for indices in step]
+            yield [rows[items] for items in step]
 
     def any_batch(self) -> Batch:
         """Return a micro-batch of this rank; the first step has rows on every rank."""
         return self.collate(next(self.steps()))[0]
 
-    def epoch_steps(self, epoch: int) -> Iterator[list[list[int]]]:
+    def epoch_steps(self, epoch: int) -> Iterator[list[list[Any]]]:
         """Yield the row indices of each micro-batch of each step; a rank may have none in the last step."""
         units = self.order.epoch_units(epoch)
+        before: list[list[int]] = []
         while step := list(islice(units, units_per_step(self._config.train))):
             sizes = [int(self.rows.lengths[unit].sum()) for unit in step]
-            yield [list(chain.from_iterable(rows)) for rows in _micro_batches(step, sizes, self._config.train)]
+            items = self._items(step, before)
+            yield [list(chain.from_iterable(rows)) for rows in _micro_batches(items, sizes, self._config.train)]
+            before = step
+
+    def _items(self, step: list[list[int]], before: list[list[int]]) -> Sequence[Sequence[Any]]:
+        """Return what `dataset` takes for the units of a step, given the step before it in the epoch."""
+        return step
 
     def trained_rows(self, num_steps: int) -> Sequence[Example]:
         """Return the rows that the first steps train, each once."""
@@ -137,7 +152,7 @@ class RowBatches:
 
     def loader(self, trainer: HasTrainerState) -> DataLoader[Any]:
         """Return the steps of the trainer's current epoch."""
-        return DataLoader(RowDataset(self.rows), batch_sampler=_EpochSampler(trainer, self), collate_fn=self.collate)
+        return DataLoader(self.dataset(), batch_sampler=_EpochSampler(trainer, self), collate_fn=self.collate)
 
     def location(self, row: int) -> str:
         """Return the source location of a row, by its index in a batch's `row`."""
@@ -162,6 +177,19 @@ class RowBatches:
         """Do nothing."""
 
 
+class MismatchedRowBatches(RowBatches):
+    """Steps of unpaired preferences, each with the answer of another row of its step."""
+
+    def dataset(self) -> Dataset[list[IndexedExample]]:
+        """Return the rows by the items of `epoch_steps`."""
+        return MismatchedRowDataset(self.rows, self._config.data.max_length)
+
+    def _items(self, step: list[list[int]], before: list[list[int]]) -> Sequence[Sequence[Any]]:
+        """Return (row, row of the other answer) of each row."""
+        rows = other_rows([row for [row] in step], [row for [row] in before])
+        return [[item] for item in rows]
+
+
 class _EpochSampler:
     """Batch sampler whose epoch follows from the trainer's step when iteration begins."""
 
@@ -173,7 +201,7 @@ class _EpochSampler:
     def __len__(self) -> int:
         return self._source.steps_per_epoch
 
-    def __iter__(self) -> Iterator[list[list[int]]]:
+    def __iter__(self) -> Iterator[list[list[Any]]]:
         return self._source.epoch_steps(self._trainer.state.global_step // len(self))
 
 

@@ -214,9 +214,13 @@ class QloraTrainer(ResumableTrainer):
     def _sum_gradients(
         self, model: torch.nn.Module, inputs: list[Batch], num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
+        repeated = self._repeated_batches(inputs) if is_sharded(model) else []
+        if self.objective.kl_sum is not None:
+            assert num_items_in_batch is not None
+            both = self.with_step_kl(model, [*inputs, *repeated], int(num_items_in_batch), num_repeated=len(repeated))
+            inputs, repeated = both[: len(inputs)], both[len(inputs) :]
         losses = [super(QloraTrainer, self).training_step(model, batch, num_items_in_batch) for batch in inputs]
-        if is_sharded(model):
-            self._join_other_ranks(model, inputs)
+        self._join_other_ranks(model, repeated)
         loss = torch.stack(losses).sum() if losses else torch.zeros((), device=self.args.device)
         if self.accelerator.scaler is not None and not losses:
             self.accelerator.scaler.scale(
@@ -224,10 +228,29 @@ class QloraTrainer(ResumableTrainer):
             )  # its first call makes the scale, by which gradients of others are divided
         return sum_gradients_(list(trainable_state(self.model).values()), loss)
 
-    def _join_other_ranks(self, model: torch.nn.Module, inputs: list[Batch]) -> None:
-        """Repeat a micro-batch with weight 0 until all ranks have run as many: they gather the weights together."""
-        for _ in range(self._max_micro_batches - len(inputs)):
-            batch = inputs[-1] if inputs else self.batch_source.any_batch()
+    def with_step_kl(
+        self, model: torch.nn.Module, batches: list[Batch], num_rows: int, *, num_repeated: int = 0
+    ) -> list[Batch]:
+        """Return the micro-batches of a step with the KL divergence that their losses read; see `step_kl`."""
+        from qlora_train.training.step_kl import with_step_kl
+
+        estimate = self.objective.kl_sum
+        assert estimate is not None
+
+        def kl_sum(batch: Batch) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                return estimate(model, self._prepare_inputs(batch), chunk_tokens=self.loss_chunk_tokens)
+
+        return with_step_kl(batches, kl_sum, num_rows, self.args.device, num_repeated=num_repeated)
+
+    def _repeated_batches(self, inputs: list[Batch]) -> list[Batch]:
+        """Return a micro-batch as often as this rank has fewer than another: they gather the weights together."""
+        missing = self._max_micro_batches - len(inputs)
+        return [inputs[-1] if inputs else self.batch_source.any_batch()] * missing if missing else []
+
+    def _join_other_ranks(self, model: torch.nn.Module, repeated: list[Batch]) -> None:
+        """Run repeated micro-batches with weight 0."""
+        for batch in repeated:
             with self.compute_loss_context_manager():
                 loss = 0 * self.batch_loss(model, self._prepare_inputs(batch)).total
             self.accelerator.backward(loss)
@@ -271,7 +294,7 @@ class QloraTrainer(ResumableTrainer):
         if batch_loss.sft_nll is not None:
             self._metric_means.add(SFT_LOSS, batch_loss.sft_nll, self.objective.loss.num_sft_tokens(inputs))
         for name, metric in batch_loss.metrics.items():
-            self._metric_means.add(name, metric, num_items)
+            self._metric_means.add(name, metric, batch_loss.metric_counts.get(name, num_items))
         self._micro_rows.append(inputs["row"])
         return total / num_items_in_batch + batch_loss.sft_term(self._step_sft_tokens)
 
@@ -302,7 +325,8 @@ class QloraTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log metrics, with the means of the objective's metrics and of the router loss, speed and memory."""
         if "loss" in logs:
-            logs.update(self._metric_means.take() | self._speed.take(self.state.num_input_tokens_seen))
+            means = self._metric_means.take()
+            logs.update(means | self.objective.derived(means) | self._speed.take(self.state.num_input_tokens_seen))
         super().log(logs, start_time)
 
     def _locations(self, rows: list[torch.Tensor]) -> str:

@@ -117,7 +117,7 @@ class NonFiniteGuard:
         self._detector.restore(state["losses"])
 
     def _check_spike(self, step: Step) -> None:
-        if self._train.on_loss_spike == "ignore" or dataset_type_of(self._train.objective) == "preference":
+        if self._train.on_loss_spike == "ignore" or dataset_type_of(self._train.objective) != "language_modeling":
             return
         spike = self._detector.detect(step.loss)
         if spike is None:

@@ -24,7 +24,7 @@ from peft.tuners.lora import LoraLayer
 from qlora_train.adapters import trainable_state
 from qlora_train.adapters.reference_model import base_model
 from qlora_train.config import RunConfig
-from qlora_train.data.collate import Batch, RowDataset
+from qlora_train.data.collate import Batch
 from qlora_train.data.token_cache import StoreCache
 from qlora_train.data.token_store import Rows
 from qlora_train.data.types import LogpArray
@@ -178,13 +178,13 @@ class _StoredReference:
 
     def _of_training_rows(self) -> LogpArray:
         """Compute this rank's micro-batches of the first epoch; return the values of all ranks."""
-        rows, this = RowDataset(self._source.rows), context()
+        rows, this = self._source.dataset(), context()
         values = np.full((len(self._needed), self._num_sequences), np.nan, np.float32)
         with eval_mode(self._model), progress("reference", int(self._needed.sum()), "rows") as counter:
             for step in islice(self._source.epoch_steps(0), self._num_steps):
                 if shared_stop():
                     signals.raise_if_requested()
-                batches = self._source.collate([rows[indices] for indices in step])
+                batches = self._source.collate([rows[items] for items in step])
                 for batch in batches:
                     set_values(values, batch, self._logps(batch))
                 if is_sharded(self._model):  # all ranks gather its weights together

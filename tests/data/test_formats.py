@@ -217,12 +217,12 @@ def test_an_undesirable_answer_is_refused_and_a_desirable_one_gets_a_warning(nam
     for column in ("label", "kto_tag"):
         for value in (False, "false", "False"):
             assert reason_of(ROWS[name] | {column: value}) == (
-                f"{column} is false, which marks an undesirable answer; preferences without pairs are not supported: keep "
-                "rows whose label is true only"
+                f"{column} is false, which marks an undesirable answer: train.objective: kto trains on both kinds, sft on "
+                "rows whose label is true"
             )
         for value in (True, "True"):
             assert read(ROWS[name] | {column: value}).warnings == (
-                f"{column} is true, and the row is trained as any other (preferences without pairs are not supported)",
+                f"{column} is true, and the row is trained as any other (train.objective: kto reads it)",
             )
 
 

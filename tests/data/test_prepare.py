@@ -93,8 +93,8 @@ def test_columns_that_may_matter_are_warned_of_with_their_count(
         assert cached(prepared) == [is_cached]
         locations = ", ".join(f"{file}:{line}" for line in range(1, 6))
         assert [record.getMessage() for record in caplog.records] == [
-            "data.train: 7 rows: label is true, and the row is trained as any other (preferences without pairs are not "
-            f"supported) ({locations} and 2 more)",
+            "data.train: 7 rows: label is true, and the row is trained as any other (train.objective: kto reads "
+            f"it) ({locations} and 2 more)",
             f"data.train: 1 rows: the column context is not used: answers may depend on it ({file}:4)",
         ]
 

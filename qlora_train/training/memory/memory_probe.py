@@ -88,6 +88,8 @@ def _state_bytes(trainer: QloraTrainer) -> int:
 
 
 def _mean_loss(trainer: QloraTrainer, model: nn.Module, batch: Batch) -> torch.Tensor:
+    if trainer.objective.kl_sum is not None:
+        [batch] = trainer.with_step_kl(model, [batch], trainer.objective.loss.num_items(batch))
     inputs = {name: tensor.to(trainer.adapted.loaded.device) for name, tensor in batch.items()}
     with trainer.compute_loss_context_manager():
         loss = trainer.objective.loss

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qlora_train.config import RunConfig
+from qlora_train.config.objectives import OBJECTIVES
 from qlora_train.data.collate import Batch, TokenBudget
 from qlora_train.data.packing import PackOrder
 from qlora_train.data.token_store import Rows
@@ -42,6 +43,8 @@ def worst_case_batches(source: BatchSource, config: RunConfig) -> list[Batch]:
         length, rest = divmod(sum(size.lengths), size.max_documents)
         even = [length + (index < rest) for index in range(size.max_documents)]
         batches.append(_documents(row, even, size.num_labels))
+    if isinstance(source, RowBatches) and OBJECTIVES[config.train.objective].estimates_kl:
+        batches = [_with_mismatched(batch, source, config) for batch in batches]
     return [source.collate_unshared(batch) for batch in batches]
 
 
@@ -114,6 +117,16 @@ def _max_labels(rows: Rows, num_tokens: int) -> int:
 
 def _sum_of_largest(sizes: npt.NDArray[np.int64], count: int) -> int:
     return int(np.sort(sizes)[::-1][:count].sum())
+
+
+def _with_mismatched(documents: Sequence[Example], source: RowBatches, config: RunConfig) -> list[Example]:
+    """Return documents with mismatched sequences, which may be longer than the rows that they are made of."""
+    longest = min(source.rows.max_mismatched_length, config.data.max_length)
+    num_rows = min(config.train.per_device_train_batch_size, len(source.rows))
+    if num_rows * longest <= sum(document.num_tokens for document in documents):
+        return [document.with_mismatched(document) for document in documents]
+    others = _documents(documents[0], [longest] * num_rows, num_rows * int(source.rows.num_labels.max()))
+    return [*(one.with_mismatched(other) for one, other in zip(documents, others, strict=False)), *documents[num_rows:]]
 
 
 def _documents(row: Example, lengths: Sequence[int], num_labels: int) -> list[Example]:
