@@ -23,6 +23,7 @@ from typing import Any
 
 from bench import machine
 from demo_pairs import read_conversations
+from peft import PeftModel
 
 from qlora_train.config import load_config
 from qlora_train.data.types import Example
@@ -122,7 +123,9 @@ def held_out_pairs(options: argparse.Namespace) -> list[Example]:
 def evaluated(run: Path, addresses: Path, pairs: Sequence[Example]) -> Figures:
     """Return the figures of a run's adapter on held-out addresses and pairs."""
     finished = open_finished_run(run)
-    ((_, model, tokenizer),) = run_models(finished, ["adapter"])
+    ((_, base, tokenizer),) = run_models(finished, ["base"])
+    # the values of the 4-bit weights in bfloat16: bitsandbytes generates several times slower on a CPU
+    model = PeftModel.from_pretrained(base.dequantize(), finished.folder.adapter).eval()
     turns = read_conversations(addresses / "heldout.jsonl")
     prompts: list[Any] = [each[:-1] for each in turns]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens=128, batch_size=32, date=finished.date)
