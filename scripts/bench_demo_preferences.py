@@ -2,7 +2,8 @@
 
 All runs start from the adapter of one SFT run and take the same pairs, batch size, steps and learning rate; the seed
 decides the order. `dpo` trains a config on pairs, `sft` their chosen answers alone: what it gains needs no rejected ones.
-`start` is the adapter that both start from. Answers are to held-out addresses; held-out pairs are compared by their
+`start` is the adapter that both start from. A held-out address counts as answered if every token of the right answer is the
+model's first choice after those before it: that is its greedy answer. Held-out pairs are compared by their
 log-probabilities, without a reference. Writes one JSON file with the command, the machine, the versions and all figures;
 runs that are there already are not repeated.
 
@@ -17,19 +18,19 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import torch
 from bench import machine
-from demo_pairs import read_conversations
 from peft import PeftModel
 
 from qlora_train.config import load_config
 from qlora_train.data.types import Example
-from qlora_train.evaluation.generation import generate_answers
-from qlora_train.evaluation.held_out_loss import held_out_loss
-from qlora_train.evaluation.scoring import score_answers
+from qlora_train.evaluation.held_out_loss import held_out_loss, label_log_probabilities
 from qlora_train.export.finished_run import open_finished_run
 from qlora_train.export.model_card import library_versions
 from qlora_train.inference.run_models import run_models
@@ -38,10 +39,11 @@ from qlora_train.runs import RunFolder
 
 COMMAND = [sys.executable, "-m", "qlora_train.cli.main"]
 COLUMNS = {
-    "exact_match": "exact match", "field_f1": "field F1", "loss": "loss of right answers", "accuracy": "accuracy of pairs",
+    "exact_match": "answered exactly", "loss": "loss of right answers", "accuracy": "accuracy of pairs",
     "margin": "margin of pairs",
 }  # fmt: skip
 """Figures of an adapter on held-out addresses and pairs, and how the table names them."""
+AS_SFT = ["train.objective=sft", "train.beta=null", "train.sft_weight=null"]
 Figures = dict[str, Any]
 
 
@@ -55,15 +57,15 @@ def main() -> None:
     }  # fmt: skip
     runs: dict[str, Figures] = report["runs"]
     rows = chosen_rows(options.pairs / "train.jsonl", options.folder / "chosen.jsonl")
-    held_out = held_out_pairs(options)
+    addresses, pairs = held_out_rows(options)
     if "start" not in runs:
-        runs["start"] = evaluated(options.start, options.addresses, held_out)
+        runs["start"] = evaluated(options.start, addresses, pairs)
     for seed in options.seeds:
         for way in options.ways:
             name = f"{way}, seed {seed}"
             if name not in runs:
                 run = trained(options, way, seed, rows)
-                runs[name] = evaluated(run, options.addresses, held_out)
+                runs[name] = evaluated(run, addresses, pairs)
                 options.output.write_text(json.dumps(report, indent=1) + "\n")
             print(f"{name}: exact match {runs[name]['exact_match']:.1%}", flush=True)
     report["table"] = table(runs)
@@ -83,7 +85,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=("dpo", "sft"), default=["dpo", "sft"])
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of all runs")
-    parser.add_argument("--num-pairs", type=int, default=195, help="held-out pairs to compare")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo-preferences"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo-preferences.json"))
     return parser.parse_args()
@@ -102,45 +103,50 @@ def trained(options: argparse.Namespace, way: str, seed: int, rows: Path) -> Pat
     """Train from the start's adapter and return the run folder."""
     run = options.folder / f"{way}-seed{seed}"
     settings = [
-        f"data.train={options.pairs / 'train.jsonl' if way == 'dpo' else rows}", "data.eval=null",
+        f"data.train={options.pairs / 'train.jsonl' if way == 'dpo' else rows}", "data.eval=null", "run.row_losses=0",
         f"lora.adapter_path={options.start / 'adapter'}", f"run.seed={seed}", f"run.output_dir={run}", *options.set,
     ]  # fmt: skip
     if way == "sft":
-        settings += ["train.objective=sft", "train.beta=null", "train.sft_weight=null"]
+        settings += AS_SFT
     subprocess.run([*COMMAND, str(options.config), *settings], check=True)
     return run
 
 
-def held_out_pairs(options: argparse.Namespace) -> list[Example]:
-    """Return the first held-out pairs as tokens."""
-    held_out = options.pairs / "heldout.jsonl"
-    settings = [f"data.train={held_out}", f"data.eval={held_out}"]
-    with TemporaryDirectory() as folder:
-        _, data = prepare(load_config(options.config, [*settings, *options.set]), RunFolder(Path(folder)))
-    return list(data.eval)[: options.num_pairs]
+def held_out_rows(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    """Return held-out addresses with their right answers, and held-out pairs, as tokens."""
+    addresses, pairs = (folder / "heldout.jsonl" for folder in (options.addresses, options.pairs))
+    rows = []
+    for file, settings in ((addresses, AS_SFT), (pairs, [])):
+        with TemporaryDirectory() as folder:
+            config = load_config(
+                options.config,
+                [f"data.train={file}", "data.eval=null", "lora.adapter_path=null", *options.set, *settings],
+            )
+            rows.append(list(prepare(config, RunFolder(Path(folder)))[1].train))
+    return rows[0], rows[1]
 
 
-def evaluated(run: Path, addresses: Path, pairs: Sequence[Example]) -> Figures:
+def evaluated(run: Path, addresses: Sequence[Example], pairs: Sequence[Example]) -> Figures:
     """Return the figures of a run's adapter on held-out addresses and pairs."""
     finished = open_finished_run(run)
     ((_, base, tokenizer),) = run_models(finished, ["base"])
-    # the values of the 4-bit weights in bfloat16: bitsandbytes generates several times slower on a CPU
+    # the values of the 4-bit weights in bfloat16: bitsandbytes is several times slower on a CPU
     model = PeftModel.from_pretrained(base.dequantize(), finished.folder.adapter).eval()
-    turns = read_conversations(addresses / "heldout.jsonl")
-    prompts: list[Any] = [each[:-1] for each in turns]
-    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=128, batch_size=32, date=finished.date)
-    scores = score_answers([each[-1]["content"] for each in turns], answers)
-    sequences = [sequence for pair in pairs for sequence in pair.sequences]
-    losses = held_out_loss(model, sequences, batch_size=16, pad_token_id=tokenizer.pad_token_id).per_example
-    chosen, rejected = losses[::2], losses[1::2]
-    margins = [worse.nll - better.nll for better, worse in zip(chosen, rejected, strict=True)]
+    matches = [is_greedy(model, example) for example in addresses]
+    measure = partial(held_out_loss, model, batch_size=16, pad_token_id=tokenizer.pad_token_id)
+    losses = measure([sequence for pair in pairs for sequence in pair.sequences]).per_example
+    margins = [rejected.nll - chosen.nll for chosen, rejected in zip(losses[::2], losses[1::2], strict=True)]
     return {
-        "exact_match": scores.exact_match, "field_f1": scores.field_f1, "valid_json": scores.valid_json,
-        "loss": sum(each.nll for each in chosen) / sum(each.num_tokens for each in chosen),
+        "exact_match": sum(matches) / len(matches), "loss": measure(addresses).loss,
         "accuracy": sum(margin > 0 for margin in margins) / len(margins), "margin": statistics.mean(margins),
-        "num_addresses": len(answers), "num_pairs": len(margins), "matches": [int(match) for match in scores.matches],
-        "training": finished.folder.read_results()["training"],
+        "num_addresses": len(addresses), "num_pairs": len(pairs), "training": finished.folder.read_results()["training"],
     }  # fmt: skip
+
+
+def is_greedy(model: Any, example: Example) -> bool:
+    """Return whether every label of a row is the model's first choice."""
+    choices = torch.cat([chunk.argmax(-1) for chunk in label_log_probabilities(model, [example])])
+    return choices.tolist() == example.input_ids[np.asarray(example.loss_mask)].tolist()
 
 
 def table(runs: Mapping[str, Figures]) -> list[str]:

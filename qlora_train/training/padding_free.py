@@ -22,7 +22,7 @@ from torch import nn
 
 from qlora_train.adapters import AdaptedModel
 from qlora_train.config import RunConfig
-from qlora_train.data.collate import FlatteningCollator, IndexedExample, PaddingCollator, flattened_multiple
+from qlora_train.data.collate import Batch, FlatteningCollator, IndexedExample, PaddingCollator, flattened_multiple
 from qlora_train.data.types import Example
 from qlora_train.kernels.lora_dropout import lora_dropout_off
 from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
@@ -48,10 +48,15 @@ LOSS_SLACK = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Savings:
-    """Micro-batches and tokens (padding included) of the first steps, as (padded, padding-free)."""
+    """Micro-batches and tokens (padding included) of the first steps, as (padded, padding-free).
+
+    Attributes:
+        num_row_tokens: tokens of the rows of these steps, without padding or sharing.
+    """
 
     num_batches: tuple[int, int]
     num_tokens: tuple[int, int]
+    num_row_tokens: int
     num_steps: int
 
     @classmethod
@@ -60,9 +65,12 @@ class Savings:
         counts = []
         for source in (padded, flattened):
             batches = [batch for step in islice(source.steps(), num_steps) for batch in source.collate(step)]
-            counts.append([len(batches), sum(batch["input_ids"].numel() for batch in batches)])
-        (before, tokens_before), (after, tokens_after) = context().sum_(torch.tensor(counts)).tolist()
-        return cls((before, after), (tokens_before, tokens_after), num_steps)
+            num_row_tokens = sum(map(_num_row_tokens, batches))
+            counts.append([len(batches), sum(batch["input_ids"].numel() for batch in batches), num_row_tokens])
+        (before, tokens_before, num_row_tokens), (after, tokens_after, _) = (
+            context().sum_(torch.tensor(counts)).tolist()
+        )
+        return cls((before, after), (tokens_before, tokens_after), num_row_tokens, num_steps)
 
     def are_enough(self) -> bool:
         """Return whether tokens or micro-batches are saved."""
@@ -72,9 +80,17 @@ class Savings:
         before, after = (f"{number / self.num_steps:.3g}" for number in self.num_batches)
         change = self.num_tokens[1] / self.num_tokens[0] - 1
         tokens = f"{100 * abs(change):.0f} % {'more' if change > 0 else 'fewer'} tokens"
+        shared = 1 - self.num_tokens[1] / self.num_row_tokens
+        if shared >= MIN_SAVINGS:
+            tokens += f", shared prefixes save {100 * shared:.0f} %"
         if after == before:
             return tokens
         return f"{tokens}, {after} micro-batch{'' if after == '1' else 'es'} per step instead of {before}"
+
+
+def _num_row_tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.count_nonzero())
 
 
 def choose_padding_free(

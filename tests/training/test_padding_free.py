@@ -293,22 +293,23 @@ A_ROW_AT_A_TIME = ("data.max_length=256", "train.per_device_train_batch_size=1",
 
 
 @pytest.mark.parametrize(
-    ("num_batches", "text"),
+    ("num_batches", "num_row_tokens", "text"),
     [
-        ((8, 2), "25 % fewer tokens, 1 micro-batch per step instead of 4"),
-        ((8, 4), "25 % fewer tokens, 2 micro-batches per step instead of 4"),
-        ((2, 2), "25 % fewer tokens"),
+        ((8, 2), 75, "25 % fewer tokens, 1 micro-batch per step instead of 4"),
+        ((8, 4), 72, "25 % fewer tokens, 2 micro-batches per step instead of 4"),
+        ((2, 2), 75, "25 % fewer tokens"),
+        ((2, 2), 90, "25 % fewer tokens, shared prefixes save 17 %"),
     ],
 )
-def test_savings_in_words(num_batches: tuple[int, int], text: str) -> None:
-    assert str(padding_free.Savings(num_batches, (100, 75), num_steps=2)) == text
+def test_savings_in_words(num_batches: tuple[int, int], num_row_tokens: int, text: str) -> None:
+    assert str(padding_free.Savings(num_batches, (100, 75), num_row_tokens, num_steps=2)) == text
 
 
 def test_short_rows_of_a_step_are_one_micro_batch(pico_llama: Path, tmp_path: Path, messages: Any) -> None:
     write_tasks(tmp_path, long=(2, 5, 9, 20))
     rows = (*EXACT, *A_ROW_AT_A_TIME, "train.max_steps=4")
     together = train_run(tmp_path, pico_llama, *rows, name="together")
-    assert re.search(r"padding-free: on \(\d+ % fewer tokens, 3 micro-batches per step instead of 5\)", messages.text)
+    assert re.search(r"padding-free: on \(\d+ % fewer tokens, .*3 micro-batches per step instead of 5\)", messages.text)
     alone = train_run(tmp_path, pico_llama, *rows, "train.padding_free=false", name="alone")
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
     found, wanted = (load_file(run.adapter / "adapter_model.safetensors") for run in (together, alone))

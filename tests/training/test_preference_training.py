@@ -1,5 +1,6 @@
 """Runs on preference pairs: resumed bitwise, with metrics of an independent model, and with the pair as the unit."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn import functional
 from transformers.integrations.neftune import activate_neftune
 
 from qlora_train.adapters import load_trained
-from qlora_train.data.collate import FlatteningCollator, StepCollator, TokenBudget
+from qlora_train.data.collate import FlatteningCollator, StepCollator, TokenBudget, shared_prefix_length
 from qlora_train.data.held_out_rows import load_rows
 from qlora_train.data.token_store import Rows
 from qlora_train.data.types import Example
@@ -39,6 +40,16 @@ def settings_for(folder: Path, *more: str) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("preferences")
+
+
+def test_run_says_how_many_tokens_shared_prompts_save(folder: Path, pico_llama: Path, messages: Any) -> None:
+    run = train_run(folder, pico_llama, *settings_for(folder), "train.max_steps=1", name="says")
+    rows = load_rows(run.rows).train
+    prompts = sum(shared_prefix_length(pair, pair.rejected) for pair in rows if pair.rejected is not None)
+    found = re.search(r"padding-free: on \(\d+ % fewer tokens, shared prefixes save (\d+) %", messages.text)
+    assert found, messages.text
+    # short flattened batches are padded to a multiple of 32 tokens, and pairs share a system prompt
+    assert int(found[1]) == pytest.approx(100 * prompts / sum(pair.num_tokens for pair in rows), abs=12)
 
 
 @pytest.fixture(scope="module")
