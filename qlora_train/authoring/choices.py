@@ -47,7 +47,8 @@ def choose_recipe(data: DataLook, base: BaseLook) -> tuple[str, str]:
         return "reasoning", "answers have a reasoning trace"
     if base.has_experts and data.is_chat and data.dataset_type == "language_modeling":
         return "mixture_of_experts", "the base is a mixture of experts"
-    return RECIPES_BY_FORMAT[data.format], f"the format is {data.format}"
+    other = "; orpo is for a base that was not fine-tuned on such rows" if data.dataset_type == "preference" else ""
+    return RECIPES_BY_FORMAT[data.format], f"the format is {data.format}{other}"
 
 
 def choose_settings(recipe: Recipe, base: BaseLook, data: DataLook, source: Choice, output_dir: str) -> Settings:

@@ -21,6 +21,7 @@ MIN_SMOOTHED_POINTS = 20
 MAX_POINTS = 20_000
 """Points of a chart, over all its metrics; of a metric with more than its share, every n-th is shown."""
 PEAK_MEMORY = "peak_memory_bytes"
+OBJECTIVE = "train.objective"
 NOT_CHARTED = {"step", "epoch", "eval_runtime_seconds"}
 
 
@@ -123,7 +124,9 @@ def compared_charts(runs: Sequence[RecordedRun], labels: Sequence[str]) -> list[
 
 def _kinds(runs: Sequence[RecordedRun]) -> Iterator[ChartKind]:
     """Yield the charts of every run, and one for each metric of the objective."""
-    yield from CHARTS
+    trains_answers = all(setting.value == "sft" for run in runs for setting in run.settings if setting.key == OBJECTIVE)
+    loss, *others = CHARTS
+    yield from (loss if trains_answers else replace(loss, unit=""), *others)
     known = {metric for kind in CHARTS for metric in kind.metrics}
     found = {key: None for run in runs for line in run.metrics for key in line if key not in known | NOT_CHARTED}
     for name in dict.fromkeys(key.removeprefix("eval_") for key in found):

@@ -128,6 +128,14 @@ def test_columns_of_other_names_are_renamed(base: Path) -> None:
     assert (pairs.train.objective, pairs.data.columns) == ("dpo", {"question": "instruction"})
 
 
+def test_pairs_have_a_second_recipe_without_a_reference_model(base: Path) -> None:
+    pairs = write_jsonl("pairs.jsonl", [PAIR] * 30)
+    first = write_new_config(str(base), data=pairs, recipe=None, output=Path("new.yaml"))[0]
+    assert "recipe dpo" in first
+    assert "orpo is for a base that was not fine-tuned on such rows" in first
+    assert new(base, recipe="orpo", data=pairs, output="b.yaml").train.objective == "orpo"
+
+
 def test_max_length_holds_99_of_100_rows(base: Path) -> None:
     rows = [chat("hi", "x" * 400)] * 99 + [chat("hi", "x " * 5000)]
     config = new(base, data=write_jsonl("rows.jsonl", rows))

@@ -102,8 +102,9 @@ def test_certain_answers_have_finite_odds() -> None:
 
 def test_prompts_computed_once_give_the_same_loss_and_gradients(pico_llama: Path, tmp_path: Path) -> None:
     pairs = pairs_of(pico_llama, tmp_path)
-    adapted, loss = adapted_model(tmp_path, pico_llama), loss_of("dpo")
-    apart = compute(loss, adapted, collate_rows(PaddingCollator(0), indexed(pairs)))
+    adapted = adapted_model(tmp_path, pico_llama)
+    losses = [loss_of("dpo", sft_weight=0.7), loss_of("simpo"), loss_of("orpo")]
+    apart = [compute(loss, adapted, collate_rows(PaddingCollator(0), indexed(pairs))) for loss in losses]
     attention.register()
     adapted.loaded.model.set_attn_implementation(PACKED_ATTENTION)
     batch = collate_rows(FlatteningCollator(share_prefixes=True), indexed(pairs))
@@ -111,9 +112,9 @@ def test_prompts_computed_once_give_the_same_loss_and_gradients(pico_llama: Path
         batch["input_ids"].numel()
         < sum(pair.num_tokens for pair in pairs) - sum(pair.loss_mask.argmax() for pair in pairs) / 2
     )
-    for chunk_tokens in (None, 7):
-        actual = compute(loss, adapted, batch, chunk_tokens)
-        check_equal(actual, apart)
+    for loss, expected in zip(losses, apart, strict=True):
+        for chunk_tokens in (None, 7):
+            check_equal(compute(loss, adapted, batch, chunk_tokens), expected)
 
 
 def test_an_adapter_to_start_from_is_the_reference(pico_llama: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ Configs = dict[str, RunConfig]
 def configs(pico: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Configs]:
     """Return a function of a folder's name and a strategy."""
     folder = tmp_path_factory.mktemp("pairs")
-    rows, adapter = write_pairs(folder / "pairs.jsonl", count=NUM_PAIRS), folder / "adapter"
+    rows, adapter = write_pairs(folder / "pairs.jsonl", count=NUM_PAIRS, seed=5, ragged=True), folder / "adapter"
     adapted_model(folder, pico("llama")).model.save_pretrained(str(adapter), save_embedding_layers=False)
 
     def make(name: str, strategy: str) -> Configs:

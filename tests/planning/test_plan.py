@@ -127,6 +127,18 @@ def test_less_recomputation_takes_the_memory_that_is_spare() -> None:
     assert full.plan.needed_bytes < peaks[1].plan.needed_bytes < peaks[2].plan.needed_bytes
 
 
+def test_only_an_objective_with_a_reference_keeps_the_adapter_that_training_starts_from() -> None:
+    path, start = ROOT / "recipes" / "dpo.yaml", "lora.adapter_path=sft"
+
+    def adapter_bytes(*overrides: str) -> int:
+        moments = planned(path, "24GiB", *overrides).fitted.plan.moments
+        return next(moment.parts["adapter"] for moment in moments if moment.name == "training step")
+
+    alone = adapter_bytes()
+    assert adapter_bytes(start) == 2 * alone
+    assert adapter_bytes(start, "train.objective=simpo") == adapter_bytes(start, "train.objective=orpo") == alone
+
+
 def test_two_gpus_of_24_gb_hold_a_70b_model_in_parts_only() -> None:
     path = ROOT / "configs" / "llama70b-2x24gb.yaml"
     sharded = planned(path, "24GiB")

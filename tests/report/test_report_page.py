@@ -251,6 +251,20 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     html.encode()
 
 
+def test_loss_of_pairs_has_no_unit_and_their_metrics_have_charts(tmp_path: Path) -> None:
+    run = begun_run(tmp_path, "train.objective=orpo")
+    write_lines(run.metrics_file, [
+        {"step": 1, "loss": 0.9, "nll_loss": 0.8, "rewards/margins": 0.1},
+        {"step": 1, "eval_loss": 0.7, "eval_nll_loss": 0.6},
+    ])  # fmt: skip
+    charts = {chart.kind.key: chart for chart in charts_of(read_run(run.path))}
+    assert charts["loss"].kind.unit == ""
+    assert [series.name for series in charts["nll_loss"].series] == ["training", "held out"]
+    assert [series.name for series in charts["rewards/margins"].series] == ["training"]
+    [loss, *_] = charts_of(read_run(begun_run(tmp_path, name="sft").path))
+    assert loss.kind.unit == "nats/token"
+
+
 def test_long_run_keeps_every_evaluation_and_its_end(run: RunFolder) -> None:
     training: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 60_001)]
     evaluations = [{"step": step, "eval_loss": 2 / step} for step in range(1000, 60_001, 1000)]

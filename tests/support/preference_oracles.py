@@ -37,10 +37,13 @@ ARGUMENTS: Mapping[str, Any] = {
 
 
 def pairs_of(base: Path, folder: Path) -> list[Example]:
-    config = make_config(folder, base, f"data.train={write_pairs(folder / 'pairs.jsonl')}", "train.objective=dpo")
+    file = write_pairs(folder / "pairs.jsonl", ragged=True)
+    config = make_config(folder, base, f"data.train={file}", "train.objective=dpo")
     data, _ = prepare_tokenizer_and_data(config, resolve_base(config.model), date=DATE)
     assert isinstance(data.train, Rows)
-    return list(data.train[:NUM_PAIRS])
+    pairs = list(data.train[:NUM_PAIRS])
+    assert len({pair.loss_mask.sum() for pair in pairs}) > 1, "means over tokens and over pairs are to differ"
+    return pairs
 
 
 def indexed(pairs: Sequence[Example]) -> list[tuple[int, Example]]:

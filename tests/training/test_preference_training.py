@@ -144,9 +144,11 @@ def test_evaluation_of_odds_is_that_of_transformers(orpo: RunFolder) -> None:
 
 
 def test_micro_batches_do_not_change_a_loss_with_an_sft_term(folder: Path, pico_llama: Path) -> None:
+    rows = write_pairs(folder / "ragged.jsonl", ragged=True)
     whole, divided = (
         train_run(
-            folder, pico_llama, *settings_for(folder), "train.sft_weight=2", "train.max_steps=2", "train.eval_steps=9",
+            folder, pico_llama, *settings_for(folder), f"data.train={rows}", "train.sft_weight=2", "train.max_steps=2",
+            "train.eval_steps=9",
             "train.padding_free=false", f"train.per_device_train_batch_size={size}",
             f"train.gradient_accumulation_steps={6 // size}", name=f"by_{size}",
         )

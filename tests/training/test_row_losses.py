@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +150,22 @@ def test_a_failure_does_not_end_a_run_that_is_trained(
     record_row_losses(trainer, 2)
     assert "row losses: not measured (cuBLAS: no handle)" in messages.text
     assert not trainer.run.row_losses_file.exists(), "those of another adapter are removed"
+
+
+def test_loss_of_a_pair_has_the_sft_term_of_its_own_tokens(pico_llama: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", count=10, ragged=True)
+    settings = ("train.objective=orpo", f"data.train={tmp_path / 'pairs.jsonl'}", *EXACT)
+    trainer, data = trainer_of(make_config(tmp_path, pico_llama, *settings))
+    pairs = [data.train[index] for index in range(4)]  # type: ignore[index]
+    arguments: dict[str, Any] = {"batch_size": 2, "pad_token_id": 0}
+    losses = trainer.objective.row_losses(trainer.model, pairs, **arguments)
+    alone = [trainer.objective.evaluate(trainer.model, [pair], **arguments)["loss"] for pair in pairs]
+    assert losses == pytest.approx(alone, rel=1e-4)
+    means = trainer.objective.evaluate(trainer.model, pairs, **arguments)
+    by_token = [pair.sequences[0].loss_mask.sum() for pair in pairs]
+    assert len(set(by_token)) > 1
+    of_pair = [trainer.objective.evaluate(trainer.model, [pair], **arguments)["nll_loss"] for pair in pairs]
+    assert means["nll_loss"] == pytest.approx(np.average(of_pair, weights=by_token), rel=1e-4)
 
 
 def test_losses_of_pairs_have_the_mean_that_evaluation_reports(pico_llama: Path, tmp_path: Path) -> None:
