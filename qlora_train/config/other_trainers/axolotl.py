@@ -236,7 +236,7 @@ AXOLOTL = OtherTrainer(
         "rl_beta": to("train.beta"),
         "dpo_beta": to("train.beta"),
         "dpo_loss_type": to("train.objective", trl_loss),
-        "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
+        "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for robust, exo_pair, simpo and cpo"),
         "precompute_ref_log_probs": unneeded("reference log-probabilities are computed once and stored"),
         "dpo_loss_weights": to("train.sft_weight", Unneeded("dpo_loss_type is read with them")),
         "dpo_*": unneeded("train.objective has no other options"),

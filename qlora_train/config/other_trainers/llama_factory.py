@@ -178,7 +178,7 @@ LLAMA_FACTORY = OtherTrainer(
         "pref_loss": to("train.objective", _pref_loss, remark="sigmoid is dpo"),
         "pref_ftx": to("train.sft_weight", _sft_weight),
         "pref_bco_weight": lost("no other loss is added to a preference objective"),
-        "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
+        "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for robust, exo_pair, simpo and cpo"),
         "ld_alpha": lost("train.objective has no other options"),
         "kto_*": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
         "simpo_gamma": to("train.simpo_gamma", _for_pairs),

@@ -255,7 +255,7 @@ MS_SWIFT = OtherTrainer(
         "rlhf_type": to("train.objective", _rlhf_type),
         "loss_weights": to("train.sft_weight", Unneeded("loss_type is read with them")),
         "beta": to("train.beta"),
-        "label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
+        "label_smoothing": to("train.label_smoothing", if_positive, remark="for robust, exo_pair, simpo and cpo"),
         "rpo_alpha": to("train.sft_weight", where("rlhf_type", ["dpo"])),
         "ld_alpha": lost("train.objective has no other options"),
         "simpo_gamma": to("train.simpo_gamma", where("rlhf_type", ["simpo"])),

@@ -255,7 +255,7 @@ TORCHTUNE = OtherTrainer(
         "lr_scheduler.*": lost("the schedules have no options here"),
         "loss._component_": to("train.objective", _loss),
         "loss.beta": to("train.beta"),
-        "loss.label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
+        "loss.label_smoothing": to("train.label_smoothing", if_positive, remark="for robust, exo_pair, simpo and cpo"),
         "loss.loss_type": to("train.objective", trl_loss),
         "loss.*": unneeded("the loss is always computed in chunks"),
         "epochs": to("train.num_train_epochs"),

@@ -170,7 +170,7 @@ TRL = OtherTrainer(
         "cpo_alpha": to("train.sft_weight"),
         "simpo_gamma": to("train.simpo_gamma", where("loss_type", ["simpo"])),
         "beta": to("train.beta"),
-        "label_smoothing": to("train.label_smoothing", if_positive, remark="for train.objective: robust"),
+        "label_smoothing": to("train.label_smoothing", if_positive, remark="for robust, exo_pair, simpo and cpo"),
         "disable_dropout": unneeded("lora.lora_dropout: 0 disables it"),
         "precompute_ref_*": unneeded("reference log-probabilities are computed once and stored"),
         "sync_ref_model": lost("the reference model stays as it is"),
