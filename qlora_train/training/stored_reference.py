@@ -185,11 +185,12 @@ class _StoredReference:
                 if shared_stop():
                     signals.raise_if_requested()
                 batches = self._source.collate([rows[items] for items in step])
+                # all ranks gather sharded weights together, in as many forward passes
+                num_passes = max(this.gather(len(batches))) if is_sharded(self._model) else len(batches)
                 for batch in batches:
                     set_values(values, batch, self._logps(batch))
-                if is_sharded(self._model):  # all ranks gather its weights together
-                    for _ in range(max(this.gather(len(batches))) - len(batches)):
-                        self._logps(self._source.any_batch())
+                for _ in range(num_passes - len(batches)):
+                    self._logps(self._source.any_batch())
                 counter.advance(this.world_size * sum(map(len, step)))
         return join_ranks(values)
 
