@@ -26,14 +26,8 @@ from typing import Any
 from model_flops import StepFlops, model_shape, step_flops
 
 from qlora_train.config import LoraSection
-from qlora_train.planning.memory import (
-    adapter_numel,
-    base_parts,
-    optimizer_bytes,
-    step_parts,
-    step_settings,
-    trained_tensors,
-)
+from qlora_train.planning.held_memory import adapter_numel, base_parts, optimizer_bytes, trained_tensors
+from qlora_train.planning.memory import step_parts, step_settings
 from qlora_train.planning.run_plan import model_shapes
 from qlora_train.planning.shard_bytes import FrozenBytes, frozen_bytes
 

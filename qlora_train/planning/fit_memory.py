@@ -9,7 +9,8 @@ from qlora_train.config.optimizers import TrainedTensor, automatic_optimizer
 from qlora_train.kernels.checkpointing_levels import LEVELS, CheckpointingLevel, plan_levels
 from qlora_train.objectives.chunk_sizes import max_chunk_tokens
 from qlora_train.planning.activations import Computation, MicroBatch, mlp_linears, saved_bytes
-from qlora_train.planning.memory import MemoryPlan, MemorySettings, cached_weights_bytes, plan_memory, trained_tensors
+from qlora_train.planning.held_memory import MemorySettings, cached_weights_bytes, trained_tensors
+from qlora_train.planning.memory import MemoryPlan, plan_memory
 from qlora_train.planning.model_shape import LayerShape, ModelShape
 from qlora_train.planning.plan_device import PlanDevice
 from qlora_train.planning.workload import Workload

@@ -14,7 +14,8 @@ from qlora_train.config import LoraSection, load_config
 from qlora_train.config.schema import DataSection
 from qlora_train.data import prepare_data
 from qlora_train.data.default_chat_templates import CHAT_TEMPLATES
-from qlora_train.planning.memory import CUDA_CONTEXT_BYTES, plan_memory, step_settings
+from qlora_train.planning.held_memory import CUDA_CONTEXT_BYTES
+from qlora_train.planning.memory import plan_memory, step_settings
 from qlora_train.planning.run_plan import model_shapes
 from qlora_train.utils.constants import UNTOUCHED_SHARE
 from tests.support.pico import build_tokenizer

@@ -20,16 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_train.config import LoraSection
 from qlora_train.config.optimizers import TrainedTensor
-from qlora_train.planning.memory import (
-    MemorySettings,
-    adapter_numel,
-    base_parts,
-    optimizer_bytes,
-    plan_memory,
-    step_parts,
-    step_settings,
-    trained_tensors,
-)
+from qlora_train.planning.held_memory import MemorySettings, adapter_numel, base_parts, optimizer_bytes, trained_tensors
+from qlora_train.planning.memory import plan_memory, step_parts, step_settings
 from qlora_train.planning.model_shape import (
     ModelShape,
     packed_bytes,

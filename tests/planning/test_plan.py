@@ -21,7 +21,8 @@ from qlora_train.planning.activations import MicroBatch
 from qlora_train.planning.base_config import well_known_models
 from qlora_train.planning.compiled_kernels import KERNEL_BYTES, expert_kernels_bytes
 from qlora_train.planning.family_shapes import family_shapes
-from qlora_train.planning.memory import CUDA_CONTEXT_BYTES, plan_memory, step_settings
+from qlora_train.planning.held_memory import CUDA_CONTEXT_BYTES
+from qlora_train.planning.memory import plan_memory, step_settings
 from qlora_train.planning.plan_device import PlanDevice, parse_size, plan_device
 from qlora_train.planning.plan_text import PART_LABELS, plan_lines
 from qlora_train.planning.run_plan import RunPlan, plan_run

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qlora_train.config import LoraSection
-from qlora_train.planning.memory import adapter_numel, base_parts, step_settings
+from qlora_train.planning.held_memory import adapter_numel, base_parts
+from qlora_train.planning.memory import step_settings
 from qlora_train.planning.run_plan import model_shapes
 
 ROOT = Path(__file__).parents[2]

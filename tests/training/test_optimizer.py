@@ -13,8 +13,9 @@ import torch
 from qlora_train.adapters import AdaptedModel, attach_adapter
 from qlora_train.config import LoraSection
 from qlora_train.models import load_model
-from qlora_train.planning.memory import optimizer_bytes, step_settings
-from qlora_train.planning.memory import trained_tensors as planned_tensors
+from qlora_train.planning.held_memory import optimizer_bytes
+from qlora_train.planning.held_memory import trained_tensors as planned_tensors
+from qlora_train.planning.memory import step_settings
 from qlora_train.planning.run_plan import model_shapes
 from qlora_train.runs.training_state import save_tree
 from qlora_train.training.optimizer import choose_optimizer, page_restored_state, trained_tensors
