@@ -12,6 +12,7 @@ from qlora_train.kernels.fsdp_units import is_sharded
 from qlora_train.parallel import context
 from qlora_train.parallel.shared_stop import shared_stop
 from qlora_train.utils import signals
+from qlora_train.utils.cpu_memory import return_freed_memory
 from qlora_train.utils.device import catch_out_of_memory
 from qlora_train.utils.errors import ModelError
 from qlora_train.utils.run_events import tracked
@@ -111,6 +112,7 @@ def compute_share_in_batches(
             alone and for any batch that does not fit.
         Stop: a signal asked the process of any rank to stop.
     """
+    return_freed_memory()  # of training steps: what a batch allocates has other sizes
     every_batch = list(batches)
     share = every_batch[context().rank :: context().world_size]
     stopped, failure = None, None

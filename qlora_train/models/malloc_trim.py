@@ -1,22 +1,20 @@
 """Return freed memory to the system while a model loads."""
 
-import ctypes
-from typing import Any
-
 from torch import Tensor
+
+from qlora_train.utils.cpu_memory import return_freed_memory
 
 TRIM_BYTES = 8 << 20
 
 
 class MemoryTrimmer:
-    """Calls glibc's `malloc_trim` after every `TRIM_BYTES` of tensors.
+    """Returns freed memory after every `TRIM_BYTES` of tensors.
 
     glibc keeps a freed 16-bit tensor's memory if a smaller allocation follows it, such as the 4-bit weight. Over a whole
     model this exceeds the size of the model. Other C libraries are unaffected.
     """
 
     def __init__(self) -> None:
-        self._malloc_trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._bytes = 0
 
     def count(self, tensor: Tensor) -> Tensor:
@@ -28,5 +26,4 @@ class MemoryTrimmer:
     def trim(self) -> None:
         """Return freed memory now."""
         self._bytes = 0
-        if self._malloc_trim is not None:
-            self._malloc_trim(0)
+        return_freed_memory()

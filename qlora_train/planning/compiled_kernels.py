@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 from qlora_train.kernels.block_sizes import padded_tokens
 from qlora_train.planning.model_shape import ModelShape
+from qlora_train.utils.cpu_memory import MAX_KERNELS
 
 KERNEL_BYTES = 570_000
 """Of one shape (measured: oneDNN 3.12, AVX512 with bfloat16)."""
-MAX_KERNELS = 1024
-"""oneDNN's cache holds so many, and then drops the one that was used least recently."""
 BASE_PRODUCTS, LORA_PRODUCTS = 2, 6
 """Of an expert matrix: forward and backward; with LoRA two more forward, and four backward."""
 MIN_SHARE, MAX_SHARE = 0.5, 2.0

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from qlora_train.utils.constants import FRAGMENTED_SHARE, UNTOUCHED_SHARE
+from qlora_train.utils.cpu_memory import limit_kernel_caches
 from qlora_train.utils.errors import ModelError, first_line, is_out_of_memory
 from qlora_train.utils.launcher import clear_launcher_environment
 from qlora_train.utils.nvidia_driver import GET_TORCH, HIDDEN, ON_CPU, driver_version, gpu_problem
@@ -61,6 +62,7 @@ def select_device() -> torch.device:
         return device
     if problem := gpu_problem():
         raise ModelError(problem)
+    limit_kernel_caches()
     _log_once(describe_cpu())
     return torch.device("cpu")
 
