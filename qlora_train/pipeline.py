@@ -147,7 +147,7 @@ def train_adapter(
         check_disk_space(folder, plan, shutil.disk_usage(folder.path).free)
     this.barrier()  # an error of rank 0 ends the others here: in a gather of FSDP over NCCL they would wait
 
-    result = train(adapted, data, resolved, folder, checkpoint)
+    result = train(adapted, data, resolved, folder, checkpoint, flops=promise.flops if promise else None)
     if promise is not None:
         promise.measure()
     if strategy == "fsdp":

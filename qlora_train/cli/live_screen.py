@@ -141,7 +141,7 @@ class LiveScreen:
         if self._evals:
             rows.append(("eval", _line(self._eval_text())))
         if self._measured is not None:
-            if speed := _speed_text(self._measured):
+            if speed := self._speed_text(self._measured):
                 rows.append(("speed", _line(speed)))
             rows.append(("rate", _line(self._rate_text())))
             if memory := self._memory_text(self._measured):
@@ -159,20 +159,23 @@ class LiveScreen:
         shown = {"learning_rate": "learning rate {:.2e}", "grad_norm": "gradient norm {:.3f}"}
         return "   ".join(text.format(self._values[key]) for key, text in shown.items() if key in self._values)
 
+    def _speed_text(self, measured: Measured) -> str:
+        """Return the speed of the last log point and the time left; empty before the first step of a resumed run."""
+        values, parts = self._values, []
+        if "tokens_per_second" in values:
+            parts.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in values:
+            parts.append(f"mfu {100 * values['mfu']:.1f} %")
+        if measured.seconds_left:
+            ends = time.strftime("%H:%M", time.localtime(time.time() + measured.seconds_left))
+            parts.append(f"{duration(measured.seconds_left)} left (ends {ends})")
+        return "   ".join(parts)
+
     def _memory_text(self, measured: Measured) -> str | None:
         if measured.memory_bytes is None:
             return None
         planned = "" if self._planned_bytes is None else f" of {self._planned_bytes / 1e9:.1f} GB planned"
         return f"{measured.memory_bytes / 1e9:.1f} GB at most{planned}"
-
-
-def _speed_text(measured: Measured) -> str:
-    """Return the speed and the time left; empty before the first step of a resumed run."""
-    parts = [] if measured.tokens_per_second is None else [f"{measured.tokens_per_second:,.0f} tokens/s"]
-    if measured.seconds_left:
-        ends = time.strftime("%H:%M", time.localtime(time.time() + measured.seconds_left))
-        parts.append(f"{duration(measured.seconds_left)} left (ends {ends})")
-    return "   ".join(parts)
 
 
 def _line(text: str, style: str = "") -> Text:

@@ -165,6 +165,16 @@ class ModelShape:
         )
         return linears + per_token + sum(linear.numel for linear in self.outer_linears)
 
+    def active_adapter_numel(self, r: int) -> int:
+        """Return the number of LoRA weights that a token passes."""
+        experts = sum(
+            layer.num_experts_per_token * each.width
+            for layer in self.layers
+            for each in layer.experts
+            if each.is_adapted
+        )
+        return r * (sum(linear.width for linear in self.linears() if linear.is_adapted) + experts)
+
     def adapter_shapes(self, r: int) -> Iterator[tuple[int, int]]:
         """Yield the shapes of the LoRA factors; PEFT stores those of all experts as one tensor."""
         for linear in self.linears():

@@ -16,6 +16,7 @@ from qlora_train.planning.run_history import earlier_runs, predict_seconds
 from qlora_train.planning.run_plan import RunPlan, plan_run
 from qlora_train.planning.workload import RowSizes
 from qlora_train.runs import RunFolder, write_json
+from qlora_train.training.flops_utilization import ModelFlops
 from qlora_train.utils.errors import first_line
 from qlora_train.utils.memory_meter import MemoryMeter
 from qlora_train.utils.visible_text import shortened
@@ -29,8 +30,8 @@ MAX_REASON_LENGTH = 100
 class Promise:
     """What rank 0 predicts before it loads the base, and measures from then on."""
 
-    def __init__(self, folder: RunFolder, device: torch.device, plan: RunPlan | None) -> None:
-        self._folder, self._plan = folder, plan
+    def __init__(self, folder: RunFolder, device: torch.device, plan: RunPlan | None, *, r: int = 0) -> None:
+        self._folder, self._plan, self._r = folder, plan, r
         self._meter = MemoryMeter(device)
         self._peak_bytes = 0
 
@@ -60,7 +61,19 @@ class Promise:
         )  # fmt: skip
         for caveat in plan.caveats:
             logger.info("plan: known to be loose (%s)", caveat)
-        return cls(folder, device, plan)
+        return cls(folder, device, plan, r=config.lora.r)
+
+    @property
+    def flops(self) -> ModelFlops | None:
+        """What the model computes per token and label; None without a plan."""
+        if self._plan is None:
+            return None
+        model = self._plan.model
+        return ModelFlops.of(
+            base_numel=model.active_numel,
+            adapter_numel=model.active_adapter_numel(self._r),
+            head_numel=model.vocab_size * model.hidden_size,
+        )
 
     def measure(self) -> None:
         """Read the peak, at the end of training."""

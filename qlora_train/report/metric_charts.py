@@ -49,6 +49,8 @@ CHARTS = (
     ChartKind("memory", "Peak memory", "bytes", {PEAK_MEMORY: "measured"}),
 )
 """The charts of every run; other metrics have a chart each, together with that of held-out rows."""
+MFU = ChartKind("mfu", "Model FLOPs utilization", "share", {"mfu": "MFU"})
+"""Of runs on devices whose peak is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,9 @@ def _kinds(runs: Sequence[RecordedRun]) -> Iterator[ChartKind]:
     trains_answers = all(setting.value == "sft" for run in runs for setting in run.settings if setting.key == OBJECTIVE)
     loss, *others = CHARTS
     yield from (loss if trains_answers else replace(loss, unit=""), *others)
-    known = {metric for kind in CHARTS for metric in kind.metrics}
+    if any("mfu" in line for run in runs for line in run.metrics):
+        yield MFU
+    known = {metric for kind in (*CHARTS, MFU) for metric in kind.metrics}
     found = {key: None for run in runs for line in run.metrics for key in line if key not in known | NOT_CHARTED}
     for name in dict.fromkeys(key.removeprefix("eval_") for key in found):
         title = name.replace("_", " ").replace("/", ": ").capitalize()

@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS
 from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
-from qlora_train.training.speed_meter import PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
+from qlora_train.training.speed_meter import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
 from qlora_train.utils import atomic_io
+from qlora_train.utils.memory_meter import gpu_peak_bytes
 from qlora_train.utils.run_events import Measured, Restored, StepEnded, emit
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, run: RunFolder, objective_formats: Mapping[str, str]) -> None:
         self._run = run
         self._formats = {**LOG_FORMATS, **objective_formats}
-        self._metrics = (*self._formats, TOKENS_PER_SECOND, PEAK_MEMORY_BYTES, "eval_runtime_seconds")
+        self._metrics = (*self._formats, TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES, "eval_runtime_seconds")
         self._writes = context().is_main
         self._has_begun = False
         self._start_seconds, self._start_step, self._start_tokens = 0.0, 0, 0
@@ -73,16 +74,16 @@ class ProgressCallback(TrainerCallback):
             num_steps=state.max_steps,
             epoch=state.epoch,
             values=metrics,
-            tokens_per_second=since["num_tokens"] / seconds if num_steps else None,
             seconds_left=seconds / num_steps * (state.max_steps - state.global_step) if num_steps else None,
-            memory_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            memory_bytes=gpu_peak_bytes(torch.device("cuda", 0)) if torch.cuda.is_available() else None,
         )
 
     def _log_line(self, event: Measured) -> str:
         values = event.values
         parts = [text.format(values[key]) for key, text in self._formats.items() if text and key in values]
         measured = (
-            ("{:.0f} tokens/s", event.tokens_per_second),
+            ("{:.0f} tokens/s", values.get(TOKENS_PER_SECOND)),
+            ("mfu {:.1f} %", 100 * values[MFU] if MFU in values else None),
             ("{:.1f} GB", None if event.memory_bytes is None else event.memory_bytes / 1e9),
             ("{:.0f} s left", event.seconds_left),
         )
@@ -114,6 +115,6 @@ class ProgressCallback(TrainerCallback):
 def _fields(event: Measured) -> dict[str, Any]:
     """Return the fields of a JSON log line."""
     fields = {"step": event.step, "num_steps": event.num_steps, "epoch": event.epoch, **event.values}
-    speed = {"tokens_per_second": event.tokens_per_second, "seconds_left": event.seconds_left}
-    measured = {name: round(value, 1) for name, value in speed.items() if value is not None}
-    return {**fields, **measured, **({} if event.memory_bytes is None else {"memory_bytes": event.memory_bytes})}
+    if event.seconds_left is not None:
+        fields["seconds_left"] = round(event.seconds_left, 1)
+    return fields if event.memory_bytes is None else {**fields, "memory_bytes": event.memory_bytes}

@@ -42,9 +42,11 @@ from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS, choose_router_au
 from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import BatchSource, RowBatches, make_batch_source
+from qlora_train.training.flops_utilization import ModelFlops, utilization
 from qlora_train.training.gradient_sum import sum_gradients_
 from qlora_train.training.lr_schedule import make_lr_scheduler
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing, choose_checkpointing
+from qlora_train.training.memory.heap_trimming import TrimHeapCallback
 from qlora_train.training.metric_means import MetricMeans
 from qlora_train.training.padding_free import choose_padding_free
 from qlora_train.training.replicas import SeedEachRank
@@ -54,6 +56,7 @@ from qlora_train.training.step_end import StepEndCallback, make_schedule
 from qlora_train.training.step_guard import AdvanceSkippedSchedule, NonFiniteGuard, Step
 from qlora_train.training.tracking import tracker_callbacks
 from qlora_train.training.trl_arguments import sft_config
+from qlora_train.utils.constants import IGNORE_INDEX
 from qlora_train.utils.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -76,6 +79,7 @@ class QloraTrainer(ResumableTrainer):
         layer_checkpointing: the model's layers; None: without fused MLPs.
         has_fused_kernels: padding-free training requires them.
         objective: what is trained.
+        flops: of the model, for MFU; None: it is not logged.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class QloraTrainer(ResumableTrainer):
         layer_checkpointing: LayerCheckpointing | None = None,
         has_fused_kernels: bool = True,
         objective: Objective = SFT,
+        flops: ModelFlops | None = None,
     ) -> None:
         self.config, self.run, self.examples, self.adapted = config, run, data, adapted
         self.objective = objective
@@ -102,9 +107,11 @@ class QloraTrainer(ResumableTrainer):
         self.batch_source = self._make_batch_source(group_batch_size, has_fused_kernels)
         self.schedule = make_schedule(config, self.batch_source.steps_per_epoch, has_eval=bool(data.eval))
         self._step_loss: torch.Tensor | None = None
-        self._step_tokens = self._step_sft_tokens = self._max_micro_batches = 0
+        self._step_tokens = self._step_sft_tokens = self._step_labels = self._max_micro_batches = 0
         self._micro_rows: list[torch.Tensor] = []
-        self._metric_means, self._speed = MetricMeans(), SpeedMeter()
+        loaded = adapted.loaded
+        self._metric_means = MetricMeans()
+        self._speed = SpeedMeter(utilization(flops, loaded.device, loaded.compute_dtype))
         self.guard = NonFiniteGuard(config.train)
         self.layer_checkpointing = layer_checkpointing or LayerCheckpointing(adapted.model, [])
         checkpoints_all = choose_checkpointing(
@@ -124,6 +131,7 @@ class QloraTrainer(ResumableTrainer):
             callbacks=[
                 *callbacks,
                 self._speed,
+                TrimHeapCallback(),
                 AdvanceSkippedSchedule(),
                 SeedEachRank(config.run.seed),
                 self._step_end,
@@ -193,6 +201,7 @@ class QloraTrainer(ResumableTrainer):
     def _track_num_input_tokens(self, inputs: list[Batch]) -> None:
         """Count the tokens of the rows, without padding; a shared prefix counts in every row."""
         self.state.num_input_tokens_seen += self._step_tokens
+        self._speed.count_labels(self._step_labels)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the optimizer steps, each a list of micro-batches."""
@@ -263,9 +272,11 @@ class QloraTrainer(ResumableTrainer):
         num_tokens = sum(map(self.batch_source.num_tokens, batches))
         this = context()
         num_batches = [len(batches) if rank == this.rank else 0 for rank in range(this.world_size)]
-        sums = this.sum_(torch.tensor([num_items, num_tokens, num_sft_tokens, *num_batches])).tolist()
-        num_items, self._step_tokens, self._step_sft_tokens = sums[:3]
-        self._max_micro_batches = max(sums[3:])
+        num_labels = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
+        counts = [num_items, num_tokens, num_sft_tokens, num_labels]
+        sums = this.sum_(torch.tensor([*counts, *num_batches])).tolist()
+        num_items, self._step_tokens, self._step_sft_tokens, self._step_labels = sums[: len(counts)]
+        self._max_micro_batches = max(sums[len(counts) :])
         return num_items
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:

@@ -1,4 +1,4 @@
-"""Tokens per second of the optimizer steps since the last log line, and the peak of memory so far."""
+"""Speed of the optimizer steps since the last log line, in tokens per second and as MFU, and the peak of memory so far."""
 
 import resource
 import sys
@@ -8,20 +8,28 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-TOKENS_PER_SECOND, PEAK_MEMORY_BYTES = "tokens_per_second", "peak_memory_bytes"
+from qlora_train.training.flops_utilization import Utilization
+from qlora_train.utils.memory_meter import gpu_peak_bytes
+
+TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES = "tokens_per_second", "mfu", "peak_memory_bytes"
 """Metrics of a training log line."""
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 class SpeedMeter(TrainerCallback):
-    """Adds up the time of optimizer steps: evaluations, checkpoints and the time between processes do not count."""
+    """Adds up the time of optimizer steps: evaluations, checkpoints and the time between processes do not count.
 
-    def __init__(self) -> None:
+    Args:
+        utilization: what turns tokens and labels into MFU; None: it is unknown.
+    """
+
+    def __init__(self, utilization: Utilization | None = None) -> None:
+        self._utilization = utilization
         self._step_started = self._seconds = 0.0
-        self._num_tokens = 0
+        self._num_tokens = self._num_labels = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        self._seconds, self._num_tokens = 0.0, int(state.num_input_tokens_seen)
+        self._seconds, self._num_tokens, self._num_labels = 0.0, int(state.num_input_tokens_seen), 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         self._step_started = time.perf_counter()
@@ -29,15 +37,22 @@ class SpeedMeter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         self._seconds += time.perf_counter() - self._step_started
 
+    def count_labels(self, num_labels: int) -> None:
+        """Count the label tokens of a step."""
+        self._num_labels += num_labels
+
     def take(self, num_tokens: int) -> dict[str, float]:
         """Return the metrics up to the run's `num_tokens`-th token, and begin anew."""
-        speed = (num_tokens - self._num_tokens) / max(self._seconds, 1e-9)
-        self._seconds, self._num_tokens = 0.0, num_tokens
-        return {TOKENS_PER_SECOND: round(speed, 2), PEAK_MEMORY_BYTES: peak_memory_bytes()}
+        tokens, labels, seconds = num_tokens - self._num_tokens, self._num_labels, max(self._seconds, 1e-9)
+        self._seconds, self._num_tokens, self._num_labels = 0.0, num_tokens, 0
+        metrics = {TOKENS_PER_SECOND: round(tokens / seconds, 2)}
+        if self._utilization is not None:
+            metrics[MFU] = round(self._utilization.mfu(tokens, labels, seconds), 4)
+        return {**metrics, PEAK_MEMORY_BYTES: peak_memory_bytes()}
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak of GPU memory that this process's tensors held; on a CPU, of all memory of the process."""
+    """Return the peak of this process's GPU memory, with the CUDA context; on a CPU, of all memory of the process."""
     if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+        return gpu_peak_bytes(torch.device("cuda", 0))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT_BYTES

@@ -13,6 +13,7 @@ from qlora_train.evaluation.objective_table import Objective, make_objective
 from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
 from qlora_train.runs.training_state import checkpoint_errors
+from qlora_train.training.flops_utilization import ModelFlops
 from qlora_train.training.memory.activation_checkpointing import LayerCheckpointing
 from qlora_train.training.memory.auto_batch_size import fitting_trainer, record_fallback
 from qlora_train.training.memory.dequantized_cache import fill_cache
@@ -38,12 +39,14 @@ def train(
     resume_from: Path | None,
     *,
     objective: Objective | None = None,
+    flops: ModelFlops | None = None,
 ) -> dict[str, Any]:
     """Train the adapter in place.
 
     Args:
         resume_from: a complete checkpoint, or None.
         objective: what is trained; None: that of the config.
+        flops: of the model, for MFU; None: it is not logged.
 
     Returns:
         `steps`, `taken_from_step` (the best step, if the config asks for it), `train_loss`, `eval_loss`,
@@ -58,7 +61,7 @@ def train(
     objective = objective or make_objective(config.train, config.lora, adapted.model)
     progress = ProgressCallback(run, objective.loss.log_formats)
     with signals.stops_deferred():
-        trainer = _make_trainer(adapted, data, config, run, progress, objective)
+        trainer = _make_trainer(adapted, data, config, run, progress, objective, flops)
         if objective.reference is not None:
             from qlora_train.training.stored_reference import store_reference_logps
 
@@ -91,6 +94,7 @@ def _make_trainer(
     run: RunFolder,
     progress: ProgressCallback,
     objective: Objective,
+    flops: ModelFlops | None,
 ) -> QloraTrainer:
     with stage("parity check"):
         fused = choose_fused_kernels(adapted, data, config, run)
@@ -104,7 +108,7 @@ def _make_trainer(
     def make(fitted: RunConfig) -> QloraTrainer:
         return QloraTrainer(
             adapted, data, fitted, run, callbacks, group_batch_size=config.train.per_device_train_batch_size,
-            layer_checkpointing=layers, has_fused_kernels=fused is not None, objective=objective,
+            layer_checkpointing=layers, has_fused_kernels=fused is not None, objective=objective, flops=flops,
         )  # fmt: skip
 
     with stage("memory"):

@@ -23,6 +23,12 @@ def reset_gpu_peak(device: torch.device) -> None:
     torch.cuda.reset_peak_memory_stats(device)
 
 
+def gpu_peak_bytes(device: torch.device) -> int:
+    """Return the peak of a GPU so far: this process's allocations, and the CUDA context, which plans count too."""
+    allocated = torch.cuda.max_memory_allocated(device)
+    return max(allocated, _gpu_peaks.get(device.index or 0, 0)) + _context_bytes(device)
+
+
 class MemoryMeter:
     """Measures from its creation: growth of resident memory on a CPU, allocations and the CUDA context on a GPU."""
 
@@ -38,8 +44,7 @@ class MemoryMeter:
     def peak_bytes(self) -> int:
         """Return the peak so far; on a CPU whose kernel cannot reset it, at most that much."""
         if self._device.type == "cuda":
-            allocated = torch.cuda.max_memory_allocated(self._device)
-            return max(allocated, _gpu_peaks.get(self._device.index or 0, 0)) + _context_bytes(self._device)
+            return gpu_peak_bytes(self._device)
         return max(0, _resident_peak() - self._start_bytes)
 
 

@@ -74,17 +74,15 @@ class Measured:
     """The metrics of a log point.
 
     Attributes:
-        values: by name, as in metrics.jsonl.
-        tokens_per_second: since the first step of this process; None before it.
+        values: by name, as in metrics.jsonl; those of training steps have their speed.
         seconds_left: until the last step; None before the first step of this process.
-        memory_bytes: peak of this process's GPU; None on a CPU.
+        memory_bytes: peak of this process's GPU with the CUDA context, as the plan counts; None on a CPU.
     """
 
     step: int
     num_steps: int
     epoch: float | None
     values: Mapping[str, float]
-    tokens_per_second: float | None
     seconds_left: float | None
     memory_bytes: int | None
 

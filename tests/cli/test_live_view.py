@@ -105,7 +105,7 @@ with shown_live():
     with stage("training"):
         for step in range(1, 11):
             emit(StepEnded(step, 10))
-            emit(Measured(step, 10, 0.1, {"loss": 1 / step}, 100.0, 10.0 - step, None))
+            emit(Measured(step, 10, 0.1, {"loss": 1 / step, "tokens_per_second": 100.0}, 10.0 - step, None))
         {body}
 print("end of the script")
 """
@@ -114,7 +114,7 @@ CHILD = "subprocess.run(['sh', '-c', \"printf 'from a child [bold]\\\\033[2J\\\\
 RESIZED = "time.sleep(3)"
 RAISES = "raise OSError('no more')"
 UNDRAWABLE = (
-    'emit(Measured(10, 10, 0.1, {"loss": 1.0}, 100.0, float("inf"), None)); time.sleep(1); '
+    'emit(Measured(10, 10, 0.1, {"loss": 1.0}, float("inf"), None)); time.sleep(1); '
     'logger = __import__("logging").getLogger("qlora_train.test"); logger.info("a line"); print("a library\'s line")'
 )
 """No clock shows the end of an endless run."""
@@ -224,15 +224,18 @@ def test_memory_is_shown_against_the_plan_of_the_run(shown: Terminal, tmp_path: 
     screen = LiveScreen()
     screen.receive(RunOpened(run))
     screen.receive(StepEnded(1, 10))
-    screen.receive(Measured(1, 10, 0.1, {"loss": 1.0}, 100.0, 9.0, 3_210_000_000))
-    assert f"memory   3.2 GB at most of {peak / 1e9:.1f} GB planned" in lines_of(screen)
+    values = {"loss": 1.0, "tokens_per_second": 1234.5, "mfu": 0.4321}
+    screen.receive(Measured(1, 10, 0.1, values, 9.0, 3_210_000_000))
+    text = lines_of(screen)
+    assert f"memory   3.2 GB at most of {peak / 1e9:.1f} GB planned" in text
+    assert "1,234 tokens/s   mfu 43.2 %   0:09 left" in text
 
 
 def test_a_resumed_run_shows_its_history_and_no_speed_before_a_step() -> None:
     screen = LiveScreen()
     screen.receive(Restored([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 0.5}]))
     screen.receive(StepEnded(4, 10))
-    screen.receive(Measured(4, 10, 0.4, {"eval_loss": 0.75}, None, None, None))
+    screen.receive(Measured(4, 10, 0.4, {"eval_loss": 0.75}, None, None))
     text = lines_of(screen)
     assert re.search(r"loss +1\.0000  █▁", text)
     assert "0.7500 at step 4; best 0.5000 at step 2" in text

@@ -112,11 +112,13 @@ def test_json_lines_have_stage_level_and_metrics(piped: PipedRun, tmp_path: Path
     stages = list(dict.fromkeys(line["stage"] for line in lines if line["stage"]))
     assert stages == ["data", "base", "adapter", "parity check", "memory", "training", "adapter check"]
     logged = [line for line in lines if "loss" in line]
-    metrics = map(json.loads, RunFolder(tmp_path / "run").metrics_file.read_text(encoding="utf-8").splitlines())
-    expected = [line["loss"] for line in metrics if "loss" in line]
-    assert [line["loss"] for line in logged] == expected
+    metrics = RunFolder(tmp_path / "run").metrics_file.read_text(encoding="utf-8").splitlines()
     assert [line["step"] for line in logged] == [1, 2, 3, 4]
-    assert all(line["tokens_per_second"] > 0 and line["num_steps"] == STEPS for line in logged)
+    assert all(line["num_steps"] == STEPS for line in logged)
+    recorded = [json.loads(line) for line in metrics if '"loss"' in line]
+    for name in ("loss", "tokens_per_second", "mfu", "peak_memory_bytes"):
+        assert [line[name] for line in logged] == [line[name] for line in recorded], name
+    assert all(line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1 for line in logged)
 
 
 def test_an_error_is_a_json_line_too(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def test_speed_and_memory_are_in_every_training_line(run: RunFolder, page: Eleme
     lines = [line for line in metrics(run) if "loss" in line]
     assert all(line["tokens_per_second"] > 0 and line["peak_memory_bytes"] > 100_000_000 for line in lines)
     charts = {chart["key"]: chart for chart in json.loads(page.find(id="chart-data")[0].text)}
-    for key, metric in (("throughput", "tokens_per_second"), ("memory", "peak_memory_bytes")):
+    assert charts["mfu"]["unit"] == "share"
+    for key, metric in (("throughput", "tokens_per_second"), ("mfu", "mfu"), ("memory", "peak_memory_bytes")):
         assert charts[key]["series"][0]["values"] == pytest.approx([line[metric] for line in lines], rel=1e-5)
 
 

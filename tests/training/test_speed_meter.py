@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlora_train.training import speed_meter
+from qlora_train.training.flops_utilization import ModelFlops, Utilization
 from qlora_train.training.speed_meter import SpeedMeter, peak_memory_bytes
 
 
@@ -31,6 +32,22 @@ def test_time_between_steps_does_not_count(clock: SimpleNamespace) -> None:
     assert meter.take(1400)["tokens_per_second"] == 400 / 5
     take_step(meter, clock, 1.0)
     assert meter.take(1450)["tokens_per_second"] == 50
+
+
+def test_mfu_is_that_of_the_steps_since_the_last_line(clock: SimpleNamespace) -> None:
+    # 6 operations per token and 4 per label, of 1000 per second
+    meter = SpeedMeter(Utilization(ModelFlops(per_token=6.0, per_label=4.0), peak=1000.0))
+    meter.on_train_begin(None, SimpleNamespace(num_input_tokens_seen=0), None)
+    for seconds in (2.0, 3.0):
+        take_step(meter, clock, seconds)
+        meter.count_labels(50)
+    assert meter.take(200)["mfu"] == (6 * 200 + 4 * 100) / (1000 * 5)
+    take_step(meter, clock, 1.0)
+    assert meter.take(300)["mfu"] == 6 * 100 / 1000, "labels of earlier lines do not count again"
+
+
+def test_mfu_is_left_out_where_it_is_unknown(clock: SimpleNamespace) -> None:
+    assert "mfu" not in SpeedMeter().take(1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the peak is that of the GPU")
