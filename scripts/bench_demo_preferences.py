@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -132,21 +131,31 @@ def evaluated(run: Path, addresses: Sequence[Example], pairs: Sequence[Example])
     ((_, base, tokenizer),) = run_models(finished, ["base"])
     # the values of the 4-bit weights in bfloat16: bitsandbytes is several times slower on a CPU
     model = PeftModel.from_pretrained(base.dequantize(), finished.folder.adapter).eval()
-    matches = [is_greedy(model, example) for example in addresses]
-    measure = partial(held_out_loss, model, batch_size=16, pad_token_id=tokenizer.pad_token_id)
-    losses = measure([sequence for pair in pairs for sequence in pair.sequences]).per_example
-    margins = [rejected.nll - chosen.nll for chosen, rejected in zip(losses[::2], losses[1::2], strict=True)]
+    right = [measured(model, example) for example in addresses]
+    chosen = {tokens_of(example): nll for example, (nll, _) in zip(addresses, right, strict=True)}
+    wrong = [pair.rejected for pair in pairs if pair.rejected is not None]
+    losses = held_out_loss(model, wrong, batch_size=16, pad_token_id=tokenizer.pad_token_id).per_example
+    margins = [loss.nll - chosen[tokens_of(pair)] for loss, pair in zip(losses, pairs, strict=True)]
+    num_labels = sum(example.num_labels for example in addresses)
     return {
-        "exact_match": sum(matches) / len(matches), "loss": measure(addresses).loss,
+        "exact_match": sum(is_greedy for _, is_greedy in right) / len(right),
+        "loss": sum(nll for nll, _ in right) / num_labels,
         "accuracy": sum(margin > 0 for margin in margins) / len(margins), "margin": statistics.mean(margins),
         "num_addresses": len(addresses), "num_pairs": len(pairs), "training": finished.folder.read_results()["training"],
     }  # fmt: skip
 
 
-def is_greedy(model: Any, example: Example) -> bool:
-    """Return whether every label of a row is the model's first choice."""
-    choices = torch.cat([chunk.argmax(-1) for chunk in label_log_probabilities(model, [example])])
-    return choices.tolist() == example.input_ids[np.asarray(example.loss_mask)].tolist()
+def measured(model: Any, example: Example) -> tuple[float, bool]:
+    """Return the negative log-likelihood of a row's labels, and whether each is the model's first choice."""
+    log_probabilities = torch.cat(list(label_log_probabilities(model, [example])))
+    labels = torch.from_numpy(example.input_ids[np.asarray(example.loss_mask)]).long()
+    nll = -log_probabilities.gather(1, labels[:, None]).sum()
+    return float(nll), torch.equal(log_probabilities.argmax(1), labels)
+
+
+def tokens_of(example: Example) -> bytes:
+    """Return what identifies a row."""
+    return np.asarray(example.input_ids).tobytes()
 
 
 def table(runs: Mapping[str, Figures]) -> list[str]:

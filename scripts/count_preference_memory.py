@@ -10,6 +10,7 @@ Example: ``PYTHONPATH=. python scripts/count_preference_memory.py --output bench
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from count_memory import DEVICE, MODELS, RANK, batch_of, fake_gpu, materialise, meta_model, trainer_of
 
 from qlora_train.adapters.reference_model import InitialAdapter, base_model
+from qlora_train.evaluation.objective_table import SFT
 from qlora_train.kernels.install import install
 from qlora_train.objectives.batch_loss import LossFunction
 from qlora_train.objectives.label_losses import choose_chunk_tokens, label_losses
@@ -59,7 +61,7 @@ def count_step(config_json: dict[str, Any], num_tokens: int, objective: str, che
         loaded = SimpleNamespace(model=model.get_base_model(), compute_dtype=torch.bfloat16, device=DEVICE)
         trainer = trainer_of(SimpleNamespace(model=model, loaded=loaded), 1)
         loss = OBJECTIVES[objective](model)
-        trainer.objective = SimpleNamespace(loss=loss)
+        trainer.objective = replace(SFT, loss=loss)
         counts, chunk_tokens = LabelCounts([num_tokens] * 2), choose_chunk_tokens(model)
         trainer.batch_loss = lambda model, batch: loss(
             model, {**batch, "num_labels": counts}, chunk_tokens=chunk_tokens, with_aux_loss=False
