@@ -21,6 +21,8 @@ ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*")
 INTERPOLATION = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 CONFIG_SUFFIXES = (".yaml", ".yml")
 CONFIG_OPTIONS = ("config", "c")
+COMMAND = "command"
+"""Key of the subcommand, or script, of a trainer whose options do not say what it trains."""
 SUBCOMMANDS = ("train", "sft", "dpo", "rlhf", "pt", "run", "launch", "preprocess", "kto", "orpo")
 
 
@@ -109,7 +111,10 @@ def _read_script(path: Path, text: str, trainer: str | None) -> OtherConfig:
         programs = ", ".join(word for each in OTHER_TRAINERS.values() for word in each.programs)
         raise ConfigError(f"{path}: {len(commands)} commands of a trainer; allowed: one, of {programs}")
     [(words, position, owner)] = commands
-    return OtherConfig(path, owner, _with_config_file(_options(words, position)), tuple(others))
+    values = _with_config_file(_options(words, position))
+    if COMMAND in owner.keys:
+        values[COMMAND] = Path(words[position]).stem if words[position].endswith(".py") else words[position + 1]
+    return OtherConfig(path, owner, values, tuple(others))
 
 
 def _with_config_file(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""TRL's command line (`trl sft`, `trl dpo`): `ScriptArguments`, `ModelConfig`, `SFTConfig` and `DPOConfig`, as YAML."""
+"""TRL's command line (`trl sft`, `trl dpo`, `orpo.py`): `ScriptArguments`, `ModelConfig`, the trainer's config, as YAML."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +26,7 @@ from qlora_train.config.other_trainers.value_conversions import (
     is_on,
     names,
     number,
+    objective,
     only,
     share_of_train,
     trl_loss,
@@ -35,13 +36,29 @@ from qlora_train.config.other_trainers.value_conversions import (
 ONE_TEMPLATE = "the tokenizer's own special tokens are used"
 
 
+def _kind(config: Mapping[str, Any]) -> str:
+    """Return the command; of a YAML file alone what its keys show."""
+    if "command" in config:
+        return str(config["command"])
+    if any(key in config for key in ("cpo_alpha", "simpo_gamma")) or config.get("loss_type") == "simpo":
+        return "cpo"
+    keys = ("beta", "precompute_ref_log_probs", "ref_model_sync_steps", "label_smoothing")
+    return "dpo" if any(key in config for key in keys) else "sft"
+
+
+def _command(found: Found) -> Any:
+    if found.value in ("dpo", "cpo") and found.config.get("loss_type"):
+        return Unneeded("loss_type decides")
+    return objective({"sft": "sft", "dpo": "dpo", "cpo": "cpo", "orpo": "orpo"})(found)
+
+
 def _loss(found: Found) -> Any:
     """`loss_type` is of supervised or of preference training, as its value shows."""
     if found.value in ("nll", "chunked_nll"):
         return Unneeded("the loss is the mean negative log-likelihood of the label tokens, in chunks")
     if found.value == "dft":
         return Lost("the loss is the mean negative log-likelihood of the label tokens")
-    if _is_cpo(found.config):
+    if _kind(found.config) == "cpo":
         by_name = {"sigmoid": "cpo", "simpo": "simpo"}
         return by_name.get(found.value, Lost("CPO is trained with sigmoid or simpo; set train.objective", todo=True))
     return trl_loss(found)
@@ -87,7 +104,7 @@ def _eval_split(found: Found) -> Any:
 TRL = OtherTrainer(
     name="trl",
     title="TRL",
-    programs=("trl", "sft.py", "dpo.py"),
+    programs=("trl", "sft.py", "dpo.py", "cpo.py", "orpo.py"),
     absent={"use_peft": Lost("whole weights are trained there; here LoRA: check train.learning_rate and lora.r", todo=True),
         "assistant_only_loss": Lost(
             "data.train_on: of rows with messages all tokens are trained there, of a prompt and its completion the latter; "
@@ -95,13 +112,14 @@ TRL = OtherTrainer(
         ),
     },
     defaults=shared.TRAINING_DEFAULTS | {
-        "train.learning_rate": lambda config: 1e-6 if _is_dpo(config) else 2e-5, "lora.lora_dropout": 0.05,
+        "train.learning_rate": lambda config: 2e-5 if _kind(config) == "sft" else 1e-6, "lora.lora_dropout": 0.05,
         "quantization.load_in_4bit": four_instead_of_eight_bits, "quantization.bnb_4bit_use_double_quant": False,
         "data.max_length": 1024, "data.overflow": "truncate",
-        "train.objective": lambda config: "cpo" if _is_cpo(config) else "dpo" if _is_dpo(config) else "sft",
+        "train.objective": _kind,
         "train.sft_weight": lambda config: 1.0 if config.get("loss_type") == "simpo" else None,
     },
     keys=dict(shared.TRAINING_ARGUMENTS) | dict(shared.LAUNCHER) | {
+        "command": to("train.objective", _command),
         "model_name_or_path": to("model.model_name_or_path"),
         "model_revision": to("model.revision"),
         "trust_remote_code": to("model.trust_remote_code", flag, "a Hub model needs model.revision too"),
@@ -190,11 +208,3 @@ TRL = OtherTrainer(
             {"single_gpu": "none", "multi_gpu": "ddp", "fsdp1": "fsdp", "fsdp2": "fsdp"}, shared.NO_DEEPSPEED)),
     },
 )  # fmt: skip
-
-
-def _is_cpo(config: Mapping[str, Any]) -> bool:
-    return "cpo_alpha" in config or "simpo_gamma" in config or config.get("loss_type") == "simpo"
-
-
-def _is_dpo(config: dict[str, Any]) -> bool:
-    return any(key in config for key in ("beta", "precompute_ref_log_probs", "ref_model_sync_steps", "label_smoothing"))
