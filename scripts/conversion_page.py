@@ -41,8 +41,8 @@ Differences that matter:
 | warm-up steps | `train.warmup_ratio`, a share of the steps; it is computed if the file has `max_steps` |
 | held-out rows at random | `data.eval`, a share chosen by a hash of each row |
 | a base in 8 bits | 4 bits, or 16 with `quantization.load_in_4bit: false` |
-| ORPO, SimPO, CPO | their pairs are trained with `dpo`, another loss; KTO and online objectives are not available |
 | a named template for an instruction-tuned model | the tokenizer's own template |
+| PPO, GRPO and other online objectives | not available; TRL loads the adapters and merged models |
 | FlashAttention | `sdpa`, as exact and without its package; `model.attn_implementation: flash_attention_2` uses it |
 
 A key of another trainer in one of our configs is an error that names the setting:

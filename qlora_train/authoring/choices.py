@@ -18,7 +18,8 @@ Settings = dict[str, Choice]
 RECIPES_BY_FORMAT = {
     "messages": "chat", "conversations": "chat", "prompt_completion": "completion", "alpaca": "instruction",
     "question_answer": "instruction", "text": "continued_pretraining", "preference": "dpo",
-    "question_preference": "dpo", "openai_preference": "dpo", "tokens": "completion",
+    "question_preference": "dpo", "openai_preference": "dpo", "unpaired_preference": "kto",
+    "unpaired_messages": "kto", "tokens": "completion",
 }  # fmt: skip
 MICRO_BATCH_TOKENS = ((2e9, 16384), (9e9, 8192), (15e9, 4096), (math.inf, 2048))
 """Tokens of a micro-batch by the number of weights, below which the first that applies counts."""

@@ -10,8 +10,9 @@ from typing import Any
 
 from qlora_train.config import Source
 from qlora_train.config.objectives import DatasetType
-from qlora_train.data.column_hints import preference_columns, question_and_answer
+from qlora_train.data.column_hints import preference_columns, question_and_answer, unpaired_columns
 from qlora_train.data.data_file import DataFile
+from qlora_train.data.extra_columns import LABELS
 from qlora_train.data.formats import FORMATS, recognise
 from qlora_train.data.readers import read_chunks
 from qlora_train.data.row_reader import RowReader
@@ -113,11 +114,13 @@ def _records(files: list[DataFile]) -> Iterator[Record]:
 
 def _format_of(record: Record) -> tuple[str, Mapping[str, str]]:
     """Return the format of a record and the renames that read it: as it is, else with renamed columns."""
-    attempts: tuple[tuple[DatasetType, Mapping[str, str]], ...] = (
+    attempts: list[tuple[DatasetType, Mapping[str, str]]] = [
         ("language_modeling", {}),
         ("preference", preference_columns(record.values) or {}),
         ("language_modeling", question_and_answer(record.values)),
-    )
+    ]
+    if any(name in record.values for name in LABELS):
+        attempts.insert(0, ("unpaired_preference", unpaired_columns(record.values) or {}))
     problem: DataError | None = None
     for dataset_type, columns in attempts:
         try:

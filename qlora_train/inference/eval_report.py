@@ -71,14 +71,17 @@ def evaluate_run(run: FinishedRun, settings: EvalSettings) -> dict[str, Any]:
     data = load_rows(run.folder.rows)
     if not data.eval:
         raise DataError(f"{run.folder.path}: data.eval is not set, there is nothing to evaluate on; set it and train")
-    rows = [example for example in data.eval if example.answer is not None]
+    held_out = [example for example in data.eval if example.desirable is not False]  # what the model is to write
+    if not held_out:
+        raise DataError(f"{run.folder.path}: no held-out answer is desirable; give some to data.eval and train")
+    rows = [example for example in held_out if example.answer is not None]
     prompts = [example.prompt for example in rows if example.prompt is not None]
     batch_size = run.config.train.per_device_eval_batch_size
     results: dict[str, Any] = {}
     answers = {name: read_answers(file, rows) for name, file in settings.others.items()}
     for name, model, tokenizer in run_models(run, settings.models):
         logger.info("evaluating: %s", name)
-        loss = held_out_loss(model, data.eval, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id)
+        loss = held_out_loss(model, held_out, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id)
         results[name] = {"loss": loss.loss, "perplexity": loss.perplexity, "num_tokens": loss.num_tokens}
         if settings.generate and rows:
             shown = _with_shots(prompts, data, settings.num_shots) if name == "base" else prompts
@@ -87,7 +90,7 @@ def evaluate_run(run: FinishedRun, settings: EvalSettings) -> dict[str, Any]:
                 date=run.date,
             )  # fmt: skip
         del model  # frees it before the next one loads
-    return _record(run.folder, len(data.eval), rows, results, answers)
+    return _record(run.folder, len(held_out), rows, results, answers)
 
 
 def _with_shots(prompts: Sequence[Prompt], data: RunRows, num_shots: int) -> list[Prompt]:

@@ -109,6 +109,8 @@ def test_an_existing_file_is_not_overwritten(base: Path) -> None:
         ({"prompt": "a", "completion": "b"}, "completion"),
         ({"text": "a"}, "continued_pretraining"),
         (PAIR, "dpo"),
+        ({**chat("a", "b"), "label": False}, "kto"),
+        ({"prompt": chat("a")["messages"], "completion": chat("", "b")["messages"][1:], "kto_tag": True}, "kto"),
     ],
 )
 def test_the_recipe_is_the_one_for_the_rows(row: dict[str, Any], recipe: str, base: Path) -> None:

@@ -157,7 +157,7 @@ def test_rows_are_read_with_the_converted_format_and_columns(monkeypatch, tmp_pa
                     in_file = FORMATS[form].file_columns(columns)
                     values = {ours: row[theirs] for ours, theirs in in_file.items() if theirs in row}
                     read = FORMATS[form].reader()(source.path, values)
-                    text = f"{read.text}{read.messages}{read.rejected}"
+                    text = f"{read.text}{read.messages}{read.rejected}{read.desirable}"
                     assert all(words in text for words in texts_of(row)), (path, source)
                     checked.add((trainer, form))
     assert len(checked) > 12

@@ -141,7 +141,7 @@ def test_promised_files_exist():
         "llama70b", "llama70b-2x24gb", "qwen3-30b-a3b",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} >= {
-        "chat", "instruction", "completion", "dpo", "orpo", "tool_calling", "reasoning", "extraction",
+        "chat", "instruction", "completion", "dpo", "orpo", "kto", "tool_calling", "reasoning", "extraction",
         "continued_pretraining", "new_tokens", "mixture_of_experts", "small_gpu", "long_context", "new_model",
         "from_openai",
     }  # fmt: skip

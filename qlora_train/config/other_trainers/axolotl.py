@@ -78,7 +78,7 @@ def _objective(found: Found) -> Any:
     losses = names(found.config.get("dpo_loss_type"))
     if str(found.value).lower() == "dpo" and losses:
         return Unneeded("dpo_loss_type decides")
-    return objective({"dpo": "dpo", "ipo": "ipo", "simpo": "simpo", "orpo": "orpo"})(found)
+    return objective({"dpo": "dpo", "ipo": "ipo", "simpo": "simpo", "orpo": "orpo", "kto": "kto"})(found)
 
 
 def _tokens(found: Found) -> Any:
@@ -244,7 +244,8 @@ AXOLOTL = OtherTrainer(
         "simpo_gamma": to("train.simpo_gamma", where("rl", ["simpo"])),
         "cpo_alpha": to("train.sft_weight", where("rl", ["simpo"])),
         "rpo_alpha": to("train.sft_weight", where("rl", ["dpo", "ipo"])),
-        "kto_*": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
+        "kto_desirable_weight": to("train.desirable_weight", where("rl", ["kto"])),
+        "kto_undesirable_weight": to("train.undesirable_weight", where("rl", ["kto"])),
         "trl": to("train.objective", remark="dpo and the like; its beta is train.beta"),
         "trl.beta": to("train.beta"),
         "trl.*": lost(GRPO),

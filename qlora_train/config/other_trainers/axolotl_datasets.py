@@ -111,6 +111,10 @@ def _shards(found: Found) -> Any:
 def _format(found: Found) -> Any:
     name = str(found.value).lower()
     strategy, _, loader = name.partition(".")
+    if str(found.config.get("rl")).lower() == "kto":
+        if loader == "argilla_chat":
+            return "unpaired_preference"
+        return Lost("rows of KTO are prompt and completion as lists of turns, or messages, with a label", todo=True)
     if is_on(found.config.get("rl")):
         if strategy in PAIR_TEMPLATES and (loader or "default") in PAIR_COLUMNS:
             columns = {f"[].columns.{ours}": theirs for ours, theirs in PAIR_COLUMNS[loader or "default"].items()}

@@ -90,6 +90,8 @@ def _chat_layout(entry: Mapping[str, Any], given: Mapping[str, str]) -> dict[str
             "preference",
             {"prompt": turns, "chosen": given.get("chosen"), "rejected": given.get("rejected")},
         )
+    elif "kto_tag" in given:
+        name, columns = "unpaired_messages", {"messages": turns, "label": given["kto_tag"]}
     else:
         tags = _mapping(entry.get("tags"))
         is_openai = entry.get("formatting") == "openai" or tags.get("content_tag") == "content"
@@ -104,8 +106,10 @@ def _not_carried(name: str, entry: Mapping[str, Any]) -> list[str]:
     notes = [
         f"{name}: column {given[key]} ({key}) is not read" for key in ("images", "videos", "audios") if key in given
     ]
-    if "kto_tag" in given:
-        notes.append(f"{name}: rows whose {given['kto_tag']} is false are refused")
+    if "kto_tag" in given and entry.get("formatting") not in ("sharegpt", "openai"):
+        notes.append(
+            f"{name}: {given['kto_tag']} is read beside a list of turns; write messages for train.objective: kto"
+        )
     if "script_url" in entry or "cloud_file_name" in entry:
         notes.append(f"{name}: its rows were not found: no code or cloud storage is read; give a file")
     return notes

@@ -27,6 +27,7 @@ from qlora_train.config.other_trainers.value_conversions import (
     only,
     share_of_train,
     trl_loss,
+    where,
 )
 
 ROPE = "model.rope_scaling is a mapping, such as {rope_type: yarn, factor: 2}"
@@ -41,7 +42,7 @@ def _stage(found: Found) -> Any:
         return Settings({"train.objective": "sft"}, "continued pre-training is sft on rows of the format text")
     if str(found.value).lower() == "dpo" and "pref_loss" in found.config:
         return Unneeded("pref_loss decides")
-    return objective({"sft": "sft", "dpo": "dpo"})(found)
+    return objective({"sft": "sft", "dpo": "dpo", "kto": "kto"})(found)
 
 
 def _pref_loss(found: Found) -> Any:
@@ -58,6 +59,8 @@ def _for_pairs(found: Found) -> Any:
 
 
 def _sft_weight(found: Found) -> Any:
+    if str(found.config.get("stage", "")).lower() == "kto" and number(found.value):
+        return Lost("train.sft_weight is for pairs: no other loss is added to kto")
     weight = _for_pairs(found)
     if isinstance(weight, Unneeded) or not isinstance(weight, int | float):
         return weight
@@ -174,13 +177,14 @@ LLAMA_FACTORY = OtherTrainer(
         "use_eaft_loss": lost("the loss is the mean negative log-likelihood of the label tokens"),
         "asft_alpha": lost("the loss is the mean negative log-likelihood of the label tokens"),
         "eaft_alpha": lost("the loss is the mean negative log-likelihood of the label tokens"),
-        "pref_beta": to("train.beta", _for_pairs),
+        "pref_beta": to("train.beta", where("stage", ["dpo", "kto"])),
         "pref_loss": to("train.objective", _pref_loss, remark="sigmoid is dpo"),
         "pref_ftx": to("train.sft_weight", _sft_weight),
         "pref_bco_weight": lost("no other loss is added to a preference objective"),
         "dpo_label_smoothing": to("train.label_smoothing", if_positive, remark="for robust, exo_pair, simpo and cpo"),
         "ld_alpha": lost("train.objective has no other options"),
-        "kto_*": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
+        "kto_chosen_weight": to("train.desirable_weight", where("stage", ["kto"])),
+        "kto_rejected_weight": to("train.undesirable_weight", where("stage", ["kto"])),
         "simpo_gamma": to("train.simpo_gamma", _for_pairs),
         "ppo_*": lost(shared.NO_ONLINE),
         "ref_model*": lost("the reference model is the base, or the adapter of lora.adapter_path"),

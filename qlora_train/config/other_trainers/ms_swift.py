@@ -86,7 +86,7 @@ def _swift_loss(found: Found) -> Any:
 def _rlhf_type(found: Found) -> Any:
     if found.value == "dpo" and found.config.get("loss_type"):
         return Unneeded("loss_type decides")
-    return objective({"dpo": "dpo", "simpo": "simpo", "cpo": "cpo", "orpo": "orpo"})(found)
+    return objective({"dpo": "dpo", "simpo": "simpo", "cpo": "cpo", "orpo": "orpo", "kto": "kto"})(found)
 
 
 def _default_for_simpo(value: float) -> Callable[[Mapping[str, Any]], float | None]:
@@ -260,8 +260,8 @@ MS_SWIFT = OtherTrainer(
         "ld_alpha": lost("train.objective has no other options"),
         "simpo_gamma": to("train.simpo_gamma", where("rlhf_type", ["simpo"])),
         "cpo_alpha": to("train.sft_weight", where("rlhf_type", ["cpo", "simpo"])),
-        "desirable_weight": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
-        "undesirable_weight": lost("KTO is not available: its rows have one answer and a label; dpo needs pairs"),
+        "desirable_weight": to("train.desirable_weight", where("rlhf_type", ["kto"])),
+        "undesirable_weight": to("train.undesirable_weight", where("rlhf_type", ["kto"])),
         "ref_*": lost("the reference model is the base, or the adapter of lora.adapter_path"),
         "reward_*": lost(shared.NO_ONLINE),
         "teacher_*": lost("no teacher is distilled"),

@@ -42,14 +42,16 @@ def _kind(config: Mapping[str, Any]) -> str:
         return str(config["command"])
     if any(key in config for key in ("cpo_alpha", "simpo_gamma")) or config.get("loss_type") == "simpo":
         return "cpo"
+    if any(key in config for key in ("desirable_weight", "undesirable_weight")):
+        return "kto"
     keys = ("beta", "precompute_ref_log_probs", "ref_model_sync_steps", "label_smoothing")
     return "dpo" if any(key in config for key in keys) else "sft"
 
 
 def _command(found: Found) -> Any:
-    if found.value in ("dpo", "cpo") and found.config.get("loss_type"):
+    if found.value in ("dpo", "cpo", "kto") and found.config.get("loss_type"):
         return Unneeded("loss_type decides")
-    return objective({"sft": "sft", "dpo": "dpo", "cpo": "cpo", "orpo": "orpo"})(found)
+    return objective({"sft": "sft", "dpo": "dpo", "cpo": "cpo", "orpo": "orpo", "kto": "kto"})(found)
 
 
 def _loss(found: Found) -> Any:
@@ -104,7 +106,7 @@ def _eval_split(found: Found) -> Any:
 TRL = OtherTrainer(
     name="trl",
     title="TRL",
-    programs=("trl", "sft.py", "dpo.py", "cpo.py", "orpo.py"),
+    programs=("trl", "sft.py", "dpo.py", "cpo.py", "orpo.py", "kto.py"),
     absent={"use_peft": Lost("whole weights are trained there; here LoRA: check train.learning_rate and lora.r", todo=True),
         "assistant_only_loss": Lost(
             "data.train_on: of rows with messages all tokens are trained there, of a prompt and its completion the latter; "
@@ -188,6 +190,8 @@ TRL = OtherTrainer(
         "cpo_alpha": to("train.sft_weight"),
         "simpo_gamma": to("train.simpo_gamma", where("loss_type", ["simpo"])),
         "beta": to("train.beta"),
+        "desirable_weight": to("train.desirable_weight"),
+        "undesirable_weight": to("train.undesirable_weight"),
         "label_smoothing": to("train.label_smoothing", if_positive, remark="for robust, exo_pair, simpo and cpo"),
         "disable_dropout": unneeded("lora.lora_dropout: 0 disables it"),
         "precompute_ref_*": unneeded("reference log-probabilities are computed once and stored"),

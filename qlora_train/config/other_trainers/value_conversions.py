@@ -21,7 +21,8 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial
 LOSSES = {
     "sigmoid": "dpo", "hinge": "hinge", "ipo": "ipo", "robust": "robust", "apo_zero": "apo_zero", "apo_down": "apo_down",
     "nca_pair": "nca_pair", "sppo_hard": "sppo_hard", "sigmoid_norm": "sigmoid_norm", "exo_pair": "exo_pair",
-    "bco_pair": "bco_pair", "discopop": "discopop", "simpo": "simpo",
+    "bco_pair": "bco_pair", "discopop": "discopop", "simpo": "simpo", "kto": "kto",
+    "apo_zero_unpaired": "apo_zero_unpaired",
 }  # fmt: skip
 """TRL's `loss_type` of preference training -> `train.objective`."""
 NOT_SFT = "train.objective: sft or a preference objective is what can be trained"
