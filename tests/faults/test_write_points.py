@@ -11,6 +11,7 @@ from qlora_train.utils import atomic_io
 from tests.faults.conftest import LONG, Table
 from tests.faults.disks import Disk
 from tests.faults.runs import Child, Ended, Runs, side_by_side
+from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes
 
 SETTINGS = (
@@ -72,6 +73,30 @@ def test_a_fault_at_every_write_point_costs_nothing(
     good = sum(adapter == wanted for adapter in side_by_side(try_point, points))
     table.add(f"{kind} at write points {points}", good, len(points), f"{meaning}: resumed to the same bits")
     assert good == len(points)
+
+
+WRITES_OF_REFERENCE = (
+    "kill@reference_logps:1",
+    "short@reference_logps:2",
+    "enospc@reference_logps:2",
+    "perm@reference_logps:6",
+)
+"""A new folder, half of the values twice, and the rename that publishes them."""
+
+
+def test_faults_while_reference_log_probabilities_are_written_cost_nothing(runs: Runs, table: Table) -> None:
+    settings = (*SETTINGS, f"data.train={write_pairs(runs.folder / 'reference.jsonl')}", "train.objective=dpo")
+    expected = runs.finished(runs.new(), *settings)
+    for fault in WRITES_OF_REFERENCE:
+        run, kind = runs.new(), fault.partition("@")[0]
+        assert_ended(kind, 0, runs.to_the_end(run, *settings, fault=fault))
+        assert not run.reference_logps.exists()
+        assert not run.checkpoint_steps()
+        assert runs.finished(run, *settings) == expected
+        assert run.reference_logps.is_dir()
+        assert leftovers(run) == []
+    table.add("faults while reference values are written", len(WRITES_OF_REFERENCE), len(WRITES_OF_REFERENCE),
+              "resumed to the same bits")  # fmt: skip
 
 
 def assert_ended(kind: str, point: int, ended: Ended) -> None:

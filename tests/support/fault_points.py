@@ -1,6 +1,7 @@
 """Deliberate faults at numbered points, one at each durable change on disk, in processes that `install` them.
 
-``QLORA_FAULT=kill@7`` kills the process at the seventh point. At that point
+``QLORA_FAULT=kill@7`` kills the process at the seventh point, ``kill@rows:7`` at the seventh whose path has "rows" in it.
+At that point
 
 - ``kill``: the process is killed before the change;
 - ``short``: half of a file's bytes are written, then the process is killed; it is killed after a rename or deletion;
@@ -20,6 +21,7 @@ from qlora_train.utils import atomic_io
 VARIABLE = "QLORA_FAULT"
 
 _num_points = 0
+_num_matching = 0
 
 
 def install() -> None:
@@ -54,13 +56,15 @@ def changing(path: Path) -> Iterator[None]:
 
 
 def _next_point(path: Path) -> str | None:
-    global _num_points  # noqa: PLW0603
+    global _num_points, _num_matching  # noqa: PLW0603
     _num_points += 1
     text = os.environ.get(VARIABLE, "")
     if not text:
         return None
-    kind, _, number = text.partition("@")
-    if int(number) != _num_points:
+    kind, _, point = text.partition("@")
+    name, _, number = point.rpartition(":")
+    _num_matching += name in str(path)
+    if name not in str(path) or int(number) != _num_matching:
         return None
     if kind in ("kill", "perm"):
         _fail(kind, path)
