@@ -116,6 +116,13 @@ def orpo(folder: Path, pico_llama: Path) -> RunFolder:
     return train_run(folder, pico_llama, *settings_for(folder), *ORPO, name="orpo")
 
 
+def test_odds_and_chosen_answers_are_learnt_together(orpo: RunFolder) -> None:
+    first, *_, last = [line for line in metrics(orpo) if "loss" in line]
+    assert last["rewards/margins"] > first["rewards/margins"] + 0.05
+    assert last["nll_loss"] < first["nll_loss"] - 0.5
+    assert first["loss"] == pytest.approx(first["nll_loss"] - BETA * first["log_odds_ratio"], rel=1e-5)
+
+
 def test_resumed_run_without_a_reference_is_bitwise_equal(orpo: RunFolder, folder: Path, pico_llama: Path) -> None:
     stopped_copy(orpo, folder / "orpo_stop")
     resumed = train_run(folder, pico_llama, *settings_for(folder), *ORPO, name="orpo_stop")
