@@ -142,7 +142,9 @@ def _selected(
             raise DataError("data.deduplicate: every row of data.train is in data.eval too; give other rows to one")
     else:
         for index in np.flatnonzero(is_among(eval_rows, rows)):
-            reason = "of prompts that are in data.train too" if rows.has_pairs else "in data.train too"
+            reason = (
+                "of prompts that are in data.train too" if rows.has_pairs or rows.is_unpaired else "in data.train too"
+            )
             overlap.add(reason, eval_rows[int(index)].where)
     rows = mix(data.train, rows, data.max_rows, seed)
     report = DataReport(

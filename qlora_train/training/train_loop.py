@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.config import RunConfig
+from qlora_train.config.objectives import dataset_type_of
 from qlora_train.data import PreparedData
 from qlora_train.evaluation.objective_table import Objective, make_objective
 from qlora_train.parallel import context
@@ -103,7 +104,7 @@ def _make_trainer(
     layers = LayerCheckpointing(adapted.model, fused.mlps if fused is not None else [])
 
     # the clock of progress starts after the answers before the first step
-    callbacks = [*_sample_callbacks(adapted, data, config, run), progress]
+    callbacks = [*_sample_callbacks(adapted, data, config, run), progress, *_pair_callbacks(data, config)]
 
     def make(fitted: RunConfig) -> QloraTrainer:
         return QloraTrainer(
@@ -123,6 +124,14 @@ def _sample_callbacks(
     from qlora_train.training.held_out_samples import SampleCallback
 
     return [SampleCallback(config, run, adapted.loaded.tokenizer, data.eval)]
+
+
+def _pair_callbacks(data: PreparedData, config: RunConfig) -> list[TrainerCallback]:
+    if dataset_type_of(config.train.objective) != "preference":
+        return []
+    from qlora_train.training.chosen_logps import ChosenLogpCallback
+
+    return [ChosenLogpCallback(config.train, has_eval=bool(len(data.eval)))]
 
 
 def _run_steps(trainer: QloraTrainer, progress: ProgressCallback, resume_from: Path | None) -> None:

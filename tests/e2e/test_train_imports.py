@@ -17,7 +17,7 @@ MAX_SHARE = 0.68
 UNUSED = (
     "export.merging", "export.gguf", "export.vllm", "export.hub_upload", "export.export_run", "inference",
     "adapters.eva", "evaluation.held_out_preferences", "objectives.preference_loss",
-    "evaluation.held_out_unpaired", "objectives.kto_loss", "training.step_kl",
+    "evaluation.held_out_unpaired", "objectives.kto_loss", "training.step_kl", "training.chosen_logps",
     "models.shard_base", "models.shard_reads", "kernels.sharded_weights",
     "models.gguf_base", "models.legacy_bin", "models.prequantized", "models.remote_code", "data.streaming",
     "evaluation.reference_pass", "objectives.reference_logps", "runs.reference_files", "training.stored_reference",
