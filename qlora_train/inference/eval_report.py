@@ -10,10 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qlora_train.config import RunConfig
+from qlora_train.config.objectives import OBJECTIVES, uses_reference
 from qlora_train.data.held_out_rows import RunRows, load_rows
 from qlora_train.data.types import Example, Prompt
 from qlora_train.evaluation.generation import generate_answers
 from qlora_train.evaluation.held_out_loss import held_out_loss
+from qlora_train.evaluation.pair_scores import PairLogps, measure_pairs
 from qlora_train.evaluation.scoring import compare_answers, few_shot_prompt, score_answers
 from qlora_train.export.finished_run import FinishedRun, open_finished_run
 from qlora_train.inference.other_answers import read_answers
@@ -29,8 +32,10 @@ COMPARISON = "rows answered exactly"
 """Key of the row-by-row comparison of adapter and merged model."""
 COLUMNS = {
     "loss": "loss", "perplexity": "perplexity", "exact_match": "exact match", "field_f1": "field F1",
-    "valid_json": "valid JSON",
+    "valid_json": "valid JSON", "win_rate": "prefers chosen", "win_rate_per_token": "per token",
+    "logp_margin": "log-prob margin", "reward_accuracy": "reward accuracy", "reward_margin": "reward margin",
 }  # fmt: skip
+SHARES = ("exact_match", "valid_json", "win_rate", "win_rate_per_token", "reward_accuracy")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ def evaluate_run(run: FinishedRun, settings: EvalSettings) -> dict[str, Any]:
     Earlier results of the other models on the same adapter are kept, also in the table.
 
     Returns:
-        By model name: `loss`, `perplexity`, and for rows with an answer `exact_match`, `valid_json`, `field_f1`.
+        By model name: `loss`, `perplexity`, and for rows with an answer `exact_match`, `valid_json`, `field_f1`; of
+        preference pairs also `PairLogps.scores`, and `PairLogps.rewards` of the trained models.
 
     Raises:
         DataError: the run has no held-out rows.
@@ -78,11 +84,17 @@ def evaluate_run(run: FinishedRun, settings: EvalSettings) -> dict[str, Any]:
     prompts = [example.prompt for example in rows if example.prompt is not None]
     batch_size = run.config.train.per_device_eval_batch_size
     results: dict[str, Any] = {}
+    logps: dict[str, PairLogps] = {}
     answers = {name: read_answers(file, rows) for name, file in settings.others.items()}
     for name, model, tokenizer in run_models(run, settings.models):
         logger.info("evaluating: %s", name)
         loss = held_out_loss(model, held_out, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id)
         results[name] = {"loss": loss.loss, "perplexity": loss.perplexity, "num_tokens": loss.num_tokens}
+        if data.eval.has_pairs:
+            logps[name] = measure_pairs(
+                model, data.eval, loss, batch_size=batch_size, pad_token_id=tokenizer.pad_token_id
+            )
+            results[name] |= logps[name].scores()
         if settings.generate and rows:
             shown = _with_shots(prompts, data, settings.num_shots) if name == "base" else prompts
             answers[name] = generate_answers(
@@ -90,7 +102,17 @@ def evaluate_run(run: FinishedRun, settings: EvalSettings) -> dict[str, Any]:
                 date=run.date,
             )  # fmt: skip
         del model  # frees it before the next one loads
+    for name, rewards in _rewards(run.config, logps).items():
+        results[name] |= rewards
     return _record(run.folder, len(held_out), rows, results, answers)
+
+
+def _rewards(config: RunConfig, logps: Mapping[str, PairLogps]) -> dict[str, dict[str, float]]:
+    """Return the implicit rewards of the trained models, if the base is their reference model and was measured too."""
+    if "base" not in logps or not uses_reference(config.train.objective) or config.lora.adapter_path is not None:
+        return {}
+    beta = OBJECTIVES[config.train.objective].defaults["beta"] if config.train.beta is None else config.train.beta
+    return {name: each.rewards(logps["base"], beta) for name, each in logps.items() if name != "base"}
 
 
 def _with_shots(prompts: Sequence[Prompt], data: RunRows, num_shots: int) -> list[Prompt]:
@@ -163,4 +185,4 @@ def _print(results: Mapping[str, Any], num_rows: int) -> None:
 def _cell(key: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{100 * value:.1f} %" if key in ("exact_match", "valid_json") else f"{value:.4f}"
+    return f"{100 * value:.1f} %" if key in SHARES else f"{value:.4f}"
