@@ -1,8 +1,9 @@
 """Make the demo's preference pairs: a right answer to an address, and a wrong one.
 
-Wrong answers are of two kinds. Those of a trained run (`--answers-of`) are what its model answers, where that is wrong.
-The others are made by changing the right answer once: a word moved to the part beside it, two parts joined, a part left
-out, a part under another name, two values exchanged. A model after SFT tells these apart already; it learns from its own.
+Wrong answers are of two kinds. Those of a trained run (`--answers-of`) are what its model answers, where that is wrong. The
+others are made by changing the right answer once: a word moved to the part beside it, two parts joined, a part left out, a
+part under another name, two values exchanged. A model after SFT tells these apart already: they keep what it can do, and
+its own mistakes are what it learns from. Training pairs have both, held-out pairs of a run its own mistakes alone.
 """
 
 import argparse
@@ -89,6 +90,11 @@ def pair(turns: list[Turn], wrong: str) -> dict[str, list[Turn]]:
     return {"prompt": prompt, "chosen": [right], "rejected": [{"role": "assistant", "content": wrong}]}
 
 
+def address_of(row: dict[str, list[Turn]]) -> str:
+    """Return the address of a pair."""
+    return row["prompt"][-1]["content"]
+
+
 def changed_pairs(conversations: Iterable[list[Turn]], seed: int) -> Iterator[dict[str, list[Turn]]]:
     """Yield a pair of each address with a changed answer, which depends on the seed and the address alone."""
     for turns in conversations:
@@ -109,14 +115,16 @@ def run_answers(run: Path, conversations: list[list[Turn]]) -> list[str]:
     return generate_answers(model, tokenizer, prompts, max_new_tokens=128, batch_size=32, date=finished.date)
 
 
-def wrong_pairs(conversations: list[list[Turn]], answers: list[str]) -> Iterator[dict[str, list[Turn]]]:
-    """Yield a pair of each address that a model answered wrongly."""
+def own_pairs(conversations: list[list[Turn]], answers: list[str]) -> dict[str, dict[str, list[Turn]]]:
+    """Return a pair of each address that a model answered wrongly, by address."""
     from qlora_train.evaluation.scoring import score_answers
 
     matches = score_answers([turns[-1]["content"] for turns in conversations], answers).matches
-    for turns, answer, match in zip(conversations, answers, matches, strict=True):
-        if answer and not match:
-            yield pair(turns, answer)
+    return {
+        turns[-2]["content"]: pair(turns, answer)
+        for turns, answer, match in zip(conversations, answers, matches, strict=True)
+        if answer and not match
+    }
 
 
 def read_conversations(file: Path) -> list[list[Turn]]:
@@ -142,15 +150,12 @@ def main() -> None:
     options = parser.parse_args()
     addresses = {name: read_conversations(options.data / f"{name}.jsonl") for name in ("train", "heldout")}
     addresses["train"] = addresses["train"][: options.rows]
+    pairs = {name: list(changed_pairs(rows, options.seed)) for name, rows in addresses.items()}
     if options.answers_of:
-        answers = run_answers(options.answers_of, [turns for rows in addresses.values() for turns in rows])
-        of_train = len(addresses["train"])
-        pairs = {
-            "train": list(wrong_pairs(addresses["train"], answers[:of_train])),
-            "heldout": list(wrong_pairs(addresses["heldout"], answers[of_train:])),
-        }
-    else:
-        pairs = {name: list(changed_pairs(rows, options.seed)) for name, rows in addresses.items()}
+        answers = run_answers(options.answers_of, addresses["train"] + addresses["heldout"])
+        own = own_pairs(addresses["train"] + addresses["heldout"], answers)
+        pairs["train"] = [own.get(address_of(row), row) for row in pairs["train"]]
+        pairs["heldout"] = [own[address_of(row)] for row in pairs["heldout"] if address_of(row) in own]
     for name, rows in pairs.items():
         write(options.output / f"{name}.jsonl", rows)
         print(f"pairs: {len(rows)} of {len(addresses[name])} addresses in {options.output / name}.jsonl")

@@ -14,10 +14,12 @@ from tests.faults.runs import Child, Ended, Runs, side_by_side
 from tests.faults.stock import NUM_STEPS
 from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes
+from tests.support.unpaired_rows import write_labelled
 
 SETTINGS = (f"train.max_steps={NUM_STEPS}", "train.save_steps=1", "data.eval=0.25", "train.eval_steps=3")
 OPTIMIZERS = ("adamw_8bit", "adamw_torch", "paged_adamw_8bit") if LONG else ("adamw_8bit",)
-PREFERENCES = [name for name, row in OBJECTIVES.items() if row.dataset_type == "preference"] if LONG else ["dpo"]
+ROWS_OF = {"preference": write_pairs, "unpaired_preference": write_labelled}
+PREFERENCES = [name for name, row in OBJECTIVES.items() if row.dataset_type in ROWS_OF] if LONG else ["dpo"]
 SECOND_SIGNAL_SECONDS = 2.0
 
 
@@ -41,8 +43,9 @@ def test_runs_killed_at_random_moments_end_in_the_same_bits(optim: str, runs: Ru
 
 @pytest.mark.parametrize("objective", PREFERENCES)
 def test_killed_preference_training_ends_in_the_same_bits(objective: str, runs: Runs, table: Table) -> None:
-    pairs = write_pairs(runs.folder / "pairs.jsonl", count=40)
-    settings = (*SETTINGS, "train.optim=adamw_8bit", f"data.train={pairs}", f"train.objective={objective}")
+    dataset_type = OBJECTIVES[objective].dataset_type
+    rows = ROWS_OF[dataset_type](runs.folder / f"{dataset_type}.jsonl", count=40)
+    settings = (*SETTINGS, "train.optim=adamw_8bit", f"data.train={rows}", f"train.objective={objective}")
     moments = number(2, 20)
     good = resumed_after_kills(runs, settings, moments)
     table.add(f"kill -9 at random moments, {objective}", good, moments, "resumed to the same bits")

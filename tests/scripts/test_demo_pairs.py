@@ -60,8 +60,11 @@ def test_pair_of_an_address_depends_on_the_seed_and_not_on_other_addresses() -> 
 def test_answers_of_a_model_make_pairs_where_they_are_wrong() -> None:
     right = [turns[-1]["content"] for turns in conversations()]
     wrong = right[1].replace("Main St", "Main")
-    pairs = list(demo_pairs.wrong_pairs(conversations(), [right[0], wrong, "", *right[3:]]))
-    assert [(answers([pair], "chosen"), answers([pair], "rejected")) for pair in pairs] == [([right[1]], [wrong])]
+    own = demo_pairs.own_pairs(conversations(), [right[0], wrong, "", *right[3:]])
+    assert {address: pair["rejected"][0]["content"] for address, pair in own.items()} == {
+        conversations()[1][-2]["content"]: wrong
+    }
+    assert answers(list(own.values()), "chosen") == [right[1]]
 
 
 def test_package_reads_every_pair_with_its_prompt(tmp_path: Path) -> None:
