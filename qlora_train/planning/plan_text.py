@@ -104,6 +104,8 @@ def _rest(plan: RunPlan) -> Iterator[str]:
     time = "unknown time (no earlier run on this device)"
     if plan.seconds is not None:
         time = f"training takes about {duration(plan.seconds)} (speed of earlier runs here)"
+        if plan.reference_seconds is not None:
+            time += f", reference log-probabilities {duration(plan.reference_seconds)} before it"
     yield f"steps     {work.num_steps:,}{tokens}, {time}"
 
 

@@ -53,7 +53,8 @@ def predict_seconds(plan: RunPlan, runs: Sequence[EarlierRun]) -> RunPlan:
     rates = [run.operations / run.seconds for run in runs if run.seconds and run.operations]
     if operations is None or not rates:
         return plan
-    return replace(plan, seconds=operations / statistics.median(rates))
+    rate, before = statistics.median(rates), plan.reference_operations
+    return replace(plan, seconds=operations / rate, reference_seconds=before / rate if before else None)
 
 
 def error_bar(runs: Sequence[EarlierRun]) -> str:

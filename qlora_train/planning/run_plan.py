@@ -25,6 +25,7 @@ class RunPlan:
         disk: None if the number of steps is unknown.
         download_bytes: of a base on the Hub, in 16 bits; 0 for a local one.
         seconds: of training; None if nothing comparable was measured.
+        reference_seconds: of the reference model's pass before it; None likewise, or without one.
         caveats: why the memory is known to be loose, one line each.
     """
 
@@ -39,19 +40,29 @@ class RunPlan:
     disk: DiskPlan | None
     download_bytes: int
     seconds: float | None = None
+    reference_seconds: float | None = None
     caveats: tuple[str, ...] = ()
 
     @property
     def operations(self) -> float | None:
         """Floating-point operations of training that grow with the number of tokens; None if that is unknown.
 
-        4 per linear weight and token and 4 per weight of the head, as frozen weights have no gradient. Attention and LoRA
-        are left out: the number compares runs.
+        4 per linear weight and token and 4 per weight of the head, as frozen weights have no gradient, and 2 for a
+        reference pass in the step. Attention and LoRA are left out: the number compares runs.
         """
-        if self.work.num_tokens is None:
+        if self.work.num_tokens is None or self.work.step_reference_tokens is None:
             return None
-        head = self.model.vocab_size * self.model.hidden_size
-        return 4.0 * (self.model.active_numel + head) * self.work.num_tokens
+        return self._num_passed * (4.0 * self.work.num_tokens + 2.0 * self.work.step_reference_tokens)
+
+    @property
+    def reference_operations(self) -> float | None:
+        """Floating-point operations of the reference model's pass before step 1; None if unknown."""
+        return None if self.work.reference_tokens is None else 2.0 * self._num_passed * self.work.reference_tokens
+
+    @property
+    def _num_passed(self) -> int:
+        """Weights that each token passes, with those of the head."""
+        return self.model.active_numel + self.model.vocab_size * self.model.hidden_size
 
     @property
     def disk_bytes(self) -> int | None:
@@ -67,6 +78,7 @@ class RunPlan:
             "parts": {name: size for name, size in memory.peak.parts.items() if size},
             "num_steps": self.work.num_steps,
             "seconds": self.seconds,
+            "reference_seconds": self.reference_seconds,
             "disk_bytes": self.disk_bytes,
             "peak_moment": memory.peak.name,
             "caveats": list(self.caveats),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_train.config import RunConfig
-from qlora_train.config.objectives import dataset_type_of
+from qlora_train.config.objectives import dataset_type_of, uses_reference
 from qlora_train.planning.activations import MicroBatch
 from qlora_train.planning.disk_plan import num_steps
 from qlora_train.utils.constants import GPU_TOKENS
@@ -88,6 +88,8 @@ class Workload:
         num_micro_batches: per step and rank, of the settings.
         num_steps: optimizer steps; None if unknown.
         num_tokens: of all steps; None if unknown.
+        reference_tokens: of training rows whose reference log-probabilities are computed before step 1; None if unknown.
+        step_reference_tokens: the same, computed for each micro-batch.
     """
 
     batch: MicroBatch
@@ -97,6 +99,8 @@ class Workload:
     num_micro_batches: int
     num_steps: int | None
     num_tokens: int | None
+    reference_tokens: int | None = 0
+    step_reference_tokens: int | None = 0
 
 
 def plan_workload(config: RunConfig, sizes: RowSizes, *, on_gpu: bool, num_ranks: int = 1) -> Workload:
@@ -111,6 +115,8 @@ def plan_workload(config: RunConfig, sizes: RowSizes, *, on_gpu: bool, num_ranks
     raised = min(GPU_TOKENS, sizes.step_tokens)
     raises = on_gpu and pads_nothing(config) and not packs and not config.run.deterministic and raised > tokens
     steps = num_steps(train, sizes.num_rows) if _knows_steps(config, sizes) else None
+    num_tokens = _num_tokens(config, sizes, steps)
+    once, each_step = _reference_tokens(config, sizes, num_tokens)
     return Workload(
         batch=batch,
         raised_batch=MicroBatch(raised, batch.longest_row, min(raised, sizes.step_labels)) if raises else None,
@@ -118,7 +124,9 @@ def plan_workload(config: RunConfig, sizes: RowSizes, *, on_gpu: bool, num_ranks
         eval_batch=_eval_batch(config, sizes, steps),
         num_micro_batches=-(-rows_of_rank // num_rows),
         num_steps=steps,
-        num_tokens=_num_tokens(config, sizes, steps),
+        num_tokens=num_tokens,
+        reference_tokens=once,
+        step_reference_tokens=each_step,
     )
 
 
@@ -162,6 +170,16 @@ def _num_tokens(config: RunConfig, sizes: RowSizes, steps: int | None) -> int | 
         return None
     rows = steps * _rows_per_step(config)
     return round(sizes.num_tokens * min(rows / sizes.num_rows, _num_epochs(config, sizes, steps)))
+
+
+def _reference_tokens(config: RunConfig, sizes: RowSizes, num_tokens: int | None) -> tuple[int | None, int | None]:
+    """Return the tokens of the reference model's passes, before step 1 and during the steps."""
+    train = config.train
+    if not uses_reference(train.objective):
+        return 0, 0
+    if train.precompute_ref_log_probs is False or train.minutes is not None:
+        return 0, num_tokens
+    return None if num_tokens is None or sizes.num_tokens is None else min(num_tokens, sizes.num_tokens), 0
 
 
 def _num_epochs(config: RunConfig, sizes: RowSizes, steps: int) -> float:

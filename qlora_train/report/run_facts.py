@@ -113,11 +113,15 @@ def _duration(run: RecordedRun) -> Figure | None:
     seconds = plan.get("measured_seconds") or since.get("train_seconds")
     if not seconds:
         return None
-    planned = plan.get("predicted_seconds")
-    if planned:
-        return Figure("Training time", number_text(seconds, "seconds"), f"planned {number_text(planned, 'seconds')}")
+    planned, notes = plan.get("predicted_seconds"), []
     speed = since.get("num_tokens", 0) / since["train_seconds"] if since.get("train_seconds") else None
-    return Figure("Training time", number_text(seconds, "seconds"), f"{number_text(speed)} tokens/s" if speed else "")
+    if planned:
+        notes.append(f"planned {number_text(planned, 'seconds')}")
+    elif speed:
+        notes.append(f"{number_text(speed)} tokens/s")
+    if reference := since.get("reference_seconds"):
+        notes.append(f"reference log-probabilities {number_text(reference, 'seconds')}")
+    return Figure("Training time", number_text(seconds, "seconds"), ", ".join(notes))
 
 
 def _memory(run: RecordedRun) -> Figure | None:

@@ -59,8 +59,10 @@ ROUNDING_SETTINGS = (
 )  # fmt: skip
 
 
-def store_reference_logps(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> None:
-    """Give the rows of a run their reference log-probabilities; the model must be as before step 1.
+def store_reference_logps(trainer: QloraTrainer, config: RunConfig, run: RunFolder) -> float:
+    """Give the rows of a run their reference log-probabilities, and return the seconds that it took.
+
+    The model must be as before step 1.
 
     Rows without them are computed for each micro-batch: if the objective has no reference, if the config asks for it, if
     the rows of the run are not known, or if the model at its start is not the reference.
@@ -71,15 +73,17 @@ def store_reference_logps(trainer: QloraTrainer, config: RunConfig, run: RunFold
     """
     reference = trainer.objective.reference
     if reference is None:
-        return
+        return 0.0
     is_known = isinstance(trainer.batch_source, RowBatches) and config.train.minutes is None
     if config.train.precompute_ref_log_probs is False or not is_known:
         logger.debug("reference: log-probabilities are computed for each micro-batch")
-        return
+        return 0.0
+    started = time.perf_counter()
     with stage("reference"), record_fallback(trainer, config, run, "reference log-probabilities"):
         model = trainer.accelerator.prepare_model(trainer.model)
         with preserve_model_state(model):
             _StoredReference(trainer, config, run, reference, model).use()
+    return time.perf_counter() - started
 
 
 class _StoredReference:

@@ -52,7 +52,7 @@ def train(
     Returns:
         `steps`, `taken_from_step` (the best step, if the config asks for it), `train_loss`, `eval_loss`,
         `NonFiniteGuard.counts`, `num_tokens`, `num_trainable`, `num_parameters`, and `since_last_start`: steps, tokens and
-        seconds since this process started or resumed the run.
+        seconds since this process started or resumed the run, and `reference_seconds` before them.
 
     Raises:
         TrainingError: out of memory, a non-finite number or a loss spike that stops the run, or an untrained adapter.
@@ -63,14 +63,15 @@ def train(
     progress = ProgressCallback(run, objective.loss.log_formats)
     with signals.stops_deferred():
         trainer = _make_trainer(adapted, data, config, run, progress, objective, flops)
+        reference_time = {}
         if objective.reference is not None:
             from qlora_train.training.stored_reference import store_reference_logps
 
-            store_reference_logps(trainer, config, run)
+            reference_time["reference_seconds"] = store_reference_logps(trainer, config, run)
         with stage("training"), record_fallback(trainer, config, run):
             fix_num_steps(trainer, config, run)
             _run_steps(trainer, progress, resume_from)
-    since_last_start = progress.since_last_start(trainer.state)
+    since_last_start = {**progress.since_last_start(trainer.state), **reference_time}
     step = _load_result(trainer)
     check_finite(step, trainable_state(adapted.model), {})
     check_trained(step, trainable_state(adapted.model), num_updates=trainer.guard.num_updates)

@@ -19,7 +19,7 @@ from qlora_train.planning import promise
 from qlora_train.planning.base_config import well_known_models
 from qlora_train.planning.cheapest_change import cheapest_change
 from qlora_train.planning.plan_device import cpu_name, has_avx512, plan_device
-from qlora_train.planning.plan_text import plan_lines
+from qlora_train.planning.plan_text import duration, plan_lines
 from qlora_train.planning.run_history import earlier_runs, error_bar, predict_seconds
 from qlora_train.planning.run_plan import RunPlan, plan_run
 from qlora_train.planning.workload import RowSizes
@@ -162,3 +162,27 @@ def test_a_kernel_that_tells_no_peak_is_measured_as_it_is(tmp_path: Path, monkey
     meter = MemoryMeter(torch.device("cpu"))
     kept = bytearray(b"x") * (64 << 20)
     assert meter.peak_bytes() >= 0.9 * len(kept)
+
+
+def test_a_reference_pass_is_half_of_an_epoch_or_half_of_every_step(tmp_path: Path) -> None:
+    """A forward pass costs half of a forward and backward pass over frozen weights."""
+    write_run(tmp_path / "a", device="ours", ratio=1.0, seconds=10.0)
+    runs, sizes = earlier_runs(tmp_path, "ours"), RowSizes(1600, 160_000, 200, 200, 3200, 3200, 200, 0)
+
+    def planned(*overrides: str) -> RunPlan:
+        config = load_config(ROOT / "configs" / "llama7b.yaml", ["train.num_train_epochs=3", *overrides])
+        base = well_known_models()[config.model.model_name_or_path]
+        return predict_seconds(plan_run(config, base, plan_device("24GiB"), sizes), runs)
+
+    sft, stored = planned(), planned("train.objective=dpo")
+    on_the_fly = planned("train.objective=dpo", "train.precompute_ref_log_probs=false")
+    without = planned("train.objective=simpo")
+    assert sft.seconds is not None
+    assert (sft.reference_seconds, without.reference_seconds, on_the_fly.reference_seconds) == (None, None, None)
+    assert stored.seconds == without.seconds == sft.seconds
+    assert stored.reference_seconds == pytest.approx(sft.seconds / 3 / 2)
+    assert on_the_fly.seconds == pytest.approx(1.5 * sft.seconds)
+    text = " ".join(" ".join(plan_lines(stored, "base", "")).split())
+    assert f"reference log-probabilities {duration(sft.seconds / 6)} before it" in text
+    one_epoch = planned("train.objective=dpo", "train.max_steps=10")
+    assert one_epoch.work.reference_tokens == one_epoch.work.num_tokens == 10 * 160_000 // 100

@@ -151,7 +151,9 @@ def test_measured_memory_is_compared_with_the_plan_of_the_same_thing(
 RESULTS = {
     "training": {
         "steps": 40, "taken_from_step": 40, "num_tokens": 33639, "num_skipped_steps": 2, "num_loss_spikes": 0,
-        "since_last_start": {"num_steps": 40, "num_tokens": 2000, "train_seconds": 100.0},
+        "since_last_start": {
+            "num_steps": 40, "num_tokens": 2000, "train_seconds": 100.0, "reference_seconds": 12.0,
+        },
     },
     "plan": {
         "predicted_peak_bytes": 2_000_000_000, "measured_peak_bytes": 2_100_000_000, "predicted_seconds": 90.0,
@@ -196,7 +198,7 @@ SHOWN = (
     "odd.weight (bfloat16) stays unquantized", "together", "111.40 MB", "KL divergence 0.00112 nats/token",
     "kept: held-out loss 0.1466, with the adapter 0.1468", "not kept: held-out loss 0.1481", "35.0 %", "6.329", "41.1 %",
     "arc_easy: base acc 0.25; adapter acc 0.5", "run-q4_k_m.gguf", "105.00 MB", "+0.0135", "above f16",
-    "run-lora-f16.gguf", "own-Q4_K_M.gguf", "2.549", "0.1173", "39.1 %",
+    "reference log-probabilities 12.0 s", "run-lora-f16.gguf", "own-Q4_K_M.gguf", "2.549", "0.1173", "39.1 %",
 )  # fmt: skip
 
 

@@ -19,6 +19,9 @@ from qlora_train.data.token_store import Rows
 from qlora_train.data.types import Example
 from qlora_train.evaluation.objective_table import make_objective
 from qlora_train.models import load_model, resolve_base
+from qlora_train.objectives.batch_loss import model_inputs
+from qlora_train.objectives.label_losses import label_losses
+from qlora_train.objectives.reference_logps import sequence_logps
 from qlora_train.runs import RunFolder, write_json
 from qlora_train.runs.reference_files import FILE
 from qlora_train.training.progress import ProgressCallback
@@ -31,6 +34,7 @@ from tests.support.preference_oracles import Oracle
 from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes, check_in_this_process, make_config, metrics, stopped_copy, train_run
 from tests.support.trainers import adapted_and_data, folder_of
+from tests.support.unpaired_rows import write_labelled
 
 Pico = Callable[..., Path]
 EXACT = "quantization.bnb_4bit_compute_dtype=float32"
@@ -72,7 +76,7 @@ def started(config: RunConfig) -> QloraTrainer:
     identity = {"base_identity": resolve_base(config.model).identity(), "data_fingerprint": data.fingerprint}
     write_json(run.metadata_file, {"run_id": "1", **identity})
     objective = make_objective(config.train, config.lora, adapted.model)
-    trainer = _make_trainer(adapted, data, config, run, ProgressCallback(run, {}), objective)
+    trainer = _make_trainer(adapted, data, config, run, ProgressCallback(run, {}), objective, None)
     store_reference_logps(trainer, config, run)
     return trainer
 
@@ -107,6 +111,24 @@ def test_first_rewards_are_exactly_zero_in_bfloat16(name: str, pico: Pico, tmp_p
     found = first_metrics(trainer)
     assert (found["rewards/chosen"], found["rewards/rejected"], found["rewards/margins"]) == (0, 0, 0)
     assert found["logps/chosen"] < -1
+
+
+@pytest.mark.parametrize("objective", ["kto", "apo_zero_unpaired"])
+def test_first_rewards_of_unpaired_answers_are_zero_too(objective: str, pico_llama: Path, tmp_path: Path) -> None:
+    rows = write_labelled(tmp_path / "labelled.jsonl")
+    settings = (f"data.train={rows}", f"train.objective={objective}")
+    trainer = started(config_of(tmp_path, pico_llama, ROUNDED, *settings))
+    rows_of_run = trainer.examples.train
+    assert isinstance(rows_of_run, Rows)
+    assert rows_of_run.reference_logps is not None
+    assert rows_of_run.reference_logps.shape == (len(rows_of_run), 1)
+    batch = next(iter(trainer.get_train_dataloader()))[0]
+    trainer.model.train()
+    inputs: Any = model_inputs(batch)
+    with trainer.compute_loss_context_manager():
+        model = trainer.accelerator.prepare_model(trainer.model)
+        nll = label_losses(model, trainer.loss_chunk_tokens, **inputs).nll
+    assert torch.equal(sequence_logps(nll, batch), batch["reference_logps"])
 
 
 def log_probability(model: Any, sequence: Example) -> float:
