@@ -121,6 +121,8 @@ def _format_of(record: Record) -> tuple[str, Mapping[str, str]]:
     ]
     if any(name in record.values for name in LABELS):
         attempts.insert(0, ("unpaired_preference", unpaired_columns(record.values) or {}))
+    if isinstance(record.values.get("chosen"), dict):  # ShareGPT pairs, whose conversations are prompts only
+        attempts.insert(0, ("preference", preference_columns(record.values) or {}))
     problem: DataError | None = None
     for dataset_type, columns in attempts:
         try:

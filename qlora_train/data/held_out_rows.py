@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qlora_train.data.token_store import Rows, Store, StoredRow, StoreWriter, TokenizedChunk, make_batch, schema
+from qlora_train.data.stored_columns import StoredRow, make_batch, schema
+from qlora_train.data.token_store import Rows, Store, StoreWriter, TokenizedChunk
 from qlora_train.data.types import Example
 from qlora_train.utils import atomic_io
 from qlora_train.utils.errors import CheckpointError, DataError

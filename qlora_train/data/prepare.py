@@ -15,13 +15,14 @@ import numpy as np
 from qlora_train.config.objectives import DatasetType
 from qlora_train.config.schema import DataSection, Source
 from qlora_train.data.chat_template import is_dated
-from qlora_train.data.data_report import NUM_FIRST_ROWS, DataReport, SourceReport, SplitReport, check_max_dropped
+from qlora_train.data.data_report import NUM_FIRST_ROWS, DataReport, SourceReport, check_max_dropped
 from qlora_train.data.decoded_rows import decode_rows
 from qlora_train.data.held_out_rows import RunRows
 from qlora_train.data.pair_report import PairReport
 from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.selection import StoredTexts, first_occurrences, held_out_mask, is_among, mix, num_duplicates
 from qlora_train.data.source_store import SourceStore, SourceTokenizer
+from qlora_train.data.split_report import SplitReport
 from qlora_train.data.token_store import Rows
 from qlora_train.parallel import context
 from qlora_train.utils.errors import DataError

@@ -20,7 +20,8 @@ from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.row_encoder import RowEncoder
 from qlora_train.data.row_reader import RowReader
 from qlora_train.data.selection import StoredTexts
-from qlora_train.data.token_store import StoredRow, TokenizedChunk, make_batch, schema
+from qlora_train.data.stored_columns import StoredRow, make_batch, schema
+from qlora_train.data.token_store import TokenizedChunk
 from qlora_train.data.types import Example, Message, Record, Row, UnusableRowError
 from qlora_train.utils.errors import DataError
 

@@ -138,6 +138,13 @@ def test_pairs_have_a_second_recipe_without_a_reference_model(base: Path) -> Non
     assert new(base, recipe="orpo", data=pairs, output="b.yaml").train.objective == "orpo"
 
 
+def test_pairs_of_sharegpt_are_trained_as_pairs(base: Path) -> None:
+    answers = {name: {"from": "gpt", "value": text} for name, text in (("chosen", "So."), ("rejected", "No."))}
+    row = {"conversations": [{"from": "human", "value": "What?"}], **answers}
+    config = new(base, data=write_jsonl("pairs.jsonl", [row] * 30))
+    assert (config.train.objective, config.data.columns) == ("dpo", {"prompt": "conversations"})
+
+
 def test_max_length_holds_99_of_100_rows(base: Path) -> None:
     rows = [chat("hi", "x" * 400)] * 99 + [chat("hi", "x " * 5000)]
     config = new(base, data=write_jsonl("rows.jsonl", rows))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qlora_train.config import DataSection
 from qlora_train.data import prepare_data
+from qlora_train.data.stored_columns import schema
 from qlora_train.data.token_cache import TOKENS_VERSION
-from qlora_train.data.token_store import schema
 from qlora_train.utils.errors import DataError
 from tests.support.pico import build_tokenizer
 

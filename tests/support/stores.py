@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_train.data.token_store import Rows, Store, StoredRow, StoreWriter, TokenizedChunk, make_batch, schema
+from qlora_train.data.stored_columns import StoredRow, make_batch, schema
+from qlora_train.data.token_store import Rows, Store, StoreWriter, TokenizedChunk
 from qlora_train.data.types import Example
 
 
