@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,17 +35,19 @@ Result = dict[str, Any]
 
 
 def main() -> None:
-    """Measure speed or memory, print the table and write the numbers."""
+    """Measure speed or memory; print the table, and write the numbers after every round."""
     options = parsed()
-    found = speed(options) if options.what == "speed" else memory(options)
-    lines = speed_table(found) if options.what == "speed" else memory_table(found)
+    measure, table = (speed, speed_table) if options.what == "speed" else (memory, memory_table)
+    lines: list[str] = []
+    for found in measure(options):
+        lines = table(found)
+        if options.output is not None:
+            about = {
+                "command": "python scripts/bench_preferences.py " + " ".join(sys.argv[1:]),
+                "date": datetime.date.today().isoformat(), "machine": machine(), "table": lines, "runs": found,
+            }  # fmt: skip
+            options.output.write_text(json.dumps(about, indent=1) + "\n")
     print("\n".join(lines))
-    if options.output is not None:
-        about = {
-            "command": "python scripts/bench_preferences.py " + " ".join(sys.argv[1:]),
-            "date": datetime.date.today().isoformat(), "machine": machine(), "table": lines, "runs": found,
-        }  # fmt: skip
-        options.output.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def parsed() -> argparse.Namespace:
@@ -68,8 +70,8 @@ def parsed() -> argparse.Namespace:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def speed(options: argparse.Namespace) -> dict[str, list[Result]]:
-    """Return the results of every round by name."""
+def speed(options: argparse.Namespace) -> Iterator[dict[str, list[Result]]]:
+    """Yield the results so far by name, after every round."""
     names = options.names or [OURS, TRL, f"{TRL}, precomputed"]
     found: dict[str, list[Result]] = {name: [] for name in names}
     with TemporaryDirectory() as folder:
@@ -84,7 +86,7 @@ def speed(options: argparse.Namespace) -> dict[str, list[Result]]:
                     f"round {number + 1}: {name}: {statistics.median(result['seconds']):.2f} s per step, "
                     f"{result['whole_seconds']:.0f} s in all", flush=True,
                 )  # fmt: skip
-    return found
+            yield found
 
 
 def batches_of_like_lengths(pairs: Path, batch_size: int, num_steps: int, folder: Path) -> Path:
@@ -176,8 +178,8 @@ def run_seconds(runs: Sequence[Result]) -> list[float]:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def memory(options: argparse.Namespace) -> dict[str, list[Result]]:
-    """Return the results of every round by name."""
+def memory(options: argparse.Namespace) -> Iterator[dict[str, list[Result]]]:
+    """Yield the results so far by name, after every round."""
     names = options.names or [f"{way}{layout}" for layout in ("", ", padded") for way in ("dpo", "sft")]
     found: dict[str, list[Result]] = {name: [] for name in names}
     with TemporaryDirectory() as folder:
@@ -191,7 +193,7 @@ def memory(options: argparse.Namespace) -> dict[str, list[Result]]:
                 found[name].append(result)
                 print(f"round {number + 1}: {name}: grows by {result['growth_gb']:.3f} GB, peak {result['peak_gb']:.3f} GB",
                       flush=True)  # fmt: skip
-    return found
+            yield found
 
 
 def both_rows(line: str) -> str:
