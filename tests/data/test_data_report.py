@@ -20,13 +20,12 @@ from transformers import PreTrainedTokenizerFast
 from qlora_train.data.data_report import (
     DataReport,
     SourceReport,
-    SplitReport,
     SystemPrompt,
     check_max_dropped,
-    length_quantiles,
 )
 from qlora_train.data.decoded_rows import DecodedRow, decode_rows
 from qlora_train.data.reason_counts import ReasonCounts
+from qlora_train.data.split_report import SplitReport, length_quantiles
 from qlora_train.data.terminal_view import MAX_SEGMENT_LENGTH, shown_rows
 from qlora_train.data.token_store import SourceSummary
 from qlora_train.data.types import Example
