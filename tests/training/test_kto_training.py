@@ -1,5 +1,7 @@
 """KTO runs: resumed bitwise, the same for any micro-batches, and with metrics of an independent model."""
 
+import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +10,21 @@ import pytest
 import torch
 from torch.nn import functional
 
-from qlora_train.adapters import load_trained
+from qlora_train.adapters import load_trained, trainable_state
 from qlora_train.data.collate import FlatteningCollator, StepCollator, TokenBudget
 from qlora_train.data.held_out_rows import load_rows
 from qlora_train.data.mismatched_rows import MISMATCHED, mismatched_sequence
 from qlora_train.data.token_store import Rows
 from qlora_train.data.types import Example
 from qlora_train.export.finished_run import open_finished_run
+from qlora_train.inference.eval_report import EvalSettings, evaluate
 from qlora_train.models import load_model
 from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import RowBatches
 from qlora_train.training.memory.worst_case_batch import worst_case_batches
 from tests.support.runs import adapter_bytes, make_config, metrics, stopped_copy, train_run
 from tests.support.trainers import trainer_of
-from tests.support.unpaired_rows import write_labelled
+from tests.support.unpaired_rows import labelled, write_labelled
 
 EXACT = "quantization.bnb_4bit_compute_dtype=float32"
 BETA, WEIGHT = 0.2, 1.5
@@ -49,7 +52,7 @@ def trained(folder: Path, pico_llama: Path) -> RunFolder:
 
 
 def without_times(run: RunFolder) -> list[dict[str, Any]]:
-    measured = ("eval_runtime_seconds", "tokens_per_second", "peak_memory_bytes")
+    measured = ("eval_runtime_seconds", "tokens_per_second", "peak_memory_bytes", "mfu")
     return [{name: value for name, value in line.items() if name not in measured} for line in metrics(run)]
 
 
@@ -120,6 +123,32 @@ def test_evaluation_is_that_of_transformers_on_every_row(trained: RunFolder) -> 
     assert [evaluated[f"eval_{name}"] for name in names] == pytest.approx([*rewards, rewards[0] - rewards[1]], rel=1e-4)
 
 
+def test_losses_of_rows_are_recorded_with_their_labels(trained: RunFolder) -> None:
+    recorded = json.loads(trained.row_losses_file.read_text())["eval"]
+    assert recorded["num_measured"] == len(load_rows(trained.rows).eval)
+    shown = {each["where"].rpartition(" ")[2] for row in recorded["rows"] for each in row["sequences"]}
+    assert shown == {"(desirable)", "(undesirable)"}
+
+
+def test_losses_of_rows_have_the_mean_that_evaluation_reports(folder: Path, pico_llama: Path) -> None:
+    config = make_config(folder, pico_llama, *settings_for(folder), name="rows")
+    trainer, data = trainer_of(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainable_state(trainer.model).values():
+        parameter.data -= 0.05 * torch.randn(parameter.shape, generator=generator)
+    arguments: dict[str, Any] = {"batch_size": 3, "pad_token_id": 0}
+    losses = trainer.objective.row_losses(trainer.model, data.eval, **arguments)
+    means = trainer.objective.evaluate(trainer.model, data.eval, **arguments)
+    assert means["kl"] > 0.01
+    assert statistics.mean(losses) == pytest.approx(means["loss"], rel=1e-5)
+
+
+def test_eval_measures_desirable_answers(trained: RunFolder) -> None:
+    results = evaluate(trained.path, EvalSettings(models=("adapter",), generate=False))
+    desirable = [row for row in load_rows(trained.rows).eval if row.desirable]
+    assert results["adapter"]["num_tokens"] == sum(row.num_labels for row in desirable)
+
+
 def test_answers_of_a_step_are_those_of_its_rows(folder: Path, pico_llama: Path) -> None:
     trainer, data = trainer_of(make_config(folder, pico_llama, *settings_for(folder), name="order"))
     source = trainer.batch_source
@@ -132,11 +161,18 @@ def test_answers_of_a_step_are_those_of_its_rows(folder: Path, pico_llama: Path)
 
 
 def test_no_micro_batch_is_larger_than_the_worst_case(folder: Path, pico_llama: Path) -> None:
+    """A long prompt with the long answer of another row is longer than both rows."""
+    question, answer = ({"role": role, "content": "nine words " * 7} for role in ("user", "assistant"))
+    longer = [{**labelled(1)[0], "prompt": [question]}, {**labelled(1)[0], "completion": [answer], "label": False}]
+    file = folder / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*labelled(18), *longer * 3]))
     for more in (("train.padding_free=true",), ("train.padding_free=false",), ONE_BATCH):
-        config = make_config(folder, pico_llama, *settings_for(folder), *more, name="worst")
+        settings = (*settings_for(folder), f"data.train={file}", "data.eval=null", "train.eval_steps=null", *more)
+        config = make_config(folder, pico_llama, *settings, name="worst")
         trainer, data = trainer_of(config)
         assert isinstance(data.train, Rows)
         worst = worst_case_batches(trainer.batch_source, config)
+        assert data.train.max_mismatched_length > data.train.lengths.max()
         batches = [batch for step in trainer.get_train_dataloader() for batch in step]
         for name in ("input_ids", f"{MISMATCHED}input_ids"):
             assert max(batch[name].numel() for batch in batches) <= max(batch[name].numel() for batch in worst)

@@ -29,6 +29,7 @@ from tests.support.memory_limit import WITHOUT_LIMIT, run_limited
 from tests.support.runs import adapter_bytes, losses, make_config, train_run, write_rows
 from tests.support.stores import example, rows_of
 from tests.support.trainers import DATE, trainer_of
+from tests.support.unpaired_rows import write_labelled
 
 MB = 1 << 20
 SETTINGS = (
@@ -205,7 +206,14 @@ def test_fitted_batches_group_rows_like_the_original_ones(num_rows: int, pico_ll
         assert steps(2, 4, epoch) == steps(8, 1, epoch)
 
 
-@pytest.mark.parametrize("settings", [("train.group_by_length=true",), ("data.packing=true", "data.max_length=64")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.group_by_length=true",),
+        ("data.packing=true", "data.max_length=64"),
+        ("train.objective=kto", "data.train={labelled}", "data.max_length=192"),
+    ],
+)
 def test_resuming_with_a_smaller_micro_batch_has_the_same_result(
     settings: tuple[str, ...], pico_llama: Path, tmp_path: Path
 ) -> None:
@@ -214,7 +222,7 @@ def test_resuming_with_a_smaller_micro_batch_has_the_same_result(
         "quantization.bnb_4bit_compute_dtype=float32",
         "train.auto_find_batch_size=true",
         "train.save_steps=1",
-        *settings,
+        *(each.format(labelled=write_labelled(tmp_path / "labelled.jsonl")) for each in settings),
     )
     asked = ("train.per_device_train_batch_size=4", "train.max_steps=7")
     whole = train_run(tmp_path, pico_llama, *exact, *asked, name="whole")

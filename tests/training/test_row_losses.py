@@ -98,10 +98,10 @@ def test_only_rows_that_were_trained_are_measured(pico_llama: Path, tmp_path: Pa
     assert len(trainer.batch_source.trained_rows(100)) == len(data.train)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto"])
 def test_their_progress_has_their_name(objective: str, pico_llama: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "pairs.jsonl", count=10)
-    settings = ("train.objective=dpo", f"data.train={tmp_path / 'pairs.jsonl'}") if objective == "dpo" else ()
+    settings = () if objective == "sft" else (f"train.objective={objective}", f"data.train={tmp_path / 'pairs.jsonl'}")
     trainer, data = trainer_of(make_config(tmp_path, pico_llama, *settings))
     rows = [data.train[index] for index in range(4)]  # type: ignore[index]
     events: list[Any] = []
