@@ -111,7 +111,7 @@ class _StoredReference:
                 break
         else:
             logps, origin = self._compute(), "stored"
-            if not self._agrees(logps, "those of the first model"):
+            if not self._agrees(logps, "of the model as it is"):
                 return
         if context().is_main:
             self._save(logps, origin)
@@ -151,7 +151,7 @@ class _StoredReference:
         difference = max(context().gather(float(per_label)))
         if difference <= limit:
             return True
-        logger.warning("reference: %s log-probabilities differ by %.2g nats per token, not used", origin, difference)
+        logger.warning("reference: log-probabilities %s differ by %.2g nats per token: not used", origin, difference)
         rows.reference_logps = held_out.reference_logps = None
         return False
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 
+from qlora_train.adapters import trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data.token_store import Rows
 from qlora_train.data.types import Example
@@ -68,9 +69,11 @@ def config_of(folder: Path, base: Path, *more: str, name: str = "run") -> RunCon
     return make_config(folder, base, *settings_for(folder, f"data.cache_dir={folder / 'cache'}", *more), name=name)
 
 
-def started(config: RunConfig) -> QloraTrainer:
-    """Return a trainer as before its first step, with stored values."""
+def started(config: RunConfig, *, noise: float = 0.0) -> QloraTrainer:
+    """Return a trainer as before its first step, with stored values; `noise` is added to its adapter."""
     adapted, data = adapted_and_data(config)
+    for parameter in trainable_state(adapted.model).values():
+        parameter.data += noise * torch.randn(parameter.shape)
     run = folder_of(config)
     run.path.mkdir(parents=True, exist_ok=True)
     identity = {"base_identity": resolve_base(config.model).identity(), "data_fingerprint": data.fingerprint}
@@ -153,6 +156,17 @@ def test_values_are_those_of_transformers_and_trl_on_the_base(pico_llama: Path, 
     stored = oracle._precompute_ref_logps(oracle.train_dataset, "train", 4)
     actual = np.array([stored["ref_chosen_logps"], stored["ref_rejected_logps"]]).T
     np.testing.assert_allclose(data.train.reference_logps, actual, rtol=1e-5)
+
+
+def test_a_model_that_does_not_begin_as_its_reference_computes_values_on_the_fly(
+    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(tmp_path, pico_llama, EXACT)
+    trainer = started(config, noise=0.1)
+    assert "reference: log-probabilities of the model as it is differ by" in caplog.text
+    assert not folder_of(config).reference_logps.exists()
+    assert not any((tmp_path / "cache").glob("*/" + FILE))
+    assert abs(first_metrics(trainer)["rewards/chosen"]) > 0.1
 
 
 def test_dropout_and_noise_are_not_those_of_the_reference(pico_llama: Path, tmp_path: Path) -> None:
@@ -370,7 +384,7 @@ def test_weights_that_no_fingerprint_sees_are_noticed(
     monkeypatch.setattr("qlora_train.models.base_source.BaseSource.identity", lambda _: "the same")
     started(config_of(tmp_path, pico_llama, ROUNDED, name="one"))
     trainer = started(config_of(tmp_path, _other_weights(pico_llama, tmp_path / "other"), ROUNDED, name="two"))
-    assert "stored by an earlier run log-probabilities differ by" in caplog.text
+    assert "log-probabilities stored by an earlier run differ by" in caplog.text
     assert origin(caplog) == "stored"
     assert first_metrics(trainer)["rewards/margins"] == 0
 
