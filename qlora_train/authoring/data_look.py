@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from qlora_train.data.data_file import DataFile
 from qlora_train.data.extra_columns import LABELS
 from qlora_train.data.formats import FORMATS, recognise
 from qlora_train.data.readers import read_chunks
+from qlora_train.data.reason_counts import ReasonCounts
 from qlora_train.data.row_reader import RowReader
 from qlora_train.data.sources import find_files
 from qlora_train.data.types import Record, Row, UnusableRowError
@@ -41,7 +41,7 @@ class DataLook:
         format: a name of `FORMATS`.
         columns: for `data.columns`; empty if the columns have the format's names.
         num_rows: usable rows; of a larger data set, those that were looked at (`is_partial`).
-        unusable: rows that cannot be used, by reason.
+        unusable: rows that cannot be used, by reason, with `file:line`.
         median: tokens of a row, `percentile_99` and `longest` likewise; estimates, since no chat template is applied.
         is_counted: by the base's tokenizer, not by characters.
     """
@@ -49,7 +49,7 @@ class DataLook:
     format: str
     columns: Mapping[str, str]
     num_rows: int
-    unusable: Mapping[str, int]
+    unusable: ReasonCounts
     median: int
     percentile_99: int
     longest: int
@@ -79,16 +79,17 @@ def look_at_data(source: Source, tokenizer: Any) -> DataLook:
     if first is None:
         raise DataError(f"{KEY}: {source.path} holds no rows; expected at least one")
     format_name, columns = _format_of(first)
-    reader, unusable, rows = RowReader(format_name, columns), Counter[str](), list[Row]()
+    reader, unusable, rows = RowReader(format_name, columns), ReasonCounts(), list[Row]()
     parts = itertools.chain.from_iterable(map(reader.split, itertools.chain([first], records)))
     for record in itertools.islice(parts, MAX_ROWS):
         try:
             rows.append(reader.read(record))
         except UnusableRowError as error:
-            unusable[error.reason] += 1
+            unusable.add(error.reason, record.where)
     if not rows:
-        reason, count = unusable.most_common(1)[0]
-        raise DataError(f"{KEY}: none of {unusable.total()} rows of {source.path} can be used: {count} x {reason}")
+        raise DataError(
+            f"{KEY}: none of {unusable.total} rows of {source.path} can be used: {unusable.summary()}; correct them"
+        )
     lengths = sorted(_lengths(rows, tokenizer))
     return DataLook(
         format=format_name,

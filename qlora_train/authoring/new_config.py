@@ -1,5 +1,6 @@
 """Write a new config: look at base and data, choose a recipe and settings, write the file, check it and plan the run."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from qlora_train.authoring.recipe_files import EXAMPLES, Choice, Recipe, example
 from qlora_train.config import ModelSection, RunConfig, Source, load_run_config
 from qlora_train.config.preflight import check_machine
 from qlora_train.config.schema import Section
+from qlora_train.data.reason_counts import max_dropped_rows
 from qlora_train.data.sources import find_files
 from qlora_train.planning.plan_device import PlanDevice, plan_device
 from qlora_train.planning.plan_text import plan_lines
@@ -85,7 +87,8 @@ def write_new_config(
         written.write(config_text(settings, chosen, str(file)))
     config = load_run_config(file)
     check_machine(config)
-    return list(_summary(file, f"recipe {chosen.name}: {reason}", looked, _plan(config, base, looked, device)))
+    plan = _plan(config, base, looked, device)
+    return list(_summary(file, f"recipe {chosen.name}: {reason}", looked, config.data.max_dropped, plan))
 
 
 def _validated(section: type[Section], values: dict[str, Any], where: str) -> Any:
@@ -105,12 +108,27 @@ def _example_of(recipe: Recipe | None) -> Choice:
     return Choice(train, "example rows, put your file here: ")
 
 
-def _summary(file: Path, recipe: str, data: DataLook, plan: list[str]) -> Iterator[str]:
+def _summary(file: Path, recipe: str, data: DataLook, max_dropped: float, plan: list[str]) -> Iterator[str]:
     yield f"wrote     {file} ({recipe}; checked: ok)"
-    for text, count in list(data.unusable.items())[:3]:
-        yield f"warning   {count} of {data.num_rows + sum(data.unusable.values()):,} rows cannot be used: {text}"
+    yield from _unusable_rows(data, max_dropped)
     yield from plan
     yield f"next      qlora-train data {file}, then qlora-train {file}"
+
+
+def _unusable_rows(data: DataLook, max_dropped: float) -> Iterator[str]:
+    """Yield which rows cannot be used, and what a run does with them."""
+    num_unusable = data.unusable.total
+    if not num_unusable:
+        return
+    num_rows = data.num_rows + num_unusable
+    num_allowed = max_dropped_rows(max_dropped, num_rows)
+    yield f"warning   {num_unusable:,} of {num_rows:,} rows cannot be used: {data.unusable.summary()}"
+    limit = f"data.max_dropped ({max_dropped:g}) allows {num_allowed:,}"
+    if num_unusable <= num_allowed:
+        yield f"          a run drops them: {limit}"
+        return
+    needed = math.ceil(100 * num_unusable / num_rows) / 100
+    yield f"          a run will stop: {limit}; correct these rows, or set data.max_dropped: {needed:g}"
 
 
 def _plan(config: RunConfig, base: BaseLook, data: DataLook, device: PlanDevice) -> list[str]:

@@ -14,10 +14,9 @@ from typing import Any, Self
 from qlora_train.data.decoded_rows import DecodedRow
 from qlora_train.data.formats import FORMATS
 from qlora_train.data.label_balance import imbalance
-from qlora_train.data.reason_counts import ReasonCounts, locations_text
+from qlora_train.data.reason_counts import ReasonCounts, TooManyDroppedError, locations_text, max_dropped_rows
 from qlora_train.data.split_report import SplitReport
 from qlora_train.data.token_store import SourceSummary
-from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
 
@@ -39,20 +38,20 @@ def check_max_dropped(key: str, summaries: Iterable[SourceSummary], max_dropped:
     """Refuse the sources of `key`, ``data.train`` or ``data.eval``, if too few of their rows are left.
 
     Raises:
-        DataError: more rows than `data.max_dropped` are unusable, or all are; the message counts the reasons, the most
-            frequent first, with a few locations of each.
+        TooManyDroppedError: more rows than `data.max_dropped` are unusable, or all are; the message counts the reasons,
+            the most frequent first, with a few locations of each.
     """
     summaries = list(summaries)
     dropped = ReasonCounts.sum(summary.dropped for summary in summaries)
     num_records = sum(summary.num_records for summary in summaries)
-    num_allowed = int(max_dropped * num_records + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    num_allowed = max_dropped_rows(max_dropped, num_records)
     if dropped.total > num_allowed:
-        raise DataError(
+        raise TooManyDroppedError(
             f"{key}: {dropped.total} of {num_records} rows cannot be used, data.max_dropped ({max_dropped:g}) allows "
             f"{num_allowed}: {dropped.summary()}; {dropped.remedy()}"
         )
     if summaries and dropped.total == num_records:
-        raise DataError(f"{key}: no row can be used: {dropped.summary()}")
+        raise TooManyDroppedError(f"{key}: no row can be used: {dropped.summary()}")
 
 
 @dataclass(frozen=True, slots=True)

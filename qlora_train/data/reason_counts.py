@@ -4,10 +4,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from qlora_train.utils.errors import DataError
+
 MAX_LOCATIONS = 5
 """Locations that are stored for each reason."""
 MAX_REASONS = 8
 """Reasons in a message; the rest is counted together."""
+
+
+class TooManyDroppedError(DataError):
+    """More rows than `data.max_dropped` allows cannot be used, or none can."""
+
+
+def max_dropped_rows(max_dropped: float, num_records: int) -> int:
+    """Return the rows that `data.max_dropped` allows to be unusable."""
+    return int(max_dropped * num_records + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 @dataclass(slots=True)

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_train.data.readers import Chunk
-from qlora_train.data.reason_counts import ReasonCounts
+from qlora_train.data.reason_counts import ReasonCounts, TooManyDroppedError, max_dropped_rows
 from qlora_train.data.shuffle import permutation
 from qlora_train.data.token_store import SourceSummary, TokenizedChunk
 from qlora_train.data.tokenize_chunk import ChunkTokenizer
 from qlora_train.data.types import Example
 from qlora_train.data.worker_pool import ordered_map
-from qlora_train.utils.errors import DataError
 
 log = logging.getLogger("qlora_train")
 
@@ -131,10 +130,10 @@ class RowStream:
         assert self.counts[window] == count, "a window gives the same rows whenever it is read"
         _, num_records, num_dropped = map(sum, zip(*self.counts, strict=True))
         is_enough = num_records >= MIN_RECORDS or len(self.counts) >= self._windows_per_epoch
-        num_allowed = int(self._max_dropped * num_records + 1e-9)
+        num_allowed = max_dropped_rows(self._max_dropped, num_records)
         if (is_enough and num_dropped > num_allowed) or num_dropped == num_records:
             dropped = ReasonCounts.sum(summary.dropped for summary in self.summaries())
-            raise DataError(
+            raise TooManyDroppedError(
                 f"data.train: {num_dropped} of the first {num_records} rows of the stream cannot be used, data.max_dropped "
                 f"({self._max_dropped:g}) allows {num_allowed}: {dropped.summary()}; {dropped.remedy()}"
             )

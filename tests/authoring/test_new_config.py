@@ -236,7 +236,10 @@ def test_values_and_comments_of_hostile_data_stay_values_and_comments(base: Path
         ({"data": "https://example.org/a.jsonl"}, r"--data: a URL"),
         ({"data": "rows.jsonl", "recipe": "dpo"}, r"dpo does not train on the format messages; use --recipe chat"),
         ({"data": "strange.jsonl"}, r"strange\.jsonl:1: found the columns a, b; expected messages"),
-        ({"data": "unusable.jsonl"}, r"none of 2 rows of unusable\.jsonl can be used: 2 x no assistant turn"),
+        (
+            {"data": "unusable.jsonl"},
+            r"none of 2 rows of unusable\.jsonl can be used: 2 x no .* \(unusable\.jsonl:1, ",
+        ),
         ({"data": "hf_" + "a" * 34 + ".jsonl"}, r"new: looks like a Hugging Face token"),
     ],
 )
@@ -254,8 +257,27 @@ def test_what_cannot_be_used_is_named_and_nothing_is_written(
 def test_unusable_rows_are_counted_in_the_answer(base: Path) -> None:
     rows = [chat("a", "b")] * 19 + [chat("a", " ")]
     lines = write_new_config(str(base), data=write_jsonl("rows.jsonl", rows), recipe=None, output=None)
-    assert "warning   1 of 20 rows cannot be used: empty assistant turn" in lines
+    assert lines[1] == "warning   1 of 20 rows cannot be used: 1 x empty assistant turn (rows.jsonl:20)"
+    assert lines[2].split(":")[0].strip() == "a run will stop"
     assert any(line.startswith("steps ") for line in lines)
+
+
+@pytest.mark.parametrize(("num_unusable", "num_rows"), [(3, 40), (1, 20), (1, 100), (2, 100), (7, 11)])
+def test_new_says_what_a_run_does_with_unusable_rows(num_unusable: int, num_rows: int, base: Path) -> None:
+    rows = [chat("a", " " if number < num_unusable else f"b{number}") for number in range(num_rows)]
+    data = write_jsonl("rows.jsonl", rows)
+    lines = write_new_config(str(base), data=data, recipe=None, output=Path("new.yaml"))
+    line = next(line for line in lines if "data.max_dropped" in line)
+    config = load_config("new.yaml")
+    tokenizer = build_tokenizer()
+    if "a run drops them" in line:
+        prepare_data(config.data, tokenizer, seed=42)
+        return
+    assert "a run will stop" in line
+    with pytest.raises(DataError, match=r"data\.max_dropped"):
+        prepare_data(config.data, tokenizer, seed=42)
+    advised = config.data.model_copy(update={"max_dropped": float(line.rpartition(" ")[2])})
+    prepare_data(advised, tokenizer, seed=42)
 
 
 def test_run_folder_of_an_earlier_run_is_not_taken(base: Path) -> None:

@@ -232,6 +232,20 @@ def test_too_many_unusable_rows_are_one_line(output: str, data_config: Path, cap
     assert re.search(r"^data.train: (\d+) of \1 rows cannot be used, data.max_dropped \(0.01\) allows \d+: \1 x ", line)
 
 
+def test_data_shows_the_usable_rows_before_it_refuses(
+    base_without_weights: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    config = write_config(tmp_path, base_without_weights)
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(['{"messages": [{"role": "user", "content": "a"}]}\n'] * 9)
+    assert main(["data", str(config), "--json", "--show", "2"]) == 2
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    assert report["sources"][0]["num_dropped"] == 9
+    assert len(report["first_rows"]) == 2
+    assert re.search(r"9 of \d+ rows cannot be used, data.max_dropped \(0.01\) allows 0: 9 x no assistant", output.err)
+
+
 PRINT_TEXT = "from qlora_train.cli.output import print_text; print_text({text!r})"
 
 
