@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rich.text import Text
 from qlora_train.utils.run_events import (
     Event,
     Measured,
+    Outcome,
     Progress,
     Restored,
     RunOpened,
@@ -38,6 +39,12 @@ TREND_POINTS = 20
 LEVEL_CHANGE = 0.005
 """A smaller relative change of the loss is level."""
 BAR_WIDTH = 34
+MARKS: Mapping[Outcome, tuple[str, str]] = {
+    "done": ("✓", "green"),
+    "failed": ("✗", "bold red"),
+    "stopped": ("■", "bold yellow"),
+}
+"""Mark and style of a stage that has ended."""
 
 
 class LiveScreen:
@@ -113,7 +120,7 @@ class LiveScreen:
         ended = self._stages[name]
         if ended is None:
             return "▸", "bold cyan"
-        return ("✗", "bold red") if ended.failed else ("✓", "green")
+        return MARKS[ended.outcome]
 
     def _step_line(self) -> Table:
         assert self._step is not None

@@ -101,9 +101,9 @@ def _rest(plan: RunPlan) -> Iterator[str]:
         yield "steps     unknown without the number of rows or train.max_steps"
         return
     tokens = "" if work.num_tokens is None else f", {short_count(work.num_tokens)} tokens"
-    time = "unknown time (no earlier run on this device)"
+    time = "unknown time (no timed run on this device)"
     if plan.seconds is not None:
-        time = f"training takes about {duration(plan.seconds)} (speed of earlier runs here)"
+        time = f"about {duration(plan.seconds)} without evaluations (speed of earlier runs here)"
         if plan.reference_seconds is not None:
             time += f", reference log-probabilities {duration(plan.reference_seconds)} before it"
     yield f"steps     {work.num_steps:,}{tokens}, {time}"

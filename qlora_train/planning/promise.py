@@ -83,10 +83,9 @@ class Promise:
         """Compare the plan with what was measured, in results.json and in the log.
 
         Args:
-            result: of training; its seconds count if this process ran every step.
+            result: of training.
         """
-        since = result["since_last_start"]
-        seconds = since["train_seconds"] if since["num_steps"] == result["steps"] else None
+        seconds = result["step_seconds"]
         predicted = None if self._plan is None else self._plan.fitted.plan.peak_bytes
         predicted_seconds = None if self._plan is None else self._plan.seconds
         peak_bytes = self._peak_bytes
@@ -101,8 +100,8 @@ class Promise:
         if predicted is not None:
             change = 100 * (peak_bytes / predicted - 1)
             time = ""
-            if seconds is not None and predicted_seconds is not None:
-                time = f"; {duration(seconds)} of {duration(predicted_seconds)}"
+            if predicted_seconds is not None:
+                time = f"; optimizer steps {duration(seconds)} of {duration(predicted_seconds)}"
             logger.info(
                 "plan: peak %.2f GB of the planned %.2f GB (%+.0f %%)%s",
                 peak_bytes / 1e9,

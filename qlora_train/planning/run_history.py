@@ -23,7 +23,7 @@ class EarlierRun:
 
     Attributes:
         operations: of the base's linear layers and the head, forward and backward; 0 if unknown.
-        seconds: of training; None if it was resumed.
+        seconds: of its optimizer steps, over all its processes; None if unknown.
     """
 
     path: Path
@@ -48,7 +48,7 @@ def earlier_runs(parent: Path, device: str, *, besides: Path | None = None) -> l
 
 
 def predict_seconds(plan: RunPlan, runs: Sequence[EarlierRun]) -> RunPlan:
-    """Return a plan with the time of training, at the median speed of earlier runs."""
+    """Return a plan with the time of its optimizer steps, at the median speed of earlier runs."""
     operations = plan.operations
     rates = [run.operations / run.seconds for run in runs if run.seconds and run.operations]
     if operations is None or not rates:

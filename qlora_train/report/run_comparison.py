@@ -8,7 +8,7 @@ from qlora_train.report.graded_answers import GradedAnswer, grade, models_of, pr
 from qlora_train.report.metric_charts import values_of
 from qlora_train.report.number_text import MISSING, number_text, setting_text
 from qlora_train.report.recorded_run import RecordedRun
-from qlora_train.report.run_facts import setting, status_of
+from qlora_train.report.run_facts import setting, status_of, tokens_per_second
 
 MAX_ROWS = 300
 
@@ -88,15 +88,6 @@ def _measured(key: str) -> Value:
     return lambda run: run.results.get("plan", {}).get(key)
 
 
-def _speed(run: RecordedRun) -> float | None:
-    since = run.training.get("since_last_start", {})
-    return since["num_tokens"] / since["train_seconds"] if since.get("train_seconds") else None
-
-
-def _seconds(run: RecordedRun) -> float | None:
-    return _measured("measured_seconds")(run) or run.training.get("since_last_start", {}).get("train_seconds")
-
-
 def _merged_loss(run: RecordedRun) -> float | None:
     merge = run.results.get("merge")
     return merge["candidates"][merge["merge_base"]]["loss"] if merge else None
@@ -136,8 +127,8 @@ RESULTS = (
     Result("Steps", _trained("steps")),
     Result("Tokens", _trained("num_tokens")),
     Result("Trained parameters", _trained("num_trainable")),
-    Result("Training time", _seconds, "seconds"),
-    Result("Tokens per second", _speed),
+    Result("Training time", _trained("train_seconds"), "seconds"),
+    Result("Tokens per second", tokens_per_second),
     Result("Peak memory", _measured("measured_peak_bytes"), "bytes"),
 )
 

@@ -109,19 +109,23 @@ def _steps(run: RecordedRun) -> Figure | None:
 
 
 def _duration(run: RecordedRun) -> Figure | None:
-    plan, since = run.results.get("plan", {}), run.training.get("since_last_start", {})
-    seconds = plan.get("measured_seconds") or since.get("train_seconds")
-    if not seconds:
+    seconds, of_steps = run.training.get("train_seconds"), run.training.get("step_seconds")
+    if not seconds or not of_steps:
         return None
-    planned, notes = plan.get("predicted_seconds"), []
-    speed = since.get("num_tokens", 0) / since["train_seconds"] if since.get("train_seconds") else None
-    if planned:
-        notes.append(f"planned {number_text(planned, 'seconds')}")
-    elif speed:
+    planned = run.results.get("plan", {}).get("predicted_seconds")
+    of_plan = f" (planned {number_text(planned, 'seconds')})" if planned else ""
+    notes = [f"optimizer steps {number_text(of_steps, 'seconds')}{of_plan}"]
+    if speed := tokens_per_second(run):
         notes.append(f"{number_text(speed)} tokens/s")
-    if reference := since.get("reference_seconds"):
+    if reference := run.training.get("since_last_start", {}).get("reference_seconds"):
         notes.append(f"reference log-probabilities {number_text(reference, 'seconds')}")
     return Figure("Training time", number_text(seconds, "seconds"), ", ".join(notes))
+
+
+def tokens_per_second(run: RecordedRun) -> float | None:
+    """Return the mean speed of the run's optimizer steps; None if it has not finished."""
+    seconds, tokens = run.training.get("step_seconds"), run.training.get("num_tokens")
+    return tokens / seconds if seconds and tokens else None
 
 
 def _memory(run: RecordedRun) -> Figure | None:

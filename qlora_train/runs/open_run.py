@@ -1,6 +1,7 @@
 """Open a run folder: check whose it is, lock it, and find the checkpoint to resume from."""
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,13 @@ from qlora_train.config.absolute_paths import with_absolute_paths
 from qlora_train.config.writer import to_yaml
 from qlora_train.runs.fingerprint import check_same_settings
 from qlora_train.runs.run_folder import RunFolder
-from qlora_train.utils import atomic_io
+from qlora_train.utils import atomic_io, signals
 from qlora_train.utils.errors import CheckpointError
 from qlora_train.utils.file_log import logged_to
 from qlora_train.utils.run_events import RunOpened, emit
 
 LOCK = ".lock"
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -56,7 +58,20 @@ def open_run(config: RunConfig, *, resume: str = "auto") -> Iterator[tuple[RunFo
         else:
             check_same_settings(run, config)
         emit(RunOpened(run.path))
-        yield run, run.latest_checkpoint() if resume in ("auto", "never") else _named_checkpoint(run, Path(resume))
+        with _stop_logged(run):
+            yield run, run.latest_checkpoint() if resume in ("auto", "never") else _named_checkpoint(run, Path(resume))
+
+
+@contextmanager
+def _stop_logged(run: RunFolder) -> Iterator[None]:
+    """Log where a signal or a time limit stopped the run."""
+    try:
+        yield
+    except signals.Stop as stop:
+        steps = run.checkpoint_steps()
+        saved = f"checkpoint of step {steps[-1]}: {run.checkpoint(steps[-1])}" if steps else "no checkpoint yet"
+        logger.info("run: stopped by %s (%s)", stop.cause, saved)
+        raise
 
 
 def finished_run(path: Path) -> RunFolder:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import TrainerCallback
 from qlora_train.objectives.router_loss import ROUTER_AUX_LOSS
 from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
+from qlora_train.training.run_clock import RunClock
 from qlora_train.training.speed_meter import MFU, PEAK_MEMORY_BYTES, TOKENS_PER_SECOND
 from qlora_train.utils import atomic_io
 from qlora_train.utils.memory_meter import gpu_peak_bytes
@@ -32,6 +32,9 @@ LOG_FORMATS = {
 class ProgressCallback(TrainerCallback):
     """Writes metrics to the log and, on rank 0, to metrics.jsonl.
 
+    Attributes:
+        clock: of the run; the trainer keeps it.
+
     Args:
         objective_formats: how log lines print the objective's own metrics; empty: not at all.
     """
@@ -41,15 +44,11 @@ class ProgressCallback(TrainerCallback):
         self._formats = {**LOG_FORMATS, **objective_formats}
         self._metrics = (*self._formats, TOKENS_PER_SECOND, MFU, PEAK_MEMORY_BYTES, "eval_runtime_seconds")
         self._writes = context().is_main
-        self._has_begun = False
-        self._start_seconds, self._start_step, self._start_tokens = 0.0, 0, 0
+        self.clock = RunClock()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
-        """Write the metrics of earlier steps, and start the clock."""
+        """Write the metrics of earlier steps."""
         self.rewrite_metrics(state.log_history)
-        self._has_begun = True
-        self._start_seconds = time.perf_counter()
-        self._start_step, self._start_tokens = state.global_step, int(state.num_input_tokens_seen)
         emit(StepEnded(state.global_step, state.max_steps))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
@@ -67,14 +66,12 @@ class ProgressCallback(TrainerCallback):
         logger.info("%s", self._log_line(event), extra={"metrics": _fields(event)})
 
     def _measured(self, state: Any, metrics: Mapping[str, float]) -> Measured:
-        since = self.since_last_start(state)
-        seconds, num_steps = since["train_seconds"], since["num_steps"]  # none in an evaluation that was pending
         return Measured(
             step=state.global_step,
             num_steps=state.max_steps,
             epoch=state.epoch,
             values=metrics,
-            seconds_left=seconds / num_steps * (state.max_steps - state.global_step) if num_steps else None,
+            seconds_left=self.clock.seconds_left(state.global_step),
             memory_bytes=gpu_peak_bytes(torch.device("cuda", 0)) if torch.cuda.is_available() else None,
         )
 
@@ -89,16 +86,6 @@ class ProgressCallback(TrainerCallback):
         )
         speed = [text.format(value) for text, value in measured if value is not None]
         return "  ".join([f"step {event.step}/{event.num_steps}", *parts, *speed])
-
-    def since_last_start(self, state: Any) -> dict[str, float]:
-        """Return the steps, tokens and seconds of training since this process started or resumed the run."""
-        if not self._has_begun:
-            return {"num_steps": 0, "num_tokens": 0, "train_seconds": 0.0}
-        return {
-            "num_steps": state.global_step - self._start_step,
-            "num_tokens": int(state.num_input_tokens_seen) - self._start_tokens,
-            "train_seconds": time.perf_counter() - self._start_seconds,
-        }
 
     def rewrite_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.jsonl from a log history, without the lines of steps after its checkpoint; emit it."""

@@ -51,6 +51,7 @@ from qlora_train.training.metric_means import MetricMeans
 from qlora_train.training.padding_free import choose_padding_free
 from qlora_train.training.replicas import SeedEachRank
 from qlora_train.training.resumable_trainer import ResumableTrainer
+from qlora_train.training.run_clock import RunClock
 from qlora_train.training.speed_meter import SpeedMeter
 from qlora_train.training.step_end import StepEndCallback, make_schedule
 from qlora_train.training.step_guard import AdvanceSkippedSchedule, NonFiniteGuard, Step
@@ -95,6 +96,7 @@ class QloraTrainer(ResumableTrainer):
         has_fused_kernels: bool = True,
         objective: Objective = SFT,
         flops: ModelFlops | None = None,
+        clock: RunClock | None = None,
     ) -> None:
         self.config, self.run, self.examples, self.adapted = config, run, data, adapted
         self.objective = objective
@@ -111,7 +113,9 @@ class QloraTrainer(ResumableTrainer):
         self._micro_rows: list[torch.Tensor] = []
         loaded = adapted.loaded
         self._metric_means = MetricMeans()
-        self._speed = SpeedMeter(utilization(flops, loaded.device, loaded.compute_dtype))
+        self.clock = clock or RunClock()
+        self.clock.schedule = self.schedule
+        self._speed = SpeedMeter(self.clock, utilization(flops, loaded.device, loaded.compute_dtype))
         self.guard = NonFiniteGuard(config.train)
         self.layer_checkpointing = layer_checkpointing or LayerCheckpointing(adapted.model, [])
         checkpoints_all = choose_checkpointing(
@@ -129,7 +133,8 @@ class QloraTrainer(ResumableTrainer):
             eval_dataset=PLACEHOLDER if data.eval else None,
             processing_class=adapted.loaded.tokenizer,
             callbacks=[
-                *callbacks,
+                *callbacks,  # the clock starts after the answers before the first step
+                self.clock,
                 self._speed,
                 TrimHeapCallback(),
                 AdvanceSkippedSchedule(),
@@ -146,7 +151,7 @@ class QloraTrainer(ResumableTrainer):
     def set_num_steps(self, num_steps: int) -> None:
         """Set the optimizer steps of the run, before its first one."""
         self.args.max_steps = num_steps
-        self.schedule = self._step_end.schedule = replace(self.schedule, total_steps=num_steps)
+        self.schedule = self._step_end.schedule = self.clock.schedule = replace(self.schedule, total_steps=num_steps)
 
     def forget_steps(self) -> None:
         """Forget the optimizer, and what `compute_gradients` and `evaluate` collected outside of training."""
@@ -351,17 +356,18 @@ class QloraTrainer(ResumableTrainer):
 
     def evaluate(self, *_arguments: Any, **_keywords: Any) -> dict[str, float]:
         """Return and log the objective's metrics of all held-out rows, `eval_loss` among them."""
-        started = time.perf_counter()
-        result = self.measure(self.examples.eval)
-        if not math.isfinite(result["loss"]):
-            raise TrainingError(
-                f"step {self.state.global_step}: eval_loss is {result['loss']}; lower train.learning_rate, or use bfloat16 "
-                "where the hardware has it (quantization.bnb_4bit_compute_dtype)"
-            )
-        metrics = {f"eval_{name}": value for name, value in result.items()}
-        metrics["eval_runtime_seconds"] = time.perf_counter() - started
-        self.log(metrics)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with self.clock.evaluation():
+            started = time.perf_counter()
+            result = self.measure(self.examples.eval)
+            if not math.isfinite(result["loss"]):
+                raise TrainingError(
+                    f"step {self.state.global_step}: eval_loss is {result['loss']}; lower train.learning_rate, or use "
+                    "bfloat16 where the hardware has it (quantization.bnb_4bit_compute_dtype)"
+                )
+            metrics = {f"eval_{name}": value for name, value in result.items()}
+            metrics["eval_runtime_seconds"] = time.perf_counter() - started
+            self.log(metrics)
+            self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def measure(self, rows: Sequence[Example]) -> dict[str, float]:

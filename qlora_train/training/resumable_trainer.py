@@ -24,6 +24,7 @@ from qlora_train.training.lr_schedule import fast_forward
 from qlora_train.training.metric_means import MetricMeans
 from qlora_train.training.optimizer import page_restored_state
 from qlora_train.training.replicas import check_replicas
+from qlora_train.training.run_clock import RunClock
 from qlora_train.training.step_end import Schedule, best_step, evaluations
 from qlora_train.training.step_guard import NonFiniteGuard, check_finite
 from qlora_train.utils import atomic_io, signals
@@ -48,6 +49,7 @@ class ResumableTrainer(SFTTrainer):
     _globalstep_last_logged: int
     _step_loss: torch.Tensor | None  # of the current optimizer step
     _metric_means: MetricMeans
+    clock: RunClock
 
     def is_finished(self) -> bool:
         """Return whether no step is left."""
@@ -91,7 +93,8 @@ class ResumableTrainer(SFTTrainer):
         context().barrier()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self.save()
+        with self.clock.saving():
+            self.save()
 
     def _loop_state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -103,11 +106,15 @@ class ResumableTrainer(SFTTrainer):
             "scaler": scaler.state_dict() if scaler is not None else {},
             "batch_source": self.batch_source.state(),
             "metric_means": self._metric_means.state(),
+            "clock": self.clock.state(),
         }
 
     def restore(self, checkpoint: Path) -> None:
         """Restore the adapter and the trainer state, which tell what is left to do; `train` restores the rest."""
         self._load_from_checkpoint(str(checkpoint))
+        self.clock.restore(
+            load_tree(checkpoint, "loop")["clock"]
+        )  # once: `train` loads again, after a pending evaluation
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         if self.state.global_step != atomic_io.read_metadata(checkpoint)["step"]:
             raise ValueError(f"{STATE_FILE} is that of step {self.state.global_step}")

@@ -67,6 +67,19 @@ class Schedule:
         """Return whether early stopping ends the run."""
         return self.patience is not None and evaluations_since_best(history) >= self.patience
 
+    def num_evaluations_from(self, step: int) -> int:
+        """Return the evaluations due after this step and later ones."""
+        return self._num_due(self.eval_steps, step) if self.has_eval else 0
+
+    def num_saves_from(self, step: int) -> int:
+        """Return the checkpoints due after this step and later ones."""
+        return self._num_due(self.save_steps, step)
+
+    def _num_due(self, every: int | None, step: int) -> int:
+        period = every or self.steps_per_epoch or self.total_steps
+        last = self.total_steps  # something is always due there
+        return last // period - (max(step, 1) - 1) // period + (last % period > 0)
+
     def _is_due(self, every: int | None, step: int) -> bool:
         period = every or self.steps_per_epoch
         return period is not None and step % period == 0

@@ -51,7 +51,8 @@ def train(
 
     Returns:
         `steps`, `taken_from_step` (the best step, if the config asks for it), `train_loss`, `eval_loss`,
-        `NonFiniteGuard.counts`, `num_tokens`, `num_trainable`, `num_parameters`, and `since_last_start`: steps, tokens and
+        `NonFiniteGuard.counts`, `num_tokens`, `num_trainable`, `num_parameters`; of all processes of the run
+        `train_seconds` and, of these, the `step_seconds` of optimizer steps; and `since_last_start`: steps, tokens and
         seconds since this process started or resumed the run, and `reference_seconds` before them.
 
     Raises:
@@ -71,7 +72,9 @@ def train(
         with stage("training"), record_fallback(trainer, config, run):
             fix_num_steps(trainer, config, run)
             _run_steps(trainer, progress, resume_from)
-    since_last_start = {**progress.since_last_start(trainer.state), **reference_time}
+            signals.raise_if_requested()  # inside the stage, which is not done
+    times = trainer.clock.state()
+    since_last_start = {**trainer.clock.since_last_start(trainer.state), **reference_time}
     step = _load_result(trainer)
     check_finite(step, trainable_state(adapted.model), {})
     check_trained(step, trainable_state(adapted.model), num_updates=trainer.guard.num_updates)
@@ -85,6 +88,8 @@ def train(
         "num_tokens": int(trainer.state.num_input_tokens_seen),
         "num_trainable": adapted.num_trainable,
         "num_parameters": adapted.num_total,
+        "train_seconds": times["train_seconds"],
+        "step_seconds": times["step_seconds"],
         "since_last_start": since_last_start,
     }
 
@@ -104,13 +109,13 @@ def _make_trainer(
             fill_cache(fused.weights, config.train.dequantized_cache_gb, adapted.loaded.device)
     layers = LayerCheckpointing(adapted.model, fused.mlps if fused is not None else [])
 
-    # the clock of progress starts after the answers before the first step
     callbacks = [*_sample_callbacks(adapted, data, config, run), progress, *_pair_callbacks(data, config)]
 
     def make(fitted: RunConfig) -> QloraTrainer:
         return QloraTrainer(
             adapted, data, fitted, run, callbacks, group_batch_size=config.train.per_device_train_batch_size,
             layer_checkpointing=layers, has_fused_kernels=fused is not None, objective=objective, flops=flops,
+            clock=progress.clock,
         )  # fmt: skip
 
     with stage("memory"):

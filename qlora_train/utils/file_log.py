@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from qlora_train.utils import signals
 from qlora_train.utils.secrets import RedactingFormatter
 
 PACKAGE = "qlora_train"
@@ -82,13 +83,15 @@ def log_to_file(file: Path) -> None:
 
 @contextmanager
 def logged_to(file: Path) -> Iterator[None]:
-    """Append the package's log inside to a file as well, and the traceback that ends the block."""
+    """Append the package's log inside to a file as well, and the traceback of an error that ends the block."""
     root = logging.getLogger(PACKAGE)
     handler = _open(file)
     root.addHandler(handler)
     try:
         with _every_line(root):
             yield
+    except signals.Stop:
+        raise  # whoever opened the run logs where it stopped
     except BaseException:
         handler.handle(logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": "ended by",
                                               "exc_info": sys.exc_info()}))  # fmt: skip

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+from qlora_train.utils import signals
 
 Item = TypeVar("Item")
+Outcome = Literal["done", "failed", "stopped"]
 logger = logging.getLogger(__name__)
 
 
@@ -33,11 +36,11 @@ class StageStarted:
 
 @dataclass(frozen=True, slots=True)
 class StageEnded:
-    """A stage ended, after `seconds`; `failed` if by an exception."""
+    """A stage ended, after `seconds`: it is done, failed by an exception, or was stopped by a signal or time limit."""
 
     name: str
     seconds: float
-    failed: bool
+    outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +143,20 @@ def current_stage() -> str | None:
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Mark the block as a stage of the run."""
-    before, started, failed = _process.stage, time.perf_counter(), True
+    before, started = _process.stage, time.perf_counter()
+    outcome: Outcome = "failed"
     _process.stage = name
     emit(StageStarted(name))
     try:
         yield
-        failed = False
+        outcome = "done"
+    except signals.Stop:
+        outcome = "stopped"
+        raise
     finally:
         seconds = time.perf_counter() - started
-        emit(StageEnded(name, seconds, failed))
-        logger.debug("%s: %s after %.1f s", name, "failed" if failed else "done", seconds)
+        emit(StageEnded(name, seconds, outcome))
+        logger.debug("%s: %s after %.1f s", name, outcome, seconds)
         _process.stage = before
 
 

@@ -88,7 +88,15 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_terminal_as_before(pico_llama: Pa
     assert "SIGINT: stopping after this step; once more ends it at once" in text
     assert "SIGINT: stopped; the same command resumes: qlora-train" in text
     assert terminal.raw.rfind(SHOW) > terminal.raw.rfind(HIDE)
-    assert RunFolder(tmp_path / "run").latest_checkpoint() is not None
+    run = RunFolder(tmp_path / "run")
+    assert run.latest_checkpoint() is not None
+    assert "■ training" in " ".join(view_of(terminal.screens[-1])), "neither done nor failed"
+    step = run.checkpoint_steps()[-1]
+    stopped = [line for line in run.log_file.read_text().splitlines() if "stopped by SIGINT" in line]
+    assert [line.split(maxsplit=2)[2] for line in stopped] == [
+        f"INFO    run: stopped by SIGINT (checkpoint of step {step}: {run.checkpoint(step)})"
+    ]
+    assert "Traceback" not in run.log_file.read_text()
 
 
 # --- what a library, a child process or a row may do ------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_long_work_of_a_run_is_counted_to_its_end(name: str, unit: str, total: i
 def test_every_stage_that_starts_ends(events: list[Event]) -> None:
     names = [event.name for event in events if isinstance(event, StageStarted)]
     assert names == ["data", "base", "adapter", "parity check", "memory", "training", "adapter check", "merge"]
-    assert [event.name for event in events if isinstance(event, StageEnded) and not event.failed] == names
+    assert [event.name for event in events if isinstance(event, StageEnded) and event.outcome == "done"] == names
 
 
 def test_failed_stage_says_so() -> None:
@@ -62,7 +62,7 @@ def test_failed_stage_says_so() -> None:
         raise ValueError("no")
     ended = found[-1]
     assert isinstance(ended, StageEnded)
-    assert (ended.name, ended.failed) == ("data", True)
+    assert (ended.name, ended.outcome) == ("data", "failed")
     assert run_events.current_stage() is None
 
 

@@ -151,9 +151,7 @@ def test_measured_memory_is_compared_with_the_plan_of_the_same_thing(
 RESULTS = {
     "training": {
         "steps": 40, "taken_from_step": 40, "num_tokens": 33639, "num_skipped_steps": 2, "num_loss_spikes": 0,
-        "since_last_start": {
-            "num_steps": 40, "num_tokens": 2000, "train_seconds": 100.0, "reference_seconds": 12.0,
-        },
+        "train_seconds": 130.0, "step_seconds": 100.0, "since_last_start": {"reference_seconds": 12.0},
     },
     "plan": {
         "predicted_peak_bytes": 2_000_000_000, "measured_peak_bytes": 2_100_000_000, "predicted_seconds": 90.0,
@@ -193,7 +191,8 @@ RESULTS = {
     },
 }  # fmt: skip
 SHOWN = (
-    "finished at step 40", "33,639 tokens", "2.10 GB", "planned 2.00 GB", "1 min 40 s", "planned 1 min 30 s",
+    "finished at step 40", "33,639 tokens", "2.10 GB", "planned 2.00 GB", "2 min 10 s",
+    "optimizer steps 1 min 40 s (planned 1 min 30 s), 336.4 tokens/s",
     "2 steps skipped because of a non-finite number", "100.0 % of 106,168,320 linear weights in 4 bits, 4.127 bits each",
     "odd.weight (bfloat16) stays unquantized", "together", "111.40 MB", "KL divergence 0.00112 nats/token",
     "kept: held-out loss 0.1466, with the adapter 0.1468", "not kept: held-out loss 0.1481", "35.0 %", "6.329", "41.1 %",
@@ -368,7 +367,8 @@ def test_only_what_can_be_compared_is_called_best(
         write_json(run.metadata_file, recorded)
         write_json(run.results_file, {
             "evaluation": {"adapter": {"exact_match": 0.5 + index / 4}},
-            "plan": {"measured_peak_bytes": 10**9 * (1 + index), "measured_seconds": 60 * (1 + index)},
+            "plan": {"measured_peak_bytes": 10**9 * (1 + index)},
+            "training": {"train_seconds": 60 * (1 + index)},
         })  # fmt: skip
     page = Page.of(render_comparison([read_run(run.path) for run in runs])).root
     assert [note in each.text for each in page.find("p", class_="warning")] == ([True] if note else [])
