@@ -34,6 +34,8 @@ EXPERTS: dict[str, Any] = {
 LONG = ("data.max_length=512", "train.per_device_train_batch_size=4")
 SHORT = ("data.max_length=128", "train.per_device_train_batch_size=8")
 ONE_ROW = ("data.max_length=256", "train.per_device_train_batch_size=1")
+VARIED_LENGTHS = (31, 55, 78, 97, 123, 162, 240, 479)
+"""Of rows whose lengths differ, as those of most data sets: kernels are compiled for each length of a batch."""
 NO_CACHE = ("train.dequantized_cache_gb=0",)
 
 
@@ -44,6 +46,7 @@ class Case:
     family: str
     settings: Sequence[str]
     shape: dict[str, Any] | None = None
+    has_varied_rows: bool = False
 
 
 CASES = (
@@ -54,6 +57,7 @@ CASES = (
     Case("mistral", LONG), Case("qwen2", SHORT), Case("qwen3", LONG), Case("gemma", LONG), Case("gemma3_text", SHORT),
     Case("phi3", LONG), Case("olmo2", LONG), Case("smollm3", ONE_ROW), Case("granite", LONG),
     Case("qwen3_moe", LONG, EXPERTS), Case("mixtral", SHORT, EXPERTS), Case("starcoder2", LONG),
+    Case("llama", (*LONG, "train.max_steps=16"), has_varied_rows=True),
 )  # fmt: skip
 
 
@@ -111,8 +115,9 @@ def write_case(folder: Path, case: Case) -> None:
     build_pico(folder / "base", case.family, **{**SHAPE, **(case.shape or {})})
     length = next(int(word.partition("=")[2]) for word in case.settings if word.startswith("data.max_length="))
     with (folder / "rows.jsonl").open("w") as rows:
-        for row in range(16):
-            tokens = [4 + (7 * row + 3 * place) % 250 for place in range(length)]
+        for row in range(256 if case.has_varied_rows else 16):
+            num_tokens = VARIED_LENGTHS[row % len(VARIED_LENGTHS)] + row // 8 if case.has_varied_rows else length
+            tokens = [4 + (7 * row + 3 * place) % 250 for place in range(num_tokens)]
             rows.write(json.dumps({"input_ids": tokens, "labels": tokens}) + "\n")
     (folder / "run.yaml").write_text(
         f"model: {{model_name_or_path: {folder / 'base'}}}\n"

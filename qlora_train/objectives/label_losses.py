@@ -25,6 +25,7 @@ from qlora_train.objectives.chunked_loss import (
     selected_hidden_states,
 )
 from qlora_train.utils.constants import IGNORE_INDEX
+from qlora_train.utils.cpu_memory import return_freed_memory
 from qlora_train.utils.eval_mode import eval_mode
 
 CHUNK_TOLERANCE = 0.02
@@ -121,6 +122,8 @@ def _head_sees_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
     head = model.get_output_embeddings()  # type: ignore[operator]
 
     def select_positions(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if arguments[0].device.type == "cpu" and not torch.is_grad_enabled():
+            return_freed_memory()  # of the layers: logits are larger than any gap between their tensors
         return (select(arguments[0], positions), *arguments[1:])
 
     handle = head.register_forward_pre_hook(select_positions)

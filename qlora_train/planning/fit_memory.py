@@ -103,6 +103,7 @@ def memory_settings(
         offloads=train.activation_offloading and device.on_gpu,
         cache_bytes=_cache_bytes(config, device),
         rows=work.num_rows,
+        varies=work.varies,
     )
     settings = replace(settings, optimizer=optimizer_of(config, trained_tensors(model, settings), device))
     has_cache = cached_weights_bytes(model, settings) >= sum(

@@ -18,8 +18,8 @@ PARITY_ROWS, PADDING_FREE_ROWS, PARITY_TOKENS = 4, 8, 128
 """Largest batches of the two parity checks."""
 CUDA_CONTEXT_BYTES = 500_000_000
 """Of a process on a GPU: 0.3 to 0.6 GB, by GPU and driver."""
-CPU_RUNTIME_BYTES = 148_000_000
-"""Of a process on a CPU: libraries imported by the load, compiled kernels, the allocator's slack (measured)."""
+CPU_RUNTIME_BYTES = 110_000_000
+"""Of a process on a CPU: libraries imported by the load, and oneDNN's cache of compiled kernels (measured)."""
 
 Levels = tuple[CheckpointingLevel, ...]
 
@@ -39,6 +39,7 @@ class MemorySettings:
         offloads: saved tensors are in host memory.
         cache_bytes: limit of the dequantized weight cache.
         rows: of the largest micro-batch, for the parity checks.
+        varies: micro-batches have different lengths.
     """
 
     batch: MicroBatch
@@ -55,6 +56,7 @@ class MemorySettings:
     offloads: bool = False
     cache_bytes: float = 0.0
     rows: int = 1
+    varies: bool = False
 
 
 def base_parts(model: ModelShape, settings: MemorySettings) -> dict[str, int]:

@@ -27,6 +27,7 @@ class RowSizes:
         step_labels: the same for labels.
         most_labels: labels of the row with most.
         longest_eval: tokens of the longest row whose loss is measured; 0: there is none.
+        varies: rows have different lengths.
     """
 
     num_rows: int | None
@@ -37,6 +38,7 @@ class RowSizes:
     step_labels: int
     most_labels: int
     longest_eval: int
+    varies: bool
 
     @classmethod
     def most(cls, config: RunConfig) -> "RowSizes":
@@ -53,6 +55,7 @@ class RowSizes:
             step_labels=rows_per_step * sequences * length,
             most_labels=sequences * length,
             longest_eval=sequences * length if _evaluates(config) else 0,
+            varies=True,
         )
 
     @classmethod
@@ -73,6 +76,7 @@ class RowSizes:
                 int(rows.padded_lengths.max()) if config.run.row_losses else 0,
                 max((row.num_tokens for row in data.eval), default=0),
             ),
+            varies=bool(rows.lengths.min() < rows.lengths.max()),
         )
 
 
@@ -88,6 +92,7 @@ class Workload:
         num_micro_batches: per step and rank, of the settings.
         num_steps: optimizer steps; None if unknown.
         num_tokens: of all steps; None if unknown.
+        varies: micro-batches have different lengths.
         reference_tokens: of training rows whose reference log-probabilities are computed before step 1; None if unknown.
         step_reference_tokens: the same, computed for each micro-batch.
     """
@@ -99,6 +104,7 @@ class Workload:
     num_micro_batches: int
     num_steps: int | None
     num_tokens: int | None
+    varies: bool
     reference_tokens: int | None = 0
     step_reference_tokens: int | None = 0
 
@@ -125,6 +131,7 @@ def plan_workload(config: RunConfig, sizes: RowSizes, *, on_gpu: bool, num_ranks
         num_micro_batches=-(-rows_of_rank // num_rows),
         num_steps=steps,
         num_tokens=num_tokens,
+        varies=sizes.varies and not packs,
         reference_tokens=once,
         step_reference_tokens=each_step,
     )

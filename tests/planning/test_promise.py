@@ -92,7 +92,7 @@ def test_time_is_unknown_without_a_measurement_and_grows_with_tokens(tmp_path: P
     runs = earlier_runs(tmp_path, "ours")
     config = load_config(ROOT / "configs" / "llama7b.yaml")
     base = well_known_models()[config.model.model_name_or_path]
-    sizes = [RowSizes(rows, 100 * rows, 200, 200, 3200, 3200, 200, 0) for rows in (1600, 3200)]
+    sizes = [RowSizes(rows, 100 * rows, 200, 200, 3200, 3200, 200, 0, varies=True) for rows in (1600, 3200)]
     plans = [plan_run(config, base, plan_device("24GiB"), each) for each in sizes]
     assert all(predict_seconds(plan, []).seconds is None for plan in plans)
     one, two = (predict_seconds(plan, runs).seconds for plan in plans)
