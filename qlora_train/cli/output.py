@@ -74,6 +74,16 @@ def set_up_logging(settings: LogSettings | None = None) -> None:
     root.propagate = False
 
 
+def log_flags() -> list[str]:
+    """Return the options that set up the log of another process as that of this one."""
+    handler = console_handler()
+    if handler is None:
+        return []
+    levels = {logging.WARNING: ["--quiet"], logging.DEBUG: ["--verbose"]}
+    formats = [] if handler.settings.format == "text" else ["--log-format", handler.settings.format]
+    return [*levels.get(handler.settings.level, []), *formats]
+
+
 def console_handler() -> "ConsoleHandler | None":
     """Return the handler that writes to standard error."""
     handlers = logging.getLogger(PACKAGE).handlers

@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from qlora_train.cli.options import ConfigFile, Offline, Overrides
+from qlora_train.cli.output import log_flags
 from qlora_train.parallel import parent_link
 from qlora_train.utils.errors import ConfigError, TrainingError
 from qlora_train.utils.signals import STATUS
@@ -75,7 +76,7 @@ def ray_train(
 
     output_dir = load_run_config(config, overrides or ()).run.output_dir
     assert output_dir is not None, "load_run_config sets it"
-    words = ("train", str(config), *(overrides or ()), *(["--offline"] if offline else []))
+    words = ("train", str(config), *(overrides or ()), *(["--offline"] if offline else []), *log_flags())
     cluster = Cluster(_num_workers(workers), cpus_per_worker, max_failures)
     return run_on_ray(Command(words, str(Path.cwd())), Path(output_dir).absolute().parent / ".ray", cluster)
 

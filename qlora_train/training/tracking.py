@@ -3,17 +3,18 @@
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from qlora_train.config import RunConfig
 from qlora_train.parallel import context
 from qlora_train.runs import RunFolder
-from qlora_train.utils import network
+from qlora_train.utils import network, signals
 from qlora_train.utils.errors import TrainingError, first_line
 from qlora_train.utils.trackers import TRACKERS, go_offline
 
@@ -31,7 +32,8 @@ def tracker_callbacks(config: RunConfig, run: RunFolder) -> list[TrainerCallback
 class TrackerCallback(TrainerCallback):
     """Passes the start, the metrics and the end of training on to a tracker's callback.
 
-    Checkpoints are not passed on: uploads of them are refused before a run.
+    A stop or an error ends the tracker's run too, where the tracker has a state for it: MLflow's KILLED or FAILED, an exit
+    code of W&B. Checkpoints are not passed on: uploads of them are refused before a run.
 
     Raises:
         TrainingError: the tracker cannot start.
@@ -55,13 +57,21 @@ class TrackerCallback(TrainerCallback):
         self._pass_on("on_log", args, state, control, **keywords)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        self._pass_on("on_train_end", args, state, control, **keywords)
+        if signals.requested() is not None and state.global_step < state.max_steps:
+            self.end_early(args, state, control, failed=False)
+        else:
+            self._pass_on("on_train_end", args, state, control, **keywords)
 
-    def _pass_on(self, event: str, *arguments: Any, **keywords: Any) -> None:
+    def end_early(self, args: Any, state: Any, control: Any, *, failed: bool) -> None:
+        """End the tracker's run before its last step; `failed`: by an error, not by a stop."""
+        self._pass_on("on_train_end", args, state, control, end=partial(_end_early, self._name, failed))
+
+    def _pass_on(self, event: str, *arguments: Any, end: Callable[[], None] = lambda: None, **keywords: Any) -> None:
         if self._fails:
             return
         try:
             with _quiet():
+                end()
                 getattr(self._callback, event)(*arguments, **keywords)
         except Exception as error:
             self._fails = True
@@ -69,6 +79,25 @@ class TrackerCallback(TrainerCallback):
                 "run.report_to: %s failed and is off until the run resumes (%s); metrics.jsonl is complete",
                 self._name, _reason(error),
             )  # fmt: skip
+
+
+def end_trackers_early(trainer: Trainer, *, failed: bool) -> None:
+    """End the runs of all trackers after an exception that left the training loop; those that ended are left alone."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TrackerCallback):
+            callback.end_early(trainer.args, trainer.state, trainer.control, failed=failed)
+
+
+def _end_early(name: str, failed: bool) -> None:
+    """Set the state of a tracker's current run, which its callback would end as finished."""
+    if name == "mlflow":
+        import mlflow
+
+        mlflow.end_run("FAILED" if failed else "KILLED")
+    elif name == "wandb":
+        import wandb
+
+        wandb.finish(exit_code=1)
 
 
 def _make_callback(name: str, run: RunFolder) -> TrainerCallback:

@@ -26,6 +26,7 @@ from qlora_train.training.row_losses import record_row_losses
 from qlora_train.training.step_end import best_step, evaluations
 from qlora_train.training.step_guard import check_finite, check_trained
 from qlora_train.training.timed_run import fix_num_steps, with_recorded_steps
+from qlora_train.training.tracking import end_trackers_early
 from qlora_train.utils import signals
 from qlora_train.utils.run_events import stage
 
@@ -156,7 +157,11 @@ def _run_steps(trainer: QloraTrainer, progress: ProgressCallback, resume_from: P
     try:
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     except signals.Stop:  # during an evaluation: the step before it is complete
+        end_trackers_early(trainer, failed=False)
         trainer.save()
+        raise
+    except Exception:
+        end_trackers_early(trainer, failed=True)
         raise
 
 

@@ -1,6 +1,7 @@
 """What a run prints: few short lines without control characters; everything is in run.log."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from qlora_train.cli import ray_command
+from qlora_train.cli.main import main
 from qlora_train.config.writer import to_yaml
 from qlora_train.runs import RunFolder
+from qlora_train.utils.file_log import PACKAGE
 from tests.support.runs import make_config
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +123,15 @@ def test_json_lines_have_stage_level_and_metrics(piped: PipedRun, tmp_path: Path
     for name in ("loss", "tokens_per_second", "mfu", "peak_memory_bytes"):
         assert [line[name] for line in logged] == [line[name] for line in recorded], name
     assert all(line["tokens_per_second"] > 0 and 0 < line["mfu"] < 1 for line in logged)
+
+
+@pytest.mark.parametrize("flags", [[], ["--quiet"], ["--verbose"], ["--verbose", "--log-format", "json"]], ids=str)
+def test_processes_on_a_cluster_log_as_the_command_does(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger(PACKAGE), "handlers", [])
+    commands = []
+    monkeypatch.setattr(ray_command, "run_on_ray", lambda command, *_others: commands.append(command) or 0)
+    assert main(["ray", "configs/llama7b.yaml", "--workers=2", "data.max_length=512", *flags]) == 0
+    assert commands[0].words == ("train", "configs/llama7b.yaml", "data.max_length=512", *flags)
 
 
 def test_an_error_is_a_json_line_too(tmp_path: Path) -> None:

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import yaml
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from qlora_train.runs import RunFolder
 from qlora_train.training import tracking
+from qlora_train.training.qlora_trainer import QloraTrainer
+from qlora_train.utils import signals
 from qlora_train.utils.errors import TrainingError
+from qlora_train.utils.run_events import Event, StepEnded, listening
 from tests.support.runs import metrics, train_run
 
 SETTINGS = (
@@ -102,9 +106,7 @@ def test_mlflow_holds_the_settings_and_losses_of_the_run(
     pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mlflow = pytest.importorskip("mlflow")
-    monkeypatch.chdir(tmp_path)  # its registry of models is a file there
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    use_mlflow_in(tmp_path, monkeypatch)
     run = train_run(tmp_path, pico_llama, *SETTINGS, "run.report_to=[mlflow]", name="adder")
     mlflow.flush_async_logging()
     client = mlflow.MlflowClient()
@@ -113,6 +115,57 @@ def test_mlflow_holds_the_settings_and_losses_of_the_run(
     check_settings({name: yaml.safe_load(value) for name, value in found.data.params.items() if "." in name})
     history = client.get_metric_history(found.info.run_id, "loss")
     assert [metric.value for metric in sorted(history, key=lambda metric: metric.step)] == logged_losses(run)
+
+
+def test_a_stop_ends_the_runs_of_trackers_as_killed(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("tensorboard")
+    closed = []
+    close = TensorBoardCallback.on_train_end
+    monkeypatch.setattr(TensorBoardCallback, "on_train_end", lambda *a, **k: closed.append(close(*a, **k)))
+    use_mlflow_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(signals._process, "requested", None)  # restored after the test
+
+    def stop_after_first_step(event: Event) -> None:
+        if isinstance(event, StepEnded) and event.step == 1:
+            signals.request("SIGTERM", 143)
+
+    with listening(stop_after_first_step), pytest.raises(signals.Stop):
+        train_run(tmp_path, pico_llama, *SETTINGS, "train.max_steps=3", "run.report_to=[mlflow,tensorboard]")
+    assert mlflow_status() == "KILLED"
+    assert mlflow.active_run() is None
+    assert len(closed) == 1
+
+
+def test_an_error_ends_the_runs_of_trackers_as_failed(
+    pico_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    use_mlflow_in(tmp_path, monkeypatch)
+
+    def fails(*_arguments: Any, **_keywords: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(QloraTrainer, "_get_grad_norm", fails)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        train_run(tmp_path, pico_llama, *SETTINGS, "run.report_to=[mlflow]")
+    assert mlflow_status() == "FAILED"
+
+
+def use_mlflow_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)  # its registry of models is a file there
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+
+
+def mlflow_status() -> str:
+    """Return the status of the only run."""
+    client = pytest.importorskip("mlflow").MlflowClient()
+    [found] = client.search_runs([client.get_experiment_by_name("qlora-train").experiment_id])
+    status: str = found.info.status
+    return status
 
 
 def test_trackio_holds_the_settings_and_losses_of_the_run(
