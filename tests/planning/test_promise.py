@@ -158,7 +158,7 @@ def test_a_kernel_that_tells_no_peak_is_measured_as_it_is(tmp_path: Path, monkey
 def test_a_reference_pass_is_half_of_an_epoch_or_half_of_every_step(tmp_path: Path) -> None:
     """A forward pass costs half of a forward and backward pass over frozen weights."""
     write_run(tmp_path / "a", device="ours", ratio=1.0, seconds=10.0)
-    runs, sizes = earlier_runs(tmp_path, "ours"), RowSizes(1600, 160_000, 200, 200, 3200, 3200, 200, 0)
+    runs, sizes = earlier_runs(tmp_path, "ours"), RowSizes(1600, 160_000, 200, 200, 3200, 3200, 200, 0, varies=True)
 
     def planned(*overrides: str) -> RunPlan:
         config = load_config(ROOT / "configs" / "llama7b.yaml", ["train.num_train_epochs=3", *overrides])
