@@ -1,5 +1,6 @@
 """Experiment trackers: the callbacks of Transformers, named after the run; a tracker that fails never ends the run."""
 
+import importlib
 import io
 import logging
 import os
@@ -95,9 +96,7 @@ def _end_early(name: str, failed: bool) -> None:
 
         mlflow.end_run("FAILED" if failed else "KILLED")
     elif name == "wandb":
-        import wandb
-
-        wandb.finish(exit_code=1)
+        importlib.import_module("wandb").finish(exit_code=1)
 
 
 def _make_callback(name: str, run: RunFolder) -> TrainerCallback:
