@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,10 +10,14 @@ import typer
 
 from qlora_train.cli.options import ConfigFile, Offline, Overrides
 from qlora_train.cli.output import print_text
+from qlora_train.utils.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from qlora_train.config import RunConfig
+    from qlora_train.planning.run_plan import RunPlan
 
+TOO_LARGE_STATUS = 3
+"""Exit status of a plan that does not fit; 1 and 2 are those of every command."""
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Plan for a GPU of this size, such as 24GiB (default: this machine)")
 ]
@@ -25,8 +30,11 @@ def plan(
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the data: rows of data.max_length")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
     offline: Offline = False,
-) -> None:
-    """Print what a run needs: memory, disk, steps and time; loads no weights."""
+) -> int:
+    """Print what a run needs: memory, disk, steps and time; loads no weights.
+
+    Exit status: 0 it fits; 3 it is too large for the device; 2 an error, or data that a run would refuse.
+    """
     from qlora_train.config import load_run_config
     from qlora_train.planning.base_config import find_base_config
     from qlora_train.planning.cheapest_change import cheapest_change
@@ -39,10 +47,11 @@ def plan(
 
     if offline:
         network.go_offline()
+    _refuse_model(config)
     resolved = load_run_config(config, overrides or ())
     device = plan_device(memory)
     base = find_base_config(resolved.model)
-    data, note = (None, "not read (--no-data)") if no_data else _data(resolved, offline=offline)
+    data, note, refusal = (None, "not read (--no-data)", None) if no_data else _data(resolved, offline=offline)
 
     def planned(changed: "RunConfig") -> RunPlan:
         sizes = RowSizes.most(changed) if data is None else RowSizes.of(changed, data)
@@ -57,7 +66,7 @@ def plan(
         more = {"config_json": base.origin, "data": note, "earlier_runs": bar or None}
         changes = None if change is None else dict(change.changes)
         print_text(json.dumps({**result.to_json(), **more, "fitting_change": changes}, indent=2))
-        return
+        return _status(result, refusal)
     notes = [f"data      {note}", *([f"earlier   {bar}"] if bar else [])]
     if change is not None:
         notes += [
@@ -67,18 +76,38 @@ def plan(
     elif not result.fitted.fits:
         notes.append("to fit    no setting is left; use a smaller model or a larger GPU")
     print_text("\n".join(plan_lines(result, resolved.model.model_name_or_path, base.origin, notes)))
+    return _status(result, refusal)
 
 
-def _data(config: "RunConfig", *, offline: bool) -> tuple[Any, str]:
-    """Return the prepared data and a note; None if it, or the tokenizer, is not on this machine."""
+def _refuse_model(config: Path) -> None:
+    """Refuse the name of a model where a config is expected."""
+    is_hub_id = len(config.parts) == 2 and not config.parent.exists() and config.suffix not in (".yaml", ".yml")
+    if config.suffix == ".gguf" or (config / "config.json").is_file() or is_hub_id:
+        command = shlex.join(["qlora-train", "new", str(config), "-o", "my.yaml"])
+        raise ConfigError(
+            f"{config}: plan takes a config, not a model; write one, which prints its plan too: {command}"
+        )
+
+
+def _status(plan: "RunPlan", refusal: UserError | None) -> int:
+    """Return the exit status of a printed plan; data that a run would refuse is an error."""
+    if refusal is not None:
+        raise refusal
+    return 0 if plan.fitted.fits else TOO_LARGE_STATUS
+
+
+def _data(config: "RunConfig", *, offline: bool) -> tuple[Any, str, UserError | None]:
+    """Return the prepared data, a note, and why a run would refuse the data.
+
+    The data is None if it is refused, or if it or the tokenizer is not on this machine.
+    """
     from qlora_train.config.path_checks import is_local_data, is_local_model
-    from qlora_train.utils.errors import UserError
 
     sources = (*config.data.train, *(config.data.eval if isinstance(config.data.eval, tuple) else ()))
     if not all(is_local_data(source.path) for source in sources):
-        return None, "not read (on the Hub): rows of data.max_length tokens are assumed"
+        return None, "not read (on the Hub): rows of data.max_length tokens are assumed", None
     if not is_local_model(config.model.model_name_or_path):
-        return None, "not read (the tokenizer is on the Hub): rows of data.max_length tokens"
+        return None, "not read (the tokenizer is on the Hub): rows of data.max_length tokens", None
     from qlora_train.cli.libraries import prepare_libraries
 
     logging.getLogger("qlora_train").setLevel(logging.WARNING)  # the plan is one screen
@@ -88,6 +117,6 @@ def _data(config: "RunConfig", *, offline: bool) -> tuple[Any, str]:
     try:
         data = inspect(config, num_shown=0)
     except UserError as error:
-        return None, f"cannot be used ({error.problems[0]})"
+        return None, "cannot be used (the error follows): rows of data.max_length tokens", error
     rows = "a stream" if data.num_train_rows is None else f"{data.num_train_rows:,} training rows"
-    return data, f"{rows}, {len(data.eval):,} held out"
+    return data, f"{rows}, {len(data.eval):,} held out", None

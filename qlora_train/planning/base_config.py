@@ -3,6 +3,7 @@
 The table has the shape keys of well-known models, for plans without a network.
 """
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,16 +88,25 @@ def _hub_config(model: ModelSection, where: str) -> BaseConfig:
         return BaseConfig(well_known_models()[name], "shipped table", False)
     from huggingface_hub import hf_hub_download
 
-    known = ", ".join(list(well_known_models())[:4])
     hints: dict[str | int, str] = {
         "GatedRepoError": "the model is gated; accept its terms on its Hub page, then set HF_TOKEN",
         "RepositoryNotFoundError": "no such repository, or a private one; check the name, or set HF_TOKEN",
         "HFValidationError": "set a local path or a Hub id",
-        "unreachable": f"{network.unreachable_reason()}; models that are planned without it: {known}, ...",
+        "unreachable": f"{network.unreachable_reason()}; {_planned_without_network(name)}",
     }
     with network.hub_errors(where, ModelError, hints):
         file = hf_hub_download(name, "config.json", revision=model.revision)
     return BaseConfig(_read(Path(file), where), "config.json", False)
+
+
+def _planned_without_network(name: str) -> str:
+    """Return the models of the shipped table whose names are nearest, and how to plan with one."""
+    last_parts = {known.rpartition("/")[2].lower(): known for known in well_known_models()}
+    wanted = name.rpartition("/")[2].lower()
+    nearest = [last_parts[part] for part in difflib.get_close_matches(wanted, last_parts, n=3)]
+    if not nearest:
+        return f"the shipped table of {len(last_parts)} models has none of a similar name"
+    return f"planned without it: {', '.join(nearest)}; for the same shapes: model.model_name_or_path={nearest[0]}"
 
 
 @cache

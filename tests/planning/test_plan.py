@@ -284,6 +284,43 @@ def test_config_json_that_describes_no_model_is_one_line(
     assert len(line) < 500
 
 
+@pytest.mark.parametrize(("memory", "status"), [("24GiB", 0), ("4GiB", 3)])
+@pytest.mark.parametrize("output", [[], ["--json"]])
+def test_exit_status_says_whether_a_run_fits(memory: str, status: int, output: list[str]) -> None:
+    command = ["plan", str(ROOT / "configs" / "qwen3-8b.yaml"), "--memory", memory, "--no-data"]
+    assert main([*command, *output]) == status
+
+
+def test_data_that_a_run_refuses_is_an_error_after_the_plan(
+    pico_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 3)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {{model_name_or_path: {pico_llama}}}\ndata: {{train: {tmp_path}/rows.jsonl, max_length: 64}}\n"
+    )
+    assert main(["plan", str(file), "--memory", "24GiB"]) == 2
+    printed = capsys.readouterr()
+    assert "peak" in printed.out
+    assert "3 of 3 rows cannot be used, data.max_dropped" in printed.err
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "meta-llama/Llama-3.1-8B", "model.gguf"])
+def test_plan_of_a_model_names_the_command_that_plans_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", name]) == 2
+    assert capsys.readouterr().err.endswith(f"qlora-train new {name} -o my.yaml\n")
+
+
+def test_a_model_outside_the_shipped_table_is_told_the_nearest_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {model_name_or_path: someone/Qwen3-8B-copy}\ndata: {train: rows.jsonl}\n")
+    assert main(["plan", str(file), "--no-data", "--offline"]) == 2
+    assert "model.model_name_or_path=Qwen/Qwen3-8B" in capsys.readouterr().err
+
+
 def test_shipped_table_has_the_published_values_and_every_shipped_base() -> None:
     table = well_known_models()
     assert MODELS.keys() <= table.keys(), "add a new base to planning/well_known_models.json"
