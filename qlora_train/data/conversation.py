@@ -113,7 +113,9 @@ def _check_fields(turn: Any, column: str, shape: str) -> None:
         found = ", ".join(turn) or "none"
         is_sharegpt = column == "messages" and "from" in turn
         hint = "; data.columns: {conversations: messages} reads from, value" if is_sharegpt else ""
-        raise UnusableRowError(f"a turn in {column} has the fields {found}, expected {shape}{hint}")
+        names = shape.split(", ")
+        lacking = ", ".join([name for name in names if name not in turn] or names)
+        raise UnusableRowError(f"a turn in {column} lacks {lacking}: found {found}, expected {shape}{hint}")
 
 
 def _read_role(role: Any) -> str:

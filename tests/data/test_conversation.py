@@ -84,12 +84,12 @@ TURNS = [
     (None, "messages is null, expected a list of {role, content}"),
     ([], "messages is an empty list"),
     ([HI, "hello"], "messages holds a string, expected {role, content}"),
-    ([{}], "a turn in messages has the fields none, expected role, content"),
-    ([{"role": "user"}], "a turn in messages has the fields role, expected role, content"),
+    ([{}], "a turn in messages lacks role, content: found none, expected role, content"),
+    ([{"role": "user"}], "a turn in messages lacks content: found role, expected role, content"),
     (
         [{"from": "human", "value": "hi"}],
-        "a turn in messages has the fields from, value, expected role, content; data.columns: {conversations: messages} "
-        "reads from, value",
+        "a turn in messages lacks role, content: found from, value, expected role, content; "
+        "data.columns: {conversations: messages} reads from, value",
     ),
     ([{"role": "human", "content": "hi"}], 'a turn has the role "human", expected system, user, assistant, tool'),
     ([{"role": ["user"], "content": "hi"}], "a turn has the role a list, expected system, user, assistant, tool"),
@@ -208,7 +208,7 @@ SHAREGPT = [
     ([{"from": ["human"], "value": "hi"}], f"a turn is from no string, expected {SENDERS}"),
     (
         [{"from": "human"}],
-        "a turn in conversations has the fields from, expected from, value",
+        "a turn in conversations lacks value: found from, expected from, value",
     ),
     ([{"from": "human", "value": None}], "the content of a turn with role user is null, expected a string"),
     ([{"from": "human", "value": "hi", "role": "user"}], "a turn has both from and role, expected from, value"),

@@ -44,7 +44,7 @@ def _comments(begin: str, texts: Sequence[str]) -> Iterator[str]:
 
 def unset_line(result: Conversion) -> str:
     """Return the keys that are null, false or empty, and change nothing."""
-    return f"Unset there: {', '.join(printable(key) for key in result.unset)}"
+    return f"Unset, false or empty there: {', '.join(printable(key) for key in result.unset)}"
 
 
 def defaults_line(result: Conversion) -> str:

@@ -40,6 +40,9 @@ def json_error(
     """Return the error for a value at `where` that `DECODER` refuses; `location` turns a position into file:line:column."""
     if isinstance(error, json.JSONDecodeError):
         found = error.msg.removesuffix(" at").removesuffix(" starting")  # the location stands before it
+        end = error.doc[error.pos : error.pos + 1]
+        if end in ("}", "]") and error.doc[: error.pos].rstrip().endswith(","):
+            found = f"a comma before {end}"  # which Python names from 3.13 on
         return DataError(f"{location(error.pos)}: broken JSON: {found}; {expected}")
     if isinstance(error, RecursionError):
         return DataError(f"{where}: found JSON that is nested too deeply; {expected}")
