@@ -129,11 +129,12 @@ def packages_end_with_their_test(tmp_path_factory: pytest.TempPathFactory) -> It
     yield
     folder = str(tmp_path_factory.getbasetemp())
     for name in set(sys.modules) - before:
-        spec = vars(sys.modules[name]).get("__spec__")  # an attribute of a lazy module would import it
+        module = sys.modules.get(name)
+        spec = vars(module).get("__spec__") if module else None  # an attribute of a lazy module would import it
         if spec is None:
             continue
         if any(str(file).startswith(folder) for file in (spec.origin, *(spec.submodule_search_locations or []))):
-            del sys.modules[name]
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture

@@ -27,6 +27,6 @@ def export(path: Path, *, format_name: str, options: ExportOptions | None = None
         if export_format.needs != "merged model":
             source = reopen(folder, config, weights=export_format.needs == "base weights").source
         elif not folder.has_merged():
-            logger.info("%s: missing or damaged (merging first)", folder.merged)
+            logger.info("%s: no complete merged model yet (merging first)", folder.merged)
             merge_run(reopen(folder, config))
         return export_format.write(ExportRequest(folder, config, source, options))

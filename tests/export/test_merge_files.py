@@ -272,13 +272,20 @@ def test_update_beyond_the_dtype_of_the_base_is_refused(pico: Pico, tmp_path: Pa
         merge(base, adapter, tmp_path / "merged", dtype=None)
 
 
-def test_weights_are_rounded_once(pico_llama: Path, tmp_path: Path) -> None:
+def test_updated_weights_are_rounded_once_to_a_neighbour_and_others_not_at_all(
+    pico_llama: Path, tmp_path: Path
+) -> None:
     adapter = save_adapter(plain(pico_llama), tmp_path / "adapter")
     settings: dict[str, Any] = {"merge_base": "original", "quantization": NF4}
     merge(pico_llama, adapter, tmp_path / "fp32", dtype=torch.float32, **settings)
     merge(pico_llama, adapter, tmp_path / "bf16", dtype=torch.bfloat16, **settings)
-    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "bf16"))
-    assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
+    folders = (pico_llama, tmp_path / "fp32", tmp_path / "bf16")
+    base, exact, rounded = (load_file(folder / "model.safetensors") for folder in folders)
+    for name, wanted in exact.items():
+        spacing = torch.finfo(torch.bfloat16).eps * wanted.abs()  # at most, of the two neighbours
+        assert ((rounded[name].float() - wanted).abs() <= spacing).all(), name
+        if torch.equal(wanted, base[name].float()):
+            assert torch.equal(rounded[name], base[name]), name
 
 
 def test_base_and_adapter_files_are_untouched(pico_llama: Path, tmp_path: Path) -> None:

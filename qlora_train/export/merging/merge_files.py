@@ -1,14 +1,14 @@
 """Merge an adapter into 16-bit weights, from files to files.
 
 A QLoRA adapter was trained on 4-bit weights that were rounded from the original ones. `dequantized` merges onto the rounded
-weights, in 16 bits: exactly the trained function. `original` merges onto the weights before rounding, which are better but
+weights, in 16 bits: the trained function. `original` merges onto the weights before rounding, which are better but
 not those that the adapter saw. Which one gives the lower loss depends on the model, so `verify` measures. Merging into 4
 bits is not offered: the small update rounds back onto the 4-bit grid.
 
 The adapter uses the model's names and the files their own; `tensor_layout` maps between them. Each parameter is read,
-updated in float32, rounded once and written under the file's names. Tensors without a parameter, such as vision encoders,
-are copied. Host memory holds one output shard twice (safetensors copies it) and the copies of one parameter. Nothing is
-written in place, and what the merge does not understand is refused.
+updated in float32, rounded once (stochastically) and written under the file's names. Tensors without a parameter, such as
+vision encoders, are copied. Host memory holds one output shard twice (safetensors copies it) and the copies of one
+parameter. Nothing is written in place, and what the merge does not understand is refused.
 """
 
 import copy

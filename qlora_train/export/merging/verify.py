@@ -31,7 +31,7 @@ from qlora_train.utils.errors import MergeError
 
 logger = logging.getLogger(__name__)
 
-INSTEAD = "use the adapter unmerged, train longer, or raise the limit"
+INSTEAD = "use the adapter unmerged, or raise the limit"
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _check_loss(
     raise MergeError(
         f"{output}: {'held-out' if reference.held_out else 'training'} loss {check.loss:.4f} after merging onto {best}"
         f"{others} and {reference.loss:.4f} with the adapter: an increase of {increase:.4f} nats/token, but "
-        f"export.max_loss_increase allows {export.max_loss_increase:g}; {INSTEAD}: qlora-train merge RUN "
+        f"export.max_loss_increase allows {export.max_loss_increase:g}; {INSTEAD}: qlora-train merge {output.parent} "
         f"export.max_loss_increase={increase + 0.005:.2f}"
     )
 
@@ -154,6 +154,6 @@ def _check_divergence(output: Path, check: ReloadCheck, export: ExportSection) -
     raise MergeError(
         f"{output}: the merged model differs from the adapter: KL divergence {divergence.kl:.4f} nats/token at "
         f"{divergence.num_tokens} tokens, but export.max_divergence allows {export.max_divergence:g}; top-1 equal at "
-        f"{100 * divergence.top1_agreement:.1f} %; {INSTEAD}: qlora-train merge RUN "
+        f"{100 * divergence.top1_agreement:.1f} %; {INSTEAD}: qlora-train merge {output.parent} "
         f"export.max_divergence={divergence.kl + 0.005:.2f}"
     )

@@ -1,5 +1,10 @@
-"""The arithmetic of a merge: quantize to 4 bits and back as the run did, add the update in float32, round once."""
+"""The arithmetic of a merge: quantize to 4 bits and back as the run did, add the update in float32, round once.
 
+The base's weights are 16-bit numbers, and most updates of a short run are smaller than half the distance to the next one:
+rounding to nearest loses them. Stochastic rounding keeps them in the mean, and so in the sums of a matrix product.
+"""
+
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -11,6 +16,9 @@ from qlora_train.config.schema import QuantizationSection
 from qlora_train.export.merging.adapter_deltas import AdapterFile, ExpertLowRank, LowRank, Replace, TokenRows, Update
 from qlora_train.kernels.block_sizes import BLOCK_SIZE
 from qlora_train.kernels.ops.dequantize import by_bitsandbytes
+
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+"""Mantissa bits of float32 that a dtype lacks."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ def merge_parameter(
     """Return a parameter to write, in `dtype`; `weight` of experts is (experts, ...)."""
     if not weight.is_floating_point():
         return weight
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if isinstance(update, ExpertLowRank) or (update is None and weight.ndim == 3):
         merged = torch.empty(weight.shape, dtype=dtype)
         deltas = repeat(None) if update is None else _expert_deltas(adapter, update)
@@ -64,9 +73,25 @@ def merge_parameter(
             merged, weight, deltas, strict=False
         ):  # float32 copies of one matrix at a time
             dequantized = round_trip(name, matrix).float()
-            target.copy_(dequantized if delta is None else dequantized + delta)
+            target.copy_(dequantized if delta is None else stochastic_round(dequantized + delta, dtype, generator))
         return merged
-    return merge_tensor(adapter, update, round_trip(name, weight).float()).to(dtype)
+    updated = merge_tensor(adapter, update, round_trip(name, weight).float())
+    return updated.to(dtype) if update is None else stochastic_round(updated, dtype, generator)
+
+
+def stochastic_round(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Round float32 values to one of both neighbours in `dtype`, with the probabilities whose mean is the value.
+
+    Values that `dtype` has are not changed. Exact for normal numbers of float16; its subnormal ones, below 6e-5, are
+    rounded once more, to nearest.
+    """
+    if dtype not in DROPPED_BITS:
+        return values.to(dtype)
+    unit = 1 << DROPPED_BITS[dtype]
+    # the bits of a float, as an integer, ascend with its magnitude: adding below one unit of `dtype` carries at random
+    noise = torch.randint(unit, values.shape, generator=generator, dtype=torch.int32)
+    bits = noise.add_(values.contiguous().view(torch.int32)).bitwise_and_(-unit)
+    return bits.view(torch.float32).to(dtype)
 
 
 def merge_tensor(
