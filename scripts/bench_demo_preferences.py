@@ -159,7 +159,7 @@ def tokens_of(example: Example) -> bytes:
 
 
 def table(runs: Mapping[str, Figures]) -> list[str]:
-    """Return a line per way: the mean of its seeds, and the least and the greatest."""
+    """Return a line per way: the mean of its seeds, and min and max."""
     lines = [f"| | {' | '.join(COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
     for way in dict.fromkeys(name.partition(",")[0] for name in runs):
         found = [figures for name, figures in runs.items() if name.partition(",")[0] == way]

@@ -21,10 +21,10 @@ qlora-train convert their.yaml -o mine.yaml
 qlora-train check mine.yaml
 ```
 
-`convert` reads a config of Axolotl, LLaMA-Factory, TRL (`trl sft`, `trl dpo`), Unsloth (`unsloth train`,
-`unsloth-cli.py`), torchtune or ms-swift, and writes one of ours. The keys show which trainer it is; `--from NAME` says so
-where they do not. A command line is read from a `.sh` file. LLaMA-Factory's data sets are looked up in the
-`dataset_info.json` of its `dataset_dir`.
+`convert` reads a config of Axolotl, LLaMA-Factory, TRL (`trl sft`, `trl dpo`, `trl kto`, `cpo.py`, `orpo.py`), Unsloth
+(`unsloth train`, `unsloth-cli.py`), torchtune or ms-swift, and writes one of ours. The keys show which trainer it is;
+`--from NAME` says so where they do not. A command line is read from a `.sh` file. LLaMA-Factory's data sets are looked up
+in the `dataset_info.json` of its `dataset_dir`.
 
 - Each value has a comment with the key that it comes from: `r: 32  # axolotl: lora_r`.
 - What the other trainer does where its config is silent is written down if our default differs:
@@ -42,6 +42,7 @@ Differences that matter:
 | held-out rows at random | `data.eval`, a share chosen by a hash of each row |
 | a base in 8 bits | 4 bits, or 16 with `quantization.load_in_4bit: false` |
 | a named template for an instruction-tuned model | the tokenizer's own template |
+| a YAML file of TRL for ORPO, which looks like DPO | convert the command, or set `train.objective` |
 | PPO, GRPO and other online objectives | not available; TRL loads the adapters and merged models |
 | FlashAttention | `sdpa`, as exact and without its package; `model.attn_implementation: flash_attention_2` uses it |
 

@@ -2,7 +2,7 @@
 
 Both train one micro-batch of two sequences in which every token is a label: the rows of SFT, and the pair of DPO, whose
 reference pass is the base with the adapter off, or the adapter that training began with (`lora.adapter_path`). Nothing is
-computed; what is counted and what is not stands in `scripts/count_memory.py`.
+computed; `scripts/count_memory.py` lists what is counted.
 
 Example: ``PYTHONPATH=. python scripts/count_preference_memory.py --output benchmarks/results/memory-preferences.json``
 """

@@ -260,7 +260,8 @@ class DataSection(Section):
     max_rows: int | None = Field(None, ge=1)
     """Train on a sample of at most this many rows."""
     deduplicate: bool = False
-    """Drop exact duplicates among training rows, and training rows that are also held out."""
+    """Drop exact duplicates among training rows, and training rows that are also held out (of preferences: whose prompt
+    is)."""
     streaming: bool = False
     """Tokenise during training, for data too large for a disk cache; needs train.max_steps or train.minutes."""
     num_proc: int | None = Field(None, ge=1, le=1024)
@@ -309,7 +310,7 @@ class TrainSection(Section):
     and `cpo` only."""
     sft_weight: float | None = Field(None, ge=0)
     """Weight of the chosen answers' mean loss per label token, which is added to the loss of a preference objective (0 if
-    unset, 1 for `cpo` and `orpo`)."""
+    unset, 1 for `cpo` and `orpo`). Objectives on pairs only."""
     simpo_gamma: float | None = Field(None, ge=0)
     """Reward margin that chosen answers should have (0.5 if unset). Objective `simpo` only."""
     discopop_tau: float | None = Field(None, gt=0)
@@ -345,8 +346,8 @@ class TrainSection(Section):
     max_skipped_steps: int = Field(5, ge=1)
     """Stop when `on_nonfinite: skip` has skipped more than this many steps in the run."""
     on_loss_spike: Literal["warn", "stop", "ignore"] = "warn"
-    """On a loss spike: warn, stop before the optimizer step, or ignore it. Losses of preference pairs are not compared:
-    with few pairs per step they vary by more than a spike."""
+    """On a loss spike: warn, stop before the optimizer step, or ignore it. Losses of preferences are not compared:
+    with few rows per step they vary by more than a spike."""
     num_train_epochs: float = Field(1.0, gt=0)
     """Number of epochs; max_steps or minutes override it."""
     max_steps: int | None = Field(None, ge=1)

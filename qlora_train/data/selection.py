@@ -92,7 +92,7 @@ def num_duplicates(rows: Rows) -> int:
 
 
 def is_among(rows: Rows, others: Rows) -> Mask:
-    """Return for each row whether one of the others is equal; for each preference pair, whether one has its prompt."""
+    """Return for each row whether one of the others is equal; for each preference, whether one has its prompt."""
     return _are_among(rows.group_digests, others.group_digests)
 
 

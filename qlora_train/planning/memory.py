@@ -4,7 +4,7 @@ A run passes through moments: loading, the parity checks, forward and backward p
 all the time and its own tensors (`activations`); the peak is the largest. What memory cannot shrink (the training step)
 decides whether a run fits; parity checks and evaluation try smaller batches when memory runs out.
 
-Not counted: fragmentation, and attention of architectures that neither `AttentionShape` nor a table row describes.
+Not counted: fragmentation on a GPU, and attention of architectures that neither `AttentionShape` nor a table row describes.
 """
 
 from collections.abc import Mapping

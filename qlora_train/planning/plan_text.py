@@ -23,7 +23,7 @@ PART_LABELS = {
     "logits": "logits",
     "workspace": "layer workspace",
     "adapter in the compute dtype": "adapter in the compute dtype",
-    "memory not returned by the allocator": "memory not returned by the allocator",
+    "heap fragmentation": "heap fragmentation",
     "largest tensor": "largest tensor while loading",
     "gathered weights": "gathered weights",
     "dequantized cache": "dequantized weight cache",
@@ -80,7 +80,7 @@ def _memory(plan: RunPlan) -> Iterator[str]:
 
 def _labelled(plan: RunPlan, part: str, label: str) -> str:
     if part == "runtime" and not plan.device.on_gpu:
-        return "kernels and allocator"
+        return "libraries and compiled kernels"
     if part == "activations" and plan.fitted.plan.peak.name == "training step":
         levels = plan.fitted.plan.levels
         summary = ", ".join(f"{level} x {levels.count(level)}" for level in dict.fromkeys(levels))

@@ -208,11 +208,10 @@ def _running_mean(values: Values) -> list[float | None]:
 
 
 def _planned(line: _Line) -> Iterator[Level]:
-    """Yield what was planned for the GPU's tensors, which is what their peak is comparable with."""
+    """Yield the planned peak of the GPU, with the CUDA context, as the measured one."""
     planned = line.run.plan.get("peak_bytes")
     if line.key == PEAK_MEMORY and planned and not line.run.is_on_cpu:
-        tensors = float(planned - line.run.plan.get("parts", {}).get("runtime", 0))
-        yield Level("Planned tensors" if line.index is None else f"{line.name}, planned tensors", tensors)
+        yield Level("Planned" if line.index is None else f"{line.name}, planned", float(planned))
 
 
 def _sentence(name: str, points: Mapping[int, float], unit: str) -> str:

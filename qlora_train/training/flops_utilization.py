@@ -2,8 +2,9 @@
 
 Counted per token: 4 operations per weight of the linear layers that it passes (2 forward, 2 for the gradient of the input:
 frozen weights have none of their own) and 6 per LoRA weight; per label, 4 per weight of the output head. Not counted:
-attention between tokens, dequantization, what checkpointing recomputes, and for preferences the reference model. So the
-value is slightly too low for long rows.
+attention between tokens, dequantization, what checkpointing recomputes, forward passes of a reference model and for KTO's
+KL estimate. Shared prefixes count in every row. So the value is too low for long rows, and
+too high where rows share prefixes.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """TRL's DPOTrainer as a peer of `scripts/bench_preferences.py`, as well as it can be set on this machine.
 
-4-bit base, bf16, no recomputation, LoRA on every linear layer, the reference by the base with the adapter off. Its
-`padding_free` is not there in 1.16: it warns and pads.
+4-bit base, bf16, no recomputation, LoRA on every linear layer, the reference by the base with the adapter off. TRL
+1.16 ignores `padding_free`: it warns and pads.
 """
 
 import sys

@@ -103,7 +103,7 @@ def test_check_accepts_every_shipped_config(capsys: Capture) -> None:
     files = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "recipes").glob("*.yaml"))]
     assert len(files) >= 12
     for file in files:
-        if file.stem == "demo":  # whose model and rows `make demo` makes first
+        if file.stem.startswith("demo"):  # whose model and rows `make demo` makes first
             continue
         assert main(["check", str(file)]) == 0
         assert capsys.readouterr() == (f"{file}: ok\n", "")

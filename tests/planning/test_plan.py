@@ -220,15 +220,14 @@ def test_large_base_on_a_cpu_is_said_to_be_slow_until_a_time_is_known() -> None:
 
 @pytest.mark.parametrize("device", [PlanDevice("a CPU", False, 64 * 2**30), PlanDevice("a GPU", True, 24 * 2**30)])
 def test_parts_have_one_name_in_text_json_and_documentation(device: PlanDevice) -> None:
-    config = load_config(ROOT / "configs" / "llama7b.yaml")
+    short = ["train.per_device_train_batch_size=1", "data.max_length=512"]  # more is allocated outside the heap
+    config = load_config(ROOT / "configs" / "llama7b.yaml", short)
     base = well_known_models()[config.model.model_name_or_path]
     plan = plan_run(config, base, device, RowSizes.most(config)).fitted.plan
     names = {name for moment in plan.moments for name, size in moment.parts.items() if size}
     page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     assert "quantization constants" in names
-    for name in names & {
-        "quantization constants", "adapter in the compute dtype", "memory not returned by the allocator"
-    }:  # fmt: skip
+    for name in names & {"quantization constants", "adapter in the compute dtype", "heap fragmentation"}:
         assert PART_LABELS[name] == name
         assert name in page
     assert names <= PART_LABELS.keys(), "every part has a line in the text"
