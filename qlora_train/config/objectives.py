@@ -29,6 +29,11 @@ class ObjectiveRow:
     uses_reference: bool = True
     estimates_kl: bool = False
 
+    def settings(self, train: object) -> dict[str, float]:
+        """Return the settings of `defaults`: those that a `train` section sets, else the defaults."""
+        chosen = {name: getattr(train, name) for name in self.defaults}
+        return {name: default if chosen[name] is None else chosen[name] for name, default in self.defaults.items()}
+
 
 UNPAIRED = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 

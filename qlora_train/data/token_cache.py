@@ -45,11 +45,6 @@ class StoreCache:
         self._limit = limit
         self._limit_bytes = int(limit[:-2]) * UNITS[limit[-2:]]
 
-    def find(self, key: str) -> Path | None:
-        """Return the folder of a complete store, or None."""
-        final = self.folder / key
-        return final if atomic_io.verify_manifest(final) is None else None
-
     def get(self, key: str, write: Callable[[Path], None], opened: Callable[[Path], Opened]) -> tuple[Opened, bool]:
         """Return a store, and whether it was cached.
 

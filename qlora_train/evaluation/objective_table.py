@@ -79,8 +79,7 @@ def make_objective(train: TrainSection, lora: LoraSection, model: Any) -> Object
     row = OBJECTIVES[train.objective]
     if row.dataset_type == "language_modeling":
         return SFT
-    chosen = {name: getattr(train, name) for name in row.defaults}
-    settings = {name: default if chosen[name] is None else chosen[name] for name, default in row.defaults.items()}
+    settings = row.settings(train)
     reference = _make_reference(lora, model) if row.uses_reference else None
     if row.dataset_type == "unpaired_preference":
         from qlora_train.evaluation.held_out_unpaired import evaluate_unpaired, unpaired_losses

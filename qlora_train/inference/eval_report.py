@@ -111,7 +111,7 @@ def _rewards(config: RunConfig, logps: Mapping[str, PairLogps]) -> dict[str, dic
     """Return the implicit rewards of the trained models, if the base is their reference model and was measured too."""
     if "base" not in logps or not uses_reference(config.train.objective) or config.lora.adapter_path is not None:
         return {}
-    beta = OBJECTIVES[config.train.objective].defaults["beta"] if config.train.beta is None else config.train.beta
+    beta = OBJECTIVES[config.train.objective].settings(config.train)["beta"]
     return {name: each.rewards(logps["base"], beta) for name, each in logps.items() if name != "base"}
 
 

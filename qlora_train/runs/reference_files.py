@@ -63,7 +63,10 @@ def load_logps(
     Raises:
         UnusableLogpsError: damaged, of other rows, or computed from something else.
     """
-    problem = atomic_io.verify_manifest(folder)
+    try:
+        problem = atomic_io.verify_manifest(folder)
+    except OSError as error:
+        problem = f"{FILE} cannot be read ({error.strerror})"
     if problem is not None:
         raise UnusableLogpsError(problem)
     if fingerprint is not None:

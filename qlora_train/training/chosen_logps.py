@@ -73,12 +73,24 @@ class FallRule:
         smallest = max(
             MIN_NATS_PER_TOKEN if self.is_mean else MIN_NATS, MIN_SHARE * abs(before), NUM_DEVIATIONS * noise
         )
-        is_worth_it = before - now >= smallest and margin > margin_before
-        return Fall(before, now, margin) if is_worth_it else None
+        warns = before - now >= smallest and margin > margin_before
+        return Fall(before, now, margin) if warns else None
+
+    def has_fallen(self, history: History) -> bool:
+        """Return whether any entry of a history was worth a warning."""
+        entries, size = [entry for entry in history if self._names[0] in entry], WINDOW_LOGS
+        return any(  # on the first and last entries only, the same in linear time
+            self.fall([*entries[: min(size, end)], *entries[max(size, end - size) : end]]) is not None
+            for end in range(1, len(entries) + 1)
+        )
+
+    @property
+    def _names(self) -> list[str]:
+        prefix = "eval_" if self.has_eval else ""
+        return [f"{prefix}{name}" for name in ("logps/chosen", "rewards/chosen", "rewards/margins")]
 
     def _series(self, history: History) -> tuple[list[float], ...]:
-        prefix = "eval_" if self.has_eval else ""
-        names = [f"{prefix}{name}" for name in ("logps/chosen", "rewards/chosen", "rewards/margins")]
+        names = self._names
         entries = [entry for entry in history if names[0] in entry]
         return tuple([entry[name] for entry in entries] for name in names)
 
@@ -88,17 +100,17 @@ class ChosenLogpCallback(TrainerCallback):
 
     def __init__(self, train: TrainSection, *, has_eval: bool) -> None:
         row = OBJECTIVES[train.objective]
-        beta = row.defaults["beta"] if train.beta is None else train.beta
+        beta = row.settings(train)["beta"] if row.uses_reference else None
         is_mean = train.objective in AVERAGED
-        self._rule = FallRule(beta if row.uses_reference else None, is_mean, has_eval)
+        self._rule = FallRule(beta, is_mean, has_eval)
         self._unit = " per token" if is_mean else ""
-        self._of = "held-out pairs" if has_eval else f"the last {WINDOW_LOGS} log lines"
+        self._advice = "train.beta or train.sft_weight" if row.uses_reference else "train.sft_weight"
+        self._compared = "held-out pairs" if has_eval else f"the last {WINDOW_LOGS} log lines"
         self._has_warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         """Look whether the run has warned before its checkpoint."""
-        history = state.log_history
-        self._has_warned = any(self._rule.fall(history[:length]) for length in range(1, len(history) + 1))
+        self._has_warned = self._rule.has_fallen(state.log_history)
 
     def on_log(self, args: Any, state: Any, control: Any, **_keywords: Any) -> None:
         if self._has_warned or not context().is_main:
@@ -108,6 +120,6 @@ class ChosenLogpCallback(TrainerCallback):
             self._has_warned = True
             logger.warning(
                 "training: the chosen answers' log-probability fell from %.4g to %.4g%s while the margin grew to %.3g "
-                "(%s): both answers become less likely; raise train.beta or train.sft_weight, or lower train.learning_rate",
-                fall.before, fall.now, self._unit, fall.margin, self._of,
+                "(%s): both answers become less likely; raise %s, or lower train.learning_rate",
+                fall.before, fall.now, self._unit, fall.margin, self._compared, self._advice,
             )  # fmt: skip

@@ -7,9 +7,11 @@ The run folder has the values, so that a resumed run trains with the same number
 later runs. Neither is used unless its fingerprint agrees, and unless a micro-batch computed on the fly does.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -105,13 +107,15 @@ class _StoredReference:
     def use(self) -> None:
         """Set the values of all rows: those of the run folder, those of the cache, or new ones."""
         started = time.perf_counter()
-        for load, origin in ((self._of_run, "stored by this run"), (self._of_cache, "stored by an earlier run")):
+        sources = (self._load_from_run, "stored by this run"), (self._load_from_cache, "stored by an earlier run")
+        for load, origin in sources:
             logps: RunLogps | None = context().broadcast(load() if context().is_main else None)
             if logps is not None and self._agrees(logps, origin):
                 break
         else:
             logps, origin = self._compute(), "stored"
             if not self._agrees(logps, "of the model as it is"):
+                logger.warning("reference: log-probabilities are computed for each micro-batch")
                 return
         if context().is_main:
             self._save(logps, origin)
@@ -119,13 +123,17 @@ class _StoredReference:
             "reference: %s sequences, %.0f s (%s)", f"{logps.num_sequences:,}", time.perf_counter() - started, origin
         )  # fmt: skip
 
-    def _of_run(self) -> RunLogps | None:
+    def _load_from_run(self) -> RunLogps | None:
         folder = self._run.reference_logps
         return self._load(partial(load_logps, folder, fingerprint=self._fingerprint)) if folder.exists() else None
 
-    def _of_cache(self) -> RunLogps | None:
-        folder = self._cache.find(self._key)
-        return None if folder is None else self._load(partial(load_logps, folder))
+    def _load_from_cache(self) -> RunLogps | None:
+        folder = self._cache.folder / self._key
+        logps = self._load(partial(load_logps, folder)) if folder.exists() else None
+        if logps is not None:
+            with contextlib.suppress(OSError):  # a cache that is read-only, or has just lost the folder
+                os.utime(folder)  # the cache deletes the least recently used folders
+        return logps
 
     def _load(self, load: Callable[..., RunLogps]) -> RunLogps | None:
         try:
@@ -151,7 +159,10 @@ class _StoredReference:
         difference = max(context().gather(float(per_label)))
         if difference <= limit:
             return True
-        logger.warning("reference: log-probabilities %s differ by %.2g nats per token: not used", origin, difference)
+        logger.warning(
+            "reference: log-probabilities %s differ by %.2g nats per token from a reference pass: not used",
+            origin, difference,
+        )  # fmt: skip
         rows.reference_logps = held_out.reference_logps = None
         return False
 
@@ -168,7 +179,7 @@ class _StoredReference:
 
     def _compute(self) -> RunLogps:
         trainer, held_out = self._trainer, self._trainer.examples.eval
-        train = self._of_training_rows()
+        train = self._compute_training_rows()
         of_eval = np.empty((0, self._num_sequences), np.float32)
         if held_out:
             with trainer.accelerator.autocast():  # as inside the training loop
@@ -180,7 +191,7 @@ class _StoredReference:
         _check_finite(of_eval, held_out, np.arange(len(held_out)))
         return RunLogps(train, of_eval)
 
-    def _of_training_rows(self) -> LogpArray:
+    def _compute_training_rows(self) -> LogpArray:
         """Compute this rank's micro-batches of the first epoch; return the values of all ranks."""
         rows, this = self._source.dataset(), context()
         values = np.full((len(self._needed), self._num_sequences), np.nan, np.float32)

@@ -75,6 +75,31 @@ def test_other_pairs_of_other_likelihood_are_no_fall() -> None:
     assert rule.fall(without_reference(falling, "")) is not None
 
 
+@pytest.mark.parametrize("has_reference", [True, False])
+@pytest.mark.parametrize("has_eval", [True, False])
+def test_a_history_has_fallen_where_one_of_its_beginnings_has(has_reference: bool, has_eval: bool) -> None:
+    rule = FallRule(BETA if has_reference else None, is_mean=True, has_eval=has_eval)
+    generator, answers = random.Random(0), []
+    for number in range(200):
+        drift, history = generator.uniform(-0.05, 0.05), []
+        for step in range(number % 30):
+            logps = generator.gauss(-2 - drift * step, 0.05)
+            history += [{"loss": 0.5}, entry(logps, -2.0, 0.1 * step, "eval_" if has_eval else "")]
+        answers.append(any(rule.fall(history[:length]) is not None for length in range(len(history) + 1)))
+        assert rule.has_fallen(history) == answers[-1]
+    assert 20 < sum(answers) < 180
+
+
+@pytest.mark.parametrize("objective", ["dpo", "simpo", "cpo", "orpo"])
+def test_a_higher_beta_is_advised_only_with_a_reference(objective: str, messages: pytest.LogCaptureFixture) -> None:
+    train = TrainSection.model_validate({"objective": objective})
+    history = [entry(-50.0, -50.0, 0.0, "eval_"), entry(-60.0, -50.0, 2.0, "eval_")]
+    ChosenLogpCallback(train, has_eval=True).on_log(None, SimpleNamespace(log_history=history), None)
+    [warning] = [record.getMessage() for record in messages.records if "become less likely" in record.getMessage()]
+    assert ("train.beta" in warning) == (objective == "dpo")
+    assert warning.endswith("train.sft_weight, or lower train.learning_rate")
+
+
 def test_it_warns_once_and_not_again_after_a_resume(messages: pytest.LogCaptureFixture) -> None:
     train = TrainSection.model_validate({"objective": "dpo"})
     history = [entry(-60.0, -50.0, 2.0, "eval_")]

@@ -1,6 +1,7 @@
 """Reference log-probabilities are computed once, and used again only for the model and rows that they belong to."""
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -163,7 +164,10 @@ def test_a_model_that_does_not_begin_as_its_reference_computes_values_on_the_fly
 ) -> None:
     config = config_of(tmp_path, pico_llama, EXACT)
     trainer = started(config, noise=0.1)
-    assert "reference: log-probabilities of the model as it is differ by" in caplog.text
+    differs, follows = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert differs.startswith("reference: log-probabilities of the model as it is differ by")
+    assert differs.endswith("nats per token from a reference pass: not used")
+    assert follows == "reference: log-probabilities are computed for each micro-batch"
     assert not folder_of(config).reference_logps.exists()
     assert not any((tmp_path / "cache").glob("*/" + FILE))
     assert abs(first_metrics(trainer)["rewards/chosen"]) > 0.1
@@ -271,6 +275,14 @@ def _of_another_base(values: Path) -> None:
     )
 
 
+def _unreadable(values: Path) -> None:
+    metadata, file = atomic_io.read_metadata(values), values / FILE
+    file.write_bytes(b"")
+    atomic_io.write_manifest(values, metadata)
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # an empty file whose reads fail, also for root
+
+
 def _no_safetensors(values: Path) -> None:
     metadata = atomic_io.read_metadata(values)
     (values / FILE).write_bytes(b"{}")
@@ -285,6 +297,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a row less": (_edited(lambda train: train[1:]), r"logps.safetensors is \(\d+, 2\)"),
     "float64": (_edited(lambda train: train.astype(np.float64)), "float64"),
     "of another base": (_of_another_base, "computed with another base, compute dtype"),
+    "unreadable": (_unreadable, r"logps.safetensors cannot be read \(Input/output error\)"),
     "no safetensors": (_no_safetensors, "cannot be read"),
     "moved by a nat per token": (_edited(lambda train: train - 30), "differ by .* nats per token"),
 }
@@ -316,10 +329,12 @@ def test_damaged_values_are_computed_again(
 def test_a_later_run_of_the_same_base_and_rows_computes_nothing(
     pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainers = [
-        started(config_of(tmp_path, pico_llama, ROUNDED, *more, name=name))
-        for name, *more in (("one",), ("two", "train.beta=0.7", "train.learning_rate=1e-5", "train.objective=ipo"))
-    ]
+    trainers = []
+    for name, *more in (("one",), ("two", "train.beta=0.7", "train.learning_rate=1e-5", "train.objective=ipo")):
+        trainers.append(started(config_of(tmp_path, pico_llama, ROUNDED, *more, name=name)))
+        [cached] = [file.parent for file in (tmp_path / "cache").glob(f"*/{FILE}")]
+        assert cached.stat().st_mtime > 0, "a hit is a use, which the cache's limit reads"
+        os.utime(cached, (0, 0))
     assert origin(caplog) == "stored by an earlier run"
     assert first_metrics(trainers[1])["rewards/margins"] == 0
     values = [trainer.examples.train.reference_logps for trainer in trainers]  # type: ignore[union-attr]
