@@ -11,9 +11,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qlora_train.config import load_config
+from qlora_train.config.objectives import DatasetType
 from qlora_train.config.schema import DataSection
 from qlora_train.config.writer import to_yaml
 from qlora_train.data.data_file import DataFile
@@ -28,6 +29,9 @@ DATA = ROOT / "tests" / "data"
 SMALLEST = b"model:\n  model_name_or_path: some/model\ndata:\n  train: rows.jsonl\n"
 LOSS_ON = ("assistant", "last", "completion", "all")
 TOO_LONG = ("drop", "refuse", "truncate", "keep_end", "keep_answer", "split")
+DATASET_TYPES = get_args(DatasetType)
+FOR_PREFERENCES = 3
+"""The first settings of LOSS_ON and TOO_LONG, which preferences support."""
 DAY = datetime.date(2026, 1, 1)
 
 
@@ -75,11 +79,12 @@ def jsonl_rows(data: bytes) -> None:
         first = next((record for piece in pieces for record in piece.records()), None)
         if first is None:
             return
-        tokenize = tokenizer_of(
-            recognise(first, "auto", {}, "language_modeling"),
-            choice % len(LOSS_ON),
-            choice // len(LOSS_ON) % len(TOO_LONG),
-        )
+        train_on, choice = choice % len(LOSS_ON), choice // len(LOSS_ON)
+        overflow, choice = choice % len(TOO_LONG), choice // len(TOO_LONG)
+        dataset_type = DATASET_TYPES[choice % len(DATASET_TYPES)]
+        if dataset_type != "language_modeling":
+            train_on, overflow = train_on % FOR_PREFERENCES, overflow % FOR_PREFERENCES
+        tokenize = tokenizer_of(recognise(first, "auto", {}, dataset_type), dataset_type, train_on, overflow)
         for number, piece in enumerate(pieces):
             result = tokenize((0, number == 0, piece))
             for example in result.examples(["rows.jsonl"]):
@@ -90,12 +95,13 @@ def jsonl_rows(data: bytes) -> None:
 
 
 @cache
-def tokenizer_of(format_name: str, train_on: int, overflow: int) -> ChunkTokenizer:
+def tokenizer_of(format_name: str, dataset_type: DatasetType, train_on: int, overflow: int) -> ChunkTokenizer:
     """Return a row encoder for a format, with a pico tokenizer."""
     data = DataSection.model_validate(
         {"train": "rows.jsonl", "train_on": LOSS_ON[train_on], "overflow": TOO_LONG[overflow], "max_length": 64}
     )
-    return ChunkTokenizer(pico_tokenizer(), data, format_name, {}, DAY, StoredTexts(), len(pico_tokenizer()))
+    tokenizer = pico_tokenizer()
+    return ChunkTokenizer(tokenizer, data, format_name, {}, DAY, StoredTexts(), len(tokenizer), dataset_type)
 
 
 @cache

@@ -131,7 +131,7 @@ def test_settings_that_differ_from_the_schema_are_marked(run: RunFolder) -> None
 @pytest.mark.parametrize(
     ("num_threads", "legend", "level", "note"),
     [
-        (None, "measured", 1_500_000_000, "planned 2.00 GB"),
+        (None, "measured", 2_000_000_000, "planned 2.00 GB"),
         (2, "whole process", None, "whole process, not what the plan"),
     ],
 )
