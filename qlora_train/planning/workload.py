@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_train.config import RunConfig
-from qlora_train.config.objectives import dataset_type_of, uses_reference
+from qlora_train.config.objectives import OBJECTIVES, dataset_type_of, uses_reference
 from qlora_train.planning.activations import MicroBatch
 from qlora_train.planning.disk_plan import num_steps
 from qlora_train.utils.constants import GPU_TOKENS
@@ -94,7 +94,8 @@ class Workload:
         num_tokens: of all steps; None if unknown.
         varies: micro-batches have different lengths.
         reference_tokens: of training rows whose reference log-probabilities are computed before step 1; None if unknown.
-        step_reference_tokens: the same, computed for each micro-batch.
+        step_reference_tokens: of the passes without gradients for each micro-batch: the reference model's, if it is not
+            computed before step 1, and those of KTO's KL estimate; None if unknown.
     """
 
     batch: MicroBatch
@@ -180,13 +181,16 @@ def _num_tokens(config: RunConfig, sizes: RowSizes, steps: int | None) -> int | 
 
 
 def _reference_tokens(config: RunConfig, sizes: RowSizes, num_tokens: int | None) -> tuple[int | None, int | None]:
-    """Return the tokens of the reference model's passes, before step 1 and during the steps."""
+    """Return the tokens of passes without gradients, before step 1 and during the steps."""
     train = config.train
     if not uses_reference(train.objective):
         return 0, 0
+    if num_tokens is None or sizes.num_tokens is None:
+        return None, None
+    num_passes = 2 if OBJECTIVES[train.objective].estimates_kl else 0  # policy and reference, mismatched sequences
     if train.precompute_ref_log_probs is False or train.minutes is not None:
-        return 0, num_tokens
-    return None if num_tokens is None or sizes.num_tokens is None else min(num_tokens, sizes.num_tokens), 0
+        return 0, (num_passes + 1) * num_tokens
+    return min(num_tokens, sizes.num_tokens), num_passes * num_tokens
 
 
 def _num_epochs(config: RunConfig, sizes: RowSizes, steps: int) -> float:

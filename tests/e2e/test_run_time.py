@@ -25,7 +25,7 @@ from qlora_train.utils.run_events import Event, Measured, listening
 from tests.support.runs import make_config, metrics
 
 SETTINGS = ("train.eval_steps=2", "train.save_steps=2", "train.max_steps=6", "run.samples=1")
-STEP_DELAY, SAMPLE_DELAY = 0.4, 1.5
+STEP_DELAY, SAMPLE_DELAY = 0.2, 0.75
 """Added seconds: per micro-batch of the first part, and per evaluation of both parts."""
 STOPPED_CALL = 5
 

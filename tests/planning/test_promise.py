@@ -173,6 +173,12 @@ def test_a_reference_pass_is_half_of_an_epoch_or_half_of_every_step(tmp_path: Pa
     assert stored.seconds == without.seconds == sft.seconds
     assert stored.reference_seconds == pytest.approx(sft.seconds / 3 / 2)
     assert on_the_fly.seconds == pytest.approx(1.5 * sft.seconds)
+    kto, without_kl = planned("train.objective=kto"), planned("train.objective=apo_zero_unpaired")
+    assert kto.seconds == pytest.approx(2 * sft.seconds), "policy and reference on mismatched sequences"
+    assert kto.reference_seconds == without_kl.reference_seconds == pytest.approx(sft.seconds / 3 / 2)
+    assert without_kl.seconds == sft.seconds
+    all_on_the_fly = planned("train.objective=kto", "train.precompute_ref_log_probs=false")
+    assert all_on_the_fly.seconds == pytest.approx(2.5 * sft.seconds)
     text = " ".join(" ".join(plan_lines(stored, "base", "")).split())
     assert f"reference log-probabilities {duration(sft.seconds / 6)} before it" in text
     one_epoch = planned("train.objective=dpo", "train.max_steps=10")

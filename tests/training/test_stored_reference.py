@@ -35,6 +35,7 @@ from qlora_train.utils.errors import TrainingError
 from tests.support.preference_oracles import Oracle
 from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes, check_in_this_process, make_config, metrics, stopped_copy, train_run
+from tests.support.stores import example, rows_of
 from tests.support.trainers import adapted_and_data, folder_of
 from tests.support.unpaired_rows import write_labelled
 
@@ -270,9 +271,7 @@ def _not_finite(train: np.ndarray) -> np.ndarray:
 
 
 def _of_another_base(values: Path) -> None:
-    atomic_io.write_manifest(
-        values, {**atomic_io.read_metadata(values), "base": "another", "compute dtype": "bfloat16"}
-    )
+    atomic_io.write_manifest(values, {**atomic_io.read_metadata(values), "base": "another", "compute dtype": "float16"})
 
 
 def _unreadable(values: Path) -> None:
@@ -287,6 +286,14 @@ def _no_safetensors(values: Path) -> None:
     metadata = atomic_io.read_metadata(values)
     (values / FILE).write_bytes(b"{}")
     atomic_io.write_manifest(values, metadata)
+
+
+@pytest.fixture(scope="module")
+def stored_once(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run before its first step, and of its cache; tests use copies."""
+    folder = tmp_path_factory.mktemp("stored_once")
+    started(config_of(folder, pico_llama, ROUNDED, name="one"))
+    return folder
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -305,40 +312,38 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_values_are_computed_again(
-    name: str, tmp_path: Path, pico_llama: Path, caplog: pytest.LogCaptureFixture
+    name: str, stored_once: Path, tmp_path: Path, pico_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage, message = DAMAGES[name]
-    config = config_of(tmp_path, pico_llama, EXACT)
-    expected = started(config).examples
-    values = folder_of(config).reference_logps
-    before = (values / FILE).read_bytes()
-    damage(values)
+    shutil.copytree(stored_once, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "cache")
-    caplog.clear()
+    config = config_of(tmp_path, pico_llama, ROUNDED, name="one")
+    values = folder_of(config).reference_logps
+    before, expected = (values / FILE).read_bytes(), load_file(values / FILE)
+    damage(values)
     again = started(config).examples
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert re.search(message, warning)
     assert origin(caplog) == "stored"
     assert (values / FILE).read_bytes() == before
-    assert np.array_equal(again.eval.reference_logps, expected.eval.reference_logps)
+    assert np.array_equal(again.eval.reference_logps, expected["eval"])
 
 
 # --- later runs -------------------------------------------------------------------------------------------------------
 
 
 def test_a_later_run_of_the_same_base_and_rows_computes_nothing(
-    pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    stored_once: Path, pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainers = []
-    for name, *more in (("one",), ("two", "train.beta=0.7", "train.learning_rate=1e-5", "train.objective=ipo")):
-        trainers.append(started(config_of(tmp_path, pico_llama, ROUNDED, *more, name=name)))
-        [cached] = [file.parent for file in (tmp_path / "cache").glob(f"*/{FILE}")]
-        assert cached.stat().st_mtime > 0, "a hit is a use, which the cache's limit reads"
-        os.utime(cached, (0, 0))
+    shutil.copytree(stored_once, tmp_path, dirs_exist_ok=True)
+    [cached] = [file.parent for file in (tmp_path / "cache").glob(f"*/{FILE}")]
+    os.utime(cached, (0, 0))
+    others = ("train.beta=0.7", "train.learning_rate=1e-5", "train.objective=ipo")
+    trainer = started(config_of(tmp_path, pico_llama, ROUNDED, *others, name="two"))
     assert origin(caplog) == "stored by an earlier run"
-    assert first_metrics(trainers[1])["rewards/margins"] == 0
-    values = [trainer.examples.train.reference_logps for trainer in trainers]  # type: ignore[union-attr]
-    assert np.array_equal(*values)
+    assert cached.stat().st_mtime > 0, "the cache deletes the least recently used"
+    assert first_metrics(trainer)["rewards/margins"] == 0
+    assert np.array_equal(trainer.examples.train.reference_logps, load_file(cached / FILE)["train"], equal_nan=True)  # type: ignore[union-attr]
 
 
 def _other_weights(base: Path, copy: Path) -> Path:
@@ -363,9 +368,9 @@ OTHERS: dict[str, Callable[[Path, Path], tuple[Path, tuple[str, ...]]]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_run_with_another_reference_computes_its_own_values(
-    name: str, pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, stored_once: Path, pico_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    started(config_of(tmp_path, pico_llama, ROUNDED, name="one"))
+    shutil.copytree(stored_once, tmp_path, dirs_exist_ok=True)
     base, settings = OTHERS[name](pico_llama, tmp_path)
     trainer = started(config_of(tmp_path, base, *settings, name="two"))
     assert origin(caplog) == "stored"
@@ -420,9 +425,8 @@ def test_a_stop_while_computing_stores_nothing(
     assert first_metrics(found)["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_value_that_is_not_finite_names_its_row(pico_llama: Path, tmp_path: Path) -> None:
-    rows = started(config_of(tmp_path, pico_llama, EXACT)).examples.train
-    assert isinstance(rows, Rows)
+def test_a_value_that_is_not_finite_names_its_row(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "store", [example([5, 6], [0, 1])] * 5)
     values = np.zeros((len(rows), 2), np.float32)
     values[4, 1] = np.inf
     _check_finite(values, rows, np.arange(4))
