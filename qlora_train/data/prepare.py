@@ -181,7 +181,7 @@ def _source_reports(key: str, sources: Sequence[SourceStore], rows: Rows) -> lis
 
 
 def fingerprint(*splits: Rows) -> str:
-    """Return a sha256 that changes with any token or mask of the stores, and with which of their rows are used."""
+    """Return a sha256 that changes with any token, mask or label of the stores, and with which of their rows are used."""
     digest = hashlib.sha256()
     for rows in splits:
         for store in rows.stores:

@@ -24,7 +24,7 @@ log = logging.getLogger("qlora_train")
 
 Opened = TypeVar("Opened")
 
-TOKENS_VERSION = 4
+TOKENS_VERSION = 5
 """Raise it when tokens, masks or the layout of a store change for the same data (tests/data/test_tokens_version.py)."""
 STORE_NAME = re.compile(r"[0-9a-f]{64}")
 STALE_NAME = re.compile(r"\.([0-9a-f]{64})\.(?:staging|old|deleted)")

@@ -112,7 +112,9 @@ class StoreWriter:
         if self._num_bytes >= MIN_BATCH_BYTES:
             self._write()
         tokens, mask = chunk.batch.column("tokens"), chunk.batch.column("mask")
-        for array in (chunk.batch.column("length"), tokens.flatten(), mask.flatten()):
+        of_preferences = [name for name in (REJECTED_LENGTH, DESIRABLE) if name in chunk.batch.schema.names]
+        columns = [chunk.batch.column(name) for name in ("length", *of_preferences)]
+        for array in (*columns, tokens.flatten(), mask.flatten()):
             self._digest.update(array.to_numpy(zero_copy_only=False).tobytes())
         self.summary.count(chunk)
 

@@ -108,7 +108,9 @@ def _bco_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
 def _discopop(pairs: Pairs, settings: PairSettings) -> Tensor:
     margin = settings.beta * _margin(pairs.logratios)
     exponential_share = torch.sigmoid(margin / settings.discopop_tau)
-    return (exponential_share - 1) * logsigmoid(margin) + exponential_share * torch.exp(-margin)
+    # the share of exp(-margin), without infinity times 0
+    exponential = torch.exp(logsigmoid(margin / settings.discopop_tau) - margin)
+    return (exponential_share - 1) * logsigmoid(margin) + exponential
 
 
 def _cpo(pairs: Pairs, settings: PairSettings) -> Tensor:

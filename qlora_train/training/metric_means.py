@@ -26,6 +26,10 @@ class MetricMeans:
             self._sums[name] = before + total, num_items + count
         self._pending = []
 
+    def drop_step(self) -> None:
+        """Forget the metrics of an optimizer step that is skipped."""
+        self._pending = []
+
     def take(self) -> dict[str, float]:
         """Return the means over all ranks, and begin anew."""
         means = {name: total / count for name, (total, count) in self._total().items()}

@@ -81,6 +81,7 @@ class QloraTrainer(ResumableTrainer):
         has_fused_kernels: padding-free training requires them.
         objective: what is trained.
         flops: of the model, for MFU; None: it is not logged.
+        clock: of the run; None: a new one.
     """
 
     def __init__(
@@ -329,10 +330,11 @@ class QloraTrainer(ResumableTrainer):
         assert self._step_loss is not None
         loss, self._step_loss = float(self._step_loss), None
         rows, self._micro_rows = self._micro_rows, []
-        self._metric_means.end_step()
         scaled = self.accelerator.scaler is not None
         if self.guard.allow(Step(self.state.global_step + 1, loss, norm, scaled, lambda: self._locations(rows))):
+            self._metric_means.end_step()
             return norm
+        self._metric_means.drop_step()
         model.zero_grad()  # without gradients an optimizer changes neither weights nor its state
         self._tr_loss = self._loss_before_step
         self._globalstep_last_logged += 1  # the next logged mean is over one step less

@@ -28,7 +28,7 @@ ROWS = {
     "text": [{"text": "Plain text."}, {"text": "word " * 40}],
     "tokens": [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}],
 }
-GOLDEN = (4, "cebc554bba0582ed7f43cc0d9de7f2f57aece37251f50105f0976cabb82259e7")
+GOLDEN = (5, "cebc554bba0582ed7f43cc0d9de7f2f57aece37251f50105f0976cabb82259e7")
 """TOKENS_VERSION and the hash of its tokens, masks and texts for ROWS, and of a store's layout."""
 
 

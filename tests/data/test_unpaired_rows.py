@@ -57,6 +57,14 @@ def test_tokens_and_masks_are_those_of_sft_with_a_label_each(tmp_path: Path, pre
     assert rows.max_mismatched_length == prompts.max() + (rows.lengths - prompts).max()
 
 
+def test_other_labels_are_other_data(tmp_path: Path, prepare: Prepare) -> None:
+    """A run must not resume with labels that were changed under it."""
+    rows = labelled(6)
+    flipped = [{**row, "label": not row["label"]} for row in rows]
+    files = [written(tmp_path / f"{name}.jsonl", *each) for name, each in (("rows", rows), ("flipped", flipped))]
+    assert prepare(files[0]).fingerprint != prepare(files[1]).fingerprint
+
+
 def test_rows_come_back_from_cache_and_run_folder(tmp_path: Path, prepare: Prepare) -> None:
     file = write_labelled(tmp_path / "rows.jsonl", count=30)
     first, again = prepare(file, eval=0.3), prepare(file, eval=0.3)

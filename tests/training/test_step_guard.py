@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from qlora_train.training import QloraTrainer
 from qlora_train.training.loss_spikes import MIN_STEPS, WINDOW_STEPS, LossSpikeDetector, Spike
 from qlora_train.training.step_guard import MAX_SCALER_SKIPS, NonFiniteGuard, Step
 from qlora_train.utils.errors import ConfigError, TrainingError
+from tests.support import trainers
+from tests.support.preference_pairs import write_pairs
 from tests.support.runs import make_config, train_run
 
 NAN, INF = float("nan"), float("inf")
@@ -495,3 +498,15 @@ def test_restored_detector_equals_the_saved_one(values: list[float], cut: int) -
         saved.add(value)
     assert saved.state() == straight.state()
     assert all(saved.detect(loss) == straight.detect(loss) for loss in (0.0, 3.0, 30.0))
+
+
+def test_metrics_of_a_skipped_step_are_in_no_mean(pico_llama: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    settings = (*SKIP, f"data.train={pairs}", "data.max_length=192", "train.objective=dpo", "train.logging_steps=2")
+    trainer, _ = trainers.trainer_of(make_config(tmp_path, pico_llama, *settings, "train.max_steps=4"))
+    spoil_loss(trainer, 3, NAN)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    assert all(math.isfinite(value) for entry in logged for value in entry.values())
+    assert trainer.guard.num_skipped == 1
