@@ -128,13 +128,15 @@ def packages_end_with_their_test(tmp_path_factory: pytest.TempPathFactory) -> It
     before = set(sys.modules)
     yield
     folder = str(tmp_path_factory.getbasetemp())
-    for name in set(sys.modules) - before:
-        module = sys.modules.get(name)
-        spec = vars(module).get("__spec__") if module else None  # an attribute of a lazy module would import it
-        if spec is None:
-            continue
-        if any(str(file).startswith(folder) for file in (spec.origin, *(spec.submodule_search_locations or []))):
-            sys.modules.pop(name, None)
+
+    def is_temporary(name: str) -> bool:
+        spec = vars(sys.modules[name]).get("__spec__")  # an attribute of a lazy module would import it
+        places = (spec.origin, *(spec.submodule_search_locations or [])) if spec else ()
+        return any(str(place).startswith(folder) for place in places)
+
+    # all are found before one is gone: the places of a namespace package follow those of its parent
+    for name in [name for name in set(sys.modules) - before if is_temporary(name)]:
+        del sys.modules[name]
 
 
 @pytest.fixture

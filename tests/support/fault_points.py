@@ -63,8 +63,10 @@ def _next_point(path: Path) -> str | None:
         return None
     kind, _, point = text.partition("@")
     name, _, number = point.rpartition(":")
-    _num_matching += name in str(path)
-    if name not in str(path) or int(number) != _num_matching:
+    if name not in str(path):
+        return None
+    _num_matching += 1
+    if int(number) != (_num_matching if name else _num_points):
         return None
     if kind in ("kill", "perm"):
         _fail(kind, path)
