@@ -3,7 +3,7 @@
 All runs start from the adapter of one SFT run and take the same pairs, batch size, steps and learning rate; the seed
 decides the order. `dpo` trains a config on pairs, `sft` their chosen answers alone: what it gains needs no rejected ones.
 `start` is the adapter that both start from. A held-out address counts as answered if every token of the right answer is the
-model's first choice after those before it: that is its greedy answer. Held-out pairs are compared by their
+model's first choice after those before it: stricter than comparing its generated answer. Held-out pairs are compared by their
 log-probabilities, without a reference. Writes one JSON file with the command, the machine, the versions and all figures;
 runs that are there already are not repeated.
 

@@ -84,7 +84,7 @@ class KtoLoss:
             batch: from `collate_rows`.
             policy: negative log-likelihood of each label token, (num_labels,).
             reference: log-probability of each sequence by the reference model, (num_rows,).
-            kl: estimate of the KL divergence, at least 0, a scalar; None without one.
+            kl: estimate of the KL divergence, a scalar >= 0; None without one.
         """
         desirable, logps = batch["desirable"].to(policy.device), sequence_logps(policy, batch)
         rewards = self._beta * (logps - reference)

@@ -19,7 +19,7 @@ def with_step_kl(
     *,
     num_repeated: int,
 ) -> list[Batch]:
-    """Return the micro-batches of this rank with the KL divergence of the whole step, a scalar of at least 0.
+    """Return the micro-batches of this rank with the KL divergence of the whole step, a scalar >= 0.
 
     Args:
         kl_sum: summed log-probability ratios of a batch of mismatched sequences.
