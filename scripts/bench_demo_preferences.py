@@ -3,9 +3,9 @@
 All runs start from the adapter of one SFT run and take the same pairs, batch size, steps and learning rate; the seed
 decides the order. `dpo` trains a config on pairs, `sft` their chosen answers alone: what it gains needs no rejected ones.
 `start` is the adapter that both start from. A held-out address counts as answered if every token of the right answer is the
-model's first choice after those before it: stricter than comparing its generated answer. Held-out pairs are compared by their
-log-probabilities, without a reference. Writes one JSON file with the command, the machine, the versions and all figures;
-runs that are there already are not repeated.
+model's first choice after those before it: stricter than comparing its generated answer. Held-out pairs are compared by
+their log-probabilities, without a reference. Writes one JSON file with the command, the machine, the versions and
+all figures; runs that are there already are not repeated.
 
 Example: ``python scripts/bench_demo_preferences.py runs/demo`` after `make demo` and
 ``python scripts/demo_pairs.py --answers-of runs/demo``

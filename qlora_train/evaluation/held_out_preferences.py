@@ -6,21 +6,13 @@ from typing import Any
 
 import torch
 
-from qlora_train.data.collate import PaddingCollator, collate_rows
+from qlora_train.data.collate import Batch
 from qlora_train.data.types import Example
-from qlora_train.evaluation.batched_inference import (
-    batches_by_length,
-    compute_share_in_batches,
-    input_device,
-    raise_if_stopped,
-)
-from qlora_train.evaluation.held_out_loss import MAX_LOGITS, ONE_ROW_ADVICE
-from qlora_train.kernels.fsdp_units import is_sharded
+from qlora_train.evaluation.row_batches import compute_row_batches
 from qlora_train.objectives.batch_loss import SFT_LOSS, model_inputs
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.objectives.preference_loss import PreferenceLoss
 from qlora_train.parallel import context
-from qlora_train.utils.eval_mode import eval_mode
 
 NLL, NUM_LABELS = "nll", "num_labels"
 """Sums of the chosen answer."""
@@ -48,7 +40,6 @@ def preference_losses(
     return [each["loss"] + loss.sft_weight * each[NLL] / each[NUM_LABELS] for each in values]
 
 
-@torch.no_grad()
 def pair_values(
     loss: PreferenceLoss,
     model: Any,
@@ -67,28 +58,19 @@ def pair_values(
         ModelError: a single pair does not fit into memory.
         Stop: a signal asked the process to stop.
     """
-    lengths, num_labels = [pair.num_tokens for pair in pairs], [pair.num_labels for pair in pairs]
     values: dict[int, dict[str, float]] = {}
-    collate, device = PaddingCollator(pad_token_id), input_device(model)
 
-    def values_of(rows: Sequence[int]) -> dict[int, dict[str, float]]:
-        raise_if_stopped(model)
-        batch = collate_rows(collate, [(row, pairs[row]) for row in sorted(rows)])
-        batch |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    def compute(batch: Batch) -> dict[str, torch.Tensor]:
         inputs: dict[str, Any] = model_inputs(batch)
         reference = loss.reference_logps(model, batch)
         found = loss.pair_values(batch, label_losses(model, **inputs).nll, reference)
-        named = {"loss": found.loss, **found.metrics, NLL: found.nll, NUM_LABELS: found.num_labels}
-        return {
-            row: {name: float(value[index]) for name, value in named.items()} for index, row in enumerate(sorted(rows))
-        }
+        return {"loss": found.loss, **found.metrics, NLL: found.nll, NUM_LABELS: found.num_labels}
 
-    with eval_mode(model):
-        compute_share_in_batches(
-            batches_by_length(lengths, batch_size, num_labels, MAX_LOGITS // model.config.get_text_config().vocab_size),
-            lambda rows: values.update(values_of(rows)), lengths,
-            setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
-            join=values_of if is_sharded(model) else None, task=task,
-        )  # fmt: skip
+    def use(batch: Batch, found: dict[str, torch.Tensor]) -> None:
+        of_names = {name: value.tolist() for name, value in found.items()}
+        for index, row in enumerate(sorted(set(batch["row"].tolist()))):
+            values[row] = {name: float(of_name[index]) for name, of_name in of_names.items()}
+
+    compute_row_batches(model, pairs, compute, use, batch_size=batch_size, pad_token_id=pad_token_id, task=task)
     of_pairs = {row: value for of_rank in context().gather(values) for row, value in of_rank.items()}
     return [of_pairs[row] for row in range(len(pairs))]

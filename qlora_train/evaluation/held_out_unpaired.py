@@ -9,23 +9,16 @@ from typing import Any
 
 import torch
 
-from qlora_train.data.collate import Batch, PaddingCollator, collate_rows
+from qlora_train.data.collate import Batch
 from qlora_train.data.mismatched_rows import mismatched_sequence, other_rows
 from qlora_train.data.types import Example
-from qlora_train.evaluation.batched_inference import (
-    batches_by_length,
-    compute_share_in_batches,
-    input_device,
-    raise_if_stopped,
-)
-from qlora_train.evaluation.held_out_loss import MAX_LOGITS, ONE_ROW_ADVICE
-from qlora_train.kernels.fsdp_units import is_sharded
+from qlora_train.evaluation.batched_inference import input_device
+from qlora_train.evaluation.row_batches import compute_row_batches
 from qlora_train.objectives.batch_loss import model_inputs
 from qlora_train.objectives.kto_loss import KL, KtoLoss, margins
 from qlora_train.objectives.label_losses import label_losses
 from qlora_train.objectives.reference_logps import reference_logps, sequence_logps
 from qlora_train.parallel import context
-from qlora_train.utils.eval_mode import eval_mode
 
 Values = dict[str, float]
 
@@ -87,26 +80,17 @@ def _values_in_batches(
     loss: KtoLoss, model: Any, rows: Sequence[Example], batch_size: int, pad_token_id: int, task: str,
     values_of: Callable[[Batch, Any, Any], list[Values]],
 ) -> list[Values]:  # fmt: skip
-    lengths, num_labels = [row.num_tokens for row in rows], [row.num_labels for row in rows]
     values: dict[int, Values] = {}
-    collate, device = PaddingCollator(pad_token_id), input_device(model)
 
-    def compute(indices: Sequence[int]) -> dict[int, Values]:
-        raise_if_stopped(model)
-        batch = collate_rows(collate, [(index, rows[index]) for index in indices])
-        batch |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    def compute(batch: Batch) -> list[Values]:
         inputs: dict[str, Any] = model_inputs(batch)
         reference = reference_logps(model, batch, loss.reference)
-        found = values_of(batch, label_losses(model, **inputs).nll, reference)
-        return dict(zip(batch["row"].tolist(), found, strict=True))
+        return values_of(batch, label_losses(model, **inputs).nll, reference)
 
-    with eval_mode(model):
-        compute_share_in_batches(
-            batches_by_length(lengths, batch_size, num_labels, MAX_LOGITS // model.config.get_text_config().vocab_size),
-            lambda indices: values.update(compute(indices)), lengths,
-            setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
-            join=compute if is_sharded(model) else None, task=task,
-        )  # fmt: skip
+    compute_row_batches(
+        model, rows, compute, lambda batch, found: values.update(zip(batch["row"].tolist(), found, strict=True)),
+        batch_size=batch_size, pad_token_id=pad_token_id, task=task,
+    )  # fmt: skip
     of_rows = {row: value for of_rank in context().gather(values) for row, value in of_rank.items()}
     return [of_rows[row] for row in range(len(rows))]
 

@@ -1,27 +1,19 @@
 """Log-probabilities of rows under the reference model, in the batches in which evaluation computes the policy's."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from qlora_train.data.collate import Batch, PaddingCollator, collate_rows
+from qlora_train.data.collate import Batch
 from qlora_train.data.types import Example, LogpArray
-from qlora_train.evaluation.batched_inference import (
-    batches_by_length,
-    compute_share_in_batches,
-    input_device,
-    raise_if_stopped,
-)
-from qlora_train.evaluation.held_out_loss import MAX_LOGITS, ONE_ROW_ADVICE
-from qlora_train.kernels.fsdp_units import is_sharded
+from qlora_train.evaluation.row_batches import compute_row_batches
 from qlora_train.objectives.reference_logps import Reference, reference_logps
 from qlora_train.parallel import context
-from qlora_train.utils.eval_mode import eval_mode
 
 
-@torch.no_grad()
 def compute_reference_logps(
     model: Any, reference: Reference, rows: Sequence[Example], *, batch_size: int, pad_token_id: int, task: str
 ) -> LogpArray:
@@ -35,23 +27,11 @@ def compute_reference_logps(
         ModelError: a single row does not fit into memory.
         Stop: a signal asked the process to stop.
     """
-    lengths, num_labels = [row.num_tokens for row in rows], [row.num_labels for row in rows]
-    collate, device = PaddingCollator(pad_token_id), input_device(model)
     values = np.full((len(rows), len(rows[0].sequences)), np.nan, np.float32)
-
-    def compute(indices: Sequence[int]) -> tuple[Batch, torch.Tensor]:
-        raise_if_stopped(model)
-        batch = collate_rows(collate, [(index, rows[index]) for index in sorted(indices)])
-        batch |= {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        return batch, reference_logps(model, batch, reference)
-
-    with eval_mode(model):
-        compute_share_in_batches(
-            batches_by_length(lengths, batch_size, num_labels, MAX_LOGITS // model.config.get_text_config().vocab_size),
-            lambda indices: set_values(values, *compute(indices)), lengths,
-            setting="train.per_device_eval_batch_size", advice=ONE_ROW_ADVICE,
-            join=compute if is_sharded(model) else None, task=task,
-        )  # fmt: skip
+    compute_row_batches(
+        model, rows, lambda batch: reference_logps(model, batch, reference), partial(set_values, values),
+        batch_size=batch_size, pad_token_id=pad_token_id, task=task,
+    )  # fmt: skip
     return join_ranks(values)
 
 
