@@ -2,19 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from qlora_train.data.held_out_rows import load_rows
-from qlora_train.data.types import Example
 from qlora_train.export.finished_run import open_finished_run
 from qlora_train.inference.eval_report import EvalSettings, evaluate
 from qlora_train.inference.run_models import run_models
 from qlora_train.report.write_report import try_write_report
 from qlora_train.runs import RunFolder
+from tests.support.label_logps import log_probabilities
 from tests.support.runs import metrics, train_run
 
 BETA = 0.2
@@ -34,22 +32,16 @@ def string_run(tmp_path_factory: pytest.TempPathFactory, pico_llama: Path) -> Ru
         for number in range(32)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return train_run(
+    run = train_run(
         folder, pico_llama, f"data.train={folder / 'pairs.jsonl'}", "train.objective=dpo", f"train.beta={BETA}",
         "export.merge=false", *PAIR_SETTINGS,
     )  # fmt: skip
-
-
-def log_probabilities(model: Any, sequence: Example) -> list[float]:
-    ids = torch.from_numpy(sequence.input_ids).long()
-    with torch.no_grad():
-        logps = model(input_ids=ids[None]).logits[0, :-1].float().log_softmax(-1)
-    of_labels = logps.gather(1, ids[1:, None])[:, 0][torch.from_numpy(sequence.loss_mask)[1:]]
-    return of_labels.tolist()
+    evaluate(run.path, EvalSettings(models=("base", "adapter"), generate=False))
+    return run
 
 
 def test_scores_of_pairs_are_those_of_their_log_probabilities(string_run: RunFolder) -> None:
-    results = evaluate(string_run.path, EvalSettings(models=("base", "adapter"), generate=False))
+    results = string_run.read_results()["evaluation"]
     pairs = load_rows(string_run.rows).eval
     assert len(pairs) > 3
     expected = {}
@@ -69,7 +61,7 @@ def test_scores_of_pairs_are_those_of_their_log_probabilities(string_run: RunFol
 
 
 def test_rewards_are_those_of_the_runs_own_evaluation(string_run: RunFolder) -> None:
-    results = json.loads(string_run.results_file.read_text())["evaluation"]
+    results = string_run.read_results()["evaluation"]
     evaluated = [line for line in metrics(string_run) if "eval_loss" in line][-1]
     assert results["adapter"]["reward_accuracy"] == pytest.approx(evaluated["eval_rewards/accuracies"])
     assert results["adapter"]["reward_margin"] == pytest.approx(evaluated["eval_rewards/margins"], rel=1e-3)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
 from qlora_train.adapters import AdaptedModel, trainable_state
 from qlora_train.adapters.reference_model import base_model
@@ -16,6 +15,7 @@ from qlora_train.data.types import Example
 from qlora_train.kernels.packed import attention
 from qlora_train.kernels.packed.row_positions import PACKED_ATTENTION
 from qlora_train.objectives.reference_logps import reference_logps
+from tests.support.label_logps import log_probability
 from tests.support.preference_oracles import compute, indexed, loss_of, pairs_of
 from tests.support.runs import adapted_model
 
@@ -41,12 +41,8 @@ def adapted(pico_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
 
 
 def base_logp(adapted: AdaptedModel, sequence: Example) -> float:
-    """Return the log-probability of a sequence's labels by Transformers' logits, without the adapter."""
-    ids = torch.from_numpy(sequence.input_ids).long()
-    with torch.no_grad(), adapted.model.disable_adapter():
-        logits = adapted.model.eval()(input_ids=ids[None]).logits[0, :-1].float()
-    nll = functional.cross_entropy(logits, ids[1:], reduction="none")
-    return -float(nll[torch.from_numpy(sequence.loss_mask)[1:]].sum())
+    with adapted.model.disable_adapter():
+        return log_probability(adapted.model.eval(), sequence)
 
 
 def stored(adapted: AdaptedModel, pairs: Sequence[Example]) -> list[Example]:

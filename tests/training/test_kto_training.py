@@ -8,20 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from qlora_train.adapters import load_trained, trainable_state
 from qlora_train.data.collate import FlatteningCollator, StepCollator, TokenBudget
 from qlora_train.data.held_out_rows import load_rows
 from qlora_train.data.mismatched_rows import MISMATCHED, mismatched_sequence
 from qlora_train.data.token_store import Rows
-from qlora_train.data.types import Example
 from qlora_train.export.finished_run import open_finished_run
 from qlora_train.inference.eval_report import EvalSettings, evaluate
 from qlora_train.models import load_model
 from qlora_train.runs import RunFolder
 from qlora_train.training.batch_source import RowBatches
 from qlora_train.training.memory.worst_case_batch import worst_case_batches
+from tests.support.label_logps import log_probability
 from tests.support.runs import adapter_bytes, make_config, metrics, stopped_copy, train_run
 from tests.support.trainers import trainer_of
 from tests.support.unpaired_rows import labelled, write_labelled
@@ -90,14 +89,6 @@ def test_the_division_of_a_step_does_not_change_the_run(
     for key in ("loss", "kl", "rewards/margins", "logps/chosen", "logps/rejected", "eval_loss", "eval_kl"):
         found = [[line[key] for line in metrics(run) if key in line] for run in (other, trained)]
         assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4), key
-
-
-def log_probability(model: Any, sequence: Example) -> float:
-    ids = torch.from_numpy(sequence.input_ids).long()
-    with torch.no_grad():
-        logits = model(input_ids=ids[None]).logits[0, :-1].float()
-    nll = functional.cross_entropy(logits, ids[1:], reduction="none")
-    return -float(nll[torch.from_numpy(sequence.loss_mask)[1:]].sum())
 
 
 def test_evaluation_is_that_of_transformers_on_every_row(trained: RunFolder) -> None:

@@ -6,21 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional
 from transformers.integrations.neftune import activate_neftune
 
 from qlora_train.adapters import load_trained
 from qlora_train.data.collate import FlatteningCollator, StepCollator, TokenBudget, shared_prefix_length
 from qlora_train.data.held_out_rows import load_rows
 from qlora_train.data.token_store import Rows
-from qlora_train.data.types import Example
 from qlora_train.evaluation.objective_table import make_objective
 from qlora_train.export.finished_run import open_finished_run
 from qlora_train.models import load_model
 from qlora_train.runs import RunFolder
 from qlora_train.training.memory.worst_case_batch import worst_case_batches
 from qlora_train.utils.eval_mode import eval_mode
+from tests.support.label_logps import log_probability
 from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes, make_config, metrics, stopped_copy, train_run
 from tests.support.trainers import trainer_of
@@ -84,14 +82,6 @@ def test_reference_kernels_with_padding_train_the_same(trained: RunFolder, folde
     for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected"):
         found = [[line[name] for line in metrics(run) if name in line] for run in (plain, trained)]
         assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-4), name
-
-
-def log_probability(model: Any, sequence: Example) -> float:
-    ids = torch.from_numpy(sequence.input_ids).long()
-    with torch.no_grad():
-        logits = model(input_ids=ids[None]).logits[0, :-1].float()
-    nll = functional.cross_entropy(logits, ids[1:], reduction="none")
-    return -float(nll[torch.from_numpy(sequence.loss_mask)[1:]].sum())
 
 
 def test_evaluation_is_that_of_transformers_on_every_pair(trained: RunFolder) -> None:

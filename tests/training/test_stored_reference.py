@@ -13,12 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.numpy import load_file, save_file
-from torch.nn import functional
 
 from qlora_train.adapters import trainable_state
 from qlora_train.config import RunConfig
 from qlora_train.data.token_store import Rows
-from qlora_train.data.types import Example
 from qlora_train.evaluation.objective_table import make_objective
 from qlora_train.models import load_model, resolve_base
 from qlora_train.objectives.batch_loss import model_inputs
@@ -32,6 +30,7 @@ from qlora_train.training.stored_reference import _check_finite, store_reference
 from qlora_train.training.train_loop import _make_trainer
 from qlora_train.utils import atomic_io, signals
 from qlora_train.utils.errors import TrainingError
+from tests.support.label_logps import log_probability
 from tests.support.preference_oracles import Oracle
 from tests.support.preference_pairs import write_pairs
 from tests.support.runs import adapter_bytes, check_in_this_process, make_config, metrics, stopped_copy, train_run
@@ -134,14 +133,6 @@ def test_first_rewards_of_unpaired_answers_are_zero_too(objective: str, pico_lla
         model = trainer.accelerator.prepare_model(trainer.model)
         nll = label_losses(model, trainer.loss_chunk_tokens, **inputs).nll
     assert torch.equal(sequence_logps(nll, batch), batch["reference_logps"])
-
-
-def log_probability(model: Any, sequence: Example) -> float:
-    ids = torch.from_numpy(sequence.input_ids).long()
-    with torch.no_grad():
-        logits = model(input_ids=ids[None]).logits[0, :-1].float()
-    nll = functional.cross_entropy(logits, ids[1:], reduction="none")
-    return -float(nll[torch.from_numpy(sequence.loss_mask)[1:]].sum())
 
 
 def test_values_are_those_of_transformers_and_trl_on_the_base(pico_llama: Path, tmp_path: Path) -> None:
